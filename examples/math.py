@@ -1,0 +1,263 @@
+"""GRPO on mathematics: ``accelerate launch examples/math.py``.
+
+Without arguments: the built-in policy on built-in arithmetic (``recipes/demo.yaml``), a few minutes on a CPU. With
+them: any causal language model on GSM8K, MATH or a file of questions and answers. ``--help`` lists every option.
+"""
+
+import os
+import sys
+
+# This file's name is also the standard library's. With this folder on the path, `import math` anywhere (torch, random,
+# the worker processes) would import this script, so the folder goes before anything else is imported. Only `os` and
+# `sys` come earlier: the interpreter has loaded them already.
+_HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.getcwd()) != os.path.realpath(_HERE)]
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+DEMO_RECIPE = Path(_HERE) / "recipes" / "demo.yaml"
+BUILT_IN = "small"
+INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
+
+
+@dataclass
+class MathArguments:
+    """What to train on, and how questions become prompts."""
+
+    dataset: str = field(
+        default="arithmetic",
+        metadata={"help": "arithmetic (built in), gsm8k or math (from the hub).", "choices": None},
+    )
+    dataset_path: str | None = field(
+        default=None,
+        metadata={"help": "A .jsonl, .json or .parquet file of questions and answers, instead of --dataset."},
+    )
+    eval_dataset_path: str | None = field(
+        default=None, metadata={"help": "Held-out questions; default: split off --dataset_path, or the test split."}
+    )
+    question_column: str | None = field(default=None, metadata={"help": "Default: question or problem."})
+    answer_column: str | None = field(default=None, metadata={"help": "Default: answer or solution."})
+    levels: list[int] = field(
+        default_factory=lambda: [1, 4],
+        metadata={"help": "Arithmetic levels 1 to 5: sums up to 20, 50, 99; word problems of one step, of two."},
+    )
+    train_size: int | None = field(
+        default=None, metadata={"help": "Use this many training questions. Default: all; 700 for arithmetic."}
+    )
+    eval_size: int = field(default=128, metadata={"help": "Held-out questions an evaluation uses."})
+    prompt_style: str = field(
+        default="auto", metadata={"help": "chat, few_shot, or auto: chat where the tokenizer has a template."}
+    )
+    num_shots: int = field(default=3, metadata={"help": "Solved examples before a few-shot question."})
+    instruction: str | None = field(
+        default=None, metadata={"help": f"Put below a chat question. Default: {INSTRUCTION!r}; none for --model small."}
+    )
+    format_reward_weight: float = field(
+        default=0.0, metadata={"help": "Weight of a reward for marking the answer (\\boxed{} or ####). 0: none."}
+    )
+
+
+def parse_arguments(arguments: list[str]):
+    """(MathArguments, CurvatureGRPOConfig, ModelConfig) from the command line and ``--config FILE.yaml``."""
+    import torch
+    from trl import ModelConfig, TrlParser
+
+    from trl_ext import CurvatureGRPOConfig
+
+    model_given = any(item.split("=", 1)[0] == "--model_name_or_path" for item in arguments)
+    if "--config" not in arguments and not model_given:
+        arguments = ["--config", str(DEMO_RECIPE), *arguments]
+    parser = TrlParser((MathArguments, CurvatureGRPOConfig, ModelConfig))
+    parser.set_defaults(model_name_or_path=BUILT_IN, output_dir="runs/math")
+    if not torch.accelerator.is_available():
+        # TRL's default is bf16, which most CPUs only emulate; without use_cpu several processes don't find each other
+        parser.set_defaults(bf16=False, use_cpu=True)
+    return parser.parse_args_and_config(args=arguments)
+
+
+def check_arguments(script, training, model) -> None:
+    """Raises ``ValueError`` for what can be known to fail before a model or a dataset is loaded."""
+    from trl_ext.tasks.checkpoints import check_output_dir, find_checkpoint
+    from trl_ext.tasks.questions import DATASETS, PROMPT_STYLES
+
+    if script.dataset_path is None and script.dataset not in DATASETS:
+        raise ValueError(f"--dataset {script.dataset!r}: choose from {', '.join(DATASETS)}, or give --dataset_path")
+    if script.eval_dataset_path is not None and script.dataset_path is None:
+        raise ValueError("--eval_dataset_path goes with --dataset_path")
+    if script.prompt_style not in PROMPT_STYLES:
+        raise ValueError(f"--prompt_style {script.prompt_style!r}: choose from {', '.join(PROMPT_STYLES)}")
+    for name, least in (("eval_size", 1), ("num_shots", 0), ("train_size", 1)):
+        value = getattr(script, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value} must be at least {least}")
+    if (model.load_in_4bit or model.load_in_8bit) and find_spec("bitsandbytes") is None:
+        raise ValueError("--load_in_4bit and --load_in_8bit need bitsandbytes: pip install bitsandbytes")
+    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
+        raise ValueError("--load_in_4bit and --load_in_8bit need --use_peft: quantized weights can't be trained")
+    check_output_dir(training.output_dir)
+    training.resume_from_checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+
+
+def load_questions(script, seed: int, warn):
+    """(training questions, held-out questions), each with a gold answer that can be parsed."""
+    from trl_ext.tasks.correctness import drop_bad_gold
+    from trl_ext.tasks.questions import arithmetic_questions, hold_out, hub_questions, read_questions
+
+    columns = {"question_column": script.question_column, "answer_column": script.answer_column}
+    if script.dataset_path is not None:
+        train = drop_bad_gold(read_questions(script.dataset_path, **columns), script.dataset_path, warn)
+        if script.eval_dataset_path is not None:
+            path = script.eval_dataset_path
+            held_out = drop_bad_gold(read_questions(path, **columns), path, warn)[: script.eval_size]
+        else:
+            train, held_out = hold_out(train, script.eval_size, seed)
+    elif script.dataset == "arithmetic":
+        levels = tuple(script.levels)
+        train = arithmetic_questions(script.train_size or 700, held_out=False, levels=levels, seed=seed)
+        held_out = arithmetic_questions(script.eval_size, held_out=True, levels=levels, seed=seed)
+    else:
+        train = drop_bad_gold(hub_questions(script.dataset, held_out=False, **columns), script.dataset, warn)
+        held_out = hub_questions(script.dataset, held_out=True, **columns)
+        held_out = drop_bad_gold(held_out, f"{script.dataset} (held out)", warn)[: script.eval_size]
+    return train[: script.train_size], held_out
+
+
+def find_model(name: str, seed: int, levels: tuple[int, ...], state, report) -> str:
+    """The folder or hub id of a model: ``small`` and ``smollm2`` are made (and cached) here, on one process first."""
+    if name not in (BUILT_IN, "smollm2"):
+        return name
+    from trl_ext.tasks.small_policy import small_policy
+    from trl_ext.tasks.smollm2 import smollm2
+
+    with state.local_main_process_first():
+        return str(smollm2() if name == "smollm2" else small_policy(seed, levels, report))
+
+
+def check_model(name: str) -> None:
+    """Raises ``ValueError`` for a local folder that holds no model, or a name the hub can't have."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"--model_name_or_path {name}: the folder holds no config.json")
+    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"--model_name_or_path {name}: no such folder")
+
+
+def build_trainer(script, training, model, say):
+    """Everything up to the first step: questions, prompts, rewards, the model, the trainer."""
+    from accelerate import PartialState
+    from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+    from trl import get_peft_config, get_quantization_config
+
+    from trl_ext import CurvatureGRPOTrainer
+    from trl_ext.tasks.checkpoints import StopWithCheckpoint
+    from trl_ext.tasks.console import ConsoleCallback
+    from trl_ext.tasks.correctness import Correctness, MarkedAnswer
+    from trl_ext.tasks.questions import NEXT_QUESTION, build_dataset
+
+    built_in = model.model_name_or_path == BUILT_IN
+    if not built_in:
+        check_model(model.model_name_or_path)
+    train, held_out = load_questions(script, training.seed, say)
+
+    def report_warm_up(step: int, accuracy: float) -> None:
+        if step == 25:
+            say("Warming the built-in policy up by supervised learning (a minute, then cached): first it learns")
+            say("to calculate, then to be careless, so that it starts right about half the time")
+        say(f"  step {step:>3}: right with probability {accuracy:.2f}")
+
+    path = find_model(model.model_name_or_path, training.seed, tuple(script.levels), PartialState(), report_warm_up)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, revision=model.model_revision, trust_remote_code=training.trust_remote_code, padding_side="left"
+    )
+    style = script.prompt_style
+    if style == "auto":
+        style = "chat" if tokenizer.chat_template else "few_shot"
+    if style == "chat" and not tokenizer.chat_template:
+        raise ValueError(f"--prompt_style chat: the tokenizer of {model.model_name_or_path} has no chat template")
+    instruction = script.instruction if script.instruction is not None else ("" if built_in else INSTRUCTION)
+    shots = script.num_shots if style == "few_shot" else 0
+    if len(train) <= shots:
+        raise ValueError(f"--num_shots {shots} needs more than the {len(train)} training questions there are")
+    examples, train = train[:shots], train[shots:]
+    train_dataset = build_dataset(train, style, instruction=instruction, examples=examples)
+    eval_dataset = build_dataset(held_out, style, instruction=instruction, examples=examples)
+
+    stop = NEXT_QUESTION if style == "few_shot" else None
+    rewards: list = [Correctness(stop)]
+    if script.format_reward_weight:
+        rewards.append(MarkedAnswer(stop))
+        training.reward_weights = training.reward_weights or [1.0, script.format_reward_weight]
+    loading = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        "trust_remote_code": training.trust_remote_code,
+    }
+    training.model_init_kwargs = {**loading, **(training.model_init_kwargs or {})}
+    # The accuracy before training is measured by the training loop: a call of evaluate() before train() would leave the
+    # model unwrapped under DDP, and each process would train a model of its own.
+    training.eval_on_start = training.eval_strategy != "no" and training.resume_from_checkpoint is None
+    trainer = CurvatureGRPOTrainer(
+        model=path,
+        reward_funcs=rewards,
+        args=training,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset if training.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    for replaced in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(replaced)
+    trainer.add_callback(ConsoleCallback())
+    trainer.add_callback(StopWithCheckpoint())
+    processes = trainer.accelerator.num_processes
+    count = f"{processes} process" + ("es" if processes > 1 else "")
+    say(f"{len(train)} training and {len(held_out)} held-out questions on {count}, prompts as {style}, for example:")
+    say(f"  {train[0].question!r} -> {train[0].answer[-40:]!r}")
+    return trainer
+
+
+def held_out_accuracies(trainer) -> list[float]:
+    """Accuracies on the held-out questions (sampled as in training) measured so far, the first before training."""
+    return [log["eval_accuracy"] for log in trainer.state.log_history if "eval_accuracy" in log]
+
+
+def main(arguments: list[str]) -> None:
+    def say(text: str) -> None:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(text, flush=True)
+
+    try:
+        script, training, model = parse_arguments(arguments)
+        check_arguments(script, training, model)
+        trainer = build_trainer(script, training, model, say)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    output = training.output_dir
+    stop = next(item for item in trainer.callback_handler.callbacks if type(item).__name__ == "StopWithCheckpoint")
+    if stop.stopped:
+        say(
+            f"\nStopped at step {trainer.state.global_step} with a checkpoint in {output}. To go on, repeat the command"
+        )
+        say("with --resume_from_checkpoint latest")
+    else:
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()
+        trainer.save_model(output)
+        trainer.save_state()
+        if accuracies := held_out_accuracies(trainer):
+            before, after = accuracies[0], accuracies[-1]
+            say(f"\nHeld-out accuracy: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
+        say(f"Model and checkpoints: {output}    Logs: {output}/trainer_state.json (log_history)")
+        say("Next: --normalization mean (or loo, power, ...) to compare; --model_name_or_path smollm2 or a hub id and")
+        say("--dataset gsm8k for a real model; examples/recipes/ for whole configurations.")
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,49 @@
+"""Shared by all tests: no hub, no telemetry, small real models made on the spot."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported; gpu-marked runs set it to 0
+
+from pathlib import Path
+
+import pytest
+
+from trl_ext.tasks.small_policy import build_model, build_tokenizer
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory) -> Path:
+    """Folder of the built-in architecture with random weights and its real tokenizer (no warm-up)."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("tiny-policy")
+    tokenizer = build_tokenizer((1, 4))
+    torch.manual_seed(0)
+    model = build_model(tokenizer)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.1)  # logits near 0: it says anything, and can be made to stop
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def warm_policy() -> Path:
+    """Folder of the warmed-up built-in policy (cached between sessions, a minute the first time)."""
+    from trl_ext.tasks.small_policy import small_policy
+
+    return small_policy(0)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with GSM8K, MATH-500 and MAWPS; the test is skipped where it isn't there."""
+    if not DATA.is_dir():
+        pytest.skip("the folder with real data, ../shared/data, isn't there")
+    return DATA

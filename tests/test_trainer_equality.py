@@ -1,0 +1,216 @@
+"""CurvatureGRPOTrainer against TRL's GRPOTrainer: same seed, same rollouts, real trainer, real (small) model.
+
+A pairwise design: every two settings of any two options occur together in at least one run. Each run trains both
+trainers for a few SGD steps and compares advantages, losses, gradients, logged metrics and parameters.
+"""
+
+import json
+
+import pytest
+import torch
+from allpairspy import AllPairs
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.tasks.arithmetic import generate_problems
+
+OPTIONS = {
+    "loss_type": ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"],
+    "beta": [0.0, 0.05],
+    "num_iterations": [1, 2],
+    # (gradient accumulation, steps per generation)
+    "accumulation": [(1, 1), (2, 4), (4, 2)],
+    "lora": [False, True],
+    "rewards": ["one", "several"],
+    "aggregation": ["sum_then_normalize", "normalize_then_sum"],
+    "scale_rewards": ["group", "batch", "none"],
+    "evaluation": [False, True],
+}
+
+
+DESIGN = [dict(zip(OPTIONS, row, strict=True)) for row in AllPairs(list(OPTIONS.values()))]
+
+
+def digits(completions, **kwargs):
+    """Share of digits, in eighths: exactly representable, and different within most groups."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [round(8 * sum(c.isdigit() for c in text) / max(len(text), 1)) / 8 for text in texts]
+
+
+def short(completions, completion_ids, **kwargs):
+    """Not scored (None) for every fifth completion."""
+    return [None if sum(ids) % 5 == 0 else (1.0 if len(ids) < 6 else 0.25) for ids in completion_ids]
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.logs, self.gradients = [], []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def prompts(count, split="train"):
+    problems = generate_problems(count, split=split)
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": problem.question}] for problem in problems]})
+
+
+def run(trainer_class, config_class, policy, folder, setting, *, steps=3, resume=None, **extra):
+    accumulation, per_generation = setting["accumulation"]
+    several = setting["rewards"] == "several"
+    config = config_class(
+        output_dir=str(folder),
+        loss_type=setting["loss_type"],
+        beta=setting["beta"],
+        num_iterations=setting["num_iterations"],
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=per_generation,
+        multi_objective_aggregation=setting["aggregation"],
+        scale_rewards=setting["scale_rewards"],
+        reward_weights=[0.75, 0.5] if several else None,
+        num_generations=4,
+        num_generations_eval=1,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        max_completion_length=8,
+        max_steps=steps,
+        optim="sgd",
+        learning_rate=0.02,
+        generation_kwargs={"sequence_bias": [[[1], 5.0]]},  # token 1 ends a completion: lengths differ
+        lr_scheduler_type="constant",
+        eval_strategy="steps" if setting["evaluation"] else "no",
+        eval_steps=2,
+        logging_steps=1,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=7,
+        **{"save_strategy": "no", **extra},
+    )
+    recorder = Recorder()
+    torch.manual_seed(0)
+    trainer = trainer_class(
+        model=str(policy),
+        reward_funcs=[digits, short] if several else digits,
+        args=config,
+        train_dataset=prompts(64),
+        eval_dataset=prompts(8, "held_out") if setting["evaluation"] else None,
+        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if setting["lora"] else None,
+        callbacks=[recorder],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    parameters = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    return trainer, recorder, parameters
+
+
+TIMINGS = ("runtime", "per_second", "step_time", "total_flos", "epoch", "profiling")
+
+
+def assert_same(ours, theirs):
+    our_trainer, our_record, our_parameters = ours
+    their_trainer, their_record, their_parameters = theirs
+
+    assert len(our_record.logs) == len(their_record.logs) > 0
+    for our_log, their_log in zip(our_record.logs, their_record.logs, strict=True):
+        advantages_clear_of_zero = (
+            our_log.get("normalization/zero_variance_frac", 1) == 0
+            and our_trainer.multi_objective_aggregation == "sum_then_normalize"
+        )
+        extra = {key for key in our_log if "normalization/" not in key} - set(their_log)
+        assert not extra and set(their_log) <= set(our_log)
+        for key, value in their_log.items():
+            if any(word in key for word in TIMINGS):
+                continue
+            if "cispo_clip_ratio" in key and not advantages_clear_of_zero:
+                continue  # it counts advantages above 0: TRL's residue of an all-equal group can be, and ours is 0
+            if value is None or isinstance(value, str):
+                assert our_log[key] == value, key
+            else:
+                # luspo sums over a sequence where the others average, so terms and rounding are that much larger
+                terms = our_trainer.max_completion_length if our_trainer.loss_type == "luspo" else 1
+                assert our_log[key] == pytest.approx(value, rel=1e-5, abs=1e-6 * terms), key
+    torch.testing.assert_close(
+        torch.tensor(our_trainer._logs["advantages"]),
+        torch.tensor(their_trainer._logs["advantages"]),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert len(our_record.gradients) == len(their_record.gradients) > 0
+    for our_step, their_step in zip(our_record.gradients, their_record.gradients, strict=True):
+        assert our_step.keys() == their_step.keys()
+        norm = sum(g.square().sum() for g in their_step.values()).sqrt()
+        error = sum((our_step[n] - g).square().sum() for n, g in their_step.items()).sqrt()
+        assert error <= 1e-5 * norm
+    for name, value in their_parameters.items():
+        torch.testing.assert_close(our_parameters[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_the_design_is_pairwise_and_small():
+    assert len(DESIGN) <= 30
+    assert {row["loss_type"] for row in DESIGN} == set(OPTIONS["loss_type"])
+    names = list(OPTIONS)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            pairs = {(str(row[first]), str(row[second])) for row in DESIGN}
+            assert len(pairs) == len(OPTIONS[first]) * len(OPTIONS[second]), (first, second)
+
+
+@pytest.mark.parametrize("setting", DESIGN, ids=lambda s: "-".join(str(v).replace(" ", "") for v in s.values()))
+def test_same_as_trl(setting, tiny_policy, tmp_path):
+    theirs = run(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "trl", setting)
+    ours = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", setting)
+    assert_same(ours, theirs)
+    trained = [log for log in theirs[1].logs if "grad_norm" in log]
+    assert sum(log["grad_norm"] > 0 for log in trained) >= 2, "nothing was trained, so nothing was compared"
+    assert any(log.get("completions/max_length", 0) > log.get("completions/min_length", 0) for log in trained)
+
+
+PLAIN = {name: values[0] for name, values in OPTIONS.items()}
+
+
+def test_a_plain_grpo_config_does_as_well(tiny_policy, tmp_path):
+    theirs = run(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "trl", PLAIN)
+    ours = run(CurvatureGRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "ours", PLAIN)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_resumed_from_a_checkpoint(lora, tiny_policy, tmp_path):
+    """Both go on from TRL's checkpoint, and ours from ours ends where TRL's does."""
+    setting = {**PLAIN, "lora": lora, "accumulation": (2, 2), "evaluation": True}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    run(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "trl", setting, steps=2, **saving)
+    run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", setting, steps=2, **saving)
+    theirs = run(
+        GRPOTrainer,
+        GRPOConfig,
+        tiny_policy,
+        tmp_path / "trl",
+        setting,
+        steps=4,
+        resume=str(tmp_path / "trl" / "checkpoint-2"),
+    )
+    ours = run(
+        CurvatureGRPOTrainer,
+        CurvatureGRPOConfig,
+        tiny_policy,
+        tmp_path / "ours",
+        setting,
+        steps=4,
+        resume=str(tmp_path / "ours" / "checkpoint-2"),
+    )
+    assert ours[0].state.global_step == 4
+    assert_same(ours, theirs)
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert "Curvature-aware GRPO" in card and "2601.23135" in card and "curvature-grpo" in card
+    state = json.loads((tmp_path / "ours" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert any("normalization/zero_variance_frac" in log for log in state["log_history"])

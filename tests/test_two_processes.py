@@ -1,0 +1,81 @@
+"""Two real processes (gloo, DDP): the same as one process on the same batch, and the same as TRL."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).parent / "two_process_worker.py"
+KEEP = ["advantages", "prompt_id", "group_position", "group_rewards", "token_weight"]
+
+
+def run(processes, policy, folder, trainer="ours", **options):
+    folder.mkdir()
+    spec = {
+        "trainer": trainer,
+        "folder": str(folder),
+        "out": str(folder / "result"),
+        "model": str(policy),
+        "keep": KEEP,
+        "options": options,
+    }
+    (folder / "spec.json").write_text(json.dumps(spec))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if processes == 1:
+        command = [sys.executable]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    done = subprocess.run(
+        [*command, str(WORKER), str(folder / "spec.json")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"result.{rank}.pt") for rank in range(processes)]
+
+
+def assert_same_run(ours, theirs, ignore=("step_time", "runtime", "per_second", "normalization/")):
+    torch.testing.assert_close(
+        torch.tensor(ours["advantages"]), torch.tensor(theirs["advantages"]), rtol=1e-5, atol=1e-6
+    )
+    for ours_log, theirs_log in zip(ours["logs"], theirs["logs"], strict=True):
+        for key, value in theirs_log.items():
+            if not any(word in key for word in ignore):
+                assert ours_log[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    for name, value in theirs["parameters"].items():
+        torch.testing.assert_close(ours["parameters"][name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_the_same_as_one_process(tiny_policy, tmp_path):
+    options = {"normalization": "global", "loss_type": "grpo"}  # batch statistics, and groups across processes
+    one = run(1, tiny_policy, tmp_path / "one", **options)[0]
+    two = run(2, tiny_policy, tmp_path / "two", **options)
+    # a process's clip and length statistics are gathered, so the logs agree too
+    assert_same_run(two[0], one)
+    assert all(log.get("grad_norm", 1) > 0 for log in one["logs"])
+    for name in one["parameters"]:
+        assert torch.equal(two[0]["parameters"][name], two[1]["parameters"][name])
+    logged = [log["normalization/zero_variance_frac"] for log in one["logs"] if "reward" in log]
+    assert [log["normalization/zero_variance_frac"] for log in two[0]["logs"] if "reward" in log] == logged
+
+    for step, whole in enumerate(one["batches"]):
+        parts = [two[rank]["batches"][step] for rank in (0, 1)]
+        joined = {name: torch.cat([part[name] for part in parts]) for name in KEEP}
+        whole_order = (whole["prompt_id"] * 8 + whole["group_position"]).argsort()  # TRL has shuffled the rows
+        order = (joined["prompt_id"] * 8 + joined["group_position"]).argsort()
+        for name in ("prompt_id", "group_position", "group_rewards", "advantages"):
+            torch.testing.assert_close(
+                joined[name][order], whole[name][whole_order], equal_nan=True, rtol=1e-5, atol=1e-6
+            )
+        # a micro-batch of half the size: twice the weight, and DDP halves the sum
+        torch.testing.assert_close(joined["token_weight"][order] / 2, whole["token_weight"][whole_order])
+        assert set(parts[0]["prompt_id"].tolist()) & set(parts[1]["prompt_id"].tolist()) == {1}
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo"])
+def test_the_same_as_trl_on_two_processes(loss_type, tiny_policy, tmp_path):
+    options = {"loss_type": loss_type, "gradient_accumulation_steps": 2}
+    theirs = run(2, tiny_policy, tmp_path / "trl", trainer="trl", **options)[0]
+    ours = run(2, tiny_policy, tmp_path / "ours", **options)[0]
+    assert_same_run(ours, theirs)

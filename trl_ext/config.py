@@ -1,0 +1,65 @@
+"""Options of ``CurvatureGRPOTrainer``: TRL's, and ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from trl import GRPOConfig
+
+from grpo_kernels import check_normalization
+
+# what TRL's scale_rewards does, by our name
+SCALE_REWARDS_METHOD = {"group": "std", "batch": "batch_std", "none": "mean"}
+
+
+@dataclass
+class CurvatureGRPOConfig(GRPOConfig):
+    """``GRPOConfig`` plus the options below; everything else means what it means in TRL.
+
+    Args:
+        normalization: how a group's rewards become advantages, one of ``grpo_kernels.METHODS``. None follows
+            ``scale_rewards`` ("group" is ``std``, "batch" is ``batch_std``, "none" is ``mean``).
+        normalization_kwargs: the method's options, ``{"alpha": 0.5}`` for ``power``, and ``eps`` (default 1e-4, in
+            units of reward). On a command line a JSON object.
+
+    Raises:
+        ValueError: at construction, before a model is loaded: unknown method (lists them) or option, alpha outside
+            [0, 1], an invalid ``scale_rewards`` or ``multi_objective_aggregation``.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "normalization_kwargs"]
+
+    normalization: str | None = field(
+        default=None,
+        metadata={"help": "none, mean, batch_mean, loo, std, batch_std, global or power; default: as scale_rewards."},
+    )
+    normalization_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the normalization as a JSON object, such as '{\"alpha\": 0.5}' for power."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        resolve_normalization(self)
+
+
+def resolve_normalization(args: GRPOConfig) -> tuple[str, dict[str, Any]]:
+    """The method and its options that ``args`` ask for; a plain ``GRPOConfig`` gets what TRL would do."""
+    if args.scale_rewards not in SCALE_REWARDS_METHOD:
+        raise ValueError(f"scale_rewards={args.scale_rewards!r} must be one of {', '.join(SCALE_REWARDS_METHOD)}")
+    if args.multi_objective_aggregation not in ("sum_then_normalize", "normalize_then_sum"):
+        raise ValueError(
+            f"multi_objective_aggregation={args.multi_objective_aggregation!r} must be "
+            "sum_then_normalize or normalize_then_sum"
+        )
+    method = getattr(args, "normalization", None)
+    options = getattr(args, "normalization_kwargs", None) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"normalization_kwargs={options!r} must be a dictionary")
+    if method is None:
+        # TRL ignores scale_rewards when each reward function is normalised by itself
+        per_function = args.multi_objective_aggregation == "normalize_then_sum"
+        method = "std" if per_function else SCALE_REWARDS_METHOD[args.scale_rewards]
+    check_normalization(method, **options)
+    return method, options

@@ -1,0 +1,170 @@
+"""Questions with their gold answers, from a file, the hub or the built-in generator, and how they become prompts."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+from .arithmetic import generate_problems
+
+# hub id, configuration and split of the training and of the held-out questions
+HUB_DATASETS = {
+    "gsm8k": (("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")),
+    "math": (("DigitalLearningGmbH/MATH-lighteval", "default", "train"), ("HuggingFaceH4/MATH-500", None, "test")),
+}
+DATASETS = ("arithmetic", *HUB_DATASETS)
+FILE_TYPES = (".jsonl", ".json", ".parquet")
+QUESTION_COLUMNS = ("question", "problem")
+ANSWER_COLUMNS = ("answer", "solution")
+PROMPT_STYLES = ("auto", "chat", "few_shot")
+NEXT_QUESTION = "\nQuestion:"  # where a few-shot completion has gone on to a question of its own
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its gold answer as the source writes it; ``row`` counts the source's rows (or lines) from 1."""
+
+    question: str
+    answer: str
+    row: int
+
+
+def _read_rows(path: Path) -> list[tuple[int, dict]]:
+    """(row or line number, row) pairs of a jsonl, json or parquet file."""
+    if path.suffix == ".parquet":
+        return list(enumerate(Dataset.from_parquet(str(path)).to_list(), start=1))
+    if path.suffix == ".json":
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} isn't JSON: {error}") from None
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} holds a JSON {type(rows).__name__}: expected a list of objects")
+        numbered = list(enumerate(rows, start=1))
+    else:
+        numbered = []
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    numbered.append((number, json.loads(line)))
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number} isn't JSON: {error}") from None
+    for number, row in numbered:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number} is a {type(row).__name__}: expected an object with named columns")
+    return numbered
+
+
+def _pick_column(columns: Sequence[str], wanted: str | None, known: Sequence[str], flag: str, source: str) -> str:
+    if wanted is not None:
+        if wanted not in columns:
+            raise ValueError(f"{flag}={wanted!r} is not a column of {source}, which has: {', '.join(columns)}")
+        return wanted
+    for name in known:
+        if name in columns:
+            return name
+    raise ValueError(
+        f"{source} has no column {' or '.join(known)}; it has: {', '.join(columns)}. Say which one with {flag}"
+    )
+
+
+def _to_questions(
+    numbered: list[tuple[int, dict]], question_column: str | None, answer_column: str | None, source: str
+) -> list[Question]:
+    if not numbered:
+        raise ValueError(f"{source} is empty")
+    columns = list(numbered[0][1])
+    question_name = _pick_column(columns, question_column, QUESTION_COLUMNS, "--question_column", source)
+    answer_name = _pick_column(columns, answer_column, ANSWER_COLUMNS, "--answer_column", source)
+    questions = []
+    for number, row in numbered:
+        for name in (question_name, answer_name):
+            if row.get(name) is None or str(row[name]).strip() == "":
+                raise ValueError(f"{source}, row {number} has nothing in column {name!r}")
+        questions.append(Question(str(row[question_name]).strip(), str(row[answer_name]).strip(), number))
+    return questions
+
+
+def read_questions(
+    path: str | Path, question_column: str | None = None, answer_column: str | None = None
+) -> list[Question]:
+    """Questions of a ``.jsonl``, ``.json`` (a list of objects) or ``.parquet`` file.
+
+    Columns ``question`` or ``problem``, and ``answer`` or ``solution``, are recognised (GSM8K, MATH, MATH-500);
+    others are named by the arguments. Raises ``ValueError`` for a missing file, another type, a line that isn't JSON
+    (with its number), a missing column, an empty value (with its row) or an empty file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    if path.suffix not in FILE_TYPES:
+        raise ValueError(f"{path} has type {path.suffix!r}: expected one of {', '.join(FILE_TYPES)}")
+    return _to_questions(_read_rows(path), question_column, answer_column, str(path))
+
+
+def hub_questions(
+    dataset: str, *, held_out: bool, question_column: str | None = None, answer_column: str | None = None
+) -> list[Question]:
+    """Questions of ``gsm8k`` or ``math`` from the Hugging Face hub (or its local cache)."""
+    name, configuration, split = HUB_DATASETS[dataset][held_out]
+    try:
+        rows = load_dataset(name, configuration, split=split).to_list()
+    except Exception as error:
+        raise ValueError(
+            f"dataset {dataset!r} could not be loaded from the hub ({name}): {error}. "
+            "Without a network, give a local copy with --dataset_path FILE"
+        ) from error
+    return _to_questions(list(enumerate(rows, start=1)), question_column, answer_column, name)
+
+
+def arithmetic_questions(count: int, *, held_out: bool, levels: tuple[int, ...], seed: int) -> list[Question]:
+    """Questions of the built-in generator, see ``arithmetic.py``."""
+    problems = generate_problems(count, split="held_out" if held_out else "train", levels=levels, seed=seed)
+    return [Question(problem.question, str(problem.answer), row) for row, problem in enumerate(problems, start=1)]
+
+
+def hold_out(questions: list[Question], count: int, seed: int) -> tuple[list[Question], list[Question]]:
+    """Splits off ``count`` random questions: (the rest, the held-out ones)."""
+    if count >= len(questions):
+        raise ValueError(f"eval_size={count} leaves nothing to train on: there are {len(questions)} questions")
+    chosen = set(random.Random(seed).sample(range(len(questions)), count))
+    rest = [question for index, question in enumerate(questions) if index not in chosen]
+    return rest, [questions[index] for index in sorted(chosen)]
+
+
+def few_shot_prompt(question: str, examples: Sequence[Question]) -> str:
+    """Solved examples, then the question, ending where the model should answer.
+
+    GSM8K's calculator annotations, ``<<3+4=7>>``, are left out of the examples.
+    """
+    solved = [f"Question: {shot.question}\nAnswer: {re.sub(r'<<.*?>>', '', shot.answer)}\n\n" for shot in examples]
+    return "".join(solved) + f"Question: {question}\nAnswer:"
+
+
+def build_dataset(
+    questions: Sequence[Question], style: str, *, instruction: str = "", examples: Sequence[Question] = ()
+) -> Dataset:
+    """A dataset for the trainer, columns ``prompt``, ``question`` and ``gold`` (the answer as the source writes it).
+
+    ``style`` is ``"chat"`` (one user message, the instruction below the question) or ``"few_shot"`` (plain text).
+    """
+    if style == "chat":
+        texts = [f"{item.question}\n{instruction}".rstrip() for item in questions]
+        prompts: list = [[{"role": "user", "content": text}] for text in texts]
+    else:
+        prompts = [few_shot_prompt(item.question, examples) for item in questions]
+    return Dataset.from_dict(
+        {
+            "prompt": prompts,
+            "question": [item.question for item in questions],
+            "gold": [item.answer for item in questions],
+        }
+    )

@@ -1,0 +1,121 @@
+"""``CurvatureGRPOTrainer``: TRL's ``GRPOTrainer`` with our normalisation.
+
+Flow: TRL generates -> rewards, gathered (``_calculate_rewards``) -> advantages by our normalisation
+(``advantages.py``) -> TRL's per-sequence dict, with what later stages need (``_generate_and_score_completions``)
+-> micro-batches (``_prepare_inputs``) -> TRL's loss.
+
+Shapes: P prompts, G completions of one prompt, B = P*G sequences (of this process), F reward functions.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any, ClassVar
+
+import torch
+from trl import GRPOTrainer
+
+from .advantages import compute_advantages, normalization_metrics, weighted_rewards
+from .config import resolve_normalization
+from .reward_checks import checked_reward
+from .token_weights import live_tokens, micro_batch_token_weights, token_weights
+
+
+class CurvatureGRPOTrainer(GRPOTrainer):
+    """A drop-in ``GRPOTrainer``: the same arguments, with a ``CurvatureGRPOConfig`` (or a plain ``GRPOConfig``).
+
+    What it changes of its parent, in the order of the flow, and nothing else:
+
+    * ``__init__``: checks the normalisation before a model is loaded; a reward function that raises, or returns the
+      wrong number of rewards or an infinite one, is named.
+    * ``_calculate_rewards``: keeps the gathered rewards.
+    * ``_generate_and_score_completions``: replaces TRL's advantages, also in the logged table, by
+      ``normalization``'s, logs ``normalization/...``, and adds to the per-sequence dict: ``prompt_id`` (B,) int64,
+      the group's number in the generation batch, the same on every process; ``group_position`` (B,) int64, in
+      [0, G); ``group_rewards`` (B, G), the weighted rewards of the sequence's whole group, NaN where unscorable;
+      ``token_weight`` (B,), see ``token_weights.py``.
+    * ``_prepare_inputs``: adds ``token_weight`` for ``loss_type="bnpo"``, which only a micro-batch can know.
+
+    With TRL's own normalisations the advantages are TRL's to rounding, except that a group whose rewards are all
+    equal gets exactly 0 (TRL's float residue gives up to 6e-4).
+    """
+
+    _tag_names: ClassVar = ["trl", "grpo", "curvature-grpo"]
+    _name = "Curvature-aware GRPO"
+    _paper: ClassVar = {
+        "title": "Why GRPO Needs Normalization: A Local-Curvature Perspective on Adaptive Gradients",
+        "id": "2601.23135",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{ge2026normalization,
+                title        = {{Why GRPO Needs Normalization: A Local-Curvature Perspective on Adaptive Gradients}},
+                author       = {Cheng Ge and Caitlyn Heqi Yin and Hao Liang and Jiawei Zhang},
+                year         = 2026,
+                eprint       = {arXiv:2601.23135},
+            }"""),
+    }
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+        if args is not None:
+            resolve_normalization(args)
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        self._normalization, self._normalization_options = resolve_normalization(self.args)
+        self.reward_funcs: list[Any] = [
+            checked_reward(function, name)
+            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
+        self._gathered_rewards_BF = torch.empty(0, 0)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._gathered_rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._gathered_rewards_BF
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        output = super()._generate_and_score_completions(inputs)
+
+        rewards_BF = self._gathered_rewards_BF  # of all processes
+        weights_F = self.reward_weights.to(rewards_BF.device)
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        aggregation = self.multi_objective_aggregation
+        advantages_B = compute_advantages(
+            rewards_BF, weights_F, num_generations, self._normalization, self._normalization_options, aggregation
+        )
+        self._replace_logged_advantages(advantages_B)
+        metrics = normalization_metrics(rewards_BF, weights_F, num_generations, aggregation)
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+
+        n_local = len(inputs)
+        local = slice(self.accelerator.process_index * n_local, (self.accelerator.process_index + 1) * n_local)
+        position_B = torch.arange(rewards_BF.shape[0], device=rewards_BF.device)
+        rewards_PG = weighted_rewards(rewards_BF, weights_F).view(-1, num_generations)
+        output["advantages"] = advantages_B[local]
+        output["prompt_id"] = (position_B // num_generations)[local]
+        output["group_position"] = (position_B % num_generations)[local]
+        output["group_rewards"] = rewards_PG[output["prompt_id"]]
+        weights_B = token_weights(
+            live_tokens(output),
+            self.loss_type,
+            micro_batch_size=self.args.per_device_train_batch_size if mode == "train" else n_local,
+            max_completion_length=self.max_completion_length,
+            num_items_in_batch=output["num_items_in_batch"],
+            num_processes=self.accelerator.num_processes,
+            steps_per_generation=self.args.steps_per_generation if mode == "train" else 1,
+        )
+        if weights_B is not None:
+            output["token_weight"] = weights_B
+        return output
+
+    def _replace_logged_advantages(self, advantages_B: torch.Tensor) -> None:
+        """TRL has just appended its own advantages of this batch to the completions table: put ours there."""
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages_B), len(logged))):
+            logged.pop()
+        logged.extend(advantages_B.tolist())
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        if "token_weight" not in inputs:
+            inputs["token_weight"] = micro_batch_token_weights(live_tokens(inputs))
+        return inputs
