@@ -9,6 +9,7 @@ batch where a method needs it, then one pass over the groups (`_normalize_torch`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -49,7 +50,7 @@ BATCH_STATISTICS = ("batch_mean", "batch_std")
 
 def check_normalization(method: str, *, eps: float = 1e-4, **options: float) -> None:
     """Raises ``ValueError`` unless ``normalize_rewards`` would accept this method with these options."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         near = get_close_matches(str(method), METHODS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown normalization {method!r}: choose from {', '.join(METHODS)}.{hint}")
@@ -121,6 +122,19 @@ def _batch_statistics(
     return given[0], given[1]
 
 
+def _check_context(context: Mapping[str, torch.Tensor | float]) -> None:
+    for name, value in context.items():
+        if name not in BATCH_STATISTICS:
+            raise ValueError(f"context has no entry {name!r}: it takes {', '.join(BATCH_STATISTICS)}")
+        try:
+            finite = math.isfinite(value)
+        except (TypeError, ValueError, RuntimeError):
+            finite = False
+        if not finite or (name == "batch_std" and value < 0):
+            sign = ", not negative" if name == "batch_std" else ""
+            raise ValueError(f"context[{name!r}]={value!r} must be a finite number{sign}")
+
+
 def _normalize_torch(
     rewards_PG: torch.Tensor,
     method: Method,
@@ -170,7 +184,7 @@ def normalize_rewards(
         mean        r - m                               Dr. GRPO, arXiv 2503.20783
         batch_mean  r - mu
         loo         r - mean of the others              RLOO, arXiv 2402.14740
-        std         (r - m) / (s + eps)                 GRPO, arXiv 2402.03300, equation 3
+        std         (r - m) / (s + eps)                 GRPO, arXiv 2402.03300
         batch_std   (r - m) / (std of all + eps)        Lite PPO, arXiv 2508.08221
         global      (r - mu) / (std of all + eps)       REINFORCE++, arXiv 2501.03262
         power       (r - m) / (s + eps)^alpha           arXiv 2607.00152; alpha=0 is mean, alpha=1 is std
@@ -203,9 +217,7 @@ def normalize_rewards(
     check_normalization(method, eps=eps, **options)
     _check_rewards(rewards_PG)
     context = context or {}
-    unknown = [name for name in context if name not in BATCH_STATISTICS]
-    if unknown:
-        raise ValueError(f"context has no entry {unknown[0]!r}: it takes {', '.join(BATCH_STATISTICS)}")
+    _check_context(context)
 
     alpha = float(options.get("alpha", 1.0))
     if method == "power" and alpha in (0.0, 1.0):  # exactly the two ends of the dial

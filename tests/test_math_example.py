@@ -163,6 +163,12 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.2)
 
 
+def resumed_steps(folder, until):
+    launch("--output_dir", folder, "--resume_from_checkpoint", "latest", "--max_steps", until,
+           "--logging_steps", 1, *SMALL)  # fmt: skip
+    return [log["step"] for log in history(folder) if "reward" in log]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(number, warm_policy, tmp_path):
     process = start(tmp_path, "--save_steps", "1000")
@@ -176,19 +182,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(number, warm_policy, tmp_path)
     assert len(saved) == 1
     step = int(saved[0].name.split("-")[1])
     assert 3 <= step < 400
-    launch(
-        "--output_dir",
-        tmp_path,
-        "--resume_from_checkpoint",
-        "latest",
-        "--max_steps",
-        step + 2,
-        "--logging_steps",
-        1,
-        *SMALL,
-    )
-    steps = [log["step"] for log in history(tmp_path) if "reward" in log]
-    assert steps == list(range(1, step + 3))
+    assert resumed_steps(tmp_path, until=step + 2) == list(range(1, step + 3))
 
 
 def test_kill_9_and_a_half_written_checkpoint(warm_policy, tmp_path):
@@ -200,19 +194,7 @@ def test_kill_9_and_a_half_written_checkpoint(warm_policy, tmp_path):
     broken = tmp_path / "checkpoint-399"  # as a kill in the middle of saving leaves it
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"epoch": 1')
-    launch(
-        "--output_dir",
-        tmp_path,
-        "--resume_from_checkpoint",
-        "latest",
-        "--max_steps",
-        whole + 2,
-        "--logging_steps",
-        1,
-        *SMALL,
-    )
-    steps = [log["step"] for log in history(tmp_path) if "reward" in log]
-    assert steps[-1] == whole + 2 and whole >= 4
+    assert resumed_steps(tmp_path, until=whole + 2)[-1] == whole + 2 and whole >= 4
 
 
 @pytest.mark.parametrize(
@@ -222,6 +204,11 @@ def test_kill_9_and_a_half_written_checkpoint(warm_policy, tmp_path):
         (["--dataset_path", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
         (["--dataset_path", "{tmp}/bad.jsonl"], "bad.jsonl, line 2 isn't JSON"),
         (["--dataset_path", "{tmp}/empty.jsonl"], "empty.jsonl is empty"),
+        (["--dataset_path", "{tmp}/latin.jsonl"], "latin.jsonl isn't UTF-8 text"),
+        (["--dataset_path", "{tmp}/bad.parquet"], "bad.parquet isn't a parquet file"),
+        (["--config", "nope.yaml"], "--config nope.yaml: no such file"),
+        (["--normalization_kwargs", '{"method": "std"}'], "the method goes into normalization"),
+        (["--normalization_kwargs", "{alpha}"], "normalization_kwargs='{alpha}' isn't a JSON object"),
         (["--dataset_path", "{tmp}/gold.jsonl"], "none of the 2 gold answers can be parsed"),
         (["--dataset_path", "{tmp}/ok.jsonl", "--question_column", "text"], "--question_column='text' is not a column"),
         (["--eval_dataset_path", "x.jsonl"], "--eval_dataset_path goes with --dataset_path"),
@@ -244,6 +231,8 @@ def test_bad_input_ends_before_a_model_is_loaded(arguments, message, tmp_path, m
     monkeypatch.setattr(script, "find_model", lambda *args: pytest.fail("got as far as the model"))
     (tmp_path / "bad.jsonl").write_text('{"question": "q", "answer": "1"}\n{oops\n')
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9", "answer": "1"}\n')
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and then nothing")
     (tmp_path / "gold.jsonl").write_text('{"question": "q", "answer": "none of it"}\n' * 2)
     (tmp_path / "ok.jsonl").write_text('{"question": "q", "answer": "1"}\n' * 9)
     arguments = [item.format(tmp=tmp_path) if "{tmp}" in item else item for item in arguments]

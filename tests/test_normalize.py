@@ -253,6 +253,15 @@ def test_shapes_dtypes_and_strides(backend):
         (lambda r: normalize_rewards([[1.0]]), "floating-point tensor, got list"),
         (lambda r: normalize_rewards(r.index_fill(1, torch.tensor([2]), float("-inf"))), r"\[0, 2\] is -inf"),
         (lambda r: normalize_rewards(r, context={"mean": 1.0}), "context has no entry 'mean'"),
+        (
+            lambda r: normalize_rewards(r, context={"batch_std": float("nan")}),
+            "context['batch_std']=nan must be a finite",
+        ),
+        (
+            lambda r: normalize_rewards(r, context={"batch_mean": "x"}),
+            "context['batch_mean']='x' must be a finite number",
+        ),
+        (lambda r: normalize_rewards(r, ["std"]), "unknown normalization ['std']"),
         (lambda r: check_normalization("grpo"), "unknown normalization 'grpo'"),
     ],
 )

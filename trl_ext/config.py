@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -40,6 +41,13 @@ class CurvatureGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.normalization_kwargs, str):
+            try:
+                self.normalization_kwargs = json.loads(self.normalization_kwargs)
+            except ValueError as error:
+                raise ValueError(
+                    f"normalization_kwargs={self.normalization_kwargs!r} isn't a JSON object: {error}"
+                ) from None
         super().__post_init__()
         resolve_normalization(self)
 
@@ -57,6 +65,8 @@ def resolve_normalization(args: GRPOConfig) -> tuple[str, dict[str, Any]]:
     options = getattr(args, "normalization_kwargs", None) or {}
     if not isinstance(options, dict):
         raise ValueError(f"normalization_kwargs={options!r} must be a dictionary")
+    if "method" in options:
+        raise ValueError(f"normalization_kwargs={options!r}: the method goes into normalization, options here")
     if method is None:
         # TRL ignores scale_rewards when each reward function is normalised by itself
         per_function = args.multi_objective_aggregation == "normalize_then_sum"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from pyarrow import ArrowException, parquet
 
 from .arithmetic import generate_problems
 
@@ -35,13 +36,23 @@ class Question:
     row: int
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} isn't UTF-8 text: {error}") from None
+
+
 def _read_rows(path: Path) -> list[tuple[int, dict]]:
     """(row or line number, row) pairs of a jsonl, json or parquet file."""
     if path.suffix == ".parquet":
-        return list(enumerate(Dataset.from_parquet(str(path)).to_list(), start=1))
+        try:
+            return list(enumerate(parquet.read_table(path).to_pylist(), start=1))
+        except (OSError, ArrowException) as error:
+            raise ValueError(f"{path} isn't a parquet file: {error}") from None
     if path.suffix == ".json":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(_read_text(path))
         except ValueError as error:
             raise ValueError(f"{path} isn't JSON: {error}") from None
         if not isinstance(rows, list):
@@ -49,14 +60,13 @@ def _read_rows(path: Path) -> list[tuple[int, dict]]:
         numbered = list(enumerate(rows, start=1))
     else:
         numbered = []
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    numbered.append((number, json.loads(line)))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number} isn't JSON: {error}") from None
+        for number, line in enumerate(_read_text(path).split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                numbered.append((number, json.loads(line)))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} isn't JSON: {error}") from None
     for number, row in numbered:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number} is a {type(row).__name__}: expected an object with named columns")
