@@ -70,9 +70,9 @@ def parse_arguments(arguments: list[str]):
     if "--config" not in arguments and not model_given:
         arguments = ["--config", str(DEMO_RECIPE), *arguments]
     if "--config" in arguments:
-        path = Path(arguments[arguments.index("--config") + 1 :][0] if arguments[-1] != "--config" else "")
-        if not path.is_file():
-            raise ValueError(f"--config {path}: no such file")
+        recipe = arguments[arguments.index("--config") + 1 :][:1]
+        if not recipe or not Path(recipe[0]).is_file():
+            raise ValueError(f"--config {' '.join(recipe)}: no such file")
     parser = TrlParser((MathArguments, CurvatureGRPOConfig, ModelConfig))
     parser.set_defaults(model_name_or_path=BUILT_IN, output_dir="runs/math")
     if not torch.accelerator.is_available():
@@ -260,8 +260,8 @@ def main(arguments: list[str]) -> None:
         say(f"Model and checkpoints: {output}    Logs: {output}/trainer_state.json (log_history)")
         say("Next: --normalization mean (or loo, power, ...) to compare; --model_name_or_path smollm2 or a hub id and")
         say("--dataset gsm8k for a real model; examples/recipes/ for whole configurations.")
-    # Gloo's worker thread may still hold a tensor of the last exchange, and needs Python's lock to let it go; taking the
-    # process group down holds that lock while it waits for the thread. A barrier gives the thread its turn.
+    # Gloo's worker thread may still hold a tensor of the last exchange, and needs Python's lock to let it go. Taking
+    # the process group down keeps that lock while it waits for the thread: a hang. A barrier gives the thread its turn.
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 

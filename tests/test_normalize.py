@@ -259,9 +259,9 @@ def test_shapes_dtypes_and_strides(backend):
         ),
         (
             lambda r: normalize_rewards(r, context={"batch_mean": "x"}),
-            "context['batch_mean']='x' must be a finite number",
+            r"\['batch_mean'\]='x' must be a finite",
         ),
-        (lambda r: normalize_rewards(r, ["std"]), "unknown normalization ['std']"),
+        (lambda r: normalize_rewards(r, ["std"]), r"unknown normalization \['std'\]"),
         (lambda r: check_normalization("grpo"), "unknown normalization 'grpo'"),
     ],
 )

@@ -124,6 +124,8 @@ def hub_questions(
     dataset: str, *, held_out: bool, question_column: str | None = None, answer_column: str | None = None
 ) -> list[Question]:
     """Questions of ``gsm8k`` or ``math`` from the Hugging Face hub (or its local cache)."""
+    if dataset not in HUB_DATASETS:
+        raise ValueError(f"dataset={dataset!r}: choose from {', '.join(HUB_DATASETS)}")
     name, configuration, split = HUB_DATASETS[dataset][held_out]
     try:
         rows = load_dataset(name, configuration, split=split).to_list()
