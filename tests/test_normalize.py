@@ -255,7 +255,7 @@ def test_shapes_dtypes_and_strides(backend):
         (lambda r: normalize_rewards(r, context={"mean": 1.0}), "context has no entry 'mean'"),
         (
             lambda r: normalize_rewards(r, context={"batch_std": float("nan")}),
-            "context['batch_std']=nan must be a finite",
+            r"\['batch_std'\]=nan must be a finite",
         ),
         (
             lambda r: normalize_rewards(r, context={"batch_mean": "x"}),
