@@ -260,9 +260,6 @@ def main(arguments: list[str]) -> None:
         say(f"Model and checkpoints: {output}    Logs: {output}/trainer_state.json (log_history)")
         say("Next: --normalization mean (or loo, power, ...) to compare; --model_name_or_path smollm2 or a hub id and")
         say("--dataset gsm8k for a real model; examples/recipes/ for whole configurations.")
-    # Gloo's worker thread may still hold a tensor of the last exchange, and needs Python's lock to let it go. Taking
-    # the process group down keeps that lock while it waits for the thread: a hang. A barrier gives the thread its turn.
-    trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 

@@ -10,6 +10,7 @@ Shapes: P prompts, G completions of one prompt, B = P*G sequences (of this proce
 from __future__ import annotations
 
 import textwrap
+import time
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
       [0, G); ``group_rewards`` (B, G), the weighted rewards of the sequence's whole group, NaN where unscorable;
       ``token_weight`` (B,), see ``token_weights.py``.
     * ``_prepare_inputs``: adds ``token_weight`` for ``loss_type="bnpo"``, which only a micro-batch can know.
+    * ``end``: waits for gloo's worker thread, which could hang the process.
 
     With TRL's own normalisations the advantages are TRL's to rounding, except that a group whose rewards are all
     equal gets exactly 0 (TRL's float residue gives up to 6e-4).
@@ -119,3 +121,12 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if "token_weight" not in inputs:
             inputs["token_weight"] = micro_batch_token_weights(live_tokens(inputs))
         return inputs
+
+    def end(self):
+        several = self.accelerator.num_processes > 1
+        super().end()
+        if several:
+            # Gloo's worker thread may still hold a tensor of the last exchange, and needs Python's lock to let go of it.
+            # Freeing the trainer (its DDP reducer) keeps that lock while it waits for the thread: the process hung in
+            # one of four runs. So the thread gets its turn before anything is freed.
+            time.sleep(0.5)
