@@ -1,0 +1,85 @@
+"""Checks of what the head's public functions are given; each raises a ``ValueError`` that names the value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> None:
+    """A finite number, greater than ``above``, at least ``least``."""
+    bound = f" above {above:g}" if above is not None else f" of at least {least:g}" if least is not None else ""
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fine or (above is not None and value <= above) or (least is not None and value < least):  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} must be a finite number{bound}")
+
+
+def check_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """What ``linear_logprob`` and ``linear_grpo_loss`` have in common."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if weight.ndim != 2 or hidden.ndim not in (2, 3) or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} don't fit: expected (N, H) or (B, T, H), "
+            "and (V, H)"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError("weight has no rows: the vocabulary is empty")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets have shape {tuple(targets.shape)}: expected hidden's, {tuple(hidden.shape[:-1])}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"targets have dtype {targets.dtype}: expected torch.int64 or torch.int32")
+    tensors = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
+    if low_rank is not None:
+        inputs, matrix = low_rank
+        tensors |= {"low_rank[0]": inputs, "low_rank[1]": matrix}
+        fits = inputs.ndim == hidden.ndim and inputs.shape[:-1] == hidden.shape[:-1] and matrix.ndim == 2
+        if not fits or matrix.shape != (weight.shape[0], inputs.shape[-1]):
+            raise ValueError(
+                f"low_rank has shapes {tuple(inputs.shape)} and {tuple(matrix.shape)}: expected "
+                f"{(*hidden.shape[:-1], 'R')} and ({weight.shape[0]}, R)"
+            )
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: they must be on one device")
+        if name != "targets" and tensor.dtype not in DTYPES:
+            names = ", ".join(str(dtype) for dtype in DTYPES)
+            raise ValueError(f"{name} has dtype {tensor.dtype}: expected one of {names}")
+    check_number("temperature", temperature, above=0)
+    check_number("logit_scale", logit_scale)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0)
+    if targets.numel():
+        low, high = torch.stack(targets.aminmax()).tolist()
+        if low < 0 or high >= weight.shape[0]:
+            wrong = low if low < 0 else high
+            raise ValueError(f"targets hold {wrong}: expected values in [0, {weight.shape[0]})")
+
+
+def check_per_token(name: str, tensor: torch.Tensor | None, count: int, device: torch.device) -> None:
+    """A floating-point tensor (N,) on the hidden states' device, or None."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.shape != (count,):
+        shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        dtype = f" of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else ""
+        raise ValueError(f"{name} is {shape}{dtype}: expected ({count},), floating point")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} and hidden on {device}: they must be on one device")

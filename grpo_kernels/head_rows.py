@@ -1,0 +1,185 @@
+"""The row arithmetic of the head in plain torch: a tile of logits becomes probabilities, then dL/dlogits, in place.
+
+Shapes: C rows (tokens) of a tile, V vocabulary. The arithmetic is in float32 (float64 for float64), whatever the
+tile's dtype: rows are worked on in groups small enough to stay in the processor's cache, so that the tile itself is
+read and written once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .token_losses import TokenInputs, TokenLoss, token_losses
+
+# Two float buffers of a group share the 1 to 2 MiB a core has of second-level cache with the next group's rows. Measured
+# at V 49152: 1 MiB (5 rows) 1.00, 4 MiB 1.01, 16 MiB 1.06, the whole tile 1.35 times the time of the row arithmetic.
+GROUP_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Transform:
+    """From the product hidden . weight to logits: ``z = softcap * tanh(scale * y / softcap) / temperature``."""
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def slope(self) -> float:
+        """dz/dy, without the softcap's part."""
+        return self.logit_scale / self.temperature
+
+
+@dataclass
+class RowStatistics:
+    """Of each row of a tile, (C,): log-sum-exp of the logits, log-prob of the target, entropy (or None), in nats."""
+
+    lse: torch.Tensor
+    logprob: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+def _groups(tile: torch.Tensor, work_dtype: torch.dtype):
+    rows = max(1, GROUP_BYTES // max(1, tile.shape[1] * work_dtype.itemsize))
+    return [slice(start, min(start + rows, tile.shape[0])) for start in range(0, tile.shape[0], rows)]
+
+
+def softmax_rows_(
+    tile_CV: torch.Tensor,
+    targets_C: torch.Tensor,
+    transform: Transform,
+    *,
+    bias: torch.Tensor | None = None,
+    entropy: bool = True,
+    keep: bool = True,
+) -> RowStatistics:
+    """Replaces products by probabilities (left undefined where not ``keep``) and returns the rows' statistics.
+
+    In plain torch, with z the transformed products: ``tile.copy_(z.softmax(1))``, ``z.logsumexp(1)``,
+    ``z.log_softmax(1).gather(1, targets)`` and ``-(p * log p).sum(1)``.
+    """
+    work_dtype = torch.promote_types(tile_CV.dtype, torch.float32)
+    count = tile_CV.shape[0]
+    lse_C, logprob_C = (torch.empty(count, dtype=work_dtype, device=tile_CV.device) for _ in range(2))
+    entropy_C = torch.empty_like(lse_C) if entropy else None
+    groups = _groups(tile_CV, work_dtype)
+    shape = (groups[0].stop if groups else 0, tile_CV.shape[1])
+    scratch, wide = (torch.empty(shape, dtype=work_dtype, device=tile_CV.device) for _ in range(2))
+    for rows in groups:
+        tile = tile_CV[rows]
+        z = tile if tile.dtype == work_dtype else wide[: len(tile)].copy_(tile)
+        if bias is not None:
+            z.add_(bias)
+        if transform.softcap is not None:
+            z.mul_(transform.logit_scale / transform.softcap).tanh_().mul_(transform.softcap / transform.temperature)
+        elif transform.slope != 1.0:
+            z.mul_(transform.slope)
+        high = z.amax(1, keepdim=True)
+        d = torch.sub(z, high, out=scratch[: z.shape[0]])
+        logprob = d.gather(1, targets_C[rows, None])
+        e = torch.exp(d, out=z)
+        total = e.sum(1, keepdim=True)
+        log_total = total.log()
+        lse_C[rows] = (high + log_total).squeeze(1)
+        logprob_C[rows] = (logprob - log_total).squeeze(1)
+        if entropy_C is not None:
+            if bias is not None:
+                d.clamp_(min=-1e30)  # a bias of -inf masks a column: its probability is 0, and 0 * -inf must be 0
+            entropy_C[rows] = log_total.squeeze(1) - torch.linalg.vecdot(e, d) / total.squeeze(1)
+        if keep:
+            torch.mul(e, total.reciprocal_(), out=tile) if tile is z else tile.copy_(e.mul_(total.reciprocal_()))
+    return RowStatistics(lse_C, logprob_C, entropy_C)
+
+
+def logit_gradient_(
+    tile_CV: torch.Tensor,
+    targets_C: torch.Tensor,
+    statistics: RowStatistics,
+    transform: Transform,
+    logprob_grad_C: torch.Tensor,
+    entropy_grad_C: torch.Tensor | None,
+) -> torch.Tensor:
+    """Replaces probabilities by dL/dy up to a factor of each row, which is returned, (C,) in float32.
+
+    With c = dL/dlogprob and e = dL/dentropy, ``dL/dz_j = c (1[j = target] - p_j) - e p_j (log p_j + entropy)``. Kept in
+    the tile is p - onehot, and c in the factor: a coefficient of 1e-9 would vanish in a half-precision tile.
+    """
+    index = targets_C[:, None]
+    at_target = torch.exp(statistics.logprob)[:, None]
+    if entropy_grad_C is None:
+        factor_C = -logprob_grad_C * transform.slope
+        if transform.softcap is None:
+            # (scatter_ would copy a half-precision tile)
+            tile_CV[torch.arange(len(targets_C), device=tile_CV.device), targets_C] = torch.expm1(statistics.logprob).to(
+                tile_CV.dtype
+            )
+            return factor_C
+        size_C = None
+    else:
+        size_C = logprob_grad_C.abs() + entropy_grad_C.abs()
+        size_C = torch.where(size_C > 0, size_C, 1.0)
+        factor_C = size_C * transform.slope
+    for rows in _groups(tile_CV, statistics.lse.dtype):
+        tile = tile_CV[rows]
+        p = tile.to(statistics.lse.dtype, copy=True)
+        p.scatter_(1, index[rows], at_target[rows])
+        logp = p.log()
+        if transform.softcap is not None:  # d tanh: 1 - (z T / softcap)^2, and 0 where p is
+            tanh = logp.add(statistics.lse[rows, None]).mul_(transform.temperature / transform.softcap)
+            cap_slope = torch.where(p > 0, 1 - tanh.square_(), 0.0)
+            cap_slope.scatter_(1, index[rows], _target_cap_slope(statistics, transform, rows))
+        if size_C is not None and entropy_grad_C is not None and statistics.entropy is not None:
+            c, e = (g[rows, None] / size_C[rows, None] for g in (logprob_grad_C, entropy_grad_C))
+            log_term = logp.clamp_(min=-1e30).add_(statistics.entropy[rows, None]).mul_(p).mul_(e)
+            p.mul_(-c)
+            p.scatter_add_(1, index[rows], c.to(p.dtype))
+            p.sub_(log_term)
+        else:
+            p.scatter_(1, index[rows], torch.expm1(statistics.logprob[rows])[:, None])
+        tile.copy_(p.mul_(cap_slope) if transform.softcap is not None else p)
+    return factor_C
+
+
+def _target_cap_slope(statistics: RowStatistics, transform: Transform, rows: slice) -> torch.Tensor:
+    z = statistics.logprob[rows] + statistics.lse[rows]
+    return 1 - (z * (transform.temperature / transform.softcap)).square()[:, None]
+
+
+def grpo_rows_(
+    tile_CV: torch.Tensor,
+    rows: torch.Tensor | slice,
+    tokens: TokenInputs,
+    transform: Transform,
+    *,
+    bias: torch.Tensor | None,
+    options: TokenLoss,
+    entropy_grad: float,
+    gradient: bool,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Products of these rows become dL/dy up to a factor of each row: (what is logged of each row, factor (C,)).
+
+    Without ``gradient`` the tile's content is undefined afterwards. ``entropy_grad`` is -dL/dentropy of every token.
+    """
+    targets_C = tokens.targets[rows]
+    statistics = softmax_rows_(tile_CV, targets_C, transform, bias=bias, keep=gradient)
+    dtype = statistics.logprob.dtype
+    advantages_C, weights_C = tokens.advantages[rows].to(dtype), tokens.weights[rows].to(dtype)
+    optional = [None if x is None else x[rows].to(dtype) for x in (tokens.old, tokens.ref, tokens.policy_scale)]
+    losses = token_losses(statistics.logprob, advantages_C, *optional, options)
+    logs = {
+        "logprob": statistics.logprob,
+        "entropy": statistics.entropy,
+        "loss": losses.loss * weights_C,
+        "ratio": losses.ratio,
+        "clipped": losses.clipped,
+        "advantage": advantages_C,
+    }
+    if losses.kl is not None:
+        logs["kl"] = losses.kl
+    coefficient_C = losses.coefficient * weights_C
+    if not gradient:
+        return logs, coefficient_C
+    entropy_grad_C = torch.full_like(coefficient_C, -entropy_grad) if entropy_grad else None
+    return logs, logit_gradient_(tile_CV, targets_C, statistics, transform, coefficient_C, entropy_grad_C)

@@ -1,0 +1,367 @@
+"""From hidden states and advantages (or rewards) to the GRPO loss and its gradients, in one pass over tiles of logits.
+
+Shapes: N live tokens, C tokens of a tile, B sequences, G completions of one prompt, H hidden, V vocabulary.
+
+dL/dlogits of a row needs its log-sum-exp and one number, dL/dlogprob, which for losses on single tokens is known as
+soon as the row's log-prob is. So each tile is made once and turned into its own gradient: 2 N V H for the logits, 2 f
+for dL/dhidden and, with a trainable weight, 2 f for dL/dweight, where f is the share of rows whose dL/dlogprob isn't
+zero. Flow of this file: checks, the order of the rows (those that can have a gradient first), then for each tile
+products -> row arithmetic (``head_rows.py``, ``head_rows_triton.py``) -> products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .backend import choose_backend
+from .head_checks import check_head, check_number, check_per_token
+from .head_products import HeadProducts, compute_dtype
+from .head_rows import Transform, grpo_rows_
+from .memory import cast
+from .normalize import METHODS, check_normalization
+from .token_losses import SURROGATES, GroupRewards, TokenInputs, TokenLoss
+
+
+@dataclass
+class GRPOLoss:
+    """``loss`` is differentiable, 0-d; all else is detached, float32 (float64 for float64).
+
+    Attributes:
+        loss: what to call ``backward`` on, once.
+        policy_loss: 0-d, the loss without the entropy bonus.
+        logprobs, entropies: (N,), in nats.
+        ratio: (N,), exp(logprob - old logprob); 1 on policy.
+        clipped: (N,) bool, whether the clip is what the gradient is missing for.
+        kl: (N,), or None where no reference log-probs were given; times the ratio with ``kl_times_ratio``.
+        advantages: (N,), of each token.
+    """
+
+    loss: torch.Tensor
+    policy_loss: torch.Tensor
+    logprobs: torch.Tensor
+    entropies: torch.Tensor
+    ratio: torch.Tensor
+    clipped: torch.Tensor
+    kl: torch.Tensor | None
+    advantages: torch.Tensor
+
+
+class LinearGRPOLossFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, tokens, transform, options, entropy_grad, grad_enabled, hidden, weight, bias, low_inputs, low_weight
+    ):
+        count, device = hidden.shape[0], hidden.device
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[5:]]
+        factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
+        # Rows that can have a gradient come first, so that their tiles are full and the others' need no gradient.
+        n_live, order = 0, None
+        if any(needs):
+            live_N = tokens.may_be_live(options, entropy_grad)
+            n_live = int(live_N.sum())
+            if 0 < n_live < count:
+                order = torch.argsort(live_N.to(torch.int8), descending=True, stable=True)
+        products = HeadProducts(
+            factors,
+            compute_dtype(hidden),
+            want_inputs=[needs[0], needs[3]][: len(factors)],
+            want_weights=[needs[1], needs[4]][: len(factors)],
+            want_bias=needs[2],
+            gradient_rows=n_live,
+        )
+        dtype = products.sum_dtype
+        row_function = _row_function(device, dtype)
+        if row_function is grpo_rows_:
+            tokens.advantages = tokens.made_advantages()
+        unit = torch.ones((), dtype=dtype, device=device)
+        if products.dtype == torch.float16 and n_live:  # a coefficient of 1e-9 would underflow
+            unit = tokens.unit(options, entropy_grad).to(dtype)
+
+        logs = {
+            name: torch.zeros(count, dtype=torch.bool if name == "clipped" else dtype, device=device)
+            for name in ("logprob", "entropy", "loss", "ratio", "clipped", "kl", "advantage")
+        }
+        for gradient, start, stop in ((True, 0, n_live), (False, n_live, count)):
+            for rows in products.tiles(order, start, stop):
+                tile = products.logits(rows)
+                row_logs, factor_C = row_function(
+                    tile,
+                    rows,
+                    tokens,
+                    transform,
+                    bias=bias,
+                    options=options,
+                    entropy_grad=entropy_grad,
+                    gradient=gradient,
+                )
+                for name, values in row_logs.items():
+                    logs[name][rows] = values
+                if gradient:
+                    if tokens.old is not None:
+                        tile, rows, factor_C = _drop_clipped_rows(tile, rows, factor_C)
+                    products.accumulate(tile, rows, factor_C / unit)
+        products.release()
+        policy_loss = logs["loss"].sum()
+        loss = policy_loss - entropy_grad * logs["entropy"].sum()
+
+        weight_grads = products.weight_grads()
+        bias_grad = products.bias_grad
+        if needs[2] and bias_grad is None:
+            bias_grad = torch.zeros_like(bias, dtype=dtype)
+        low = products.factors[1] if low_inputs is not None else None
+        ctx.unit = unit
+        ctx.totals = [
+            products.factors[0].inputs_grad,
+            weight_grads[0],
+            bias_grad,
+            low and low.inputs_grad,
+            low and weight_grads[1],
+        ]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, low_inputs, low_weight)]
+        details = (policy_loss, *(logs[name] for name in ("logprob", "entropy", "ratio", "clipped", "kl", "advantage")))
+        ctx.mark_non_differentiable(*details)
+        return (loss, *details)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss_grad, *_):
+        if ctx.totals is None:
+            raise RuntimeError("the backward of linear_grpo_loss was called before: compute the loss again")
+        totals, ctx.totals = ctx.totals, None  # scaled in place and handed over
+        scale = loss_grad * ctx.unit
+        # times 1 is a pass over (V, H) for nothing; to look is free on a CPU, and would wait for a GPU
+        is_one = scale.device.type == "cpu" and scale.item() == 1.0
+        grads = [
+            None if total is None else cast(total if is_one else total.mul_(scale), dtype)
+            for total, dtype in zip(totals, ctx.dtypes, strict=True)
+        ]
+        return (None, None, None, None, None, *grads)
+
+
+def _row_function(device: torch.device, dtype: torch.dtype) -> Any:
+    """``grpo_rows_`` of the backend for this device; Triton's arithmetic is float32, so float64 stays with torch."""
+    if dtype == torch.float32 and choose_backend(device) == "triton":
+        from .head_rows_triton import grpo_rows_ as fused
+
+        return fused
+    return grpo_rows_
+
+
+def _drop_clipped_rows(tile, rows, factor_C):
+    """The rows that kept a gradient where a clip took some: moved to the front of the tile, in place."""
+    live_C = factor_C != 0
+    count = int(live_C.sum())
+    if count == len(factor_C):
+        return tile, rows, factor_C
+    position = torch.arange(len(factor_C), device=tile.device)
+    numbers = position + rows.start if isinstance(rows, slice) else rows.clone()
+    holes = position[~live_C & (position < count)]
+    movers = position[live_C & (position >= count)]
+    for values in (tile, numbers, factor_C):
+        values[holes] = values[movers]
+    return tile[:count], numbers[:count], factor_C[:count]
+
+
+def _check_sequences(sequence_N, weights_B, count: int, device: torch.device) -> None:
+    if not isinstance(weights_B, torch.Tensor) or weights_B.ndim != 1 or not weights_B.is_floating_point():
+        raise ValueError(f"weights_B must be a floating-point tensor (B,), got {_describe(weights_B)}")
+    if not isinstance(sequence_N, torch.Tensor) or sequence_N.shape != (count,) or sequence_N.is_floating_point():
+        raise ValueError(f"sequence_N must be an integer tensor ({count},), got {_describe(sequence_N)}")
+    for name, tensor in (("weights_B", weights_B), ("sequence_N", sequence_N)):
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {device}: they must be on one device")
+    if count:
+        low, high = torch.stack(sequence_N.aminmax()).tolist()
+        if low < 0 or high >= len(weights_B):
+            wrong = low if low < 0 else high
+            raise ValueError(f"sequence_N holds {wrong}: expected values in [0, {len(weights_B)}), weights_B's length")
+
+
+def _describe(value: object) -> str:
+    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _token_loss(
+    loss_type, epsilon, epsilon_high, delta, sapo_temperatures, beta, kl_times_ratio, ref_logprobs_N
+) -> TokenLoss:
+    if loss_type not in SURROGATES:
+        raise ValueError(f"loss_type={loss_type!r}: choose from {', '.join(SURROGATES)}")
+    surrogate = SURROGATES[loss_type]
+    check_number("epsilon", epsilon, least=0)
+    if surrogate == "clip" and epsilon > 1:
+        raise ValueError(f"epsilon={epsilon!r} must be in [0, 1]: ratios are clipped to at least 1 - epsilon")
+    high = epsilon if epsilon_high is None else epsilon_high
+    check_number("epsilon_high", high, least=0)
+    if delta is not None:
+        check_number("delta", delta, above=0)
+    check_number("beta", beta, least=0)
+    if beta and ref_logprobs_N is None:
+        raise ValueError(f"beta={beta!r} needs ref_logprobs_N")
+    try:
+        positive, negative = sapo_temperatures
+    except (TypeError, ValueError):
+        raise ValueError(f"sapo_temperatures={sapo_temperatures!r} must be two numbers") from None
+    check_number("sapo_temperatures[0]", positive, above=0)
+    check_number("sapo_temperatures[1]", negative, above=0)
+    return TokenLoss(surrogate, epsilon, high, delta, positive, negative, beta, bool(kl_times_ratio))
+
+
+def _group_rewards(rewards, normalization, n_sequences: int, device: torch.device) -> GroupRewards:
+    if not isinstance(rewards, tuple) or len(rewards) != 2:
+        raise ValueError("rewards must be a pair: (B, G) each sequence's whole group, (B,) its own place in it")
+    rewards_BG, position_B = rewards
+    if not isinstance(rewards_BG, torch.Tensor) or rewards_BG.ndim != 2 or len(rewards_BG) != n_sequences:
+        raise ValueError(f"rewards[0] is {_describe(rewards_BG)}: expected ({n_sequences}, G), a row for each sequence")
+    if not isinstance(position_B, torch.Tensor) or position_B.shape != (n_sequences,) or position_B.is_floating_point():
+        raise ValueError(f"rewards[1] is {_describe(position_B)}: expected integers ({n_sequences},)")
+    for name, tensor in (("rewards[0]", rewards_BG), ("rewards[1]", position_B)):
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {device}: they must be on one device")
+    method, options = ("std", {}) if normalization is None else normalization
+    check_normalization(method, **options)
+    if METHODS[method].needs_batch:
+        raise ValueError(f"normalization {method!r} needs the whole batch: give advantages instead of rewards")
+    group = rewards_BG.shape[1]
+    if n_sequences and (position_B.min() < 0 or position_B.max() >= group):
+        wrong = position_B[(position_B < 0) | (position_B >= group)][0].item()
+        raise ValueError(f"rewards[1] holds {wrong}: expected places in [0, {group})")
+    infinite = rewards_BG.isinf()
+    if infinite.any():
+        row, column = infinite.nonzero()[0].tolist()
+        raise ValueError(f"rewards[0][{row}, {column}] is {rewards_BG[row, column].item()}: rewards must be finite or NaN")
+    rewards_BG = rewards_BG if rewards_BG.dtype == torch.float64 else rewards_BG.float()
+    eps, alpha = float(options.get("eps", 1e-4)), float(options.get("alpha", 1.0))
+    return GroupRewards(rewards_BG.contiguous(), position_B.long(), method, eps, alpha)
+
+
+@torch.compiler.disable
+def linear_grpo_loss(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    sequence_N: torch.Tensor,
+    advantages: torch.Tensor | None,
+    weights_B: torch.Tensor,
+    *,
+    rewards: tuple[torch.Tensor, torch.Tensor] | None = None,
+    normalization: tuple[str, Mapping[str, float]] | None = None,
+    old_logprobs_N: torch.Tensor | None = None,
+    ref_logprobs_N: torch.Tensor | None = None,
+    policy_scale_N: torch.Tensor | None = None,
+    loss_type: str = "grpo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+    beta: float = 0.0,
+    kl_times_ratio: bool = True,
+    entropy_coef: float = 0.0,
+    temperature: float = 1.0,
+    bias: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> GRPOLoss:
+    """The GRPO loss of N tokens and its gradients by hidden states and head, without the (N, V) logits.
+
+    The same in plain torch, at full memory, for ``loss_type="grpo"``::
+
+        logprobs, entropies = linear_logprob(hidden_NH, weight_VH, targets_N, entropy=True)
+        ratio = (logprobs - (logprobs.detach() if old_logprobs_N is None else old_logprobs_N)).exp()
+        A, w = advantages[sequence_N], weights_B[sequence_N]
+        policy = -torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon_high) * A) * policy_scale_N
+        k3 = (ref_logprobs_N - logprobs).exp() - (ref_logprobs_N - logprobs) - 1
+        loss = (w * (policy + beta * k3 * ratio)).sum() - entropy_coef * entropies.mean()
+
+    The gradients are made in the forward; ``backward`` scales them and can be called once. A token whose dL/dlogprob
+    is zero (advantage or weight 0 with neither beta nor entropy_coef; clipped) gets log-prob and entropy, and no part
+    in the gradients' products.
+
+    Args:
+        hidden_NH: (N, H), live completion tokens only, float32, bfloat16, float16 or float64. N may be 0.
+        weight_VH: (V, H).
+        targets_N: (N,), the tokens that were sampled, in [0, V).
+        sequence_N: (N,) integers, the sequence each token is of, in [0, B).
+        advantages: (B,) of each sequence, or (N,) of each token (where B = N, of each sequence); None with ``rewards``.
+        weights_B: (B,), the weight of one token of each sequence: grpo and sapo 1 / (B len), bnpo 1 / N, dr_grpo
+            1 / (B max_len), dapo and cispo 1 / tokens of the global batch, luspo 1 / B. A division by gradient
+            accumulation steps goes into it.
+        rewards: instead of advantages: ((B, G) the rewards of each sequence's whole group, (B,) its place there). The
+            Triton backend makes baseline, scale and gradient in the same launch.
+        normalization: with ``rewards``, (method, options) as ``normalize_rewards`` takes them; default std. Methods
+            that need the whole batch can't be used here.
+        old_logprobs_N: (N,) of the policy that is compared with; None on policy, where every ratio is 1.
+        ref_logprobs_N: (N,) of the reference model, for KL.
+        policy_scale_N: (N,), multiplies the policy term and not KL (vLLM's importance correction).
+        loss_type: grpo, bnpo, dr_grpo, dapo, luspo (token-level): the clipped surrogate; cispo; sapo. TRL's semantics.
+        epsilon, epsilon_high: clip range, 1 - epsilon to 1 + epsilon_high (default epsilon). For cispo the ratio is
+            capped at epsilon_high itself.
+        delta: caps the ratio from above also where that lowers the loss (dual clip), clipped surrogate only.
+        sapo_temperatures: for positive and for other advantages.
+        beta: weight of KL. With ``kl_times_ratio`` (TRL's default) KL is multiplied by the ratio, gradient included.
+        entropy_coef: weight of the mean entropy of the N tokens, which is subtracted.
+        temperature, bias, low_rank, logit_scale, softcap: as in ``linear_logprob``.
+
+    Returns:
+        ``GRPOLoss``.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that don't fit, targets outside the vocabulary, an unknown loss type,
+            numbers out of range, rewards together with advantages or neither.
+
+    Source:
+        GRPO, arXiv 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476; CISPO, 2506.13585; SAPO, 2511.20347.
+    """
+    if hidden_NH.ndim != 2:
+        raise ValueError(f"hidden_NH has shape {tuple(hidden_NH.shape)}: expected (N, H)")
+    check_head(hidden_NH, weight_VH, targets_N, bias, low_rank, temperature, logit_scale, softcap)
+    count, device = len(hidden_NH), hidden_NH.device
+    _check_sequences(sequence_N, weights_B, count, device)
+    options = _token_loss(
+        loss_type, epsilon, epsilon_high, delta, sapo_temperatures, beta, kl_times_ratio, ref_logprobs_N
+    )
+    if not isinstance(entropy_coef, int | float) or entropy_coef != entropy_coef or abs(entropy_coef) == float("inf"):
+        raise ValueError(f"entropy_coef={entropy_coef!r} must be a finite number")
+    optional = {"old_logprobs_N": old_logprobs_N, "ref_logprobs_N": ref_logprobs_N, "policy_scale_N": policy_scale_N}
+    for name, tensor in optional.items():
+        check_per_token(name, tensor, count, device)
+    if (advantages is None) == (rewards is None):
+        raise ValueError("give either advantages or rewards" + ("" if rewards is None else ", not both"))
+    sequence_N = sequence_N.long()
+    group_rewards = advantages_N = None
+    if rewards is not None:
+        group_rewards = _group_rewards(rewards, normalization, len(weights_B), device)
+    elif not isinstance(advantages, torch.Tensor) or advantages.shape not in (weights_B.shape, (count,)):
+        raise ValueError(f"advantages are {_describe(advantages)}: expected ({len(weights_B)},) or ({count},)")
+    else:
+        check_per_token("advantages", advantages, len(advantages), device)
+        advantages_N = advantages.detach()
+        if advantages.shape == weights_B.shape:
+            advantages_N = advantages_N[sequence_N]
+
+    tokens = TokenInputs(
+        targets_N.long(),
+        sequence_N,
+        weights_B.detach()[sequence_N],
+        advantages_N,
+        group_rewards,
+        *(None if tensor is None else tensor.detach() for tensor in optional.values()),
+    )
+    loss, policy_loss, logprobs, entropies, ratio, clipped, kl, advantages_N = LinearGRPOLossFunction.apply(
+        tokens,
+        Transform(float(temperature), float(logit_scale), softcap),
+        options,
+        entropy_coef / max(count, 1),
+        torch.is_grad_enabled(),
+        hidden_NH,
+        weight_VH,
+        bias,
+        *((None, None) if low_rank is None else low_rank),
+    )
+    kl = kl if ref_logprobs_N is not None else None
+    return GRPOLoss(loss, policy_loss, logprobs, entropies, ratio, clipped, kl, advantages_N)
