@@ -133,7 +133,7 @@ class HeadProducts:
 
     def accumulate(self, tile: torch.Tensor, rows: torch.Tensor | slice, factor_C: torch.Tensor) -> None:
         """Adds what the tile, dL/dlogits up to ``factor_C`` of each row, gives to every wanted gradient. 4 C V H."""
-        if tile.dtype != self.dtype:  # float32 probabilities of half operands, on a GPU
+        if tile.dtype != self.dtype:  # the torch backend on a GPU, whose tile of half operands is float32
             tile = tile.to(self.dtype)
         for number, factor in enumerate(self.factors):
             if factor.inputs_grad is not None:

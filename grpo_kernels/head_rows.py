@@ -100,11 +100,15 @@ def logit_gradient_(
     transform: Transform,
     logprob_grad_C: torch.Tensor,
     entropy_grad_C: torch.Tensor | None,
-) -> torch.Tensor:
-    """Replaces probabilities by dL/dy up to a factor of each row, which is returned, (C,) in float32.
+    *,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replaces probabilities by dL/dy up to a factor of each row: (the tile, factor (C,) in float32).
 
     With c = dL/dlogprob and e = dL/dentropy, ``dL/dz_j = c (1[j = target] - p_j) - e p_j (log p_j + entropy)``. Kept in
-    the tile is p - onehot, and c in the factor: a coefficient of 1e-9 would vanish in a half-precision tile.
+    the tile is p - onehot, and c in the factor: a coefficient of 1e-9 would vanish in a half-precision tile. ``bias``
+    and ``dtype`` are for the Triton backend, whose tile is still logits, and wider than the products' operands.
     """
     index = targets_C[:, None]
     at_target = torch.exp(statistics.logprob)[:, None]
@@ -112,10 +116,10 @@ def logit_gradient_(
         factor_C = -logprob_grad_C * transform.slope
         if transform.softcap is None:
             # (scatter_ would copy a half-precision tile)
-            tile_CV[torch.arange(len(targets_C), device=tile_CV.device), targets_C] = torch.expm1(statistics.logprob).to(
-                tile_CV.dtype
-            )
-            return factor_C
+            tile_CV[torch.arange(len(targets_C), device=tile_CV.device), targets_C] = torch.expm1(
+                statistics.logprob
+            ).to(tile_CV.dtype)
+            return tile_CV, factor_C
         size_C = None
     else:
         size_C = logprob_grad_C.abs() + entropy_grad_C.abs()
@@ -139,7 +143,7 @@ def logit_gradient_(
         else:
             p.scatter_(1, index[rows], torch.expm1(statistics.logprob[rows])[:, None])
         tile.copy_(p.mul_(cap_slope) if transform.softcap is not None else p)
-    return factor_C
+    return tile_CV, factor_C
 
 
 def _target_cap_slope(statistics: RowStatistics, transform: Transform, rows: slice) -> torch.Tensor:
@@ -157,8 +161,9 @@ def grpo_rows_(
     options: TokenLoss,
     entropy_grad: float,
     gradient: bool,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Products of these rows become dL/dy up to a factor of each row: (what is logged of each row, factor (C,)).
+    dtype: torch.dtype | None = None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Products of these rows become dL/dy up to a factor of each row: (what is logged of each row, tile, factor (C,)).
 
     Without ``gradient`` the tile's content is undefined afterwards. ``entropy_grad`` is -dL/dentropy of every token.
     """
@@ -180,6 +185,6 @@ def grpo_rows_(
         logs["kl"] = losses.kl
     coefficient_C = losses.coefficient * weights_C
     if not gradient:
-        return logs, coefficient_C
+        return logs, tile_CV, coefficient_C
     entropy_grad_C = torch.full_like(coefficient_C, -entropy_grad) if entropy_grad else None
-    return logs, logit_gradient_(tile_CV, targets_C, statistics, transform, coefficient_C, entropy_grad_C)
+    return logs, *logit_gradient_(tile_CV, targets_C, statistics, transform, coefficient_C, entropy_grad_C)

@@ -89,7 +89,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         for gradient, start, stop in ((True, 0, n_live), (False, n_live, count)):
             for rows in products.tiles(order, start, stop):
                 tile = products.logits(rows)
-                row_logs, factor_C = row_function(
+                row_logs, tile, factor_C = row_function(
                     tile,
                     rows,
                     tokens,
@@ -98,6 +98,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
                     options=options,
                     entropy_grad=entropy_grad,
                     gradient=gradient,
+                    dtype=products.dtype,
                 )
                 for name, values in row_logs.items():
                     logs[name][rows] = values
@@ -233,7 +234,9 @@ def _group_rewards(rewards, normalization, n_sequences: int, device: torch.devic
     infinite = rewards_BG.isinf()
     if infinite.any():
         row, column = infinite.nonzero()[0].tolist()
-        raise ValueError(f"rewards[0][{row}, {column}] is {rewards_BG[row, column].item()}: rewards must be finite or NaN")
+        raise ValueError(
+            f"rewards[0][{row}, {column}] is {rewards_BG[row, column].item()}: rewards must be finite or NaN"
+        )
     rewards_BG = rewards_BG if rewards_BG.dtype == torch.float64 else rewards_BG.float()
     eps, alpha = float(options.get("eps", 1e-4)), float(options.get("alpha", 1.0))
     return GroupRewards(rewards_BG.contiguous(), position_B.long(), method, eps, alpha)

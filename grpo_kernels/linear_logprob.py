@@ -23,9 +23,9 @@ from .memory import cast
 Factors = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def row_functions(device: torch.device) -> tuple[Any, Any]:
-    """(softmax_rows_, logit_gradient_) of the backend for this device."""
-    if choose_backend(device) == "triton":
+def row_functions(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(softmax_rows_, logit_gradient_) of the backend for this device; Triton's arithmetic is float32."""
+    if dtype == torch.float32 and choose_backend(device) == "triton":
         from .head_rows_triton import logit_gradient_ as gradient
         from .head_rows_triton import softmax_rows_ as softmax
 
@@ -37,9 +37,9 @@ class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, targets, transform, want_entropy, grad_enabled, hidden, weight, bias, low_inputs, low_weight):
         ctx.set_materialize_grads(False)
-        softmax, gradient = row_functions(hidden.device)
         factors: Factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
         dtype = compute_dtype(hidden)
+        softmax, gradient = row_functions(hidden.device, torch.promote_types(dtype, torch.float32))
         hidden_needs, weight_needs, bias_needs, low_inputs_needs, low_weight_needs = ctx.needs_input_grad[4:]
         # nothing but hidden states is trained: their gradient is a multiple of d logprob / d hidden
         frozen = grad_enabled and not (weight_needs or bias_needs or low_weight_needs)
@@ -58,7 +58,9 @@ class LinearLogprobFunction(torch.autograd.Function):
                 entropies_N[rows] = statistics.entropy
             if keep:
                 ones = torch.ones_like(statistics.logprob)
-                factor_C = gradient(tile, targets[rows], statistics, transform, ones, None)
+                tile, factor_C = gradient(
+                    tile, targets[rows], statistics, transform, ones, None, bias=bias, dtype=products.dtype
+                )
                 products.accumulate(tile, rows, factor_C)
         products.release()
         ctx.transform, ctx.dtype, ctx.want_entropy = transform, dtype, want_entropy
@@ -85,7 +87,7 @@ class LinearLogprobFunction(torch.autograd.Function):
             if upstream is not None:
                 live_N |= upstream != 0
         order = live_N.nonzero().squeeze(1)
-        softmax, gradient = row_functions(hidden.device)
+        softmax, gradient = row_functions(hidden.device, torch.promote_types(ctx.dtype, torch.float32))
         factors: Factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
         products = HeadProducts(
             factors,
@@ -108,7 +110,16 @@ class LinearLogprobFunction(torch.autograd.Function):
                 torch.zeros_like(statistics.logprob) if logprob_grad_N is None else logprob_grad_N[rows] / unit
             )
             entropy_grad = None if entropy_grad_N is None else entropy_grad_N[rows] / unit
-            factor_C = gradient(tile, targets[rows], statistics, ctx.transform, logprob_grad, entropy_grad)
+            tile, factor_C = gradient(
+                tile,
+                targets[rows],
+                statistics,
+                ctx.transform,
+                logprob_grad,
+                entropy_grad,
+                bias=bias,
+                dtype=products.dtype,
+            )
             products.accumulate(tile, rows, factor_C)
         products.release()
 
