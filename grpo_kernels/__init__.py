@@ -1,6 +1,16 @@
 """Kernels for group-relative policy optimisation: tensors in, tensors out. Knows nothing of trainers or models."""
 
 from .backend import use_backend
+from .linear_grpo_loss import GRPOLoss, linear_grpo_loss
+from .linear_logprob import linear_logprob
 from .normalize import METHODS, check_normalization, normalize_rewards
 
-__all__ = ["METHODS", "check_normalization", "normalize_rewards", "use_backend"]
+__all__ = [
+    "METHODS",
+    "GRPOLoss",
+    "check_normalization",
+    "linear_grpo_loss",
+    "linear_logprob",
+    "normalize_rewards",
+    "use_backend",
+]

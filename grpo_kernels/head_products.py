@@ -24,7 +24,7 @@ VOCABULARY_BLOCK = 8192
 
 
 def native_half(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device multiplies this half-precision dtype itself; most CPUs only emulate it, slower than float32."""
+    """Whether the device multiplies this half-precision dtype itself; most CPUs emulate it, slower than float32."""
     if device.type != "cpu":
         return True
     if dtype == torch.bfloat16:

@@ -116,7 +116,7 @@ def _write_gradient(
     HAS_ENTROPY_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """logprob_share (onehot - p) - entropy_share p (log p + entropy), over the row; p - onehot without entropy's part."""
+    """logprob_share (onehot - p) - entropy_share p (log p + entropy) over the row; without entropy's part p - onehot."""
     for i_v in range(0, n_padded, BLOCK_V):
         o_v = i_v + tl.arange(0, BLOCK_V)
         b_z, b_slope = _load_logits(
@@ -614,7 +614,7 @@ def grpo_rows_(
     n_padded = _padded(tile_CV)
     rewards = tokens.group_rewards if tokens.advantages is None else None
     method = METHODS[rewards.method] if rewards is not None else METHODS["none"]
-    n_generations = rewards.rewards_BG.shape[1] if rewards is not None else 1
+    n_generations = rewards.rewards.shape[1] if rewards is not None else 1
     clip = options.surrogate == "clip"
     float_or_none = [
         None if x is None else x.float() for x in (tokens.advantages, tokens.old, tokens.ref, tokens.policy_scale)
@@ -631,8 +631,8 @@ def grpo_rows_(
         tokens.sequence,
         tokens.weights.float(),
         advantages_N,
-        None if rewards is None else rewards.rewards_BG.float(),
-        None if rewards is None else rewards.position_B,
+        None if rewards is None else rewards.rewards.float(),
+        None if rewards is None else rewards.position,
         old_N,
         ref_N,
         policy_scale_N,

@@ -42,8 +42,8 @@ class TokenLoss:
 class GroupRewards:
     """Rewards instead of advantages: each sequence's group row and its own place in it, normalised in the launch."""
 
-    rewards_BG: torch.Tensor
-    position_B: torch.Tensor
+    rewards: torch.Tensor  # (B, G)
+    position: torch.Tensor  # (B,)
     method: str
     eps: float
     alpha: float
@@ -51,17 +51,17 @@ class GroupRewards:
     def advantages(self) -> torch.Tensor:
         """(B,), by ``normalize_rewards``."""
         options = {"alpha": self.alpha} if METHODS[self.method].options else {}
-        advantages_BG = normalize_rewards(self.rewards_BG, self.method, eps=self.eps, **options)
-        return advantages_BG.gather(1, self.position_B[:, None]).squeeze(1)
+        advantages_BG = normalize_rewards(self.rewards, self.method, eps=self.eps, **options)
+        return advantages_BG.gather(1, self.position[:, None]).squeeze(1)
 
     def has_advantage(self) -> torch.Tensor:
         """(B,) bool, False where the advantage is certainly 0: from the rewards alone."""
-        own_B = self.rewards_BG.gather(1, self.position_B[:, None]).squeeze(1)
+        own_B = self.rewards.gather(1, self.position[:, None]).squeeze(1)
         if METHODS[self.method].centre == "zero":
             return ~own_B.isnan() & (own_B != 0)
-        scorable = ~self.rewards_BG.isnan()
-        high_B = torch.where(scorable, self.rewards_BG, -torch.inf).amax(1)
-        low_B = torch.where(scorable, self.rewards_BG, torch.inf).amin(1)
+        scorable = ~self.rewards.isnan()
+        high_B = torch.where(scorable, self.rewards, -torch.inf).amax(1)
+        low_B = torch.where(scorable, self.rewards, torch.inf).amin(1)
         return ~own_B.isnan() & (high_B > low_B)
 
 

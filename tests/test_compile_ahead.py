@@ -1,5 +1,6 @@
-"""The normalisation kernel compiles for GPUs that aren't here: PTX for sm_80 and sm_90, in a process of its own."""
+"""Every kernel compiles for GPUs that aren't here, without spills and with 16-byte accesses: each in its own process."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,28 +9,88 @@ import pytest
 
 pytest.importorskip("triton")
 
-CODE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from grpo_kernels.normalize import METHODS
-from grpo_kernels.normalize_triton import _normalize_kernel
-signature = {"p_rewards": "*fp32", "p_advantages": "*fp32", "p_batch": "*fp32", "n_groups": "i32",
-             "n_generations": "i32", "eps": "fp32", "alpha": "fp32"}
-kinds = sorted({(method.centre, method.scale) for method in METHODS.values()})
-for centre, scale in kinds:
-    constants = {"CENTRE": centre, "SCALE": scale, "BLOCK_P": 128, "BLOCK_G": 8}
-    source = ASTSource(fn=_normalize_kernel, signature={**signature, **dict.fromkeys(constants, "constexpr")},
-                       constexprs=constants)
-    for capability in (80, 90):
-        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        assert f".target sm_{capability}" in kernel.asm["ptx"]
-print(len(kinds))
+# every kernel on sm_90; the two variants of --quick are compiled for every dtype, vocabulary and target besides
+EVERY_VARIANT = """
+import json, torch
+from dataclasses import asdict
+from grpo_kernels.compile_ahead import cases, report
+chosen = [case for case in cases() if (case.tile, case.gradient) == (torch.float32, torch.bfloat16)
+          or not case.n_vocabulary]
+print(json.dumps([asdict(report(case, "sm_90")) for case in chosen if case.n_vocabulary != 49152]))
+"""
+# a tile whose rows have no padding: the bound of a load isn't known to divide by 16
+UNPADDED = """
+import torch
+from grpo_kernels.compile_ahead import Case, report
+half = torch.bfloat16
+for tile, gradient in ((torch.float32, torch.float32), (half, half)):
+    print(report(Case("grpo", 50257, tile, gradient, padded=False), "sm_90").narrowest)
+    print(report(Case("grpo", 50257, tile, gradient), "sm_90").narrowest)
 """
 
 
-def test_the_kernel_compiles_without_a_gpu(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=300)
+def run_compiler(folder, *arguments, interpret="0"):
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(folder)}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+
+
+def narrow_accesses(row):
+    widths = {int(bits) for loop in row["loops"] for kind in ("loads", "stores") for bits in loop[kind]}
+    return sorted(bits for bits in widths if bits < 128)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def command(cache):
+    done = run_compiler(cache, "-m", "grpo_kernels.compile_ahead", "--quick", "--json", str(cache / "table.json"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) == 8
+    return done.stdout, json.loads((cache / "table.json").read_text())
+
+
+def test_the_command_covers_targets_vocabularies_and_dtypes(command):
+    printed, rows = command
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {row["n_vocabulary"] for row in rows} == {49152, 151936, 50257}
+    assert {row["dtypes"] for row in rows} == {
+        "float32 -> float32",
+        "float32 -> bfloat16",
+        "bfloat16 -> bfloat16",
+    }
+    assert len(printed.splitlines()) == 1 + len(rows) == 1 + 4 * 3 * 3 * 2
+
+
+def test_no_spills_and_only_wide_accesses_on_nvidia(command):
+    for row in command[1]:
+        reading, writing = row["loops"]  # the statistics of a row of logits, then its gradient in its place
+        assert reading["loads"] and not reading["stores"], row
+        assert writing["loads"] and writing["stores"], row
+        assert row["spills"] == 0, row
+        if row["target"].startswith("sm_"):
+            assert narrow_accesses(row) == [], row
+
+
+def test_every_kernel_on_sm_90(cache):
+    done = run_compiler(cache, "-c", EVERY_VARIANT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)
+    assert len(rows) == 10 * 2 + 8
+    for row in rows:
+        assert row["spills"] == 0, row
+        if row["n_vocabulary"]:
+            assert narrow_accesses(row) == [], row
+
+
+def test_a_bound_not_known_to_divide_by_16_is_seen(cache):
+    done = run_compiler(cache, "-c", UNPADDED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [int(bits) for bits in done.stdout.split()] == [32, 128, 16, 128]
+
+
+def test_interpreted_kernels_are_refused(tmp_path):
+    done = run_compiler(tmp_path, "-m", "grpo_kernels.compile_ahead", "--quick", interpret="1")
+    assert done.returncode != 0
+    assert done.stderr.startswith("TRITON_INTERPRET=1")

@@ -23,6 +23,8 @@ class CurvatureGRPOConfig(GRPOConfig):
             ``scale_rewards`` ("group" is ``std``, "batch" is ``batch_std``, "none" is ``mean``).
         normalization_kwargs: the method's options, ``{"alpha": 0.5}`` for ``power``, and ``eps`` (default 1e-4, in
             units of reward). On a command line a JSON object.
+        fused_loss: the loss and its gradients in one pass over the head (``grpo_kernels.linear_grpo_loss``), and
+            log-probs from ``linear_logprob`` where the loss isn't a sum over single tokens. False: TRL's own head.
 
     Raises:
         ValueError: at construction, before a model is loaded: unknown method (lists them) or option, alpha outside
@@ -38,6 +40,10 @@ class CurvatureGRPOConfig(GRPOConfig):
     normalization_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Options of the normalization as a JSON object, such as '{\"alpha\": 0.5}' for power."},
+    )
+
+    fused_loss: bool = field(
+        default=True, metadata={"help": "Loss and gradients in one pass over the LM head; false: TRL's own head."}
     )
 
     def __post_init__(self) -> None:

@@ -2,7 +2,8 @@
 
 Flow: TRL generates -> rewards, gathered (``_calculate_rewards``) -> advantages by our normalisation
 (``advantages.py``) -> TRL's per-sequence dict, with what later stages need (``_generate_and_score_completions``)
--> micro-batches (``_prepare_inputs``) -> TRL's loss.
+-> micro-batches (``_prepare_inputs``) -> backbone, and hidden states to the loss in one pass (``_compute_loss``,
+``fused_loss.py``, ``fused_head.py``).
 
 Shapes: P prompts, G completions of one prompt, B = P*G sequences (of this process), F reward functions.
 """
@@ -11,15 +12,24 @@ from __future__ import annotations
 
 import textwrap
 import time
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOTrainer
 
 from .advantages import compute_advantages, normalization_metrics, weighted_rewards
 from .config import resolve_normalization
+from .fused_head import CompletionMask, add_fused_head, head_adapter, head_adapters_allowed, read_settings
+from .fused_loss import live_mask, one_pass_loss, why_not_one_pass
 from .reward_checks import checked_reward
 from .token_weights import live_tokens, micro_batch_token_weights, token_weights
+
+logger = get_logger(__name__)
 
 
 class CurvatureGRPOTrainer(GRPOTrainer):
@@ -36,6 +46,11 @@ class CurvatureGRPOTrainer(GRPOTrainer):
       [0, G); ``group_rewards`` (B, G), the weighted rewards of the sequence's whole group, NaN where unscorable;
       ``token_weight`` (B,), see ``token_weights.py``.
     * ``_prepare_inputs``: adds ``token_weight`` for ``loss_type="bnpo"``, which only a micro-batch can know.
+    * ``_compute_loss``: with ``fused_loss`` the loss in one pass over our head, where it is a sum over single tokens;
+      else the parent's, on log-probs of our head, which is said once in the log. A subclass that overrides it keeps
+      its own.
+    * ``_generate`` keeps the tool mask, and ``_get_per_token_logps_and_entropies`` uses it: tool output is never
+      projected.
     * ``end``: waits for gloo's worker thread, which could hang the process.
 
     With TRL's own normalisations the advantages are TRL's to rounding, except that a group whose rewards are all
@@ -60,13 +75,35 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         if args is not None:
             resolve_normalization(args)
-        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        fused = getattr(args, "fused_loss", True)
+        with head_adapters_allowed() if fused else nullcontext():
+            super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self._normalization, self._normalization_options = resolve_normalization(self.args)
         self.reward_funcs: list[Any] = [
             checked_reward(function, name)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         self._gathered_rewards_BF = torch.empty(0, 0)
+        self._fused_loss = fused
+        self._completion_mask = CompletionMask()
+        self._tool_mask_BT: torch.Tensor | None = None
+        self._said: set[str] = set()
+        if fused:
+            self._add_fused_heads()
+
+    def _add_fused_heads(self) -> None:
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        head = base.get_output_embeddings()
+        if isinstance(head, BaseTunerLayer):
+            if self.args.cast_lm_head_to_fp32:
+                raise ValueError("cast_lm_head_to_fp32=True can't be used with an adapter on lm_head")
+            head_adapter(head, head.get_base_layer().weight.new_zeros(1, head.get_base_layer().weight.shape[1]))
+        settings = read_settings(base)
+        add_fused_head(base, settings, self._completion_mask, entropy=True)
+        if self.ref_model is not None:
+            add_fused_head(
+                self.accelerator.unwrap_model(self.ref_model), settings, self._completion_mask, entropy=False
+            )
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._gathered_rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -116,6 +153,47 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             logged.pop()
         logged.extend(advantages_B.tolist())
 
+    _own_generate_and_score = _generate_and_score_completions
+
+    def _generate(self, prompts):
+        generated = super()._generate(prompts)
+        completion_ids, tool_mask = generated[1], generated[2]
+        self._tool_mask_BT = None
+        if tool_mask is not None and len(tool_mask) == len(completion_ids):
+            rows = [torch.tensor(row, device=self.accelerator.device) for row in tool_mask]
+            self._tool_mask_BT = pad_sequence(rows, batch_first=True, padding_value=1)
+        return generated
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *rest, **kwargs):
+        mask_BT = self._tool_mask_BT
+        if mask_BT is not None:
+            if len(mask_BT) != len(input_ids) or mask_BT.shape[1] > logits_to_keep:
+                mask_BT = None
+            elif mask_BT.shape[1] < logits_to_keep:  # pad_to_multiple_of
+                mask_BT = torch.nn.functional.pad(mask_BT, (0, logits_to_keep - mask_BT.shape[1]), value=1)
+        with self._completion_mask.of(mask_BT):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *rest, **kwargs
+            )
+
+    def _compute_loss(self, model, inputs):
+        if not self._fused_loss:
+            return super()._compute_loss(model, inputs)
+        obstacle = why_not_one_pass(self, inputs)
+        if obstacle is None:
+            return one_pass_loss(self, model, inputs)
+        if obstacle not in self._said:
+            self._said.add(obstacle)
+            logger.info(f"The loss isn't made in one pass, but by TRL on our head's log-probs: {obstacle}.")
+        self._tool_mask_BT = None
+        if "tool_mask" in inputs:
+            # What isn't projected has log-prob 0; were the old one of a tool token -100, its ratio would overflow.
+            self._tool_mask_BT = inputs["tool_mask"]
+            live = live_mask(inputs)
+            names = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
+            inputs = {**inputs, **{n: inputs[n] * live for n in names if inputs.get(n) is not None}}
+        return super()._compute_loss(model, inputs)
+
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
         if "token_weight" not in inputs:
@@ -126,7 +204,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         several = self.accelerator.num_processes > 1
         super().end()
         if several:
-            # Gloo's worker thread may still hold a tensor of the last exchange, and needs Python's lock to let go of it.
-            # Freeing the trainer (its DDP reducer) keeps that lock while it waits for the thread: the process hung in
-            # one of four runs. So the thread gets its turn before anything is freed.
+            # Gloo's worker thread may still hold a tensor of the last exchange, and needs Python's lock to let go of
+            # it. Freeing the trainer (its DDP reducer) keeps that lock while it waits for the thread: the process hung
+            # in one of four runs. So the thread gets its turn before anything is freed.
             time.sleep(0.5)

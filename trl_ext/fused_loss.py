@@ -1,0 +1,195 @@
+"""The loss in one pass inside the model's forward, and the metrics TRL logs of it.
+
+Shapes: B sequences of a micro-batch, T completion positions, N live tokens, in the order of the (B, T) mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from grpo_kernels import METHODS
+from grpo_kernels.token_losses import SURROGATES
+
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+
+
+def why_not_one_pass(trainer: Any, inputs: dict[str, Any]) -> str | None:
+    """What of this micro-batch's loss isn't a sum over single tokens (TRL then computes it on our head), or None."""
+    if trainer.loss_type not in SURROGATES:
+        return f"loss_type={trainer.loss_type!r} weighs whole sequences"
+    if trainer.top_entropy_quantile < 1.0:
+        return f"top_entropy_quantile={trainer.top_entropy_quantile} depends on the entropies of all tokens"
+    if trainer.off_policy_mask_threshold is not None:
+        return f"off_policy_mask_threshold={trainer.off_policy_mask_threshold} masks whole sequences"
+    if trainer.use_adaptive_entropy:
+        return "use_adaptive_entropy steers the entropy bonus by its own count"
+    if trainer.importance_sampling_level != "token":
+        if inputs.get("old_per_token_logps") is not None:
+            return "importance_sampling_level='sequence' off policy"
+        if trainer.beta != 0 and trainer.args.use_bias_correction_kl:
+            return "importance_sampling_level='sequence' with KL times the ratio"
+    if any(inputs.get(name) is not None for name in ("pixel_values", "image_grid_thw", "num_images")):
+        return "images travel with the rows"
+    return None
+
+
+def live_mask(inputs: dict[str, Any]) -> torch.Tensor:
+    """(B, T) bool: completion tokens the loss counts, neither padding nor tool output."""
+    mask_BT = inputs["completion_mask"]
+    return (mask_BT if "tool_mask" not in inputs else mask_BT * inputs["tool_mask"]).bool()
+
+
+def rewards_or_advantages(trainer: Any, inputs: dict[str, Any], mask_BT: torch.Tensor) -> dict[str, Any]:
+    """The kernel normalises the group's rewards itself where the method needs nothing else of the batch."""
+    method, options = trainer._normalization, trainer._normalization_options
+    own = type(trainer)._generate_and_score_completions is type(trainer)._own_generate_and_score
+    summed = trainer.multi_objective_aggregation == "sum_then_normalize"
+    if own and summed and not METHODS[method].needs_batch and "group_rewards" in inputs:
+        return {
+            "advantages": None,
+            "rewards": (inputs["group_rewards"], inputs["group_position"]),
+            "normalization": (method, options),
+        }
+    advantages = inputs["advantages"]
+    if advantages.dim() == 2:  # of a subclass: one for each token
+        advantages = advantages.expand(mask_BT.shape)[mask_BT]
+    return {"advantages": advantages}
+
+
+def one_pass_loss(trainer: Any, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """The micro-batch's loss, 0-d: TRL's ``_compute_loss`` for losses that are sums over single tokens."""
+    mode = "train" if trainer.model.training else "eval"
+    accumulation = trainer.current_gradient_accumulation_steps if mode == "train" else 1.0
+    args = trainer.args
+    mask_BT = live_mask(inputs)
+    sequence_N = mask_BT.nonzero()[:, 0]
+    input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    labels = input_ids.new_full(input_ids.shape, -100)
+    completion_labels = labels[:, -mask_BT.shape[1] :]
+    completion_labels[mask_BT] = inputs["completion_ids"][mask_BT]
+
+    policy_scale_N = None
+    if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+        policy_scale_N = inputs["importance_sampling_ratio"].expand(mask_BT.shape)[mask_BT].float()
+    old_logprobs = inputs.get("old_per_token_logps")
+    bonus = trainer.entropy_coef if trainer._entropy_bonus_enabled else 0.0
+    grpo_inputs = {
+        "sequence_N": sequence_N,
+        "weights_B": inputs["token_weight"] / accumulation,
+        **rewards_or_advantages(trainer, inputs, mask_BT),
+        "old_logprobs_N": None if old_logprobs is None else old_logprobs[mask_BT],
+        "ref_logprobs_N": inputs["ref_per_token_logps"][mask_BT] if trainer.beta != 0 else None,
+        "policy_scale_N": policy_scale_N,
+        "loss_type": trainer.loss_type,
+        "epsilon": trainer.epsilon_low,
+        "epsilon_high": trainer.epsilon_high,
+        "delta": args.delta,
+        "sapo_temperatures": (args.sapo_temperature_pos, args.sapo_temperature_neg),
+        "beta": trainer.beta,
+        "kl_times_ratio": args.use_bias_correction_kl,
+        "entropy_coef": bonus / accumulation,
+    }
+    extra = {name: inputs[name] for name in ("token_type_ids", "mm_token_type_ids") if inputs.get(name) is not None}
+    if trainer.aux_loss_enabled:
+        extra["output_router_logits"] = True
+    with trainer.accelerator.autocast():
+        output = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            fused_lm_head=True,
+            grpo_inputs=grpo_inputs,
+            **extra,
+        )
+    loss = output.loss
+    if trainer.aux_loss_enabled:
+        loss = loss + trainer.router_aux_loss_coef * output.aux_loss / accumulation
+    # TRL logs the policy loss before the division by the accumulation, but for losses over the global token count
+    policy_loss = output.policy_loss * (1.0 if trainer.loss_type in ("dapo", "cispo") else accumulation)
+    log_loss_metrics(trainer, mode, output, policy_loss, sequence_N, len(mask_BT))
+    return loss
+
+
+def log_loss_metrics(trainer: Any, mode: str, output: Any, policy_loss, sequence_N, n_sequences: int) -> None:
+    """All that TRL logs of a micro-batch's loss, over all processes, in one gather and one wait for the device."""
+    local = loss_statistics(
+        output,
+        policy_loss,
+        sequence_N,
+        n_sequences,
+        epsilon_low=trainer.epsilon_low,
+        epsilon_high=trainer.epsilon_high,
+        delta=trainer.args.delta,
+        loss_type=trainer.loss_type,
+    )
+    gathered = trainer.accelerator.gather(torch.stack(list(local.values()))[None])
+    per_process = dict(zip(local, gathered.T.tolist(), strict=True))
+    metrics = trainer._metrics[mode]
+
+    def mean_over_tokens(name: str) -> float:
+        return sum(per_process[name]) / max(sum(per_process["tokens"]), 1.0)
+
+    if trainer._entropy_bonus_enabled:
+        metrics["policy_loss"].append(sum(per_process["policy_loss"]) / len(per_process["policy_loss"]))
+        if mode == "train" and trainer.accelerator.sync_gradients:
+            metrics["entropy_coef"].append(trainer.entropy_coef)
+    if trainer.aux_loss_enabled:
+        metrics["aux_loss"].append(sum(per_process["aux_loss"]) / len(per_process["aux_loss"]))
+    if trainer.beta != 0:
+        metrics["kl"].append(mean_over_tokens("kl"))
+    metrics["entropy"].append(mean_over_tokens("entropy"))
+    if trainer.loss_type in CLIPPED:
+        metrics["clip_ratio/low_mean"].append(mean_over_tokens("low"))
+        metrics["clip_ratio/high_mean"].append(mean_over_tokens("high"))
+        metrics["clip_ratio/region_mean"].append(mean_over_tokens("low") + mean_over_tokens("high"))
+        lows = [value for value in per_process["low_min"] if value == value]
+        highs = [value for value in per_process["high_max"] if value == value]
+        metrics["clip_ratio/low_min"].append(min(lows) if lows else float("nan"))
+        metrics["clip_ratio/high_max"].append(max(highs) if highs else float("nan"))
+    elif trainer.loss_type == "cispo":
+        metrics["cispo_clip_ratio"].append(mean_over_tokens("high"))
+
+
+def loss_statistics(
+    output: Any,
+    policy_loss: torch.Tensor,
+    sequence_N: torch.Tensor,
+    n_sequences: int,
+    *,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None,
+    loss_type: str,
+) -> dict[str, torch.Tensor]:
+    """This process's sums over tokens, and the extremes over sequences (NaN where none has a token), each 0-d float32.
+
+    ``low`` and ``high`` count tokens whose ratio left the clip range on the side where that stops the gradient.
+    """
+    ratio, advantages = output.ratio, output.advantages
+    if delta is not None and loss_type in CLIPPED:
+        ratio = ratio.clamp(max=delta)
+    high_bound = epsilon_high if loss_type == "cispo" else 1 + epsilon_high
+    low = ((ratio < 1 - epsilon_low) & (advantages < 0)).float()
+    high = ((ratio > high_bound) & (advantages > 0)).float()
+    zeros_B = torch.zeros(n_sequences, device=ratio.device)
+    length_B = zeros_B.index_add(0, sequence_N, torch.ones_like(low))
+    low_B = zeros_B.index_add(0, sequence_N, low) / length_B  # NaN for a sequence without tokens
+    high_B = zeros_B.index_add(0, sequence_N, high) / length_B
+    nan = torch.full((), float("nan"), device=ratio.device)
+    low_min = torch.where(low_B.isnan(), torch.inf, low_B).amin()
+    high_max = torch.where(high_B.isnan(), -torch.inf, high_B).amax()
+    statistics = {
+        "tokens": length_B.sum(),
+        "entropy": output.entropies.sum(),
+        "kl": nan if output.kl is None else output.kl.sum(),
+        "low": low.sum(),
+        "high": high.sum(),
+        "low_min": torch.where(low_min.isinf(), nan, low_min),
+        "high_max": torch.where(high_max.isinf(), nan, high_max),
+        "policy_loss": policy_loss,
+        "aux_loss": nan if output.aux_loss is None else output.aux_loss.detach(),
+    }
+    return {name: value.float() for name, value in statistics.items()}
