@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -175,27 +176,29 @@ class _Launch:
         self.positional, self.named = positional, named
 
 
-def _launch(case: Case) -> tuple[JITFunction, _Launch]:
-    """The kernel of a case, and the arguments that its launcher gives it."""
+def _launch(case: Case, target: GPUTarget) -> tuple[JITFunction, _Launch]:
+    """The kernel of a case, and the arguments that its launcher gives it on such a GPU."""
+    module: ModuleType = head_rows_triton
     if case.variant in VARIANTS:
         name, call = VARIANTS[case.variant]
         width = -(-case.n_vocabulary // 16) * 16 if case.padded else case.n_vocabulary
         tile_CV = torch.empty((ROWS, width), dtype=case.tile)[:, : case.n_vocabulary]
-        module, launcher = head_rows_triton, partial(call, case, tile_CV)
+        launcher: Callable[[], None] = partial(call, case, tile_CV)
     else:
         module, name = normalize_triton, "_normalize_kernel"
         launcher = partial(_normalize, case.variant.removeprefix("normalize, "))
     kernel = getattr(module, name)
     if not isinstance(kernel, JITFunction):
         raise ValueError("TRITON_INTERPRET=1 runs kernels in Python and compiles none: set TRITON_INTERPRET=0")
-    with patch.object(module, name, _Launch()) as launch:
+    num_warps = head_rows_triton.THREADS // target.warp_size
+    with patch.object(head_rows_triton, "NUM_WARPS", num_warps), patch.object(module, name, _Launch()) as launch:
         launcher()
     return kernel, launch
 
 
 def _compile(case: Case, target: GPUTarget) -> tuple[Any, int | None]:
     """(what the JIT would compile were a GPU of that kind here, BLOCK_V), by the JIT's own steps."""
-    kernel, launch = _launch(case)
+    kernel, launch = _launch(case, target)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, named = bind(*launch.positional, **launch.named)

@@ -42,7 +42,7 @@ def check_head(
         raise ValueError(f"targets have shape {tuple(targets.shape)}: expected hidden's, {tuple(hidden.shape[:-1])}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets have dtype {targets.dtype}: expected torch.int64 or torch.int32")
-    tensors = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
+    tensors: dict[str, torch.Tensor | None] = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
     if low_rank is not None:
@@ -54,14 +54,14 @@ def check_head(
                 f"low_rank has shapes {tuple(inputs.shape)} and {tuple(matrix.shape)}: expected "
                 f"{(*hidden.shape[:-1], 'R')} and ({weight.shape[0]}, R)"
             )
-    for name, tensor in tensors.items():
-        if tensor is None:
+    for name, given in tensors.items():
+        if given is None:
             continue
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: they must be on one device")
-        if name != "targets" and tensor.dtype not in DTYPES:
+        if given.device != hidden.device:
+            raise ValueError(f"{name} is on {given.device} and hidden on {hidden.device}: they must be on one device")
+        if name != "targets" and given.dtype not in DTYPES:
             names = ", ".join(str(dtype) for dtype in DTYPES)
-            raise ValueError(f"{name} has dtype {tensor.dtype}: expected one of {names}")
+            raise ValueError(f"{name} has dtype {given.dtype}: expected one of {names}")
     check_number("temperature", temperature, above=0)
     check_number("logit_scale", logit_scale)
     if softcap is not None:

@@ -145,7 +145,7 @@ class HeadProducts:
                     product = torch.mm(tile, factor.weight)
                 factor.inputs_grad[rows] = product.to(self.sum_dtype).mul_(factor_C[:, None])
             if self._want_weights[number]:
-                scaled = factor.inputs[rows].to(self.sum_dtype).mul_(factor_C[:, None]).to(self.dtype)
+                scaled = (factor.inputs[rows].to(self.sum_dtype) * factor_C[:, None]).to(self.dtype)
                 first = factor.weight_grad is None
                 if factor.weight_grad is None:
                     factor.weight_grad = empty(factor.weight.shape, self._weight_dtype, self.device)

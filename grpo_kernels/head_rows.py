@@ -54,7 +54,9 @@ def softmax_rows_(
     entropy: bool = True,
     keep: bool = True,
 ) -> RowStatistics:
-    """Replaces products by probabilities (left undefined where not ``keep``) and returns the rows' statistics.
+    """Replaces products by probabilities, or with a softcap by its tanh, and returns the rows' statistics.
+
+    (Left undefined where not ``keep``.)
 
     In plain torch, with z the transformed products: ``tile.copy_(z.softmax(1))``, ``z.logsumexp(1)``,
     ``z.log_softmax(1).gather(1, targets)`` and ``-(p * log p).sum(1)``.
@@ -65,14 +67,17 @@ def softmax_rows_(
     entropy_C = torch.empty_like(lse_C) if entropy else None
     groups = _groups(tile_CV, work_dtype)
     shape = (groups[0].stop if groups else 0, tile_CV.shape[1])
-    scratch, wide = (torch.empty(shape, dtype=work_dtype, device=tile_CV.device) for _ in range(2))
+    scratch, wide, capped = (torch.empty(shape, dtype=work_dtype, device=tile_CV.device) for _ in range(3))
     for rows in groups:
         tile = tile_CV[rows]
         z = tile if tile.dtype == work_dtype else wide[: len(tile)].copy_(tile)
         if bias is not None:
             z.add_(bias)
         if transform.softcap is not None:
-            z.mul_(transform.logit_scale / transform.softcap).tanh_().mul_(transform.softcap / transform.temperature)
+            z.mul_(transform.logit_scale / transform.softcap).tanh_()
+            if keep and tile is not z:
+                tile.copy_(z)
+            z = torch.mul(z, transform.softcap / transform.temperature, out=capped[: len(z)])
         elif transform.slope != 1.0:
             z.mul_(transform.slope)
         high = z.amax(1, keepdim=True)
@@ -87,7 +92,7 @@ def softmax_rows_(
             if bias is not None:
                 d.clamp_(min=-1e30)  # a bias of -inf masks a column: its probability is 0, and 0 * -inf must be 0
             entropy_C[rows] = log_total.squeeze(1) - torch.linalg.vecdot(e, d) / total.squeeze(1)
-        if keep:
+        if keep and transform.softcap is None:
             torch.mul(e, total.reciprocal_(), out=tile) if tile is z else tile.copy_(e.mul_(total.reciprocal_()))
     return RowStatistics(lse_C, logprob_C, entropy_C)
 
@@ -103,7 +108,7 @@ def logit_gradient_(
     bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replaces probabilities by dL/dy up to a factor of each row: (the tile, factor (C,) in float32).
+    """Replaces what ``softmax_rows_`` kept by dL/dy up to a factor of each row: (the tile, factor (C,) in float32).
 
     With c = dL/dlogprob and e = dL/dentropy, ``dL/dz_j = c (1[j = target] - p_j) - e p_j (log p_j + entropy)``. Kept in
     the tile is p - onehot, and c in the factor: a coefficient of 1e-9 would vanish in a half-precision tile. ``bias``
@@ -127,12 +132,13 @@ def logit_gradient_(
     for rows in _groups(tile_CV, statistics.lse.dtype):
         tile = tile_CV[rows]
         p = tile.to(statistics.lse.dtype, copy=True)
+        if transform.softcap is not None:  # the tile holds tanh(y scale / softcap), whose slope is 1 - tanh^2
+            cap_slope = 1 - p.square()
+            logp = p.mul_(transform.softcap / transform.temperature).sub_(statistics.lse[rows, None])
+            p = logp.exp()
+        else:
+            logp = p.log()
         p.scatter_(1, index[rows], at_target[rows])
-        logp = p.log()
-        if transform.softcap is not None:  # d tanh: 1 - (z T / softcap)^2, and 0 where p is
-            tanh = logp.add(statistics.lse[rows, None]).mul_(transform.temperature / transform.softcap)
-            cap_slope = torch.where(p > 0, 1 - tanh.square_(), 0.0)
-            cap_slope.scatter_(1, index[rows], _target_cap_slope(statistics, transform, rows))
         if size_C is not None and entropy_grad_C is not None and statistics.entropy is not None:
             c, e = (g[rows, None] / size_C[rows, None] for g in (logprob_grad_C, entropy_grad_C))
             log_term = logp.clamp_(min=-1e30).add_(statistics.entropy[rows, None]).mul_(p).mul_(e)
@@ -143,11 +149,6 @@ def logit_gradient_(
             p.scatter_(1, index[rows], torch.expm1(statistics.logprob[rows])[:, None])
         tile.copy_(p.mul_(cap_slope) if transform.softcap is not None else p)
     return tile_CV, factor_C
-
-
-def _target_cap_slope(statistics: RowStatistics, transform: Transform, rows: slice) -> torch.Tensor:
-    z = statistics.logprob[rows] + statistics.lse[rows]
-    return 1 - (z * (transform.temperature / transform.softcap)).square()[:, None]
 
 
 def grpo_rows_(
@@ -169,9 +170,12 @@ def grpo_rows_(
     targets_C = tokens.targets[rows]
     statistics = softmax_rows_(tile_CV, targets_C, transform, bias=bias, keep=gradient)
     dtype = statistics.logprob.dtype
-    advantages_C, weights_C = tokens.advantages[rows].to(dtype), tokens.weights[rows].to(dtype)
-    optional = [None if x is None else x[rows].to(dtype) for x in (tokens.old, tokens.ref, tokens.policy_scale)]
-    losses = token_losses(statistics.logprob, advantages_C, *optional, options)
+    advantages_C, weights_C = tokens.made_advantages()[rows].to(dtype), tokens.weights[rows].to(dtype)
+    old_C, ref_C, policy_scale_C = (
+        None if x is None else x[rows].to(dtype) for x in (tokens.old, tokens.ref, tokens.policy_scale)
+    )
+    losses = token_losses(statistics.logprob, advantages_C, old_C, ref_C, policy_scale_C, options)
+    assert statistics.entropy is not None
     logs = {
         "logprob": statistics.logprob,
         "entropy": statistics.entropy,

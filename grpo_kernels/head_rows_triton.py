@@ -18,10 +18,13 @@ from .head_rows import RowStatistics, Transform
 from .normalize import METHODS
 from .token_losses import TokenInputs, TokenLoss
 
-# 4096 columns are 16 float32 a thread with 8 warps, four 16-byte loads in flight; 8192 spilled, 2048 waits longer on
-# each block's two reductions (registers and spills as compiled ahead of time: compile_ahead.py).
+# 16 columns a thread: two runs of 8, the half-precision values of a 16-byte access. By compile_ahead.py, on sm_90 with
+# a bfloat16 gradient: 40 registers and 17 + 17 instructions an element (48 and 33 + 41 with every option), no barrier
+# while summing. 8 columns a thread take 9 barriers a block and 24 + 18; 32 take 80 registers (120), so half the warps.
 BLOCK_V = 4096
-NUM_WARPS = 8
+THREADS = 256
+NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
+LOWEST = tl.constexpr(-1e30)  # stands for a logit of -inf
 
 
 @triton.jit
@@ -69,31 +72,47 @@ def _row_statistics(
     BLOCK_V: tl.constexpr,
 ):
     """(log-sum-exp, log-prob of the target, entropy) of a row, in one pass over it."""
-    high = float("-inf")
-    total = 0.0
-    moment = 0.0  # sum of e (z - high): relative to the maximum nothing large cancels
-    target_logit = float("-inf")
+    # Each thread keeps sums of its own columns, and they meet once, after the loop: a reduction over the block in every
+    # round would be barriers in every round. A thread's columns are runs of 4, and BLOCK_V / 2 apart.
+    LANES: tl.constexpr = BLOCK_V // 8
+    b_high = tl.full((LANES,), LOWEST, tl.float32)
+    b_total = tl.zeros((LANES,), tl.float32)
+    b_moment = tl.zeros((LANES,), tl.float32)  # sum of e (z - high): relative to the maximum nothing large cancels
     for i_v in range(0, n_padded, BLOCK_V):
         o_v = i_v + tl.arange(0, BLOCK_V)
         b_z, _ = _load_logits(
             p_row, p_bias, o_v, n_vocabulary, n_padded, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
         )
-        new_high = tl.maximum(high, tl.max(b_z, axis=0))
-        safe_high = tl.where(new_high == float("-inf"), 0.0, new_high)
-        shift = tl.where(high == float("-inf"), 0.0, high - safe_high)
-        rescale = tl.where(high == float("-inf"), 0.0, tl.exp(shift))
-        b_d = b_z - safe_high
+        # finite, so that no difference below is inf - inf; NaN stays
+        b_z = tl.reshape(tl.maximum(b_z, LOWEST, propagate_nan=tl.PropagateNan.ALL), (2, LANES, 4))
+        b_new_high = tl.maximum(b_high, tl.max(tl.max(b_z, axis=2), axis=0))
+        b_shift = b_high - b_new_high
+        b_rescale = tl.exp(b_shift)
+        b_d = b_z - b_new_high[None, :, None]
         b_e = tl.exp(b_d)
         if HAS_ENTROPY:
-            moment = rescale * (moment + shift * total) + tl.sum(tl.where(b_e > 0, b_e * b_d, 0.0), axis=0)
-        total = total * rescale + tl.sum(b_e, axis=0)
-        target_logit = tl.maximum(target_logit, tl.max(tl.where(o_v == i_target, b_z, float("-inf")), axis=0))
-        high = new_high
+            b_moment = b_rescale * (b_moment + b_shift * b_total) + tl.sum(tl.sum(b_e * b_d, axis=2), axis=0)
+        b_total = b_total * b_rescale + tl.sum(tl.sum(b_e, axis=2), axis=0)
+        b_high = b_new_high
+    high = tl.max(b_high, axis=0)
+    b_shift = b_high - high
+    b_rescale = tl.exp(b_shift)
+    total = tl.sum(b_total * b_rescale, axis=0)
     log_total = tl.log(total)
     entropy = 0.0
     if HAS_ENTROPY:
-        entropy = log_total - moment / total
+        entropy = log_total - tl.sum(b_rescale * (b_moment + b_shift * b_total), axis=0) / total
+    target_logit, _ = _load_logits(
+        p_row, p_bias, i_target, n_vocabulary, n_padded, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
+    )
     return high + log_total, (target_logit - high) - log_total, entropy
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0, to float32's precision: p - 1 would keep few digits of a nearly certain token's."""
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+    return tl.where(x > -0.25, series, tl.exp(x) - 1.0)
 
 
 @triton.jit
@@ -103,6 +122,7 @@ def _write_gradient(
     p_bias,
     i_target,
     lse,
+    logprob,
     entropy,
     logprob_share,
     entropy_share,
@@ -116,7 +136,8 @@ def _write_gradient(
     HAS_ENTROPY_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """logprob_share (onehot - p) - entropy_share p (log p + entropy) over the row; without entropy's part p - onehot."""
+    """logprob_share (onehot - p) - entropy_share p (log p + entropy), or p - onehot without entropy's part."""
+    at_target = _expm1(logprob)
     for i_v in range(0, n_padded, BLOCK_V):
         o_v = i_v + tl.arange(0, BLOCK_V)
         b_z, b_slope = _load_logits(
@@ -124,7 +145,7 @@ def _write_gradient(
         )
         b_logp = b_z - lse
         b_p = tl.exp(b_logp)
-        b_gradient = b_p - tl.where(o_v == i_target, 1.0, 0.0)
+        b_gradient = tl.where(o_v == i_target, at_target, b_p)
         if HAS_ENTROPY_GRAD:
             b_log_term = tl.where(b_p > 0, b_p * (b_logp + entropy), 0.0)
             b_gradient = -logprob_share * b_gradient - entropy_share * b_log_term
@@ -185,6 +206,7 @@ def _logit_gradient_kernel(
     p_bias,
     p_targets,
     p_lse,
+    p_logprob,
     p_entropy,
     p_logprob_grad,
     p_entropy_grad,
@@ -221,6 +243,7 @@ def _logit_gradient_kernel(
         p_bias,
         tl.load(p_targets + i_row),
         tl.load(p_lse + i_row),
+        tl.load(p_logprob + i_row),
         entropy,
         logprob_share,
         entropy_share,
@@ -476,6 +499,7 @@ def _grpo_rows_kernel(
             p_bias,
             i_target,
             lse,
+            logprob,
             entropy,
             logprob_share,
             entropy_share,
@@ -505,7 +529,7 @@ def _padded_bias(bias: torch.Tensor | None, n_padded: int) -> torch.Tensor | Non
 
 
 def _block(n_padded: int) -> int:
-    return min(BLOCK_V, triton.next_power_of_2(n_padded))
+    return min(BLOCK_V, max(16, triton.next_power_of_2(n_padded)))
 
 
 def gradient_view(tile_CV: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -575,6 +599,7 @@ def logit_gradient_(
             _padded_bias(bias, n_padded),
             targets_C,
             statistics.lse,
+            statistics.logprob,
             statistics.entropy,
             logprob_grad_C.float(),
             None if entropy_grad_C is None else entropy_grad_C.float(),

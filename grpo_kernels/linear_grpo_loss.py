@@ -32,7 +32,7 @@ class GRPOLoss:
     """``loss`` is differentiable, 0-d; all else is detached, float32 (float64 for float64).
 
     Attributes:
-        loss: what to call ``backward`` on, once.
+        loss: what to call ``backward`` on.
         policy_loss: 0-d, the loss without the entropy bonus.
         logprobs, entropies: (N,), in nats.
         ratio: (N,), exp(logprob - old logprob); 1 on policy.
@@ -132,8 +132,12 @@ class LinearGRPOLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, loss_grad, *_):
         if ctx.totals is None:
-            raise RuntimeError("the backward of linear_grpo_loss was called before: compute the loss again")
-        totals, ctx.totals = ctx.totals, None  # scaled in place and handed over
+            raise RuntimeError("the backward of linear_grpo_loss was called before, without retain_graph")
+        totals = ctx.totals
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            totals = [None if total is None else total.clone() for total in totals]
+        else:
+            ctx.totals = None  # scaled in place and handed over
         scale = loss_grad * ctx.unit
         # times 1 is a pass over (V, H) for nothing; to look is free on a CPU, and would wait for a GPU
         is_one = scale.device.type == "cpu" and scale.item() == 1.0
@@ -281,7 +285,7 @@ def linear_grpo_loss(
         k3 = (ref_logprobs_N - logprobs).exp() - (ref_logprobs_N - logprobs) - 1
         loss = (w * (policy + beta * k3 * ratio)).sum() - entropy_coef * entropies.mean()
 
-    The gradients are made in the forward; ``backward`` scales them and can be called once. A token whose dL/dlogprob
+    The gradients are made in the forward, and ``backward`` scales them. A token whose dL/dlogprob
     is zero (advantage or weight 0 with neither beta nor entropy_coef; clipped) gets log-prob and entropy, and no part
     in the gradients' products.
 

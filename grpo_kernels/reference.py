@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
+import torch
+
 
 def normalize_rewards_reference(
     rewards: Sequence[Sequence[float]], method: str, *, eps: float = 1e-4, alpha: float = 1.0
@@ -39,3 +41,57 @@ def normalize_rewards_reference(
         }[method]()
 
     return [[advantage(group, index) for index in range(len(group))] for group in rewards]
+
+
+def head_logprobs(hidden, weight, targets, *, bias=None, low_rank=None, temperature=1.0, logit_scale=1.0, softcap=None):
+    """(log-probs of the targets, entropies), (N,): the head in plain torch, with all logits, in the inputs' dtype."""
+    y = hidden @ weight.T
+    if low_rank is not None:
+        y = y + low_rank[0] @ low_rank[1].T
+    if bias is not None:
+        y = y + bias
+    z = logit_scale * y if softcap is None else softcap * torch.tanh(logit_scale * y / softcap)
+    logp = (z / temperature).log_softmax(-1)
+    finite = torch.where(logp.isinf(), 0.0, logp)  # p log p is 0 where p is
+    return logp.gather(-1, targets[:, None]).squeeze(-1), -(logp.exp() * finite).sum(-1)
+
+
+def grpo_loss(
+    logprobs,
+    entropies,
+    sequence,
+    advantages,
+    weights,
+    *,
+    old_logprobs=None,
+    ref_logprobs=None,
+    policy_scale=None,
+    loss_type="grpo",
+    epsilon=0.2,
+    epsilon_high=None,
+    delta=None,
+    sapo_temperatures=(1.0, 1.05),
+    beta=0.0,
+    kl_times_ratio=True,
+    entropy_coef=0.0,
+):
+    """The loss of ``linear_grpo_loss`` from log-probs, written as the papers write it; autograd does the rest."""
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    advantage = advantages[sequence]
+    ratio = torch.exp(logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs))
+    if loss_type == "cispo":
+        policy = -ratio.clamp(max=epsilon_high).detach() * advantage * logprobs
+    elif loss_type == "sapo":
+        steepness = torch.where(advantage > 0, sapo_temperatures[0], sapo_temperatures[1])
+        policy = -torch.sigmoid(steepness * (ratio - 1)) * 4 / steepness * advantage
+    else:
+        clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+        capped = ratio if delta is None else ratio.clamp(max=delta)
+        policy = -torch.min(capped * advantage, clipped * advantage)
+    if policy_scale is not None:
+        policy = policy * policy_scale
+    loss = policy
+    if beta:
+        kl = torch.exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1
+        loss = loss + beta * (kl * ratio if kl_times_ratio else kl)
+    return (weights[sequence] * loss).sum() - entropy_coef * entropies.mean()

@@ -6,7 +6,7 @@ Shapes: N live tokens. The semantics are TRL 1.16's, for ratios of single tokens
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,7 +50,7 @@ class GroupRewards:
 
     def advantages(self) -> torch.Tensor:
         """(B,), by ``normalize_rewards``."""
-        options = {"alpha": self.alpha} if METHODS[self.method].options else {}
+        options: dict[str, Any] = {"alpha": self.alpha} if METHODS[self.method].options else {}
         advantages_BG = normalize_rewards(self.rewards, self.method, eps=self.eps, **options)
         return advantages_BG.gather(1, self.position[:, None]).squeeze(1)
 

@@ -232,7 +232,15 @@ def test_public_names():
     assert set(trl_ext.__all__) == {"CurvatureGRPOConfig", "CurvatureGRPOTrainer"}
     import grpo_kernels
 
-    assert set(grpo_kernels.__all__) == {"METHODS", "check_normalization", "normalize_rewards", "use_backend"}
+    assert set(grpo_kernels.__all__) == {
+        "METHODS",
+        "GRPOLoss",
+        "check_normalization",
+        "linear_grpo_loss",
+        "linear_logprob",
+        "normalize_rewards",
+        "use_backend",
+    }
     for module in (trl_ext, grpo_kernels):
         for name in module.__all__:
             assert getattr(module, name).__doc__ or isinstance(getattr(module, name), dict), name

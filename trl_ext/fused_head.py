@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -89,10 +89,10 @@ def read_settings(model: torch.nn.Module) -> HeadSettings:
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         raise ValueError(f"{type(model).__name__} has no output embeddings: it can't give log-probs")
     function = getattr(model.forward, "__func__", None)
-    names = function.__code__.co_freevars if function is not None else ()
-    found = (
-        dict(zip(names, (cell.cell_contents for cell in (function.__closure__ or ())), strict=True)) if names else {}
-    )
+    found: dict[str, Any] = {}
+    if function is not None and function.__closure__:
+        cells = (cell.cell_contents for cell in function.__closure__)
+        found = dict(zip(function.__code__.co_freevars, cells, strict=True))
     try:
         # the temperature is a free variable too, read here so that both heads have the very same
         return HeadSettings(
@@ -136,7 +136,7 @@ def add_fused_head(
             )
         hidden_NH, targets_N = hidden[mask], labels[mask]
         head = self.get_output_embeddings()
-        autocast = nullcontext()
+        autocast: Any = nullcontext()
         if settings.cast_to_fp32:
             hidden_NH = hidden_NH.float()
             autocast = torch.autocast(hidden.device.type, enabled=False)
@@ -183,8 +183,9 @@ def gathered_head(head: torch.nn.Module, hidden_NH: torch.Tensor, *, keep: bool)
     low_rank = None
     if isinstance(head, BaseTunerLayer):
         low_rank = head_adapter(head, hidden_NH)
-        head = head.get_base_layer()
-    weight, bias = head.weight, getattr(head, "bias", None)
+        head = cast(torch.nn.Module, head.get_base_layer())
+    weight: Any = head.weight
+    bias: Any = getattr(head, "bias", None)
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()
         bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
