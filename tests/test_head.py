@@ -1,4 +1,4 @@
-"""The fused head: linear_logprob and linear_grpo_loss against float64 truth, plain torch, and numbers worked by hand."""
+"""linear_logprob and linear_grpo_loss against float64 truth, plain torch, and numbers worked by hand."""
 
 import itertools
 import math
@@ -456,7 +456,7 @@ def test_dead_tokens_get_exactly_no_gradient():
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 def test_float16_with_a_gradient_scaler(scale):
-    """Coefficients of 1e-9 survive: they are multiplied as shares of the largest, and the scaler's factor comes last."""
+    """Coefficients of 1e-9 survive: multiplied as shares of the largest, and the scaler's factor comes last."""
     tensors, data = example(n=64, h=32, v=300, dtype=torch.float16, scale=0.3)
     data["advantages"] = data["advantages"] * 1e-5
     weight = tensors["weight"].detach().float().requires_grad_()  # as under autocast: float32 parameters

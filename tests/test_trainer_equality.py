@@ -82,20 +82,23 @@ def run(trainer_class, config_class, policy, folder, setting, *, steps=3, resume
         max_completion_length=8,
         max_steps=steps,
         optim="sgd",
-        learning_rate=0.02,
         generation_kwargs={"sequence_bias": [[[1], 5.0]]},  # token 1 ends a completion: lengths differ
         lr_scheduler_type="constant",
         eval_strategy="steps" if setting["evaluation"] else "no",
         eval_steps=2,
         logging_steps=1,
-        bf16=False,
-        gradient_checkpointing=False,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
         seed=7,
         **({"fused_loss": setting["fused_loss"]} if config_class is CurvatureGRPOConfig else {}),
-        **{"save_strategy": "no", **extra},
+        **{
+            "learning_rate": 0.02,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            **extra,
+        },
     )
     recorder = Recorder()
     torch.manual_seed(0)

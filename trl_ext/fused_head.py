@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 from trl.trainer import grpo_trainer
@@ -186,14 +186,26 @@ def gathered_head(head: torch.nn.Module, hidden_NH: torch.Tensor, *, keep: bool)
         head = cast(torch.nn.Module, head.get_base_layer())
     weight: Any = head.weight
     bias: Any = getattr(head, "bias", None)
-    if isinstance(weight, DTensor):
-        weight = weight.full_tensor()
-        bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
+    weight, bias = _whole(weight), _whole(bias)
     sharded = hasattr(weight, "ds_id")
     with maybe_gather_lm_head_ctx(weight, bias):
         if sharded and keep and torch.is_grad_enabled():
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         yield weight, bias, low_rank
+
+
+def _whole(parameter: Any) -> Any:
+    """The parameter of all FSDP2 shards, its gradient the mean over processes of each one's, as FSDP2's own are.
+
+    (``full_tensor()`` alone would take every process's gradient for the same, and keep one process's of each shard.)
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 def head_adapter(head: BaseTunerLayer, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -1,0 +1,68 @@
+"""FSDP2 on two gloo processes, for test_fused_trainer.py: our head inside a sharded model against the whole model."""
+
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from trl_ext.fused_head import CompletionMask, add_fused_head, read_settings
+
+
+def with_our_head(folder, tied):
+    torch.manual_seed(0)  # an untied head is made anew
+    model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=tied)
+    add_fused_lm_head(model, temperature=0.9, outputs=("log_probs", "entropy"))
+    add_fused_head(model, read_settings(model), CompletionMask(), entropy=True)
+    return model
+
+
+def backward(model, ids, advantages):
+    labels = ids.clone()
+    labels[:, :3] = -100
+    count = ids.shape[1] - 3
+    grpo_inputs = {
+        "sequence_N": torch.arange(len(ids)).repeat_interleave(count),
+        "advantages": advantages,
+        "weights_B": torch.full((len(ids),), 0.25 / count),
+    }
+    loss = model(input_ids=ids, labels=labels, fused_lm_head=True, grpo_inputs=grpo_inputs).loss
+    logprobs = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    (loss + 0.01 * (logprobs * advantages[:, None]).sum()).backward()
+
+
+def main(folder):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    ids, advantages = torch.randint(4, 100, (4, 9)), torch.tensor([1.0, -1.0, 0.0, 0.5])
+    for tied in (True, False):
+        whole = with_our_head(folder, tied)
+        backward(whole, ids, advantages)
+        expected = {name: parameter.grad for name, parameter in whole.named_parameters()}
+        model = with_our_head(folder, tied)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        if not tied:  # a group of its own, which nothing gathers: the head's forward is never called
+            fully_shard(model.lm_head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        half = slice(2 * rank, 2 * rank + 2)
+        backward(model, ids[half], advantages[half])
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            # FSDP averages over processes; the losses here are sums over each process's sequences
+            torch.testing.assert_close(2 * parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6, msg=name)
+        print("equal", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

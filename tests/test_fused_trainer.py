@@ -1,0 +1,253 @@
+"""The trainer on our head: what goes through it in one pass, what doesn't, and that both are TRL's loss."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from test_trainer_equality import PLAIN, Recorder, assert_same, digits, prompts, run
+from transformers import AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfig, MixtralConfig
+from transformers.models.auto import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, fused_head
+from trl_ext.fused_head import head_adapter
+
+WORKER = Path(__file__).parent / "fsdp_worker.py"
+OFF_POLICY = {"num_iterations": 2}
+
+
+@pytest.fixture
+def projected(monkeypatch):
+    """Tokens given to the head: one list for the loss in one pass, one for log-probs."""
+    seen = {"loss": [], "logprob": []}
+
+    def spy(name, function):
+        def called(hidden, *args, **kwargs):
+            seen[name].append(len(hidden))
+            return function(hidden, *args, **kwargs)
+
+        return called
+
+    monkeypatch.setattr(fused_head, "linear_grpo_loss", spy("loss", fused_head.linear_grpo_loss))
+    monkeypatch.setattr(fused_head, "linear_logprob", spy("logprob", fused_head.linear_logprob))
+    return seen
+
+
+CASES = {
+    "sequence level on policy": ({"importance_sampling_level": "sequence"}, None),
+    "sequence level off policy": ({"importance_sampling_level": "sequence", **OFF_POLICY}, "'sequence' off policy"),
+    "sequence level, KL": (
+        {"importance_sampling_level": "sequence", "beta": 0.05, "use_bias_correction_kl": True},
+        "with KL times the ratio",
+    ),
+    "entropy quantile": ({"top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5"),
+    "off-policy mask": ({"off_policy_mask_threshold": 0.5, **OFF_POLICY}, "off_policy_mask_threshold=0.5"),
+    "vespo": ({"loss_type": "vespo"}, "loss_type='vespo'"),
+    "adaptive entropy": ({"use_adaptive_entropy": True, "entropy_target": 3.0}, "use_adaptive_entropy"),
+    "entropy bonus": ({"entropy_coef": 0.05, "gradient_accumulation_steps": 2}, None),
+    "dual clip": ({"delta": 1.05, "epsilon": 0.01, "epsilon_high": 0.02, "learning_rate": 0.2, **OFF_POLICY}, None),
+    "plain KL": ({"beta": 0.05, "use_bias_correction_kl": False, **OFF_POLICY}, None),
+    "KL times the ratio": ({"beta": 0.05, "use_bias_correction_kl": True, **OFF_POLICY}, None),
+    "truncated completions masked": ({"mask_truncated_completions": True}, None),
+    "float32 head": ({"cast_lm_head_to_fp32": True}, None),
+    "temperature": ({"temperature": 0.7}, None),
+    "checkpointed activations": ({"gradient_checkpointing": True}, None),
+}
+
+
+def both(policy, folder, *, setting=None, **options):
+    """TRL's run and ours with these options, the latter's wins where ``setting`` names them too."""
+    names = {"loss_type", "beta", "num_iterations"}
+    setting = {**PLAIN, "fused_loss": True, **(setting or {}), **{n: v for n, v in options.items() if n in names}}
+    if "gradient_accumulation_steps" in options:
+        setting["accumulation"] = (options["gradient_accumulation_steps"],) * 2
+    extra = {n: v for n, v in options.items() if n not in {*names, "gradient_accumulation_steps"}}
+    theirs = run(GRPOTrainer, GRPOConfig, policy, folder / "trl", setting, **extra)
+    ours = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, policy, folder / "ours", setting, **extra)
+    assert_same(ours, theirs)
+    assert sum(log["grad_norm"] > 0 for log in theirs[1].logs if "grad_norm" in log) >= 2
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_pass_or_trl_on_our_head(name, projected, tiny_policy, tmp_path, caplog):
+    options, obstacle = CASES[name]
+    with caplog.at_level(logging.INFO, logger="trl_ext.trainer"):
+        both(tiny_policy, tmp_path, **options)
+    said = [record.message for record in caplog.records if "isn't made in one pass" in record.message]
+    if obstacle is None:
+        assert not said and len(projected["loss"]) > 0
+    else:
+        assert len(said) == 1 and obstacle in said[0]
+        assert not projected["loss"] and len(projected["logprob"]) > 0
+
+
+def test_a_subclass_keeps_its_own_loss(projected, tiny_policy, tmp_path):
+    class Own(CurvatureGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return 2 * GRPOTrainer._compute_loss(self, model, inputs)
+
+    setting = {**PLAIN, "fused_loss": True}
+    own = run(Own, CurvatureGRPOConfig, tiny_policy, tmp_path / "own", setting, max_grad_norm=0.0)
+    theirs = run(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "trl", setting, max_grad_norm=0.0)
+    assert not projected["loss"] and projected["logprob"]
+    for name, gradient in theirs[1].gradients[0].items():
+        torch.testing.assert_close(own[1].gradients[0][name], 2 * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_subclass_with_advantages_of_its_own_is_heard(tiny_policy, tmp_path):
+    class Flipped(CurvatureGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            output["advantages"] = -output["advantages"]
+            return output
+
+    class PerToken(CurvatureGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            output["advantages"] = output["advantages"][:, None].expand(output["completion_ids"].shape)
+            return output
+
+    setting = {**PLAIN, "fused_loss": True}
+    ours = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "a", setting)[1].gradients[0]
+    flipped = run(Flipped, CurvatureGRPOConfig, tiny_policy, tmp_path / "b", setting)[1].gradients[0]
+    per_token = run(PerToken, CurvatureGRPOConfig, tiny_policy, tmp_path / "c", setting)[1].gradients[0]
+    for name, gradient in ours.items():
+        torch.testing.assert_close(flipped[name], -gradient)
+        torch.testing.assert_close(per_token[name], gradient)
+
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 64}  # fmt: skip
+ARCHITECTURES = {
+    "softcap": Gemma2Config(**TINY, head_dim=16, final_logit_softcapping=2.0, tie_word_embeddings=True),
+    "logit scale": CohereConfig(**TINY, logit_scale=0.25),
+    "divided logits": GraniteConfig(**TINY, logits_scaling=3.0),
+    "mixture of experts": MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_heads(name, projected, tiny_policy, tmp_path):
+    """Softcaps, logit scales, and the load-balancing loss of a mixture of experts, which isn't dropped."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    config = ARCHITECTURES[name]
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for loss_type in ("grpo", "vespo"):
+        (_, record, _), _ = both(folder, tmp_path / loss_type, loss_type=loss_type, gradient_accumulation_steps=2)
+        if name == "mixture of experts":
+            assert all(log["aux_loss"] > 0 for log in record.logs if "grad_norm" in log)
+    assert projected["loss"] and projected["logprob"]
+
+
+def tool_rollout(prompts, trainer):
+    """Completions in which tokens 2 to 4 came from a tool."""
+    generator = torch.Generator().manual_seed(7 * trainer.state.global_step)
+    tokenizer = trainer.processing_class
+    completions = [
+        torch.randint(4, len(tokenizer), (n % 5 + 3,), generator=generator).tolist() for n in range(len(prompts))
+    ]
+    return {
+        "prompt_ids": [tokenizer.encode("<user>What is 1 + 1?<assistant>") for _ in prompts],
+        "completion_ids": completions,
+        "logprobs": None,
+        "env_mask": [[0 if 2 <= t <= 4 else 1 for t in range(len(row))] for row in completions],
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"top_entropy_quantile": 0.5}, {"beta": 0.05, "num_iterations": 2}], ids=str)
+def test_tool_tokens_are_never_projected(options, projected, tiny_policy, tmp_path):
+    results = []
+    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (CurvatureGRPOTrainer, CurvatureGRPOConfig)):
+        config = config_class(
+            output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=8,
+            max_steps=2, optim="sgd", learning_rate=0.05, lr_scheduler_type="constant", logging_steps=1, bf16=False,
+            save_strategy="no", gradient_checkpointing=False, report_to="none", disable_tqdm=True, use_cpu=True,
+            **options,
+        )  # fmt: skip
+        recorder = Recorder()
+        trainer = trainer_class(
+            model=str(tiny_policy),
+            reward_funcs=digits,
+            args=config,
+            train_dataset=prompts(32),
+            processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+            rollout_func=tool_rollout,
+            callbacks=[recorder],
+        )
+        trainer.train()
+        results.append((trainer, recorder, {n: p.detach() for n, p in trainer.model.named_parameters()}))
+    assert_same(results[1], results[0])
+    live = sum(sum(row) for row in tool_rollout([None] * 8, results[1][0])["env_mask"])
+    assert set(projected["loss"] + projected["logprob"]) == {live}
+
+
+def test_an_adapter_on_the_head_is_used_and_trained(tiny_policy, tmp_path):
+    """TRL refuses one; ours gives the log-probs of the merged model, and its gradients are autograd's."""
+    from peft import get_peft_model
+
+    from trl_ext.fused_head import gathered_head
+
+    config = CurvatureGRPOConfig(
+        output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=8,
+        max_steps=3, learning_rate=0.05, optim="sgd", bf16=False, save_strategy="no", gradient_checkpointing=False,
+        report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1,
+    )  # fmt: skip
+    trainer = CurvatureGRPOTrainer(
+        model=str(tiny_policy), reward_funcs=digits, args=config, train_dataset=prompts(32),
+        processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+        peft_config=LoraConfig(r=3, target_modules=["lm_head", "q_proj"], lora_dropout=0.0),
+    )  # fmt: skip
+    trainer.train()
+    trained = [p for name, p in trainer.model.named_parameters() if "lm_head" in name and "lora_B" in name]
+    assert len(trained) == 1 and trained[0].abs().sum() > 0
+
+    ids = torch.randint(4, 100, (2, 9))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    trainer.model.eval()
+    with torch.no_grad():
+        ours = trainer.model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+        logits = trainer.model.merge_and_unload()(input_ids=ids).logits / trainer.temperature
+    expected = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(ours[:, 3:], expected[:, 3:], rtol=1e-4, atol=1e-4)
+    assert (ours[:, :3] == 0).all()
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_policy), LoraConfig(r=2, target_modules=["lm_head"], use_dora=True)
+    )
+    head = model.get_output_embeddings()
+    with pytest.raises(ValueError, match=r"adapter 'default' on the LM head is a .* only plain LoRA"):
+        head_adapter(head, torch.zeros(1, head.get_base_layer().weight.shape[1]))
+    head.get_base_layer().weight.requires_grad_(False)
+    with model.disable_adapter(), gathered_head(head, torch.zeros(1, 8), keep=False) as (_, _, low_rank):
+        assert low_rank is None
+
+
+def test_bf16_autocast(tiny_policy, tmp_path):
+    """Logged losses stay close to TRL's in bf16, whose head rounds more than ours."""
+    setting = {**PLAIN, "fused_loss": True}
+    ours = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "a", setting, bf16=True, steps=1)
+    theirs = run(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "b", setting, bf16=True, steps=1)
+    norm = sum(g.square().sum() for g in theirs[1].gradients[0].values()).sqrt()
+    error = sum((ours[1].gradients[0][n] - g).square().sum() for n, g in theirs[1].gradients[0].items()).sqrt()
+    assert 0 < error <= 0.05 * norm
+
+
+def test_sharded_over_two_processes(tiny_policy, tmp_path):
+    """FSDP2 on gloo: the head's DTensor is gathered inside the forward, and gradients are the unsharded model's."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, str(tiny_policy)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("equal") == 4, done.stdout  # two processes, a tied head and one of its own
