@@ -22,7 +22,7 @@ from .backend import choose_backend
 from .head_checks import check_head, check_number, check_per_token
 from .head_products import HeadProducts, compute_dtype
 from .head_rows import Transform, grpo_rows_
-from .memory import cast
+from .memory import cast, scaled
 from .normalize import METHODS, check_normalization
 from .token_losses import SURROGATES, GroupRewards, TokenInputs, TokenLoss
 
@@ -142,7 +142,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         # times 1 is a pass over (V, H) for nothing; to look is free on a CPU, and would wait for a GPU
         is_one = scale.device.type == "cpu" and scale.item() == 1.0
         grads = [
-            None if total is None else cast(total if is_one else total.mul_(scale), dtype)
+            None if total is None else cast(total, dtype) if is_one else scaled(total, scale, dtype)
             for total, dtype in zip(totals, ctx.dtypes, strict=True)
         ]
         return (None, None, None, None, None, *grads)

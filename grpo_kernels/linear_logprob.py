@@ -18,7 +18,7 @@ from .backend import choose_backend
 from .head_checks import check_head
 from .head_products import HeadProducts, compute_dtype
 from .head_rows import Transform, logit_gradient_, softmax_rows_
-from .memory import cast
+from .memory import cast, scaled
 
 Factors = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -126,7 +126,8 @@ class LinearLogprobFunction(torch.autograd.Function):
         def finish(total, like):
             if total is None:
                 return None
-            return cast(total.mul_(unit) if products.dtype == torch.float16 else total, like.dtype)
+            half = products.dtype == torch.float16
+            return scaled(total, unit, like.dtype) if half else cast(total, like.dtype)
 
         weights = [*products.weight_grads(), None]
         bias_grad = products.bias_grad

@@ -28,3 +28,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``tensor.to(dtype)`` into such a buffer."""
     return tensor if tensor.dtype == dtype else empty(tensor.shape, dtype, tensor.device).copy_(tensor)
+
+
+def scaled(tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``(tensor * scale).to(dtype)`` in one pass, in place where the dtype stays."""
+    if tensor.dtype == dtype:
+        return tensor.mul_(scale)
+    return torch.mul(tensor, scale, out=empty(tensor.shape, dtype, tensor.device))

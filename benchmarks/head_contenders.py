@@ -1,0 +1,148 @@
+"""The fused head and its peers on one set of inputs: each is a function that leaves gradients in ``.grad``.
+
+Shapes: N tokens of B sequences, H hidden, V vocabulary. All compute the same on-policy GRPO loss, with entropies where
+they can (Liger's loss and torch's cross entropy can't), and gradients of hidden states and, unless frozen, the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+from grpo_kernels import linear_grpo_loss
+
+SHAPES = {"SmolLM2": (576, 49152), "Qwen2.5": (896, 151936)}
+SEQUENCES = 16
+FLOOR_ROWS = 512
+
+
+@dataclass
+class Problem:
+    """Inputs: a share ``live`` of the sequences has an advantage, as groups with mixed rewards do."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    targets: torch.Tensor
+    sequence: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def live_rows(self) -> int:
+        return int((self.advantages != 0)[self.sequence].sum())
+
+    def clear(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+
+def make_problem(shape: str, n: int, dtype: torch.dtype, *, frozen: bool, live: float, device: str = "cpu") -> Problem:
+    h, v = SHAPES[shape]
+    torch.manual_seed(0)
+    hidden = torch.randn(n, h, device=device).to(dtype).requires_grad_()
+    weight = torch.empty(v, h, device=device, dtype=dtype).normal_(std=0.05).requires_grad_(not frozen)
+    sequence = torch.arange(n, device=device) * SEQUENCES // n
+    advantages = torch.randn(SEQUENCES, device=device)
+    advantages[torch.arange(SEQUENCES, device=device) >= round(live * SEQUENCES)] = 0
+    weights = torch.full((SEQUENCES,), 1 / n, device=device)
+    return Problem(hidden, weight, torch.randint(v, (n,), device=device), sequence, advantages, weights)
+
+
+def policy_loss(logprobs: torch.Tensor, problem: Problem) -> torch.Tensor:
+    """TRL's lines for an on-policy token-level loss."""
+    ratio = torch.exp(logprobs - logprobs.detach())
+    advantage = problem.advantages[problem.sequence]
+    per_token = -torch.min(ratio * advantage, torch.clamp(ratio, 0.8, 1.2) * advantage)
+    return (per_token * problem.weights[problem.sequence]).sum()
+
+
+def ours(problem: Problem) -> Callable[[], None]:
+    def call() -> None:
+        problem.clear()
+        linear_grpo_loss(
+            problem.hidden, problem.weight, problem.targets, problem.sequence, problem.advantages, problem.weights
+        ).loss.backward()
+
+    return call
+
+
+def trl(problem: Problem) -> Callable[[], None]:
+    def call() -> None:
+        problem.clear()
+        logprobs, *_ = ChunkedLogProbFunction.apply(
+            problem.hidden, problem.weight, None, problem.targets, 1.0, 32768, None, 1.0, ("log_probs", "entropy")
+        )
+        policy_loss(logprobs, problem).backward()
+
+    return call
+
+
+def naive(problem: Problem) -> Callable[[], None]:
+    def call() -> None:
+        problem.clear()
+        logp = (problem.hidden @ problem.weight.T).float().log_softmax(-1)
+        with torch.no_grad():
+            -(logp.exp() * logp).sum(-1)
+        policy_loss(logp.gather(1, problem.targets[:, None])[:, 0], problem).backward()
+
+    return call
+
+
+def liger(problem: Problem, *, compiled: bool) -> Callable[[], None] | None:
+    """None where Liger isn't installed."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+    except ImportError:
+        return None
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=compiled, use_ref_model=False, loss_type="bnpo")
+    n, h = problem.hidden.shape
+    mask = torch.ones(SEQUENCES, n // SEQUENCES, device=problem.hidden.device)
+
+    def call() -> None:
+        problem.clear()
+        loss(
+            problem.hidden.view(SEQUENCES, -1, h),
+            problem.weight,
+            problem.targets.view(SEQUENCES, -1),
+            mask,
+            problem.advantages,
+        )[0].backward()
+
+    return call
+
+
+def cross_entropy(problem: Problem) -> Callable[[], None] | None:
+    """torch's own fused head for a scalar loss (every token the same weight), or None before torch 2.13."""
+    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if function is None:
+        return None
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def call() -> None:
+        problem.clear()
+        function(problem.hidden, problem.weight, problem.targets, options=options).backward()
+
+    return call
+
+
+def bare_products(problem: Problem) -> Callable[[], None]:
+    """The floor: the matrix products alone, 2 + 4 f or (frozen) 2 + 2 f, into buffers that are there already."""
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    n, v, live = len(hidden), len(weight), problem.live_rows
+    tile = torch.zeros(min(n, FLOOR_ROWS), v, dtype=hidden.dtype, device=hidden.device)
+    hidden_grad = torch.zeros_like(hidden)
+    weight_grad = torch.zeros_like(weight) if problem.weight.requires_grad else None
+
+    def call() -> None:
+        for start in range(0, n, FLOOR_ROWS):
+            rows = hidden[start : start + FLOOR_ROWS]
+            torch.mm(rows, weight.T, out=tile[: len(rows)])
+        for start in range(0, live, FLOOR_ROWS):
+            rows = hidden[start : min(start + FLOOR_ROWS, live)]
+            torch.mm(tile[: len(rows)], weight, out=hidden_grad[start : start + len(rows)])
+            if weight_grad is not None:
+                torch.mm(tile[: len(rows)].T, rows, out=weight_grad)
+
+    return call

@@ -1,0 +1,49 @@
+"""Peak memory of one contender beyond inputs and returned gradients: ``head_memory.py ours|trl SHAPE FROZEN``.
+
+Run in a fresh process, whose allocator has no freed memory to reuse. Prints bytes.
+"""
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+import head_contenders as heads
+import torch
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def main(contender: str, shape: str, frozen: bool) -> None:
+    cuda = torch.cuda.is_available()
+    getattr(heads, contender)(heads.make_problem("SmolLM2", 16, torch.float32, frozen=frozen, live=1.0))()  # libraries
+    problem = heads.make_problem(shape, 512, torch.float32, frozen=frozen, live=1.0, device="cuda" if cuda else "cpu")
+    call = getattr(heads, contender)(problem)
+    returned = problem.hidden.nbytes + (0 if frozen else problem.weight.nbytes)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        print(torch.cuda.max_memory_allocated() - before - returned)
+        return
+    before, peak, running = resident(), 0, True
+
+    def watch() -> None:
+        nonlocal peak
+        while running:
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    call()
+    running = False
+    watcher.join()
+    print(peak - before - returned)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], bool(int(sys.argv[3])))

@@ -1,0 +1,131 @@
+"""The loss and its gradients from hidden states: ours against every peer and the bare matrix products.
+
+Counted (N tokens, V vocabulary, H hidden, f the share of live rows): products (2 + 4 f) N V H, frozen (2 + 2 f); bytes
+beside them: a tile's logits written by a product, read and written once by the row arithmetic, read by two products.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import head_contenders as heads
+import pytest
+import torch
+from compare import alternate
+from conftest import ROWS
+from torch.utils.flop_counter import FlopCounterMode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Qwen2.5's head is five times SmolLM2's: fewer rounds, or the whole would take an hour on two cores
+ROUNDS = {"SmolLM2": 7, "Qwen2.5": 3}
+GRID = [
+    (shape, 512, dtype, frozen, live)
+    for shape in heads.SHAPES
+    for dtype in DTYPES
+    for frozen in (False, True)
+    for live in (1.0, 0.5, 0.125)
+] + [("SmolLM2", 2048, dtype, frozen, 1.0) for dtype in DTYPES for frozen in (False, True)]
+
+
+def name_of(shape, n, dtype, frozen, live):
+    return f"{shape} {n:>4} {dtype} {'frozen   ' if frozen else 'trainable'} live {live:<5}"
+
+
+def check_same_gradient(problem, call, peer, tolerance):
+    gradients = []
+    for contender in (call, peer):
+        contender()
+        gradients.append(problem.hidden.grad.float())
+    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm().clamp(min=1e-30)
+    assert error < tolerance, error
+
+
+@pytest.mark.parametrize(("shape", "n", "dtype", "frozen", "live"), GRID)
+def test_against_trl_and_the_floor(benchmark, shape, n, dtype, frozen, live):
+    problem = heads.make_problem(shape, n, DTYPES[dtype], frozen=frozen, live=live, device=DEVICE)
+    calls = {"ours": heads.ours(problem), "trl": heads.trl(problem), "floor": heads.bare_products(problem)}
+    check_same_gradient(problem, calls["ours"], calls["trl"], 1e-4 if dtype == "fp32" else 3e-2)
+    medians = alternate(calls, rounds=ROUNDS[shape])
+    with FlopCounterMode(display=False) as counter:
+        calls["ours"]()
+    products = counter.get_total_flops() / (n * heads.SHAPES[shape][0] * heads.SHAPES[shape][1])
+    benchmark.extra_info.update(medians, products=products)
+    ROWS.append(
+        f"{name_of(shape, n, dtype, frozen, live)} products {products:4.2f} NVH   "
+        f"TRL / ours {medians['trl'] / medians['ours']:5.2f}   ours / bare {medians['ours'] / medians['floor']:5.2f}"
+    )
+    benchmark.pedantic(calls["ours"], rounds=2)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["SmolLM2"])
+def test_against_the_other_peers(benchmark, shape, dtype, frozen):
+    problem = heads.make_problem(shape, 512, DTYPES[dtype], frozen=frozen, live=1.0, device=DEVICE)
+    calls = {
+        "ours": heads.ours(problem),
+        "full logits": heads.naive(problem),
+        "Liger": heads.liger(problem, compiled=False),
+        "Liger compiled": heads.liger(problem, compiled=True),
+        "torch cross entropy": heads.cross_entropy(problem),
+        "floor": heads.bare_products(problem),
+    }
+    calls = {name: call for name, call in calls.items() if call is not None}
+    for peer in ("full logits", "Liger"):
+        if peer in calls:
+            check_same_gradient(problem, calls["ours"], calls[peer], 1e-4 if dtype == "fp32" else 3e-2)
+    medians = alternate(calls, rounds=5)
+    benchmark.extra_info.update(medians)
+    ratios = "   ".join(
+        f"{name} / ours {medians[name] / medians['ours']:5.2f}" for name in calls if name not in ("ours", "floor")
+    )
+    ROWS.append(f"{name_of(shape, 512, dtype, frozen, 1.0)} {ratios}")
+    benchmark.pedantic(calls["ours"], rounds=2)
+
+
+@pytest.mark.parametrize("shape", heads.SHAPES)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_peak_memory(benchmark, shape, frozen):
+    """Beyond inputs and returned gradients, each contender in a fresh process."""
+    peaks = {}
+    for contender in ("ours", "trl"):
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("head_memory.py")), contender, shape, str(int(frozen))],
+            capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        peaks[contender] = json.loads(done.stdout.splitlines()[-1])
+    benchmark.extra_info.update(peaks)
+    ROWS.append(
+        f"{name_of(shape, 512, 'fp32', frozen, 1.0)} peak memory: ours {peaks['ours'] / 2**20:.0f} MiB, "
+        f"TRL {peaks['trl'] / 2**20:.0f} MiB, ours / TRL {peaks['ours'] / peaks['trl']:.2f}"
+    )
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def test_cost_is_linear(benchmark):
+    """Twice the tokens or the vocabulary, twice the time; padding costs nothing, since it is never given."""
+    import grpo_kernels
+
+    calls = {}
+    for n, v in ((256, 16384), (512, 16384), (1024, 16384), (256, 32768), (256, 65536)):
+        torch.manual_seed(0)
+        arguments = (
+            torch.randn(n, 256, device=DEVICE, requires_grad=True),
+            torch.randn(v, 256, device=DEVICE, requires_grad=True),
+            torch.randint(v, (n,), device=DEVICE),
+            torch.zeros(n, dtype=torch.long, device=DEVICE),
+            torch.ones(1, device=DEVICE),
+            torch.ones(1, device=DEVICE),
+        )
+        calls[f"{n} x {v}"] = lambda a=arguments: grpo_kernels.linear_grpo_loss(*a).loss.backward()
+    medians = alternate(calls, rounds=7)
+    first = medians["256 x 16384"]
+    ROWS.append(
+        "cost against 256 tokens x 16384 words: "
+        + "   ".join(f"{name} {median / first:.2f}" for name, median in medians.items())
+    )
+    benchmark.extra_info.update(medians)
+    benchmark.pedantic(calls["256 x 16384"], rounds=2)
