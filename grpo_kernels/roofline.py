@@ -36,7 +36,7 @@ Assumptions:
 - operands: the products write 4 bytes a logit, read 2 bytes of each gradient once (frozen) or twice, and the weight
   once a tile; the float32 sum of dL/dW is written by the first tile, read and written by the others (one tile alone
   writes 2 bytes).
-- finish: the sum of dL/dW is scaled in place, then cast to the weight's dtype.
+- finish: the sum of dL/dW is scaled and cast to the weight's dtype in one pass.
 - in turn: the four times added; overlapped: the operands' bytes move while the products compute, if they are fewer."""
 
 
@@ -90,7 +90,7 @@ def predict(
         finish = (2 + 2) * weight
     elif trainable and live_tiles:
         operands += 4 * weight * (2 * live_tiles - 1)
-        finish = (4 + 4 + 4 + 2) * weight
+        finish = (4 + 2) * weight
     return Prediction(products / flops, rows / bandwidth, operands / bandwidth, finish / bandwidth)
 
 

@@ -251,3 +251,113 @@ def test_sharded_over_two_processes(tiny_policy, tmp_path):
     done = subprocess.run([*command, str(tiny_policy)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("equal") == 4, done.stdout  # two processes, a tied head and one of its own
+
+
+def build(policy, folder, **options):
+    config = CurvatureGRPOConfig(
+        output_dir=str(folder), num_generations=4, per_device_train_batch_size=8, max_completion_length=8, max_steps=1,
+        optim="sgd", learning_rate=0.02, logging_steps=1, save_strategy="no", bf16=False, gradient_checkpointing=False,
+        generation_kwargs={"sequence_bias": [[[1], 5.0]]}, report_to="none", disable_tqdm=True, use_cpu=True, seed=7,
+        **options,
+    )  # fmt: skip
+    return CurvatureGRPOTrainer(
+        model=str(policy), reward_funcs=digits, args=config, train_dataset=prompts(32),
+        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
+    )  # fmt: skip
+
+
+def first_batch(trainer):
+    """The first micro-batch the loss is given."""
+    kept = []
+    compute = trainer._compute_loss
+
+    def keep(model, inputs):
+        kept.append(inputs)
+        return compute(model, inputs)
+
+    trainer._compute_loss = keep
+    trainer.train()
+    del trainer._compute_loss
+    return kept[0]
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo"])
+def test_vllms_importance_correction(per_token, loss_type, projected, tiny_policy, tmp_path):
+    """What vLLM would add to the batch, made up: the same loss and gradient as TRL's lines give on it."""
+    trainer = build(tiny_policy, tmp_path, loss_type=loss_type, beta=0.05)
+    inputs = first_batch(trainer)
+    torch.manual_seed(1)
+    shape = inputs["completion_mask"].shape if per_token else (len(inputs["completion_mask"]), 1)
+    inputs["importance_sampling_ratio"] = torch.rand(shape) + 0.5
+    trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, True
+    projected["loss"].clear()
+    losses = [trainer._compute_loss(trainer.model, inputs), GRPOTrainer._compute_loss(trainer, trainer.model, inputs)]
+    assert len(projected["loss"]) == 1
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+    parameters = list(trainer.model.parameters())
+    ours, theirs = (torch.autograd.grad(loss, parameters) for loss in losses)
+    norm = sum(g.square().sum() for g in theirs).sqrt()
+    assert norm > 0 and sum((a - b).square().sum() for a, b in zip(ours, theirs, strict=True)).sqrt() <= 1e-5 * norm
+
+
+def test_metrics_wait_for_the_device_once(tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path, beta=0.05, entropy_coef=0.01)
+    inputs = first_batch(trainer)
+    calls = []
+    for name in ("gather", "reduce", "gather_for_metrics"):
+        function = getattr(trainer.accelerator, name)
+        setattr(
+            trainer.accelerator,
+            name,
+            lambda *a, name=name, function=function, **k: calls.append(name) or function(*a, **k),
+        )
+    trainer._compute_loss(trainer.model, inputs)
+    assert calls == ["gather"]
+    calls.clear()
+    GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+    assert len(calls) > 5
+
+
+def test_a_compiled_backbone(tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path)
+    inputs = first_batch(trainer)
+    expected = torch.autograd.grad(trainer._compute_loss(trainer.model, inputs), list(trainer.model.parameters()))
+    trainer.model.model.compile(backend="eager")
+    got = torch.autograd.grad(trainer._compute_loss(trainer.model, inputs), list(trainer.model.parameters()))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_weight_that_is_there_in_the_forward_only(frozen, monkeypatch):
+    """As under ZeRO-3, of which only this is imitated: parts are gathered for a while, and gone in the backward."""
+    from contextlib import contextmanager
+
+    from grpo_kernels import linear_logprob
+    from grpo_kernels.reference import head_logprobs
+
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 11, bias=False)
+    whole = head.weight.detach().clone()
+    head.weight.requires_grad_(not frozen)
+    head.weight.ds_id = 0
+
+    @contextmanager
+    def gathered(*parameters):
+        head.weight.data = whole.clone()
+        yield
+        head.weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(fused_head, "maybe_gather_lm_head_ctx", gathered)
+    head.weight.data.fill_(float("nan"))
+    hidden, targets = torch.randn(5, 6, requires_grad=True), torch.randint(11, (5,))
+    cotangent = torch.randn(5)
+    with fused_head.gathered_head(head, hidden, keep=True) as (weight, _, _):
+        logprobs = linear_logprob(hidden, weight, targets)
+    inputs = [hidden] if frozen else [hidden, head.weight]
+    got = torch.autograd.grad(logprobs @ cotangent, inputs)
+    whole.requires_grad_()
+    expected = torch.autograd.grad(head_logprobs(hidden, whole, targets)[0] @ cotangent, [hidden, whole][: len(inputs)])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
