@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench check
+.PHONY: demo test bench gpu check
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+gpu: $(VENV)/.installed-dev
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest benchmarks/ --benchmark-only
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -127,7 +127,6 @@ def add_fused_head(
             labels = completion_mask.apply(labels)
         labels = labels[:, 1:].to(hidden.device)
         mask = labels != -100
-        # labels of prompt-learning adapters have columns that the hidden states lack, never live ones
         aux_loss = None
         if kwargs.get("output_router_logits"):
             config = settings.text_config

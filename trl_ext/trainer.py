@@ -97,7 +97,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if isinstance(head, BaseTunerLayer):
             if self.args.cast_lm_head_to_fp32:
                 raise ValueError("cast_lm_head_to_fp32=True can't be used with an adapter on lm_head")
-            head_adapter(head, head.get_base_layer().weight.new_zeros(1, head.get_base_layer().weight.shape[1]))
+            head_adapter(head, torch.zeros(1, head.get_base_layer().in_features, device=self.model.device))  # refuses
         settings = read_settings(base)
         add_fused_head(base, settings, self._completion_mask, entropy=True)
         if self.ref_model is not None:
@@ -184,7 +184,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             return one_pass_loss(self, model, inputs)
         if obstacle not in self._said:
             self._said.add(obstacle)
-            logger.info(f"The loss isn't made in one pass, but by TRL on our head's log-probs: {obstacle}.")
+            logger.warning(f"The loss isn't made in one pass, but by TRL on our head's log-probs: {obstacle}.")
         self._tool_mask_BT = None
         if "tool_mask" in inputs:
             # What isn't projected has log-prob 0; were the old one of a tool token -100, its ratio would overflow.
