@@ -132,7 +132,7 @@ def _gradient(case: Case, tile_CV: torch.Tensor, *, full: bool = False) -> None:
     head_rows_triton.logit_gradient_(
         tile_CV,
         torch.zeros(ROWS, dtype=torch.long),
-        RowStatistics(zeros_C, zeros_C, zeros_C if full else None),
+        RowStatistics(zeros_C, zeros_C, zeros_C, zeros_C if full else None),
         FULL_TRANSFORM if full else Transform(),
         zeros_C,
         zeros_C if full else None,

@@ -35,9 +35,13 @@ class Transform:
 
 @dataclass
 class RowStatistics:
-    """Of each row of a tile, (C,): log-sum-exp of the logits, log-prob of the target, entropy (or None), in nats."""
+    """Of each row, (C,), in nats: the largest logit, log(sum exp(logit - largest)), log-prob, entropy or None.
 
-    lse: torch.Tensor
+    The first two add up to the log-sum-exp; apart they keep its digits where logits are large.
+    """
+
+    high: torch.Tensor
+    log_total: torch.Tensor
     logprob: torch.Tensor
     entropy: torch.Tensor | None
 
@@ -65,8 +69,8 @@ def softmax_rows_(
     """
     work_dtype = torch.promote_types(tile_CV.dtype, torch.float32)
     count = tile_CV.shape[0]
-    lse_C, logprob_C = (torch.empty(count, dtype=work_dtype, device=tile_CV.device) for _ in range(2))
-    entropy_C = torch.empty_like(lse_C) if entropy else None
+    high_C, log_total_C, logprob_C = torch.empty((3, count), dtype=work_dtype, device=tile_CV.device)
+    entropy_C = torch.empty_like(high_C) if entropy else None
     groups = _groups(tile_CV, work_dtype)
     shape = (groups[0].stop if groups else 0, tile_CV.shape[1])
     wanted = (True, tile_CV.dtype != work_dtype, transform.softcap is not None)
@@ -91,7 +95,7 @@ def softmax_rows_(
         e = torch.exp(d, out=z)
         total = e.sum(1, keepdim=True)
         log_total = total.log()
-        lse_C[rows] = (high + log_total).squeeze(1)
+        high_C[rows], log_total_C[rows] = high.squeeze(1), log_total.squeeze(1)
         logprob_C[rows] = (logprob - log_total).squeeze(1)
         if entropy_C is not None:
             if bias is not None:
@@ -99,7 +103,7 @@ def softmax_rows_(
             entropy_C[rows] = log_total.squeeze(1) - torch.linalg.vecdot(e, d) / total.squeeze(1)
         if keep and transform.softcap is None:
             torch.mul(e, total.reciprocal_(), out=tile) if tile is z else tile.copy_(e.mul_(total.reciprocal_()))
-    return RowStatistics(lse_C, logprob_C, entropy_C)
+    return RowStatistics(high_C, log_total_C, logprob_C, entropy_C)
 
 
 def logit_gradient_(
@@ -134,12 +138,13 @@ def logit_gradient_(
         size_C = logprob_grad_C.abs() + entropy_grad_C.abs()
         size_C = torch.where(size_C > 0, size_C, 1.0)
         factor_C = size_C * transform.slope
-    for rows in _groups(tile_CV, statistics.lse.dtype):
+    for rows in _groups(tile_CV, statistics.logprob.dtype):
         tile = tile_CV[rows]
-        p = tile.to(statistics.lse.dtype, copy=True)
+        p = tile.to(statistics.logprob.dtype, copy=True)
         if transform.softcap is not None:  # the tile holds tanh(y scale / softcap), whose slope is 1 - tanh^2
             cap_slope = 1 - p.square()
-            logp = p.mul_(transform.softcap / transform.temperature).sub_(statistics.lse[rows, None])
+            logp = p.mul_(transform.softcap / transform.temperature).sub_(statistics.high[rows, None])
+            logp.sub_(statistics.log_total[rows, None])
             p = logp.exp()
         else:
             logp = p.log()

@@ -71,7 +71,7 @@ def _row_statistics(
     HAS_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """(log-sum-exp, log-prob of the target, entropy) of a row, in one pass over it."""
+    """(maximum, log of the sum relative to it, log-prob of the target, entropy) of a row, in one pass over it."""
     # Each thread keeps sums of its own columns, and they meet once, after the loop: a reduction over the block in every
     # round would be barriers in every round. A thread's columns are runs of 4, and BLOCK_V / 2 apart.
     LANES: tl.constexpr = BLOCK_V // 8
@@ -105,7 +105,7 @@ def _row_statistics(
     target_logit, _ = _load_logits(
         p_row, p_bias, i_target, n_vocabulary, n_padded, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
     )
-    return high + log_total, (target_logit - high) - log_total, entropy
+    return high, log_total, (target_logit - high) - log_total, entropy
 
 
 @triton.jit
@@ -121,7 +121,8 @@ def _write_gradient(
     p_gradient,
     p_bias,
     i_target,
-    lse,
+    high,
+    log_total,
     logprob,
     entropy,
     logprob_share,
@@ -143,7 +144,7 @@ def _write_gradient(
         b_z, b_slope = _load_logits(
             p_row, p_bias, o_v, n_vocabulary, n_padded, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
         )
-        b_logp = b_z - lse
+        b_logp = (b_z - high) - log_total  # their sum, rounded, would cost digits where logits are large
         b_p = tl.exp(b_logp)
         b_gradient = tl.where(o_v == i_target, at_target, b_p)
         if HAS_ENTROPY_GRAD:
@@ -163,7 +164,8 @@ def _softmax_rows_kernel(
     stride_row,
     p_bias,
     p_targets,
-    p_lse,
+    p_high,
+    p_log_total,
     p_logprob,
     p_entropy,
     n_vocabulary,
@@ -177,7 +179,7 @@ def _softmax_rows_kernel(
     BLOCK_V: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    lse, logprob, entropy = _row_statistics(
+    high, log_total, logprob, entropy = _row_statistics(
         p_tile + i_row * stride_row,
         p_bias,
         tl.load(p_targets + i_row),
@@ -191,7 +193,8 @@ def _softmax_rows_kernel(
         HAS_ENTROPY,
         BLOCK_V,
     )
-    tl.store(p_lse + i_row, lse)
+    tl.store(p_high + i_row, high)
+    tl.store(p_log_total + i_row, log_total)
     tl.store(p_logprob + i_row, logprob)
     if HAS_ENTROPY:
         tl.store(p_entropy + i_row, entropy)
@@ -205,7 +208,8 @@ def _logit_gradient_kernel(
     stride_gradient,
     p_bias,
     p_targets,
-    p_lse,
+    p_high,
+    p_log_total,
     p_logprob,
     p_entropy,
     p_logprob_grad,
@@ -242,7 +246,8 @@ def _logit_gradient_kernel(
         p_gradient + i_row * stride_gradient,
         p_bias,
         tl.load(p_targets + i_row),
-        tl.load(p_lse + i_row),
+        tl.load(p_high + i_row),
+        tl.load(p_log_total + i_row),
         tl.load(p_logprob + i_row),
         entropy,
         logprob_share,
@@ -417,7 +422,7 @@ def _grpo_rows_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     i_token = tl.load(p_rows + i_row)
     i_target = tl.load(p_targets + i_token)
-    lse, logprob, entropy = _row_statistics(
+    largest, log_total, logprob, entropy = _row_statistics(
         p_tile + i_row * stride_row,
         p_bias,
         i_target,
@@ -498,7 +503,8 @@ def _grpo_rows_kernel(
             p_gradient + i_row * stride_gradient,
             p_bias,
             i_target,
-            lse,
+            largest,
+            log_total,
             logprob,
             entropy,
             logprob_share,
@@ -550,7 +556,7 @@ def softmax_rows_(
     keep: bool = True,
 ) -> RowStatistics:
     """The rows' statistics, as in ``head_rows.py``; the tile stays logits, which ``logit_gradient_`` reads again."""
-    lse_C, logprob_C, entropy_C = tile_CV.new_empty((3, tile_CV.shape[0]), dtype=torch.float32)
+    high_C, log_total_C, logprob_C, entropy_C = tile_CV.new_empty((4, tile_CV.shape[0]), dtype=torch.float32)
     n_padded = _padded(tile_CV)
     if tile_CV.shape[0]:
         _softmax_rows_kernel[(tile_CV.shape[0],)](
@@ -558,7 +564,8 @@ def softmax_rows_(
             tile_CV.stride(0),
             _padded_bias(bias, n_padded),
             targets_C,
-            lse_C,
+            high_C,
+            log_total_C,
             logprob_C,
             entropy_C,
             tile_CV.shape[1],
@@ -572,7 +579,7 @@ def softmax_rows_(
             BLOCK_V=_block(n_padded),
             num_warps=NUM_WARPS,
         )
-    return RowStatistics(lse_C, logprob_C, entropy_C if entropy else None)
+    return RowStatistics(high_C, log_total_C, logprob_C, entropy_C if entropy else None)
 
 
 def logit_gradient_(
@@ -588,7 +595,7 @@ def logit_gradient_(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits become dL/dy up to a factor of each row: (the tile's gradient, factor (C,))."""
     gradient = gradient_view(tile_CV, dtype or tile_CV.dtype)
-    factor_C = torch.empty_like(statistics.lse)
+    factor_C = torch.empty_like(statistics.logprob)
     n_padded = _padded(tile_CV)
     if tile_CV.shape[0]:
         _logit_gradient_kernel[(tile_CV.shape[0],)](
@@ -598,7 +605,8 @@ def logit_gradient_(
             gradient.stride(0),
             _padded_bias(bias, n_padded),
             targets_C,
-            statistics.lse,
+            statistics.high,
+            statistics.log_total,
             statistics.logprob,
             statistics.entropy,
             logprob_grad_C.float(),

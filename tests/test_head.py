@@ -164,7 +164,7 @@ def test_no_worse_than_plain_torch(dtype, options, off_policy, head):
     seed=st.integers(0, 10_000),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     option=st.sampled_from(sorted(OFF_POLICY)),
-    scale=st.sampled_from([0.0, 0.1, 1.0, 10.0]),
+    scale=st.sampled_from([0.0, 0.1, 1.0, 10.0, 1e3]),
     magnitude=st.sampled_from([0.0, 1e-9, 1e-4, 1.0, 1e3]),
     strided=st.booleans(),
     masked=st.booleans(),
@@ -211,19 +211,40 @@ def test_shapes_and_values(n, h, v, b, seed, dtype, option, scale, magnitude, st
         assert_no_worse(got, same[3][name], truth[3][name], eps, name, slack=3, floor=tiny + floor * size)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.skipif("not INTERPRETED"))])
 @pytest.mark.parametrize("magnitude", [1e4, -1e4])
-def test_large_logits_and_targets_at_both_ends(magnitude):
+def test_large_logits_and_targets_at_both_ends(magnitude, backend):
     hidden = torch.tensor([[1.0], [1.0], [-1.0]], requires_grad=True)
     weight = torch.zeros(5, 1)
     weight[0], weight[4] = magnitude, magnitude / 2
-    out = linear_grpo_loss(
-        hidden, weight, torch.tensor([0, 4, 0]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 1.0]), torch.ones(2)
-    )
+    with use_backend(backend):
+        out = linear_grpo_loss(
+            hidden, weight, torch.tensor([0, 4, 0]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 1.0]), torch.ones(2)
+        )
     truth, entropies = head_logprobs(hidden.double(), weight.double(), torch.tensor([0, 4, 0]))
     torch.testing.assert_close(out.logprobs.double(), truth)
     torch.testing.assert_close(out.entropies.double(), entropies)
     (gradient,) = torch.autograd.grad(out.loss, hidden)
-    assert torch.isfinite(gradient).all()
+    expected = torch.autograd.grad(-truth.sum(), hidden)[0]
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.skipif("not INTERPRETED"))])
+def test_an_offset_of_all_logits_costs_no_digits(backend):
+    """Logits of 10,000 that differ by less than 1: probabilities come from the differences."""
+    torch.manual_seed(0)
+    offset = torch.full((6, 1), 1e4)
+    hidden = torch.cat([offset, torch.randn(6, 4)], dim=1).requires_grad_()
+    weight = torch.cat([torch.ones(40, 1), 0.1 * torch.randn(40, 4)], dim=1)
+    logits = hidden @ weight.T  # as rounded by the product
+    truth = logits.double().log_softmax(-1)[:, 0]
+    with use_backend(backend):
+        out = linear_grpo_loss(
+            hidden, weight, torch.zeros(6).long(), torch.zeros(6).long(), torch.ones(1), torch.ones(1)
+        )
+    torch.testing.assert_close(out.logprobs.double(), truth, rtol=1e-6, atol=1e-6)
+    expected = torch.autograd.grad(-truth.sum(), hidden)[0]
+    torch.testing.assert_close(torch.autograd.grad(out.loss, hidden)[0][:, 1:], expected[:, 1:], rtol=1e-5, atol=1e-6)
 
 
 def test_worked_by_hand():
