@@ -31,6 +31,10 @@ def check_head(
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not hidden.is_floating_point() or hidden.is_sparse or weight.is_sparse:
+        raise ValueError(f"hidden has dtype {hidden.dtype}, layouts {hidden.layout} and {weight.layout}: dense floats")
+    if hidden.ndim == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}: its last dimension must be at least 1")
     if weight.ndim != 2 or hidden.ndim not in (2, 3) or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} don't fit: expected (N, H) or (B, T, H), "
@@ -43,13 +47,18 @@ def check_head(
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets have dtype {targets.dtype}: expected torch.int64 or torch.int32")
     tensors: dict[str, torch.Tensor | None] = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        raise ValueError(f"bias must be a tensor, got {type(bias).__name__}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
     if low_rank is not None:
+        pair = isinstance(low_rank, tuple) and len(low_rank) == 2
+        if not pair or not all(isinstance(tensor, torch.Tensor) for tensor in low_rank):
+            raise ValueError("low_rank must be a pair of tensors: (N, R) and (V, R)")
         inputs, matrix = low_rank
         tensors |= {"low_rank[0]": inputs, "low_rank[1]": matrix}
         fits = inputs.ndim == hidden.ndim and inputs.shape[:-1] == hidden.shape[:-1] and matrix.ndim == 2
-        if not fits or matrix.shape != (weight.shape[0], inputs.shape[-1]):
+        if not fits or matrix.shape != (weight.shape[0], inputs.shape[-1]) or matrix.shape[1] == 0:
             raise ValueError(
                 f"low_rank has shapes {tuple(inputs.shape)} and {tuple(matrix.shape)}: expected "
                 f"{(*hidden.shape[:-1], 'R')} and ({weight.shape[0]}, R)"

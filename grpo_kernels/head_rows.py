@@ -189,14 +189,14 @@ def grpo_rows_(
     logs = {
         "logprob": statistics.logprob,
         "entropy": statistics.entropy,
-        "loss": losses.loss * weights_C,
+        "loss": torch.where(weights_C != 0, losses.loss * weights_C, 0.0),  # inf * 0 is no loss
         "ratio": losses.ratio,
         "clipped": losses.clipped,
         "advantage": advantages_C,
     }
     if losses.kl is not None:
         logs["kl"] = losses.kl
-    coefficient_C = losses.coefficient * weights_C
+    coefficient_C = torch.where(weights_C != 0, losses.coefficient * weights_C, 0.0)
     if not gradient:
         return logs, tile_CV, coefficient_C
     entropy_grad_C = torch.full_like(coefficient_C, -entropy_grad) if entropy_grad else None

@@ -346,23 +346,23 @@ def _token_loss(
         gate = tl.sigmoid(steepness * (ratio - 1.0))
         loss = -gate * 4.0 / steepness * advantage
         coefficient = tl.where(gate < 1.0, -4.0 * gate * (1.0 - gate) * ratio * advantage, 0.0)
-        clipped = advantage != advantage
+        clipped = ratio < 0
     loss = tl.where(advantage != 0, loss, 0.0)
     coefficient = tl.where(advantage != 0, coefficient, 0.0)
     if HAS_POLICY_SCALE:
-        loss = loss * policy_scale
-        coefficient = coefficient * policy_scale
+        loss = tl.where(policy_scale != 0, loss * policy_scale, 0.0)
+        coefficient = tl.where(policy_scale != 0, coefficient * policy_scale, 0.0)
     kl = 0.0
     if HAS_REF:
         log_ratio = ref - logprob
         # expm1(x) - x without its cancellation near 0
         series = log_ratio * log_ratio * (0.5 + log_ratio * (1.0 / 6.0 + log_ratio * (1.0 / 24.0 + log_ratio / 120.0)))
         kl = tl.where(tl.abs(log_ratio) < 0.1, series, tl.exp(log_ratio) - 1.0 - log_ratio)
-        kl_slope = -(kl + log_ratio)
+        kl_slope = tl.where(tl.abs(log_ratio) < 0.1, -(kl + log_ratio), 1.0 - tl.exp(log_ratio))
         if KL_TIMES_RATIO:
             kl_slope = -ratio * log_ratio
             kl = kl * ratio
-        loss = loss + beta * kl
+        loss = tl.where(beta != 0, loss + beta * kl, loss)
         # beta = 0 logs KL and adds nothing, however large it is
         coefficient = tl.where(beta != 0, coefficient + beta * kl_slope, coefficient)
     return loss, coefficient, ratio, clipped, kl
@@ -479,10 +479,11 @@ def _grpo_rows_kernel(
         KL_TIMES_RATIO,
     )
     weight = tl.load(p_weights + i_token)
-    coefficient = coefficient * weight
+    coefficient = tl.where(weight != 0, coefficient * weight, 0.0)  # inf * 0 is no gradient
+    loss = tl.where(weight != 0, loss * weight, 0.0)
     tl.store(p_logs + i_row, logprob)
     tl.store(p_logs + n_rows + i_row, entropy)
-    tl.store(p_logs + 2 * n_rows + i_row, loss * weight)
+    tl.store(p_logs + 2 * n_rows + i_row, loss)
     tl.store(p_logs + 3 * n_rows + i_row, ratio)
     tl.store(p_logs + 4 * n_rows + i_row, tl.where(clipped, 1.0, 0.0))
     tl.store(p_logs + 5 * n_rows + i_row, kl)

@@ -26,6 +26,8 @@ from .memory import cast, scaled
 from .normalize import METHODS, check_normalization
 from .token_losses import SURROGATES, GroupRewards, TokenInputs, TokenLoss
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 @dataclass
 class GRPOLoss:
@@ -108,7 +110,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
                     products.accumulate(tile, rows, factor_C / unit)
         products.release()
         policy_loss = logs["loss"].sum()
-        loss = policy_loss - entropy_grad * logs["entropy"].sum()
+        loss = policy_loss - entropy_grad * logs["entropy"].sum() if entropy_grad else policy_loss.clone()
 
         weight_grads = products.weight_grads()
         bias_grad = products.bias_grad
@@ -175,7 +177,7 @@ def _drop_clipped_rows(tile, rows, factor_C):
 def _check_sequences(sequence_N, weights_B, count: int, device: torch.device) -> None:
     if not isinstance(weights_B, torch.Tensor) or weights_B.ndim != 1 or not weights_B.is_floating_point():
         raise ValueError(f"weights_B must be a floating-point tensor (B,), got {_describe(weights_B)}")
-    if not isinstance(sequence_N, torch.Tensor) or sequence_N.shape != (count,) or sequence_N.is_floating_point():
+    if not isinstance(sequence_N, torch.Tensor) or sequence_N.shape != (count,) or sequence_N.dtype not in INTEGERS:
         raise ValueError(f"sequence_N must be an integer tensor ({count},), got {_describe(sequence_N)}")
     for name, tensor in (("weights_B", weights_B), ("sequence_N", sequence_N)):
         if tensor.device != device:
@@ -191,10 +193,18 @@ def _describe(value: object) -> str:
     return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _token_loss(
-    loss_type, epsilon, epsilon_high, delta, sapo_temperatures, beta, kl_times_ratio, ref_logprobs_N
+def check_loss_options(
+    *,
+    loss_type: str,
+    epsilon: float,
+    epsilon_high: float | None,
+    delta: float | None,
+    sapo_temperatures: tuple[float, float],
+    beta: float,
+    kl_times_ratio: bool,
 ) -> TokenLoss:
-    if loss_type not in SURROGATES:
+    """The options of ``linear_grpo_loss``'s loss, or a ``ValueError`` that names the wrong one."""
+    if not isinstance(loss_type, str) or loss_type not in SURROGATES:
         raise ValueError(f"loss_type={loss_type!r}: choose from {', '.join(SURROGATES)}")
     surrogate = SURROGATES[loss_type]
     check_number("epsilon", epsilon, least=0)
@@ -205,8 +215,6 @@ def _token_loss(
     if delta is not None:
         check_number("delta", delta, above=0)
     check_number("beta", beta, least=0)
-    if beta and ref_logprobs_N is None:
-        raise ValueError(f"beta={beta!r} needs ref_logprobs_N")
     try:
         positive, negative = sapo_temperatures
     except (TypeError, ValueError):
@@ -220,14 +228,23 @@ def _group_rewards(rewards, normalization, n_sequences: int, device: torch.devic
     if not isinstance(rewards, tuple) or len(rewards) != 2:
         raise ValueError("rewards must be a pair: (B, G) each sequence's whole group, (B,) its own place in it")
     rewards_BG, position_B = rewards
-    if not isinstance(rewards_BG, torch.Tensor) or rewards_BG.ndim != 2 or len(rewards_BG) != n_sequences:
+    fits = isinstance(rewards_BG, torch.Tensor) and rewards_BG.ndim == 2 and len(rewards_BG) == n_sequences
+    if not fits or not rewards_BG.is_floating_point():
         raise ValueError(f"rewards[0] is {_describe(rewards_BG)}: expected ({n_sequences}, G), a row for each sequence")
-    if not isinstance(position_B, torch.Tensor) or position_B.shape != (n_sequences,) or position_B.is_floating_point():
+    if (
+        not isinstance(position_B, torch.Tensor)
+        or position_B.shape != (n_sequences,)
+        or position_B.dtype not in INTEGERS
+    ):
         raise ValueError(f"rewards[1] is {_describe(position_B)}: expected integers ({n_sequences},)")
     for name, tensor in (("rewards[0]", rewards_BG), ("rewards[1]", position_B)):
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and hidden on {device}: they must be on one device")
-    method, options = ("std", {}) if normalization is None else normalization
+    if normalization is None:
+        normalization = ("std", {})
+    if not isinstance(normalization, tuple) or len(normalization) != 2 or not isinstance(normalization[1], Mapping):
+        raise ValueError(f"normalization={normalization!r} must be a pair: (method, options)")
+    method, options = normalization
     check_normalization(method, **options)
     if METHODS[method].needs_batch:
         raise ValueError(f"normalization {method!r} needs the whole batch: give advantages instead of rewards")
@@ -255,6 +272,7 @@ def linear_grpo_loss(
     advantages: torch.Tensor | None,
     weights_B: torch.Tensor,
     *,
+    advantages_N: torch.Tensor | None = None,
     rewards: tuple[torch.Tensor, torch.Tensor] | None = None,
     normalization: tuple[str, Mapping[str, float]] | None = None,
     old_logprobs_N: torch.Tensor | None = None,
@@ -294,7 +312,8 @@ def linear_grpo_loss(
         weight_VH: (V, H).
         targets_N: (N,), the tokens that were sampled, in [0, V).
         sequence_N: (N,) integers, the sequence each token is of, in [0, B).
-        advantages: (B,) of each sequence, or (N,) of each token (where B = N, of each sequence); None with ``rewards``.
+        advantages: (B,) of each sequence, or (N,) of each token (where B = N, of each sequence).
+        advantages_N: instead, (N,) of each token.
         weights_B: (B,), the weight of one token of each sequence: grpo and sapo 1 / (B len), bnpo 1 / N, dr_grpo
             1 / (B max_len), dapo and cispo 1 / tokens of the global batch, luspo 1 / B. A division by gradient
             accumulation steps goes into it.
@@ -324,24 +343,36 @@ def linear_grpo_loss(
     Source:
         GRPO, arXiv 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476; CISPO, 2506.13585; SAPO, 2511.20347.
     """
+    check_head(hidden_NH, weight_VH, targets_N, bias, low_rank, temperature, logit_scale, softcap)
     if hidden_NH.ndim != 2:
         raise ValueError(f"hidden_NH has shape {tuple(hidden_NH.shape)}: expected (N, H)")
-    check_head(hidden_NH, weight_VH, targets_N, bias, low_rank, temperature, logit_scale, softcap)
     count, device = len(hidden_NH), hidden_NH.device
     _check_sequences(sequence_N, weights_B, count, device)
-    options = _token_loss(
-        loss_type, epsilon, epsilon_high, delta, sapo_temperatures, beta, kl_times_ratio, ref_logprobs_N
+    options = check_loss_options(
+        loss_type=loss_type,
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+        delta=delta,
+        sapo_temperatures=sapo_temperatures,
+        beta=beta,
+        kl_times_ratio=kl_times_ratio,
     )
-    if not isinstance(entropy_coef, int | float) or entropy_coef != entropy_coef or abs(entropy_coef) == float("inf"):
-        raise ValueError(f"entropy_coef={entropy_coef!r} must be a finite number")
+    if beta and ref_logprobs_N is None:
+        raise ValueError(f"beta={beta!r} needs ref_logprobs_N")
+    check_number("entropy_coef", entropy_coef)
     optional = {"old_logprobs_N": old_logprobs_N, "ref_logprobs_N": ref_logprobs_N, "policy_scale_N": policy_scale_N}
     for name, tensor in optional.items():
         check_per_token(name, tensor, count, device)
-    if (advantages is None) == (rewards is None):
-        raise ValueError("give either advantages or rewards" + ("" if rewards is None else ", not both"))
+    given = [name for name, x in (("advantages", advantages), ("advantages_N", advantages_N), ("rewards", rewards))
+             if x is not None]  # fmt: skip
+    if len(given) != 1:
+        raise ValueError(f"give one of advantages, advantages_N and rewards, got {', '.join(given) or 'none'}")
     sequence_N = sequence_N.long()
-    group_rewards = advantages_N = None
-    if rewards is not None:
+    group_rewards = None
+    if advantages_N is not None:
+        check_per_token("advantages_N", advantages_N, count, device)
+        advantages_N = advantages_N.detach()
+    elif rewards is not None:
         group_rewards = _group_rewards(rewards, normalization, len(weights_B), device)
     elif not isinstance(advantages, torch.Tensor) or advantages.shape not in (weights_B.shape, (count,)):
         raise ValueError(f"advantages are {_describe(advantages)}: expected ({len(weights_B)},) or ({count},)")

@@ -166,7 +166,9 @@ def token_losses(
     policy = torch.where(live, policy, 0.0)
     coefficient = torch.where(live, coefficient, 0.0)
     if policy_scale_N is not None:
-        policy, coefficient = policy * policy_scale_N, coefficient * policy_scale_N
+        scaled = policy_scale_N != 0
+        policy = torch.where(scaled, policy * policy_scale_N, 0.0)
+        coefficient = torch.where(scaled, coefficient * policy_scale_N, 0.0)
 
     if ref_logprobs_N is None:
         return TokenLosses(policy, coefficient, ratio, clipped, None)

@@ -56,6 +56,7 @@ CASES = {
     "truncated completions masked": ({"mask_truncated_completions": True}, None),
     "float32 head": ({"cast_lm_head_to_fp32": True}, None),
     "temperature": ({"temperature": 0.7}, None),
+    "what only TRL computes with": ({"epsilon": 3.0, **OFF_POLICY}, "epsilon=3.0 must be in [0, 1]"),
     "checkpointed activations": ({"gradient_checkpointing": True}, None),
 }
 
@@ -107,19 +108,39 @@ def test_a_subclass_with_advantages_of_its_own_is_heard(tiny_policy, tmp_path):
             output["advantages"] = -output["advantages"]
             return output
 
+    class FlippedInTheLoss(CurvatureGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, {**inputs, "advantages": -inputs["advantages"]})
+
+    class Masked(CurvatureGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            output["completion_mask"][:, 3:] = 0
+            return output
+
+    class MaskedTRL(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            output["completion_mask"][:, 3:] = 0
+            return output
+
     class PerToken(CurvatureGRPOTrainer):
         def _generate_and_score_completions(self, inputs):
             output = super()._generate_and_score_completions(inputs)
             output["advantages"] = output["advantages"][:, None].expand(output["completion_ids"].shape)
             return output
 
-    setting = {**PLAIN, "fused_loss": True}
-    ours = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "a", setting)[1].gradients[0]
-    flipped = run(Flipped, CurvatureGRPOConfig, tiny_policy, tmp_path / "b", setting)[1].gradients[0]
-    per_token = run(PerToken, CurvatureGRPOConfig, tiny_policy, tmp_path / "c", setting)[1].gradients[0]
-    for name, gradient in ours.items():
-        torch.testing.assert_close(flipped[name], -gradient)
-        torch.testing.assert_close(per_token[name], gradient)
+    def gradients(trainer_class, name):
+        config = CurvatureGRPOConfig if issubclass(trainer_class, CurvatureGRPOTrainer) else GRPOConfig
+        setting = {**PLAIN, "fused_loss": True}
+        return run(trainer_class, config, tiny_policy, tmp_path / name, setting, max_grad_norm=0.0)[1].gradients[0]
+
+    ours, masked = gradients(CurvatureGRPOTrainer, "ours"), gradients(MaskedTRL, "masked TRL")
+    for trainer_class, expected in ((Flipped, -1), (FlippedInTheLoss, -1), (PerToken, 1), (Masked, None)):
+        got = gradients(trainer_class, trainer_class.__name__)
+        for name, gradient in ours.items():
+            wanted = masked[name] if expected is None else expected * gradient
+            torch.testing.assert_close(got[name], wanted, rtol=1e-4, atol=1e-6)
 
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -151,7 +172,7 @@ def test_other_heads(name, projected, tiny_policy, tmp_path):
 
 
 def tool_rollout(prompts, trainer):
-    """Completions in which tokens 2 to 4 came from a tool."""
+    """Completions in which three tokens, elsewhere in each row, came from a tool."""
     generator = torch.Generator().manual_seed(7 * trainer.state.global_step)
     tokenizer = trainer.processing_class
     completions = [
@@ -161,14 +182,30 @@ def tool_rollout(prompts, trainer):
         "prompt_ids": [tokenizer.encode("<user>What is 1 + 1?<assistant>") for _ in prompts],
         "completion_ids": completions,
         "logprobs": None,
-        "env_mask": [[0 if 2 <= t <= 4 else 1 for t in range(len(row))] for row in completions],
+        "env_mask": [[0 if 0 <= t - n % 4 <= 2 else 1 for t in range(len(row))] for n, row in enumerate(completions)],
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"top_entropy_quantile": 0.5}, {"beta": 0.05, "num_iterations": 2}], ids=str)
-def test_tool_tokens_are_never_projected(options, projected, tiny_policy, tmp_path):
+class TRLsLoss(CurvatureGRPOTrainer):
+    """A subclass with a loss of its own, which knows nothing of our masks."""
+
+    def _compute_loss(self, model, inputs):
+        return GRPOTrainer._compute_loss(self, model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "ours_class"),
+    [
+        ({}, CurvatureGRPOTrainer),
+        ({"top_entropy_quantile": 0.5}, CurvatureGRPOTrainer),
+        ({"beta": 0.05, "num_iterations": 2}, CurvatureGRPOTrainer),
+        ({}, TRLsLoss),
+    ],
+    ids=["one pass", "TRL's loss on our head", "off policy", "a subclass's loss"],
+)
+def test_tool_tokens_are_never_projected(options, ours_class, projected, tiny_policy, tmp_path):
     results = []
-    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (CurvatureGRPOTrainer, CurvatureGRPOConfig)):
+    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (ours_class, CurvatureGRPOConfig)):
         config = config_class(
             output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=8,
             max_steps=2, optim="sgd", learning_rate=0.05, lr_scheduler_type="constant", logging_steps=1, bf16=False,
@@ -188,6 +225,8 @@ def test_tool_tokens_are_never_projected(options, projected, tiny_policy, tmp_pa
         trainer.train()
         results.append((trainer, recorder, {n: p.detach() for n, p in trainer.model.named_parameters()}))
     assert_same(results[1], results[0])
+    if ours_class is TRLsLoss:  # nobody told our head which tokens a tool made
+        return
     live = sum(sum(row) for row in tool_rollout([None] * 8, results[1][0])["env_mask"])
     assert set(projected["loss"] + projected["logprob"]) == {live}
 
@@ -235,13 +274,17 @@ def test_an_adapter_on_the_head_is_used_and_trained(tiny_policy, tmp_path):
 
 
 def test_bf16_autocast(tiny_policy, tmp_path):
-    """Logged losses stay close to TRL's in bf16, whose head rounds more than ours."""
+    """Gradients stay close to TRL's in bf16, whose head rounds more than ours, and so does what is logged."""
     setting = {**PLAIN, "fused_loss": True}
-    ours = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "a", setting, bf16=True, steps=1)
-    theirs = run(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "b", setting, bf16=True, steps=1)
+    options = {"bf16": True, "steps": 1, "max_grad_norm": 0.0}
+    ours = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "a", setting, **options)
+    theirs = run(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "b", setting, **options)
     norm = sum(g.square().sum() for g in theirs[1].gradients[0].values()).sqrt()
     error = sum((ours[1].gradients[0][n] - g).square().sum() for n, g in theirs[1].gradients[0].items()).sqrt()
     assert 0 < error <= 0.05 * norm
+    assert ours[1].logs[0]["grad_norm"] == pytest.approx(theirs[1].logs[0]["grad_norm"], rel=0.02)
+    assert ours[1].logs[0]["entropy"] == pytest.approx(theirs[1].logs[0]["entropy"], rel=0.01)
+    assert ours[1].logs[0]["loss"] == pytest.approx(theirs[1].logs[0]["loss"], abs=1e-3)
 
 
 def test_sharded_over_two_processes(tiny_policy, tmp_path):

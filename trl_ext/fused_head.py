@@ -19,6 +19,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor, Partial
+from torch.utils._pytree import tree_map_only
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 from trl.trainer import grpo_trainer
@@ -140,6 +141,7 @@ def add_fused_head(
             hidden_NH = hidden_NH.float()
             autocast = torch.autocast(hidden.device.type, enabled=False)
         with autocast, gathered_head(head, hidden_NH, keep=grpo_inputs is None) as (weight, bias, low_rank):
+            # with the model split over devices the backbone can end on another one than the head's
             hidden_NH, targets_N = hidden_NH.to(weight.device), targets_N.to(weight.device)
             options = {
                 "bias": bias,
@@ -149,6 +151,7 @@ def add_fused_head(
                 "softcap": settings.softcap,
             }
             if grpo_inputs is not None:
+                grpo_inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(weight.device), grpo_inputs)
                 out = linear_grpo_loss(hidden_NH, weight, targets_N, **grpo_inputs, **options)
                 return FusedGRPOOutput(
                     loss=out.loss,
@@ -164,7 +167,9 @@ def add_fused_head(
 
         def spread(values_N):
             # masked_scatter keeps the graph where no token is live, so that backward has a zero to give
-            return None if values_N is None else values_N.new_zeros(mask.shape).masked_scatter(mask, values_N)
+            if values_N is None:
+                return None
+            return values_N.new_zeros(mask.shape).masked_scatter(mask.to(values_N.device), values_N)
 
         return FusedCausalLMOutput(
             log_probs=spread(logprobs_N), entropy=spread(entropies_N), label_mask=mask, aux_loss=aux_loss

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from grpo_kernels import METHODS
+from grpo_kernels.linear_grpo_loss import check_loss_options
 from grpo_kernels.token_losses import SURROGATES
+
+from .token_weights import micro_batch_token_weights, token_weights
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
@@ -32,6 +35,10 @@ def why_not_one_pass(trainer: Any, inputs: dict[str, Any]) -> str | None:
             return "importance_sampling_level='sequence' with KL times the ratio"
     if any(inputs.get(name) is not None for name in ("pixel_values", "image_grid_thw", "num_images")):
         return "images travel with the rows"
+    try:
+        check_loss_options(**loss_options(trainer))
+    except ValueError as error:  # what TRL computes with, and we refuse
+        return str(error)
     return None
 
 
@@ -44,7 +51,8 @@ def live_mask(inputs: dict[str, Any]) -> torch.Tensor:
 def rewards_or_advantages(trainer: Any, inputs: dict[str, Any], mask_BT: torch.Tensor) -> dict[str, Any]:
     """The kernel normalises the group's rewards itself where the method needs nothing else of the batch."""
     method, options = trainer._normalization, trainer._normalization_options
-    own = type(trainer)._generate_and_score_completions is type(trainer)._own_generate_and_score
+    made, advantages = inputs.get("made_advantages"), inputs["advantages"]
+    own = made is not None and made.shape == advantages.shape and torch.equal(made, advantages)  # not a subclass's
     summed = trainer.multi_objective_aggregation == "sum_then_normalize"
     if own and summed and not METHODS[method].needs_batch and "group_rewards" in inputs:
         return {
@@ -52,17 +60,43 @@ def rewards_or_advantages(trainer: Any, inputs: dict[str, Any], mask_BT: torch.T
             "rewards": (inputs["group_rewards"], inputs["group_position"]),
             "normalization": (method, options),
         }
-    advantages = inputs["advantages"]
     if advantages.dim() == 2:  # of a subclass: one for each token
-        advantages = advantages.expand(mask_BT.shape)[mask_BT]
+        return {"advantages": None, "advantages_N": advantages.expand(mask_BT.shape)[mask_BT]}
     return {"advantages": advantages}
+
+
+def loss_options(trainer: Any) -> dict[str, Any]:
+    """The loss's options as ``linear_grpo_loss`` names them."""
+    return {
+        "loss_type": trainer.loss_type,
+        "epsilon": trainer.epsilon_low,
+        "epsilon_high": trainer.epsilon_high,
+        "delta": trainer.args.delta,
+        "sapo_temperatures": (trainer.args.sapo_temperature_pos, trainer.args.sapo_temperature_neg),
+        "beta": trainer.beta,
+        "kl_times_ratio": trainer.args.use_bias_correction_kl,
+    }
+
+
+def token_weights_now(trainer: Any, mode: str, inputs: dict[str, Any], mask_BT: torch.Tensor) -> torch.Tensor:
+    """(B,), from the mask as it is now: a subclass may have changed it since the batch was made."""
+    lengths_B = mask_BT.sum(dim=1)
+    weights_B = token_weights(
+        lengths_B,
+        trainer.loss_type,
+        micro_batch_size=len(mask_BT),
+        max_completion_length=trainer.max_completion_length,
+        num_items_in_batch=inputs["num_items_in_batch"],
+        num_processes=trainer.accelerator.num_processes,
+        steps_per_generation=trainer.args.steps_per_generation if mode == "train" else 1,
+    )
+    return micro_batch_token_weights(lengths_B) if weights_B is None else weights_B
 
 
 def one_pass_loss(trainer: Any, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """The micro-batch's loss, 0-d: TRL's ``_compute_loss`` for losses that are sums over single tokens."""
     mode = "train" if trainer.model.training else "eval"
     accumulation = trainer.current_gradient_accumulation_steps if mode == "train" else 1.0
-    args = trainer.args
     mask_BT = live_mask(inputs)
     sequence_N = mask_BT.nonzero()[:, 0]
     input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -78,18 +112,12 @@ def one_pass_loss(trainer: Any, model: torch.nn.Module, inputs: dict[str, Any]) 
     bonus = trainer.entropy_coef if trainer._entropy_bonus_enabled else 0.0
     grpo_inputs = {
         "sequence_N": sequence_N,
-        "weights_B": inputs["token_weight"] / accumulation,
+        "weights_B": token_weights_now(trainer, mode, inputs, mask_BT) / accumulation,
         **rewards_or_advantages(trainer, inputs, mask_BT),
         "old_logprobs_N": None if old_logprobs is None else old_logprobs[mask_BT],
         "ref_logprobs_N": inputs["ref_per_token_logps"][mask_BT] if trainer.beta != 0 else None,
         "policy_scale_N": policy_scale_N,
-        "loss_type": trainer.loss_type,
-        "epsilon": trainer.epsilon_low,
-        "epsilon_high": trainer.epsilon_high,
-        "delta": args.delta,
-        "sapo_temperatures": (args.sapo_temperature_pos, args.sapo_temperature_neg),
-        "beta": trainer.beta,
-        "kl_times_ratio": args.use_bias_correction_kl,
+        **loss_options(trainer),
         "entropy_coef": bonus / accumulation,
     }
     extra = {name: inputs[name] for name in ("token_type_ids", "mm_token_type_ids") if inputs.get(name) is not None}

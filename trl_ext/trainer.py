@@ -38,13 +38,14 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     What it changes of its parent, in the order of the flow, and nothing else:
 
     * ``__init__``: checks the normalisation before a model is loaded; a reward function that raises, or returns the
-      wrong number of rewards or an infinite one, is named.
+      wrong number of rewards or an infinite one, is named; 4-bit layers stay trainable on every CPU.
     * ``_calculate_rewards``: keeps the gathered rewards.
     * ``_generate_and_score_completions``: replaces TRL's advantages, also in the logged table, by
       ``normalization``'s, logs ``normalization/...``, and adds to the per-sequence dict: ``prompt_id`` (B,) int64,
       the group's number in the generation batch, the same on every process; ``group_position`` (B,) int64, in
       [0, G); ``group_rewards`` (B, G), the weighted rewards of the sequence's whole group, NaN where unscorable;
-      ``token_weight`` (B,), see ``token_weights.py``.
+      ``token_weight`` (B,), see ``token_weights.py``; ``made_advantages`` (B,), a copy of the advantages, by which a
+      subclass's own are noticed.
     * ``_prepare_inputs``: adds ``token_weight`` for ``loss_type="bnpo"``, which only a micro-batch can know.
     * ``_compute_loss``: with ``fused_loss`` the loss in one pass over our head, where it is a sum over single tokens;
       else the parent's, on log-probs of our head, which is said once in the log. A subclass that overrides it keeps
@@ -83,6 +84,11 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             checked_reward(function, name)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
+        # On CPUs with bf16 instructions bitsandbytes repacks a 4-bit weight for good at the first forward in eval mode
+        # (generation), and its product with a repacked weight has no gradient: nothing would be trained, silently.
+        for module in self.model.modules():
+            if getattr(module, "support_avx512bf16_for_cpu", False):
+                module.support_avx512bf16_for_cpu = False
         self._gathered_rewards_BF = torch.empty(0, 0)
         self._fused_loss = fused
         self._completion_mask = CompletionMask()
@@ -111,7 +117,10 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
-        output = super()._generate_and_score_completions(inputs)
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self._tool_mask_BT = None  # TRL shuffles the rows next
 
         rewards_BF = self._gathered_rewards_BF  # of all processes
         weights_F = self.reward_weights.to(rewards_BF.device)
@@ -130,6 +139,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         position_B = torch.arange(rewards_BF.shape[0], device=rewards_BF.device)
         rewards_PG = weighted_rewards(rewards_BF, weights_F).view(-1, num_generations)
         output["advantages"] = advantages_B[local]
+        output["made_advantages"] = advantages_B[local].clone()
         output["prompt_id"] = (position_B // num_generations)[local]
         output["group_position"] = (position_B % num_generations)[local]
         output["group_rewards"] = rewards_PG[output["prompt_id"]]
@@ -152,8 +162,6 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         for _ in range(min(len(advantages_B), len(logged))):
             logged.pop()
         logged.extend(advantages_B.tolist())
-
-    _own_generate_and_score = _generate_and_score_completions
 
     def _generate(self, prompts):
         generated = super()._generate(prompts)
@@ -185,14 +193,17 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if obstacle not in self._said:
             self._said.add(obstacle)
             logger.warning(f"The loss isn't made in one pass, but by TRL on our head's log-probs: {obstacle}.")
-        self._tool_mask_BT = None
-        if "tool_mask" in inputs:
+        if "tool_mask" not in inputs:
+            return super()._compute_loss(model, inputs)
+        try:
             # What isn't projected has log-prob 0; were the old one of a tool token -100, its ratio would overflow.
             self._tool_mask_BT = inputs["tool_mask"]
             live = live_mask(inputs)
             names = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
             inputs = {**inputs, **{n: inputs[n] * live for n in names if inputs.get(n) is not None}}
-        return super()._compute_loss(model, inputs)
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._tool_mask_BT = None
 
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
