@@ -19,14 +19,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backend import choose_backend
+from .grpo_checks import check_loss_options, check_sequences, describe, make_group_rewards
 from .head_checks import check_head, check_number, check_per_token
 from .head_products import HeadProducts, compute_dtype
 from .head_rows import Transform, grpo_rows_
 from .memory import cast, scaled
-from .normalize import METHODS, check_normalization
-from .token_losses import SURROGATES, GroupRewards, TokenInputs, TokenLoss
-
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+from .token_losses import TokenInputs
 
 
 @dataclass
@@ -174,95 +172,6 @@ def _drop_clipped_rows(tile, rows, factor_C):
     return tile[:count], numbers[:count], factor_C[:count]
 
 
-def _check_sequences(sequence_N, weights_B, count: int, device: torch.device) -> None:
-    if not isinstance(weights_B, torch.Tensor) or weights_B.ndim != 1 or not weights_B.is_floating_point():
-        raise ValueError(f"weights_B must be a floating-point tensor (B,), got {_describe(weights_B)}")
-    if not isinstance(sequence_N, torch.Tensor) or sequence_N.shape != (count,) or sequence_N.dtype not in INTEGERS:
-        raise ValueError(f"sequence_N must be an integer tensor ({count},), got {_describe(sequence_N)}")
-    for name, tensor in (("weights_B", weights_B), ("sequence_N", sequence_N)):
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and hidden on {device}: they must be on one device")
-    if count:
-        low, high = torch.stack(sequence_N.aminmax()).tolist()
-        if low < 0 or high >= len(weights_B):
-            wrong = low if low < 0 else high
-            raise ValueError(f"sequence_N holds {wrong}: expected values in [0, {len(weights_B)}), weights_B's length")
-
-
-def _describe(value: object) -> str:
-    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def check_loss_options(
-    *,
-    loss_type: str,
-    epsilon: float,
-    epsilon_high: float | None,
-    delta: float | None,
-    sapo_temperatures: tuple[float, float],
-    beta: float,
-    kl_times_ratio: bool,
-) -> TokenLoss:
-    """The options of ``linear_grpo_loss``'s loss, or a ``ValueError`` that names the wrong one."""
-    if not isinstance(loss_type, str) or loss_type not in SURROGATES:
-        raise ValueError(f"loss_type={loss_type!r}: choose from {', '.join(SURROGATES)}")
-    surrogate = SURROGATES[loss_type]
-    check_number("epsilon", epsilon, least=0)
-    if surrogate == "clip" and epsilon > 1:
-        raise ValueError(f"epsilon={epsilon!r} must be in [0, 1]: ratios are clipped to at least 1 - epsilon")
-    high = epsilon if epsilon_high is None else epsilon_high
-    check_number("epsilon_high", high, least=0)
-    if delta is not None:
-        check_number("delta", delta, above=0)
-    check_number("beta", beta, least=0)
-    try:
-        positive, negative = sapo_temperatures
-    except (TypeError, ValueError):
-        raise ValueError(f"sapo_temperatures={sapo_temperatures!r} must be two numbers") from None
-    check_number("sapo_temperatures[0]", positive, above=0)
-    check_number("sapo_temperatures[1]", negative, above=0)
-    return TokenLoss(surrogate, epsilon, high, delta, positive, negative, beta, bool(kl_times_ratio))
-
-
-def _group_rewards(rewards, normalization, n_sequences: int, device: torch.device) -> GroupRewards:
-    if not isinstance(rewards, tuple) or len(rewards) != 2:
-        raise ValueError("rewards must be a pair: (B, G) each sequence's whole group, (B,) its own place in it")
-    rewards_BG, position_B = rewards
-    fits = isinstance(rewards_BG, torch.Tensor) and rewards_BG.ndim == 2 and len(rewards_BG) == n_sequences
-    if not fits or not rewards_BG.is_floating_point():
-        raise ValueError(f"rewards[0] is {_describe(rewards_BG)}: expected ({n_sequences}, G), a row for each sequence")
-    if (
-        not isinstance(position_B, torch.Tensor)
-        or position_B.shape != (n_sequences,)
-        or position_B.dtype not in INTEGERS
-    ):
-        raise ValueError(f"rewards[1] is {_describe(position_B)}: expected integers ({n_sequences},)")
-    for name, tensor in (("rewards[0]", rewards_BG), ("rewards[1]", position_B)):
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and hidden on {device}: they must be on one device")
-    if normalization is None:
-        normalization = ("std", {})
-    if not isinstance(normalization, tuple) or len(normalization) != 2 or not isinstance(normalization[1], Mapping):
-        raise ValueError(f"normalization={normalization!r} must be a pair: (method, options)")
-    method, options = normalization
-    check_normalization(method, **options)
-    if METHODS[method].needs_batch:
-        raise ValueError(f"normalization {method!r} needs the whole batch: give advantages instead of rewards")
-    group = rewards_BG.shape[1]
-    if n_sequences and (position_B.min() < 0 or position_B.max() >= group):
-        wrong = position_B[(position_B < 0) | (position_B >= group)][0].item()
-        raise ValueError(f"rewards[1] holds {wrong}: expected places in [0, {group})")
-    infinite = rewards_BG.isinf()
-    if infinite.any():
-        row, column = infinite.nonzero()[0].tolist()
-        raise ValueError(
-            f"rewards[0][{row}, {column}] is {rewards_BG[row, column].item()}: rewards must be finite or NaN"
-        )
-    rewards_BG = rewards_BG if rewards_BG.dtype == torch.float64 else rewards_BG.float()
-    eps, alpha = float(options.get("eps", 1e-4)), float(options.get("alpha", 1.0))
-    return GroupRewards(rewards_BG.contiguous(), position_B.long(), method, eps, alpha)
-
-
 @torch.compiler.disable
 def linear_grpo_loss(
     hidden_NH: torch.Tensor,
@@ -347,7 +256,7 @@ def linear_grpo_loss(
     if hidden_NH.ndim != 2:
         raise ValueError(f"hidden_NH has shape {tuple(hidden_NH.shape)}: expected (N, H)")
     count, device = len(hidden_NH), hidden_NH.device
-    _check_sequences(sequence_N, weights_B, count, device)
+    check_sequences(sequence_N, weights_B, count, device)
     options = check_loss_options(
         loss_type=loss_type,
         epsilon=epsilon,
@@ -373,9 +282,9 @@ def linear_grpo_loss(
         check_per_token("advantages_N", advantages_N, count, device)
         advantages_N = advantages_N.detach()
     elif rewards is not None:
-        group_rewards = _group_rewards(rewards, normalization, len(weights_B), device)
+        group_rewards = make_group_rewards(rewards, normalization, len(weights_B), device)
     elif not isinstance(advantages, torch.Tensor) or advantages.shape not in (weights_B.shape, (count,)):
-        raise ValueError(f"advantages are {_describe(advantages)}: expected ({len(weights_B)},) or ({count},)")
+        raise ValueError(f"advantages are {describe(advantages)}: expected ({len(weights_B)},) or ({count},)")
     else:
         check_per_token("advantages", advantages, len(advantages), device)
         advantages_N = advantages.detach()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from grpo_kernels import METHODS
-from grpo_kernels.linear_grpo_loss import check_loss_options
+from grpo_kernels.grpo_checks import check_loss_options
 from grpo_kernels.token_losses import SURROGATES
 
 from .token_weights import micro_batch_token_weights, token_weights
