@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .memory import empty
+from .memory import empty, workspace
 
 # A tile has all the vocabulary's columns and as many rows as fit. More rows make better products and fewer passes over
 # dL/dW. Measured on two cores (1024 tokens, H 576, V 49152; time against 1024 rows, medians, alternating):
@@ -127,7 +127,7 @@ class HeadProducts:
             step = min(self.n_rows, tile_rows(self.n_vocabulary, self.tile_dtype.itemsize, self.device))
             # rows begin at multiples of 16 elements, so that a kernel can read 16 bytes at a time for every V
             width = -(-self.n_vocabulary // 16) * 16
-            self._buffer = empty((step, width), self.tile_dtype, self.device)
+            self._buffer = workspace((step, width), self.tile_dtype, self.device)
         tile = self._buffer[:count, : self.n_vocabulary]
         for number, factor in enumerate(self.factors):
             inputs = factor.inputs[rows]
@@ -164,7 +164,7 @@ class HeadProducts:
                 self.bias_grad[block] += factor_C @ tile[:, block].to(self.sum_dtype)
 
     def release(self) -> None:
-        """Frees the tile."""
+        """Lets go of the tile."""
         self._buffer = None
 
     def weight_grads(self) -> list[torch.Tensor | None]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 from collections.abc import Sequence
 
 import torch
 
 LARGE = 4 << 20  # bytes
+_kept = threading.local()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -23,6 +25,22 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)  # keeps the pages alive
+
+
+def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A buffer for one call's tile, whose content is undefined. On a CPU each thread keeps it for its next call.
+
+    (Held for good: at most ``TILE_BYTES`` of head_products.py. Fresh memory in each call, even in huge pages, took 8 to
+    18 % of the whole loss's time at 512 tokens, V 49152. On a GPU torch's allocator keeps it.)
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    kept = getattr(_kept, "buffer", None)
+    if kept is None or len(kept) < size:
+        _kept.buffer = None  # freed before the larger one is taken
+        kept = _kept.buffer = empty((size,), torch.uint8, device)
+    return kept[:size].view(dtype).view(shape)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -451,13 +451,35 @@ def test_what_must_be_written_is_written(monkeypatch):
     expected = ours(tensors, data, {}, {})
     expected_gradients = torch.autograd.grad(expected.loss, list(tensors.values()))
     monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(head_products, "empty", lambda shape, dtype, device: poisoned(shape, dtype=dtype))
+    for name in ("empty", "workspace"):
+        monkeypatch.setattr(head_products, name, lambda shape, dtype, device: poisoned(shape, dtype=dtype))
     monkeypatch.setitem(head_products.MAX_TILE_ROWS, "cpu", 16)
     out = ours(tensors, data, {}, {})
     for got, wanted in zip(torch.autograd.grad(out.loss, list(tensors.values())), expected_gradients, strict=True):
         torch.testing.assert_close(got, wanted)
     for name in ("loss", "logprobs", "entropies", "ratio"):
         assert torch.isfinite(getattr(out, name)).all()
+
+
+def test_calls_of_all_sizes_and_threads_share_no_memory_they_need():
+    """The tile's memory is kept between calls: larger, smaller and other dtypes after one another, and two threads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    cases = [(5, 3000, torch.float32), (40, 20, torch.float64), (64, 9000, torch.bfloat16), (3, 2, torch.float32)] * 2
+
+    inputs = [example(n=n, v=v, dtype=dtype, seed=n) for n, v, dtype in cases]
+
+    def run(case):
+        tensors, data = case
+        out = ours(tensors, data, {}, {})
+        return out.loss.detach(), *torch.autograd.grad(out.loss, list(tensors.values()))
+
+    alone = [run(case) for case in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, inputs))
+    for first, second in zip(alone, together, strict=True):
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
