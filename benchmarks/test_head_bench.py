@@ -90,19 +90,19 @@ def test_against_the_other_peers(benchmark, shape, dtype, frozen):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_peak_memory(benchmark, shape, frozen):
     """Beyond inputs and returned gradients, each contender in a fresh process."""
-    peaks = {}
-    for contender in ("ours", "trl"):
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("head_memory.py")), contender, shape, str(int(frozen))],
-            capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        peaks[contender] = json.loads(done.stdout.splitlines()[-1])
+
+    def measure(contender):
+        command = [sys.executable, str(Path(__file__).with_name("head_memory.py")), contender, shape, str(int(frozen))]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    peaks = {"trl": measure("trl"), "ours": benchmark.pedantic(measure, args=("ours",), rounds=1)}
     benchmark.extra_info.update(peaks)
     ROWS.append(
         f"{name_of(shape, 512, 'fp32', frozen, 1.0)} peak memory: ours {peaks['ours'] / 2**20:.0f} MiB, "
         f"TRL {peaks['trl'] / 2**20:.0f} MiB, ours / TRL {peaks['ours'] / peaks['trl']:.2f}"
     )
-    benchmark.pedantic(lambda: None, rounds=1)
 
 
 def test_cost_is_linear(benchmark):

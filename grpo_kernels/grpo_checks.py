@@ -87,6 +87,8 @@ def make_group_rewards(rewards, normalization, n_sequences: int, device: torch.d
     if not isinstance(normalization, tuple) or len(normalization) != 2 or not isinstance(normalization[1], Mapping):
         raise ValueError(f"normalization={normalization!r} must be a pair: (method, options)")
     method, options = normalization
+    if "method" in options:
+        raise ValueError(f"normalization={normalization!r}: the method comes first, options after it")
     check_normalization(method, **options)
     if METHODS[method].needs_batch:
         raise ValueError(f"normalization {method!r} needs the whole batch: give advantages instead of rewards")

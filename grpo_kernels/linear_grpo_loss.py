@@ -276,6 +276,8 @@ def linear_grpo_loss(
              if x is not None]  # fmt: skip
     if len(given) != 1:
         raise ValueError(f"give one of advantages, advantages_N and rewards, got {', '.join(given) or 'none'}")
+    if normalization is not None and rewards is None:
+        raise ValueError(f"normalization={normalization!r} goes with rewards: advantages are normalised already")
     sequence_N = sequence_N.long()
     group_rewards = None
     if advantages_N is not None:

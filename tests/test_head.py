@@ -768,6 +768,15 @@ def call(**changes):
             r"normalization='std' must be a pair: \(method, options\)",
         ),
         (
+            {
+                "advantages": None,
+                "rewards": (torch.zeros(2, 2), torch.tensor([0, 1])),
+                "normalization": ("std", {"method": 1}),
+            },
+            "the method comes first, options after it",
+        ),
+        ({"normalization": ("std", {})}, "goes with rewards"),
+        (
             {"advantages": None, "rewards": (torch.zeros(2, 2), torch.tensor([0, 1])), "normalization": ("global", {})},
             "'global' needs the whole batch",
         ),

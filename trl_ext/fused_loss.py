@@ -15,7 +15,7 @@ from grpo_kernels.token_losses import SURROGATES
 
 from .token_weights import micro_batch_token_weights, token_weights
 
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+CLIPPED = tuple(name for name, surrogate in SURROGATES.items() if surrogate == "clip")
 
 
 def why_not_one_pass(trainer: Any, inputs: dict[str, Any]) -> str | None:
