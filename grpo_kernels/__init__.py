@@ -3,11 +3,13 @@
 from .backend import use_backend
 from .linear_grpo_loss import GRPOLoss, linear_grpo_loss
 from .linear_logprob import linear_logprob
-from .normalize import METHODS, check_normalization, normalize_rewards
+from .methods import METHODS, check_normalization
+from .normalize import Normalized, normalize_rewards
 
 __all__ = [
     "METHODS",
     "GRPOLoss",
+    "Normalized",
     "check_normalization",
     "linear_grpo_loss",
     "linear_logprob",

@@ -35,7 +35,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from . import head_rows_triton, normalize_triton
 from .head_rows import RowStatistics, Transform
-from .normalize import METHODS
+from .methods import METHODS
 from .token_losses import GroupRewards, TokenInputs, TokenLoss
 
 TARGETS = {
@@ -142,8 +142,10 @@ def _gradient(case: Case, tile_CV: torch.Tensor, *, full: bool = False) -> None:
 
 
 def _normalize(method: str) -> None:
-    zero = torch.zeros(())
-    normalize_triton.normalize_groups(torch.zeros(ROWS, 8), METHODS[method], 1e-4, 1.0, zero, zero)
+    chosen, numbers = METHODS[method], torch.zeros(ROWS, 1)
+    centre, scale = (numbers if name == "given" else None for name in (chosen.centre, chosen.scale))
+    lengths = torch.zeros(ROWS, 8) if chosen.centre == "lengths" else None
+    normalize_triton.normalize_groups(torch.zeros(ROWS, 8), chosen, 1e-4, 1.0, centre, scale, lengths)
 
 
 # name: (kernel, its launch on a tile)

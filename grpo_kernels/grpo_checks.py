@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from .head_checks import check_number
-from .normalize import METHODS, check_normalization
+from .methods import METHODS, check_normalization
 from .token_losses import SURROGATES, GroupRewards, TokenLoss
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -90,8 +90,8 @@ def make_group_rewards(rewards, normalization, n_sequences: int, device: torch.d
     if "method" in options:
         raise ValueError(f"normalization={normalization!r}: the method comes first, options after it")
     check_normalization(method, **options)
-    if METHODS[method].needs_batch:
-        raise ValueError(f"normalization {method!r} needs the whole batch: give advantages instead of rewards")
+    if callable(method) or not METHODS[method].own_group:
+        raise ValueError(f"normalization {method!r} needs more than its own group: give advantages instead of rewards")
     group = rewards_BG.shape[1]
     if n_sequences and (position_B.min() < 0 or position_B.max() >= group):
         wrong = position_B[(position_B < 0) | (position_B >= group)][0].item()

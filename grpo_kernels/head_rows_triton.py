@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from .head_rows import RowStatistics, Transform
-from .normalize import METHODS
+from .methods import METHODS
+from .normalize_triton import group_centre_and_scale
 from .token_losses import TokenInputs, TokenLoss
 
 # 16 columns a thread: two runs of 8, the half-precision values of a 16-byte access. By compile_ahead.py, on sm_90 with
@@ -268,34 +269,17 @@ def _logit_gradient_kernel(
 def _group_advantage(
     p_rewards, position, n_generations, eps, alpha, CENTRE: tl.constexpr, SCALE: tl.constexpr, BLOCK_G: tl.constexpr
 ):
-    """The advantage of one place of a group, (r - centre) / scale: ``masked_statistics`` of normalize.py."""
-    o_g = tl.arange(0, BLOCK_G)
+    """The advantage of one place of a group, (r - centre) / scale, as ``normalize_triton.py`` makes it of a batch."""
+    o_g = tl.arange(0, BLOCK_G)[None, :]
     b_reward = tl.load(p_rewards + o_g, mask=o_g < n_generations, other=float("nan"))
-    m_scorable = b_reward == b_reward
-    count = tl.sum(m_scorable.to(tl.float32), axis=0)
-    high = tl.max(tl.where(m_scorable, b_reward, float("-inf")), axis=0)
-    low = tl.min(tl.where(m_scorable, b_reward, float("inf")), axis=0)
-    width = tl.where(count > 0, high - low, 0.0)
-    safe_width = tl.where(width > 0, width, 1.0)
-    offset = tl.where(count > 0, low, 0.0)
-    b_relative = tl.where(m_scorable, (b_reward - offset) / safe_width, 0.0)
-    relative_mean = tl.sum(b_relative, axis=0) / tl.maximum(count, 1.0)
-    own = tl.sum(tl.where((o_g == position) & m_scorable, b_reward, 0.0), axis=0)
-    own_scorable = tl.sum(tl.where((o_g == position) & m_scorable, 1.0, 0.0), axis=0)
-    centered = own
-    if CENTRE != "zero":
-        centered = own - tl.where(width > 0, offset + width * relative_mean, offset)
-        if CENTRE == "others":
-            centered = centered * (count / tl.maximum(count - 1.0, 1.0))
-    advantage = centered
-    if SCALE != "one":
-        b_deviation = tl.where(m_scorable, b_relative - relative_mean, 0.0)
-        variance = tl.sum(b_deviation * b_deviation, axis=0) / tl.maximum(count - 1.0, 1.0)
-        scale = tl.where(width > 0, width * tl.sqrt(variance), 0.0) + eps
-        if SCALE == "power":
-            scale = tl.where(scale > 0, tl.exp(alpha * tl.log(tl.where(scale > 0, scale, 1.0))), 0.0)
-        advantage = tl.where(scale > 0, centered / tl.where(scale > 0, scale, 1.0), 0.0)
-    return tl.where(own_scorable > 0, advantage, 0.0)
+    p_group = p_rewards + tl.arange(0, 1)
+    b_centre, b_scale, _ = group_centre_and_scale(
+        p_group, tl.arange(0, 1) < 1, n_generations, b_reward, b_reward, eps, alpha, CENTRE, SCALE
+    )
+    m_own = (o_g == position) & (b_reward == b_reward)
+    b_safe_scale = tl.where(b_scale > 0, b_scale, 1.0)
+    b_advantage = tl.where(m_own, (b_reward - b_centre[:, None]) / b_safe_scale[:, None], 0.0)
+    return tl.sum(tl.where((b_scale > 0)[:, None], b_advantage, 0.0))
 
 
 @triton.jit

@@ -1,72 +1,40 @@
 """Normalisation: the rewards of each prompt's completions become advantages.
 
-Shapes: P prompts, G completions of one prompt.
+Shapes: P prompts, G completions of one prompt, F reward functions.
 
-Every method is affine within a group, ``A = (r - centre) / scale``. Flow of this file: check the input, reduce the
-batch where a method needs it, then one pass over the groups (`_normalize_torch`, or one launch of
-``normalize_triton.py``).
+Every method but ``rank`` is affine within a group, ``A = (r - centre) / scale``. Flow of this file: check the input
+(``methods.py`` knows the options), reduce the batch where a method needs it (``batch_statistics.py``), then one pass
+over the groups (``group_statistics.py``, or one launch of ``normalize_triton.py``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from .backend import choose_backend
+from .batch_statistics import batch_mean_and_std, beta_density, shrinkage
+from .group_statistics import group_centre_and_scale, mid_ranks
+from .methods import METHODS, Method, check_normalization, function_name
+
+NUMBERS = ("batch_mean", "batch_std", "running_variance", "alpha")
+FOR_FUNCTIONS = ("prompt_keys",)
+CONTEXT = (*NUMBERS, "lengths", "function_rewards", "function_weights", "curvature_scale", *FOR_FUNCTIONS)
 
 
-@dataclass(frozen=True)
-class Method:
-    """What a normalisation subtracts from a reward and what it divides by, and the options it takes."""
+class Normalized(NamedTuple):
+    """Advantages (P, G), and the centre and scale of each group they were made with, (P,) or (P, F), detached.
 
-    centre: str  # "zero", "group", "others" (leave one out) or "batch"
-    scale: str  # "one", "group", "power" or "batch"
-    formula: str
-    source: str
-    options: tuple[str, ...] = ()
+    Where the method isn't affine in the reward (``rank``, a function of the user's) centre and scale are NaN; where
+    each reward function is normalised by itself they have a column for each.
+    """
 
-    @property
-    def needs_batch(self) -> bool:
-        """Whether statistics of the whole batch, and not only of each group, come into it."""
-        return "batch" in (self.centre, self.scale)
-
-
-METHODS: dict[str, Method] = {
-    "none": Method("zero", "one", "r", "REINFORCE"),
-    "mean": Method("group", "one", "r - m", "Dr. GRPO, arXiv 2503.20783"),
-    "batch_mean": Method("batch", "one", "r - mu", "REINFORCE with a batch baseline"),
-    "loo": Method("others", "one", "r - mean of the others", "RLOO, arXiv 2402.14740"),
-    "std": Method("group", "group", "(r - m) / (s + eps)", "GRPO, arXiv 2402.03300"),
-    "batch_std": Method("group", "batch", "(r - m) / (std of all rewards + eps)", "Lite PPO, arXiv 2508.08221"),
-    "global": Method("batch", "batch", "(r - mu) / (std of all rewards + eps)", "REINFORCE++, arXiv 2501.03262"),
-    "power": Method("group", "power", "(r - m) / (s + eps)^alpha", "arXiv 2607.00152", ("alpha",)),
-}
-BATCH_STATISTICS = ("batch_mean", "batch_std")
-
-
-def check_normalization(method: str, *, eps: float = 1e-4, **options: float) -> None:
-    """Raises ``ValueError`` unless ``normalize_rewards`` would accept this method with these options."""
-    if not isinstance(method, str) or method not in METHODS:
-        near = get_close_matches(str(method), METHODS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown normalization {method!r}: choose from {', '.join(METHODS)}.{hint}")
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
-        raise ValueError(f"eps={eps!r} must be a finite number that is not negative")
-    allowed = METHODS[method].options
-    for name in options:
-        if name not in allowed:
-            takes = f"takes eps and {', '.join(allowed)}" if allowed else "takes only eps"
-            raise ValueError(f"normalization {method!r} has no option {name!r}: it {takes}")
-    for name in allowed:
-        if name not in options:
-            raise ValueError(f"normalization {method!r} needs the option {name!r}")
-    alpha = options.get("alpha", 1.0)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha!r} must be a number in [0, 1]")
+    advantages: torch.Tensor
+    centre: torch.Tensor
+    scale: torch.Tensor
 
 
 def _check_rewards(rewards_PG: torch.Tensor) -> None:
@@ -86,154 +54,239 @@ def _check_rewards(rewards_PG: torch.Tensor) -> None:
         )
 
 
-def masked_statistics(
-    values: torch.Tensor, mask: torch.Tensor, dim: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Count, mean and sample standard deviation (ddof=1) of the masked values over ``dim``, which is kept.
-
-    Equal values give exactly themselves and exactly 0: the mean of eight times 0.1 isn't 0.1 in float32, and that
-    residue over a tiny std would become a large advantage. Deviations are taken relative to the range, so that
-    neither huge nor tiny values overflow or vanish when squared. An empty mask gives 0, 0, 0.
-    """
-    count = mask.sum(dim=dim, keepdim=True).to(values.dtype)
-    high = torch.where(mask, values, -torch.inf).amax(dim=dim, keepdim=True)
-    low = torch.where(mask, values, torch.inf).amin(dim=dim, keepdim=True)
-    width = torch.where(count > 0, high - low, 0.0)
-    offset = torch.where(count > 0, low, 0.0)
-    safe_width = torch.where(width > 0, width, 1.0)
-
-    relative = torch.where(mask, (values - offset) / safe_width, 0.0)  # in [0, 1]
-    relative_mean = relative.sum(dim=dim, keepdim=True) / count.clamp(min=1)
-    deviation = torch.where(mask, relative - relative_mean, 0.0)
-    variance = deviation.square().sum(dim=dim, keepdim=True) / (count - 1).clamp(min=1)
-    mean = torch.where(width > 0, offset + width * relative_mean, offset)
-    return count, mean, torch.where(width > 0, width * variance.sqrt(), 0.0)
+def _check_unit_rewards(rewards_PG: torch.Tensor, method: str) -> None:
+    outside = (rewards_PG < 0) | (rewards_PG > 1)
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"rewards_PG[{row}, {column}] is {rewards_PG[row, column].item():g}: normalization {method!r} needs "
+            "rewards in [0, 1]"
+        )
 
 
-def _batch_statistics(
-    rewards_PG: torch.Tensor, context: Mapping[str, torch.Tensor | float]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and sample std of the whole batch, 0-d: from ``context`` where it has them, else from these rewards."""
-    _, mean, std = masked_statistics(rewards_PG, ~rewards_PG.isnan(), dim=(0, 1))
-    given = [
-        rewards_PG.new_tensor(float(context[name])) if name in context else own.reshape(())
-        for name, own in zip(BATCH_STATISTICS, (mean, std), strict=True)
-    ]
-    return given[0], given[1]
-
-
-def _check_context(context: Mapping[str, torch.Tensor | float]) -> None:
+def _check_context(context: Mapping[str, Any], method: str, rewards_PG: torch.Tensor) -> None:
     for name, value in context.items():
-        if name not in BATCH_STATISTICS:
-            raise ValueError(f"context has no entry {name!r}: it takes {', '.join(BATCH_STATISTICS)}")
-        try:
-            finite = math.isfinite(value)
-        except (TypeError, ValueError, RuntimeError):
-            finite = False
-        if not finite or (name == "batch_std" and value < 0):
-            sign = ", not negative" if name == "batch_std" else ""
-            raise ValueError(f"context[{name!r}]={value!r} must be a finite number{sign}")
+        if name not in CONTEXT:
+            raise ValueError(f"context has no entry {name!r}: it takes {', '.join(CONTEXT)}")
+        if name in NUMBERS:
+            try:
+                finite = math.isfinite(value)
+            except (TypeError, ValueError, RuntimeError):
+                finite = False
+            if not finite or (name != "batch_mean" and value < 0) or (name == "alpha" and value > 1):
+                sign = {"batch_mean": "", "alpha": " in [0, 1]"}.get(name, ", not negative")
+                raise ValueError(f"context[{name!r}]={value!r} must be a finite number{sign}")
+    for name in METHODS[method].needs:
+        if name not in context:
+            where = " (the trainer carries it from step to step)" if METHODS[method].kind == "state" else ""
+            raise ValueError(f"normalization {method!r} needs context[{name!r}]{where}")
+    shapes = {
+        "lengths": tuple(rewards_PG.shape),
+        "function_rewards": (*rewards_PG.shape, -1),
+        "curvature_scale": (len(rewards_PG),),
+    }
+    for name in {"lengths", "function_rewards", "curvature_scale"} & set(METHODS[method].needs):
+        _check_tensor(name, context[name], shapes[name])
+    if method == "decoupled":
+        n_functions = context["function_rewards"].shape[2]
+        if "function_weights" in context:
+            _check_tensor("function_weights", context["function_weights"], (n_functions,))
 
 
-def _normalize_torch(
-    rewards_PG: torch.Tensor,
-    method: Method,
-    eps: float,
-    alpha: float,
-    batch_mean: torch.Tensor,
-    batch_std: torch.Tensor,
-) -> torch.Tensor:
+def _check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    right = isinstance(value, torch.Tensor) and value.ndim == len(shape)
+    if not right or any(want not in (-1, got) for want, got in zip(shape, value.shape, strict=True)):
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        wanted = str(shape).replace("-1", "F")
+        raise ValueError(f"context[{name!r}] is {got}: expected a tensor {wanted}")
+    if value.isinf().any() or (name != "function_rewards" and value.isnan().any()):
+        raise ValueError(f"context[{name!r}] holds a value that isn't finite")
+    if name in ("lengths", "curvature_scale") and (value < 0).any():
+        raise ValueError(f"context[{name!r}] holds {value.min().item():g}: expected nothing negative")
+
+
+def _given(rewards_PG: torch.Tensor, method: str, eps: float, context: Mapping[str, Any]):
+    """(P, 1) centre and scale that a group alone can't know; None where the group's own are meant."""
+    ones_P1 = torch.ones_like(rewards_PG[:, :1])
+    if method in ("batch_mean", "batch_std", "global"):
+        mean, std = batch_mean_and_std(rewards_PG, context)
+        centre = None if method == "batch_std" else mean * ones_P1
+        return centre, None if method == "batch_mean" else (std + eps) * ones_P1
+    if method == "shrinkage":
+        return shrinkage(rewards_PG)
+    if method == "beta":
+        return None, beta_density(rewards_PG)
+    if method == "running_std":
+        return None, (math.sqrt(context["running_variance"]) + eps) * ones_P1
+    if method == "curvature":
+        return None, context["curvature_scale"].to(rewards_PG)[:, None] + eps
+    return None, None
+
+
+def _normalize_torch(rewards_PG, method: Method, eps, alpha, centre_P1, scale_P1, lengths_PG) -> Normalized:
     scorable = ~rewards_PG.isnan()
-    count, mean, std = masked_statistics(rewards_PG, scorable, dim=(1,))
-
-    if method.centre == "zero":
-        centered = rewards_PG
-    elif method.centre == "batch":
-        centered = rewards_PG - batch_mean
+    own_centre, own_scale = group_centre_and_scale(rewards_PG, method.centre, method.scale, eps, alpha, lengths_PG)
+    centre_P1 = own_centre if centre_P1 is None else centre_P1
+    scale_P1 = own_scale if scale_P1 is None else scale_P1
+    if method.scale == "rank":
+        count = scorable.sum(1, keepdim=True).to(rewards_PG.dtype)
+        advantages_PG = (mid_ranks(rewards_PG, scorable) - (count + 1) / 2) / ((count - 1) / 2).clamp(min=0.5)
+        centre_P1 = scale_P1 = torch.full_like(centre_P1, torch.nan)
     else:
-        centered = rewards_PG - mean
-        if method.centre == "others":  # r - mean of the others = (r - m) * n / (n - 1)
-            centered = centered * count / (count - 1).clamp(min=1)
+        # a scale of 0 (eps = 0, everything equal) has nothing above it but zeros
+        safe = torch.where(scale_P1 > 0, scale_P1, 1.0)
+        advantages_PG = torch.where(scale_P1 > 0, (rewards_PG - centre_P1) / safe, 0.0)
+    return Normalized(torch.where(scorable, advantages_PG, 0.0), centre_P1[:, 0], scale_P1[:, 0])
 
-    if method.scale == "group":
-        scale = std + eps
-    elif method.scale == "power":
-        scale = (std + eps) ** alpha
-    elif method.scale == "batch":
-        scale = batch_std + eps
-    else:
-        scale = torch.ones_like(mean)
-    # a scale of 0 (eps = 0, everything equal) has nothing above it but zeros
-    advantages_PG = torch.where(scale > 0, centered / torch.where(scale > 0, scale, 1.0), 0.0)
-    return torch.where(scorable, advantages_PG, 0.0)
+
+def normalize_then_sum(
+    rewards_PGF: torch.Tensor,
+    weights_F: torch.Tensor,
+    normalize_function: Callable[[torch.Tensor, int], Normalized],
+    eps: float = 1e-4,
+) -> Normalized:
+    """GDPO, arXiv 2601.05242: each reward function normalised by itself, the weighted sum whitened over the batch.
+
+    ``normalize_function(rewards_PG, f)`` normalises function f. A function's missing (NaN) entry adds nothing; a
+    completion that no function scored is left out of the whitening and gets 0. With ``std`` it is TRL's
+    ``multi_objective_aggregation="normalize_then_sum"``.
+    """
+    each = [normalize_function(rewards_PGF[:, :, f], f) for f in range(rewards_PGF.shape[2])]
+    sum_PG = sum(weight * one.advantages for weight, one in zip(weights_F.unbind(), each, strict=True))
+    sum_PG = torch.where(rewards_PGF.isnan().all(dim=2), torch.nan, sum_PG)
+    advantages_PG = normalize_rewards(sum_PG, "global", eps=eps)
+    return Normalized(advantages_PG, *(torch.stack(parts, dim=1) for parts in list(zip(*each, strict=True))[1:]))
+
+
+def _normalize_by_function(function, rewards_PG, context, options) -> Normalized:
+    advantages_PG = function(rewards_PG, context, **options)
+    name = function_name(function)
+    if not isinstance(advantages_PG, torch.Tensor) or advantages_PG.shape != rewards_PG.shape:
+        got = tuple(advantages_PG.shape) if isinstance(advantages_PG, torch.Tensor) else type(advantages_PG).__name__
+        raise ValueError(f"normalization {name} returned {got}: expected a tensor {tuple(rewards_PG.shape)}")
+    scorable = ~rewards_PG.isnan()
+    wrong = scorable & ~advantages_PG.isfinite()
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"normalization {name} returned {advantages_PG[row, column].item()} at [{row}, {column}], for the rewards "
+            f"{[round(reward, 6) for reward in rewards_PG[row].tolist()]}"
+        )
+    unknown_P = torch.full_like(rewards_PG[:, 0], torch.nan)
+    advantages_PG = torch.where(scorable, advantages_PG, 0.0).to(rewards_PG)
+    return Normalized(advantages_PG.detach(), unknown_P, unknown_P)
 
 
 def normalize_rewards(
     rewards_PG: torch.Tensor,
-    method: str = "std",
+    method: str | Callable[..., torch.Tensor] = "std",
     *,
     eps: float = 1e-4,
-    context: Mapping[str, torch.Tensor | float] | None = None,
-    **options: float,
-) -> torch.Tensor:
+    context: Mapping[str, Any] | None = None,
+    statistics: bool = False,
+    **options: Any,
+) -> torch.Tensor | Normalized:
     """Advantages of P groups of G rewards, ``A = (r - centre) / scale``.
 
-    With m and s the mean and sample std (ddof=1) of a group, mu the mean of the batch::
+    With m, s and n the mean, the sample std (ddof=1) and the number of a group's scorable rewards, mu the mean of the
+    batch, "all" the rewards of the batch, and the advantage of a group whose rewards are all equal::
 
-        none        r                                   REINFORCE
-        mean        r - m                               Dr. GRPO, arXiv 2503.20783
-        batch_mean  r - mu
-        loo         r - mean of the others              RLOO, arXiv 2402.14740
-        std         (r - m) / (s + eps)                 GRPO, arXiv 2402.03300
-        batch_std   (r - m) / (std of all + eps)        Lite PPO, arXiv 2508.08221
-        global      (r - mu) / (std of all + eps)       REINFORCE++, arXiv 2501.03262
-        power       (r - m) / (s + eps)^alpha           arXiv 2607.00152; alpha=0 is mean, alpha=1 is std
+        none             r                                            r      REINFORCE
+        mean             r - m                                        0      Dr. GRPO, arXiv 2503.20783
+        batch_mean       r - mu                                       r - mu
+        loo              r - mean of the others                       0      RLOO, arXiv 2402.14740
+        std              (r - m) / (s + eps)                          0      GRPO, arXiv 2402.03300
+        batch_std        (r - m) / (std of all + eps)                 0      Lite PPO, arXiv 2508.08221
+        global           (r - mu) / (std of all + eps)                not 0  REINFORCE++, arXiv 2501.03262
+        power            (r - m) / (s + eps)^alpha                    0      arXiv 2607.00152: 0 is mean, 1 is std
+        mean_abs         (r - m) / (mean |r - m| + eps)               0      DGPO's scale, arXiv 2601.20614
+        median_mad       (r - median) / (median |r - median| + eps)   0      MC-GRPO, arXiv 2601.22582
+        iqr              (r - median) / (Q75 - Q25 + eps)             0      robust statistics
+        rank             mid-rank, centred, scaled to [-1, 1]         0      GOPO, arXiv 2602.03876
+        max_rl           (r - m) / (m + eps)                          0      MaxRL, arXiv 2602.02710; r in [0, 1]
+        length_weighted  r - sum(length r) / sum(length)              0      OPO, arXiv 2505.23585; lengths
+        shrinkage        r - [(1 - lam) loo + lam mu of the others]   not 0  JSPO, arXiv 2511.03710
+        beta             (r - m) / Beta pdf at m                      0      BNPO, arXiv 2506.02864; r in [0, 1]
+        decoupled        each function by std, summed, whitened       ~0     GDPO, arXiv 2601.05242; function_rewards
+        running_std      (r - m) / (sqrt(running_variance) + eps)     0      second moment; arXiv 2601.23135
+        curvature        (r - m) / (curvature_scale + eps)            0      arXiv 2601.23135, measured; r in [0, 1]
+        adaptive         (r - m) / (s + eps)^alpha                    0      alpha from context
 
     The same in plain torch, for ``std``::
 
         m, s = rewards_PG.mean(1, keepdim=True), rewards_PG.std(1, keepdim=True)
         advantages_PG = (rewards_PG - m) / (s + eps)
 
-    A group whose rewards are all equal gets exactly 0 from every method that subtracts the group's own mean. A NaN
-    reward (a completion that could not be scored) is left out of all statistics and gets advantage 0; a group with
-    fewer than two scorable completions has no spread and its ``mean``, ``loo``, ``std``, ``batch_std`` and ``power``
-    advantages are 0.
+    "0" is exactly 0. A NaN reward (a completion that could not be scored) is left out of all statistics and gets
+    advantage 0; a group with fewer than two scorable completions has no spread, and gets what an all-equal one does.
+    Quantiles are linear between neighbours, as numpy's. Where MAD or IQR is less than a hundredth of the std (above
+    all where it is 0: one success in eight), the std takes its place: so their advantages are at most
+    ``100 ((n - 1) / sqrt(n) + 1)``. ``shrinkage`` and ``beta`` are written out in ``batch_statistics.py``.
 
     Args:
         rewards_PG: (P, G), any floating dtype. P may be 0. Half precision is computed in float32.
-        method: one of ``METHODS``.
-        eps: added to a standard deviation, in units of reward.
-        context: statistics this call can't see. ``batch_mean`` and ``batch_std`` (numbers or 0-d tensors, of all
-            scorable rewards of the batch, ddof=1) replace those of ``rewards_PG`` where a caller holds a part of it.
-        options: ``alpha`` in [0, 1] for ``power``.
+        method: one of ``METHODS``, or a function ``f(rewards_PG, context, **options) -> advantages_PG``. It gets
+            the rewards in float32 (float64), NaN where unscorable, and ``context`` as given here; it returns (P, G)
+            finite advantages; those of unscorable completions are set to 0.
+        eps: added to a scale that is in units of reward.
+        context: what this call can't see. ``batch_mean`` and ``batch_std`` (numbers or 0-d tensors, of all scorable
+            rewards of the batch, ddof=1) replace those of ``rewards_PG`` where a caller holds a part of it (not for
+            ``shrinkage`` and ``beta``, which take the whole). ``lengths`` (P, G) tokens of each completion.
+            ``function_rewards`` (P, G, F), with NaN where missing, and ``function_weights`` (F,), default ones.
+            ``running_variance``, ``curvature_scale`` (P,) in units of reward and ``alpha`` in [0, 1] are what the
+            trainer carries from step to step. ``prompt_keys`` (P,) is for functions of the user's.
+        statistics: also return each group's centre and scale.
+        options: ``alpha`` in [0, 1] for ``power``; ``decay`` of the methods with a state is the trainer's.
 
     Returns:
-        (P, G) on the same device; float64 for float64 rewards, else float32.
+        (P, G) on the same device; float64 for float64 rewards, else float32. With ``statistics`` a ``Normalized``.
 
     Raises:
-        ValueError: unknown method, option or context entry, eps or alpha out of range, rewards that are not a
-            floating-point matrix or hold an infinity (with its position).
+        ValueError: unknown method, option or context entry; eps, alpha or a context entry out of range, missing or of
+            the wrong shape; rewards that are not a floating-point matrix, hold an infinity, or (``beta``, ``max_rl``,
+            ``curvature``) lie outside [0, 1], with the position; a function's result of the wrong shape or not finite.
     """
     check_normalization(method, eps=eps, **options)
     _check_rewards(rewards_PG)
     context = context or {}
-    _check_context(context)
-
-    alpha = float(options.get("alpha", 1.0))
-    if method == "power" and alpha in (0.0, 1.0):  # exactly the two ends of the dial
-        method = "std" if alpha else "mean"
-    chosen = METHODS[method]
     rewards_PG = rewards_PG.to(torch.float64 if rewards_PG.dtype == torch.float64 else torch.float32)
+    if callable(method):
+        result = _normalize_by_function(method, rewards_PG, context, options)
+        return result if statistics else result.advantages
+    _check_context(context, method, rewards_PG)
+    if METHODS[method].unit_rewards:
+        _check_unit_rewards(rewards_PG, method)
+
     if rewards_PG.numel() == 0:
-        return rewards_PG.clone()
-    if chosen.needs_batch:
-        batch_mean, batch_std = _batch_statistics(rewards_PG, context)
+        result = Normalized(rewards_PG.clone(), rewards_PG.new_empty(0), rewards_PG.new_empty(0))
+    elif method == "decoupled":
+        function_rewards_PGF = context["function_rewards"].to(rewards_PG)
+        weights_F = context.get("function_weights", torch.ones(function_rewards_PGF.shape[2])).to(rewards_PG)
+        result = normalize_then_sum(
+            function_rewards_PGF,
+            weights_F,
+            lambda column_PG, _: _normalize(column_PG, "std", eps, {}, {}),
+            eps,
+        )
     else:
-        batch_mean = batch_std = rewards_PG.new_zeros(())
+        result = _normalize(rewards_PG, method, eps, context, options)
+    return result if statistics else result.advantages
+
+
+def _normalize(rewards_PG, method: str, eps: float, context: Mapping[str, Any], options: Mapping[str, Any]):
+    alpha = float(context["alpha"] if method == "adaptive" else options.get("alpha", 1.0))
+    if METHODS[method].scale == "power" and alpha in (0.0, 1.0):  # exactly the two ends of the dial
+        method = "std" if alpha else "mean"
+    centre_P1, scale_P1 = _given(rewards_PG, method, eps, context)
+    lengths_PG = None
+    if method == "length_weighted":  # where all of a group are 0 long, its plain mean
+        lengths_PG = context["lengths"].to(rewards_PG)
+        scorable_length = torch.where(rewards_PG.isnan(), 0.0, lengths_PG).sum(1, keepdim=True)
+        lengths_PG = torch.where(scorable_length > 0, lengths_PG, 1.0)
 
     # Triton passes scalars as float32, so float64 rewards, a matter of tests, stay with torch on every device
     if rewards_PG.dtype == torch.float32 and choose_backend(rewards_PG.device) == "triton":
         from .normalize_triton import normalize_groups
 
-        return normalize_groups(rewards_PG, chosen, eps, alpha, batch_mean, batch_std)
-    return _normalize_torch(rewards_PG, chosen, eps, alpha, batch_mean, batch_std)
+        return normalize_groups(rewards_PG, METHODS[method], eps, alpha, centre_P1, scale_P1, lengths_PG)
+    return _normalize_torch(rewards_PG, METHODS[method], eps, alpha, centre_P1, scale_P1, lengths_PG)

@@ -10,37 +10,118 @@ import torch
 
 
 def normalize_rewards_reference(
-    rewards: Sequence[Sequence[float]], method: str, *, eps: float = 1e-4, alpha: float = 1.0
+    rewards: Sequence[Sequence[float]],
+    method: str,
+    *,
+    eps: float = 1e-4,
+    alpha: float = 1.0,
+    lengths: Sequence[Sequence[float]] | None = None,
+    function_rewards: Sequence[Sequence[Sequence[float]]] | None = None,
+    function_weights: Sequence[float] | None = None,
+    running_variance: float = 0.0,
+    curvature_scale: Sequence[float] | None = None,
 ) -> list[list[float]]:
     """``normalize_rewards`` in Python floats (float64), one group and one reward at a time."""
-    everything = [reward for group in rewards for reward in group if not math.isnan(reward)]
-    batch_mean = statistics.fmean(everything) if everything else 0.0
-    batch_std = statistics.stdev(everything) if len(everything) > 1 else 0.0
+    if method == "decoupled":
+        assert function_rewards is not None
+        return _decoupled_reference(function_rewards, function_weights, eps)
+    if method in ("batch_mean", "batch_std", "global"):
+        everything = [reward for group in rewards for reward in group if not math.isnan(reward)]
+        batch_mean = statistics.fmean(everything) if everything else 0.0
+        batch_std = statistics.stdev(everything) if len(everything) > 1 else 0.0
+    scorable_groups = [[reward for reward in group if not math.isnan(reward)] for group in rewards]
 
-    def advantage(group: Sequence[float], index: int) -> float:
-        reward = group[index]
+    def advantage(p: int, index: int) -> float:
+        reward, scorable = rewards[p][index], scorable_groups[p]
         if math.isnan(reward):
             return 0.0
-        scorable = [other for other in group if not math.isnan(other)]
-        others = [group[j] for j in range(len(group)) if j != index and not math.isnan(group[j])]
+        others = [rewards[p][j] for j in range(len(rewards[p])) if j != index and not math.isnan(rewards[p][j])]
         if method == "none":
             return reward
         if method == "batch_mean":
             return reward - batch_mean
         if method == "global":
             return (reward - batch_mean) / (batch_std + eps) if batch_std + eps > 0 else 0.0
+        if method == "shrinkage":
+            return reward - _shrinkage_baseline(reward, others, scorable_groups[:p] + scorable_groups[p + 1 :])
         if len(scorable) < 2 or max(scorable) == min(scorable):
             return 0.0
         mean, std = statistics.fmean(scorable), statistics.stdev(scorable)
+        middle = statistics.median(scorable)
+        if method == "median_mad":
+            mad = statistics.median([abs(other - middle) for other in scorable])
+            return (reward - middle) / ((mad if mad > 0.01 * std else std) + eps)
+        if method == "iqr":
+            lower, _, upper = statistics.quantiles(scorable, n=4, method="inclusive")
+            return (reward - middle) / ((upper - lower if upper - lower > 0.01 * std else std) + eps)
+        if method == "rank":
+            smaller, equal = sum(x < reward for x in scorable), sum(x == reward for x in scorable)
+            mid_rank = smaller + (equal + 1) / 2
+            return (mid_rank - (len(scorable) + 1) / 2) / ((len(scorable) - 1) / 2)
+        if method == "length_weighted":
+            assert lengths is not None
+            weights = [lengths[p][j] for j in range(len(rewards[p])) if not math.isnan(rewards[p][j])]
+            weights = weights if sum(weights) > 0 else [1.0] * len(scorable)
+            return reward - statistics.fmean(scorable, weights)
         return {
             "mean": lambda: reward - mean,
             "loo": lambda: reward - statistics.fmean(others),
             "std": lambda: (reward - mean) / (std + eps),
             "batch_std": lambda: (reward - mean) / (batch_std + eps),
             "power": lambda: (reward - mean) / (std + eps) ** alpha,
+            "adaptive": lambda: (reward - mean) / (std + eps) ** alpha,
+            "mean_abs": lambda: (reward - mean) / (statistics.fmean([abs(x - mean) for x in scorable]) + eps),
+            "max_rl": lambda: (reward - mean) / (mean + eps),
+            "beta": lambda: (reward - mean) / _beta_density(mean, [statistics.fmean(g) for g in scorable_groups if g]),
+            "running_std": lambda: (reward - mean) / (math.sqrt(running_variance) + eps),
+            "curvature": lambda: (reward - mean) / ((curvature_scale or [])[p] + eps),
         }[method]()
 
-    return [[advantage(group, index) for index in range(len(group))] for group in rewards]
+    return [[advantage(p, index) for index in range(len(group))] for p, group in enumerate(rewards)]
+
+
+def _shrinkage_baseline(reward: float, others: Sequence[float], other_groups: Sequence[Sequence[float]]) -> float:
+    """JSPO's, of the other answers to this prompt and the groups of the other prompts; the reward itself if alone."""
+    means = [statistics.fmean(group) for group in other_groups if group]
+    if not means:
+        return statistics.fmean(others) if others else reward
+    if not others:
+        return statistics.fmean(means)
+    sampling = [statistics.variance(group) / len(group) for group in other_groups if len(group) > 1]
+    v2 = statistics.fmean(sampling) if sampling else 0.0
+    s2 = statistics.variance(means) if len(means) > 1 else 0.0
+    lam = v2 / (v2 + s2 + 1e-6)
+    return (1 - lam) * statistics.fmean(others) + lam * statistics.fmean(means)
+
+
+def _beta_density(rate: float, rates: Sequence[float]) -> float:
+    """BNPO's, at one pass rate, fitted to all of them by moments; 1 where they don't fit; at least 1e-6."""
+    mu = statistics.fmean(rates)
+    variance = statistics.variance(rates) if len(rates) > 1 else 0.0
+    a = b = 0.0
+    if 0 < variance < mu * (1 - mu):
+        a = (mu * (1 - mu) / variance - 1) * mu
+        b = (mu * (1 - mu) / variance - 1) * (1 - mu)
+    alpha, beta = max(1.0, 1 + a / 3), max(1.0, 1 + b / 3)
+    inverse_beta_function = math.exp(math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta))
+    return max(inverse_beta_function * rate ** (alpha - 1) * (1 - rate) ** (beta - 1), 1e-6)
+
+
+def _decoupled_reference(function_rewards, function_weights, eps: float) -> list[list[float]]:
+    n_functions = len(function_rewards[0][0])
+    weights = function_weights or [1.0] * n_functions
+    each = [
+        normalize_rewards_reference([[answer[f] for answer in group] for group in function_rewards], "std", eps=eps)
+        for f in range(n_functions)
+    ]
+    total = [
+        [
+            math.nan if all(map(math.isnan, answer)) else sum(weights[f] * each[f][p][i] for f in range(n_functions))
+            for i, answer in enumerate(group)
+        ]
+        for p, group in enumerate(function_rewards)
+    ]
+    return normalize_rewards_reference(total, "global", eps=eps)
 
 
 def head_logprobs(hidden, weight, targets, *, bias=None, low_rank=None, temperature=1.0, logit_scale=1.0, softcap=None):

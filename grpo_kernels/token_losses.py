@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .normalize import METHODS, normalize_rewards
+from .methods import METHODS
+from .normalize import normalize_rewards
 
 # the loss types differ in the weight of a token (see weights_B); what a token adds is one of three surrogates
 SURROGATES = {
@@ -52,6 +53,7 @@ class GroupRewards:
         """(B,), by ``normalize_rewards``."""
         options: dict[str, Any] = {"alpha": self.alpha} if METHODS[self.method].options else {}
         advantages_BG = normalize_rewards(self.rewards, self.method, eps=self.eps, **options)
+        assert isinstance(advantages_BG, torch.Tensor)
         return advantages_BG.gather(1, self.position[:, None]).squeeze(1)
 
     def has_advantage(self) -> torch.Tensor:

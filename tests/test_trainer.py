@@ -235,6 +235,7 @@ def test_public_names():
     assert set(grpo_kernels.__all__) == {
         "METHODS",
         "GRPOLoss",
+        "Normalized",
         "check_normalization",
         "linear_grpo_loss",
         "linear_logprob",

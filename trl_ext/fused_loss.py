@@ -54,7 +54,8 @@ def rewards_or_advantages(trainer: Any, inputs: dict[str, Any], mask_BT: torch.T
     made, advantages = inputs.get("made_advantages"), inputs["advantages"]
     own = made is not None and made.shape == advantages.shape and torch.equal(made, advantages)  # not a subclass's
     summed = trainer.multi_objective_aggregation == "sum_then_normalize"
-    if own and summed and not METHODS[method].needs_batch and "group_rewards" in inputs:
+    alone = isinstance(method, str) and METHODS[method].own_group
+    if own and summed and alone and "group_rewards" in inputs:
         return {
             "advantages": None,
             "rewards": (inputs["group_rewards"], inputs["group_position"]),

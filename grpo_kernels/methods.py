@@ -1,0 +1,158 @@
+"""The catalogue of normalisations: what each subtracts from a reward, what it divides by, and the options it takes.
+
+r a reward; m, s, n mean, sample std (ddof=1) and number of the scorable rewards of its group; mu their mean over the
+batch. ``centre`` and ``scale`` name the two halves of ``A = (r - centre) / scale``, which `normalize.py` computes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """A number an option may be, ``low <= x <= high`` (``x < high`` where open), and its default (None: needed)."""
+
+    low: float
+    high: float
+    default: float | None = None
+    open_end: bool = False
+
+    def allows(self, value: object) -> bool:
+        """Whether this is a number in the range."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return self.low <= value <= self.high and not (self.open_end and value == self.high)
+
+    def __str__(self) -> str:
+        return f"a number in [{self.low:g}, {self.high:g}{')' if self.open_end else ']'}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One normalisation.
+
+    ``kind``, what it needs to see: "group" its own group only; "batch" statistics of the whole batch; "state" what
+    earlier steps left, handed over in ``context``. ``needs`` are the entries of ``context`` it can't do without.
+    """
+
+    centre: str  # zero, group, others (leave one out), median, lengths; given: centre and scale of each group are made
+    scale: str  # one, group, power, mean_abs, mad, iqr, mean; given; rank: not affine, r becomes its mid-rank
+    kind: str
+    formula: str
+    source: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    unit_rewards: bool = False  # rewards must be in [0, 1]
+    zero_if_equal: bool = True  # a group of equal rewards gets advantage 0
+
+    @property
+    def own_group(self) -> bool:
+        """Whether a group's rewards and the options say everything: what ``linear_grpo_loss`` takes as rewards."""
+        return self.kind == "group" and self.scale != "rank" and not self.needs
+
+
+ALPHA = {"alpha": Option(0, 1)}
+DECAY = {"decay": Option(0, 1, default=0.9, open_end=True)}
+
+METHODS: dict[str, Method] = {
+    "none": Method("zero", "one", "group", "r", "REINFORCE", zero_if_equal=False),
+    "mean": Method("group", "one", "group", "r - m", "Dr. GRPO, arXiv 2503.20783"),
+    "batch_mean": Method(
+        "given", "one", "batch", "r - mu", "REINFORCE with a batch baseline", zero_if_equal=False
+    ),
+    "loo": Method("group", "others", "group", "r - mean of the others", "RLOO, arXiv 2402.14740"),
+    "std": Method("group", "group", "group", "(r - m) / (s + eps)", "GRPO, arXiv 2402.03300"),
+    "batch_std": Method(
+        "group", "given", "batch", "(r - m) / (std of all rewards + eps)", "Lite PPO, arXiv 2508.08221"
+    ),
+    "global": Method(
+        "given", "given", "batch", "(r - mu) / (std of all rewards + eps)", "REINFORCE++, arXiv 2501.03262",
+        zero_if_equal=False,
+    ),
+    "power": Method("group", "power", "group", "(r - m) / (s + eps)^alpha", "arXiv 2607.00152", ALPHA),
+    "mean_abs": Method(
+        "group", "mean_abs", "group", "(r - m) / (mean of |r - m| + eps)", "DGPO's scale, arXiv 2601.20614"
+    ),
+    "median_mad": Method(
+        "median", "mad", "group", "(r - median) / (median of |r - median| + eps)", "MC-GRPO, arXiv 2601.22582"
+    ),
+    "iqr": Method("median", "iqr", "group", "(r - median) / (Q75 - Q25 + eps)", "robust statistics"),
+    "rank": Method(
+        "group", "rank", "group", "mid-rank in the group, centred and scaled to [-1, 1]", "GOPO, arXiv 2602.03876"
+    ),
+    "max_rl": Method(
+        "group", "mean", "group", "(r - m) / (m + eps)", "MaxRL, arXiv 2602.02710", unit_rewards=True
+    ),
+    "length_weighted": Method(
+        "lengths", "one", "group", "r - sum(length r) / sum(length)", "OPO, arXiv 2505.23585", needs=("lengths",)
+    ),
+    "shrinkage": Method(
+        "given", "given", "batch", "r - [(1 - lam) mean of the others + lam mean of the other prompts]",
+        "JSPO, arXiv 2511.03710", zero_if_equal=False,
+    ),
+    "beta": Method(
+        "group", "given", "batch", "(r - m) / Beta pdf at m, fitted to the batch's pass rates",
+        "BNPO, arXiv 2506.02864", unit_rewards=True,
+    ),
+    "decoupled": Method(
+        "given", "given", "batch", "each reward function by std, weighted sum, whitened over the batch",
+        "GDPO, arXiv 2601.05242", needs=("function_rewards",), zero_if_equal=False,
+    ),
+    "running_std": Method(
+        "group", "given", "state", "(r - m) / (sqrt(moving average of group variance) + eps)",
+        "second-moment view of arXiv 2601.23135", DECAY, ("running_variance",),
+    ),
+    "curvature": Method(
+        "group", "given", "state", "(r - m) / (measured curvature at this pass rate + eps)",
+        "arXiv 2601.23135, measured instead of assumed", DECAY, ("curvature_scale",), unit_rewards=True,
+    ),
+    "adaptive": Method(
+        "group", "power", "state", "(r - m) / (s + eps)^alpha, alpha the measured orthogonality of prompt gradients",
+        "future work of arXiv 2601.23135", DECAY, ("alpha",),
+    ),
+}  # fmt: skip
+
+
+def check_normalization(method: str | Callable[..., Any], *, eps: float = 1e-4, **options: Any) -> None:
+    """Raises ``ValueError`` unless ``normalize_rewards`` would accept this method with these options."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
+        raise ValueError(f"eps={eps!r} must be a finite number that is not negative")
+    if callable(method):
+        _check_function(method, options)
+        return
+    if not isinstance(method, str) or method not in METHODS:
+        near = get_close_matches(str(method), METHODS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"unknown normalization {method!r}: choose from {', '.join(METHODS)}, or give a function.{hint}"
+        )
+    allowed = METHODS[method].options
+    for name, value in options.items():
+        if name not in allowed:
+            takes = f"takes eps and {', '.join(allowed)}" if allowed else "takes only eps"
+            raise ValueError(f"normalization {method!r} has no option {name!r}: it {takes}")
+        if not allowed[name].allows(value):
+            raise ValueError(f"{name}={value!r} must be {allowed[name]}")
+    for name, option in allowed.items():
+        if name not in options and option.default is None:
+            raise ValueError(f"normalization {method!r} needs the option {name!r}, {option}")
+
+
+def _check_function(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(function).bind(None, {}, **options)
+    except (TypeError, ValueError) as error:
+        arguments = ", ".join(["rewards_PG", "context", *(f"{name}={value!r}" for name, value in options.items())])
+        raise ValueError(
+            f"normalization {function_name(function)} can't be called with ({arguments}): {error}"
+        ) from None
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """How a user's function is called in messages and logs."""
+    return str(getattr(function, "__qualname__", None) or type(function).__qualname__)
