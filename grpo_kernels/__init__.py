@@ -4,7 +4,7 @@ from .backend import use_backend
 from .linear_grpo_loss import GRPOLoss, linear_grpo_loss
 from .linear_logprob import linear_logprob
 from .methods import METHODS, check_normalization
-from .normalize import Normalized, normalize_rewards
+from .normalize import Normalized, normalize_rewards, normalize_with_statistics
 
 __all__ = [
     "METHODS",
@@ -14,5 +14,6 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logprob",
     "normalize_rewards",
+    "normalize_with_statistics",
     "use_backend",
 ]

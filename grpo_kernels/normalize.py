@@ -183,9 +183,8 @@ def normalize_rewards(
     *,
     eps: float = 1e-4,
     context: Mapping[str, Any] | None = None,
-    statistics: bool = False,
     **options: Any,
-) -> torch.Tensor | Normalized:
+) -> torch.Tensor:
     """Advantages of P groups of G rewards, ``A = (r - centre) / scale``.
 
     With m, s and n the mean, the sample std (ddof=1) and the number of a group's scorable rewards, mu the mean of the
@@ -235,42 +234,51 @@ def normalize_rewards(
             ``function_rewards`` (P, G, F), with NaN where missing, and ``function_weights`` (F,), default ones.
             ``running_variance``, ``curvature_scale`` (P,) in units of reward and ``alpha`` in [0, 1] are what the
             trainer carries from step to step. ``prompt_keys`` (P,) is for functions of the user's.
-        statistics: also return each group's centre and scale.
         options: ``alpha`` in [0, 1] for ``power``; ``decay`` of the methods with a state is the trainer's.
 
     Returns:
-        (P, G) on the same device; float64 for float64 rewards, else float32. With ``statistics`` a ``Normalized``.
+        (P, G) on the same device; float64 for float64 rewards, else float32. ``normalize_with_statistics`` also
+        returns each group's centre and scale.
 
     Raises:
         ValueError: unknown method, option or context entry; eps, alpha or a context entry out of range, missing or of
             the wrong shape; rewards that are not a floating-point matrix, hold an infinity, or (``beta``, ``max_rl``,
             ``curvature``) lie outside [0, 1], with the position; a function's result of the wrong shape or not finite.
     """
+    return normalize_with_statistics(rewards_PG, method, eps=eps, context=context, **options).advantages
+
+
+def normalize_with_statistics(
+    rewards_PG: torch.Tensor,
+    method: str | Callable[..., torch.Tensor] = "std",
+    *,
+    eps: float = 1e-4,
+    context: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Normalized:
+    """``normalize_rewards``, and the centre and scale of each group."""
     check_normalization(method, eps=eps, **options)
     _check_rewards(rewards_PG)
     context = context or {}
     rewards_PG = rewards_PG.to(torch.float64 if rewards_PG.dtype == torch.float64 else torch.float32)
     if callable(method):
-        result = _normalize_by_function(method, rewards_PG, context, options)
-        return result if statistics else result.advantages
+        return _normalize_by_function(method, rewards_PG, context, options)
     _check_context(context, method, rewards_PG)
     if METHODS[method].unit_rewards:
         _check_unit_rewards(rewards_PG, method)
 
     if rewards_PG.numel() == 0:
-        result = Normalized(rewards_PG.clone(), rewards_PG.new_empty(0), rewards_PG.new_empty(0))
-    elif method == "decoupled":
+        return Normalized(rewards_PG.clone(), rewards_PG.new_empty(0), rewards_PG.new_empty(0))
+    if method == "decoupled":
         function_rewards_PGF = context["function_rewards"].to(rewards_PG)
         weights_F = context.get("function_weights", torch.ones(function_rewards_PGF.shape[2])).to(rewards_PG)
-        result = normalize_then_sum(
+        return normalize_then_sum(
             function_rewards_PGF,
             weights_F,
             lambda column_PG, _: _normalize(column_PG, "std", eps, {}, {}),
             eps,
         )
-    else:
-        result = _normalize(rewards_PG, method, eps, context, options)
-    return result if statistics else result.advantages
+    return _normalize(rewards_PG, method, eps, context, options)
 
 
 def _normalize(rewards_PG, method: str, eps: float, context: Mapping[str, Any], options: Mapping[str, Any]):

@@ -53,7 +53,6 @@ class GroupRewards:
         """(B,), by ``normalize_rewards``."""
         options: dict[str, Any] = {"alpha": self.alpha} if METHODS[self.method].options else {}
         advantages_BG = normalize_rewards(self.rewards, self.method, eps=self.eps, **options)
-        assert isinstance(advantages_BG, torch.Tensor)
         return advantages_BG.gather(1, self.position[:, None]).squeeze(1)
 
     def has_advantage(self) -> torch.Tensor:

@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_kernels import METHODS, Normalized, check_normalization, normalize_rewards, use_backend
+from grpo_kernels import (
+    METHODS,
+    Normalized,
+    check_normalization,
+    normalize_rewards,
+    normalize_with_statistics,
+    use_backend,
+)
 from grpo_kernels.reference import normalize_rewards_reference
 
 NAN = float("nan")
@@ -45,7 +52,7 @@ def context_of(method: str, rewards, alpha: float = 0.5) -> dict:
     return context.get(method, dict)()
 
 
-def run(rewards, method, *, alpha=0.5, dtype=torch.float32, device="cpu", **arguments):
+def run(rewards, method, *, alpha=0.5, dtype=torch.float32, device="cpu", statistics=False, **arguments):
     """``normalize_rewards`` on nested lists or a tensor, with what the method needs."""
     tensor = torch.as_tensor(rewards, dtype=dtype, device=device)
     context = {
@@ -55,7 +62,8 @@ def run(rewards, method, *, alpha=0.5, dtype=torch.float32, device="cpu", **argu
     for name, shape in (("lengths", tensor.shape), ("function_rewards", (*tensor.shape, 2))):
         if name in context:  # an empty batch too
             context[name] = context[name].reshape(shape)
-    return normalize_rewards(tensor, method, context=context, **options(method, alpha), **arguments)
+    result = normalize_with_statistics(tensor, method, context=context, **options(method, alpha), **arguments)
+    return result if statistics else result.advantages
 
 
 def reference(rewards, method, *, alpha=0.5, eps=1e-4) -> torch.Tensor:
@@ -151,7 +159,7 @@ def test_decoupled_by_hand(backend):
     function_rewards = torch.tensor([[[2.0, 1], [0, 3]], [[0, 5], [4, NAN]]])
     context = {"function_rewards": function_rewards, "function_weights": torch.tensor([1.0, 2.0])}
     with use_backend(backend):
-        got = normalize_rewards(torch.zeros(2, 2), "decoupled", eps=0.0, context=context, statistics=True)
+        got = normalize_with_statistics(torch.zeros(2, 2), "decoupled", eps=0.0, context=context)
     h = math.sqrt(3) / 2
     torch.testing.assert_close(got.advantages, torch.tensor([[-h, h], [-h, h]]))
     torch.testing.assert_close(got.centre, torch.tensor([[1.0, 2], [2, 5]]))  # by function
@@ -216,7 +224,8 @@ def test_float64_is_the_reference(case, alpha, eps):
     want = reference(rewards, method, alpha=alpha, eps=eps)
     # a group of nearly equal large values loses digits in its spread, in the reference too
     largest = max((abs(x) for group in rewards for x in group if not math.isnan(x)), default=1.0) + 1
-    smallest = 1e-6 if method == "beta" else eps
+    # (shrinkage: the spread of the other prompts' means is a difference of sums over all prompts)
+    smallest = {"beta": 1e-6, "shrinkage": 1e-6}.get(method, eps)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12 * largest / smallest)
 
 
@@ -648,7 +657,7 @@ def test_a_function_of_ones_own():
     def centred(rewards_PG, context, factor=1.0):
         return factor * (rewards_PG - rewards_PG.nanmean(1, keepdim=True)) + context.get("shift", 0)
 
-    got = normalize_rewards(rewards, centred, factor=2.0, context={"shift": 1}, statistics=True)
+    got = normalize_with_statistics(rewards, centred, factor=2.0, context={"shift": 1})
     torch.testing.assert_close(got.advantages, torch.tensor([[2.0, 0, 0], [-3, 1, 5]]))
     assert got.centre.isnan().all() and got.scale.isnan().all()
 

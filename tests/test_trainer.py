@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig
 
 import trl_ext
+from grpo_kernels import normalize_rewards
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext._version_check import check_trl_version
-from trl_ext.advantages import compute_advantages, normalization_metrics, weighted_rewards
 
 
 def build(policy, folder, reward_funcs=digits, train_dataset=None, config_class=CurvatureGRPOConfig, **options):
@@ -115,38 +115,6 @@ def test_zero_variance_is_counted_per_group_for_every_method(tiny_policy, tmp_pa
         assert trainer.state.log_history[0]["normalization/zero_variance_frac"] == 0.5, options
 
 
-NAN = float("nan")
-
-
-def test_several_rewards_by_hand():
-    """Two prompts, two functions, weights 1 and 2. Function 2 doesn't score the last; nobody scores the fourth."""
-    rewards = torch.tensor([[0, 1], [1, 0], [1, 1], [NAN, NAN], [0, 0], [0, 2], [4, 1], [2, NAN]])
-    weights = torch.tensor([1.0, 2.0])
-    total = weighted_rewards(rewards, weights)
-    torch.testing.assert_close(total, torch.tensor([2, 1, 3, NAN, 0, 4, 6, 2]), equal_nan=True)
-    mean = compute_advantages(rewards, weights, 4, "mean", {}, "sum_then_normalize")
-    torch.testing.assert_close(mean, torch.tensor([0.0, -1, 1, 0, -3, 1, 3, -1]))
-
-    # each function by itself, centred: means 2/3, 2/3 | 1.5, 1
-    each = compute_advantages(rewards, weights, 4, "mean", {}, "normalize_then_sum")
-    centred = torch.tensor(
-        [[-2 / 3, 1 / 3], [1 / 3, -2 / 3], [1 / 3, 1 / 3], [-1.5, -1], [-1.5, 1], [2.5, 0], [0.5, 0]]
-    )
-    summed = centred @ weights
-    whitened = (summed - summed.mean()) / (summed.std() + 1e-4)
-    torch.testing.assert_close(each[[0, 1, 2, 4, 5, 6, 7]], whitened)
-    assert each[3] == 0
-    metrics = normalization_metrics(rewards, weights, 4, "sum_then_normalize")
-    assert metrics == {"normalization/zero_variance_frac": 0.0, "normalization/unscorable_frac": 0.125}
-
-
-def test_differences_that_cancel_in_the_sum():
-    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    weights = torch.ones(2)
-    assert normalization_metrics(rewards, weights, 2, "sum_then_normalize")["normalization/zero_variance_frac"] == 1
-    assert normalization_metrics(rewards, weights, 2, "normalize_then_sum")["normalization/zero_variance_frac"] == 0
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -158,6 +126,15 @@ def test_differences_that_cancel_in_the_sum():
         ({"normalization": "power"}, "needs the option 'alpha'"),
         ({"normalization_kwargs": {"alpha": 0.5}}, "'std' has no option 'alpha'"),
         ({"scale_rewards": "prompt"}, "scale_rewards='prompt' must be one of"),
+        (
+            {"normalization": "running_std", "normalization_kwargs": {"decay": 2}},
+            r"decay=2 must be a number in \[0, 1\)",
+        ),
+        ({"normalization": len}, r"normalization len can't be called with \(rewards_PG, context\)"),
+        (
+            {"normalization": lambda r, c, eps: r, "normalization_kwargs": {"eps": 1}},
+            "eps is for the named methods, not for a function",
+        ),
         ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation='sum' must be"),
         ({"per_device_train_batch_size": 6}, r"\(6\) must be divisible by num_generations \(4\)"),
     ],
@@ -165,6 +142,81 @@ def test_differences_that_cancel_in_the_sum():
 def test_bad_configuration_stops_before_a_model_is_loaded(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         build(tmp_path / "no-model-here", tmp_path, **options)
+
+
+def test_the_kernel_gets_rewards_only_where_they_say_everything(tiny_policy, tmp_path, monkeypatch):
+    import trl_ext.fused_loss as fused_loss
+
+    seen = {}
+    for method, options in (
+        ("std", {}),
+        ("median_mad", {}),
+        ("length_weighted", {}),
+        ("rank", {}),
+        ("running_std", {}),
+    ):
+        build_inputs = fused_loss.rewards_or_advantages
+
+        def keep(trainer, inputs, mask_BT, build_inputs=build_inputs, method=method):
+            seen[method] = build_inputs(trainer, inputs, mask_BT)
+            return seen[method]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_loss, "rewards_or_advantages", keep)
+            build(tiny_policy, tmp_path, normalization=method, normalization_kwargs=options, max_steps=1).train()
+    assert {method for method, given in seen.items() if given["advantages"] is None} == {"std", "median_mad"}
+    assert all((given["advantages"] is not None) or given["rewards"] for given in seen.values())
+
+
+@pytest.mark.parametrize("fused_loss", [True, False])
+@pytest.mark.parametrize("method", ["median_mad", "iqr", "mean_abs", "max_rl", "loo"])
+def test_one_launch_and_advantages_are_the_same_gradient(method, fused_loss, tiny_policy, tmp_path):
+    """Rewards normalised inside the loss against a function of one's own that normalises them before."""
+
+    def unit(completion_ids, **kwargs):
+        return [(len(ids) % 5) / 4 for ids in completion_ids]
+
+    parameters = {}
+    for normalization in (method, lambda rewards_PG, context: normalize_rewards(rewards_PG, method)):
+        trainer = build(tiny_policy, tmp_path, unit, normalization=normalization, fused_loss=fused_loss, max_steps=3)
+        trainer.train()
+        parameters[normalization] = [p.detach() for p in trainer.model.parameters()]
+    one, other = parameters.values()
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_function_of_ones_own_sees_the_context(tiny_policy, tmp_path):
+    seen = []
+
+    def by_length(rewards_PG, context, weight):
+        seen.append(context)
+        assert rewards_PG.shape == context["lengths"].shape == (2, 4)
+        return weight * (context["lengths"] - context["lengths"].mean(1, keepdim=True))
+
+    trainer = build(
+        tiny_policy, tmp_path, [digits, digits], normalization=by_length, normalization_kwargs={"weight": 0.5},
+        save_strategy="steps", save_steps=1, train_dataset=prompts(2), reward_weights=[1.0, 3.0],
+    )  # fmt: skip
+    trainer.train()
+    assert [context["function_rewards"].shape for context in seen] == [(2, 4, 2)] * 2
+    assert seen[0]["function_weights"].tolist() == [1, 3]
+    # two prompts in all: the same two keys at every step
+    assert sorted(seen[0]["prompt_keys"].tolist()) == sorted(seen[1]["prompt_keys"].tolist())
+    assert len(set(seen[0]["prompt_keys"].tolist())) == 2
+    # a function inside a function can't be pickled: the checkpoint's arguments hold its name
+    saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert saved.normalization.endswith("by_length")
+    assert trainer.args.to_dict()["normalization"].endswith("by_length")
+    assert "normalization/scale_mean" not in trainer.state.log_history[0]
+    assert trainer.state.log_history[0]["normalization/advantage_max"] > 0
+
+
+def test_rewards_outside_0_1_stop_before_a_step(tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path, lambda completions, **_: [0.0, 2.0] * 4, normalization="max_rl")
+    with pytest.raises(ValueError, match=r"rewards_PG\[0, 1\] is 2: normalization 'max_rl' needs rewards in \[0, 1\]"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_plain_config_is_checked_too(tmp_path):
@@ -240,6 +292,7 @@ def test_public_names():
         "linear_grpo_loss",
         "linear_logprob",
         "normalize_rewards",
+        "normalize_with_statistics",
         "use_backend",
     }
     for module in (trl_ext, grpo_kernels):

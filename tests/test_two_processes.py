@@ -13,9 +13,12 @@ WORKER = Path(__file__).parent / "two_process_worker.py"
 KEEP = ["advantages", "prompt_id", "group_position", "group_rewards", "token_weight"]
 
 
-def run(processes, policy, folder, trainer="ours", **options):
-    folder.mkdir()
+def run_worker(processes, policy, folder, trainer="ours", signals=False, kill_at=None, resume=None, **options):
+    folder.mkdir(exist_ok=resume is not None)
     spec = {
+        "signals": signals,
+        "kill_at": kill_at,
+        "resume": resume,
         "trainer": trainer,
         "folder": str(folder),
         "out": str(folder / "result"),
@@ -28,9 +31,13 @@ def run(processes, policy, folder, trainer="ours", **options):
     if processes == 1:
         command = [sys.executable]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [*command, str(WORKER), str(folder / "spec.json")], env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+def run(processes, policy, folder, **arguments):
+    done = run_worker(processes, policy, folder, **arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"result.{rank}.pt") for rank in range(processes)]
 

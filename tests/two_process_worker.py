@@ -7,12 +7,13 @@ with the whole batch and two processes with half of it each see the same groups.
 import json
 import os
 import random
+import signal
 import sys
 import zlib
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
@@ -38,6 +39,27 @@ def reward(completion_ids, **kwargs):
     return [None if sum(ids) % 7 == 0 else (sum(ids) % 5) / 4 for ids in completion_ids]
 
 
+class Signals(TrainerCallback):
+    """Made-up measurements after every step; keeps the normalisation's state; kills the process at a step."""
+
+    def __init__(self, trainer, kill_at):
+        self.trainer, self.kill_at, self.states = trainer, kill_at, []
+
+    def _keep(self):
+        self.states.append([state.state_dict() for state in self.trainer._normalization_states])
+        self.states[-1] = json.loads(json.dumps(self.states[-1]))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._keep()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.observe_orthogonality(1 / (state.global_step + 2))
+        self.trainer.observe_curvature(torch.arange(3), torch.tensor([1.0, 2.0, 3.0]) / state.global_step)
+        self._keep()
+        if state.global_step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main(spec):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trainer_class, config_class = {
@@ -48,18 +70,16 @@ def main(spec):
         output_dir=spec["folder"],
         num_generations=GENERATIONS,
         per_device_train_batch_size=24 // processes,  # three groups: the second is split between two processes
-        max_steps=3,
         optim="sgd",
         learning_rate=0.5,
         lr_scheduler_type="constant",
         logging_steps=1,
-        save_strategy="no",
         bf16=False,
         gradient_checkpointing=False,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        **spec["options"],
+        **{"max_steps": 3, "save_strategy": "no", **spec["options"]},
     )
     problems = generate_problems(24)
     trainer = trainer_class(
@@ -81,7 +101,10 @@ def main(spec):
         return inputs
 
     trainer._prepare_inputs = keep
-    trainer.train()
+    if spec["signals"]:
+        signals = Signals(trainer, spec["kill_at"])
+        trainer.add_callback(signals)
+    trainer.train(resume_from_checkpoint=spec["resume"])
     rank = trainer.accelerator.process_index
     model = trainer.accelerator.unwrap_model(trainer.model)
     torch.save(
@@ -90,6 +113,7 @@ def main(spec):
             "logs": trainer.state.log_history,
             "advantages": list(trainer._logs["advantages"]),
             "batches": batches,
+            "states": signals.states if spec["signals"] else [],
         },
         f"{spec['out']}.{rank}.pt",
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
-from grpo_kernels import check_normalization
+from grpo_kernels import METHODS, check_normalization
+from grpo_kernels.methods import function_name
 
 # what TRL's scale_rewards does, by our name
 SCALE_REWARDS_METHOD = {"group": "std", "batch": "batch_std", "none": "mean"}
@@ -20,9 +23,14 @@ class CurvatureGRPOConfig(GRPOConfig):
 
     Args:
         normalization: how a group's rewards become advantages, one of ``grpo_kernels.METHODS``. None follows
-            ``scale_rewards`` ("group" is ``std``, "batch" is ``batch_std``, "none" is ``mean``).
-        normalization_kwargs: the method's options, ``{"alpha": 0.5}`` for ``power``, and ``eps`` (default 1e-4, in
-            units of reward). On a command line a JSON object.
+            ``scale_rewards`` ("group" is ``std``, "batch" is ``batch_std``, "none" is ``mean``). From Python also a
+            function ``f(rewards_PG, context, **normalization_kwargs) -> advantages_PG``: rewards (P, G) of all
+            processes, NaN where unscorable; ``context`` has ``lengths`` (P, G) in tokens, ``function_rewards``
+            (P, G, F), ``function_weights`` (F,) and ``prompt_keys`` (P,) int64, the same whenever a prompt comes back;
+            (P, G) finite advantages.
+        normalization_kwargs: the method's options, ``{"alpha": 0.5}`` for ``power``, ``{"decay": 0.9}`` for
+            ``running_std``, ``adaptive`` and ``curvature``, and ``eps`` (default 1e-4, in units of reward). On a
+            command line a JSON object.
         fused_loss: the loss and its gradients in one pass over the head (``grpo_kernels.linear_grpo_loss``), and
             log-probs from ``linear_logprob`` where the loss isn't a sum over single tokens. False: TRL's own head.
 
@@ -35,7 +43,7 @@ class CurvatureGRPOConfig(GRPOConfig):
 
     normalization: str | None = field(
         default=None,
-        metadata={"help": "none, mean, batch_mean, loo, std, batch_std, global or power; default: as scale_rewards."},
+        metadata={"help": f"{', '.join(METHODS)}; default: as scale_rewards."},
     )
     normalization_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -57,8 +65,22 @@ class CurvatureGRPOConfig(GRPOConfig):
         super().__post_init__()
         resolve_normalization(self)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As the parent's, for JSON: a function is its name."""
+        return {name: function_name(value) if callable(value) else value for name, value in super().to_dict().items()}
 
-def resolve_normalization(args: GRPOConfig) -> tuple[str, dict[str, Any]]:
+    def __getstate__(self) -> dict[str, Any]:
+        """For the ``training_args.bin`` of a checkpoint: a function that can't be pickled is its name."""
+        state = dict(self.__dict__)
+        try:
+            pickle.dumps(self.normalization)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            function: Any = self.normalization
+            state["normalization"] = function_name(function)
+        return state
+
+
+def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], dict[str, Any]]:
     """The method and its options that ``args`` ask for; a plain ``GRPOConfig`` gets what TRL would do."""
     if args.scale_rewards not in SCALE_REWARDS_METHOD:
         raise ValueError(f"scale_rewards={args.scale_rewards!r} must be one of {', '.join(SCALE_REWARDS_METHOD)}")
@@ -73,6 +95,8 @@ def resolve_normalization(args: GRPOConfig) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"normalization_kwargs={options!r} must be a dictionary")
     if "method" in options:
         raise ValueError(f"normalization_kwargs={options!r}: the method goes into normalization, options here")
+    if callable(method) and "eps" in options:
+        raise ValueError(f"normalization_kwargs={options!r}: eps is for the named methods, not for a function")
     if method is None:
         # TRL ignores scale_rewards when each reward function is normalised by itself
         per_function = args.multi_objective_aggregation == "normalize_then_sum"

@@ -10,6 +10,8 @@ Shapes: P prompts, G completions of one prompt, B = P*G sequences (of this proce
 
 from __future__ import annotations
 
+import hashlib
+import json
 import textwrap
 import time
 from contextlib import nullcontext
@@ -20,16 +22,46 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from .advantages import compute_advantages, normalization_metrics, weighted_rewards
+from .advantages import (
+    compute_advantages,
+    normalization_metrics,
+    number_of_states,
+    observe_rewards,
+    weighted_rewards,
+)
 from .config import resolve_normalization
 from .fused_head import CompletionMask, add_fused_head, head_adapter, head_adapters_allowed, read_settings
 from .fused_loss import live_mask, one_pass_loss, why_not_one_pass
+from .normalization_state import make_state, restore_states
 from .reward_checks import checked_reward
 from .token_weights import live_tokens, micro_batch_token_weights, token_weights
 
 logger = get_logger(__name__)
+STATE_NAME = "CurvatureGRPOTrainer"  # in trainer_state.json, among the states of callbacks
+
+
+def prompt_key(prompt: Any) -> int:
+    """63 bits of a hash of the prompt: the same whenever it comes back, in every process."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class RestoreState(TrainerCallback):
+    """When training starts, a trainer takes up the state it has saved in the checkpoint it resumes from."""
+
+    def __init__(self, trainer: CurvatureGRPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(STATE_NAME)
+        if saved is not None and not restore_states(self.trainer._normalization_states, saved["normalization"]):
+            logger.warning(
+                "The checkpoint was saved with another normalization, reward functions or multi_objective_aggregation: "
+                "the normalisation's state starts anew."
+            )
 
 
 class CurvatureGRPOTrainer(GRPOTrainer):
@@ -39,7 +71,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     * ``__init__``: checks the normalisation before a model is loaded; a reward function that raises, or returns the
       wrong number of rewards or an infinite one, is named; 4-bit layers stay trainable on every CPU.
-    * ``_calculate_rewards``: keeps the gathered rewards.
+    * ``_calculate_rewards``: keeps the gathered rewards, and with them the completions' lengths and prompts' keys.
     * ``_generate_and_score_completions``: replaces TRL's advantages, also in the logged table, by
       ``normalization``'s, logs ``normalization/...``, and adds to the per-sequence dict: ``prompt_id`` (B,) int64,
       the group's number in the generation batch, the same on every process; ``group_position`` (B,) int64, in
@@ -52,6 +84,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
       its own.
     * ``_generate`` keeps the tool mask, and ``_get_per_token_logps_and_entropies`` uses it: tool output is never
       projected.
+    * ``_save_checkpoint``: the normalisation's state (``normalization_state.py``) goes into ``trainer_state.json``,
+      and is taken up again when training resumes.
     * ``end``: waits for gloo's worker thread, which could hang the process.
 
     With TRL's own normalisations the advantages are TRL's to rounding, except that a group whose rewards are all
@@ -89,6 +123,11 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         for module in self.model.modules():
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
+        self._normalization_states = [
+            make_state(self._normalization, self._normalization_options)
+            for _ in range(number_of_states(len(self.reward_funcs), self.multi_objective_aggregation))
+        ]
+        self.add_callback(RestoreState(self))
         self._gathered_rewards_BF = torch.empty(0, 0)
         self._fused_loss = fused
         self._completion_mask = CompletionMask()
@@ -113,6 +152,10 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._gathered_rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        device = self._gathered_rewards_BF.device
+        lengths_and_keys = [[len(ids), prompt_key(p)] for ids, p in zip(completion_ids_list, prompts, strict=True)]
+        gathered = self.accelerator.gather(torch.tensor(lengths_and_keys, dtype=torch.int64, device=device))
+        self._gathered_lengths_B, self._gathered_keys_B = gathered.unbind(1)
         return self._gathered_rewards_BF
 
     def _generate_and_score_completions(self, inputs):
@@ -126,12 +169,26 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         weights_F = self.reward_weights.to(rewards_BF.device)
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         aggregation = self.multi_objective_aggregation
-        advantages_B = compute_advantages(
-            rewards_BF, weights_F, num_generations, self._normalization, self._normalization_options, aggregation
+        if mode == "train":
+            observe_rewards(self._normalization_states, rewards_BF, weights_F, num_generations, aggregation)
+        state = self._normalization_states[0]
+        if not state.ready:
+            self._say_once(f"normalization={self._normalization!r} is 'std' until it has seen {state.needs_signal}.")
+        normalized = compute_advantages(
+            rewards_BF,
+            weights_F,
+            num_generations,
+            self._normalization,
+            self._normalization_options,
+            aggregation,
+            self._normalization_states,
+            lengths=self._gathered_lengths_B.view(-1, num_generations).to(rewards_BF.dtype),
+            prompt_keys=self._gathered_keys_B[::num_generations],
         )
+        advantages_B = normalized.advantages.flatten()
         self._replace_logged_advantages(advantages_B)
-        metrics = normalization_metrics(rewards_BF, weights_F, num_generations, aggregation)
-        for name, value in metrics.items():
+        metrics = normalization_metrics(rewards_BF, weights_F, num_generations, aggregation, normalized)
+        for name, value in {**metrics, **state.metrics()}.items():
             self._metrics[mode][name].append(value)
 
         n_local = len(inputs)
@@ -184,15 +241,35 @@ class CurvatureGRPOTrainer(GRPOTrainer):
                 model, input_ids, attention_mask, logits_to_keep, *rest, **kwargs
             )
 
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning(text)
+
+    def observe_orthogonality(self, orthogonality: float) -> None:
+        """For ``adaptive``: how orthogonal the prompts' gradients are, in [0, 1]; the same number on every process."""
+        for state in self._normalization_states:
+            state.observe_orthogonality(orthogonality)
+
+    def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None:
+        """For ``curvature``: measured curvatures of prompts of the latest batch; the same on every process."""
+        for state in self._normalization_states:
+            state.observe_curvature(prompt_id_P, curvature_P)
+
+    def _save_checkpoint(self, model, trial):
+        # written with trainer_state.json, the last file of a checkpoint: it is there whenever the checkpoint is whole
+        self.state.stateful_callbacks[STATE_NAME] = {
+            "normalization": [state.state_dict() for state in self._normalization_states]
+        }
+        super()._save_checkpoint(model, trial)
+
     def _compute_loss(self, model, inputs):
         if not self._fused_loss:
             return super()._compute_loss(model, inputs)
         obstacle = why_not_one_pass(self, inputs)
         if obstacle is None:
             return one_pass_loss(self, model, inputs)
-        if obstacle not in self._said:
-            self._said.add(obstacle)
-            logger.warning(f"The loss isn't made in one pass, but by TRL on our head's log-probs: {obstacle}.")
+        self._say_once(f"The loss isn't made in one pass, but by TRL on our head's log-probs: {obstacle}.")
         if "tool_mask" not in inputs:
             return super()._compute_loss(model, inputs)
         try:

@@ -1,0 +1,163 @@
+"""The methods with a state: by hand, their signals, checkpoints, a kill and a resume, two processes."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_trainer import build
+from test_two_processes import run, run_worker
+from transformers import TrainerCallback
+
+from trl_ext.normalization_state import make_state, restore_states
+
+NAN = float("nan")
+
+
+def state_of(method, decay=0.5):
+    return make_state(method, {"decay": decay})
+
+
+def test_running_variance_by_hand():
+    state = state_of("running_std")
+    assert state.context(torch.tensor([[0.0, 1.0], [2.0, 2.0]])) == {"running_variance": 0.25}  # an early evaluation
+    state.observe_rewards(torch.tensor([[0.0, 1.0], [2.0, 2.0]]))  # variances 1/2 and 0
+    assert state.variance == 0.25
+    state.observe_rewards(torch.tensor([[0.0, 3.0], [5.0, NAN]]))  # 4.5; one alone has none
+    assert state.variance == (0.25 + 4.5) / 2
+    state.observe_rewards(torch.tensor([[NAN, NAN], [1.0, NAN]]))  # nothing to see
+    assert state.context(torch.zeros(1, 2)) == {"running_variance": 2.375}
+    assert state.metrics() == {"normalization/running_std": math.sqrt(2.375)}
+    first = state_of("running_std", decay=0.0)
+    first.observe_rewards(torch.tensor([[0.0, 1.0]]))
+    first.observe_rewards(torch.tensor([[0.0, 2.0]]))
+    assert first.variance == 2.0  # no memory
+
+
+def test_adaptive_is_std_until_orthogonality_is_measured():
+    state = state_of("adaptive")
+    assert not state.ready and state.context(torch.zeros(1, 2)) == {"alpha": 1.0}
+    state.observe_orthogonality(0.8)
+    assert state.ready and state.context(torch.zeros(1, 2)) == {"alpha": 0.8}
+    state.observe_orthogonality(0.4)
+    assert state.metrics()["normalization/alpha"] == pytest.approx(0.6)
+    for wrong in (-0.1, 1.1, NAN):
+        with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
+            state.observe_orthogonality(wrong)
+
+
+def test_curvature_by_hand():
+    """Groups of four with pass rates 1/4, 1/2, 1/4, 1: bins 1, 2, 1, 4. Stds 1/2, 1/sqrt(3), 1/2, 0."""
+    batch = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1]])
+    stds = [0.5, math.sqrt(1 / 3), 0.5, 0.0]
+    state = state_of("curvature")
+    state.observe_rewards(batch)
+    assert not state.ready
+    torch.testing.assert_close(state.context(batch)["curvature_scale"], torch.tensor(stds))  # std, until measured
+    state.observe_curvature(torch.tensor([0, 2]), torch.tensor([6.0, 10.0]))  # bin 1: 8
+    torch.testing.assert_close(state.context(batch)["curvature_scale"], torch.tensor(stds))  # alone: shape says nothing
+    state.observe_curvature(torch.tensor([1, 0]), torch.tensor([24.0, NAN]))  # bin 2: 24, the other isn't known
+    unit = (0.5 + stds[1]) / 32
+    expected = torch.tensor([8 * unit, 24 * unit, 8 * unit, 0.0])
+    torch.testing.assert_close(state.context(batch)["curvature_scale"], expected)
+    state.observe_curvature(torch.tensor([0]), torch.tensor([-8.0]))  # bin 1: (8 - 8) / 2 = 0: the floor
+    unit = (0.5 + stds[1]) / 24
+    floor = 0.1 * (0.5 + stds[1]) / 2
+    torch.testing.assert_close(state.context(batch)["curvature_scale"], torch.tensor([floor, 24 * unit, floor, 0.0]))
+    # an evaluation with another number of generations falls back to the std
+    torch.testing.assert_close(
+        state.context(torch.tensor([[0.0, 1]]))["curvature_scale"], torch.tensor([math.sqrt(0.5)])
+    )
+    with pytest.raises(ValueError, match="prompt_id 4 is not in the latest batch of 4 prompts"):
+        state.observe_curvature(torch.tensor([4]), torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("method", ["running_std", "adaptive", "curvature", "std"])
+def test_states_go_through_json_bit_for_bit(method):
+    state, other = state_of(method), state_of(method)
+    state.observe_rewards(torch.tensor([[0.1, 0.7, 0.3], [1.0, 0.0, 1 / 3]]))
+    state.observe_orthogonality(1 / 3)
+    state.observe_curvature(torch.tensor([0, 1]), torch.tensor([1 / 3, 0.1]))
+    assert restore_states([other], json.loads(json.dumps([state.state_dict()])))
+    assert other.state_dict() == state.state_dict()
+    assert method == "std" or None not in state.state_dict().values()
+    assert restore_states([other], [{"something": 1}]) is False
+    assert restore_states([other], []) is False
+
+
+@pytest.mark.parametrize("method", ["running_std", "adaptive"])
+def test_resumed_training_takes_the_state_up(method, tiny_policy, tmp_path):
+    options = {"normalization": method, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = build(tiny_policy, tmp_path, **options)
+    if method == "adaptive":
+        trainer.observe_orthogonality(1 / 3)
+    trainer.train()
+    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    expected = trainer._normalization_states[0].state_dict()
+    assert saved["stateful_callbacks"]["CurvatureGRPOTrainer"] == {"normalization": [expected]}
+    assert None not in expected.values()
+
+    taken_up = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            taken_up.append(again._normalization_states[0].state_dict())
+            control.should_training_stop = True
+
+    again = build(tiny_policy, tmp_path, **options)
+    again.add_callback(Look())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert taken_up == [expected]
+    name = {"running_std": "normalization/running_std", "adaptive": "normalization/alpha"}[method]
+    assert all(name in log for log in trainer.state.log_history if "reward" in log)
+
+
+def test_another_normalisation_starts_anew(tiny_policy, tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    build(tiny_policy, tmp_path, normalization="running_std", max_steps=1, **options).train()
+    trainer = build(tiny_policy, tmp_path, normalization="adaptive", **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.state.global_step == 2
+    assert trainer._normalization_states[0].state_dict() == {"orthogonality": None}
+
+
+@pytest.mark.parametrize("method", ["adaptive", "curvature"])
+def test_without_a_signal_it_is_std_and_says_so_once(method, tiny_policy, tmp_path, monkeypatch):
+    import trl_ext.trainer as module
+
+    said = []
+    monkeypatch.setattr(module.logger, "warning", lambda text, *args, **kwargs: said.append(text))
+
+    def unit(completion_ids, **kwargs):
+        return [(len(ids) % 5) / 4 for ids in completion_ids]
+
+    trained = {}
+    for normalization in (method, "std"):
+        trainer = build(tiny_policy, tmp_path, unit, normalization=normalization)
+        trainer.train()
+        trained[normalization] = [p.detach() for p in trainer.model.parameters()]
+    for a, b in zip(trained[method], trained["std"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert len([text for text in said if f"normalization='{method}' is 'std' until it has seen" in text]) == 1
+
+
+def test_killed_and_resumed_on_two_processes(tiny_policy, tmp_path):
+    """Killed at the end of step 3; what checkpoint-2 held is taken up bit for bit, and goes on as without the kill."""
+    options = {"normalization": "curvature", "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    whole = run(1, tiny_policy, tmp_path / "whole", signals=True, **options)[0]
+    folder = tmp_path / "killed"
+    killed = run_worker(2, tiny_policy, folder, signals=True, kill_at=3, **options)
+    assert killed.returncode != 0 and not (folder / "result.0.pt").exists()
+    checkpoint = folder / "checkpoint-2"
+    assert (checkpoint / "trainer_state.json").exists() and not (folder / "checkpoint-3").exists()
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["CurvatureGRPOTrainer"]
+
+    resumed = run(2, tiny_policy, folder, signals=True, resume=str(checkpoint), **options)
+    for one in resumed:
+        assert one["states"][0] == saved["normalization"]  # when training began
+        assert one["states"] == resumed[0]["states"]  # on both processes, at every step
+    measured = [value for value in saved["normalization"][0]["curvature"] if value is not None]
+    assert len(measured) >= 2
+    for ours, theirs in zip(resumed[0]["states"][1:], whole["states"][-2:], strict=True):
+        assert ours == theirs
+    assert resumed[0]["advantages"][-48:] == pytest.approx(whole["advantages"][-48:], rel=1e-5, abs=1e-6)
