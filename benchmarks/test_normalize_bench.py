@@ -1,4 +1,4 @@
-"""Normalisation: ours against TRL 1.16's torch lines (`nanmean`, `nanstd`, divide), and a copy of the same bytes.
+"""Every normalisation against TRL 1.16's torch lines for its own (`nanmean`, `nanstd`, divide), and a copy.
 
 Counted: P * G float32 read once and written once, 8 * P * G bytes; the floor does exactly that and no arithmetic.
 """
@@ -9,7 +9,7 @@ from compare import alternate
 from conftest import ROWS
 from trl.trainer.utils import nanstd
 
-from grpo_kernels import normalize_rewards
+from grpo_kernels import METHODS, normalize_rewards
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,22 +24,44 @@ def trl_lines(rewards_PG: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(advantages, nan=0.0)
 
 
+def context_of(method: str, rewards_PG: torch.Tensor) -> dict:
+    """What the trainer hands to the method."""
+    return {
+        "lengths": torch.ones_like(rewards_PG),
+        "function_rewards": torch.stack([rewards_PG, 1 - rewards_PG.square()], dim=2),
+        "running_variance": 0.25,
+        "curvature_scale": torch.ones_like(rewards_PG[:, 0]),
+        "alpha": 0.5,
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("prompts", "generations"), [(16, 8), (512, 16), (4096, 64)])
-def test_normalize(benchmark, prompts, generations):
-    rewards_PG = torch.randn(prompts, generations, device=DEVICE)
-    torch.testing.assert_close(normalize_rewards(rewards_PG).flatten(), trl_lines(rewards_PG), rtol=1e-4, atol=1e-5)
+def test_normalize(benchmark, prompts, generations, method):
+    rewards_PG = torch.rand(prompts, generations, device=DEVICE)
+    if method == "std":
+        torch.testing.assert_close(normalize_rewards(rewards_PG).flatten(), trl_lines(rewards_PG), rtol=1e-4, atol=1e-5)
+    context = context_of(method, rewards_PG)
+    options = {"alpha": 0.5} if method == "power" else {}
+
+    def ours() -> torch.Tensor:
+        return normalize_rewards(rewards_PG, method, context=context, **options)
+
+    # decoupled has two reward functions: TRL's lines once for each
+    n_functions = 2 if method == "decoupled" else 1
     medians = alternate(
         {
-            "ours": lambda: normalize_rewards(rewards_PG),
-            "trl": lambda: trl_lines(rewards_PG),
+            "ours": ours,
+            "trl": lambda: [trl_lines(rewards_PG) for _ in range(n_functions)],
             "floor": rewards_PG.clone,
         },
-        inner=5,
+        rounds=9,
+        inner=3 if prompts < 4096 else 1,
     )
     benchmark.extra_info.update(medians)
     ROWS.append(
-        f"normalize {prompts:>5} x {generations:<3} {8 * rewards_PG.numel() / 1e6:7.3f} MB  "
-        f"TRL / ours {medians['trl'] / medians['ours']:5.2f}   ours / copy {medians['ours'] / medians['floor']:7.1f}   "
-        f"ours {1e6 * medians['ours']:.0f} us"
+        f"normalize {prompts:>5} x {generations:<3} {8 * rewards_PG.numel() / 1e6:7.3f} MB  {method:<16}"
+        f"TRL's std / ours {medians['trl'] / medians['ours']:5.2f}   "
+        f"ours / copy {medians['ours'] / medians['floor']:7.1f}   ours {1e6 * medians['ours']:.0f} us"
     )
-    benchmark.pedantic(lambda: normalize_rewards(rewards_PG), rounds=20, warmup_rounds=1)
+    benchmark.pedantic(ours, rounds=3, warmup_rounds=1)

@@ -74,6 +74,9 @@ def group_centre_and_scale(
     rewards_PG: torch.Tensor, centre: str, scale: str, eps: float, alpha: float, lengths_PG: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(P, 1) and (P, 1), by the names of ``Method.centre`` and ``Method.scale``; zeros and ones for ``given``."""
+    first = rewards_PG[:, :1]
+    if centre in ("zero", "given") and scale in ("one", "given"):
+        return torch.zeros_like(first), torch.ones_like(first)
     scorable = ~rewards_PG.isnan()
     count, mean, std = masked_statistics(rewards_PG, scorable, dim=(1,))
 

@@ -20,18 +20,19 @@ def state_of(method, decay=0.5):
 
 def test_running_variance_by_hand():
     state = state_of("running_std")
-    assert state.context(torch.tensor([[0.0, 1.0], [2.0, 2.0]])) == {"running_variance": 0.25}  # an early evaluation
+    early = state.context(torch.tensor([[0.0, 1.0], [2.0, 2.0]]))  # an evaluation before training
+    assert early == pytest.approx({"running_variance": 0.25})
     state.observe_rewards(torch.tensor([[0.0, 1.0], [2.0, 2.0]]))  # variances 1/2 and 0
-    assert state.variance == 0.25
+    assert state.variance == pytest.approx(0.25)
     state.observe_rewards(torch.tensor([[0.0, 3.0], [5.0, NAN]]))  # 4.5; one alone has none
-    assert state.variance == (0.25 + 4.5) / 2
+    assert state.variance == pytest.approx((0.25 + 4.5) / 2)
     state.observe_rewards(torch.tensor([[NAN, NAN], [1.0, NAN]]))  # nothing to see
-    assert state.context(torch.zeros(1, 2)) == {"running_variance": 2.375}
-    assert state.metrics() == {"normalization/running_std": math.sqrt(2.375)}
+    assert state.context(torch.zeros(1, 2)) == pytest.approx({"running_variance": 2.375})
+    assert state.metrics() == pytest.approx({"normalization/running_std": math.sqrt(2.375)})
     first = state_of("running_std", decay=0.0)
     first.observe_rewards(torch.tensor([[0.0, 1.0]]))
     first.observe_rewards(torch.tensor([[0.0, 2.0]]))
-    assert first.variance == 2.0  # no memory
+    assert first.variance == pytest.approx(2.0)  # no memory
 
 
 def test_adaptive_is_std_until_orthogonality_is_measured():

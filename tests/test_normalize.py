@@ -302,6 +302,26 @@ def test_triton_writes_every_element(monkeypatch):
             assert not run(torch.rand(1, 1025), method).isnan().any()
 
 
+def test_one_launch_for_all_groups(monkeypatch):
+    from grpo_kernels import normalize_triton
+
+    launches = []
+    kernel = normalize_triton._normalize_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(normalize_triton, "_normalize_kernel", Counted())
+    with use_backend("triton"):
+        for method in METHODS:
+            launches.clear()
+            run(torch.rand(300, 8), method)
+            # 128 groups a program; decoupled: two functions and the whitening
+            assert launches == [(3,)] * (3 if method == "decoupled" else 1), method
+
+
 # ---- the traps of other implementations, in the order of the catalogue
 
 
