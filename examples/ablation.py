@@ -52,7 +52,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--eval_size", type=int, default=128, help="held-out questions, four sampled answers each")
     add("--target_accuracy", type=float, default=0.7, help="held-out accuracy to count the steps to")
     add("--levels", nargs="+", type=int, default=[1, 4], help="arithmetic levels 1 to 5, see examples/math.py")
-    add("--optim", default="adamw_torch", help="optimizer, as transformers names it; sgd: the steps of the theory")
+    add("--optim", default="adamw_torch", help="as transformers names it; sgd: plain gradient steps, as in the theory")
+    add("--max_grad_norm", type=float, default=1.0, help="clipping, which hides a method's scale; 0: none")
     add(
         "--model_name_or_path", default=BUILT_IN, help="folder of one policy for every seed; small: a built-in one each"
     )
@@ -102,6 +103,8 @@ def check_arguments(options: argparse.Namespace) -> None:
             f"--max_steps {options.max_steps} must be a multiple of --eval_every {options.eval_every}, so that the "
             "last step is measured"
         )
+    if not 0 <= options.max_grad_norm < float("inf"):
+        raise ValueError(f"--max_grad_norm {options.max_grad_norm} must be a finite number that is not negative")
     if not 0 < options.target_accuracy <= 1:
         raise ValueError(f"--target_accuracy {options.target_accuracy} must be in (0, 1]")
     if options.model_name_or_path != BUILT_IN and not (Path(options.model_name_or_path) / "config.json").is_file():
@@ -127,6 +130,7 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
         "learning_rate": learning_rate,
         "seed": seed,
         "optim": options.optim,
+        "max_grad_norm": options.max_grad_norm,
         "max_steps": options.max_steps,
         "eval_steps": options.eval_every,
         "eval_on_start": True,
@@ -320,7 +324,8 @@ def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, li
             writer.writerows(rows)
     text = markdown_tables(table, options.target_accuracy, options.max_steps)
     (folder / "table.md").write_text(text)
-    title = f"Mean and 95% band over {len(options.seeds)} seeds, {options.optim}, each method at its own learning rate"
+    clipping = f"clipped at {options.max_grad_norm:g}" if options.max_grad_norm else "not clipped"
+    title = f"{len(options.seeds)} seeds, {options.optim}, gradients {clipping}, each method at its own learning rate"
     files = [folder / "ablation.png", folder / "ablation.svg"]
     draw_ablation(finals, options.target_accuracy, options.eval_every, title, files)
     print(f"\n{text}\nWritten to {folder}: results.csv, table.csv, table.md, ablation.png, ablation.svg")

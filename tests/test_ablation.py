@@ -207,10 +207,8 @@ def test_summary():
     assert mean["speed_up_over_mean_at_least"] is None
     assert std["speed_up_over_mean_at_least"] == pytest.approx(12.5 / 7.5)
     # the median of 16.7 and more than 20 is more than 18.3
-    assert (none["speed_up_over_mean_at_least"], none["speed_up_over_mean_at_most"]) == (
-        0,
-        pytest.approx(12.5 / 18.333),
-    )
+    assert none["speed_up_over_mean_at_least"] == 0
+    assert none["speed_up_over_mean_at_most"] == pytest.approx(12.5 / (55 / 3))
     assert std["speedup_constant"] == pytest.approx(0.8)
     alone = summarize({"none": finals()["none"]}, [1e-4], target=0.6, max_steps=20)[0]
     assert alone["minus_std"] is None and alone["speed_up_over_mean_at_least"] is None and not alone["at_edge_of_grid"]
@@ -254,9 +252,10 @@ def test_mean_curve():
         (["--max_steps", "25"], "--max_steps 25 must be a multiple of --eval_every 10"),
         (["--eval_every", "0"], "--eval_every 0 must be at least 1"),
         (["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["--max_grad_norm", "-1"], "--max_grad_norm -1.0 must be a finite number that is not negative"),
         (["--target_accuracy", "70"], "--target_accuracy 70.0 must be in (0, 1]"),
         (["--levels", "7"], "levels=(7,): choose from"),
-        (["--eval_size", "5000"], "count=5000 is more than the held_out problems that levels (1, 4) have"),
+        (["--eval_size", "400"], "count=400 is more than the held_out problems that levels (1, 4) have"),
         (["--optim", "adam_w"], "adam_w"),
         (["--model_name_or_path", "nowhere"], "--model_name_or_path nowhere: no folder with a config.json"),
         (["--output_dir", "/dev/null/runs"], "--output_dir /dev/null/runs can't be written to"),
@@ -293,7 +292,7 @@ def test_runs_differ_in_method_learning_rate_and_seed_alone(tmp_path):
 
 def command(policy, folder, *more):
     return [sys.executable, "ablation.py", "--methods", "mean", "power:alpha=0.5", "--learning_rates", "1e-3", "2e-3",
-            "--sweep_seeds", "7", "--seeds", "0", "1", "--max_steps", "2", "--eval_every", "1", "--eval_size", "4",
+            "--sweep_seeds", "7", "--seeds", "0", "1", "--max_steps", "1", "--eval_every", "1", "--eval_size", "4",
             "--target_accuracy", "0.5", "--model_name_or_path", str(policy), "--output_dir", str(folder),
             *more]  # fmt: skip
 
@@ -312,13 +311,13 @@ def read_csv(path):
 
 
 def test_the_script(tiny_policy, tmp_path):
-    """Sweep, comparison and files; then the same again: what is done is kept, a half-written run is done again."""
+    """Sweep, comparison and files. Then with a seed more: only what isn't done is trained, and a failure is named."""
     done = run_script(tiny_policy, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "[8/8]" in done.stdout and "min left" in done.stdout
     rows = read_csv(tmp_path / "results.csv")
-    # (2 methods x 2 rates x 1 seed + 2 methods x 2 seeds) runs, steps 0, 1, 2
-    assert len(rows) == 8 * 3
+    # (2 methods x 2 rates x 1 seed + 2 methods x 2 seeds) runs, steps 0 and 1
+    assert len(rows) == 8 * 2
     runs = {(row["phase"], row["method"], row["learning_rate"], row["seed"]) for row in rows}
     assert len(runs) == 8 and {run[3] for run in runs if run[0] == "final"} == {"0", "1"}
     assert all(0 <= float(row["held_out_accuracy"]) <= 1 for row in rows)
@@ -333,43 +332,37 @@ def test_the_script(tiny_policy, tmp_path):
     assert len(files) == 8
     before = {file: (file.stat().st_mtime_ns, file.read_text()) for file in files}
     broken = next(file for file in files if file.name.startswith("power-alpha=0.5") and "seed1" in file.name)
-    broken.write_text(before[broken][1][: len(before[broken][1]) // 2])
-    again = run_script(tiny_policy, tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr[-3000:]
-    assert "4 of 4 runs were done before" in again.stdout and "3 of 4 runs were done before" in again.stdout
-    assert again.stdout.count("held-out accuracy ") == done.stdout.count("held-out accuracy ") - 7
-    assert read_csv(tmp_path / "results.csv") == rows  # the first run of a process and a later one are equal
+    broken.write_text(before[broken][1][: len(before[broken][1]) // 2])  # cut off
+    script = load_script()
+    options = script.parse_arguments(command(tiny_policy, tmp_path)[2:])
+    rate = float(table[0]["learning_rate"])
+    script.run_file(tmp_path, script.run_settings(options, "mean", rate, 2)).mkdir()  # no file can take its place
+
+    again = run_script(tiny_policy, tmp_path, "--seeds", "0", "1", "2")
+    assert again.returncode == 1
+    assert "4 of 4 runs were done before" in again.stdout and "3 of 6 runs were done before" in again.stdout
+    assert f"FAILED mean at {rate:g}, seed 2: IsADirectoryError" in again.stdout
+    assert again.stderr.strip().endswith(f"error: 1 failed: mean at {rate:g}, seed 2")
+    assert [row["seeds"] for row in read_csv(tmp_path / "table.csv")] == ["2", "3"]
+    # the one done again is the first of its process now, and equal
+    assert [row for row in read_csv(tmp_path / "results.csv") if row["seed"] != "2"] == rows
     for file in files:
         assert file.read_text() == before[file][1]
         assert (file.stat().st_mtime_ns == before[file][0]) == (file != broken)
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(tiny_policy, tmp_path):
-    blocked = tmp_path / "runs"
-    done = load_script()
-    options = done.parse_arguments(command(tiny_policy, tmp_path, "--learning_rates", "1e-3")[2:])
-    settings = done.run_settings(options, "mean", 1e-3, 1)
-    done.run_file(tmp_path, settings).mkdir(parents=True)  # can't be replaced by a file
-    result = run_script(tiny_policy, tmp_path, "--learning_rates", "1e-3")
-    assert result.returncode == 1
-    assert "FAILED mean at 0.001, seed 1: IsADirectoryError" in result.stdout
-    assert result.stderr.strip().endswith("error: 1 failed: mean at 0.001, seed 1")
-    assert [row["seeds"] for row in read_csv(tmp_path / "table.csv")] == ["1", "2"]
-    assert len(list(blocked.glob("*.json"))) == 4 and not [f for f in blocked.glob("*.json.*") if f.is_dir()]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_the_script(number, tiny_policy, tmp_path):
     process = subprocess.Popen(
-        command(tiny_policy, tmp_path, "--max_steps", "10000"), cwd=SCRIPT.parent,
+        command(tiny_policy, tmp_path, "--max_steps", "10000", "--jobs", "1"), cwd=SCRIPT.parent,
         env={**os.environ, "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 100
-    while len(workers := children.read_text().split() if children.exists() else []) < 3:  # two, and the tracker
+    while len(workers := children.read_text().split() if children.exists() else []) < 2:  # it, and the resource tracker
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    time.sleep(8)  # into their imports or their training
+    time.sleep(3)  # into its imports
     process.send_signal(number)
     process.wait(timeout=30)
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
