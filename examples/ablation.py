@@ -16,23 +16,12 @@ os.environ["PYTHONSAFEPATH"] = "1"
 
 import argparse
 import csv
-import hashlib
-import json
-import multiprocessing
-import signal
-import tempfile
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 DEMO_RECIPE = Path(_HERE) / "recipes" / "demo.yaml"
 BUILT_IN = "small"
-Settings = dict[str, Any]  # all that one run depends on, as JSON can hold it
 
 
 # Arguments -> the settings of each run
@@ -44,7 +33,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--methods", nargs="+", default=["mean", "std"], help="normalizations, as std or power:alpha=0.5,eps=1e-4")
-    add("--learning_rates", nargs="+", type=float, default=[1e-4, 2e-4, 4e-4], help="the sweep; a single one: no sweep")
+    add(
+        "--learning_rates",
+        nargs="+",
+        type=float,
+        default=[5e-5, 1e-4, 2e-4, 4e-4],
+        help="the sweep; a single one: no sweep",
+    )
     add("--sweep_seeds", nargs="+", type=int, default=[100], help="seeds that choose the learning rates")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the comparison, other than the sweep's")
     add("--max_steps", type=int, default=60)
@@ -79,6 +74,7 @@ def parse_method(text: str) -> tuple[str, dict[str, float]]:
 
 def check_arguments(options: argparse.Namespace) -> None:
     """Raises ``ValueError`` for what can be known to fail before anything is trained."""
+    from trl_ext.tasks.ablation_runs import training_config
     from trl_ext.tasks.arithmetic import generate_problems
     from trl_ext.tasks.checkpoints import check_output_dir
 
@@ -115,7 +111,7 @@ def check_arguments(options: argparse.Namespace) -> None:
     check_output_dir(options.output_dir)
 
 
-def run_settings(options: argparse.Namespace, method: str, learning_rate: float, seed: int) -> Settings:
+def run_settings(options: argparse.Namespace, method: str, learning_rate: float, seed: int) -> dict[str, Any]:
     """The demo's recipe with what the ablation changes. Two runs differ in method, learning rate and seed alone."""
     import yaml
 
@@ -140,166 +136,13 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
         "disable_tqdm": True,
     }
     return {
-        "model": options.model_name_or_path,
+        "model": None if options.model_name_or_path == BUILT_IN else options.model_name_or_path,
         "levels": options.levels,
         "train_size": 700,
         "eval_size": options.eval_size,
         "method": method,
         "training": training,
     }
-
-
-# One run, in a worker process
-
-
-def start_worker() -> None:
-    """One thread, quiet, and no life after the parent's, however that ended."""
-    import torch
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends the workers
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def training_config(settings: Settings, output_dir: str) -> Any:
-    from trl_ext import CurvatureGRPOConfig
-
-    return CurvatureGRPOConfig(**settings["training"], output_dir=output_dir)
-
-
-def warm_up(seed: int, levels: list[int]) -> None:
-    from trl_ext.tasks.small_policy import small_policy
-
-    small_policy(seed, tuple(levels))
-
-
-def train(settings: Settings, file: str) -> None:
-    """Trains once, and writes the settings and the tidy rows to ``file``, whole or not at all."""
-    from transformers import AutoTokenizer, PrinterCallback
-
-    from trl_ext import CurvatureGRPOTrainer
-    from trl_ext.tasks.ablation_results import tidy_rows
-    from trl_ext.tasks.correctness import Correctness
-    from trl_ext.tasks.questions import arithmetic_questions, build_dataset
-    from trl_ext.tasks.small_policy import small_policy
-
-    levels, seed, model = tuple(settings["levels"]), settings["training"]["seed"], settings["model"]
-    policy = str(small_policy(seed, levels)) if model == BUILT_IN else model
-    train_set = arithmetic_questions(settings["train_size"], held_out=False, levels=levels, seed=seed)
-    held_out = arithmetic_questions(settings["eval_size"], held_out=True, levels=levels, seed=seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = CurvatureGRPOTrainer(
-            model=policy,
-            reward_funcs=[Correctness()],
-            args=training_config(settings, scratch),
-            train_dataset=build_dataset(train_set, "chat"),
-            eval_dataset=build_dataset(held_out, "chat"),
-            processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    write_whole(Path(file), json.dumps({"settings": settings, "rows": tidy_rows(trainer.state.log_history)}))
-
-
-def write_whole(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text)
-    scratch.replace(path)
-
-
-# All runs: those with a file are done, the others go to the workers
-
-
-def run_file(output_dir: str, settings: Settings) -> Path:
-    """Where a run's result lies; other settings, another file."""
-    training = settings["training"]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-    method = settings["method"].replace(":", "-")
-    name = f"{method}_lr{training['learning_rate']:g}_seed{training['seed']}_{digest}.json"
-    return Path(output_dir) / "runs" / name
-
-
-def read_run(output_dir: str, settings: Settings) -> Any:
-    """The ``Run``, or None where it isn't done: no file, or one that was cut off."""
-    from trl_ext.tasks.ablation_results import Run
-
-    try:
-        rows = json.loads(run_file(output_dir, settings).read_text())["rows"]
-    except (OSError, ValueError):
-        return None
-    return Run(settings["method"], settings["training"]["learning_rate"], settings["training"]["seed"], rows)
-
-
-class Workers:
-    """Worker processes, and how many of the runs are done, for the line that says when it will end."""
-
-    def __init__(self, jobs: int, total: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker)
-        self.total, self.done, self.trained = total, 0, 0
-        self.failed: list[str] = []
-        self.started = time.monotonic()
-
-    def _each(self, calls: dict[str, tuple], report: Callable[[str], None]) -> None:
-        """Calls everything in the workers; ``report(name)`` as each ends, a failure is named and kept."""
-        futures = {self.pool.submit(*call): name for name, call in calls.items()}
-        for future in as_completed(futures):
-            try:
-                future.result()
-            except BrokenExecutor:
-                raise RuntimeError(
-                    "a worker process was killed (out of memory?); repeat the command to go on"
-                ) from None
-            except Exception as error:
-                self.failed.append(futures[future])
-                print(f"FAILED {futures[future]}: {type(error).__name__}: {error}", flush=True)
-            else:
-                report(futures[future])
-
-    def warm_up(self, seeds: Iterable[int], levels: list[int]) -> None:
-        calls = {f"policy of seed {seed}": (warm_up, seed, levels) for seed in sorted(set(seeds))}
-        if calls:
-            print(f"The built-in policies of {len(calls)} seeds, about two minutes each unless cached:", flush=True)
-        self._each(calls, lambda name: print(f"  {name} is there", flush=True))
-        self.started = time.monotonic()
-
-    def run(self, output_dir: str, wanted: Sequence[Settings]) -> list:
-        """The ``Run`` of each of the settings, trained where it isn't there yet; without those that failed."""
-        calls, by_name = {}, {}
-        for settings in wanted:
-            training = settings["training"]
-            name = f"{settings['method']} at {training['learning_rate']:g}, seed {training['seed']}"
-            by_name[name] = settings
-            if read_run(output_dir, settings) is None:
-                calls[name] = (train, settings, str(run_file(output_dir, settings)))
-            else:
-                self.done += 1
-        if len(calls) < len(wanted):
-            print(f"{len(wanted) - len(calls)} of {len(wanted)} runs were done before", flush=True)
-
-        def report(name: str) -> None:
-            self.done += 1
-            self.trained += 1
-            accuracies = read_run(output_dir, by_name[name]).curve("held_out_accuracy")[1]
-            left = (time.monotonic() - self.started) / self.trained * (self.total - self.done)
-            print(
-                f"[{self.done}/{self.total}] {name}: held-out accuracy {accuracies[0]:.3f} -> {accuracies[-1]:.3f}, "
-                f"about {left / 60:.0f} min left",
-                flush=True,
-            )
-
-        self._each(calls, report)
-        return [run for settings in wanted if (run := read_run(output_dir, settings))]
 
 
 # Results -> files
@@ -325,16 +168,20 @@ def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, li
     text = markdown_tables(table, options.target_accuracy, options.max_steps)
     (folder / "table.md").write_text(text)
     clipping = f"clipped at {options.max_grad_norm:g}" if options.max_grad_norm else "not clipped"
-    title = f"{len(options.seeds)} seeds, {options.optim}, gradients {clipping}, each method at its own learning rate"
+    title = (
+        f"mean and 95% band over {len(options.seeds)} seeds; {options.optim}, gradients {clipping}, "
+        "each method at its best learning rate"
+    )
     files = [folder / "ablation.png", folder / "ablation.svg"]
     draw_ablation(finals, options.target_accuracy, options.eval_every, title, files)
     print(f"\n{text}\nWritten to {folder}: results.csv, table.csv, table.md, ablation.png, ablation.svg")
 
 
 def main(arguments: list[str]) -> None:
-    from trl_ext.tasks.ablation_results import best_learning_rate
-
     options = parse_arguments(arguments)
+    from trl_ext.tasks.ablation_results import best_learning_rate
+    from trl_ext.tasks.ablation_runs import Workers
+
     try:
         check_arguments(options)
     except ValueError as error:
@@ -366,13 +213,11 @@ def main(arguments: list[str]) -> None:
             [run_settings(options, method, rate, seed) for method, rate in chosen.items() for seed in options.seeds],
         )
     except KeyboardInterrupt:
-        for worker in multiprocessing.active_children():
-            worker.terminate()
+        workers.stop()
         sys.exit("\nStopped. What has finished is kept: repeat the command to go on")
     except RuntimeError as error:
         sys.exit(f"error: {error}")
-    finally:
-        workers.pool.shutdown(wait=False, cancel_futures=True)
+    workers.pool.shutdown()
 
     finals = {method: [run for run in final if run.method == method] for method in chosen}
     finals = {method: runs for method, runs in finals.items() if runs}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from trl_ext.tasks import ablation_runs
 from trl_ext.tasks.ablation_plot import mean_curve
 from trl_ext.tasks.ablation_results import (
     STUDENT_T,
@@ -263,7 +264,7 @@ def test_mean_curve():
 )
 def test_bad_input_ends_before_anything_is_trained(arguments, message, tmp_path, monkeypatch):
     script = load_script()
-    monkeypatch.setattr(script, "Workers", lambda *args, **kwargs: pytest.fail("got as far as the workers"))
+    monkeypatch.setattr(ablation_runs, "Workers", lambda *args, **kwargs: pytest.fail("got as far as the workers"))
     if "--output_dir" not in arguments:
         arguments = [*arguments, "--output_dir", str(tmp_path)]
     with pytest.raises(SystemExit) as stopped:
@@ -285,9 +286,9 @@ def test_runs_differ_in_method_learning_rate_and_seed_alone(tmp_path):
     different = {name for name in one["training"] if one["training"][name] != other["training"][name]}
     assert different == {"normalization", "normalization_kwargs", "learning_rate", "seed"}
     assert {name for name in one if one[name] != other[name]} == {"method", "training"}
-    files = {script.run_file(tmp_path, settings) for settings in (one, other)}
+    files = {ablation_runs.run_file(tmp_path, settings) for settings in (one, other)}
     longer = script.parse_arguments(["--max_steps", "100"])
-    assert len(files | {script.run_file(tmp_path, script.run_settings(longer, "std", 1e-4, 0))}) == 3
+    assert len(files | {ablation_runs.run_file(tmp_path, script.run_settings(longer, "std", 1e-4, 0))}) == 3
 
 
 def command(policy, folder, *more):
@@ -336,7 +337,9 @@ def test_the_script(tiny_policy, tmp_path):
     script = load_script()
     options = script.parse_arguments(command(tiny_policy, tmp_path)[2:])
     rate = float(table[0]["learning_rate"])
-    script.run_file(tmp_path, script.run_settings(options, "mean", rate, 2)).mkdir()  # no file can take its place
+    ablation_runs.run_file(
+        tmp_path, script.run_settings(options, "mean", rate, 2)
+    ).mkdir()  # no file can take its place
 
     again = run_script(tiny_policy, tmp_path, "--seeds", "0", "1", "2")
     assert again.returncode == 1
@@ -373,8 +376,7 @@ def test_no_worker_outlives_the_script(number, tiny_policy, tmp_path):
 
 
 def test_a_run_file_is_whole_or_absent(tmp_path):
-    script = load_script()
-    script.write_whole(tmp_path / "run.json", "{}")
+    ablation_runs.write_whole(tmp_path / "run.json", "{}")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"] and json.loads(
         (tmp_path / "run.json").read_text()
     ) == {}
