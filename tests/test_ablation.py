@@ -1,0 +1,382 @@
+"""examples/ablation.py: its arithmetic by hand-worked numbers, and the script as users run it."""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trl_ext.tasks import ablation_runs
+from trl_ext.tasks.ablation_plot import mean_curve
+from trl_ext.tasks.ablation_results import (
+    STUDENT_T,
+    Run,
+    at_edge,
+    best_learning_rate,
+    block_means,
+    markdown_tables,
+    mean_interval,
+    mean_over_training,
+    speed_up,
+    speedup_constant,
+    steps_to_target,
+    summarize,
+    tidy_rows,
+)
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "ablation.py"
+INF = math.inf
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("ablation_example", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ablation_example"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_of(method, accuracies, *, learning_rate=1e-4, seed=0, sigmas=(None, 0.3, 0.3)):
+    """A run evaluated at steps 0, 10, 20."""
+    logs = [{"step": 10 * i, "eval_accuracy": accuracy} for i, accuracy in enumerate(accuracies)]
+    logs += [{"step": 10 * i, "reward": 0.5, "curvature/sigma_mean": sigma} for i, sigma in enumerate(sigmas) if sigma]
+    return Run(method, learning_rate, seed, tidy_rows(logs))
+
+
+# Curves
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "target", "expected"),
+    [
+        ([0.4, 0.6, 0.9], 0.6, 10),  # reached exactly at an evaluation
+        ([0.4, 0.6, 0.9], 0.7, 10 + 10 / 3),  # a third of the way from 0.6 to 0.9
+        ([0.4, 0.8, 0.5], 0.6, 5),  # a later fall doesn't count
+        ([0.8, 0.5, 0.9], 0.7, 0),  # there from the start
+        ([0.4, 0.6, 0.69], 0.7, INF),
+        ([0.4, 0.4, 0.7], 0.7, 20),
+    ],
+)
+def test_steps_to_target(accuracies, target, expected):
+    assert steps_to_target([0, 10, 20], accuracies, target) == pytest.approx(expected)
+
+
+def test_mean_over_training():
+    assert mean_over_training([0, 10, 20], [0.4, 0.6, 0.8]) == pytest.approx(0.6)
+    # trapezoids of unequal width: (10 * 0.5 + 30 * 0.7) / 40
+    assert mean_over_training([0, 10, 40], [0.4, 0.6, 0.8]) == pytest.approx(0.65)
+
+
+def test_block_means():
+    assert block_means([1, 2, 3, 4, 5], [1, 3, 10, 20, 7], 2) == ([1.5, 3.5, 5.5], [2, 15, 7])
+
+
+def test_tidy_rows():
+    history = [
+        {"step": 0, "eval_accuracy": 0.4, "eval_reward": 9.0},
+        {"step": 1, "reward": 0.5, "grad_norm": 1.5, "normalization/zero_variance_frac": 0.25, "loss": 0.0},
+        {"step": 2, "reward": 0.75, "curvature/sigma_mean": 0.3, "normalization/scale_mean": 0.4},
+        {"step": 2, "eval_accuracy": 0.6},
+        {"step": 2, "train_runtime": 3.0},
+    ]
+    columns = ["step", "reward", "held_out_accuracy", "sigma_mean", "scale_mean", "zero_variance_frac", "grad_norm",
+               "entropy"]  # fmt: skip
+    assert [[row[name] for name in columns] for row in tidy_rows(history)] == [
+        [0, None, 0.4, None, None, None, None, None],
+        [1, 0.5, None, None, None, 0.25, 1.5, None],
+        [2, 0.75, 0.6, 0.3, 0.4, None, None, None],
+    ]
+
+
+# Learning rates
+
+
+def test_best_learning_rate_is_of_the_whole_curve_over_all_seeds():
+    runs = [
+        run_of("std", [0.4, 0.8, 0.8], learning_rate=2e-4, seed=0),  # 0.7
+        run_of("std", [0.4, 0.4, 0.8], learning_rate=2e-4, seed=1),  # 0.5
+        run_of("std", [0.4, 0.5, 1.0], learning_rate=1e-4, seed=0),  # 0.6, ends higher
+        run_of("std", [0.4, 0.5, 0.8], learning_rate=1e-4, seed=1),  # 0.55
+        run_of("std", [0.4, 1.0, 1.0], learning_rate=4e-4, seed=0),  # 0.85, but its other seed failed
+    ]
+    assert best_learning_rate(runs) == 2e-4
+    assert best_learning_rate(runs[2:4] + runs[:1] + [run_of("std", [0.4, 0.3, 0.8], learning_rate=2e-4)]) == 1e-4
+    assert best_learning_rate(runs[4:]) == 4e-4
+
+
+def test_equal_learning_rates_give_the_smaller():
+    runs = [run_of("std", [0.4, 0.5, 0.6], learning_rate=rate) for rate in (4e-4, 1e-4, 2e-4)]
+    assert best_learning_rate(runs) == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("rate", "grid", "expected"),
+    [(1, [2, 1, 4], True), (4, [2, 1, 4], True), (2, [2, 1, 4], False), (2, [2], False)],
+)
+def test_edge_of_the_grid(rate, grid, expected):
+    assert at_edge(rate, grid) is expected
+
+
+# Intervals
+
+
+def test_mean_interval():
+    interval = mean_interval([1.0, 2.0, 3.0])  # sd 1, t of 2 degrees of freedom 4.303
+    assert interval.estimate == 2
+    assert (interval.low, interval.high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    alone = mean_interval([0.5])
+    assert alone.estimate == 0.5 and math.isnan(alone.low) and math.isnan(alone.high)
+    many = mean_interval([0.0, 1.0] * 50)
+    assert many.high - 0.5 == pytest.approx(2.042 * (25 / 99) ** 0.5 / 10)
+
+
+def test_student_t_table():
+    """Each entry's tail, by integrating the density, is 2.5%."""
+    import torch
+
+    for freedom, quantile in enumerate(STUDENT_T, start=1):
+        x = torch.linspace(-quantile, quantile, 20_001, dtype=torch.float64)
+        log_norm = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
+        density = (log_norm - (freedom + 1) / 2 * (x.square() / freedom).log1p()).exp()
+        assert torch.trapezoid(density, x).item() == pytest.approx(0.95, abs=1e-4), freedom
+
+
+def test_speed_up():
+    least, most = speed_up([40, 40, 40], [20, 20, 20], 60)
+    assert least == most and (least.estimate, least.low, least.high) == (2, 2, 2)
+    # paired: each seed's ratio is 2, and so is every resample's ratio of medians
+    least, most = speed_up([10, 20, 40], [5, 10, 20], 60)
+    assert least == most and (least.estimate, least.low, least.high) == (2, 2, 2)
+    # medians 30 and 20; resamples of one seed alone (1 in 27 each) give 10/20, 30/20, 50/20
+    least, _ = speed_up([10, 30, 50], [20, 20, 20], 60)
+    assert (least.estimate, least.low, least.high) == (1.5, 0.5, 2.5)
+    least, most = speed_up([30], [20], 60)
+    assert least.estimate == 1.5 and math.isnan(least.low) and math.isnan(most.high)
+
+
+def test_speed_up_of_runs_that_never_got_there():
+    least, most = speed_up([INF, INF, INF], [20, 30, 40], 60)  # above 60/30; high end open
+    assert (least.estimate, most.estimate) == (2, INF) and least.low == 1.5 and most.high == INF
+    least, most = speed_up([30, 30, 30], [INF, INF, INF], 60)  # below 30/60
+    assert (least.estimate, most.estimate) == (0, 0.5) and least.low == 0 and most.high == 0.5
+    least, most = speed_up([INF, INF], [INF, INF], 60)
+    assert (least.estimate, least.low, most.estimate, most.high) == (0, 0, INF, INF)
+    least, most = speed_up([20, 20, INF], [20, 20, 20], 60)  # the median is there, a resample's may not be
+    assert least.estimate == most.estimate == 1 and least.low == 1 and most.high == INF
+    least, most = speed_up([0, 0], [0, 0], 60)  # there before training
+    assert least.estimate == most.estimate == 1
+
+
+def test_speedup_constant():
+    runs = [run_of("std", [0.4, 0.5, 0.6], sigmas=sigmas) for sigmas in ((None, 0.2, 0.4), (None, 0.3, 0.6))]
+    interval = speedup_constant(runs)  # 8/3 * 0.3 = 0.8 and 8/3 * 0.45 = 1.2
+    assert interval.estimate == pytest.approx(1.0)
+    assert interval.high == pytest.approx(1.0 + 12.706 * 0.2)  # sd 0.2 * sqrt 2, over sqrt 2
+    assert speedup_constant([run_of("std", [0.4, 0.5, 0.6], sigmas=())]) is None
+
+
+# Tables
+
+
+def finals():
+    return {
+        "mean": [run_of("mean", [0.4, 0.5, 0.7], seed=0), run_of("mean", [0.4, 0.6, 0.8], seed=1)],
+        "std": [run_of("std", [0.4, 0.6, 0.8], seed=0), run_of("std", [0.4, 0.8, 0.85], seed=1)],
+        "none": [run_of("none", [0.4, 0.4, 0.4], seed=1), run_of("none", [0.4, 0.4, 0.7], seed=0)],
+    }
+
+
+def test_summary():
+    mean, std, none = summarize(finals(), [1e-4, 2e-4, 4e-4], target=0.6, max_steps=20)
+    assert [row["at_edge_of_grid"] for row in (mean, std, none)] == [True] * 3
+    assert mean["median_steps_to_target"] == pytest.approx(12.5)  # 15 and 10
+    assert std["median_steps_to_target"] == pytest.approx(7.5)  # 10 and 5
+    assert (none["median_steps_to_target"], none["reached_target"], none["seeds"]) == (INF, 1, 2)
+    assert none["least_steps_to_target"] == pytest.approx(10 + 20 / 3)
+    assert std["final_accuracy"] == pytest.approx(0.825)
+    assert std["minus_std"] is None and mean["minus_std"] == pytest.approx(-0.075)  # -0.1 and -0.05
+    assert mean["minus_std_high"] == pytest.approx(-0.075 + 12.706 * 0.025)
+    assert none["minus_std"] == pytest.approx((0.4 - 0.85 + 0.7 - 0.8) / 2)  # paired by seed, not by order
+    assert mean["speed_up_over_mean_at_least"] is None
+    assert std["speed_up_over_mean_at_least"] == pytest.approx(12.5 / 7.5)
+    # the median of 16.7 and more than 20 is more than 18.3
+    assert none["speed_up_over_mean_at_least"] == 0
+    assert none["speed_up_over_mean_at_most"] == pytest.approx(12.5 / (55 / 3))
+    assert std["speedup_constant"] == pytest.approx(0.8)
+    alone = summarize({"none": finals()["none"]}, [1e-4], target=0.6, max_steps=20)[0]
+    assert alone["minus_std"] is None and alone["speed_up_over_mean_at_least"] is None and not alone["at_edge_of_grid"]
+
+
+def test_markdown():
+    text = markdown_tables(summarize(finals(), [1e-4, 2e-4], target=0.6, max_steps=20), 0.6, 20)
+    lines = text.splitlines()
+    assert "| `std` | 0.0001 (edge of the grid) | 8 [5, 10] | 2 of 2 | 0.825 [0.507, 1.143] |  |" in lines
+    assert any(line.startswith("| `none` | 0.0001 (edge of the grid) | > 20 [17, > 20] | 1 of 2 |") for line in lines)
+    assert "with probability 0.500" in text
+    assert "| `std` | 0.800 [0.800, 0.800] | 1.67 [1.50, 2.00] |" in lines
+    assert any(line.startswith("| `none` | 0.800 [0.800, 0.800] | below 0.68 [") for line in lines)
+    never = {method: [run_of(method, [0.4, 0.4, 0.4], seed=s) for s in (0, 1)] for method in ("mean", "std")}
+    assert "| `std` | 0.800 [0.800, 0.800] | neither got there |" in markdown_tables(
+        summarize(never, [1e-4], target=0.6, max_steps=20), 0.6, 20
+    )
+
+
+def test_mean_curve():
+    steps, points = mean_curve(finals()["std"], "held_out_accuracy", 10)
+    assert steps == [0, 10, 20] and [point.estimate for point in points] == pytest.approx([0.4, 0.7, 0.825])
+
+
+# The script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "std", "grpo"], "unknown normalization 'grpo': choose from none, mean"),
+        (["--methods", "power"], "normalization 'power' needs the option 'alpha'"),
+        (["--methods", "power:alpha=2"], "alpha=2.0 must be a number in [0, 1]"),
+        (["--methods", "power:alpha"], "--methods power:alpha: 'alpha' isn't option=number, as in power:alpha=0.5"),
+        (["--methods", "power:alpha=x"], "'alpha=x' isn't option=number"),
+        (["--methods", "std:alpha=1"], "normalization 'std' has no option 'alpha'"),
+        (["--methods", "std", "mean", "std"], "--methods has std more than once"),
+        (["--learning_rates", "1e-4", "0.0001"], "--learning_rates has 0.0001 more than once"),
+        (["--learning_rates", "0"], "--learning_rates 0.0 must be a number above 0"),
+        (["--seeds", "1", "2", "--sweep_seeds", "3", "2"], "--seeds and --sweep_seeds share 2"),
+        (["--max_steps", "25"], "--max_steps 25 must be a multiple of --eval_every 10"),
+        (["--eval_every", "0"], "--eval_every 0 must be at least 1"),
+        (["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["--max_grad_norm", "-1"], "--max_grad_norm -1.0 must be a finite number that is not negative"),
+        (["--target_accuracy", "70"], "--target_accuracy 70.0 must be in (0, 1]"),
+        (["--levels", "7"], "levels=(7,): choose from"),
+        (["--eval_size", "400"], "count=400 is more than the held_out problems that levels (1, 4) have"),
+        (["--optim", "adam_w"], "adam_w"),
+        (["--model_name_or_path", "nowhere"], "--model_name_or_path nowhere: no folder with a config.json"),
+        (["--output_dir", "/dev/null/runs"], "--output_dir /dev/null/runs can't be written to"),
+    ],
+)
+def test_bad_input_ends_before_anything_is_trained(arguments, message, tmp_path, monkeypatch):
+    script = load_script()
+    monkeypatch.setattr(ablation_runs, "Workers", lambda *args, **kwargs: pytest.fail("got as far as the workers"))
+    if "--output_dir" not in arguments:
+        arguments = [*arguments, "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    assert message in str(stopped.value), stopped.value
+
+
+def test_matplotlib_is_asked_for_before_anything_is_trained(tmp_path, monkeypatch):
+    script = load_script()
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"the plot needs matplotlib: pip install -e '.\[report\]'"):
+        script.main(["--output_dir", str(tmp_path)])
+
+
+def test_runs_differ_in_method_learning_rate_and_seed_alone(tmp_path):
+    script = load_script()
+    options = script.parse_arguments([])
+    one, other = (script.run_settings(options, *run) for run in (("std", 1e-4, 0), ("power:alpha=0.5", 2e-4, 1)))
+    different = {name for name in one["training"] if one["training"][name] != other["training"][name]}
+    assert different == {"normalization", "normalization_kwargs", "learning_rate", "seed"}
+    assert {name for name in one if one[name] != other[name]} == {"method", "training"}
+    files = {ablation_runs.run_file(tmp_path, settings) for settings in (one, other)}
+    longer = script.parse_arguments(["--max_steps", "100"])
+    assert len(files | {ablation_runs.run_file(tmp_path, script.run_settings(longer, "std", 1e-4, 0))}) == 3
+
+
+def command(policy, folder, *more):
+    return [sys.executable, "ablation.py", "--methods", "mean", "power:alpha=0.5", "--learning_rates", "1e-3", "2e-3",
+            "--sweep_seeds", "7", "--seeds", "0", "1", "--max_steps", "1", "--eval_every", "1", "--eval_size", "4",
+            "--target_accuracy", "0.5", "--model_name_or_path", str(policy), "--output_dir", str(folder),
+            *more]  # fmt: skip
+
+
+def run_script(*arguments):
+    """From the script's own folder, the worst place: its math.py must not become the standard library's."""
+    variables = {**os.environ, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    return subprocess.run(
+        command(*arguments), cwd=SCRIPT.parent, env=variables, capture_output=True, text=True, timeout=300
+    )
+
+
+def read_csv(path):
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_the_script(tiny_policy, tmp_path):
+    """Sweep, comparison and files. Then with a seed more: only what isn't done is trained, and a failure is named."""
+    done = run_script(tiny_policy, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "[8/8]" in done.stdout and "min left" in done.stdout
+    rows = read_csv(tmp_path / "results.csv")
+    # (2 methods x 2 rates x 1 seed + 2 methods x 2 seeds) runs, steps 0 and 1
+    assert len(rows) == 8 * 2
+    runs = {(row["phase"], row["method"], row["learning_rate"], row["seed"]) for row in rows}
+    assert len(runs) == 8 and {run[3] for run in runs if run[0] == "final"} == {"0", "1"}
+    assert all(0 <= float(row["held_out_accuracy"]) <= 1 for row in rows)
+    assert all((row["reward"] == "") == (row["step"] == "0") for row in rows)
+    table = read_csv(tmp_path / "table.csv")
+    assert [row["method"] for row in table] == ["mean", "power:alpha=0.5"]
+    assert all(row["learning_rate"] in ("0.001", "0.002") and row["at_edge_of_grid"] == "True" for row in table)
+    assert (tmp_path / "table.md").read_text() in done.stdout
+    assert (tmp_path / "ablation.png").read_bytes()[1:4] == b"PNG" and "<svg" in (tmp_path / "ablation.svg").read_text()
+
+    files = sorted((tmp_path / "runs").iterdir())
+    assert len(files) == 8
+    before = {file: (file.stat().st_mtime_ns, file.read_text()) for file in files}
+    broken = next(file for file in files if file.name.startswith("power-alpha=0.5") and "seed1" in file.name)
+    broken.write_text(before[broken][1][: len(before[broken][1]) // 2])  # cut off
+    script = load_script()
+    options = script.parse_arguments(command(tiny_policy, tmp_path)[2:])
+    rate = float(table[0]["learning_rate"])
+    ablation_runs.run_file(
+        tmp_path, script.run_settings(options, "mean", rate, 2)
+    ).mkdir()  # no file can take its place
+
+    again = run_script(tiny_policy, tmp_path, "--seeds", "0", "1", "2")
+    assert again.returncode == 1
+    assert "4 of 4 runs were done before" in again.stdout and "3 of 6 runs were done before" in again.stdout
+    assert f"FAILED mean at {rate:g}, seed 2: IsADirectoryError" in again.stdout
+    assert again.stderr.strip().endswith(f"error: 1 failed: mean at {rate:g}, seed 2")
+    assert [row["seeds"] for row in read_csv(tmp_path / "table.csv")] == ["2", "3"]
+    # the one done again is the first of its process now, and equal
+    assert [row for row in read_csv(tmp_path / "results.csv") if row["seed"] != "2"] == rows
+    for file in files:
+        assert file.read_text() == before[file][1]
+        assert (file.stat().st_mtime_ns == before[file][0]) == (file != broken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_the_script(number, tiny_policy, tmp_path):
+    process = subprocess.Popen(
+        command(tiny_policy, tmp_path, "--max_steps", "10000", "--jobs", "1"), cwd=SCRIPT.parent,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 100
+    while len(workers := children.read_text().split() if children.exists() else []) < 2:  # it, and the resource tracker
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(3)  # into its imports
+    process.send_signal(number)
+    process.wait(timeout=30)
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not list((tmp_path / "runs").iterdir())
+    assert number != signal.SIGINT or "repeat the command to go on" in process.stderr.read()
+
+
+def test_a_run_file_is_whole_or_absent(tmp_path):
+    ablation_runs.write_whole(tmp_path / "run.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"] and json.loads(
+        (tmp_path / "run.json").read_text()
+    ) == {}

@@ -1,0 +1,285 @@
+"""What the runs of an ablation come to: curves -> learning rates, steps to a target, intervals -> tables.
+
+Pure functions, nothing is trained or drawn here. All intervals are 95% intervals over seeds: t-intervals for means
+and for paired differences, a bootstrap over seeds for ratios of medians.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# column of results.csv -> key of the trainer's log
+LOGGED = {
+    "reward": "reward",
+    "held_out_accuracy": "eval_accuracy",
+    "sigma_mean": "curvature/sigma_mean",
+    "scale_mean": "normalization/scale_mean",
+    "zero_variance_frac": "normalization/zero_variance_frac",
+    "grad_norm": "grad_norm",
+    "entropy": "entropy",
+}
+# 97.5% quantiles of Student's t for 1 to 30 degrees of freedom; with more, the last one (wider by less than 5%)
+# fmt: off
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+             2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+             2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+# fmt: on
+RESAMPLES = 10_000
+REFERENCE = "std"  # what differences are taken to
+BASELINE = "mean"  # what speed-ups are measured over
+
+Row = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; ``rows`` as ``tidy_rows`` makes them."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    rows: list[Row]
+
+    def curve(self, column: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of a column, where it was logged."""
+        points = [(row["step"], row[column]) for row in self.rows if row[column] is not None]
+        return [float(step) for step, _ in points], [float(value) for _, value in points]  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95% interval; NaN bounds where one seed can't give any."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def tidy_rows(log_history: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """A trainer's ``log_history`` as one row a step, columns ``step`` and those of ``LOGGED``; None: not logged.
+
+    ``held_out_accuracy`` at step t is the policy's after t updates. The others at step t are of the t-th batch, which
+    the policy sampled after t - 1 updates.
+    """
+    rows: dict[int, Row] = {}
+    for log in log_history:
+        found = {column: float(log[key]) for column, key in LOGGED.items() if key in log}
+        if found:
+            rows.setdefault(log["step"], {"step": log["step"], **dict.fromkeys(LOGGED)}).update(found)
+    return [rows[step] for step in sorted(rows)]
+
+
+def steps_to_target(steps: Sequence[float], accuracies: Sequence[float], target: float) -> float:
+    """The step at which the accuracy, a straight line between evaluations, first reaches the target; inf: never."""
+    for i, accuracy in enumerate(accuracies):
+        if accuracy >= target:
+            if i == 0:
+                return steps[0]
+            share = (target - accuracies[i - 1]) / (accuracy - accuracies[i - 1])
+            return steps[i - 1] + share * (steps[i] - steps[i - 1])
+    return math.inf
+
+
+def mean_over_training(steps: Sequence[float], accuracies: Sequence[float]) -> float:
+    """Area under the curve of straight lines between evaluations, divided by the number of steps.
+
+    The score by which learning rates are compared: learning early and ending high both count, and it is less noisy
+    than any single evaluation.
+    """
+    pairs = zip(steps, steps[1:], accuracies, accuracies[1:], strict=False)
+    return sum((b - a) * (y + z) / 2 for a, b, y, z in pairs) / (steps[-1] - steps[0])
+
+
+def best_learning_rate(runs: Sequence[Run]) -> float:
+    """The rate of the highest ``mean_over_training``, averaged over seeds; of equals the smaller. One method's runs.
+
+    Only rates that have all the seeds are compared: a rate whose hard seed failed would look too good.
+    """
+    scores: dict[float, list[float]] = {}
+    for run in runs:
+        scores.setdefault(run.learning_rate, []).append(mean_over_training(*run.curve("held_out_accuracy")))
+    most = max(map(len, scores.values()))
+    return max(sorted(rate for rate in scores if len(scores[rate]) == most), key=lambda rate: sum(scores[rate]))
+
+
+def at_edge(learning_rate: float, grid: Sequence[float]) -> bool:
+    """Whether a better rate may lie outside the grid: the rate is its smallest or largest. False without a sweep."""
+    return len(grid) > 1 and learning_rate in (min(grid), max(grid))
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean and t-interval; for a paired difference give the differences."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = STUDENT_T[min(len(values) - 1, len(STUDENT_T)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def speed_up(baseline_steps: Sequence[float], steps: Sequence[float], max_steps: float) -> tuple[Interval, Interval]:
+    """median(baseline_steps) / median(steps): (its smallest, its largest possible value), each with a bootstrap.
+
+    Both are lists over the same seeds, resampled together. A run that never reached the target (inf) would have
+    reached it after ``max_steps`` at the earliest, so a ratio with a censored median is known only to lie between two
+    values; without one they are the same. For an interval that is surely wide enough take the low end of the first
+    and the high end of the second.
+    """
+    baseline_S, steps_S = np.asarray(baseline_steps, float), np.asarray(steps, float)  # S seeds
+    n = len(steps_S)
+    resampled_RS = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+    intervals = []
+    for numerator_S, denominator_S in (
+        (np.minimum(baseline_S, max_steps), steps_S),
+        (baseline_S, np.minimum(steps_S, max_steps)),
+    ):
+        estimate = _ratio(np.median(numerator_S), np.median(denominator_S))
+        low = high = np.asarray(math.nan)
+        if n > 1:
+            ratios_R = _ratio(np.median(numerator_S[resampled_RS], 1), np.median(denominator_S[resampled_RS], 1))
+            low, high = np.quantile(ratios_R, [0.025, 0.975], method="inverted_cdf")  # no mean of a number and inf
+        intervals.append(Interval(float(estimate), float(low), float(high)))
+    return intervals[0], intervals[1]
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Their quotient. 0 steps over 0 steps, both there from the start, is 1; inf never meets inf here."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((numerator == 0) & (denominator == 0), 1.0, numerator / denominator)
+
+
+def speedup_constant(runs: Sequence[Run]) -> Interval | None:
+    """C = 8/3 * mean of sigma (arXiv 2601.23135, Theorem 3.2); below 1 it predicts that ``std`` converges faster.
+
+    sigma is the population std of a group's 0/1 rewards, averaged over the prompts and steps of a run; the interval
+    is over runs. None where the runs didn't log it.
+    """
+    curves = [run.curve("sigma_mean")[1] for run in runs]
+    if not all(curves):
+        return None
+    return mean_interval([8 / 3 * statistics.fmean(values) for values in curves])
+
+
+def block_means(steps: Sequence[float], values: Sequence[float], width: int) -> tuple[list[float], list[float]]:
+    """Means over steps 1 to ``width``, and so on, at the middles: the reward of a single step is noisy."""
+    blocks: dict[int, list[float]] = {}
+    for step, value in zip(steps, values, strict=True):
+        blocks.setdefault(math.ceil(step / width), []).append(value)
+    return [(block - 0.5) * width + 0.5 for block in blocks], [statistics.fmean(block) for block in blocks.values()]
+
+
+def summarize(
+    finals: Mapping[str, Sequence[Run]], grid: Sequence[float], target: float, max_steps: int
+) -> list[dict[str, Any]]:
+    """table.csv: one row a method. None where there is nothing to say (no ``std`` to compare with, say)."""
+    rows = []
+    final_by_seed = {
+        method: {run.seed: run.curve("held_out_accuracy")[1][-1] for run in runs} for method, runs in finals.items()
+    }
+    steps_by_seed = {
+        method: {run.seed: steps_to_target(*run.curve("held_out_accuracy"), target) for run in runs}
+        for method, runs in finals.items()
+    }
+    for method, runs in finals.items():
+        steps, accuracy = steps_by_seed[method], final_by_seed[method]
+        row: dict[str, Any] = {
+            "method": method,
+            "learning_rate": runs[0].learning_rate,
+            "at_edge_of_grid": at_edge(runs[0].learning_rate, grid),
+            "seeds": len(runs),
+            "reached_target": sum(step < math.inf for step in steps.values()),
+            "median_steps_to_target": statistics.median(steps.values()),
+            "least_steps_to_target": min(steps.values()),
+            "most_steps_to_target": max(steps.values()),
+        }
+        _put(row, "final_accuracy", mean_interval(list(accuracy.values())))
+        reference = final_by_seed.get(REFERENCE, {})
+        paired = [accuracy[seed] - reference[seed] for seed in accuracy if seed in reference]
+        _put(row, f"minus_{REFERENCE}", mean_interval(paired) if paired and method != REFERENCE else None)
+        both = [seed for seed in steps if seed in steps_by_seed.get(BASELINE, {})]
+        at_least = at_most = None
+        if both and method != BASELINE:
+            baseline = [steps_by_seed[BASELINE][seed] for seed in both]
+            at_least, at_most = speed_up(baseline, [steps[seed] for seed in both], max_steps)
+        _put(row, f"speed_up_over_{BASELINE}_at_least", at_least)
+        _put(row, f"speed_up_over_{BASELINE}_at_most", at_most)
+        _put(row, "speedup_constant", speedup_constant(runs))
+        rows.append(row)
+    return rows
+
+
+def _put(row: dict[str, Any], name: str, interval: Interval | None) -> None:
+    row[name] = interval and interval.estimate
+    row[f"{name}_low"] = interval and interval.low
+    row[f"{name}_high"] = interval and interval.high
+
+
+def markdown_tables(rows: Sequence[Mapping[str, Any]], target: float, max_steps: int) -> str:
+    """table.md: what ``summarize`` found, for people."""
+    lines = [
+        f"| method | learning rate | steps to {target:g} | got there | final held-out accuracy | minus `{REFERENCE}` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        edge = " (edge of the grid)" if row["at_edge_of_grid"] else ""
+        median, least, most = (
+            f"{row[name]:.0f}" if row[name] < math.inf else f"> {max_steps}"
+            for name in ("median_steps_to_target", "least_steps_to_target", "most_steps_to_target")
+        )
+        cells = [
+            f"`{row['method']}`",
+            f"{row['learning_rate']:g}{edge}",
+            f"{median} [{least}, {most}]",
+            f"{row['reached_target']} of {row['seeds']}",
+            _interval_text(row, "final_accuracy", ".3f"),
+            _interval_text(row, f"minus_{REFERENCE}", "+.3f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    coverage = 1 - 0.5 ** (min(row["seeds"] for row in rows) - 1)
+    lines += [
+        "",
+        f"Steps: median [least, most] over the seeds; a run that never got there counts as more than {max_steps}. "
+        f"Least and most hold the true median with probability {coverage:.3f}. Accuracies: mean [95% t-interval over "
+        "the seeds]; differences are paired by seed.",
+        "",
+        f"| method | C along its own runs | speed-up over `{BASELINE}` |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        speed = _speed_up_text(row)
+        lines.append(f"| `{row['method']}` | {_interval_text(row, 'speedup_constant', '.3f')} | {speed} |")
+    lines += [
+        "",
+        "C = 8/3 of the mean, over steps and prompts, of the std of a group's rewards (arXiv 2601.23135, Theorem 3.2): "
+        f"below 1 it predicts that `{REFERENCE}` converges faster than `{BASELINE}`. Speed-up: median steps of "
+        f"`{BASELINE}` / median steps of the method, to {target:g}; 95% bootstrap over seeds, resampled in pairs, wide "
+        "enough for what runs that never got there leave open.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _interval_text(row: Mapping[str, Any], name: str, layout: str) -> str:
+    if row[name] is None:
+        return ""
+    bounds = f" [{row[f'{name}_low']:{layout}}, {row[f'{name}_high']:{layout}}]"
+    return f"{row[name]:{layout}}" + ("" if math.isnan(row[f"{name}_low"]) else bounds)
+
+
+def _speed_up_text(row: Mapping[str, Any]) -> str:
+    least, most = (row[f"speed_up_over_{BASELINE}_at_{end}"] for end in ("least", "most"))
+    if least is None:
+        return ""
+    if (least, most) == (0, math.inf):
+        return "neither got there"
+    if least == most:
+        estimate = f"{least:.2f}"
+    else:
+        estimate = f"above {least:.2f}" if most == math.inf else f"below {most:.2f}"
+    low, high = row[f"speed_up_over_{BASELINE}_at_least_low"], row[f"speed_up_over_{BASELINE}_at_most_high"]
+    return estimate if math.isnan(low) else f"{estimate} [{low:.2f}, {high:.2f}]"
