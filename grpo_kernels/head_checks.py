@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from .head_products import HeadSketch
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -92,3 +94,18 @@ def check_per_token(name: str, tensor: torch.Tensor | None, count: int, device: 
         raise ValueError(f"{name} is {shape}{dtype}: expected ({count},), floating point")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device} and hidden on {device}: they must be on one device")
+
+
+def check_head_sketch(sketch: HeadSketch | None, weight_VH: torch.Tensor) -> None:
+    """``sketch`` is None, or projects from the head's V words on its device, and wants its weight to be trainable."""
+    if sketch is None:
+        return
+    if not weight_VH.requires_grad:
+        raise ValueError("head_sketch is of dL/dweight, and weight doesn't require a gradient")
+    projection = sketch.projection
+    if projection is not None and (projection.ndim != 2 or projection.shape[0] != weight_VH.shape[0]):
+        raise ValueError(
+            f"head_sketch.projection has shape {tuple(projection.shape)}: expected ({weight_VH.shape[0]}, k)"
+        )
+    if projection is not None and projection.device != weight_VH.device:
+        raise ValueError(f"head_sketch.projection is on {projection.device} and weight on {weight_VH.device}")

@@ -8,7 +8,7 @@ Each product is 2 C V H floating-point operations and is rounded once; gradients
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -66,10 +66,23 @@ class Factor:
     weight_grad: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class HeadSketch:
+    """Asks the head to also show dL/dlogits, projected to k numbers a token: for each sequence's part of dL/dweight.
+
+    ``projection`` (V, k), or None for dL/dlogits itself. ``add`` is called once in the backward with (N, k) sums in
+    float32 (float64), zero for tokens without a gradient. Costs 2 N V k.
+    """
+
+    projection: torch.Tensor | None
+    add: Callable[[torch.Tensor], None]
+
+
 class HeadProducts:
     """The three products of each tile, for the head and an optional low-rank adapter, in one compute dtype.
 
-    ``gradient_rows`` of the rows, at most, are given to ``accumulate``.
+    ``gradient_rows`` of the rows, at most, are given to ``accumulate``. With a ``sketch``, ``projected`` is what its
+    ``add`` is to get.
     """
 
     def __init__(
@@ -81,6 +94,7 @@ class HeadProducts:
         want_weights: list[bool],
         want_bias: bool = False,
         gradient_rows: int = 0,
+        sketch: HeadSketch | None = None,
     ) -> None:
         hidden, weight = factors[0]
         self.device = hidden.device
@@ -108,6 +122,14 @@ class HeadProducts:
         self._want_bias = want_bias
         self.bias_grad: torch.Tensor | None = None
         self._buffer: torch.Tensor | None = None
+        self.projected: torch.Tensor | None = None
+        self._projection: torch.Tensor | None = None
+        if sketch is not None:
+            width = self.n_vocabulary
+            if sketch.projection is not None:
+                self._projection = sketch.projection.to(self.dtype)
+                width = self._projection.shape[1]
+            self.projected = hidden.new_zeros((self.n_rows, width), dtype=self.sum_dtype)
 
     def tiles(self, order: torch.Tensor | None, start: int, stop: int) -> Iterator[torch.Tensor | slice]:
         """The rows of each tile of ``order[start:stop]``, as a slice where the order is the rows' own."""
@@ -162,6 +184,9 @@ class HeadProducts:
                 self.bias_grad = torch.zeros(self.n_vocabulary, dtype=self.sum_dtype, device=self.device)
             for block in self._blocks():
                 self.bias_grad[block] += factor_C @ tile[:, block].to(self.sum_dtype)
+        if self.projected is not None:
+            product = tile if self._projection is None else torch.mm(tile, self._projection)
+            self.projected[rows] = product.to(self.sum_dtype) * factor_C[:, None]
 
     def release(self) -> None:
         """Lets go of the tile."""

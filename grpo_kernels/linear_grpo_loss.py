@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from .backend import choose_backend
 from .grpo_checks import check_loss_options, check_sequences, describe, make_group_rewards
-from .head_checks import check_head, check_number, check_per_token
-from .head_products import HeadProducts, compute_dtype
+from .head_checks import check_head, check_head_sketch, check_number, check_per_token
+from .head_products import HeadProducts, HeadSketch, compute_dtype
 from .head_rows import Transform, grpo_rows_
 from .memory import cast, scaled
 from .token_losses import TokenInputs
@@ -54,10 +54,21 @@ class GRPOLoss:
 class LinearGRPOLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, tokens, transform, options, entropy_grad, grad_enabled, hidden, weight, bias, low_inputs, low_weight
+        ctx,
+        tokens,
+        transform,
+        options,
+        entropy_grad,
+        grad_enabled,
+        sketch,
+        hidden,
+        weight,
+        bias,
+        low_inputs,
+        low_weight,
     ):
         count, device = hidden.shape[0], hidden.device
-        needs = [grad_enabled and need for need in ctx.needs_input_grad[5:]]
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[6:]]
         factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
         # Rows that can have a gradient come first, so that their tiles are full and the others' need no gradient.
         n_live, order = 0, None
@@ -73,6 +84,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
             want_weights=[needs[1], needs[4]][: len(factors)],
             want_bias=needs[2],
             gradient_rows=n_live,
+            sketch=sketch,
         )
         dtype = products.sum_dtype
         row_function = _row_function(device, dtype)
@@ -116,6 +128,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
             bias_grad = torch.zeros_like(bias, dtype=dtype)
         low = products.factors[1] if low_inputs is not None else None
         ctx.unit = unit
+        ctx.sketch, ctx.projected = sketch, products.projected
         ctx.totals = [
             products.factors[0].inputs_grad,
             weight_grads[0],
@@ -139,13 +152,15 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         else:
             ctx.totals = None  # scaled in place and handed over
         scale = loss_grad * ctx.unit
+        if ctx.sketch is not None:
+            ctx.sketch.add(ctx.projected * scale)
         # times 1 is a pass over (V, H) for nothing; to look is free on a CPU, and would wait for a GPU
         is_one = scale.device.type == "cpu" and scale.item() == 1.0
         grads = [
             None if total is None else cast(total, dtype) if is_one else scaled(total, scale, dtype)
             for total, dtype in zip(totals, ctx.dtypes, strict=True)
         ]
-        return (None, None, None, None, None, *grads)
+        return (None, None, None, None, None, None, *grads)
 
 
 def _row_function(device: torch.device, dtype: torch.dtype) -> Any:
@@ -200,6 +215,7 @@ def linear_grpo_loss(
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    head_sketch: HeadSketch | None = None,
 ) -> GRPOLoss:
     """The GRPO loss of N tokens and its gradients by hidden states and head, without the (N, V) logits.
 
@@ -240,7 +256,7 @@ def linear_grpo_loss(
         sapo_temperatures: for positive and for other advantages.
         beta: weight of KL. With ``kl_times_ratio`` (TRL's default) KL is multiplied by the ratio, gradient included.
         entropy_coef: weight of the mean entropy of the N tokens, which is subtracted.
-        temperature, bias, low_rank, logit_scale, softcap: as in ``linear_logprob``.
+        temperature, bias, low_rank, logit_scale, softcap, head_sketch: as in ``linear_logprob``.
 
     Returns:
         ``GRPOLoss``.
@@ -253,6 +269,7 @@ def linear_grpo_loss(
         GRPO, arXiv 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476; CISPO, 2506.13585; SAPO, 2511.20347.
     """
     check_head(hidden_NH, weight_VH, targets_N, bias, low_rank, temperature, logit_scale, softcap)
+    check_head_sketch(head_sketch, weight_VH)
     if hidden_NH.ndim != 2:
         raise ValueError(f"hidden_NH has shape {tuple(hidden_NH.shape)}: expected (N, H)")
     count, device = len(hidden_NH), hidden_NH.device
@@ -307,6 +324,7 @@ def linear_grpo_loss(
         options,
         entropy_coef / max(count, 1),
         torch.is_grad_enabled(),
+        head_sketch,
         hidden_NH,
         weight_VH,
         bias,

@@ -15,8 +15,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backend import choose_backend
-from .head_checks import check_head
-from .head_products import HeadProducts, compute_dtype
+from .head_checks import check_head, check_head_sketch
+from .head_products import HeadProducts, HeadSketch, compute_dtype
 from .head_rows import Transform, logit_gradient_, softmax_rows_
 from .memory import cast, scaled
 
@@ -35,12 +35,14 @@ def row_functions(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
 
 class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, targets, transform, want_entropy, grad_enabled, hidden, weight, bias, low_inputs, low_weight):
+    def forward(
+        ctx, targets, transform, want_entropy, grad_enabled, sketch, hidden, weight, bias, low_inputs, low_weight
+    ):
         ctx.set_materialize_grads(False)
         factors: Factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
         dtype = compute_dtype(hidden)
         softmax, gradient = row_functions(hidden.device, torch.promote_types(dtype, torch.float32))
-        hidden_needs, weight_needs, bias_needs, low_inputs_needs, low_weight_needs = ctx.needs_input_grad[4:]
+        hidden_needs, weight_needs, bias_needs, low_inputs_needs, low_weight_needs = ctx.needs_input_grad[5:]
         # nothing but hidden states is trained: their gradient is a multiple of d logprob / d hidden
         frozen = grad_enabled and not (weight_needs or bias_needs or low_weight_needs)
         needs = [hidden_needs, low_inputs_needs][: len(factors)]
@@ -63,7 +65,7 @@ class LinearLogprobFunction(torch.autograd.Function):
                 )
                 products.accumulate(tile, rows, factor_C)
         products.release()
-        ctx.transform, ctx.dtype, ctx.want_entropy = transform, dtype, want_entropy
+        ctx.transform, ctx.dtype, ctx.want_entropy, ctx.sketch = transform, dtype, want_entropy, sketch
         ctx.kept = [factor.inputs_grad for factor in products.factors] if frozen else None
         ctx.save_for_backward(targets, hidden, weight, bias, low_inputs, low_weight)
         return logprobs_N, entropies_N
@@ -72,7 +74,7 @@ class LinearLogprobFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, logprob_grad_N, entropy_grad_N):
         targets, hidden, weight, bias, low_inputs, low_weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[5:]
         if ctx.kept is not None and entropy_grad_N is None:
             grads = [
                 None if kept is None or logprob_grad_N is None else (kept * logprob_grad_N[:, None])
@@ -80,7 +82,7 @@ class LinearLogprobFunction(torch.autograd.Function):
             ]
             hidden_grad = None if grads[0] is None else grads[0].to(hidden.dtype)
             low_grad = None if grads[1] is None else grads[1].to(low_inputs.dtype)
-            return None, None, None, None, hidden_grad, None, None, low_grad, None
+            return None, None, None, None, None, hidden_grad, None, None, low_grad, None
 
         live_N = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
         for upstream in (logprob_grad_N, entropy_grad_N):
@@ -96,6 +98,7 @@ class LinearLogprobFunction(torch.autograd.Function):
             want_weights=[needs[1], needs[4]][: len(factors)],
             want_bias=needs[2],
             gradient_rows=len(order),
+            sketch=ctx.sketch,
         )
         unit = torch.ones((), dtype=products.sum_dtype, device=hidden.device)
         if products.dtype == torch.float16 and len(order):  # as a share of the largest, or it would underflow
@@ -122,6 +125,9 @@ class LinearLogprobFunction(torch.autograd.Function):
             )
             products.accumulate(tile, rows, factor_C)
         products.release()
+        if ctx.sketch is not None:
+            assert products.projected is not None
+            ctx.sketch.add(products.projected * unit)
 
         def finish(total, like):
             if total is None:
@@ -135,6 +141,7 @@ class LinearLogprobFunction(torch.autograd.Function):
             bias_grad = torch.zeros_like(bias, dtype=products.sum_dtype)
         inputs = [*(factor.inputs_grad for factor in products.factors), None]
         return (
+            None,
             None,
             None,
             None,
@@ -159,6 +166,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    head_sketch: HeadSketch | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target under the head's distribution, and its entropy, differentiable for any upstream gradient.
 
@@ -185,6 +193,8 @@ def linear_logprob(
         logit_scale: multiplies the products (Cohere, Granite).
         softcap: above 0 (Gemma).
         entropy: whether entropies are wanted.
+        head_sketch: with a trainable head, also shows dL/dlogits projected to a few numbers a token, see
+            ``head_products.HeadSketch``.
 
     Returns:
         logprobs, or (logprobs, entropies): targets' shape, float32 (float64 for float64), in nats.
@@ -193,6 +203,7 @@ def linear_logprob(
         ValueError: shapes, devices or dtypes that don't fit, targets outside the vocabulary, numbers out of range.
     """
     check_head(hidden, weight, targets, bias, low_rank, temperature, logit_scale, softcap)
+    check_head_sketch(head_sketch, weight)
     shape = targets.shape
     low_inputs, low_weight = (None, None) if low_rank is None else low_rank
     logprobs_N, entropies_N = LinearLogprobFunction.apply(
@@ -200,6 +211,7 @@ def linear_logprob(
         Transform(float(temperature), float(logit_scale), softcap),
         entropy,
         torch.is_grad_enabled(),
+        head_sketch,
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from test_trainer_equality import digits, prompts, short
+from transformers import AutoTokenizer
+from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import nanstd
 
 from grpo_kernels import METHODS, normalize_rewards
@@ -162,3 +165,28 @@ def test_unit_rewards_are_of_the_sum_or_of_each_function(method):
     compute_advantages(rewards, weights, 2, method, {}, "normalize_then_sum", states)  # each is in [0, 1]
     with pytest.raises(ValueError, match=r"rewards_PG\[0, 1\] is 2: normalization"):  # 0.5 * 0 + 2 * 1
         compute_advantages(rewards, weights, 2, method, {}, "sum_then_normalize", states)
+
+
+@pytest.mark.parametrize("normalize_advantages", [False, True])
+def test_the_real_rloo_trainer(normalize_advantages, tiny_policy, tmp_path):
+    """Advantages that TRL's ``RLOOTrainer`` made of its own rollouts, from the rewards it logged of them."""
+    trainer = RLOOTrainer(
+        model=str(tiny_policy),
+        reward_funcs=[digits, short],
+        args=RLOOConfig(
+            output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=8,
+            max_steps=2, beta=0.0, normalize_advantages=normalize_advantages, reward_weights=[1.0, 0.5], bf16=False,
+            gradient_checkpointing=False, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
+        ),
+        train_dataset=prompts(32),
+        processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+    )  # fmt: skip
+    trainer.train()
+    rewards = torch.tensor(list(trainer._logs["rewards"].values())).T[-8:]
+    theirs = torch.tensor(list(trainer._logs["advantages"]))[-8:]
+    assert theirs.abs().max() > 0.1
+    ours = compute_advantages(rewards, torch.tensor([1.0, 0.5]), 4, "loo", {}, "sum_then_normalize").advantages
+    assert not rewards.isnan().all(1).any()  # digits scores everything
+    if normalize_advantages:
+        ours = (ours - ours.mean()) / (ours.std() + 1e-4)
+    torch.testing.assert_close(ours.flatten(), theirs, rtol=1e-5, atol=1e-6)

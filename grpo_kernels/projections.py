@@ -1,0 +1,85 @@
+"""How a layer's gradient G (out, in) becomes part of k * k numbers, so that inner products are kept on average.
+
+In two steps, both linear. Each side of ``G = sum_t d_t a_t^T`` is first folded to 4k: every entry gets a random sign,
+and entries that share a place are added (a count sketch; Charikar et al. 2002); a narrower side is left whole. Then the
+(4k, 4k) entries get signs of their own, and are folded to k * k. All layers add into the same k * k numbers; their
+signs are independent, which keeps them apart.
+
+Why not ``R_out^T G R_in`` with R of width k: G has few directions (tokens, heads, LoRA's rank), and each one's length
+then errs by 1/sqrt(k) for its side, not by 1/k. Measured on the built-in policy at k = 64 (8 prompts x 8 answers, 10
+draws), RMSE of the prompts' cosines: 0.031 with random signs, 0.028 with orthogonal columns, and see
+``tests/test_gradient_sketch.py`` for this one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SIDE = 4  # a side is folded to this many times k
+VOCABULARY = 2  # the vocabulary's side, in a matrix product within the fused head, to this many times k
+STREAMS = ("signs out", "signs in", "entries", "vector", "offset", "vocabulary")
+
+
+class Projections:
+    """The random signs of one draw; the same seed gives the same ones in every process, on every device.
+
+    Args:
+        dim: k.
+        seed: of this draw.
+        device: where they are used.
+    """
+
+    def __init__(self, dim: int, seed: int, device: torch.device) -> None:
+        self.dim, self.device = dim, device
+        self.side = SIDE * dim
+        self._seed = seed
+        self._kept: dict[tuple[str, int, int], torch.Tensor] = {}
+
+    def _generator(self, stream: str, number: int) -> torch.Generator:
+        """One stream for every purpose and layer, so that which comes first doesn't matter."""
+        return torch.Generator().manual_seed((self._seed * len(STREAMS) + STREAMS.index(stream)) * 1_000_003 + number)
+
+    def signs(self, stream: str, layer: int, *shape: int) -> torch.Tensor:
+        """+-1 as int8, kept for the step."""
+        key = (stream, layer, shape[0])
+        if key not in self._kept:
+            bits = torch.randint(0, 2, shape, generator=self._generator(stream, layer), dtype=torch.int8)
+            self._kept[key] = (2 * bits - 1).to(self.device)
+        return self._kept[key]
+
+    def fold_side(self, values: torch.Tensor, side: str, layer: int) -> torch.Tensor:
+        """(..., width) to (..., min(width, 4k)): signs, then the blocks of 4k entries on top of one another."""
+        width, step = values.shape[-1], self.side
+        signs = self.signs(f"signs {side}", layer, width).to(values.device, values.dtype)
+        folded = values[..., :step] * signs[:step]
+        for start in range(step, width, step):
+            block = values[..., start : start + step]
+            folded[..., : block.shape[-1]].addcmul_(block, signs[start : start + step])
+        return folded
+
+    def fold_entries(self, blocks: torch.Tensor) -> torch.Tensor:
+        """(S, out, in), both sides folded, to (S, k, k)."""
+        rows, columns = blocks.shape[1:]
+        signs = self.signs("entries", 0, self.side, self.side)[:rows, :columns].to(blocks.device, blocks.dtype)
+        return self._wrap((blocks * signs).flatten(1))
+
+    def fold_vector(self, vector: torch.Tensor, layer: int) -> torch.Tensor:
+        """(S, width) to (S, k, k): signs, and a place of its own for the layer to begin at."""
+        width, slots = vector.shape[-1], self.dim**2
+        signs = self.signs("vector", layer, width).to(vector.device, vector.dtype)
+        offset = int(torch.randint(0, slots, (), generator=self._generator("offset", layer)))
+        return self._wrap(vector * signs).flatten(1).roll(offset, dims=1).view(-1, self.dim, self.dim)
+
+    def _wrap(self, flat: torch.Tensor) -> torch.Tensor:
+        slots = self.dim**2
+        padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % slots))
+        return padded.view(len(flat), -1, slots).sum(1).view(-1, self.dim, self.dim)
+
+    def vocabulary(self, n_words: int, layer: int, dtype: torch.dtype) -> torch.Tensor:
+        """(V, 2k) of +-1/sqrt(2k): a matrix product, since dL/dlogits is only seen tile by tile in the fused head."""
+        width = VOCABULARY * self.dim
+        return self.signs("vocabulary", layer, n_words, width).to(dtype) / width**0.5
+
+    def numbers(self) -> int:
+        """How many signs are kept, a byte each."""
+        return sum(signs.numel() for signs in self._kept.values())
