@@ -340,7 +340,7 @@ class GradientSketch:
             else:
                 left = self._projections.fold_side(d, "out", layer.weight)
             right = self._projections.fold_side(a, "in", layer.weight)
-            rows.add(None, self._projections.fold_entries(rows.outer(left, right)))
+            rows.add(None, self._projections.fold_entries(rows.outer(left, right), layer.weight))
         if layer.bias is not None:
             self._add_vector(layer.bias, rows, rows.sums(d))
 
@@ -355,7 +355,7 @@ class GradientSketch:
         if self.dim:
             left = self._projections.vocabulary(n_words, layer.weight, d.dtype)[ids]
             right = self._projections.fold_side(d, "in", layer.weight)
-            rows.add(None, self._projections.fold_entries(rows.outer(left, right)))
+            rows.add(None, self._projections.fold_entries(rows.outer(left, right), layer.weight))
             return
         one_hot = torch.nn.functional.one_hot(ids, n_words).to(d.dtype)
         rows.add(layer.weight, rows.outer(one_hot, d))
@@ -409,7 +409,7 @@ class GradientSketch:
                     self._add_linear(layer, flat, left, hidden)
                 else:
                     right = projections.fold_side(hidden, "in", weight)
-                    flat.add(None, projections.fold_entries(flat.outer(left, right)))
+                    flat.add(None, projections.fold_entries(flat.outer(left, right), weight))
             except Exception as error:
                 self._fail(layer, error)
 

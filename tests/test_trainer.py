@@ -15,7 +15,15 @@ from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext._version_check import check_trl_version
 
 
-def build(policy, folder, reward_funcs=digits, train_dataset=None, config_class=CurvatureGRPOConfig, **options):
+def build(
+    policy,
+    folder,
+    reward_funcs=digits,
+    train_dataset=None,
+    config_class=CurvatureGRPOConfig,
+    peft_config=None,
+    **options,
+):
     defaults = dict(
         output_dir=str(folder), num_generations=4, per_device_train_batch_size=8, max_completion_length=8, max_steps=2,
         optim="sgd", generation_kwargs={"sequence_bias": [[[1], 5.0]]}, learning_rate=0.02, logging_steps=1,
@@ -28,6 +36,7 @@ def build(policy, folder, reward_funcs=digits, train_dataset=None, config_class=
         args=config_class(**{**defaults, **options}),
         train_dataset=train_dataset or prompts(32),
         processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
+        peft_config=peft_config,
     )
 
 
@@ -281,7 +290,7 @@ def test_a_failing_reward_function_is_named_before_a_step(function, error, messa
 
 
 def test_public_names():
-    assert set(trl_ext.__all__) == {"CurvatureGRPOConfig", "CurvatureGRPOTrainer"}
+    assert set(trl_ext.__all__) == {"CurvatureGRPOConfig", "CurvatureGRPOTrainer", "read_interference"}
     import grpo_kernels
 
     assert set(grpo_kernels.__all__) == {

@@ -34,6 +34,13 @@ class CurvatureGRPOConfig(GRPOConfig):
         fused_loss: the loss and its gradients in one pass over the head (``grpo_kernels.linear_grpo_loss``), and
             log-probs from ``linear_logprob`` where the loss isn't a sum over single tokens. False: TRL's own head.
 
+        interference_every: optimizer steps between two that log how the prompts' gradients interfere, under
+            ``interference/``, ``curvature/``, ``theory/`` and ``phase``, and keep a file of it in the run's folder
+            (``trl_ext.read_interference``). 0: never.
+        interference_dim: k, a sequence's gradient is sketched to k * k numbers (RMSE of a cosine about 1.1 / k). 0:
+            exact, which holds a gradient of the whole model for each sequence: for small models.
+        interference_layers: patterns (``fnmatch``) of layer names; None: every trainable layer that can be tapped.
+
     Raises:
         ValueError: at construction, before a model is loaded: unknown method (lists them) or option, alpha outside
             [0, 1], an invalid ``scale_rewards`` or ``multi_objective_aggregation``.
@@ -54,6 +61,16 @@ class CurvatureGRPOConfig(GRPOConfig):
         default=True, metadata={"help": "Loss and gradients in one pass over the LM head; false: TRL's own head."}
     )
 
+    interference_every: int = field(
+        default=10, metadata={"help": "Log how the prompts' gradients interfere every this many steps; 0: never."}
+    )
+    interference_dim: int = field(
+        default=64, metadata={"help": "Gradients are sketched to the square of this many numbers; 0: exact."}
+    )
+    interference_layers: list[str] | None = field(
+        default=None, metadata={"help": "Patterns of the layers to look at; default: all that are trained."}
+    )
+
     def __post_init__(self) -> None:
         if isinstance(self.normalization_kwargs, str):
             try:
@@ -64,6 +81,10 @@ class CurvatureGRPOConfig(GRPOConfig):
                 ) from None
         super().__post_init__()
         resolve_normalization(self)
+        for name in ("interference_every", "interference_dim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
 
     def to_dict(self) -> dict[str, Any]:
         """As the parent's, for JSON: a function is its name."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,6 +26,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
+from grpo_kernels.head_products import HeadSketch
 
 
 @dataclass
@@ -109,9 +110,17 @@ def read_settings(model: torch.nn.Module) -> HeadSettings:
 
 
 def add_fused_head(
-    model: torch.nn.Module, settings: HeadSettings, completion_mask: CompletionMask, *, entropy: bool
+    model: torch.nn.Module,
+    settings: HeadSettings,
+    completion_mask: CompletionMask,
+    *,
+    entropy: bool,
+    head_sketch: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], HeadSketch | None] = lambda *_: None,
 ) -> None:
-    """Patches ``model.forward``, the model without adapters' wrapper around it, as the module's docstring says."""
+    """Patches ``model.forward``, the model without adapters' wrapper around it, as the module's docstring says.
+
+    ``head_sketch`` (head, hidden_NH, sequence_N) gives what the kernels take under that name.
+    """
     inner_forward = model.forward
 
     # the signature stays: `generate` checks its arguments against it
@@ -143,7 +152,7 @@ def add_fused_head(
         with autocast, gathered_head(head, hidden_NH, keep=grpo_inputs is None) as (weight, bias, low_rank):
             # with the model split over devices the backbone can end on another one than the head's
             hidden_NH, targets_N = hidden_NH.to(weight.device), targets_N.to(weight.device)
-            options = {
+            options: dict[str, Any] = {
                 "bias": bias,
                 "low_rank": low_rank,
                 "temperature": settings.temperature,
@@ -152,6 +161,7 @@ def add_fused_head(
             }
             if grpo_inputs is not None:
                 grpo_inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(weight.device), grpo_inputs)
+                options["head_sketch"] = head_sketch(head, hidden_NH, grpo_inputs["sequence_N"])
                 out = linear_grpo_loss(hidden_NH, weight, targets_N, **grpo_inputs, **options)
                 return FusedGRPOOutput(
                     loss=out.loss,
@@ -162,6 +172,7 @@ def add_fused_head(
                     advantages=out.advantages,
                     aux_loss=aux_loss,
                 )
+            options["head_sketch"] = head_sketch(head, hidden_NH, mask.nonzero()[:, 0])
             out = linear_logprob(hidden_NH, weight, targets_N, entropy=entropy, **options)
         logprobs_N, entropies_N = out if entropy else (out, None)
 

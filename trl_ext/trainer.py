@@ -35,6 +35,7 @@ from .advantages import (
 from .config import resolve_normalization
 from .fused_head import CompletionMask, add_fused_head, head_adapter, head_adapters_allowed, read_settings
 from .fused_loss import live_mask, one_pass_loss, why_not_one_pass
+from .interference import InterferenceLog
 from .normalization_state import make_state, restore_states
 from .reward_checks import checked_reward
 from .token_weights import live_tokens, micro_batch_token_weights, token_weights
@@ -49,6 +50,11 @@ def prompt_key(prompt: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def prompt_text(prompt: Any) -> str:
+    """What the user said: the last message of a conversation."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
 class RestoreState(TrainerCallback):
     """When training starts, a trainer takes up the state it has saved in the checkpoint it resumes from."""
 
@@ -57,6 +63,8 @@ class RestoreState(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(STATE_NAME)
+        if saved is not None:
+            self.trainer._interference.load_state_dict(saved["interference"])
         if saved is not None and not restore_states(self.trainer._normalization_states, saved["normalization"]):
             logger.warning(
                 "The checkpoint was saved with another normalization, reward functions or multi_objective_aggregation: "
@@ -75,9 +83,11 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     * ``_generate_and_score_completions``: replaces TRL's advantages, also in the logged table, by
       ``normalization``'s, logs ``normalization/...``, and adds to the per-sequence dict: ``prompt_id`` (B,) int64,
       the group's number in the generation batch, the same on every process; ``group_position`` (B,) int64, in
-      [0, G); ``group_rewards`` (B, G), the weighted rewards of the sequence's whole group, NaN where unscorable;
-      ``token_weight`` (B,), see ``token_weights.py``; ``made_advantages`` (B,), a copy of the advantages, by which a
-      subclass's own are noticed.
+      [0, G); ``prompt_key`` (B,) int64, the same whenever the prompt comes back; ``group_rewards`` (B, G), the
+      weighted rewards of the sequence's whole group, NaN where unscorable; ``token_weight`` (B,), see
+      ``token_weights.py``; ``made_advantages`` (B,), a copy of the advantages, by which a subclass's own are noticed.
+    * ``training_step`` and ``compute_loss``: every ``interference_every`` optimizer steps each sequence's gradient is
+      sketched on the way, and ``interference/...``, ``curvature/...``, ``theory/...`` and ``phase`` are logged.
     * ``_prepare_inputs``: adds ``token_weight`` for ``loss_type="bnpo"``, which only a micro-batch can know.
     * ``_compute_loss``: with ``fused_loss`` the loss in one pass over our head, where it is a sum over single tokens;
       else the parent's, on log-probs of our head, which is said once in the log. A subclass that overrides it keeps
@@ -133,6 +143,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._completion_mask = CompletionMask()
         self._tool_mask_BT: torch.Tensor | None = None
         self._said: set[str] = set()
+        self._interference = InterferenceLog(self)
         if fused:
             self._add_fused_heads()
 
@@ -144,7 +155,13 @@ class CurvatureGRPOTrainer(GRPOTrainer):
                 raise ValueError("cast_lm_head_to_fp32=True can't be used with an adapter on lm_head")
             head_adapter(head, torch.zeros(1, head.get_base_layer().in_features, device=self.model.device))  # refuses
         settings = read_settings(base)
-        add_fused_head(base, settings, self._completion_mask, entropy=True)
+        add_fused_head(
+            base,
+            settings,
+            self._completion_mask,
+            entropy=True,
+            head_sketch=lambda *of_head: self._interference.head_sketch(*of_head),
+        )
         if self.ref_model is not None:
             add_fused_head(
                 self.accelerator.unwrap_model(self.ref_model), settings, self._completion_mask, entropy=False
@@ -200,6 +217,14 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         output["prompt_id"] = (position_B // num_generations)[local]
         output["group_position"] = (position_B % num_generations)[local]
         output["group_rewards"] = rewards_PG[output["prompt_id"]]
+        output["prompt_key"] = self._gathered_keys_B[local]
+        if mode == "train":
+            self._interference.prompt_texts = {
+                key: prompt_text(prompt)
+                for key, prompt in zip(
+                    self._gathered_keys_B.tolist(), list(self._logs["prompt"])[-len(rewards_BF) :], strict=False
+                )
+            }
         weights_B = token_weights(
             live_tokens(output),
             self.loss_type,
@@ -256,10 +281,25 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         for state in self._normalization_states:
             state.observe_curvature(prompt_id_P, curvature_P)
 
+    def compute_loss(self, model, inputs, *rest, **kwargs):
+        self._interference.rows(inputs)
+        return super().compute_loss(model, inputs, *rest, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._interference.before_micro_batch()
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except BaseException:
+            self._interference.abandon()
+            raise
+        self._interference.after_micro_batch(last=self.accelerator.sync_gradients)
+        return loss
+
     def _save_checkpoint(self, model, trial):
         # written with trainer_state.json, the last file of a checkpoint: it is there whenever the checkpoint is whole
         self.state.stateful_callbacks[STATE_NAME] = {
-            "normalization": [state.state_dict() for state in self._normalization_states]
+            "normalization": [state.state_dict() for state in self._normalization_states],
+            "interference": self._interference.state_dict(),
         }
         super()._save_checkpoint(model, trial)
 

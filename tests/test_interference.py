@@ -1,0 +1,219 @@
+"""Interference logged by the trainer: the files and metrics of real runs, and that it changes nothing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import build, digits, prompts
+from test_two_processes import run
+
+import trl_ext.interference as interference
+from trl_ext import read_interference
+
+
+def unit(completion_ids, **kwargs):
+    return [(len(ids) % 5) / 4 for ids in completion_ids]
+
+
+LOGGED = {"interference_every": 1, "num_generations": 4, "per_device_train_batch_size": 16, "max_steps": 2}
+
+
+def lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+
+
+def gradients_by_backward(trainer, inputs):
+    """(B, parameters): one backward of the trainer's own loss for each sequence, all others' weight 0."""
+    rows = []
+    for i in range(len(inputs["prompt_ids"])):
+        alone = dict(inputs)
+        keep = torch.zeros(len(inputs["advantages"]))
+        keep[i] = 1
+        alone["advantages"] = inputs["advantages"] * keep
+        alone["made_advantages"] = torch.full_like(keep, 7.0)  # not the batch's own: the kernel takes ours
+        trainer.model.zero_grad()
+        trainer._compute_loss(trainer.model, alone).backward()
+        parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+        rows.append(
+            torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten().clone() for p in parameters])
+        )
+    trainer.model.zero_grad()
+    return torch.stack(rows).double()
+
+
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])  # in one pass; TRL's loss on our head
+def test_exact_mode_is_one_backward_for_each_sequence(loss_type, peft_config, tiny_policy, tmp_path):
+    trainer = build(
+        tiny_policy, tmp_path, unit, interference_dim=0, loss_type=loss_type, gradient_accumulation_steps=2,
+        per_device_train_batch_size=8, interference_every=1, max_steps=1, peft_config=peft_config, learning_rate=0.0,
+    )  # fmt: skip
+    seen = []
+    compute = trainer._compute_loss
+
+    def keep(model, inputs):
+        seen.append(
+            {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        )
+        return compute(model, inputs)
+
+    trainer._compute_loss = keep
+    trainer.train()
+    trainer._compute_loss = compute
+    record = read_interference(tmp_path)[0]
+    trainer.current_gradient_accumulation_steps = 2
+    truth = torch.cat([gradients_by_backward(trainer, inputs) for inputs in seen])
+    gram = (truth @ truth.T).numpy()
+    assert np.linalg.norm(record.gram_BB - gram) <= 1e-5 * np.linalg.norm(gram)
+    assert (np.diag(gram) > 0).sum() > 8
+    metrics = record.metrics
+    assert metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-4)
+    assert metrics["interference/coverage"] == pytest.approx(1, abs=1e-6)
+    if loss_type == "vespo":
+        assert record.coefficient_B is None and "curvature/fisher_trace_mean" not in metrics
+        return
+    # the coefficients: u_i = c_i s_i, and s_i doesn't know the reward
+    scores = truth[torch.from_numpy(record.coefficient_B) != 0]
+    assert (np.sign(record.coefficient_B) == -np.sign(torch.cat([i["advantages"] for i in seen]).numpy())).all()
+    assert scores.norm(dim=1).min() > 0
+    assert metrics["curvature/fisher_trace_mean"] > 0
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "sapo", "dr_grpo", "luspo"])
+def test_coefficients_are_in_front_of_the_score(loss_type, tiny_policy, tmp_path):
+    """u_i / c_i is the gradient of the sequence's log-prob, made by plain autograd."""
+    trainer = build(
+        tiny_policy, tmp_path, unit, interference_dim=0, interference_every=1, max_steps=1, loss_type=loss_type,
+        learning_rate=0.0,
+    )  # fmt: skip
+    seen = []
+    compute = trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: (seen.append(inputs), compute(model, inputs))[1]
+    trainer.train()
+    inputs, record = seen[0], read_interference(tmp_path)[0]
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    live = inputs["completion_mask"].float()
+    rows = []
+    for i in range(len(ids)):
+        trainer.model.zero_grad()
+        logits = trainer.model(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1]).logits[:, :-1].float()
+        logp = logits.log_softmax(-1).gather(-1, ids[i : i + 1, 1:, None])[0, :, 0]
+        (logp[-live.shape[1] :] * live[i]).sum().backward()
+        rows.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    scores = torch.stack(rows).double()
+    coefficient = torch.from_numpy(record.coefficient_B)
+    gram = coefficient[:, None] * (scores @ scores.T) * coefficient
+    assert np.linalg.norm(record.gram_BB - gram.numpy()) <= 1e-4 * gram.norm().item()
+
+
+def parameters_after(policy, folder, **options):
+    trainer = build(policy, folder, unit, max_steps=3, **options)
+    trainer.train()
+    return [p.detach().clone() for p in trainer.model.parameters()], trainer.state.log_history
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_training_is_bit_equal_with_logging_on_off_and_failing(
+    gradient_checkpointing, tiny_policy, tmp_path, monkeypatch
+):
+    said = []
+    monkeypatch.setattr(interference.logger, "warning", lambda text, *args, **kwargs: said.append(text))
+    options = {"gradient_checkpointing": gradient_checkpointing}
+    off, _ = parameters_after(tiny_policy, tmp_path / "off", interference_every=0, **options)
+    on, log = parameters_after(tiny_policy, tmp_path / "on", interference_every=1, **options)
+    assert all(torch.equal(a, b) for a, b in zip(off, on, strict=True))
+    assert len(read_interference(tmp_path / "on")) == 3 and not said
+    assert all("interference/sketch_check" in entry for entry in log if "reward" in entry)
+
+    def broken(*args, **kwargs):
+        raise MemoryError("no room")
+
+    failing = {
+        "a layer": ("grpo_kernels.gradient_sketch._Rows.outer", "MemoryError: no room"),
+        "the metrics": ("trl_ext.interference.interference_metrics", "Interference isn't logged from here on"),
+        "the file": ("trl_ext.interference.write_step", "without its files"),
+        "the taps": ("trl_ext.interference.GradientSketch.open", "Interference isn't logged from here on"),
+    }
+    for name, (place, message) in failing.items():
+        said.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(place, broken)
+            failed, _ = parameters_after(tiny_policy, tmp_path / name, interference_every=1, **options)
+        assert all(torch.equal(a, b) for a, b in zip(off, failed, strict=True)), name
+        assert any(message in text for text in said), (name, said)
+        assert len(said) == len(set(said)), name
+
+
+def test_logged_at_its_interval_and_read_back(tiny_policy, tmp_path):
+    trainer = build(
+        tiny_policy, tmp_path, unit, **{**LOGGED, "interference_every": 2, "max_steps": 5}, logging_steps=1
+    )  # fmt: skip
+    trainer.train()
+    records = read_interference(tmp_path)
+    assert [record.step for record in records] == [0, 2, 4]
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert ["interference/coverage" in entry for entry in logs] == [True, False, True, False, True]
+    first = records[0]
+    assert first.gram_BB.shape == (16, 16) and first.gram_PP.shape == (4, 4)
+    assert logs[0]["interference/coverage"] == pytest.approx(first.metrics["interference/coverage"])
+    questions = {row[0]["content"] for row in prompts(32)["prompt"]}
+    assert len(set(first.prompt_text_P)) == 4 and set(first.prompt_text_P) <= questions
+    assert first.metrics["interference/sketch_check"] == pytest.approx(1, abs=0.2)
+    assert len(set(first.prompt_key_P.tolist())) == 4
+
+
+def test_adaptive_follows_what_is_measured(tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path, unit, normalization="adaptive", **LOGGED)
+    trainer.train()
+    assert 0 <= trainer._normalization_states[0].orthogonality <= 1
+    curved = build(tiny_policy, tmp_path, unit, normalization="curvature", **LOGGED)
+    curved.train()
+    assert curved._normalization_states[0].ready
+
+
+def test_phase_and_constant_are_saved(tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path, unit, **LOGGED, save_strategy="steps", save_steps=1)
+    trainer.train()
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["CurvatureGRPOTrainer"]["interference"]
+    assert saved == trainer._interference.state_dict() and saved["speedup"]["steps"] == 2
+    again = build(tiny_policy, tmp_path, unit, **{**LOGGED, "max_steps": 3})
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again._interference.speedup.steps == 3
+
+
+def test_two_processes_see_what_one_does(tiny_policy, tmp_path):
+    options = {"interference_every": 1, "interference_dim": 16, "loss_type": "grpo"}
+    one = run(1, tiny_policy, tmp_path / "one", **options)[0]
+    run(2, tiny_policy, tmp_path / "two", **options)
+    ours, theirs = read_interference(tmp_path / "two"), read_interference(tmp_path / "one")
+    assert len(ours) == len(theirs) == 3 and one["logs"]
+    for record, whole in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(record.prompt_key_P, whole.prompt_key_P)
+        np.testing.assert_allclose(record.gram_PP, whole.gram_PP, rtol=1e-3, atol=1e-4 * np.abs(whole.gram_PP).max())
+        assert record.metrics["interference/sketch_check"] == pytest.approx(
+            whole.metrics["interference/sketch_check"], rel=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interference_dim": -1}, "interference_dim=-1 must be a whole number"),
+        ({"interference_every": 1.5}, "interference_every=1.5 must be a whole number"),
+        ({"interference_layers": ["*q_prj"]}, r"'\*q_prj' matches none of the layers model.embed_tokens, model"),
+    ],
+)
+def test_bad_input_is_named_before_training(options, message, tiny_policy, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build(tiny_policy, tmp_path, digits, **options)
+
+
+def test_layers_can_be_chosen(tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path, unit, interference_layers=["*mlp*"], train_dataset=prompts(8), **LOGGED)
+    trainer.train()
+    assert 0 < read_interference(tmp_path)[0].metrics["interference/coverage"] < 0.9
