@@ -1,0 +1,265 @@
+"""grpo_kernels.gradient_sketch on small real transformers: exact, and sketched without bias."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from grpo_kernels import linear_grpo_loss, linear_logprob
+from grpo_kernels.gradient_sketch import GradientSketch
+from grpo_kernels.head_products import HeadSketch
+from grpo_kernels.sketch_error import predicted_rmse
+
+WORDS, POSITIONS, ROWS = 97, 11, 6
+MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}  # Qwen3: norms of heads
+
+
+def make_model(kind="llama", tie=True, lora=False, bias=True):
+    torch.manual_seed(0)
+    model_class, config_class = MODELS[kind]
+    model = model_class(
+        config_class(
+            vocab_size=WORDS, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, attention_bias=bias, tie_word_embeddings=tie,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    return model
+
+
+def batch():
+    torch.manual_seed(1)
+    ids = torch.randint(0, WORDS, (ROWS, POSITIONS))
+    mask = torch.ones(ROWS, POSITIONS, dtype=torch.long)
+    mask[0, :3] = mask[3, :5] = 0  # left padding
+    return ids, mask
+
+
+WEIGHTS = torch.tensor([1.0, -0.5, 0.25, 2.0, -1.0, 0.75])
+
+
+def loss_of(model, ids, mask, weights):
+    logp = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
+    chosen = logp.gather(-1, ids[:, 1:, None])[..., 0] * (mask[:, 1:] * mask[:, :-1])
+    return (chosen.sum(1) * weights).sum()
+
+
+def one_backward_each(model):
+    """(B, parameters) float64."""
+    ids, mask = batch()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for i in range(ROWS):
+        alone = torch.where(torch.arange(ROWS) == i, WEIGHTS, 0.0)
+        gradients = torch.autograd.grad(loss_of(model, ids, mask, alone), parameters)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return torch.stack(rows).double()
+
+
+def record(model, dim, seed=0, parts=((0, 4), (4, 6)), backward=True, **arguments):
+    sketch = GradientSketch(model, dim, **arguments)
+    ids, mask = batch()
+    try:
+        with sketch.step(seed) as recorded:
+            for start, stop in parts:
+                chosen = slice(start, stop)
+                with sketch.rows(torch.arange(ROWS)[chosen] // 2):
+                    loss_of(model, ids[chosen], mask[chosen], WEIGHTS[chosen]).backward()
+    finally:
+        sketch.close()
+    return recorded[0]
+
+
+def assert_gram(got, truth, tolerance=1e-5):
+    gram = truth @ truth.T
+    assert (got - gram).norm() <= tolerance * gram.norm()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kind", MODELS)
+def test_exact_is_one_backward_for_each_sequence(kind, tie, lora):
+    model = make_model(kind, tie, lora)
+    recorded = record(model, 0)
+    assert_gram(recorded.gram(), one_backward_each(model))
+    assert recorded.prompt_B.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    model = make_model()
+    truth = one_backward_each(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    assert_gram(record(model, 0).gram(), truth)
+
+
+def test_packed_rows():
+    """Two sequences in a row, kept apart by a block-diagonal mask: each position's sequence is told."""
+    model = make_model()
+    torch.manual_seed(2)
+    ids = torch.randint(0, WORDS, (2, 12))
+    sequence = torch.tensor([[0] * 5 + [1] * 7, [2] * 8 + [-1] * 4])
+    allowed = (sequence[:, :, None] == sequence[:, None, :]) & torch.ones(12, 12, dtype=torch.bool).tril()
+    mask = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
+    position = torch.tensor([[*range(5), *range(7)], [*range(8), *range(4)]])
+    same = (sequence[:, 1:] == sequence[:, :-1]) & (sequence[:, 1:] >= 0)
+
+    def loss(weights_S):
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=position).logits[:, :-1]
+        logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return (logp * same * weights_S[sequence[:, 1:].clamp(min=0)]).sum()
+
+    parameters = list(model.parameters())
+    truth = torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(loss(torch.eye(3)[s]), parameters)]) for s in range(3)]
+    ).double()
+    sketch = GradientSketch(model, 0)
+    with sketch.step(0) as recorded, sketch.rows(torch.tensor([7, 7, 9]), sequence):
+        loss(torch.ones(3)).backward()
+    assert_gram(recorded[0].gram(), truth)
+    assert recorded[0].prompt_B.tolist() == [7, 7, 9]
+
+
+def test_autocast_and_half_precision():
+    model = make_model()
+    truth = one_backward_each(model)
+    sketch = GradientSketch(model, 0)
+    ids, mask = batch()
+    with sketch.step(0) as recorded, sketch.rows(torch.arange(ROWS)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(model, ids, mask, WEIGHTS)
+        loss.backward()
+    assert_gram(recorded[0].gram(), truth, 0.05)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_sketched_inner_products_are_unbiased(lora):
+    """Over draws of the signs the mean of each inner product is the true one, within four standard errors."""
+    model = make_model(lora=lora)
+    truth = one_backward_each(model)
+    gram = truth @ truth.T
+    grams, predicted = [], []
+    for seed in range(48):
+        recorded = record(model, 16, seed)
+        grams.append(recorded.gram())
+        predicted.append(predicted_rmse(recorded.sketch, torch.arange(ROWS)))
+    grams = torch.stack(grams)
+    standard_error = grams.std(0) / len(grams) ** 0.5
+    assert ((grams.mean(0) - gram).abs() <= 4 * standard_error + 1e-9 * gram.abs().max()).all()
+
+    def cosines(gram_BB):
+        norm = gram_BB.diagonal(dim1=-2, dim2=-1).sqrt()
+        cosine = gram_BB / norm[..., :, None] / norm[..., None, :]
+        return cosine[..., *torch.triu_indices(ROWS, ROWS, 1)]
+
+    observed = (cosines(grams) - cosines(gram)).square().mean().sqrt().item()
+    expected = (sum(p**2 for p in predicted) / len(predicted)) ** 0.5
+    assert expected == pytest.approx(observed, rel=0.25)
+    assert observed < 1.6 / 16
+
+
+def test_the_sketch_adds_over_micro_batches_and_draws_differ():
+    model = make_model()
+    whole, parts = record(model, 8, parts=((0, 6),)), record(model, 8, parts=((0, 1), (1, 3), (3, 6)))
+    torch.testing.assert_close(parts.sketch, whole.sketch, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(record(model, 8, seed=1).sketch, whole.sketch, atol=1e-2)
+    torch.testing.assert_close(record(model, 8, parts=((0, 6),)).sketch, whole.sketch)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_nothing_else_changes(lora):
+    """Gradients with taps are those without, bit for bit."""
+    model = make_model(lora=lora)
+    ids, mask = batch()
+    loss_of(model, ids, mask, WEIGHTS).backward()
+    plain = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    for layers in (None, ["*q_proj*", "*norm"] if not lora else ["*lora_A*"]):
+        model.zero_grad()
+        record(model, 8, parts=((0, 6),), layers=layers)
+        tapped = [p.grad for p in model.parameters() if p.requires_grad]
+        assert all(torch.equal(a, b) for a, b in zip(plain, tapped, strict=True))
+
+
+def test_memory_does_not_grow_with_depth():
+    """B k k numbers a step, and signs: a byte for each feature of a layer and 16 k k for all."""
+    sizes = []
+    for layers in (2, 4):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=WORDS, hidden_size=64, intermediate_size=112, num_hidden_layers=layers,
+                        num_attention_heads=4, num_key_value_heads=2)
+        )  # fmt: skip
+        sketch = GradientSketch(model, 8)
+        ids, mask = batch()
+        sketch.open(0)
+        sketch.set_rows(torch.arange(ROWS))
+        loss_of(model, ids, mask, WEIGHTS).backward()
+        assert [tuple(x.shape) for x in sketch._rows.total.values()] == [(ROWS, 8, 8)]
+        sizes.append(sketch._projections.numbers())
+    features = 2 * (4 * 64 + 2 * (64 + 32) - 0) + 2 * 3 * (64 + 112) + 4 * 64  # of two more layers
+    assert sizes[1] - sizes[0] <= features
+
+
+def test_head_sketch_of_the_fused_losses():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(33, 16, requires_grad=True)
+    targets, sequence = torch.randint(0, 33, (7,)), torch.tensor([0, 0, 1, 1, 1, 2, 2])
+    advantages, weights = torch.tensor([1.0, 0.0, -2.0]), torch.full((3,), 0.5)
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    (-3 * 0.5 * (advantages[sequence] * (logp - logp.detach()).exp()).sum()).backward()
+    for projection in (None, torch.randn(33, 5)):
+        want = logits.grad if projection is None else logits.grad @ projection
+        got = []
+        out = linear_grpo_loss(
+            hidden, weight, targets, sequence, advantages, weights, head_sketch=HeadSketch(projection, got.append)
+        )
+        (3 * out.loss).backward()
+        logp = linear_logprob(hidden, weight, targets, head_sketch=HeadSketch(projection, got.append))
+        (-3 * 0.5 * (advantages[sequence] * (logp - logp.detach()).exp()).sum()).backward()
+        for projected in got:
+            torch.testing.assert_close(projected, want, rtol=1e-4, atol=1e-5)
+        assert len(got) == 2
+    with pytest.raises(ValueError, match=r"head_sketch.projection has shape \(32, 5\): expected \(33, k\)"):
+        linear_logprob(hidden, weight, targets, head_sketch=HeadSketch(torch.randn(32, 5), got.append))
+    with pytest.raises(ValueError, match="weight doesn't require a gradient"):
+        linear_logprob(hidden, weight.detach(), targets, head_sketch=HeadSketch(None, got.append))
+
+
+def test_bad_input_is_named():
+    model = make_model()
+    ids, mask = batch()
+    with pytest.raises(ValueError, match="dim=-1 must be a whole number"):
+        GradientSketch(model, -1)
+    with pytest.raises(ValueError, match=r"'\*qproj' matches none of the layers model.embed_tokens, model.layers.0"):
+        GradientSketch(model, 4, layers=["*qproj"])
+    with pytest.raises(ValueError, match="nothing to tap"):
+        GradientSketch(model.requires_grad_(False), 4)
+    model.requires_grad_(True)
+    sketch = GradientSketch(model, 4)
+    with pytest.raises(ValueError, match="outside a step"), sketch.rows(torch.arange(ROWS)):
+        pass
+    with pytest.raises(ValueError, match="no step is open"):
+        sketch.take()
+    with pytest.raises(ValueError, match="no rows were told"), sketch.step(0):
+        pass
+    with (
+        pytest.raises(ValueError, match="prompt ids of the wrong length"),
+        sketch.step(0),
+        sketch.rows(torch.arange(5)),
+    ):
+        loss_of(model, ids, mask, WEIGHTS).backward()
+    with pytest.raises(ValueError, match="prompt ids must be an integer tensor"), sketch.step(0):
+        sketch.set_rows(torch.ones(6))
+    with pytest.raises(ValueError, match=r"values in \[-1, 2\)"), sketch.step(0):
+        sketch.set_rows(torch.arange(2), torch.full((1, 4), 2))
+    with sketch.step(0):
+        sketch.set_rows(torch.arange(ROWS))
+        with pytest.raises(ValueError, match="a step is open already"):
+            sketch.open(1)
