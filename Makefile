@@ -1,6 +1,7 @@
 # Two commands on a bare machine: `make demo` and `make test`. VENV and PYTHON can be set: make test VENV=/tmp/env
 VENV ?= .venv
 PYTHON ?= python3
+JOBS ?= 2  # test processes, of one thread each
 BIN = $(VENV)/bin
 
 .PHONY: demo test bench gpu check
@@ -20,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/accelerate launch examples/math.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
