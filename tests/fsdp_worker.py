@@ -1,4 +1,4 @@
-"""FSDP2 on two gloo processes, for test_fused_trainer.py: our head inside a sharded model against the whole model."""
+"""FSDP2 on two gloo processes, for test_fused_trainer.py: our head and the sketch, sharded against whole."""
 
 import sys
 import time
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from grpo_kernels.gradient_sketch import GradientSketch
 from trl_ext.fused_head import CompletionMask, add_fused_head, read_settings
 
 
@@ -18,11 +19,21 @@ def with_our_head(folder, tied):
     torch.manual_seed(0)  # an untied head is made anew
     model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=tied)
     add_fused_lm_head(model, temperature=0.9, outputs=("log_probs", "entropy"))
-    add_fused_head(model, read_settings(model), CompletionMask(), entropy=True)
+    add_fused_head(
+        model, read_settings(model), CompletionMask(), entropy=True, head_sketch=lambda *of: model.taps.head_sketch(*of)
+    )
     return model
 
 
 def backward(model, ids, advantages):
+    """Also returns each sequence's sketch."""
+    model.taps = GradientSketch(model, 16)
+    with model.taps.step(seed=3) as recorded, model.taps.rows(torch.arange(len(ids))):
+        backward_pass(model, ids, advantages)
+    return recorded[0].sketch
+
+
+def backward_pass(model, ids, advantages):
     labels = ids.clone()
     labels[:, :3] = -100
     count = ids.shape[1] - 3
@@ -44,7 +55,7 @@ def main(folder):
     ids, advantages = torch.randint(4, 100, (4, 9)), torch.tensor([1.0, -1.0, 0.0, 0.5])
     for tied in (True, False):
         whole = with_our_head(folder, tied)
-        backward(whole, ids, advantages)
+        sketch = backward(whole, ids, advantages)
         expected = {name: parameter.grad for name, parameter in whole.named_parameters()}
         model = with_our_head(folder, tied)
         for layer in model.model.layers:
@@ -53,7 +64,8 @@ def main(folder):
             fully_shard(model.lm_head, mesh=mesh)
         fully_shard(model, mesh=mesh)
         half = slice(2 * rank, 2 * rank + 2)
-        backward(model, ids[half], advantages[half])
+        torch.testing.assert_close(backward(model, ids[half], advantages[half]), sketch[half], rtol=1e-3, atol=1e-4)
+        assert sketch[2 * rank].norm() > 0.1
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)
             # FSDP averages over processes; the losses here are sums over each process's sequences
