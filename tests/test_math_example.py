@@ -33,7 +33,7 @@ def environment(**extra):
             "TRITON_INTERPRET": "0", **extra}  # fmt: skip
 
 
-def launch(*arguments, processes=1, cwd=ROOT, script="examples/math.py", timeout=400, check=True, **extra):
+def launch(*arguments, processes=1, cwd=ROOT, script="examples/math.py", timeout=1200, check=True, **extra):
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     configuration = ROOT / "examples" / "accelerate" / ("cpu.yaml" if processes == 1 else "cpu_two_processes.yaml")
     command = [accelerate, "launch", "--config_file", str(configuration)]
