@@ -561,11 +561,8 @@ def test_autocast_is_linears():
         logprobs = linear_logprob(tensors["hidden"], tensors["weight"], data["targets"])
         logits = torch.nn.functional.linear(tensors["hidden"], tensors["weight"])
     assert logits.dtype == torch.bfloat16 and logprobs.dtype == torch.float32
-    if not head_products.native_half(
-        torch.bfloat16, torch.device("cpu")
-    ):  # products of half operands are then made in float32
-        operands = [tensors[name].bfloat16().float() for name in ("hidden", "weight")]
-        logits = torch.nn.functional.linear(*operands)
+    if not head_products.native_half(torch.bfloat16, torch.device("cpu")):  # products are made in float32 then
+        logits = torch.nn.functional.linear(tensors["hidden"], tensors["weight"])
     expected = logits.float().log_softmax(-1).gather(1, data["targets"][:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
 
