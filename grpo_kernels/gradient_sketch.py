@@ -156,6 +156,8 @@ class GradientSketch:
     ) -> None:
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 0:
             raise ValueError(f"dim={dim!r} must be a whole number, 0 (exact) or more")
+        if layers is not None and (not isinstance(layers, list | tuple) or not all(isinstance(x, str) for x in layers)):
+            raise ValueError(f"layers={layers!r} must be a list of patterns of layer names, or None")
         self.dim, self.strict, self._on_error = dim, strict, on_error
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._numbers = {id(parameter): number for number, parameter in enumerate(self._parameters)}
@@ -255,8 +257,10 @@ class GradientSketch:
             got = f"{tuple(prompt_S.shape)} of {prompt_S.dtype}" if isinstance(prompt_S, torch.Tensor) else prompt_S
             raise ValueError(f"prompt ids must be an integer tensor (S,), got {got}")
         if sequence_RT is not None:
-            if sequence_RT.ndim != 2 or sequence_RT.is_floating_point():
-                raise ValueError(f"sequence_RT must be integers (R, T), got {tuple(sequence_RT.shape)}")
+            right = isinstance(sequence_RT, torch.Tensor) and sequence_RT.ndim == 2
+            if not right or sequence_RT.is_floating_point():
+                given = tuple(sequence_RT.shape) if isinstance(sequence_RT, torch.Tensor) else sequence_RT
+                raise ValueError(f"sequence_RT must be an integer tensor (R, T), got {given}")
             if sequence_RT.numel() and not -1 <= int(sequence_RT.min()) <= int(sequence_RT.max()) < len(prompt_S):
                 raise ValueError(f"sequence_RT must hold values in [-1, {len(prompt_S)}): prompt ids are for that many")
         n_rows = len(prompt_S) if sequence_RT is None else len(sequence_RT)

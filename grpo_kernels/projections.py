@@ -8,7 +8,7 @@ signs are independent, which keeps them apart.
 Why not ``R_out^T G R_in`` with R of width k: G has few directions (tokens, heads, LoRA's rank), and each one's length
 then errs by 1/sqrt(k) for its side, not by 1/k. Measured on the built-in policy at k = 64 (8 prompts x 8 answers, 20
 draws), RMSE of the prompts' cosines: 0.031 with random signs in R, 0.028 with orthogonal columns, 0.018 folded; with
-LoRA (r = 8) 0.040, 0.037 and 0.019.
+LoRA (r = 8) 0.040, 0.037 and 0.011.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Projections:
 
     def _wrap(self, flat: torch.Tensor, layer: int) -> torch.Tensor:
         """Blocks of k * k numbers on top of one another; each layer begins at a place of its own, lest small ones
-        share theirs (LoRA on the built-in policy: RMSE of a cosine 0.015 instead of 0.02)."""
+        share theirs (LoRA of rank 8 on the built-in policy: RMSE of a cosine 0.011 instead of 0.019)."""
         slots = self.dim**2
         offset = int(torch.randint(0, slots, (), generator=self._generator("offset", layer)))
         padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % slots))

@@ -1,7 +1,6 @@
 """examples/ablation.py: its arithmetic by hand-worked numbers, and the script as users run it."""
 
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_math_example import load_script
 
 from trl_ext.tasks import ablation_runs
 from trl_ext.tasks.ablation_plot import mean_curve
@@ -34,14 +34,6 @@ from trl_ext.tasks.ablation_results import (
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "ablation.py"
 INF = math.inf
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("ablation_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ablation_example"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_of(method, accuracies, *, learning_rate=1e-4, seed=0, sigmas=(None, 0.3, 0.3)):
@@ -263,7 +255,7 @@ def test_mean_curve():
     ],
 )
 def test_bad_input_ends_before_anything_is_trained(arguments, message, tmp_path, monkeypatch):
-    script = load_script()
+    script = load_script(SCRIPT)
     monkeypatch.setattr(ablation_runs, "Workers", lambda *args, **kwargs: pytest.fail("got as far as the workers"))
     if "--output_dir" not in arguments:
         arguments = [*arguments, "--output_dir", str(tmp_path)]
@@ -273,14 +265,14 @@ def test_bad_input_ends_before_anything_is_trained(arguments, message, tmp_path,
 
 
 def test_matplotlib_is_asked_for_before_anything_is_trained(tmp_path, monkeypatch):
-    script = load_script()
+    script = load_script(SCRIPT)
     monkeypatch.setattr(script, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"the plot needs matplotlib: pip install -e '.\[report\]'"):
         script.main(["--output_dir", str(tmp_path)])
 
 
 def test_runs_differ_in_method_learning_rate_and_seed_alone(tmp_path):
-    script = load_script()
+    script = load_script(SCRIPT)
     options = script.parse_arguments([])
     one, other = (script.run_settings(options, *run) for run in (("std", 1e-4, 0), ("power:alpha=0.5", 2e-4, 1)))
     different = {name for name in one["training"] if one["training"][name] != other["training"][name]}
@@ -334,7 +326,7 @@ def test_the_script(tiny_policy, tmp_path):
     before = {file: (file.stat().st_mtime_ns, file.read_text()) for file in files}
     broken = next(file for file in files if file.name.startswith("power-alpha=0.5") and "seed1" in file.name)
     broken.write_text(before[broken][1][: len(before[broken][1]) // 2])  # cut off
-    script = load_script()
+    script = load_script(SCRIPT)
     options = script.parse_arguments(command(tiny_policy, tmp_path)[2:])
     rate = float(table[0]["learning_rate"])
     ablation_runs.run_file(

@@ -239,6 +239,9 @@ def test_bad_input_is_named():
         GradientSketch(model, -1)
     with pytest.raises(ValueError, match=r"'\*qproj' matches none of the layers model.embed_tokens, model.layers.0"):
         GradientSketch(model, 4, layers=["*qproj"])
+    for wrong in ("*q_proj", [1], 5):
+        with pytest.raises(ValueError, match="must be a list of patterns"):
+            GradientSketch(model, 4, layers=wrong)
     with pytest.raises(ValueError, match="nothing to tap"):
         GradientSketch(model.requires_grad_(False), 4)
     model.requires_grad_(True)
@@ -257,6 +260,8 @@ def test_bad_input_is_named():
         loss_of(model, ids, mask, WEIGHTS).backward()
     with pytest.raises(ValueError, match="prompt ids must be an integer tensor"), sketch.step(0):
         sketch.set_rows(torch.ones(6))
+    with pytest.raises(ValueError, match=r"sequence_RT must be an integer tensor \(R, T\), got \[0"), sketch.step(0):
+        sketch.set_rows(torch.arange(2), [0, 1])
     with pytest.raises(ValueError, match=r"values in \[-1, 2\)"), sketch.step(0):
         sketch.set_rows(torch.arange(2), torch.full((1, 4), 2))
     with sketch.step(0):

@@ -20,10 +20,12 @@ SMALL = ["--eval_size", "8", "--per_device_train_batch_size", "16", "--num_gener
 needs_shared_object = pytest.mark.skipif("math" in sys.builtin_module_names, reason="math is built into this Python")
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("math_example", SCRIPT)
+def load_script(script=SCRIPT):
+    """An example as a module; its own name is the standard library's."""
+    name = f"{script.stem}_example"
+    spec = importlib.util.spec_from_file_location(name, script)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["math_example"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -116,15 +116,6 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("method", BY_HAND)
-def test_worked_by_hand(method, backend):
-    with use_backend(backend):
-        got = run(REWARDS, method, eps=0.0)
-    torch.testing.assert_close(got, torch.tensor(BY_HAND[method]))
-    torch.testing.assert_close(reference(REWARDS, method, eps=0.0), torch.tensor(BY_HAND[method]).double())
-
-
 # Pass rates 1/4 and 3/4: mu = 1/2, sample variance 1/8, mu (1 - mu) / v - 1 = 1, a = b = 1/2: Beta(7/6, 7/6), whose
 # density at both is (3/16)^(1/6) Gamma(7/3) / Gamma(7/6)^2
 PASSED = [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]]
@@ -136,13 +127,17 @@ UNIT_BY_HAND = {
 }
 
 
+CASES = [(method, REWARDS, expected) for method, expected in BY_HAND.items()]
+CASES += [(method, PASSED, expected) for method, expected in UNIT_BY_HAND.items()]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("method", UNIT_BY_HAND)
-def test_pass_rates_by_hand(method, backend):
+@pytest.mark.parametrize(("method", "rewards", "expected"), CASES, ids=[case[0] for case in CASES])
+def test_worked_by_hand(method, rewards, expected, backend):
     with use_backend(backend):
-        got = run(PASSED, method, eps=0.0)
-    torch.testing.assert_close(got, torch.tensor(UNIT_BY_HAND[method]))
-    torch.testing.assert_close(reference(PASSED, method, eps=0.0), torch.tensor(UNIT_BY_HAND[method]).double())
+        got = run(rewards, method, eps=0.0)
+    torch.testing.assert_close(got, torch.tensor(expected))
+    torch.testing.assert_close(reference(rewards, method, eps=0.0), torch.tensor(expected).double())
 
 
 def test_every_method_is_worked_by_hand():
