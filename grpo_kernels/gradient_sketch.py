@@ -3,111 +3,29 @@
 Shapes: S sequences of a micro-batch, B of the step, R rows of a micro-batch, T positions, k the sketch's width.
 
 A Linear layer's gradient is a sum over tokens, ``sum_t d_t a_t^T``, of the output's gradient d and the input a. A tap
-sees both in the backward pass, and adds each sequence's own sum, projected on both sides, to that sequence's (k, k)
-buffer (``projections.py``). The sketch is linear: it adds over tokens, layers, micro-batches and processes.
+sees both in the backward pass, and adds each sequence's own sum, projected on both sides, to that sequence's k * k
+numbers (``projections.py``). The sketch is linear: it adds over tokens, layers, micro-batches and processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from .head_products import HeadSketch
-from .projections import Projections
-
-
-class _Tap(torch.autograd.Function):
-    """The identity; its backward shows the gradient, and the layer's input, to ``record``.
-
-    The input goes through ``save_for_backward``, so that gradient checkpointing drops and recomputes it like any other
-    activation: a closure over it would keep it alive.
-    """
-
-    @staticmethod
-    def forward(ctx, output, layer_input, record):
-        ctx.record = record
-        ctx.save_for_backward(layer_input)
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        with torch.no_grad():
-            ctx.record(gradient, ctx.saved_tensors[0])
-        return gradient, None, None
-
-
-@dataclass
-class _Rows:
-    """The sequences of one micro-batch, and what was seen of them."""
-
-    prompt_S: torch.Tensor
-    sequence_RT: torch.Tensor | None  # the sequence of each position, -1 for none; None: each row is one
-    n_rows: int
-    total: dict[Any, torch.Tensor] = field(default_factory=dict)  # key None: the (S, k, k) sketch
-
-    def add(self, key: Any, values_S: torch.Tensor) -> None:
-        values_S = values_S.to(torch.promote_types(values_S.dtype, torch.float32))
-        if key in self.total:
-            self.total[key] += values_S.to(self.total[key].device)
-        else:
-            self.total[key] = values_S.clone()
-
-    def tokens(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """(R, tokens of a row, width) of what a layer got or gave, also where it flattened its rows."""
-        width = values.shape[-1]
-        if values.ndim >= 3 and values.shape[0] == self.n_rows:
-            return values.reshape(self.n_rows, -1, width)
-        if values.ndim == 2 and values.shape[0] % self.n_rows == 0:
-            return values.reshape(self.n_rows, -1, width)
-        raise ValueError(
-            f"layer {name!r} saw a tensor {tuple(values.shape)}, which {self.n_rows} rows don't fit: "
-            "prompt ids of the wrong length, or a layer that regroups tokens"
-        )
-
-    def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """(S, width of left, width of right): each sequence's sum over its tokens of left right^T."""
-        left, right = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (left, right))
-        if self.sequence_RT is None:
-            return torch.bmm(left.transpose(1, 2), right)
-        flat_left, flat_right = left.flatten(0, 1), right.flatten(0, 1)
-        places = [(self._per_token(left) == s).nonzero().squeeze(1) for s in range(len(self.prompt_S))]
-        return torch.stack([flat_left[i].T @ flat_right[i] for i in places])
-
-    def sums(self, values: torch.Tensor) -> torch.Tensor:
-        """(S, width): each sequence's sum over its tokens."""
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        if self.sequence_RT is None:
-            return values.sum(1)
-        sequence_N = self._per_token(values)
-        total = values.new_zeros(len(self.prompt_S), values.shape[-1])
-        live = sequence_N >= 0
-        return total.index_add_(0, sequence_N[live], values.flatten(0, 1)[live])
-
-    def _per_token(self, values: torch.Tensor) -> torch.Tensor:
-        """The sequence of each of a layer's tokens, which may be several a position (attention heads)."""
-        assert self.sequence_RT is not None
-        times = values.shape[1] // self.sequence_RT.shape[1]
-        return self.sequence_RT.to(values.device).repeat_interleave(times, dim=1).flatten()
-
-
-@dataclass
-class _Layer:
-    name: str
-    module: nn.Module
-    kind: str  # linear, head, embedding or norm
-    weight: int | None  # the number of its trainable weight and bias
-    bias: int | None
+from .layer_taps import Layer, Tap, find_layers
+from .projections import PARTS, Projections
+from .sequence_rows import SequenceRows
 
 
 @dataclass(frozen=True)
 class StepSketch:
-    """One step's sequences: ``sketch`` (B, k, k) or, exact, (B, parameters), float32, and ``prompt_B``."""
+    """One step's sequences: ``sketch`` (B, parts, slots) or, exact, (B, parameters), float32, and ``prompt_B``."""
 
     sketch: torch.Tensor
     prompt_B: torch.Tensor
@@ -161,46 +79,13 @@ class GradientSketch:
         self.dim, self.strict, self._on_error = dim, strict, on_error
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._numbers = {id(parameter): number for number, parameter in enumerate(self._parameters)}
-        self.layers = self._find(model, layers)
+        self.layers = find_layers(model, self._numbers, layers)
         self._by_module = {layer.module: layer for layer in self.layers}
         self._projections: Projections | None = None
-        self._rows: _Rows | None = None
-        self._seen: list[_Rows] = []
+        self._rows: SequenceRows | None = None
+        self._seen: list[SequenceRows] = []
         self._failed: set[str] = set()
         self._handles = [layer.module.register_forward_hook(self._hook) for layer in self.layers]
-
-    def _find(self, model: nn.Module, patterns: Sequence[str] | None) -> list[_Layer]:
-        found = []
-        find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
-        output = find_output()
-        words = [module.weight for module in (*model.modules(), output) if isinstance(module, nn.Embedding)]
-        words += [output.weight] if isinstance(output, nn.Linear) else []
-        of_words = {id(weight) for weight in words}
-        for name, module in model.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            trainable = {key: self._numbers.get(id(parameter)) for key, parameter in own.items()}
-            if all(number is None for number in trainable.values()) or not set(own) <= {"weight", "bias"}:
-                continue
-            weight = own.get("weight")
-            if isinstance(module, nn.Linear):
-                # a head's rows are words, projected as an embedding's: their weights may be tied
-                kind = "head" if id(module.weight) in of_words else "linear"
-            elif isinstance(module, nn.Embedding):
-                kind = "embedding"
-            elif weight is not None and weight.ndim == 1 and "norm" in type(module).__name__.lower():
-                kind = "norm"
-            else:
-                continue
-            found.append(_Layer(name, module, kind, trainable.get("weight"), trainable.get("bias")))
-        if not found:
-            raise ValueError("nothing to tap: the model has no trainable Linear, Embedding or norm layer")
-        if patterns is None:
-            return found
-        for pattern in patterns:
-            if not any(fnmatchcase(layer.name, pattern) for layer in found):
-                names = ", ".join(layer.name for layer in found[:20]) + (", ..." if len(found) > 20 else "")
-                raise ValueError(f"layers={list(patterns)!r}: {pattern!r} matches none of the layers {names}")
-        return [layer for layer in found if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
 
     @property
     def tapped_parameters(self) -> list[nn.Parameter]:
@@ -264,7 +149,7 @@ class GradientSketch:
             if sequence_RT.numel() and not -1 <= int(sequence_RT.min()) <= int(sequence_RT.max()) < len(prompt_S):
                 raise ValueError(f"sequence_RT must hold values in [-1, {len(prompt_S)}): prompt ids are for that many")
         n_rows = len(prompt_S) if sequence_RT is None else len(sequence_RT)
-        self._rows = _Rows(prompt_S.clone(), sequence_RT, n_rows)
+        self._rows = SequenceRows(prompt_S.clone(), sequence_RT, n_rows)
         self._seen.append(self._rows)
 
     def end_rows(self) -> None:
@@ -297,7 +182,7 @@ class GradientSketch:
                 dim=1,
             )
             if keys
-            else torch.zeros(len(rows.prompt_S), self.dim**2, device=device)
+            else torch.zeros(len(rows.prompt_S), self._size(None), device=device)
             for rows in self._seen
         ]
         prompts = [rows.prompt_S.to(device) for rows in self._seen]
@@ -305,10 +190,10 @@ class GradientSketch:
         if not parts:
             raise ValueError("no rows were told in this step")
         sketch = torch.cat(parts)
-        return StepSketch(sketch.view(-1, self.dim, self.dim) if self.dim else sketch, torch.cat(prompts))
+        return StepSketch(sketch.view(len(sketch), PARTS, -1) if self.dim else sketch, torch.cat(prompts))
 
     def _size(self, key: Any) -> int:
-        return self.dim**2 if key is None else self._parameters[key].numel()
+        return PARTS * max(1, self.dim**2 // PARTS) if key is None else self._parameters[key].numel()
 
     # ---- what a layer adds
 
@@ -319,9 +204,9 @@ class GradientSketch:
         layer = self._by_module[module]
         if not output.requires_grad or layer.name in self._failed:
             return None
-        return _Tap.apply(output, inputs[0], lambda gradient, a: self._guarded(layer, rows, gradient, a))
+        return Tap.apply(output, inputs[0], lambda gradient, a: self._guarded(layer, rows, gradient, a))
 
-    def _guarded(self, layer: _Layer, rows: _Rows, gradient: torch.Tensor, a: torch.Tensor) -> None:
+    def _guarded(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
         if layer.name in self._failed or self._projections is None:
             return
         try:
@@ -330,25 +215,32 @@ class GradientSketch:
         except Exception as error:
             self._fail(layer, error)
 
-    def _linear(self, layer: _Layer, rows: _Rows, gradient: torch.Tensor, a: torch.Tensor) -> None:
+    def _linear(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
         d, a = rows.tokens(layer.name, gradient), rows.tokens(layer.name, a)
         self._add_linear(layer, rows, d, a)
 
-    def _add_linear(self, layer: _Layer, rows: _Rows, d: torch.Tensor, a: torch.Tensor) -> None:
+    def _add_linear(self, layer: Layer, rows: SequenceRows, d: torch.Tensor, a: torch.Tensor) -> None:
         if layer.weight is not None and not self.dim:
             rows.add(layer.weight, rows.outer(d, a))
         elif layer.weight is not None:
             assert self._projections is not None
             if layer.kind == "head":
-                left = d @ self._projections.vocabulary(d.shape[-1], layer.weight, d.dtype)
+                projected = d @ self._projections.vocabulary(d.shape[-1], layer.weight, d.dtype)
+                left = self._projections.split_vocabulary(projected)
             else:
                 left = self._projections.fold_side(d, "out", layer.weight)
-            right = self._projections.fold_side(a, "in", layer.weight)
-            rows.add(None, self._projections.fold_entries(rows.outer(left, right), layer.weight))
+            self._add_folded(layer, rows, left, a)
         if layer.bias is not None:
             self._add_vector(layer.bias, rows, rows.sums(d))
 
-    def _embedding(self, layer: _Layer, rows: _Rows, gradient: torch.Tensor, ids: torch.Tensor) -> None:
+    def _add_folded(self, layer: Layer, rows: SequenceRows, left: list[torch.Tensor], right: torch.Tensor) -> None:
+        """``left`` is folded already, for each part; ``right`` is of the weight's input side."""
+        assert self._projections is not None and layer.weight is not None
+        folded = self._projections.fold_side(right, "in", layer.weight)
+        blocks = [rows.outer(d, a) for d, a in zip(left, folded, strict=True)]
+        rows.add(None, self._projections.fold_entries(blocks, layer.weight))
+
+    def _embedding(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, ids: torch.Tensor) -> None:
         d = rows.tokens(layer.name, gradient)
         ids = ids.reshape(d.shape[:2])
         embedding: Any = layer.module
@@ -357,14 +249,13 @@ class GradientSketch:
             d = d * (ids != embedding.padding_idx)[..., None]
         assert self._projections is not None and layer.weight is not None
         if self.dim:
-            left = self._projections.vocabulary(n_words, layer.weight, d.dtype)[ids]
-            right = self._projections.fold_side(d, "in", layer.weight)
-            rows.add(None, self._projections.fold_entries(rows.outer(left, right), layer.weight))
+            words = self._projections.vocabulary(n_words, layer.weight, d.dtype)
+            self._add_folded(layer, rows, self._projections.split_vocabulary(words[ids]), d)
             return
         one_hot = torch.nn.functional.one_hot(ids, n_words).to(d.dtype)
         rows.add(layer.weight, rows.outer(one_hot, d))
 
-    def _norm(self, layer: _Layer, rows: _Rows, gradient: torch.Tensor, a: torch.Tensor) -> None:
+    def _norm(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
         """A norm's output is linear in its weight: the slope is its output at weight 1 less that at weight 0."""
         d = rows.tokens(layer.name, gradient)
         ones = torch.ones(a.shape[-1], dtype=torch.float32, device=a.device)
@@ -379,7 +270,7 @@ class GradientSketch:
         if layer.bias is not None:
             self._add_vector(layer.bias, rows, rows.sums(d))
 
-    def _add_vector(self, number: int, rows: _Rows, vector_SD: torch.Tensor) -> None:
+    def _add_vector(self, number: int, rows: SequenceRows, vector_SD: torch.Tensor) -> None:
         if not self.dim:
             rows.add(number, vector_SD)
             return
@@ -401,19 +292,17 @@ class GradientSketch:
             return None
         projections, weight = self._projections, layer.weight
         assert projections is not None
-        flat = _Rows(rows.prompt_S, sequence_N[None], 1, rows.total)
+        flat = SequenceRows(rows.prompt_S, sequence_N[None], 1, rows.total)
         hidden = hidden_NH.detach()[None]
 
         def add(projected_NK: torch.Tensor) -> None:
             if self._projections is not projections or layer.name in self._failed:
                 return
             try:
-                left = projected_NK[None]
                 if not self.dim:
-                    self._add_linear(layer, flat, left, hidden)
+                    self._add_linear(layer, flat, projected_NK[None], hidden)
                 else:
-                    right = projections.fold_side(hidden, "in", weight)
-                    flat.add(None, projections.fold_entries(flat.outer(left, right), weight))
+                    self._add_folded(layer, flat, projections.split_vocabulary(projected_NK[None]), hidden)
             except Exception as error:
                 self._fail(layer, error)
 
@@ -421,7 +310,7 @@ class GradientSketch:
         projection = projections.vocabulary(n_words, weight, hidden_NH.dtype) if self.dim else None
         return HeadSketch(projection, add)
 
-    def _fail(self, layer: _Layer, error: Exception) -> None:
+    def _fail(self, layer: Layer, error: Exception) -> None:
         """A layer that can't be followed is left out from here on; raises where ``strict``."""
         if self.strict:
             raise error

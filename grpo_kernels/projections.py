@@ -1,9 +1,10 @@
 """How a layer's gradient G (out, in) becomes part of k * k numbers, so that inner products are kept on average.
 
-In two steps, both linear. Each side of ``G = sum_t d_t a_t^T`` is first folded to 4k: every entry gets a random sign,
-and entries that share a place are added (a count sketch; Charikar et al. 2002); a narrower side is left whole. Then the
-(4k, 4k) entries get signs of their own, and are folded to k * k. All layers add into the same k * k numbers; their
-signs are independent, which keeps them apart.
+The numbers are ``PARTS`` sketches of the same gradient, independent of one another: what they disagree by is the error
+(``sketch_error.py``). Each is made in two steps, both linear. Each side of ``G = sum_t d_t a_t^T`` is folded to
+``SIDE`` * k: every entry gets a random sign, and entries that share a place are added (a count sketch; Charikar et al.
+2002); a narrower side is left whole. Then the entries of the folded G get signs of their own, and are folded to the
+part's numbers. All layers add into the same numbers; their signs are independent, which keeps them apart.
 
 Why not ``R_out^T G R_in`` with R of width k: G has few directions (tokens, heads, LoRA's rank), and each one's length
 then errs by 1/sqrt(k) for its side, not by 1/k. Measured on the built-in policy at k = 64 (8 prompts x 8 answers, 20
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import torch
 
-SIDE = 4  # a side is folded to this many times k
-VOCABULARY = 2  # the vocabulary's side, in a matrix product within the fused head, to this many times k
+PARTS = 2
+SIDE = 3  # a side is folded to this many times k
+VOCABULARY = 1  # the vocabulary's side, in a matrix product within the fused head, to this many times k, for each part
 STREAMS = ("signs out", "signs in", "entries", "vector", "offset", "vocabulary")
 
 
@@ -32,6 +34,7 @@ class Projections:
     def __init__(self, dim: int, seed: int, device: torch.device) -> None:
         self.dim, self.device = dim, device
         self.side = SIDE * dim
+        self.slots = max(1, dim**2 // PARTS)  # the numbers of a part
         self._seed = seed
         self._kept: dict[tuple[str, int, int], torch.Tensor] = {}
 
@@ -47,39 +50,51 @@ class Projections:
             self._kept[key] = (2 * bits - 1).to(self.device)
         return self._kept[key]
 
-    def fold_side(self, values: torch.Tensor, side: str, layer: int) -> torch.Tensor:
-        """(..., width) to (..., min(width, 4k)): signs, then the blocks of 4k entries on top of one another."""
+    def fold_side(self, values: torch.Tensor, side: str, layer: int) -> list[torch.Tensor]:
+        """(..., width), for each part to (..., min(width, side)): signs, then blocks of entries added up."""
         width, step = values.shape[-1], self.side
-        signs = self.signs(f"signs {side}", layer, width).to(values.device, values.dtype)
-        folded = values[..., :step] * signs[:step]
-        for start in range(step, width, step):
-            block = values[..., start : start + step]
-            folded[..., : block.shape[-1]].addcmul_(block, signs[start : start + step])
-        return folded
+        signs_PD = self.signs(f"signs {side}", layer, PARTS, width).to(values.device, values.dtype)
+        parts = []
+        for signs in signs_PD:
+            folded = values[..., :step] * signs[:step]
+            for start in range(step, width, step):
+                block = values[..., start : start + step]
+                folded[..., : block.shape[-1]].addcmul_(block, signs[start : start + step])
+            parts.append(folded)
+        return parts
 
-    def fold_entries(self, blocks: torch.Tensor, layer: int) -> torch.Tensor:
-        """(S, out, in), both sides folded, to (S, k, k)."""
-        rows, columns = blocks.shape[1:]
-        signs = self.signs("entries", 0, self.side, self.side)[:rows, :columns].to(blocks.device, blocks.dtype)
-        return self._wrap((blocks * signs).flatten(1), layer)
+    def fold_entries(self, blocks: list[torch.Tensor], layer: int) -> torch.Tensor:
+        """(S, out, in) of each part, both sides folded, to (S, parts, slots)."""
+        rows, columns = blocks[0].shape[1:]
+        signs = self.signs("entries", 0, PARTS, self.side, self.side)[:, :rows, :columns]
+        signs = signs.to(blocks[0].device, blocks[0].dtype)
+        return self._wrap([(block * of_part).flatten(1) for block, of_part in zip(blocks, signs, strict=True)], layer)
 
     def fold_vector(self, vector: torch.Tensor, layer: int) -> torch.Tensor:
-        """(S, width) to (S, k, k)."""
-        signs = self.signs("vector", layer, vector.shape[-1]).to(vector.device, vector.dtype)
-        return self._wrap(vector * signs, layer)
+        """(S, width) to (S, parts, slots)."""
+        signs = self.signs("vector", layer, PARTS, vector.shape[-1]).to(vector.device, vector.dtype)
+        return self._wrap([vector * of_part for of_part in signs], layer)
 
-    def _wrap(self, flat: torch.Tensor, layer: int) -> torch.Tensor:
-        """Blocks of k * k numbers on top of one another; each layer begins at a place of its own, lest small ones
+    def _wrap(self, parts: list[torch.Tensor], layer: int) -> torch.Tensor:
+        """Blocks of ``slots`` numbers on top of one another; each layer begins at a place of its own, lest small ones
         share theirs (LoRA of rank 8 on the built-in policy: RMSE of a cosine 0.011 instead of 0.019)."""
-        slots = self.dim**2
-        offset = int(torch.randint(0, slots, (), generator=self._generator("offset", layer)))
-        padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % slots))
-        return padded.view(len(flat), -1, slots).sum(1).roll(offset, dims=1).view(-1, self.dim, self.dim)
+        offsets = torch.randint(0, self.slots, (PARTS,), generator=self._generator("offset", layer)).tolist()
+        wrapped = []
+        for flat, offset in zip(parts, offsets, strict=True):
+            padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % self.slots))
+            wrapped.append(padded.view(len(flat), -1, self.slots).sum(1).roll(offset, dims=1))
+        return torch.stack(wrapped, dim=1) / PARTS**0.5
 
     def vocabulary(self, n_words: int, layer: int, dtype: torch.dtype) -> torch.Tensor:
-        """(V, 2k) of +-1/sqrt(2k): a matrix product, since dL/dlogits is only seen tile by tile in the fused head."""
+        """(V, parts * width) of +-1/sqrt(width): a matrix product, since dL/dlogits is only seen tile by tile in the
+        fused head. ``split_vocabulary`` takes its result apart."""
         width = VOCABULARY * self.dim
-        return self.signs("vocabulary", layer, n_words, width).to(dtype) / width**0.5
+        return self.signs("vocabulary", layer, n_words, PARTS * width).to(dtype) / width**0.5
+
+    @staticmethod
+    def split_vocabulary(projected: torch.Tensor) -> list[torch.Tensor]:
+        """What was multiplied by ``vocabulary``, by part."""
+        return list(projected.chunk(PARTS, dim=-1))
 
     def numbers(self) -> int:
         """How many signs are kept, a byte each."""

@@ -103,8 +103,12 @@ def _beta_density(rate: float, rates: Sequence[float]) -> float:
         a = (mu * (1 - mu) / variance - 1) * mu
         b = (mu * (1 - mu) / variance - 1) * (1 - mu)
     alpha, beta = max(1.0, 1 + a / 3), max(1.0, 1 + b / 3)
-    inverse_beta_function = math.exp(math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta))
-    return max(inverse_beta_function * rate ** (alpha - 1) * (1 - rate) ** (beta - 1), 1e-6)
+    if (rate == 0 and alpha > 1) or (rate == 1 and beta > 1):
+        return 1e-6
+    log_density = math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta)  # of nearly equal rates it is huge
+    log_density += (alpha - 1) * math.log(rate) if alpha > 1 else 0.0
+    log_density += (beta - 1) * math.log1p(-rate) if beta > 1 else 0.0
+    return math.exp(max(log_density, math.log(1e-6)))
 
 
 def _decoupled_reference(function_rewards, function_weights, eps: float) -> list[list[float]]:

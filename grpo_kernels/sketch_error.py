@@ -1,6 +1,6 @@
 """The error that a sketch brings into the cosines of the prompts' gradients, predicted from the sketch itself.
 
-Shapes: B sequences, P prompts, K the sketch's side, M = K*K its entries.
+Shapes: B sequences, P prompts, M parts of the sketch, K numbers in each.
 """
 
 from __future__ import annotations
@@ -8,44 +8,36 @@ from __future__ import annotations
 import torch
 
 
-def predicted_rmse(sketch_BKK: torch.Tensor, prompt_B: torch.Tensor) -> float:
+def predicted_rmse(sketch_BMK: torch.Tensor, prompt_B: torch.Tensor) -> float:
     """Root mean square error of one cosine of two prompts' gradients, as measured in this sketch.
 
-    Where numbers are given random signs and added into M entries (``projections.py``), different numbers meet in an
-    entry by chance, and their products are of random sign: entries err independently. So the square of a cosine's
-    error is on average the sum over entries of z^2, z the entry's part in the cosine (linearised; it sums to 0), with
-    sketches S of norm 1::
+    The M parts of a sketch (``projections.py``) are independent sketches of the same gradients, and the cosine is made
+    of the mean of their inner products. So the square of its error is on average 1 / (M (M - 1)) of the sum over the
+    parts of z^2, z the part's departure from the mean (linearised; z sums to 0), with gradients of norm 1 in the mean::
 
-        z = S_p * S_q - cos / 2 * (S_p^2 + S_q^2)
+        z = K_pq - cos / 2 * (K_pp + K_qq),    K the inner products in the part, times M
 
-    Where energy is spread evenly that is an error of (1 - cos^2) / K. It is more where energy gathers in some entries:
-    layers too small to fill the sketch, a few large numbers, directions common to a layer's rows. The root of the mean
-    over the pairs of prompts whose sketch isn't 0; 0.0 where there is no pair. (B, K, K) floating, (B,) int64.
-
-    Measured against exact cosines on the built-in policy, fresh and trained, fully and with LoRA, K of 16, 32 and 64,
-    over 10 draws: 0.87 to 1.16 of the observed error. For made-up gradients of few directions common to all prompts,
-    which the folding of a layer's sides blurs for all entries together, down to 0.6 of it. Since layers begin at places
-    of their own, LoRA of rank 8 at K = 64 errs less than predicted: 0.011 where this says 0.018 (and fully trained
-    0.018 where it says 0.015): a layer that fits into the sketch meets only other layers, which isn't seen here.
+    The root of the mean over the pairs of prompts whose sketch isn't 0; 0.0 where there is no pair. It has (M - 1)
+    degrees of freedom a pair: over few pairs it scatters, by about 1 / sqrt(2 (M - 1) pairs) of itself.
+    (B, M, K) floating with M > 1, (B,) int64.
     """
-    if sketch_BKK.ndim != 3 or sketch_BKK.numel() == 0:
-        raise ValueError(f"sketch_BKK has shape {tuple(sketch_BKK.shape)}: expected (B, K, K), not empty")
-    if tuple(prompt_B.shape) != (len(sketch_BKK),):
-        raise ValueError(f"prompt_B has shape {tuple(prompt_B.shape)}: expected ({len(sketch_BKK)},)")
-    if not sketch_BKK.isfinite().all():
-        raise ValueError("sketch_BKK holds a value that isn't finite")
+    if sketch_BMK.ndim != 3 or sketch_BMK.shape[1] < 2 or sketch_BMK.numel() == 0:
+        raise ValueError(f"sketch_BMK has shape {tuple(sketch_BMK.shape)}: expected (B, M > 1, K), not empty")
+    if tuple(prompt_B.shape) != (len(sketch_BMK),):
+        raise ValueError(f"prompt_B has shape {tuple(prompt_B.shape)}: expected ({len(sketch_BMK)},)")
+    if not sketch_BMK.isfinite().all():
+        raise ValueError("sketch_BMK holds a value that isn't finite")
     prompt_P, row_B = prompt_B.unique(return_inverse=True)
-    sketch_BM = sketch_BKK.flatten(1).double()
-    sketch_PM = sketch_BM.new_zeros(len(prompt_P), sketch_BM.shape[1]).index_add_(0, row_B, sketch_BM)
-    norm_P = sketch_PM.norm(dim=1)
-    sketch_PM = sketch_PM[norm_P > 0] / norm_P[norm_P > 0, None]
-    n_prompts = len(sketch_PM)
+    sketch_PMK = sketch_BMK.new_zeros(len(prompt_P), *sketch_BMK.shape[1:], dtype=torch.float64)
+    sketch_PMK.index_add_(0, row_B, sketch_BMK.double())
+    norm_P = sketch_PMK.flatten(1).norm(dim=1)
+    sketch_PMK = sketch_PMK[norm_P > 0] / norm_P[norm_P > 0, None, None]
+    n_prompts, n_parts = sketch_PMK.shape[:2]
     if n_prompts < 2:
         return 0.0
-    cosine_PP, square_PM = sketch_PM @ sketch_PM.T, sketch_PM.square()
-    both_PP, mixed_PP = square_PM @ square_PM.T, (square_PM * sketch_PM) @ sketch_PM.T
-    fourth_P = both_PP.diagonal()
-    squared_error_PP = both_PP - cosine_PP * (mixed_PP + mixed_PP.T)
-    squared_error_PP += cosine_PP.square() / 4 * (fourth_P[:, None] + fourth_P + 2 * both_PP)
+    gram_MPP = n_parts * torch.einsum("pmk,qmk->mpq", sketch_PMK, sketch_PMK)
+    cosine_PP, square_MP = gram_MPP.mean(0), gram_MPP.diagonal(dim1=1, dim2=2)
+    z_MPP = gram_MPP - cosine_PP / 2 * (square_MP[:, :, None] + square_MP[:, None, :])
+    squared_error_PP = z_MPP.square().sum(0) / (n_parts * (n_parts - 1))
     squared_error_PP.fill_diagonal_(0.0)
-    return (squared_error_PP.sum() / (n_prompts * (n_prompts - 1))).clamp(min=0).sqrt().item()
+    return (squared_error_PP.sum() / (n_prompts * (n_prompts - 1))).sqrt().item()

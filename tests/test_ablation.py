@@ -359,7 +359,7 @@ def test_no_worker_outlives_the_script(number, tiny_policy, tmp_path):
         time.sleep(0.1)
     time.sleep(3)  # into its imports
     process.send_signal(number)
-    process.wait(timeout=30)
+    process.wait(timeout=100)
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)

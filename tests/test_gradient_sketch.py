@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.gradient_sketch import GradientSketch
 from grpo_kernels.head_products import HeadSketch
+from grpo_kernels.projections import PARTS
 from grpo_kernels.sketch_error import predicted_rmse
 
 WORDS, POSITIONS, ROWS = 97, 11, 6
@@ -187,7 +188,7 @@ def test_nothing_else_changes(lora):
 
 
 def test_memory_does_not_grow_with_depth():
-    """B k k numbers a step, and signs: a byte for each feature of a layer and 16 k k for all."""
+    """B k k numbers a step, and signs: for each part a byte for each feature of a layer, and 9 k k for all."""
     sizes = []
     for layers in (2, 4):
         torch.manual_seed(0)
@@ -200,9 +201,9 @@ def test_memory_does_not_grow_with_depth():
         sketch.open(0)
         sketch.set_rows(torch.arange(ROWS))
         loss_of(model, ids, mask, WEIGHTS).backward()
-        assert [tuple(x.shape) for x in sketch._rows.total.values()] == [(ROWS, 8, 8)]
+        assert [tuple(x.shape) for x in sketch._rows.total.values()] == [(ROWS, PARTS, 64 // PARTS)]
         sizes.append(sketch._projections.numbers())
-    features = 2 * (4 * 64 + 2 * (64 + 32) - 0) + 2 * 3 * (64 + 112) + 4 * 64  # of two more layers
+    features = PARTS * (2 * (4 * 64 + 2 * (64 + 32)) + 2 * 3 * (64 + 112) + 4 * 64)  # of two more layers
     assert sizes[1] - sizes[0] <= features
 
 

@@ -133,7 +133,7 @@ def test_training_is_bit_equal_with_logging_on_off_and_failing(
         raise MemoryError("no room")
 
     failing = {
-        "a layer": ("grpo_kernels.gradient_sketch._Rows.outer", "MemoryError: no room"),
+        "a layer": ("grpo_kernels.sequence_rows.SequenceRows.outer", "MemoryError: no room"),
         "the metrics": ("trl_ext.interference.interference_metrics", "Interference isn't logged from here on"),
         "the file": ("trl_ext.interference.write_step", "without its files"),
         "the taps": ("trl_ext.interference.GradientSketch.open", "Interference isn't logged from here on"),
@@ -218,3 +218,37 @@ def test_layers_can_be_chosen(tiny_policy, tmp_path):
     trainer = build(tiny_policy, tmp_path, unit, interference_layers=["*mlp*"], train_dataset=prompts(8), **LOGGED)
     trainer.train()
     assert 0 < read_interference(tmp_path)[0].metrics["interference/coverage"] < 0.9
+
+
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
+def test_features_of_the_prompts(peft_config, tiny_policy, tmp_path):
+    """The mean hidden state of a prompt's tokens alone, without padding and completion, by hand."""
+    options = {**LOGGED, "max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 8,
+               "gradient_accumulation_steps": 2, "peft_config": peft_config}  # fmt: skip
+    trainer = build(tiny_policy, tmp_path, unit, **options)
+    trainer.train()
+    record = read_interference(tmp_path)[0]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    features = []
+    for text in record.prompt_text_P:
+        ids = trainer.processing_class.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        with torch.no_grad():
+            features.append(model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0].mean(0))
+    features = torch.nn.functional.normalize(torch.stack(features), dim=1)
+    cosines = (features @ features.T)[*torch.triu_indices(4, 4, 1)]
+    assert record.metrics["interference/feature_cos_abs_mean"] == pytest.approx(cosines.abs().mean().item(), abs=1e-4)
+
+
+def test_features_that_fail_switch_it_off(tiny_policy, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(interference.logger, "warning", lambda text, *args, **kwargs: said.append(text))
+
+    def broken(*args):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("trl_ext.prompt_features.PromptFeatures._look", broken)
+    trainer = build(tiny_policy, tmp_path, unit, **LOGGED)
+    trainer.train()
+    assert trainer.state.global_step == 2 and len(said) == 1 and "MemoryError: no room" in said[0]

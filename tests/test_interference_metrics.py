@@ -442,28 +442,30 @@ def test_predicted_rmse_is_the_observed_on_a_transformer(dim, tiny_policy):
 
 
 @pytest.mark.parametrize("cosine", [0.0, 0.6, 0.95])
-@pytest.mark.parametrize("filled", [400, 100])
-def test_predicted_rmse_of_folded_numbers(cosine, filled):
-    """6,000 numbers with random signs into 100 or all of 400 entries: the error is (1 - cos^2) / sqrt(entries)."""
+@pytest.mark.parametrize("numbers", [6000, 100])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_predicted_rmse_of_folded_numbers(parts, numbers, cosine):
+    """Numbers with random signs into 400 entries in all: the error is (1 - cos^2) / sqrt(400), however few meet."""
     generator = torch.Generator().manual_seed(1)
-    pair = gaussian(2, 6000, generator=generator)
+    pair = gaussian(2, numbers, generator=generator)
     pair[1] = cosine * pair[0] + math.sqrt(1 - cosine**2) * pair[1]
     exact = torch.nn.functional.cosine_similarity(*pair, dim=0)
     observed, predicted = [], []
-    for _ in range(400):
-        signed = pair * (torch.randint(0, 2, (6000,), generator=generator) * 2 - 1)
-        place = torch.randint(0, filled, (6000,), generator=generator)
-        sketch = torch.zeros(2, 400, dtype=torch.float64).index_add(1, place, signed)
-        observed.append((torch.nn.functional.cosine_similarity(*sketch, dim=0) - exact).square())
-        predicted.append(predicted_rmse(sketch.view(2, 20, 20), torch.tensor([4, 1])) ** 2)
+    for _ in range(600):
+        signs = torch.randint(0, 2, (parts, 1, numbers), generator=generator) * 2 - 1
+        place = torch.randint(0, 400 // parts, (parts, numbers), generator=generator)
+        empty = torch.zeros(2, 400 // parts, dtype=torch.float64)
+        sketch = torch.stack([empty.index_add(1, p, pair * s) for p, s in zip(place, signs, strict=True)], dim=1)
+        observed.append((torch.nn.functional.cosine_similarity(*sketch.flatten(1), dim=0) - exact).square())
+        predicted.append(predicted_rmse(sketch, torch.tensor([4, 1])) ** 2)
     ratio = (sum(predicted) / sum(observed).item()) ** 0.5
     assert ratio == pytest.approx(1.0, abs=0.15)
-    assert (sum(predicted) / 400) ** 0.5 == pytest.approx((1 - cosine**2) / filled**0.5, rel=0.15)
+    assert (sum(predicted) / 600) ** 0.5 == pytest.approx((1 - exact.item() ** 2) / 20, rel=0.15)
 
 
 def test_predicted_rmse_sums_sequences_and_needs_a_pair():
     generator = torch.Generator().manual_seed(0)
-    sketch = torch.randn(6, 8, 8, generator=generator)
+    sketch = torch.randn(6, 4, 16, generator=generator)
     halves, prompts = torch.cat([sketch * 0.25, sketch * 0.75]), torch.tensor([4, 9, 1, 0, 2, 3])
     whole = predicted_rmse(sketch, prompts)
     assert predicted_rmse(halves, torch.cat([prompts, prompts])) == pytest.approx(whole, rel=1e-5)
@@ -472,7 +474,8 @@ def test_predicted_rmse_sums_sequences_and_needs_a_pair():
     assert whole == pytest.approx(1 / 8, rel=0.3)
     assert predicted_rmse(sketch, torch.zeros(6, dtype=torch.int64)) == 0.0
     assert predicted_rmse(sketch * (torch.arange(6) == 2)[:, None, None], prompts) == 0.0
-    assert predicted_rmse(sketch[:1].expand(6, 8, 8), prompts) == pytest.approx(0.0, abs=1e-7)  # a cosine of 1 is exact
+    same = sketch[:1].expand(6, 4, 16)  # a cosine of 1 is exact
+    assert predicted_rmse(same, prompts) == pytest.approx(0.0, abs=1e-7)
 
 
 # ---- across steps ----------------------------------------------------------------------------------------------------
@@ -586,8 +589,10 @@ def test_bad_options_are_named():
         interference_metrics(step, sketch_rmse=NAN)
     with pytest.raises(ValueError, match=r"features_PH \(2,\)"):
         interference_metrics(step, features_PH=torch.ones(2))
-    with pytest.raises(ValueError, match=r"sketch_BKK has shape \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"sketch_BMK has shape \(2, 4\)"):
         predicted_rmse(torch.ones(2, 4), torch.arange(2))
+    with pytest.raises(ValueError, match=r"sketch_BMK has shape \(2, 1, 4\)"):
+        predicted_rmse(torch.ones(2, 1, 4), torch.arange(2))
     with pytest.raises(ValueError, match=r"prompt_B has shape \(3,\): expected \(2,\)"):
         predicted_rmse(torch.ones(2, 4, 4), torch.arange(3))
     with pytest.raises(ValueError, match="isn't finite"):

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from grpo_kernels import (
@@ -211,6 +211,7 @@ def at_a_threshold(rewards, method) -> bool:
 
 @settings(max_examples=400, deadline=None)
 @given(case=method_and_groups(), alpha=st.floats(0, 1), eps=st.sampled_from([1e-4, 1e-9, 0.1]))
+@example(case=("beta", [[0.0, 1.0, NAN], [1.0, 0.1, 0.375]]), alpha=0.0, eps=1e-4)  # lgamma of 1,000 and more
 def test_float64_is_the_reference(case, alpha, eps):
     method, rewards = case
     if at_a_threshold(rewards, method):

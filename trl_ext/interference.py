@@ -26,6 +26,7 @@ from grpo_kernels.training_phase import SpeedupConstant, TrainingPhase
 
 from .fused_loss import live_mask
 from .interference_files import write_step
+from .prompt_features import PromptFeatures, mean_by_prompt
 
 logger = get_logger(__name__)
 
@@ -78,6 +79,7 @@ class InterferenceLog:
         self.dim: int = getattr(args, "interference_dim", 64)
         self.layers: list[str] | None = getattr(args, "interference_layers", None)
         self.sketch: GradientSketch | None = None
+        self.features: PromptFeatures | None = None
         self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
         self.prompt_texts: dict[int, str] = {}
         self._off = self.every == 0
@@ -100,12 +102,15 @@ class InterferenceLog:
         logger.warning(f"Interference isn't logged from here on: {reason}. Training goes on without it.")
         self._off = True
         self._abandon()
-        if self.sketch is not None:
-            self.sketch.close()
-            self.sketch = None
+        for taps in (self.sketch, self.features):
+            if taps is not None:
+                taps.close()
+        self.sketch = self.features = None
 
     def _abandon(self) -> None:
         self._is_open, self._sequences = False, []
+        if self.features is not None:
+            self.features.end_rows()
         if self.sketch is not None:
             self.sketch.abandon()
 
@@ -121,16 +126,18 @@ class InterferenceLog:
             if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
                 model = trainer.accelerator.unwrap_model(trainer.model)
                 self.sketch = GradientSketch(model, self.dim, self.layers, strict=False, on_error=self._layer_failed)
+                self.features = PromptFeatures(model, on_error=self._fail)
             self.sketch.open(trainer.args.seed * 1_000_003 + trainer.state.global_step)
         except Exception as error:
             self._fail(error)
 
     def rows(self, inputs: dict[str, Any]) -> None:
         """The forward and backward to come are of this micro-batch."""
-        if not self._is_open or self._failure is not None or self.sketch is None:
+        if not self._is_open or self._failure is not None or self.sketch is None or self.features is None:
             return
         try:
             self.sketch.set_rows(inputs["prompt_id"])
+            self.features.set_rows(inputs["prompt_mask"])
             rewards_BG, position_B = inputs["group_rewards"], inputs["group_position"]
             self._sequences.append(
                 {
@@ -161,6 +168,8 @@ class InterferenceLog:
             return
         if self.sketch is not None:
             self.sketch.end_rows()
+        if self.features is not None and self._sequences:
+            self._sequences[-1]["feature"] = self.features.end_rows()
         if not last:
             return
         local = None
@@ -194,8 +203,9 @@ class InterferenceLog:
 
     # ---- at the end of a step
 
-    def _take(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This process's (B, ...) sketch, (B, 2) prompt ids and keys, (B, 2) rewards and coefficients or (B, 1)."""
+    def _take(self) -> tuple[torch.Tensor, ...]:
+        """This process's (B, ...) sketch, (B, 2) prompt ids and keys, (B, 2) rewards and coefficients or (B, 1), and
+        (B, H) features of the prompts or (B, 0)."""
         assert self.sketch is not None
         recorded = self.sketch.take()
         processes = self.trainer.accelerator.num_processes
@@ -205,28 +215,36 @@ class InterferenceLog:
             name: None
             if any(one[name] is None for one in self._sequences)
             else torch.cat([one[name] for one in self._sequences])  # type: ignore[misc]
-            for name in ("prompt_id", "prompt_key", "reward", "coefficient")
+            for name in ("prompt_id", "prompt_key", "reward", "coefficient", "feature")
         }
         ids = torch.stack([joined["prompt_id"], joined["prompt_key"]], dim=1)  # type: ignore[list-item]
         numbers = [joined["reward"]]
         if joined["coefficient"] is not None:
             numbers.append(joined["coefficient"] / processes)
-        return recorded.sketch / scale, ids, torch.stack(numbers, dim=1).float()  # type: ignore[arg-type]
+        feature_BH = joined["feature"]
+        if feature_BH is None:
+            feature_BH = torch.empty(len(ids), 0)
+        return recorded.sketch / scale, ids, torch.stack(numbers, dim=1).float(), feature_BH  # type: ignore[arg-type]
 
     def _all_have(self, local: tuple[torch.Tensor, ...] | None) -> bool:
         """Whether every process has a sketch, all of one shape."""
         accelerator = self.trainer.accelerator
-        shape = [0, 0, 0] if local is None else [*local[0].flatten(1).shape, local[2].shape[1]]
+        shape = [0, 0, 0, 0]
+        if local is not None:
+            shape = [*local[0].flatten(1).shape, local[2].shape[1], local[3].shape[1]]
         shapes = accelerator.gather(torch.tensor([shape], device=accelerator.device))
         return bool((shapes == shapes[0]).all()) and shapes[0, 0].item() > 0
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.trainer.accelerator.gather(tensor.contiguous().to(self.trainer.accelerator.device))
 
-    def _log(self, sketch_B: torch.Tensor, ids_B2: torch.Tensor, numbers_BN: torch.Tensor) -> None:
+    def _log(
+        self, sketch_B: torch.Tensor, ids_B2: torch.Tensor, numbers_BN: torch.Tensor, feature_BH: torch.Tensor
+    ) -> None:
         assert self.sketch is not None
         trainer = self.trainer
         sketch_B, ids_B2, numbers_BN = (self._gather(tensor) for tensor in (sketch_B, ids_B2, numbers_BN))
+        feature_BH = self._gather(feature_BH) if feature_BH.shape[1] else feature_BH
         prompt_B, key_B = ids_B2.unbind(1)
         flat = sketch_B.flatten(1).double()
         method = trainer._normalization
@@ -239,7 +257,8 @@ class InterferenceLog:
             baseline_size={"zero": 0, "given": trainer.args.generation_batch_size}.get(centre, trainer.num_generations),
         )
         error = predicted_rmse(sketch_B, prompt_B) if self.dim else 0.0
-        metrics = interference_metrics(step, sketch_rmse=error)
+        features_PH = mean_by_prompt(feature_BH, prompt_B) if feature_BH.shape[1] else None
+        metrics = interference_metrics(step, sketch_rmse=error, features_PH=features_PH)
         metrics |= self._checks(step.gram_BB)
         constant = self.speedup.observe(metrics, step.reward_B)
         if constant is not None:
