@@ -50,6 +50,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--optim", default="adamw_torch", help="as transformers names it; sgd: plain gradient steps, as in the theory")
     add("--max_grad_norm", type=float, default=1.0, help="clipping, which hides a method's scale; 0: none")
     add(
+        "--interference_every",
+        type=int,
+        default=10,
+        help="steps between measurements for adaptive and curvature; 0: none",
+    )
+    add(
         "--model_name_or_path", default=BUILT_IN, help="folder of one policy for every seed; small: a built-in one each"
     )
     add("--jobs", type=int, default=2, help="runs at the same time, one thread each")
@@ -127,6 +133,7 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
         "seed": seed,
         "optim": options.optim,
         "max_grad_norm": options.max_grad_norm,
+        "interference_every": options.interference_every,
         "max_steps": options.max_steps,
         "eval_steps": options.eval_every,
         "eval_on_start": True,
@@ -149,7 +156,7 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
 
 
 def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, list]) -> None:
-    from trl_ext.tasks.ablation_plot import draw_ablation
+    from trl_ext.tasks.ablation_plot import draw_ablation, draw_alpha
     from trl_ext.tasks.ablation_results import markdown_tables, summarize
 
     folder = Path(options.output_dir)
@@ -174,7 +181,11 @@ def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, li
     )
     files = [folder / "ablation.png", folder / "ablation.svg"]
     draw_ablation(finals, options.target_accuracy, options.eval_every, title, files)
-    print(f"\n{text}\nWritten to {folder}: results.csv, table.csv, table.md, ablation.png, ablation.svg")
+    if "adaptive" in finals:
+        files.append(folder / "alpha.png")
+        draw_alpha(finals["adaptive"], files[-1])
+    names = ", ".join(file.name for file in files)
+    print(f"\n{text}\nWritten to {folder}: results.csv, table.csv, table.md, {names}")
 
 
 def main(arguments: list[str]) -> None:

@@ -266,13 +266,14 @@ class InterferenceLog:
         phase = self.phase.observe(metrics)
         if phase is not None:
             metrics["phase"] = phase
+        measured = orthogonality(step, error)
+        if measured is not None:
+            metrics["interference/orthogonality"] = measured
+            trainer.observe_orthogonality(measured)
         for name, value in metrics.items():
             if name != "curvature/sigma_mean":  # logged of every batch already
                 trainer._metrics["train"][name].append(value)
 
-        measured = orthogonality(step, error)
-        if measured is not None:
-            trainer.observe_orthogonality(measured)
         trainer.observe_curvature(*directional_curvature(step))
         if trainer.accelerator.is_main_process and self._writes:
             self._write(step, metrics, prompt_B, key_B)

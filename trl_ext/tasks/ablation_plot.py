@@ -1,4 +1,4 @@
-"""The plot of an ablation: reward and held-out accuracy against steps, mean and 95% band over seeds.
+"""The plots of an ablation: reward and held-out accuracy against steps, mean and 95% band over seeds; alpha.
 
 Above, all methods together, by their means; below, each method by itself with its band, beside ``std``. Line styles
 and markers tell the methods apart without colours.
@@ -15,6 +15,7 @@ from .ablation_results import REFERENCE, Interval, Run, block_means, mean_interv
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")
+ALPHA_COLUMNS = {"orthogonality": "measured orthogonality", "alpha": "alpha, its moving average"}
 COLUMNS = {"reward": "reward of the sampled answers", "held_out_accuracy": "held-out accuracy"}
 
 
@@ -73,3 +74,24 @@ def draw_ablation(
     together_axes[0].legend(fontsize=8)
     for file in files:
         figure.savefig(file, dpi=130)
+
+
+def draw_alpha(runs: Sequence[Run], file: Path) -> None:
+    """``adaptive``: the orthogonality that was measured, and alpha, which follows it; mean and 95% band over seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i, (column, label) in enumerate(ALPHA_COLUMNS.items()):
+        curves = [dict(zip(*run.curve(column), strict=True)) for run in runs]
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        points = [mean_interval([curve[step] for curve in curves]) for step in steps]
+        style = {"color": COLOURS[i], "linestyle": LINES[1 - i], "label": label}
+        _draw(axes, (steps, points), style, band=True)
+    axes.set_xlabel("step")
+    axes.set_title(f"adaptive: {len(runs)} seeds", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=130)

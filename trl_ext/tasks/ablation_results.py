@@ -23,6 +23,10 @@ LOGGED = {
     "zero_variance_frac": "normalization/zero_variance_frac",
     "grad_norm": "grad_norm",
     "entropy": "entropy",
+    # of the steps that log interference
+    "orthogonality": "interference/orthogonality",
+    "reliability": "interference/reliability",
+    "alpha": "normalization/alpha",
 }
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom; with more, the last one (wider by less than 5%)
 # fmt: off
