@@ -6,6 +6,7 @@ Run in a fresh process, whose allocator has no freed memory to reuse. Prints byt
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import head_contenders as heads
@@ -18,18 +19,13 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
-def main(contender: str, shape: str, frozen: bool) -> None:
-    cuda = torch.cuda.is_available()
-    getattr(heads, contender)(heads.make_problem("SmolLM2", 16, torch.float32, frozen=frozen, live=1.0))()  # libraries
-    problem = heads.make_problem(shape, 512, torch.float32, frozen=frozen, live=1.0, device="cuda" if cuda else "cpu")
-    call = getattr(heads, contender)(problem)
-    returned = problem.hidden.nbytes + (0 if frozen else problem.weight.nbytes)
-    if cuda:
+def peak_beyond_now(call: Callable[[], object]) -> int:
+    """The most bytes in use during the call, beyond what is in use before it."""
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        print(torch.cuda.max_memory_allocated() - before - returned)
-        return
+        return torch.cuda.max_memory_allocated() - before
     before, peak, running = resident(), 0, True
 
     def watch() -> None:
@@ -42,7 +38,16 @@ def main(contender: str, shape: str, frozen: bool) -> None:
     call()
     running = False
     watcher.join()
-    print(peak - before - returned)
+    return peak - before
+
+
+def main(contender: str, shape: str, frozen: bool) -> None:
+    cuda = torch.cuda.is_available()
+    getattr(heads, contender)(heads.make_problem("SmolLM2", 16, torch.float32, frozen=frozen, live=1.0))()  # libraries
+    problem = heads.make_problem(shape, 512, torch.float32, frozen=frozen, live=1.0, device="cuda" if cuda else "cpu")
+    call = getattr(heads, contender)(problem)
+    returned = problem.hidden.nbytes + (0 if frozen else problem.weight.nbytes)
+    print(peak_beyond_now(call) - returned)
 
 
 if __name__ == "__main__":

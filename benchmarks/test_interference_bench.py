@@ -1,94 +1,169 @@
-"""Cost of a step that logs interference: SmolLM2-135M, forward and backward with and without taps, and peers.
+"""Cost of a step that logs interference, in the real trainer; its peak memory; and peers that do the same job.
 
-Counted: forward and backward of 16 sequences of about 150 tokens, fused loss included, no optimizer. The floor is the
-same step without taps. Peers give what the sketch gives: a gradient for each prompt, by one backward for each prompt,
-or by ``torch.func.vmap(grad)`` (on the built-in policy only: SmolLM2's 16 whole gradients need 9 GB beside theirs).
+Counted: a whole optimizer step of SmolLM2-135M on 16 stored rollouts of about 150 tokens: forward, backward, clipping,
+AdamW, and on a step that logs the taps, the metrics and the file. Steps that log and steps that don't alternate in one
+run (``interference_every=2``), so the floor is the same run's other steps. Predicted: each Linear folds both sides (2 d
+additions a token and part, against 6 d^2 multiplications) and multiplies (3k, 3k) twice, 2 (3k)^2 against 3 d^2: at
+d = 576 about 8 % more multiplications.
+
+Peers: one backward for each prompt gives the prompts' gradients alone (P times the parameters in memory, and no
+reliability); ``torch.func.vmap(grad)`` and Opacus give each sequence's, on the built-in policy (SmolLM2's 16 whole
+gradients need 9 GB beside theirs).
 """
+
+import statistics
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from compare import alternate
 from conftest import ROWS
-from transformers import AutoModelForCausalLM
+from datasets import Dataset
+from interference_memory import PROMPTS, SEQUENCES, TOKENS, forward_backward, make_model
+from transformers import AutoTokenizer, TrainerCallback
 
-from grpo_kernels import linear_grpo_loss
 from grpo_kernels.gradient_sketch import GradientSketch
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
+from trl_ext.tasks.small_policy import build_model, build_tokenizer
 from trl_ext.tasks.smollm2 import smollm2
 
-PROMPTS, GENERATIONS, TOKENS, COMPLETION = 4, 4, 150, 75
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDS = 5
+
+
+class StepSeconds(TrainerCallback):
+    """Seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def stored_rollouts(prompts, trainer):
+    generator = torch.Generator().manual_seed(trainer.state.global_step)
+    ids = torch.randint(1000, 40000, (len(prompts), TOKENS), generator=generator).tolist()
+    half = TOKENS // 2
+    return {"prompt_ids": [row[:half] for row in ids], "completion_ids": [row[half:] for row in ids], "logprobs": None}
+
+
+def parity(completion_ids, **kwargs):
+    return [float(sum(ids) % 2) for ids in completion_ids]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_step_that_logs(benchmark, lora):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).to(DEVICE)
-    head = model.get_output_embeddings()
-    backbone = model.model
-    if lora:
-        from peft import LoraConfig, get_peft_model
+def test_a_step_that_logs(benchmark, lora, tmp_path):
+    from peft import LoraConfig
 
-        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
-        model.train()
-    count = PROMPTS * GENERATIONS
-    ids = torch.randint(0, 49152, (count, TOKENS), device=DEVICE)
-    prompt_B = torch.arange(PROMPTS, device=DEVICE).repeat_interleave(GENERATIONS)
-    advantages_B = torch.randn(count, device=DEVICE)
-    sketch = GradientSketch(model, 64)
-
-    def forward_backward(rows: torch.Tensor, taps: bool) -> None:
-        model.zero_grad(set_to_none=True)
-        hidden = backbone(input_ids=ids[rows]).last_hidden_state[:, -COMPLETION - 1 : -1]
-        sequence_N = torch.arange(len(rows), device=DEVICE).repeat_interleave(COMPLETION)
-        hidden_NH = hidden.flatten(0, 1)
-        out = linear_grpo_loss(
-            hidden_NH, head.weight, ids[rows, -COMPLETION:].flatten(), sequence_N, advantages_B[rows],
-            torch.full((len(rows),), 1 / (count * COMPLETION), device=DEVICE),
-            head_sketch=sketch.head_sketch(head, hidden_NH, sequence_N) if taps else None,
-        )  # fmt: skip
-        out.loss.backward()
-
-    everything = torch.arange(count, device=DEVICE)
-
-    def logged() -> None:
-        with sketch.step(0) as recorded:
-            with sketch.rows(prompt_B):
-                forward_backward(everything, True)
-        recorded[0].gram()
-
-    def one_backward_a_prompt() -> None:
-        for prompt in range(PROMPTS):
-            forward_backward((prompt_B == prompt).nonzero().squeeze(1), False)
-
-    medians = alternate(
-        {
-            "logged": logged,
-            "plain": lambda: forward_backward(everything, False),
-            "backward a prompt": one_backward_a_prompt,
-        },
-        rounds=5,
-    )
-    benchmark.extra_info.update(medians)
-    ratio, peer = (medians[name] / medians["plain"] for name in ("logged", "backward a prompt"))
+    folder = smollm2()
+    trainer = CurvatureGRPOTrainer(
+        model=str(folder),
+        reward_funcs=parity,
+        args=CurvatureGRPOConfig(
+            output_dir=str(tmp_path), interference_every=2, max_steps=2 * ROUNDS + 2, learning_rate=1e-6,
+            num_generations=SEQUENCES // PROMPTS, per_device_train_batch_size=SEQUENCES, bf16=False,
+            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
+            disable_tqdm=True, use_cpu=DEVICE == "cpu",
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [f"Question {i}" for i in range(64)]}),
+        processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
+        rollout_func=stored_rollouts,
+        peft_config=LoraConfig(r=16, target_modules="all-linear") if lora else None,
+    )  # fmt: skip
+    clock = StepSeconds()
+    trainer.add_callback(clock)
+    benchmark.pedantic(trainer.train, rounds=1)
+    assert len(read_interference(tmp_path)) == ROUNDS + 1
+    pairs = list(zip(clock.seconds[2::2], clock.seconds[3::2], strict=True))  # the first two are the warm-up
+    ratio = statistics.median(logged / plain for logged, plain in pairs)
+    medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
+    benchmark.extra_info.update({"logged": medians[0], "plain": medians[1], "ratio": ratio})
     ROWS.append(
-        f"interference SmolLM2 {'LoRA' if lora else 'full'} {count} x {TOKENS}: logged / plain {ratio:5.3f}   "
-        f"at every tenth step {1 + (ratio - 1) / 10:6.4f}   one backward a prompt / plain {peer:5.2f}"
+        f"interference SmolLM2 {'LoRA' if lora else 'full'} {SEQUENCES} x {TOKENS}: a step that logs / that doesn't "
+        f"{ratio:5.3f} (ratio of medians {medians[0] / medians[1]:5.3f})   "
+        f"at every tenth step {1 + (ratio - 1) / 10:6.4f}"
     )
-    benchmark.pedantic(logged, rounds=1)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_against_one_backward_for_each_prompt(benchmark, lora):
+    model, backbone, head = make_model(lora, DEVICE)
+    sketch = GradientSketch(model, 64)
+    prompt_B = torch.arange(PROMPTS, device=DEVICE).repeat_interleave(SEQUENCES // PROMPTS)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def plain() -> None:
+        model.zero_grad(set_to_none=True)
+        forward_backward(backbone, head)
+
+    def sketched() -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        with sketch.step(0) as recorded, sketch.rows(prompt_B):
+            forward_backward(backbone, head, sketch)
+        return recorded[0].gram()
+
+    def one_backward_a_prompt() -> torch.Tensor:
+        gradients = []
+        for prompt in range(PROMPTS):
+            model.zero_grad(set_to_none=True)
+            forward_backward(backbone, head, rows=(prompt_B == prompt).nonzero().squeeze(1))
+            gradients.append([parameter.grad for parameter in parameters])
+        return torch.stack(
+            [torch.stack([sum((a * b).sum() for a, b in zip(p, q, strict=True)) for q in gradients]) for p in gradients]
+        )
+
+    calls = {"plain": plain, "sketched": sketched, "one backward a prompt": one_backward_a_prompt}
+    medians = alternate(calls, rounds=3)
+    benchmark.extra_info.update(medians)
+    ROWS.append(
+        f"interference SmolLM2 {'LoRA' if lora else 'full'} forward and backward: sketched / plain "
+        f"{medians['sketched'] / medians['plain']:5.3f}   one backward a prompt, with its Gram matrix / plain "
+        f"{medians['one backward a prompt'] / medians['plain']:5.3f}"
+    )
+    benchmark.pedantic(sketched, rounds=1)
     sketch.close()
 
 
-def test_against_vmap_of_grad(benchmark):
-    """The built-in policy: a whole gradient of each sequence by ``vmap(grad)``, against the sketch of each."""
-    from trl_ext.tasks.small_policy import build_model, build_tokenizer
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_peak_memory(benchmark, lora, checkpointing):
+    """In fresh processes: beyond the model, and beyond the gradients that stay."""
 
+    def peaks() -> dict[str, int]:
+        script = str(Path(__file__).with_name("interference_memory.py"))
+        found = {}
+        for kind in ("plain", "sketched"):
+            command = [sys.executable, script, kind, str(int(lora)), str(int(checkpointing))]
+            found[kind] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        return found
+
+    found = benchmark.pedantic(peaks, rounds=1)
+    benchmark.extra_info.update(found)
+    ROWS.append(
+        f"interference SmolLM2 {'LoRA' if lora else 'full'}, {'' if checkpointing else 'no '}checkpointing: "
+        f"peak memory plain {found['plain'] / 2**20:.0f} MiB, sketched {found['sketched'] / 2**20:.0f} MiB"
+    )
+
+
+def test_against_gradients_of_each_sequence(benchmark):
+    """The built-in policy: a whole gradient of each sequence by ``vmap(grad)`` and by Opacus; sketch and exact mode."""
     tokenizer = build_tokenizer((1, 4))
     torch.manual_seed(0)
     model = build_model(tokenizer).to(DEVICE)
     model.config._attn_implementation = "eager"  # vmap has no rule for the fused attention's choice of kernel
     ids = torch.randint(4, len(tokenizer), (16, 24), device=DEVICE)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    sketch = GradientSketch(model, 64)
+    sketch, exact = GradientSketch(model, 64), GradientSketch(model, 0)
 
     def loss(values: dict[str, torch.Tensor], row_T: torch.Tensor) -> torch.Tensor:
         logits = torch.func.functional_call(model, values, (row_T[None],), {"use_cache": False}).logits[0, :-1]
@@ -99,24 +174,42 @@ def test_against_vmap_of_grad(benchmark):
         flat = torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
         return flat @ flat.T
 
-    def plain() -> None:
-        model.zero_grad(set_to_none=True)
-        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    def plain(of=model) -> None:
+        of.zero_grad(set_to_none=True)
+        logits = of(input_ids=ids).logits[:, :-1].flatten(0, 1)
         torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
 
-    def by_sketch(dim_sketch: GradientSketch = sketch) -> torch.Tensor:
-        with dim_sketch.step(0) as recorded, dim_sketch.rows(torch.arange(16, device=DEVICE)):
+    def by_taps(taps: GradientSketch) -> torch.Tensor:
+        with taps.step(0) as recorded, taps.rows(torch.arange(16, device=DEVICE)):
             plain()
         return recorded[0].gram()
 
-    exact = GradientSketch(model, 0)
-    torch.testing.assert_close(by_sketch(exact).float(), by_vmap(), rtol=1e-3, atol=1e-3)
-    contenders = {"sketch": by_sketch, "exact": lambda: by_sketch(exact), "vmap": by_vmap, "plain": plain}
-    medians = alternate(contenders, rounds=7)
+    contenders = {
+        "plain": plain, "sketch": lambda: by_taps(sketch), "exact": lambda: by_taps(exact), "vmap(grad)": by_vmap,
+    }  # fmt: skip
+    truth = by_vmap()
+    torch.testing.assert_close(by_taps(exact).float(), truth, rtol=1e-3, atol=1e-3)
+    if find_spec("opacus"):
+        from opacus import GradSampleModule
+
+        untied = build_model(tokenizer).to(DEVICE)  # Opacus refuses tied weights: the head gets a copy
+        untied.load_state_dict(model.state_dict())
+        untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+        wrapped = GradSampleModule(untied, strict=False)
+
+        def by_opacus() -> torch.Tensor:
+            plain(wrapped)
+            samples = {name: p.grad_sample for name, p in untied.named_parameters()}
+            embedding, head = samples.pop("model.embed_tokens.weight"), samples.pop("lm_head.weight")
+            flat = torch.cat([(embedding + head).flatten(1), *(sample.flatten(1) for sample in samples.values())], 1)
+            return flat @ flat.T
+
+        torch.testing.assert_close(by_opacus(), truth, rtol=1e-3, atol=1e-3)
+        contenders["Opacus"] = by_opacus
+    medians = alternate(contenders, rounds=15)
     benchmark.extra_info.update(medians)
-    ROWS.append(
-        "interference built-in policy, 16 x 24 tokens: sketch / plain "
-        f"{medians['sketch'] / medians['plain']:5.2f}   exact / plain {medians['exact'] / medians['plain']:5.2f}   "
-        f"vmap(grad) / plain {medians['vmap'] / medians['plain']:5.2f}"
+    ratios = "   ".join(
+        f"{name} / plain {medians[name] / medians['plain']:5.2f}" for name in contenders if name != "plain"
     )
-    benchmark.pedantic(by_sketch, rounds=1)
+    ROWS.append(f"interference built-in policy, 16 x 24 tokens: {ratios}")
+    benchmark.pedantic(contenders["sketch"], rounds=1)

@@ -1,5 +1,7 @@
 """grpo_kernels.gradient_sketch on small real transformers: exact, and sketched without bias."""
 
+import weakref
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -98,6 +100,42 @@ def test_gradient_checkpointing(reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
     assert_gram(record(model, 0).gram(), truth)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "not reentrant"])
+def test_checkpointing_still_lets_go_of_activations(checkpointing):
+    """With open taps no input of a checkpointed layer is alive between forward and backward; without, they all are."""
+    model = make_model().train()
+    if checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    seen = []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda module, inputs: seen.append(weakref.ref(inputs[0])))
+    ids, mask = batch()
+    sketch = GradientSketch(model, 8)
+    with sketch.step(0), sketch.rows(torch.arange(ROWS)):
+        loss = loss_of(model, ids, mask, WEIGHTS)
+        alive = [reference() is not None for reference in seen]
+        assert alive == [checkpointing == "none"] * 2
+        loss.backward()
+    assert len(seen) == (2 if checkpointing == "none" else 4)  # computed again in the backward
+
+
+def test_lora_over_four_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig
+
+    make_model().save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map="cpu"
+    )
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert "Linear4bit" in kinds
+    recorded = record(model, 0)
+    assert_gram(recorded.gram(), one_backward_each(model), 1e-4)
+    assert recorded.gram().trace() > 0
 
 
 def test_packed_rows():

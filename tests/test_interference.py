@@ -252,3 +252,19 @@ def test_features_that_fail_switch_it_off(tiny_policy, tmp_path, monkeypatch):
     trainer = build(tiny_policy, tmp_path, unit, **LOGGED)
     trainer.train()
     assert trainer.state.global_step == 2 and len(said) == 1 and "MemoryError: no room" in said[0]
+
+
+def test_a_gradient_scaler_is_undone(tiny_policy, tmp_path):
+    """fp16's loss scale is in every gradient that a tap sees, and in none that is logged."""
+    records = []
+    for scale in (None, 1024.0):
+        options = {**LOGGED, "max_steps": 1, "learning_rate": 0.0}
+        trainer = build(tiny_policy, tmp_path / str(scale), unit, **options)
+        if scale is not None:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.train()
+        records.append(read_interference(tmp_path / str(scale))[0])
+    plain, scaled = records
+    np.testing.assert_allclose(scaled.gram_BB, plain.gram_BB, rtol=1e-4, atol=1e-5 * np.abs(plain.gram_BB).max())
+    for name in ("sketch_check", "coverage", "cos_mean"):
+        assert scaled.metrics[f"interference/{name}"] == pytest.approx(plain.metrics[f"interference/{name}"], rel=1e-3)
