@@ -225,8 +225,7 @@ def main(arguments: list[str]) -> None:
         )
     except KeyboardInterrupt:
         workers.stop()
-        print("\nStopped. What has finished is kept: repeat the command to go on", file=sys.stderr, flush=True)
-        os._exit(1)  # not sys.exit: it would wait for the pool's threads, which may hang now that its workers are gone
+        sys.exit("\nStopped. What has finished is kept: repeat the command to go on")
     except RuntimeError as error:
         sys.exit(f"error: {error}")
     workers.pool.shutdown()
