@@ -193,7 +193,9 @@ class GradientSketch:
         return StepSketch(sketch.view(len(sketch), PARTS, -1) if self.dim else sketch, torch.cat(prompts))
 
     def _size(self, key: Any) -> int:
-        return PARTS * max(1, self.dim**2 // PARTS) if key is None else self._parameters[key].numel()
+        """The numbers of a sequence under this key, in an open step."""
+        assert self._projections is not None
+        return PARTS * self._projections.slots if key is None else self._parameters[key].numel()
 
     # ---- what a layer adds
 

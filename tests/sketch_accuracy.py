@@ -4,10 +4,10 @@ P prompts, G sampled completions of at most T tokens each. Many draws of the ske
 backward, a prompt at a time, so that 20 draws cost a few passes and not 20. Prints what it found.
 """
 
+import argparse
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,6 +155,12 @@ def sketch_accuracy(policy: str, lora: bool, prompts: int, generations: int, max
 
 
 if __name__ == "__main__":
-    chosen, kind, *sizes = sys.argv[1:]
-    result = sketch_accuracy(chosen, kind == "lora", *map(int, sizes))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("policy", choices=("small", "smollm2"))
+    parser.add_argument("trained", choices=("full", "lora"))
+    for name in ("prompts", "generations", "max_tokens"):
+        parser.add_argument(name, type=int)
+    chosen = parser.parse_args()
+    lora = chosen.trained == "lora"
+    result = sketch_accuracy(chosen.policy, lora, chosen.prompts, chosen.generations, chosen.max_tokens)
     print(result, f"mean check {sum(result.checks) / DRAWS:.4f}")

@@ -14,7 +14,7 @@ import pytest
 from test_math_example import load_script
 
 from trl_ext.tasks import ablation_runs
-from trl_ext.tasks.ablation_plot import mean_curve
+from trl_ext.tasks.ablation_plot import draw_alpha, mean_curve
 from trl_ext.tasks.ablation_results import (
     STUDENT_T,
     Run,
@@ -86,6 +86,21 @@ def test_tidy_rows():
         [1, 0.5, None, None, None, 0.25, 1.5, None],
         [2, 0.75, 0.6, 0.3, 0.4, None, None, None],
     ]
+
+
+def test_alpha_is_drawn_beside_the_orthogonality(tmp_path):
+    """Also where a step measured nothing in one run, and where nothing was measured at all."""
+    logs = [
+        [{"step": t, "interference/orthogonality": 0.5 + t / 10, "normalization/alpha": 0.6} for t in steps]
+        for steps in ((1, 2, 3), (1, 3))
+    ]
+    runs = [Run("adaptive", 1e-4, seed, tidy_rows(history)) for seed, history in enumerate(logs)]
+    assert runs[1].curve("orthogonality") == ([1.0, 3.0], [0.6, 0.8])
+    assert runs[1].curve("alpha") == ([1.0, 3.0], [0.6, 0.6])
+    draw_alpha(runs, tmp_path / "alpha.png")
+    draw_alpha([run_of("adaptive", (0.4, 0.5))], tmp_path / "none.png")
+    sizes = [(tmp_path / name).stat().st_size for name in ("alpha.png", "none.png")]
+    assert sizes[0] > sizes[1] > 1000
 
 
 # Learning rates
