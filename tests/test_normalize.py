@@ -227,6 +227,7 @@ def test_float64_is_the_reference(case, alpha, eps):
 
 @settings(max_examples=300, deadline=None)
 @given(case=method_and_groups(), alpha=st.floats(0, 1))
+@example(case=("adaptive", [[0.0] * 7 + [9998.0, -9791.0]]), alpha=0.0)  # rounding of the mean, as plain torch's
 def test_float32_error_is_no_worse_than_plain_torch(case, alpha):
     method, rewards = case
     if at_a_threshold(rewards, method):
@@ -239,26 +240,47 @@ def test_float32_error_is_no_worse_than_plain_torch(case, alpha):
         atol = 1e-4 * (largest if method in UNIT else 1)
         torch.testing.assert_close(ours, truth, rtol=3e-5, atol=atol, msg=lambda text: f"{method}: {text}")
         return
-    plain = plain_torch(exact.float(), method).double()
+    plain = plain_torch(exact.float(), method, alpha=alpha).double()
     same = plain.isnan() | torch.isinf(plain)  # plain torch has no answer for degenerate groups
     plain_error = torch.where(same, 0.0, (plain - truth).abs()).max()
     assert (ours - truth).abs().max() <= 2 * plain_error + 4e-6 * truth.abs().max() + 1e-9
 
 
-PLAIN = ("none", "mean", "batch_mean", "loo", "std", "batch_std", "global", "mean_abs")
+PLAIN = (
+    "none",
+    "mean",
+    "batch_mean",
+    "loo",
+    "std",
+    "batch_std",
+    "global",
+    "mean_abs",
+    "power",
+    "adaptive",
+    "length_weighted",
+)
 
 
-def plain_torch(rewards, method, eps=1e-4):
+def plain_torch(rewards, method, eps=1e-4, alpha=0.5):
     """The lines anyone would write; no care for NaN, equal rewards or rounding."""
     known = rewards[~rewards.isnan()]
     mean = rewards.nanmean(1, keepdim=True)
     count = (~rewards.isnan()).sum(1, keepdim=True)
     std = ((rewards - mean).square().nansum(1, keepdim=True) / (count - 1)).sqrt()
+
+    def by_length():
+        lengths = torch.tensor(context_of(method, rewards.tolist(), alpha)["lengths"]).reshape(rewards.shape)
+        lengths = torch.where(rewards.isnan(), 0.0, lengths.to(rewards.dtype))
+        return rewards - (lengths * rewards).nansum(1, keepdim=True) / lengths.sum(1, keepdim=True)
+
     lines = {
         "none": lambda: rewards,
+        "length_weighted": by_length,
         "mean": lambda: rewards - mean,
         "batch_mean": lambda: rewards - known.mean(),
         "loo": lambda: (rewards - mean) * count / (count - 1),
+        "power": lambda: (rewards - mean) / (std + eps) ** alpha,
+        "adaptive": lambda: (rewards - mean) / (std + eps) ** alpha,
         "std": lambda: (rewards - mean) / (std + eps),
         "batch_std": lambda: (rewards - mean) / (known.std() + eps),
         "global": lambda: (rewards - known.mean()) / (known.std() + eps),
