@@ -79,14 +79,18 @@ def test_token_weights_are_trls(loss_type, accumulation, tiny_policy, tmp_path):
 
 @pytest.mark.parametrize("loss_type", ["cispo", "vespo"])
 def test_token_weights_of_losses_on_log_probs(loss_type, tiny_policy, tmp_path):
-    trainer = build(tiny_policy, tmp_path, loss_type=loss_type, normalization="none", steps_per_generation=2)
+    trainer = build(
+        tiny_policy, tmp_path, loss_type=loss_type, normalization="none", steps_per_generation=2,
+        skip_zero_advantage=False,
+    )  # fmt: skip
     for inputs, _, _ in batches_of(trainer):
         items, processes, per_generation = inputs["num_items_in_batch"], 1, 2
         torch.testing.assert_close(inputs["token_weight"], torch.full((8,), processes * per_generation / items.item()))
 
 
 def test_the_dict_knows_its_groups(tiny_policy, tmp_path):
-    seen = batches_of(build(tiny_policy, tmp_path, steps_per_generation=2, gradient_accumulation_steps=2))
+    options = {"steps_per_generation": 2, "gradient_accumulation_steps": 2, "skip_zero_advantage": False}
+    seen = batches_of(build(tiny_policy, tmp_path, **options))
     for pair in zip(seen[::2], seen[1::2], strict=True):
         prompt_id, position = (torch.cat([inputs[n] for inputs, _, _ in pair]) for n in ("prompt_id", "group_position"))
         assert sorted((prompt_id * 4 + position).tolist()) == list(range(16))

@@ -33,6 +33,10 @@ class CurvatureGRPOConfig(GRPOConfig):
             command line a JSON object.
         fused_loss: the loss and its gradients in one pass over the head (``grpo_kernels.linear_grpo_loss``), and
             log-probs from ``linear_logprob`` where the loss isn't a sum over single tokens. False: TRL's own head.
+        skip_zero_advantage: sequences that can't contribute a gradient aren't run through the model, and the others go
+            into few, evenly long micro-batches without needless padding; the gradient is the same. The log says once
+            where it can't be done, and why. ``entropy`` is then logged of what runs, as ``entropy_live``.
+        full_entropy: log ``entropy`` of all sequences all the same: those that are skipped get a forward pass.
 
         interference_every: optimizer steps between two that log how the prompts' gradients interfere, under
             ``interference/``, ``curvature/``, ``theory/`` and ``phase``, and keep a file of it in the run's folder
@@ -59,6 +63,13 @@ class CurvatureGRPOConfig(GRPOConfig):
 
     fused_loss: bool = field(
         default=True, metadata={"help": "Loss and gradients in one pass over the LM head; false: TRL's own head."}
+    )
+
+    skip_zero_advantage: bool = field(
+        default=True, metadata={"help": "Don't run sequences without a gradient, and regroup the others by length."}
+    )
+    full_entropy: bool = field(
+        default=False, metadata={"help": "Log the entropy of skipped sequences too, at the price of a forward pass."}
     )
 
     interference_every: int = field(

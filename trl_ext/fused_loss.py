@@ -15,6 +15,7 @@ from grpo_kernels.token_losses import SURROGATES
 
 from .token_weights import micro_batch_token_weights, token_weights
 
+STATISTICS = ("tokens", "entropy", "kl", "low", "high")  # of a sequence: sums over its tokens
 CLIPPED = tuple(name for name, surrogate in SURROGATES.items() if surrogate == "clip")
 
 
@@ -110,10 +111,12 @@ def one_pass_loss(trainer: Any, model: torch.nn.Module, inputs: dict[str, Any]) 
     if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
         policy_scale_N = inputs["importance_sampling_ratio"].expand(mask_BT.shape)[mask_BT].float()
     old_logprobs = inputs.get("old_per_token_logps")
+    # regrouped sequences keep the weights they have in TRL's own micro-batches
+    weights_B = inputs["token_weight"] if "row" in inputs else token_weights_now(trainer, mode, inputs, mask_BT)
     bonus = trainer.entropy_coef if trainer._entropy_bonus_enabled else 0.0
     grpo_inputs = {
         "sequence_N": sequence_N,
-        "weights_B": token_weights_now(trainer, mode, inputs, mask_BT) / accumulation,
+        "weights_B": weights_B / accumulation,
         **rewards_or_advantages(trainer, inputs, mask_BT),
         "old_logprobs_N": None if old_logprobs is None else old_logprobs[mask_BT],
         "ref_logprobs_N": inputs["ref_per_token_logps"][mask_BT] if trainer.beta != 0 else None,
@@ -136,55 +139,26 @@ def one_pass_loss(trainer: Any, model: torch.nn.Module, inputs: dict[str, Any]) 
     loss = output.loss
     if trainer.aux_loss_enabled:
         loss = loss + trainer.router_aux_loss_coef * output.aux_loss / accumulation
-    # TRL logs the policy loss before the division by the accumulation, but for losses over the global token count
-    policy_loss = output.policy_loss * (1.0 if trainer.loss_type in ("dapo", "cispo") else accumulation)
-    log_loss_metrics(trainer, mode, output, policy_loss, sequence_N, len(mask_BT))
-    return loss
-
-
-def log_loss_metrics(trainer: Any, mode: str, output: Any, policy_loss, sequence_N, n_sequences: int) -> None:
-    """All that TRL logs of a micro-batch's loss, over all processes, in one gather and one wait for the device."""
-    local = loss_statistics(
+    statistics_BS = sequence_statistics(
         output,
-        policy_loss,
         sequence_N,
-        n_sequences,
+        len(mask_BT),
         epsilon_low=trainer.epsilon_low,
         epsilon_high=trainer.epsilon_high,
         delta=trainer.args.delta,
         loss_type=trainer.loss_type,
     )
-    gathered = trainer.accelerator.gather(torch.stack(list(local.values()))[None])
-    per_process = dict(zip(local, gathered.T.tolist(), strict=True))
-    metrics = trainer._metrics[mode]
-
-    def mean_over_tokens(name: str) -> float:
-        return sum(per_process[name]) / max(sum(per_process["tokens"]), 1.0)
-
-    if trainer._entropy_bonus_enabled:
-        metrics["policy_loss"].append(sum(per_process["policy_loss"]) / len(per_process["policy_loss"]))
-        if mode == "train" and trainer.accelerator.sync_gradients:
-            metrics["entropy_coef"].append(trainer.entropy_coef)
-    if trainer.aux_loss_enabled:
-        metrics["aux_loss"].append(sum(per_process["aux_loss"]) / len(per_process["aux_loss"]))
-    if trainer.beta != 0:
-        metrics["kl"].append(mean_over_tokens("kl"))
-    metrics["entropy"].append(mean_over_tokens("entropy"))
-    if trainer.loss_type in CLIPPED:
-        metrics["clip_ratio/low_mean"].append(mean_over_tokens("low"))
-        metrics["clip_ratio/high_mean"].append(mean_over_tokens("high"))
-        metrics["clip_ratio/region_mean"].append(mean_over_tokens("low") + mean_over_tokens("high"))
-        lows = [value for value in per_process["low_min"] if value == value]
-        highs = [value for value in per_process["high_max"] if value == value]
-        metrics["clip_ratio/low_min"].append(min(lows) if lows else float("nan"))
-        metrics["clip_ratio/high_max"].append(max(highs) if highs else float("nan"))
-    elif trainer.loss_type == "cispo":
-        metrics["cispo_clip_ratio"].append(mean_over_tokens("high"))
+    if "row" in inputs:
+        trainer._micro_batches.record(inputs["row"], statistics_BS, last="skipped" in inputs)
+    else:
+        # TRL logs the policy loss before the division by the accumulation, but for losses over the global token count
+        policy_loss = output.policy_loss * (1.0 if trainer.loss_type in ("dapo", "cispo") else accumulation)
+        log_loss_metrics(trainer, mode, statistics_BS, policy_loss, output.aux_loss)
+    return loss
 
 
-def loss_statistics(
+def sequence_statistics(
     output: Any,
-    policy_loss: torch.Tensor,
     sequence_N: torch.Tensor,
     n_sequences: int,
     *,
@@ -192,8 +166,8 @@ def loss_statistics(
     epsilon_high: float,
     delta: float | None,
     loss_type: str,
-) -> dict[str, torch.Tensor]:
-    """This process's sums over tokens, and the extremes over sequences (NaN where none has a token), each 0-d float32.
+) -> torch.Tensor:
+    """Sums over each sequence's tokens, (B, S) float32, in the order of ``STATISTICS``.
 
     ``low`` and ``high`` count tokens whose ratio left the clip range on the side where that stops the gradient.
     """
@@ -201,24 +175,51 @@ def loss_statistics(
     if delta is not None and loss_type in CLIPPED:
         ratio = ratio.clamp(max=delta)
     high_bound = epsilon_high if loss_type == "cispo" else 1 + epsilon_high
-    low = ((ratio < 1 - epsilon_low) & (advantages < 0)).float()
-    high = ((ratio > high_bound) & (advantages > 0)).float()
-    zeros_B = torch.zeros(n_sequences, device=ratio.device)
-    length_B = zeros_B.index_add(0, sequence_N, torch.ones_like(low))
-    low_B = zeros_B.index_add(0, sequence_N, low) / length_B  # NaN for a sequence without tokens
-    high_B = zeros_B.index_add(0, sequence_N, high) / length_B
-    nan = torch.full((), float("nan"), device=ratio.device)
-    low_min = torch.where(low_B.isnan(), torch.inf, low_B).amin()
-    high_max = torch.where(high_B.isnan(), -torch.inf, high_B).amax()
-    statistics = {
-        "tokens": length_B.sum(),
-        "entropy": output.entropies.sum(),
-        "kl": nan if output.kl is None else output.kl.sum(),
-        "low": low.sum(),
-        "high": high.sum(),
-        "low_min": torch.where(low_min.isinf(), nan, low_min),
-        "high_max": torch.where(high_max.isinf(), nan, high_max),
-        "policy_loss": policy_loss,
-        "aux_loss": nan if output.aux_loss is None else output.aux_loss.detach(),
-    }
-    return {name: value.float() for name, value in statistics.items()}
+    low = (ratio < 1 - epsilon_low) & (advantages < 0)
+    high = (ratio > high_bound) & (advantages > 0)
+    kl = torch.zeros_like(ratio) if output.kl is None else output.kl
+    of_tokens = [torch.ones_like(ratio), output.entropies, kl, low, high]
+    values_NS = torch.stack([value.float() for value in of_tokens], dim=1)
+    return values_NS.new_zeros(n_sequences, len(of_tokens)).index_add_(0, sequence_N.to(values_NS.device), values_NS)
+
+
+def log_loss_metrics(trainer: Any, mode: str, statistics_BS: torch.Tensor, policy_loss, aux_loss) -> None:
+    """All that TRL logs of a micro-batch's loss, over all processes, in one gather and one wait for the device."""
+    scalars = [torch.zeros((), device=statistics_BS.device) if x is None else x.detach() for x in (policy_loss, aux_loss)]
+    of_process = torch.stack([x.to(statistics_BS) for x in scalars]).expand(len(statistics_BS), 2)
+    gathered = trainer.accelerator.gather(torch.cat([statistics_BS, of_process], dim=1)).cpu()
+    metrics = trainer._metrics[mode]
+    if trainer._entropy_bonus_enabled:
+        metrics["policy_loss"].append(gathered[:, -2].mean().item())
+        if mode == "train" and trainer.accelerator.sync_gradients:
+            metrics["entropy_coef"].append(trainer.entropy_coef)
+    if trainer.aux_loss_enabled:
+        metrics["aux_loss"].append(gathered[:, -1].mean().item())
+    log_micro_batch(trainer, mode, gathered[:, :-2])
+
+
+def log_micro_batch(trainer: Any, mode: str, table_BS: torch.Tensor, *, entropy: bool = True) -> None:
+    """TRL's means over tokens, and extremes over sequences, of one micro-batch of all processes: (B, S), on the CPU."""
+    metrics = trainer._metrics[mode]
+    table = dict(zip(STATISTICS, table_BS.double().unbind(1), strict=True))
+
+    def mean_over_tokens(name: str) -> float:
+        return (table[name].sum() / table["tokens"].sum().clamp(min=1)).item()
+
+    def over_sequences(name: str) -> torch.Tensor:
+        share_B = table[name] / table["tokens"]
+        share_B = share_B[~share_B.isnan()]  # a sequence without tokens
+        return share_B if len(share_B) else torch.tensor([torch.nan])
+
+    if trainer.beta != 0:
+        metrics["kl"].append(mean_over_tokens("kl"))
+    if entropy:
+        metrics["entropy"].append(mean_over_tokens("entropy"))
+    if trainer.loss_type in CLIPPED:
+        metrics["clip_ratio/low_mean"].append(mean_over_tokens("low"))
+        metrics["clip_ratio/high_mean"].append(mean_over_tokens("high"))
+        metrics["clip_ratio/region_mean"].append(mean_over_tokens("low") + mean_over_tokens("high"))
+        metrics["clip_ratio/low_min"].append(over_sequences("low").min().item())
+        metrics["clip_ratio/high_max"].append(over_sequences("high").max().item())
+    elif trainer.loss_type == "cispo":
+        metrics["cispo_clip_ratio"].append(mean_over_tokens("high"))

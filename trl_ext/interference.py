@@ -56,6 +56,12 @@ def sequence_coefficients(trainer: Any, inputs: dict[str, Any]) -> torch.Tensor 
     return torch.where(alive_B, -inputs["advantages"] * inputs["token_weight"] * factor, 0.0)
 
 
+def ids_and_rewards(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """``prompt_id``, ``prompt_key`` and ``reward`` of each sequence, all (B,)."""
+    reward_B1 = inputs["group_rewards"].gather(1, inputs["group_position"][:, None])
+    return {"prompt_id": inputs["prompt_id"], "prompt_key": inputs["prompt_key"], "reward": reward_B1.squeeze(1)}
+
+
 def squared_gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
     """Of what is in ``.grad`` now, over all of FSDP2's shards."""
     total = 0.0
@@ -87,6 +93,8 @@ class InterferenceLog:
         self._failure: str | None = None
         self._writes = True
         self._sequences: list[dict[str, torch.Tensor | None]] = []
+        self._skipped: list[dict[str, torch.Tensor]] = []  # sequences that don't run: their gradient is 0
+        self._has_rows = False  # this micro-batch has something to run
         if args.torch_compile and not self._off:
             self._switch_off("torch_compile=True: a compiled model doesn't call the layers' hooks")
         if not self._off:  # wrong patterns are named before training
@@ -108,7 +116,7 @@ class InterferenceLog:
         self.sketch = self.features = None
 
     def _abandon(self) -> None:
-        self._is_open, self._sequences = False, []
+        self._is_open, self._sequences, self._skipped = False, [], []
         if self.features is not None:
             self.features.end_rows()
         if self.sketch is not None:
@@ -118,10 +126,10 @@ class InterferenceLog:
 
     def before_micro_batch(self) -> None:
         """Opens the taps at the first micro-batch of a step that is logged."""
-        trainer = self.trainer
+        trainer, self._has_rows = self.trainer, False
         if self._off or self._is_open or trainer.state.global_step % self.every:
             return
-        self._is_open, self._sequences, self._failure = True, [], None
+        self._is_open, self._sequences, self._skipped, self._failure = True, [], [], None
         try:
             if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
                 model = trainer.accelerator.unwrap_model(trainer.model)
@@ -138,15 +146,12 @@ class InterferenceLog:
         try:
             self.sketch.set_rows(inputs["prompt_id"])
             self.features.set_rows(inputs["prompt_mask"])
-            rewards_BG, position_B = inputs["group_rewards"], inputs["group_position"]
+            self._has_rows = True
             self._sequences.append(
-                {
-                    "prompt_id": inputs["prompt_id"],
-                    "prompt_key": inputs["prompt_key"],
-                    "reward": rewards_BG.gather(1, position_B[:, None]).squeeze(1),
-                    "coefficient": sequence_coefficients(self.trainer, inputs),
-                }
+                {**ids_and_rewards(inputs), "coefficient": sequence_coefficients(self.trainer, inputs)}
             )
+            if "skipped" in inputs:
+                self._skipped.append(ids_and_rewards(inputs["skipped"]))
         except Exception as error:
             self._fail(error)
 
@@ -168,7 +173,7 @@ class InterferenceLog:
             return
         if self.sketch is not None:
             self.sketch.end_rows()
-        if self.features is not None and self._sequences:
+        if self.features is not None and self._has_rows:
             self._sequences[-1]["feature"] = self.features.end_rows()
         if not last:
             return
@@ -211,12 +216,24 @@ class InterferenceLog:
         processes = self.trainer.accelerator.num_processes
         scaler = getattr(self.trainer.accelerator, "scaler", None)
         scale = processes * (scaler.get_scale() if scaler is not None else 1.0)
+        sketch_B = recorded.sketch
         joined = {
             name: None
             if any(one[name] is None for one in self._sequences)
             else torch.cat([one[name] for one in self._sequences])  # type: ignore[misc]
             for name in ("prompt_id", "prompt_key", "reward", "coefficient", "feature")
         }
+        for skipped in self._skipped:
+            n_skipped = len(skipped["reward"])
+            sketch_B = torch.cat([sketch_B, sketch_B.new_zeros(n_skipped, *sketch_B.shape[1:])])
+            for name, value in joined.items():
+                if value is not None:
+                    if name in skipped:
+                        more = skipped[name]
+                    else:  # no coefficient, and features nobody has seen
+                        unknown = 0.0 if name == "coefficient" else torch.nan
+                        more = value.new_full((n_skipped, *value.shape[1:]), unknown)
+                    joined[name] = torch.cat([value, more])
         ids = torch.stack([joined["prompt_id"], joined["prompt_key"]], dim=1)  # type: ignore[list-item]
         numbers = [joined["reward"]]
         if joined["coefficient"] is not None:
@@ -224,7 +241,7 @@ class InterferenceLog:
         feature_BH = joined["feature"]
         if feature_BH is None:
             feature_BH = torch.empty(len(ids), 0)
-        return recorded.sketch / scale, ids, torch.stack(numbers, dim=1).float(), feature_BH  # type: ignore[arg-type]
+        return sketch_B / scale, ids, torch.stack(numbers, dim=1).float(), feature_BH  # type: ignore[arg-type]
 
     def _all_have(self, local: tuple[torch.Tensor, ...] | None) -> bool:
         """Whether every process has a sketch, all of one shape."""

@@ -15,7 +15,12 @@ from accelerate.utils import is_peft_model
 
 
 def mean_by_prompt(feature_BH: torch.Tensor, prompt_B: torch.Tensor) -> torch.Tensor:
-    """(P, H): the mean over the sequences of each prompt, in ascending order of ``prompt_B``."""
+    """(P, H): the mean over the sequences of each prompt, in ascending order of ``prompt_B``.
+
+    Sequences that weren't run have NaN features, and prompts that have no other are left out.
+    """
+    seen_B = ~feature_BH.isnan().any(dim=1)
+    feature_BH, prompt_B = feature_BH[seen_B], prompt_B[seen_B]
     prompt_P, row_B, count_P = prompt_B.unique(return_inverse=True, return_counts=True)
     total_PH = feature_BH.new_zeros(len(prompt_P), feature_BH.shape[1]).index_add_(0, row_B, feature_BH)
     return total_PH / count_P[:, None]

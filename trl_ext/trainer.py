@@ -33,9 +33,11 @@ from .advantages import (
     weighted_rewards,
 )
 from .config import resolve_normalization
+from .deferred_logprobs import fill_logprobs, why_complete
 from .fused_head import CompletionMask, add_fused_head, head_adapter, head_adapters_allowed, read_settings
 from .fused_loss import live_mask, one_pass_loss, why_not_one_pass
 from .interference import InterferenceLog
+from .micro_batches import NOTHING, MicroBatches
 from .normalization_state import make_state, restore_states
 from .reward_checks import checked_reward
 from .token_weights import live_tokens, micro_batch_token_weights, token_weights
@@ -146,6 +148,11 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._interference = InterferenceLog(self)
         if fused:
             self._add_fused_heads()
+        self._skip_zero_advantage = getattr(args, "skip_zero_advantage", True)
+        self._full_entropy = getattr(args, "full_entropy", False)
+        self._micro_batches = MicroBatches(self)
+        self._logprobs_wait = False  # TRL's calls for old and reference log-probs get zeros, to be filled in
+        self._logprobs_due = 0  # calls that got zeros
 
     def _add_fused_heads(self) -> None:
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
@@ -177,10 +184,12 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
+        self._logprobs_wait, self._logprobs_due = why_complete(self) is None, 0
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
             self._tool_mask_BT = None  # TRL shuffles the rows next
+            self._logprobs_wait = False
 
         rewards_BF = self._gathered_rewards_BF  # of all processes
         weights_F = self.reward_weights.to(rewards_BF.device)
@@ -236,6 +245,11 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         )
         if weights_B is not None:
             output["token_weight"] = weights_B
+        if self._logprobs_due:
+            batch_size = self.args.per_device_train_batch_size
+            if mode == "eval":
+                batch_size = self.args.per_device_eval_batch_size
+            fill_logprobs(self, output, batch_size, training=mode == "train")
         return output
 
     def _replace_logged_advantages(self, advantages_B: torch.Tensor) -> None:
@@ -255,6 +269,9 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         return generated
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *rest, **kwargs):
+        if self._logprobs_wait and all(kwargs.get(name) is None for name in kwargs if name != "batch_size"):
+            self._logprobs_due += 1
+            return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
         mask_BT = self._tool_mask_BT
         if mask_BT is not None:
             if len(mask_BT) != len(input_ids) or mask_BT.shape[1] > logits_to_keep:
@@ -266,10 +283,10 @@ class CurvatureGRPOTrainer(GRPOTrainer):
                 model, input_ids, attention_mask, logits_to_keep, *rest, **kwargs
             )
 
-    def _say_once(self, text: str) -> None:
+    def _say_once(self, text: str, level: str = "warning") -> None:
         if text not in self._said:
             self._said.add(text)
-            logger.warning(text)
+            getattr(logger, level)(text)
 
     def observe_orthogonality(self, orthogonality: float) -> None:
         """For ``adaptive``: how orthogonal the prompts' gradients are, in [0, 1]; the same number on every process."""
@@ -282,6 +299,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             state.observe_curvature(prompt_id_P, curvature_P)
 
     def compute_loss(self, model, inputs, *rest, **kwargs):
+        if NOTHING in inputs:
+            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         self._interference.rows(inputs)
         return super().compute_loss(model, inputs, *rest, **kwargs)
 
@@ -324,6 +343,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training:
+            return self._micro_batches.next()
         if "token_weight" not in inputs:
             inputs["token_weight"] = micro_batch_token_weights(live_tokens(inputs))
         return inputs
