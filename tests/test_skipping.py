@@ -1,6 +1,5 @@
-"""Sequences without a gradient aren't run, the others are regrouped: the same gradient, and the same metrics, for less."""
+"""Sequences without a gradient don't run, the others are regrouped: the same gradient and metrics, for less."""
 
-import json
 import logging
 import zlib
 
@@ -14,7 +13,7 @@ from test_fused_trainer import TINY, tool_rollout
 from test_trainer_equality import PLAIN, Recorder, assert_same, digits, prompts, run
 from test_two_processes import assert_same_run
 from test_two_processes import run as run_processes
-from transformers import AutoConfig, AutoTokenizer, GPT2Config, LlamaConfig, MambaConfig, MixtralConfig
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig, MambaConfig, MixtralConfig
 from transformers.models.auto import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
@@ -96,4 +95,441 @@ def test_same_gradient_for_less(setting, passes, tiny_policy, tmp_path):
     else:
         assert run_here <= full
     if logs and setting["accumulation"] == (4, 4):  # what is logged is what was run
-        assert run_here / full == pytest.approx(1 - sum(l["compute/flops_saved_frac"] for l in logs) / len(logs), rel=0.1)
+        assert run_here / full == pytest.approx(
+            1 - sum(log["compute/flops_saved_frac"] for log in logs) / len(logs), rel=0.1
+        )
+
+
+# ---- which case applies, and why
+
+
+def build(policy, folder, reward_funcs=digits, trainer_class=CurvatureGRPOTrainer, peft_config=None, **options):
+    config = CurvatureGRPOConfig(
+        **{
+            **dict(
+                output_dir=str(folder), num_generations=4, per_device_train_batch_size=4, gradient_accumulation_steps=4,
+                max_completion_length=8, max_steps=2, optim="sgd", learning_rate=0.02, logging_steps=1, bf16=False,
+                gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+                seed=7, generation_kwargs={"sequence_bias": [[[1], 5.0]]},
+            ),
+            **options,
+        }
+    )  # fmt: skip
+    recorder = Recorder()
+    trainer = trainer_class(
+        model=str(policy), reward_funcs=reward_funcs, args=config, train_dataset=prompts(64),
+        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"), peft_config=peft_config,
+        callbacks=[recorder],
+    )  # fmt: skip
+    trainer.recorder = recorder
+    return trainer
+
+
+class OwnLoss(CurvatureGRPOTrainer):
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs)
+
+
+class OwnInputs(CurvatureGRPOTrainer):
+    def _prepare_inputs(self, generation_batch):
+        return super()._prepare_inputs(generation_batch)
+
+
+CASES = {
+    "skipped": ({}, True, True, "sequences of advantage 0 don't run"),
+    "asked for": ({"skip_zero_advantage": False}, False, False, "skip_zero_advantage=False"),
+    "TRL's head": ({"fused_loss": False}, False, False, "fused_loss=False"),
+    "KL": ({"beta": 0.1}, True, False, "every sequence runs: beta=0.1"),
+    "whole sequences": ({"loss_type": "vespo"}, False, False, "loss_type='vespo' weighs whole sequences"),
+    "entropy quantile": ({"top_entropy_quantile": 0.5}, False, False, "top_entropy_quantile=0.5 depends on the ent"),
+    "entropy bonus": ({"entropy_coef": 0.1}, False, False, "the entropy bonus averages over a micro-batch"),
+    "off-policy mask": ({"off_policy_mask_threshold": 0.5}, False, False, "off_policy_mask_threshold=0.5"),
+    "its own loss": ({"trainer_class": OwnLoss}, False, False, "OwnLoss has a _compute_loss of its own"),
+    "its own inputs": ({"trainer_class": OwnInputs}, False, False, "OwnInputs has a _prepare_inputs of its own"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_which_case_applies_is_said(name, tiny_policy, tmp_path, caplog):
+    options, regrouped, skipped, why = CASES[name]
+    trainer = build(tiny_policy, tmp_path, **options)
+    runs = what_runs(trainer, {"advantages": torch.zeros(4)})
+    assert (runs.regrouped, runs.skipped) == (regrouped, skipped) and why in runs.why
+    with caplog.at_level(logging.INFO, logger="trl_ext.trainer"):
+        trainer.train()
+    said = [record for record in caplog.records if why in record.message]
+    said = [record for record in said if "in one pass" not in record.message]
+    assert len(said) == 1, "once in a run"
+    asked_and_refused = trainer._skip_zero_advantage and not skipped
+    assert said[0].levelname == ("WARNING" if asked_and_refused else "INFO")
+
+
+def test_images_and_advantages_of_tokens_stay_where_they_are(tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path)
+    images = {"advantages": torch.zeros(4), "pixel_values": torch.zeros(4, 3)}
+    assert not what_runs(trainer, images).regrouped and "images" in what_runs(trainer, images).why
+    assert "single tokens" in what_runs(trainer, {"advantages": torch.zeros(4, 5)}).why
+    sequence_level = build(tiny_policy, tmp_path, importance_sampling_level="sequence")
+    assert what_runs(sequence_level, {"advantages": torch.zeros(4)}).skipped
+    off_policy = {"advantages": torch.zeros(4), "old_per_token_logps": torch.zeros(4, 5)}
+    assert "off policy" in what_runs(sequence_level, off_policy).why
+
+
+SMALL = {**TINY, "vocab_size": 50}
+MODELS = {
+    "rotary": (LlamaConfig(**SMALL), (True, True)),
+    "positions learned": (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50), (False, True)),
+    "state": (MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=50), (False, True)),
+    "rotation by length": (
+        LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        (False, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_columns_are_cut_where_nothing_changes(name):
+    """What is said of a model is what its own forward does, with padding and without."""
+    config, expected = MODELS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert trimmed_columns(model) == expected
+    ids, mask = torch.randint(4, 50, (1, 9)), torch.ones(1, 9, dtype=torch.long)
+    wide = [torch.nn.functional.pad(x, (5, 0)) for x in (ids, mask)]
+    with torch.no_grad():
+        bare, padded = model(ids, attention_mask=mask).logits, model(wide[0], attention_mask=wide[1]).logits[:, 5:]
+    if name == "positions learned":  # the reason why its columns stay
+        assert (bare - padded).abs().max() > 1e-3
+    if expected[0]:
+        torch.testing.assert_close(bare, padded, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_in_chunks_keeps_its_columns():
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    model.config.attention_chunk_size = 4
+    assert trimmed_columns(model) == (False, True)
+
+
+def test_learned_positions(tiny_policy, tmp_path):
+    """GPT-2: a prompt's columns stay, or its positions would change; the gradient is TRL's."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=len(tokenizer), resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    extra = {"reward": reward_with_dead(0.4), "gradient_checkpointing": False}
+    setting = {"accumulation": (4, 4), "num_iterations": 2}
+    theirs = train(GRPOTrainer, GRPOConfig, folder, tmp_path / "trl", setting, **extra)
+    ours = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, folder, tmp_path / "ours", setting, **extra)
+    assert_same(ours, theirs)
+    assert any(log.get("compute/sequences_skipped_frac", 0) > 0 for log in ours[1].logs)
+
+
+# ---- the parts
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), min_size=1, max_size=24), st.integers(1, 6))
+def test_even_batches(rows, n_batches):
+    wanted_B = torch.tensor([wanted for wanted, _ in rows])
+    length_B = torch.tensor([length for _, length in rows])
+    n_batches = min(n_batches, len(rows))
+    batches = even_batches(wanted_B, length_B, n_batches)
+    chosen = torch.cat(batches).tolist()
+    assert len(batches) == n_batches and all(len(batch) > 0 for batch in batches)
+    assert len(set(chosen)) == len(chosen) and set(wanted_B.nonzero().flatten().tolist()) <= set(chosen)
+    assert len(chosen) == max(int(wanted_B.sum()), n_batches)
+    assert max(map(len, batches)) - min(map(len, batches)) <= 1
+    fillers = [row for row in chosen if not wanted_B[row]]
+    left = [length_B[row] for row in range(len(rows)) if row not in chosen]
+    assert not fillers or all(max(length_B[row] for row in fillers) <= length for length in left)
+    lengths = length_B[[row for row in chosen if wanted_B[row]]]
+    assert (lengths[:-1] >= lengths[1:]).all()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=2, max_size=8),
+    st.data(),
+    st.tuples(st.booleans(), st.booleans()),
+    st.sampled_from([None, 2, 4]),
+)
+def test_select_loses_padding_alone(lengths, data, trim, multiple_of):
+    n, prompt_width, completion_width = len(lengths), 8, 8
+    generator = torch.Generator().manual_seed(n)
+    prompt_mask = torch.stack([torch.arange(prompt_width) >= prompt_width - p for p, _ in lengths]).long()
+    completion_mask = torch.stack([torch.arange(completion_width) < c for _, c in lengths]).long()
+    ids = torch.randint(1, 99, (n, prompt_width + completion_width), generator=generator)
+    rows = {
+        "prompt_ids": ids[:, :prompt_width] * prompt_mask,
+        "prompt_mask": prompt_mask,
+        "completion_ids": ids[:, prompt_width:] * completion_mask,
+        "completion_mask": completion_mask,
+        "old_per_token_logps": torch.randn(n, completion_width, generator=generator) * completion_mask,
+        "importance_sampling_ratio": torch.rand(n, 1, generator=generator),
+        "token_type_ids": ids,
+        "advantages": torch.randn(n, generator=generator),
+        "names": [str(i) for i in range(n)],
+        "num_items_in_batch": torch.tensor(3),
+    }
+    index = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True)))
+    got = select(rows, index, trim, multiple_of)
+    for side, start in (("prompt", None), ("completion", 0)):
+        width, kept = rows[f"{side}_mask"].shape[1], got[f"{side}_mask"].shape[1]
+        cut = slice(width - kept, width) if start is None else slice(0, kept)
+        for name in (f"{side}_ids", f"{side}_mask"):
+            assert torch.equal(got[name], rows[name][index][:, cut])
+            assert got[name].sum() == rows[name][index].sum()  # nothing but zeros is gone
+        longest = max(1, int(rows[f"{side}_mask"][index].sum(1).max()))
+        expected = longest if multiple_of is None else -(-longest // multiple_of) * multiple_of
+        assert kept == (expected if trim[side == "completion"] else width)
+    assert got["old_per_token_logps"].shape == got["completion_ids"].shape
+    both = torch.cat([got["prompt_mask"], got["completion_mask"]], 1)
+    assert got["token_type_ids"].shape == both.shape
+    assert torch.equal(got["token_type_ids"] * both, torch.cat([got["prompt_ids"], got["completion_ids"]], 1))
+    assert got["importance_sampling_ratio"].shape == (len(index), 1)
+    assert got["names"] == [str(i) for i in index.tolist()] and got["num_items_in_batch"] == 3
+
+
+def test_join_is_the_way_back():
+    rows = {"a": torch.arange(12).view(6, 2), "names": list("abcdef"), "n": torch.tensor(2)}
+    parts = [{"a": rows["a"][i : i + 2], "names": rows["names"][i : i + 2], "n": rows["n"]} for i in (0, 2, 4)]
+    whole = join(parts)
+    assert torch.equal(whole["a"], rows["a"]) and whole["names"] == rows["names"] and whole["n"] == 2
+
+
+def test_compute_metrics_by_hand():
+    counts = StepCounts(
+        micro_batches=2, sequences=16, sequences_run=6, tokens=200, tokens_run=80, positions=320, positions_run=90
+    )
+    assert compute_metrics(counts) == pytest.approx(
+        {
+            "compute/sequences_skipped_frac": 10 / 16,
+            "compute/tokens_skipped_frac": 0.6,
+            "compute/tokens_run": 80.0,
+            "compute/padding_removed_frac": 1 - 10 / 120,
+            "compute/micro_batches": 2.0,
+            "compute/flops_saved_frac": 1 - 90 / 320,
+        }
+    )
+    assert compute_metrics(StepCounts(1, 4, 4, 20, 20, 20, 20))["compute/padding_removed_frac"] == 0
+
+
+# ---- the trainer
+
+
+def test_entropy_of_all_is_paid_for(tiny_policy, tmp_path):
+    setting = {"accumulation": (4, 4)}
+    extra = {"reward": reward_with_dead(0.7)}
+    theirs = train(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "trl", setting, **extra)
+    ours = train(
+        CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", setting, full_entropy=True, **extra
+    )
+    for log in ours[1].logs:
+        log.pop("entropy_live", None)
+    assert_same(ours, theirs)  # "entropy" among the metrics
+    assert any("entropy" in log for log in ours[1].logs)
+
+
+def test_entropy_live_is_of_what_has_a_gradient(tiny_policy, tmp_path):
+    whole = build(tiny_policy, tmp_path, reward_with_dead(0.5), max_steps=1, skip_zero_advantage=False)
+    rows = []
+    one_pass = whole._compute_loss
+
+    def keep(model, inputs):
+        with torch.no_grad():
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, -inputs["completion_ids"].shape[1] - 1 : -1]
+            logp = logits.float().log_softmax(-1)
+            live = inputs["completion_mask"].bool() & (inputs["advantages"] != 0)[:, None]
+            rows.append(-(logp.exp() * logp).sum(-1)[live])
+        return one_pass(model, inputs)
+
+    whole._compute_loss = keep
+    whole.train()
+    trainer = build(tiny_policy, tmp_path, reward_with_dead(0.5), max_steps=1)  # seeds torch, as the other did
+    trainer.train()
+    entropy = torch.cat(rows)
+    assert 0 < len(entropy)
+    assert trainer.recorder.logs[0]["entropy_live"] == pytest.approx(entropy.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_dropout_is_said_once(lora, tiny_policy, tmp_path, caplog):
+    adapter = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1) if lora else None
+    trainer = build(tiny_policy, tmp_path, peft_config=adapter)
+    if not lora:
+        for layer in trainer.model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        trainer._micro_batches._dropout = has_dropout(trainer.model)
+    with caplog.at_level(logging.WARNING, logger="trl_ext.trainer"):
+        trainer.train()
+    assert sum("dropout" in record.message for record in caplog.records) == 1
+    assert not has_dropout(build(tiny_policy, tmp_path).model)
+
+
+def test_tool_output_and_dead_groups(passes, tiny_policy, tmp_path):
+    results = []
+    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (CurvatureGRPOTrainer, CurvatureGRPOConfig)):
+        config = config_class(
+            output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=4, gradient_accumulation_steps=4,
+            max_completion_length=8, max_steps=4, num_iterations=2, optim="sgd", learning_rate=0.05, logging_steps=1,
+            lr_scheduler_type="constant", bf16=False, save_strategy="no", gradient_checkpointing=False,
+            report_to="none", disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        recorder = Recorder()
+        trainer = trainer_class(
+            model=str(tiny_policy), reward_funcs=reward_with_dead(0.5), args=config, train_dataset=prompts(32),
+            processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+            rollout_func=tool_rollout, callbacks=[recorder],
+        )  # fmt: skip
+        passes.clear()
+        trainer.train()
+        results.append((trainer, recorder, {n: p.detach() for n, p in trainer.model.named_parameters()}))
+    assert_same(results[1], results[0])
+    assert sum(rows for rows, _ in passes) < 4 * 16
+
+
+def test_a_mixture_of_experts_with_its_auxiliary_loss(tiny_policy, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    config = MixtralConfig(
+        **TINY, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5, vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    extra = {"reward": reward_with_dead(0.5)}
+    setting = {"accumulation": (4, 4)}
+    theirs = train(GRPOTrainer, GRPOConfig, folder, tmp_path / "trl", setting, **extra)
+    ours = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, folder, tmp_path / "ours", setting, **extra)
+    assert_same(ours, theirs)
+    runs = what_runs(ours[0], {"advantages": torch.zeros(4)})
+    assert not runs.regrouped and "auxiliary loss" in runs.why
+    assert any(log.get("aux_loss", 0) > 0 for log in ours[1].logs)
+
+
+def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
+    """Old ones are computed of live sequences alone and trimmed; reference ones of all; with a subclass's, at once."""
+    seen = []
+    original = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def spy(self, model, input_ids, *rest, **kwargs):
+        if not torch.is_grad_enabled():
+            seen.append(input_ids.shape)
+        return original(self, model, input_ids, *rest, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", spy)
+    options = {"num_iterations": 2, "max_steps": 2}
+
+    trainer = build(tiny_policy, tmp_path, reward_with_dead(0.7), **options)
+    trainer.train()
+    advantages = torch.tensor(list(trainer._logs["advantages"]))
+    assert 0 < sum(rows for rows, _ in seen) == int((advantages != 0).sum()) < 16
+    buffered = join(trainer._buffered_inputs)
+    dead = buffered["advantages"] == 0
+    assert (buffered["old_per_token_logps"][dead] == 0).all()
+    live_values = buffered["old_per_token_logps"][~dead][buffered["completion_mask"][~dead].bool()]
+    assert (live_values < 0).all()
+
+    seen.clear()
+    build(tiny_policy, tmp_path, reward_with_dead(0.7), beta=0.1, **options).train()
+    assert sum(rows for rows, _ in seen) == 2 * 16  # old and reference
+
+    class Own(CurvatureGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            assert (output["old_per_token_logps"][output["completion_mask"].bool()] < 0).all()
+            return output
+
+    seen.clear()
+    build(tiny_policy, tmp_path, reward_with_dead(0.7), trainer_class=Own, **options).train()
+    assert sum(len(shape) and shape[0] for shape in seen) == 16
+
+
+def test_vllms_correction_keeps_old_log_probs_complete(tiny_policy, tmp_path):
+    from trl_ext.deferred_logprobs import why_complete
+
+    trainer = build(tiny_policy, tmp_path)
+    assert why_complete(trainer) is None
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    assert "vLLM" in why_complete(trainer)
+    trainer.vllm_importance_sampling_correction = False
+    assert why_complete(trainer) is None
+    assert "skip_zero_advantage" in why_complete(build(tiny_policy, tmp_path, skip_zero_advantage=False))
+
+
+def test_nothing_is_handed_on_where_nothing_runs(tiny_policy, tmp_path):
+    """Of four calls one has work when a quarter is alive, and it is the last, which synchronises."""
+    handed = []
+
+    class Watched(CurvatureGRPOTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            planned = len(self._micro_batches._planned)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            handed.append((planned, loss.item(), self.accelerator.sync_gradients))
+            return loss
+
+    def one_live(completions, **kwargs):  # of the 16 rows of a generation, one group of four is alive
+        return [0.5] * 12 + [0.0, 1.0, 1.0, 0.0]
+
+    trainer = build(tiny_policy, tmp_path, one_live, trainer_class=Watched, max_steps=2)
+    trainer.train()
+    assert [sync for _, _, sync in handed] == [False, False, False, True] * 2
+    assert all(log["compute/micro_batches"] == 1 for log in trainer.recorder.logs if "reward" in log)
+    assert all(log["compute/sequences_skipped_frac"] == 0.75 for log in trainer.recorder.logs if "reward" in log)
+    assert NOTHING not in trainer._buffered_inputs[0]
+
+
+def test_interference_counts_what_was_skipped(tiny_policy, tmp_path):
+    """The same prompts, metrics and Gram matrix, whether dead sequences ran or not."""
+    from trl_ext import read_interference
+
+    def gram(folder, skip):
+        trainer = build(
+            tiny_policy, folder, reward_with_dead(0.5), interference_every=1, interference_dim=0, max_steps=2,
+            skip_zero_advantage=skip, per_device_train_batch_size=8, gradient_accumulation_steps=4,
+        )  # fmt: skip
+        trainer.train()
+        return read_interference(folder), trainer.recorder.logs
+
+    (ours, our_logs), (whole, whole_logs) = gram(tmp_path / "a", True), gram(tmp_path / "b", False)
+    for a, b in zip(ours, whole, strict=True):
+        assert sorted(a.prompt_B) == sorted(b.prompt_B)
+        order_a, order_b = (
+            sorted(range(32), key=lambda i, r=r: (r.prompt_B[i], r.reward_B[i], round(r.gram_BB[i, i], 6)))
+            for r in (a, b)
+        )
+        scale = abs(b.gram_BB).max()
+        assert abs(a.gram_BB[order_a][:, order_a] - b.gram_BB[order_b][:, order_b]).max() < 1e-4 * scale
+    for ours_log, whole_log in zip(our_logs, whole_logs, strict=True):
+        for name, value in whole_log.items():
+            if name.startswith(("interference/", "theory/", "curvature/")) and "feature" not in name:
+                assert ours_log[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert any(log.get("compute/sequences_skipped_frac", 0) > 0 for log in our_logs)
+
+
+# ---- two processes
+
+
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "loss_type": "bnpo"}, {"beta": 0.02}], ids=str)
+def test_two_processes_with_different_live_counts(options, tiny_policy, tmp_path):
+    """24 rows a process in four micro-batches, most groups dead, unevenly split: TRL's run, in fewer passes."""
+    options = {
+        "gradient_accumulation_steps": 4, "per_device_train_batch_size": 6, "steps_per_generation": 4, "max_steps": 4,
+        **options,
+    }  # fmt: skip
+    theirs = run_processes(2, tiny_policy, tmp_path / "trl", trainer="trl", dead=0.6, **options)
+    ours = run_processes(2, tiny_policy, tmp_path / "ours", dead=0.6, **options)
+    assert_same_run(ours[0], theirs[0])
+    for name in ours[0]["parameters"]:
+        assert torch.equal(ours[0]["parameters"][name], ours[1]["parameters"][name])
+    live = [rank["live_by_step"] for rank in ours]
+    logs = [log for log in ours[0]["logs"] if "compute/micro_batches" in log]
+    if not options.get("beta"):
+        assert live[0] != live[1], "both had as much to do, so nothing was tried"
+        assert any(log["compute/micro_batches"] < 4 for log in logs)

@@ -130,7 +130,7 @@ def norm_of(gradients):
 
 
 def assert_same(ours, theirs, *, small_kl=False):
-    """``small_kl``: a step whose gradient is the KL penalty's alone, all rounding, is held to the run's largest norm."""
+    """``small_kl``: a step whose gradient is the KL penalty's alone, mere rounding, is held to the largest norm."""
     our_trainer, our_record, our_parameters = ours
     their_trainer, their_record, their_parameters = theirs
 

@@ -13,10 +13,13 @@ WORKER = Path(__file__).parent / "two_process_worker.py"
 KEEP = ["advantages", "prompt_id", "group_position", "group_rewards", "token_weight"]
 
 
-def run_worker(processes, policy, folder, trainer="ours", signals=False, kill_at=None, resume=None, **options):
+def run_worker(
+    processes, policy, folder, trainer="ours", signals=False, kill_at=None, resume=None, dead=0.0, **options
+):
     folder.mkdir(exist_ok=resume is not None)
     spec = {
         "signals": signals,
+        "dead": dead,
         "kill_at": kill_at,
         "resume": resume,
         "trainer": trainer,

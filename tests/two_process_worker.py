@@ -39,6 +39,17 @@ def reward(completion_ids, **kwargs):
     return [None if sum(ids) % 7 == 0 else (sum(ids) % 5) / 4 for ids in completion_ids]
 
 
+def reward_with_dead(share):
+    """Equal rewards for all answers to this share of the prompts."""
+
+    def reward_or_not(prompts, completion_ids, **kwargs):
+        values = reward(completion_ids)
+        dead = [zlib.crc32(prompt[0]["content"].encode()) % 100 < 100 * share for prompt in prompts]
+        return [0.25 if d else v for d, v in zip(dead, values, strict=True)]
+
+    return reward_or_not
+
+
 class Signals(TrainerCallback):
     """Made-up measurements after every step; keeps the normalisation's state; kills the process at a step."""
 
@@ -69,7 +80,6 @@ def main(spec):
     config = config_class(
         output_dir=spec["folder"],
         num_generations=GENERATIONS,
-        per_device_train_batch_size=24 // processes,  # three groups: the second is split between two processes
         optim="sgd",
         learning_rate=0.5,
         lr_scheduler_type="constant",
@@ -79,12 +89,18 @@ def main(spec):
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        **{"max_steps": 3, "save_strategy": "no", **spec["options"]},
+        **{
+            "max_steps": 3,
+            "save_strategy": "no",
+            # three groups: the second is split between two processes
+            "per_device_train_batch_size": 24 // processes,
+            **spec["options"],
+        },
     )
     problems = generate_problems(24)
     trainer = trainer_class(
         model=spec["model"],
-        reward_funcs=reward,
+        reward_funcs=reward_with_dead(spec["dead"]) if spec["dead"] else reward,
         args=config,
         train_dataset=Dataset.from_dict(
             {"prompt": [[{"role": "user", "content": problem.question}] for problem in problems]}
@@ -92,11 +108,13 @@ def main(spec):
         processing_class=AutoTokenizer.from_pretrained(spec["model"], padding_side="left"),
         rollout_func=rollout,
     )
-    batches = []
+    batches, live_by_step = [], {}
     prepare = trainer._prepare_inputs
 
     def keep(generation_batch):
         inputs = prepare(generation_batch)
+        step = trainer.state.global_step
+        live_by_step[step] = live_by_step.get(step, 0) + int((inputs.get("advantages", torch.zeros(0)) != 0).sum())
         batches.append({name: inputs[name].clone() for name in spec["keep"] if name in inputs})
         return inputs
 
@@ -113,6 +131,7 @@ def main(spec):
             "logs": trainer.state.log_history,
             "advantages": list(trainer._logs["advantages"]),
             "batches": batches,
+            "live_by_step": list(live_by_step.values()),
             "states": signals.states if spec["signals"] else [],
         },
         f"{spec['out']}.{rank}.pt",

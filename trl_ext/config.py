@@ -37,6 +37,10 @@ class CurvatureGRPOConfig(GRPOConfig):
             into few, evenly long micro-batches without needless padding; the gradient is the same. The log says once
             where it can't be done, and why. ``entropy`` is then logged of what runs, as ``entropy_live``.
         full_entropy: log ``entropy`` of all sequences all the same: those that are skipped get a forward pass.
+        resample_zero_variance: DAPO's dynamic sampling: where fewer than ``resample_live_prompts`` prompts of a batch
+            (None: all) have answers with different rewards, other prompts are drawn and answered, at most
+            ``resample_max_rounds`` times, and take the place of dead ones. ``reward`` and the like are then of all that
+            was drawn; ``resampling/`` says how much that was.
 
         interference_every: optimizer steps between two that log how the prompts' gradients interfere, under
             ``interference/``, ``curvature/``, ``theory/`` and ``phase``, and keep a file of it in the run's folder
@@ -72,6 +76,14 @@ class CurvatureGRPOConfig(GRPOConfig):
         default=False, metadata={"help": "Log the entropy of skipped sequences too, at the price of a forward pass."}
     )
 
+    resample_zero_variance: bool = field(
+        default=False, metadata={"help": "Draw other prompts in place of those whose answers all got the same reward."}
+    )
+    resample_max_rounds: int = field(default=4, metadata={"help": "Generations for other prompts in a step, at most."})
+    resample_live_prompts: int | None = field(
+        default=None, metadata={"help": "How many prompts of a batch shall have different rewards; default: all."}
+    )
+
     interference_every: int = field(
         default=10, metadata={"help": "Log how the prompts' gradients interfere every this many steps; 0: never."}
     )
@@ -96,6 +108,26 @@ class CurvatureGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
+        self._check_resampling()
+
+    def _check_resampling(self) -> None:
+        rounds, wanted = self.resample_max_rounds, self.resample_live_prompts
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+            raise ValueError(f"resample_max_rounds={rounds!r} must be a whole number, 1 or more")
+        if wanted is not None:
+            if not self.resample_zero_variance:
+                raise ValueError(f"resample_live_prompts={wanted!r} contradicts resample_zero_variance=False")
+            prompts = self.generation_batch_size // self.num_generations
+            if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= prompts:
+                raise ValueError(
+                    f"resample_live_prompts={wanted!r} must be between 1 and {prompts}, the prompts of a batch"
+                )
+        method, _ = resolve_normalization(self)
+        if self.resample_zero_variance and isinstance(method, str) and not METHODS[method].zero_if_equal:
+            raise ValueError(
+                f"resample_zero_variance=True contradicts normalization={method!r}, "
+                "under which answers of equal rewards have a gradient all the same"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As the parent's, for JSON: a function is its name."""

@@ -185,7 +185,9 @@ def sequence_statistics(
 
 def log_loss_metrics(trainer: Any, mode: str, statistics_BS: torch.Tensor, policy_loss, aux_loss) -> None:
     """All that TRL logs of a micro-batch's loss, over all processes, in one gather and one wait for the device."""
-    scalars = [torch.zeros((), device=statistics_BS.device) if x is None else x.detach() for x in (policy_loss, aux_loss)]
+    scalars = [
+        torch.zeros((), device=statistics_BS.device) if x is None else x.detach() for x in (policy_loss, aux_loss)
+    ]
     of_process = torch.stack([x.to(statistics_BS) for x in scalars]).expand(len(statistics_BS), 2)
     gathered = trainer.accelerator.gather(torch.cat([statistics_BS, of_process], dim=1)).cpu()
     metrics = trainer._metrics[mode]

@@ -44,9 +44,9 @@ class StepCounts:
 def compute_metrics(counts: StepCounts) -> dict[str, float]:
     """What is logged under ``compute/``.
 
-    ``sequences_skipped_frac``, ``tokens_skipped_frac``: shares that aren't run. ``tokens_run``: prompt and completion
-    tokens, of all processes. ``padding_removed_frac``: of the padding that TRL would run. ``micro_batches``: forward and
-    backward passes of each process. ``flops_saved_frac``: of the backbone's matrix products, the same for every
+    ``sequences_skipped_frac``, ``tokens_skipped_frac``: shares that don't run. ``tokens_run``: prompt and completion
+    tokens, of all processes. ``padding_removed_frac``: of the padding that TRL would run. ``micro_batches``: forward
+    and backward passes of each process. ``flops_saved_frac``: of the backbone's matrix products, the same for every
     position, padding or not; attention, which grows with the length, saves a little more than this.
     """
     padding, padding_run = counts.positions - counts.tokens, counts.positions_run - counts.tokens_run
@@ -153,7 +153,14 @@ class MicroBatches:
     # ---- what is logged of the loss
 
     def _prepare_table(
-        self, rows: dict[str, Any], tokens_B: torch.Tensor, live_B: torch.Tensor, skipped: bool, n_parts: int, *, n_dead_batches: int
+        self,
+        rows: dict[str, Any],
+        tokens_B: torch.Tensor,
+        live_B: torch.Tensor,
+        skipped: bool,
+        n_parts: int,
+        *,
+        n_dead_batches: int,
     ) -> None:
         """What is known of sequences that don't run: their lengths, and that nothing of them is clipped."""
         self._n_parts = n_parts
@@ -187,5 +194,7 @@ class MicroBatches:
         for part in gathered:
             log_micro_batch(trainer, "train", part[:, :-1], entropy=self._entropy_known)
         if self._skipped:
-            tokens, entropy = (gathered[..., STATISTICS.index(name)] * gathered[..., -1] for name in ("tokens", "entropy"))
+            tokens, entropy = (
+                gathered[..., STATISTICS.index(name)] * gathered[..., -1] for name in ("tokens", "entropy")
+            )
             trainer._metrics["train"]["entropy_live"].append((entropy.sum() / tokens.sum()).item())

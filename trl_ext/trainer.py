@@ -39,6 +39,7 @@ from .fused_loss import live_mask, one_pass_loss, why_not_one_pass
 from .interference import InterferenceLog
 from .micro_batches import NOTHING, MicroBatches
 from .normalization_state import make_state, restore_states
+from .resampling import Resampling
 from .reward_checks import checked_reward
 from .token_weights import live_tokens, micro_batch_token_weights, token_weights
 
@@ -151,6 +152,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._skip_zero_advantage = getattr(args, "skip_zero_advantage", True)
         self._full_entropy = getattr(args, "full_entropy", False)
         self._micro_batches = MicroBatches(self)
+        self._resampling = Resampling(self) if getattr(args, "resample_zero_variance", False) else None
         self._logprobs_wait = False  # TRL's calls for old and reference log-probs get zeros, to be filled in
         self._logprobs_due = 0  # calls that got zeros
 
@@ -182,14 +184,20 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._gathered_lengths_B, self._gathered_keys_B = gathered.unbind(1)
         return self._gathered_rewards_BF
 
-    def _generate_and_score_completions(self, inputs):
-        mode = "train" if self.model.training else "eval"
+    def _generate_and_reward(self, inputs):
+        """TRL's dict, its log-probs zeros where they can wait until it is known which sequences are used."""
         self._logprobs_wait, self._logprobs_due = why_complete(self) is None, 0
         try:
-            output = super()._generate_and_score_completions(inputs)
+            return super()._generate_and_score_completions(inputs)
         finally:
             self._tool_mask_BT = None  # TRL shuffles the rows next
             self._logprobs_wait = False
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        output = self._generate_and_reward(inputs)
+        if mode == "train" and self._resampling is not None:
+            output = self._resampling.fill(output, len(inputs))
 
         rewards_BF = self._gathered_rewards_BF  # of all processes
         weights_F = self.reward_weights.to(rewards_BF.device)

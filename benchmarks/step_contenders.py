@@ -1,0 +1,134 @@
+"""The optimizer step of TRL's trainer and of ours on the same stored rollouts; peak memory of one of them.
+
+``step_contenders.py trl|ours LORA DEAD_SHARE`` prints peak bytes beyond the model, in a fresh process.
+
+The rollouts: 4 prompts x 4 answers of made-up tokens. Lengths have the spread of GSM8K's in SmolLM2's tokens (log-std
+0.36 of questions, 0.45 of answers), but a median of 40 tokens, so that the benchmark ends in time.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+from datasets import Dataset
+from head_memory import peak_beyond_now
+from transformers import AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.tasks.smollm2 import smollm2
+
+PROMPTS, GENERATIONS, MICRO_BATCHES = 4, 4, 4
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def lengths(generator: torch.Generator, count: int, log_mean: float, log_std: float) -> list[int]:
+    return (torch.randn(count, generator=generator) * log_std + log_mean).exp().round().int().clamp(8).tolist()
+
+
+def make_rollouts() -> dict[str, list[list[int]]]:
+    """Token ids by prompt: ``prompts`` (4), ``completions`` (16)."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(1000, 40000, (n,), generator=generator).tolist()
+
+    questions = lengths(generator, PROMPTS, 3.7, 0.36)
+    answers = lengths(generator, PROMPTS * GENERATIONS, 3.7, 0.45)
+    return {"prompts": [ids(n) for n in questions], "completions": [ids(n) for n in answers]}
+
+
+class Clock(TrainerCallback):
+    """Seconds of the optimizer steps of a ``train()``, from the first one's begin to the last one's end."""
+
+    seconds = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = self.start or time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.start
+
+
+class Contender:
+    """One trainer; ``step()`` trains on the stored rollouts, for as many optimizer steps as they are used for."""
+
+    def __init__(self, name: str, lora: bool, **options) -> None:
+        from peft import LoraConfig
+
+        trainer_class, config_class = {
+            "trl": (GRPOTrainer, GRPOConfig),
+            "ours": (CurvatureGRPOTrainer, CurvatureGRPOConfig),
+        }[name]
+        self.dead_share = 0.0
+        self.rollouts = make_rollouts()
+        self.clock = Clock()
+        if name == "ours":
+            options = {"interference_every": 0, **options}  # it has a benchmark of its own
+        self.options = {"num_iterations": 1, **options}
+        self.trainer = trainer_class(
+            model=str(smollm2()),
+            reward_funcs=self.reward,
+            args=config_class(
+                output_dir=tempfile.mkdtemp(), num_generations=GENERATIONS,
+                per_device_train_batch_size=PROMPTS * GENERATIONS // MICRO_BATCHES,
+                gradient_accumulation_steps=MICRO_BATCHES, max_steps=self.options["num_iterations"],
+                max_completion_length=256, learning_rate=1e-6, bf16=False, gradient_checkpointing=False,
+                shuffle_dataset=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
+                use_cpu=DEVICE == "cpu", seed=1, **self.options,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(PROMPTS)]}),
+            processing_class=AutoTokenizer.from_pretrained(smollm2(), padding_side="left"),
+            rollout_func=self.rollout,
+            peft_config=LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0) if lora else None,
+            callbacks=[self.clock],
+        )  # fmt: skip
+
+    def rollout(self, prompts, trainer):
+        row = {i: list(range(i * GENERATIONS, (i + 1) * GENERATIONS)) for i in range(PROMPTS)}
+        return {
+            "prompt_ids": [self.rollouts["prompts"][int(prompt)] for prompt in prompts],
+            "completion_ids": [self.rollouts["completions"][row[int(prompt)].pop(0)] for prompt in prompts],
+            "logprobs": None,
+        }
+
+    def reward(self, prompts, completion_ids, **kwargs):
+        """Of the first ``dead_share`` of the prompts all answers are right; of the others those of odd length."""
+        return [
+            1.0 if int(prompt) < self.dead_share * PROMPTS else float(place % 2) for place, prompt in enumerate(prompts)
+        ]
+
+    def step(self) -> float:
+        """Seconds, from old log-probs (where TRL makes them) to the optimizer."""
+        self.trainer.train()
+        return self.clock.seconds
+
+    def logged(self, name: str) -> float:
+        """Of the latest ``train()``'s first step."""
+        return next(log[name] for log in self.trainer.state.log_history if name in log)
+
+    @property
+    def gradient_norm(self) -> float:
+        return self.logged("grad_norm")
+
+
+def main(name: str, lora: bool, dead_share: float) -> None:
+    contender = Contender(name, lora)
+    contender.dead_share = dead_share
+    print(peak_beyond_now(contender.step))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], bool(int(sys.argv[2])), float(sys.argv[3]))

@@ -1,0 +1,164 @@
+"""The whole optimizer step, from old log-probs to the optimizer: TRL's GRPOTrainer against ours, on the same rollouts.
+
+Counted: SmolLM2-135M in float32, LoRA and full, 16 stored answers of uneven lengths to 4 prompts in 4 micro-batches
+(``step_contenders.py``); reward, forward, backward, clipping, AdamW; generation costs nothing. The shares of dead
+groups are 0, 1/4, 1/2 and 3/4. The trainers take turns; what is printed is the median of the ratios of neighbours.
+
+Predicted at share d: the backbone runs (1 - d) of the sequences, and no padding but what one micro-batch needs; the
+head (1 - d) of the completions, at 6 (frozen 4) products in place of 8 (6). So ours / TRL's is about (1 - d) times the
+share of positions that aren't padding, 1 - ``compute/flops_saved_frac`` of the log.
+
+Floor: forward and backward of the backbone alone, on as many rows without any padding as have a gradient.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROWS
+from step_contenders import DEVICE, GENERATIONS, PROMPTS, Contender
+
+SHARES = (0.0, 0.25, 0.5, 0.75)
+ROUNDS = 2
+KINDS = {"full": False, "lora": True}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request):
+    lora = KINDS[request.param]
+    both = {name: Contender(name, lora) for name in ("trl", "ours")}
+    for contender in both.values():  # warm-up
+        contender.dead_share = 0.75
+        contender.step()
+    return request.param, both
+
+
+def floor_seconds(contender: Contender, dead_share: float) -> float:
+    """The backbone alone, on rows of the mean length."""
+    first = round(dead_share * PROMPTS)
+    prompts, completions = contender.rollouts["prompts"], contender.rollouts["completions"]
+    tokens = sum(map(len, prompts[first:])) * GENERATIONS + sum(map(len, completions[first * GENERATIONS :]))
+    rows = (PROMPTS - first) * GENERATIONS
+    ids = torch.randint(1000, 40000, (rows, round(tokens / rows)), device=DEVICE)
+    model = contender.trainer.accelerator.unwrap_model(contender.trainer.model)
+    backbone = model.base_model.model.model if hasattr(model, "peft_config") else model.model
+    backbone.train()
+    start = time.perf_counter()
+    for part in ids.tensor_split(max(1, rows // GENERATIONS)):
+        backbone(input_ids=part, use_cache=False).last_hidden_state.sum().backward()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    model.zero_grad()
+    return seconds
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_optimizer_step(benchmark, pair, share):
+    kind, both = pair
+    seconds = {name: [] for name in (*both, "floor")}
+    for contender in both.values():
+        contender.dead_share = share
+    for _ in range(ROUNDS):
+        for name, contender in both.items():
+            seconds[name].append(contender.step())
+        seconds["floor"].append(floor_seconds(both["ours"], share))
+        assert both["ours"].gradient_norm == pytest.approx(both["trl"].gradient_norm, rel=1e-3)
+    ratio = statistics.median(t / o for t, o in zip(seconds["trl"], seconds["ours"], strict=True))
+    to_floor = statistics.median(o / f for o, f in zip(seconds["ours"], seconds["floor"], strict=True))
+    saved = both["ours"].logged("compute/flops_saved_frac")
+    benchmark.extra_info.update({name: statistics.median(times) for name, times in seconds.items()})
+    ROWS.append(
+        f"optimizer step SmolLM2 {kind:4s} dead groups {share:4.2f}: TRL / ours {ratio:5.2f}   "
+        f"(backbone's positions alone, predicted: {1 / (1 - saved):5.2f})   ours / floor {to_floor:5.2f}"
+    )
+    benchmark.pedantic(both["ours"].step, rounds=1)
+
+
+def test_with_old_log_probs(benchmark):
+    """Rollouts used twice (``num_iterations=2``): old log-probs, and two optimizer steps."""
+    both = {name: Contender(name, True, num_iterations=2) for name in ("trl", "ours")}
+    for contender in both.values():
+        contender.dead_share = 0.5
+    both["ours"].step()  # warm-up
+    ratios = []
+    for _ in range(ROUNDS):
+        seconds = {name: contender.step() for name, contender in both.items()}
+        ratios.append(seconds["trl"] / seconds["ours"])
+    ROWS.append(
+        f"old log-probs and two steps SmolLM2 lora dead groups 0.50: TRL / ours {statistics.median(ratios):5.2f}"
+    )
+    benchmark.pedantic(both["ours"].step, rounds=1)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_peak_memory(benchmark, kind, share):
+    """Of a first step, in fresh processes: beyond the model; gradients and AdamW's state are in it."""
+
+    def peaks() -> dict[str, int]:
+        script = str(Path(__file__).with_name("step_contenders.py"))
+        # what is freed goes back at once: resident memory is memory in use
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+        found = {}
+        for name in ("trl", "ours"):
+            command = [sys.executable, script, name, str(int(KINDS[kind])), str(share)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+            found[name] = int(done.stdout.split()[-1])
+        return found
+
+    found = benchmark.pedantic(peaks, rounds=1)
+    benchmark.extra_info.update(found)
+    ROWS.append(
+        f"peak memory SmolLM2 {kind:4s} dead groups {share:4.2f}: TRL {found['trl'] / 2**20:5.0f} MiB, "
+        f"ours {found['ours'] / 2**20:5.0f} MiB"
+    )
+
+
+def test_where_the_time_goes(benchmark, pair):
+    """Seconds of each stage of one of our steps with half of the groups dead, as shares."""
+    from trl_ext import fused_head
+    from trl_ext.micro_batches import MicroBatches
+
+    kind, both = pair
+    trainer = both["ours"].trainer
+    both["ours"].dead_share = 0.5
+    spent: dict[str, float] = {}
+
+    def timed(owner, name: str, stage: str):
+        function = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - start
+
+        setattr(owner, name, call)
+        return lambda: setattr(owner, name, function)
+
+    undo = [
+        timed(trainer, "_generate_and_score_completions", "rollouts, rewards, advantages"),
+        timed(MicroBatches, "_plan", "planning"),
+        timed(trainer, "_compute_loss", "forward"),
+        timed(fused_head, "linear_grpo_loss", "head"),
+        timed(trainer.accelerator, "backward", "backbone backward"),
+        timed(trainer, "_clip_grad_norm", "clipping"),
+        timed(torch.optim.AdamW, "step", "optimizer"),
+    ]
+    whole = benchmark.pedantic(both["ours"].step, rounds=1)
+    for one in undo:
+        one()
+    spent["backbone forward"] = spent.pop("forward") - spent["head"]
+    spent["head, its loss and gradients"] = spent.pop("head")
+    spent["rest"] = whole - sum(spent.values())
+    shares = "   ".join(
+        f"{stage} {100 * seconds / whole:4.1f} %" for stage, seconds in sorted(spent.items(), key=lambda item: -item[1])
+    )
+    ROWS.append(f"where a step's time goes, SmolLM2 {kind}, dead groups 0.50: {shares}")

@@ -1,0 +1,214 @@
+"""``resample_zero_variance``: other prompts in place of those whose answers all got the same reward."""
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from test_skipping import build, dead_share, reward_with_dead
+from test_trainer_equality import digits, prompts
+from test_two_processes import assert_same_run
+from test_two_processes import run as run_processes
+from transformers import AutoTokenizer
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.batch_rows import join
+from trl_ext.resampling import pad_rows, split_rows
+
+ON = {"resample_zero_variance": True}
+
+
+def live_or_not(share):
+    """Eighths that differ within every group of the other prompts, whatever was said."""
+
+    def reward(prompts, **kwargs):
+        return [0.25 if dead_share(p, share) else (row % 4) / 4 for row, p in enumerate(prompts)]
+
+    return reward
+
+
+def batch_of(trainer):
+    return join(trainer._buffered_inputs)
+
+
+def test_dead_prompts_make_room(tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1, **ON)
+    trainer.train()
+    log = trainer.recorder.logs[0]
+    assert log["resampling/rounds"] > 1 and log["resampling/prompts_drawn"] == 4 * log["resampling/rounds"]
+    assert log["resampling/live_prompts"] == 4 and log["normalization/zero_variance_frac"] == 0
+    # what is trained on, and what is logged of it
+    batch = batch_of(trainer)
+    assert sorted(batch["prompt_id"].tolist()) == sorted([p for p in range(4) for _ in range(4)])
+    groups = [set(batch["prompt_key"][batch["prompt_id"] == p].tolist()) for p in range(4)]
+    assert all(len(keys) == 1 for keys in groups) and len(set.union(*groups)) == 4
+    texts = [prompt for prompt in trainer._logs["prompt"]]
+    assert len(texts) == 16 and not any(dead_share(prompt, 0.6) for prompt in texts)
+    tokenizer = trainer.processing_class
+    said = {completion[0]["content"] for completion in trainer._logs["completion"]}
+    for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True):
+        assert tokenizer.decode(ids[mask.bool()], skip_special_tokens=True) in said
+    asked = " ".join(prompt[0]["content"] for prompt in texts)
+    for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True):
+        question = tokenizer.decode(ids[mask.bool()]).split("<user>")[1].split("<assistant>")[0].strip()
+        assert question in asked
+    assert list(trainer._logs["rewards"]["reward"]) == [0.0, 0.25, 0.5, 0.75] * 4
+    assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
+    assert log["compute/sequences_skipped_frac"] == 0
+
+
+def test_the_first_live_ones_are_kept_in_order(tiny_policy, tmp_path):
+    """The live prompts of the first generation stay; the numbers of tokens are those of all that was drawn."""
+    plain = build(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1)
+    plain.train()
+    drawn = [prompt[0]["content"] for prompt in plain._logs["prompt"]]
+    trainer = build(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1, **ON)
+    trainer.train()
+    kept = [prompt[0]["content"] for prompt in trainer._logs["prompt"]]
+    live = [text for text in drawn if not dead_share([{"content": text}], 0.6)]
+    assert 0 < len(live) < 16 and kept[: len(live)] == live
+    assert trainer.recorder.logs[0]["num_tokens"] > plain.recorder.logs[0]["num_tokens"]
+
+
+def test_wanted_and_cap(tiny_policy, tmp_path):
+    everything_dead = build(tiny_policy, tmp_path, live_or_not(1.0), max_steps=2, resample_max_rounds=2, **ON)
+    everything_dead.train()
+    for log in everything_dead.recorder.logs[:2]:
+        assert log["resampling/rounds"] == 3 and log["resampling/live_prompts"] == 0 and log["grad_norm"] == 0
+    enough = build(tiny_policy, tmp_path, live_or_not(0.6), max_steps=4, resample_live_prompts=1, **ON)
+    enough.train()
+    logs = [log for log in enough.recorder.logs if "resampling/rounds" in log]
+    assert all(log["resampling/live_prompts"] >= 1 for log in logs)
+    assert sum(log["resampling/rounds"] for log in logs) < 2 * len(logs)
+    off = build(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1)
+    off.train()
+    assert not any("resampling" in key for key in off.recorder.logs[0])
+
+
+def test_a_dataset_without_other_prompts(tiny_policy, tmp_path, caplog):
+    config = {"max_steps": 1, **ON}
+    trainer = build(tiny_policy, tmp_path, live_or_not(1.0), **config)
+    trainer.train_dataset = trainer.train_dataset.select(range(6))
+    trainer.train()
+    assert trainer.recorder.logs[0]["resampling/rounds"] == 1
+    assert sum("no other prompts" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 2}, {"beta": 0.05}], ids=str)
+def test_the_gradient_is_that_of_the_batch(options, tiny_policy, tmp_path):
+    """Skipping or not, the same parameters: token weights and log-probs are the merged batch's."""
+    ends = []
+    for skip in (True, False):
+        trainer = build(
+            tiny_policy, tmp_path, reward_with_dead(0.6), max_steps=4, skip_zero_advantage=skip, loss_type="dapo",
+            lr_scheduler_type="constant", learning_rate=0.1, **ON, **options,
+        )  # fmt: skip
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.train()
+        ends.append(trainer)
+    moved = 0.0
+    for start, a, b in zip(before, ends[0].model.parameters(), ends[1].model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        moved += (a - start).abs().max().item()
+    assert moved > 1e-3
+    logs = [[log for log in end.recorder.logs if "resampling/rounds" in log] for end in ends]
+    assert any(log["resampling/rounds"] > 1 for log in logs[0])
+
+
+def test_resumed_runs_draw_the_same(tiny_policy, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.1, **ON}
+    whole = build(tiny_policy, tmp_path, live_or_not(0.6), **options)
+    whole.train()
+    resumed = build(tiny_policy, tmp_path, live_or_not(0.6), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert list(whole._logs["prompt"]) == list(resumed._logs["prompt"])
+    assert any(log.get("resampling/rounds", 0) > 1 for log in whole.recorder.logs[2:])
+
+
+def test_two_processes_draw_what_one_does(tiny_policy, tmp_path):
+    """Three groups of eight, the second split between the processes."""
+    options = {"resample_zero_variance": True, "max_steps": 3}
+    one = run_processes(1, tiny_policy, tmp_path / "one", dead=0.6, **options)[0]
+    two = run_processes(2, tiny_policy, tmp_path / "two", dead=0.6, **options)
+    assert_same_run(two[0], one)
+    for name in two[0]["parameters"]:
+        assert torch.equal(two[0]["parameters"][name], two[1]["parameters"][name])
+    logs = [[log for log in run["logs"] if "resampling/rounds" in log] for run in (one, *two)]
+    names = [name for name in logs[0][0] if name.startswith("resampling/")]
+    assert len(names) == 3
+    assert [[log[n] for n in names] for log in logs[0]] == [[log[n] for n in names] for log in logs[1]]
+    assert any(log["resampling/rounds"] > 1 for log in logs[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resample_max_rounds": 0, **ON}, "resample_max_rounds=0 must be a whole number, 1 or more"),
+        ({"resample_max_rounds": 1.5, **ON}, "resample_max_rounds=1.5"),
+        ({"resample_live_prompts": 2}, "resample_live_prompts=2 contradicts resample_zero_variance=False"),
+        ({"resample_live_prompts": 0, **ON}, "resample_live_prompts=0 must be between 1 and 4"),
+        ({"resample_live_prompts": 5, **ON}, "resample_live_prompts=5 must be between 1 and 4"),
+        ({"normalization": "global", **ON}, "contradicts normalization='global'"),
+    ],
+)
+def test_bad_input_is_named(options, message, tiny_policy, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build(tiny_policy, tmp_path, **options)
+
+
+def test_datasets_that_cannot_be_drawn_from(tiny_policy, tmp_path):
+    def trainer(dataset):
+        return CurvatureGRPOTrainer(
+            model=str(tiny_policy), reward_funcs=digits, train_dataset=dataset,
+            args=CurvatureGRPOConfig(
+                output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=4, bf16=False, max_steps=1,
+                report_to="none", use_cpu=True, resample_zero_variance=True,
+            ),
+            processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="IterableDataset, which has no length"):
+        trainer(prompts(8).to_iterable_dataset())
+    with pytest.raises(ValueError, match="the column 'image' of train_dataset isn't supported"):
+        trainer(Dataset.from_dict({"prompt": ["a"] * 8, "image": [None] * 8}))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 7)), min_size=1, max_size=6),
+    st.sampled_from([None, 4]),
+    st.booleans(),
+)
+def test_rows_there_and_back(lengths, multiple_of, per_token):
+    """TRL's dict -> rows -> TRL's dict, whatever the padding was."""
+    generator = torch.Generator().manual_seed(0)
+    n, width = len(lengths), 9
+    prompt_mask = torch.stack([torch.arange(width) >= width - p for p, _ in lengths]).long()
+    completion_mask = torch.stack([torch.arange(width) < c for _, c in lengths]).long()
+    ids = torch.randint(2, 99, (2, n, width), generator=generator)
+    ratio = torch.rand(n, width if per_token else 1, generator=generator)
+    output = {
+        "prompt_ids": torch.where(prompt_mask.bool(), ids[0], 1),
+        "prompt_mask": prompt_mask,
+        "completion_ids": torch.where(completion_mask.bool(), ids[1], 1),
+        "completion_mask": completion_mask,
+        "tool_mask": torch.where(completion_mask.bool(), ids[1] % 2, 1),
+        "importance_sampling_ratio": torch.where(completion_mask.bool(), ratio, 1.0) if per_token else ratio,
+        "advantages": torch.randn(n, generator=generator),
+        "num_items_in_batch": torch.tensor(3),
+    }
+    back = pad_rows(split_rows(output, [c for _, c in lengths]), 1, multiple_of, "cpu")
+    longest_prompt, longest = max(p for p, _ in lengths), max(c for _, c in lengths)
+    if multiple_of:
+        longest_prompt, longest = (-(-x // multiple_of) * multiple_of for x in (longest_prompt, longest))
+    for name, value in back.items():
+        expected = output[name]
+        if name.startswith("prompt"):
+            expected = expected[:, width - longest_prompt :]
+        elif expected.ndim == 2 and expected.shape[1] == width:
+            expected = expected[:, :longest]
+        torch.testing.assert_close(value, expected, msg=name)
+    assert set(back) == set(output) - {"num_items_in_batch"}
+    with pytest.raises(ValueError, match="doesn't support batches with pixel_values"):
+        split_rows({**output, "pixel_values": ids}, [1] * n)
