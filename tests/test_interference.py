@@ -166,6 +166,21 @@ def test_logged_at_its_interval_and_read_back(tiny_policy, tmp_path):
     assert len(set(first.prompt_key_P.tolist())) == 4
 
 
+@pytest.mark.parametrize(("accumulation", "per_generation", "prompts"), [(4, 2, 4), (2, 4, 4), (2, 2, 2)])
+def test_a_step_of_several_generations_has_all_their_prompts(
+    accumulation, per_generation, prompts, tiny_policy, tmp_path
+):
+    trainer = build(
+        tiny_policy, tmp_path, unit, interference_every=1, max_steps=2, gradient_accumulation_steps=accumulation,
+        steps_per_generation=per_generation, per_device_train_batch_size=4, normalization="curvature",
+    )  # fmt: skip
+    trainer.train()
+    for record in read_interference(tmp_path):
+        assert len(set(record.prompt_B.tolist())) == prompts and len(record.prompt_B) == 4 * accumulation
+        assert all(record.prompt_text_P) and len(set(record.prompt_key_P.tolist())) == prompts
+    assert any("normalization/curvature_bins" in log for log in trainer.state.log_history)
+
+
 def test_adaptive_follows_what_is_measured(tiny_policy, tmp_path):
     trainer = build(tiny_policy, tmp_path, unit, normalization="adaptive", **LOGGED)
     trainer.train()

@@ -516,18 +516,23 @@ def test_interference_counts_what_was_skipped(tiny_policy, tmp_path):
 # ---- two processes
 
 
-@pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "loss_type": "bnpo"}, {"beta": 0.02}], ids=str)
-def test_two_processes_with_different_live_counts(options, tiny_policy, tmp_path):
+TWO = {"DDP": {}, "old log-probs": {"num_iterations": 2, "loss_type": "bnpo"}, "KL": {"beta": 0.02},
+       "FSDP2": {"fsdp": True, "num_iterations": 2}, "full entropy": {"full_entropy": True}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_processes_with_different_live_counts(name, tiny_policy, tmp_path):
     """24 rows a process in four micro-batches, most groups dead, unevenly split: TRL's run, in fewer passes."""
+    ours_alone = {n: value for n, value in TWO[name].items() if n in ("fsdp", "full_entropy")}
     options = {
         "gradient_accumulation_steps": 4, "per_device_train_batch_size": 6, "steps_per_generation": 4, "max_steps": 4,
-        **options,
+        **{n: value for n, value in TWO[name].items() if n not in ours_alone},
     }  # fmt: skip
     theirs = run_processes(2, tiny_policy, tmp_path / "trl", trainer="trl", dead=0.6, **options)
-    ours = run_processes(2, tiny_policy, tmp_path / "ours", dead=0.6, **options)
+    ours = run_processes(2, tiny_policy, tmp_path / "ours", dead=0.6, **options, **ours_alone)
     assert_same_run(ours[0], theirs[0])
-    for name in ours[0]["parameters"]:
-        assert torch.equal(ours[0]["parameters"][name], ours[1]["parameters"][name])
+    for parameter, value in ours[0]["parameters"].items():
+        assert torch.equal(value, ours[1]["parameters"][parameter])
     live = [rank["live_by_step"] for rank in ours]
     logs = [log for log in ours[0]["logs"] if "compute/micro_batches" in log]
     if not options.get("beta"):

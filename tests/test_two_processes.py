@@ -14,12 +14,13 @@ KEEP = ["advantages", "prompt_id", "group_position", "group_rewards", "token_wei
 
 
 def run_worker(
-    processes, policy, folder, trainer="ours", signals=False, kill_at=None, resume=None, dead=0.0, **options
+    processes, policy, folder, trainer="ours", signals=False, kill_at=None, resume=None, dead=0.0, fsdp=False, **options
 ):
     folder.mkdir(exist_ok=resume is not None)
     spec = {
         "signals": signals,
         "dead": dead,
+        "fsdp": fsdp,
         "kill_at": kill_at,
         "resume": resume,
         "trainer": trainer,

@@ -13,6 +13,9 @@ import zlib
 
 import torch
 from datasets import Dataset
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -71,6 +74,25 @@ class Signals(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def shard(trainer):
+    """FSDP2, which accelerate has for GPUs alone: the model sharded before the optimizer is made, and left as it is."""
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in trainer.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(trainer.model, mesh=mesh)
+    prepare = trainer.accelerator.prepare
+
+    def prepare_others(*objects, **kwargs):
+        prepared = tuple(o if isinstance(o, torch.nn.Module) else prepare(o, **kwargs) for o in objects)
+        return prepared[0] if len(prepared) == 1 else prepared
+
+    trainer.accelerator.prepare = prepare_others
+
+
+def whole(parameter):
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 def main(spec):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trainer_class, config_class = {
@@ -108,6 +130,8 @@ def main(spec):
         processing_class=AutoTokenizer.from_pretrained(spec["model"], padding_side="left"),
         rollout_func=rollout,
     )
+    if spec["fsdp"]:
+        shard(trainer)
     batches, live_by_step = [], {}
     prepare = trainer._prepare_inputs
 
@@ -127,7 +151,7 @@ def main(spec):
     model = trainer.accelerator.unwrap_model(trainer.model)
     torch.save(
         {
-            "parameters": {name: p.detach() for name, p in model.named_parameters()},
+            "parameters": {name: whole(p.detach()) for name, p in model.named_parameters()},
             "logs": trainer.state.log_history,
             "advantages": list(trainer._logs["advantages"]),
             "batches": batches,

@@ -56,10 +56,14 @@ def sequence_coefficients(trainer: Any, inputs: dict[str, Any]) -> torch.Tensor 
     return torch.where(alive_B, -inputs["advantages"] * inputs["token_weight"] * factor, 0.0)
 
 
-def ids_and_rewards(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """``prompt_id``, ``prompt_key`` and ``reward`` of each sequence, all (B,)."""
+def ids_and_rewards(inputs: dict[str, Any], first: int) -> dict[str, torch.Tensor]:
+    """``prompt_id`` (counted from ``first``), ``prompt_key`` and ``reward`` of each sequence, all (B,)."""
     reward_B1 = inputs["group_rewards"].gather(1, inputs["group_position"][:, None])
-    return {"prompt_id": inputs["prompt_id"], "prompt_key": inputs["prompt_key"], "reward": reward_B1.squeeze(1)}
+    return {
+        "prompt_id": inputs["prompt_id"] + first,
+        "prompt_key": inputs["prompt_key"],
+        "reward": reward_B1.squeeze(1),
+    }
 
 
 def squared_gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
@@ -95,6 +99,8 @@ class InterferenceLog:
         self._sequences: list[dict[str, torch.Tensor | None]] = []
         self._skipped: list[dict[str, torch.Tensor]] = []  # sequences that don't run: their gradient is 0
         self._has_rows = False  # this micro-batch has something to run
+        self._opened_at = 0  # TRL's count of micro-batches when the step began
+        self._prompts_per_generation = args.generation_batch_size // trainer.num_generations
         if args.torch_compile and not self._off:
             self._switch_off("torch_compile=True: a compiled model doesn't call the layers' hooks")
         if not self._off:  # wrong patterns are named before training
@@ -130,6 +136,7 @@ class InterferenceLog:
         if self._off or self._is_open or trainer.state.global_step % self.every:
             return
         self._is_open, self._sequences, self._skipped, self._failure = True, [], [], None
+        self._opened_at = trainer._step
         try:
             if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
                 model = trainer.accelerator.unwrap_model(trainer.model)
@@ -139,19 +146,25 @@ class InterferenceLog:
         except Exception as error:
             self._fail(error)
 
+    def _first_prompt(self) -> int:
+        """An optimizer step that takes several generations counts the prompts of each after those before."""
+        step, length = self.trainer._step, self.trainer.args.steps_per_generation
+        return (step // length - self._opened_at // length) * self._prompts_per_generation
+
     def rows(self, inputs: dict[str, Any]) -> None:
         """The forward and backward to come are of this micro-batch."""
         if not self._is_open or self._failure is not None or self.sketch is None or self.features is None:
             return
         try:
-            self.sketch.set_rows(inputs["prompt_id"])
+            first = self._first_prompt()
+            self.sketch.set_rows(inputs["prompt_id"] + first)
             self.features.set_rows(inputs["prompt_mask"])
             self._has_rows = True
             self._sequences.append(
-                {**ids_and_rewards(inputs), "coefficient": sequence_coefficients(self.trainer, inputs)}
+                {**ids_and_rewards(inputs, first), "coefficient": sequence_coefficients(self.trainer, inputs)}
             )
             if "skipped" in inputs:
-                self._skipped.append(ids_and_rewards(inputs["skipped"]))
+                self._skipped.append(ids_and_rewards(inputs["skipped"], first))
         except Exception as error:
             self._fail(error)
 
@@ -291,7 +304,10 @@ class InterferenceLog:
             if name != "curvature/sigma_mean":  # logged of every batch already
                 trainer._metrics["train"][name].append(value)
 
-        trainer.observe_curvature(*directional_curvature(step))
+        prompt_P, curvature_P = directional_curvature(step)
+        # of the last generation alone, which is the one that the state has seen last
+        first = int(prompt_B.max()) // self._prompts_per_generation * self._prompts_per_generation
+        trainer.observe_curvature(prompt_P[prompt_P >= first] - first, curvature_P[prompt_P >= first])
         if trainer.accelerator.is_main_process and self._writes:
             self._write(step, metrics, prompt_B, key_B)
 

@@ -236,11 +236,11 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         output["group_rewards"] = rewards_PG[output["prompt_id"]]
         output["prompt_key"] = self._gathered_keys_B[local]
         if mode == "train":
-            self._interference.prompt_texts = {
-                key: prompt_text(prompt)
-                for key, prompt in zip(
-                    self._gathered_keys_B.tolist(), list(self._logs["prompt"])[-len(rewards_BF) :], strict=False
-                )
+            prompts = list(self._logs["prompt"])[-len(rewards_BF) :]
+            if self._step % self.args.gradient_accumulation_steps == 0:  # not a step's second generation
+                self._interference.prompt_texts = {}
+            self._interference.prompt_texts |= {
+                key: prompt_text(prompt) for key, prompt in zip(self._gathered_keys_B.tolist(), prompts, strict=False)
             }
         weights_B = token_weights(
             live_tokens(output),

@@ -21,7 +21,8 @@ COLUMNS = (
 )
 LEGEND = (
     "reward, accuracy: of the sampled answers. held-out: accuracy on problems never trained on. zero-var: share of\n"
-    "prompts whose answers all got the same reward, so that nothing can be learned from them.\n"
+    "prompts whose answers all got the same reward, so that nothing can be learned from them: they aren't run, and\n"
+    "entropy is of the others (--full_entropy true: of all).\n"
     "loss is about 0 by construction, and no sign of trouble: on policy every ratio is 1, and the advantages of a\n"
     "group sum to 0. Its gradient isn't 0: watch reward and grad."
 )
@@ -31,7 +32,7 @@ def format_row(metrics: dict[str, float | None]) -> str:
     """One line of the table; a metric that isn't there leaves its cell empty."""
     cells = []
     for _, width, name, layout in COLUMNS:
-        value = metrics.get(name)
+        value = metrics.get(name, metrics.get(f"{name}_live"))
         cells.append((layout.format(float(value)) if value is not None else "").rjust(width))
     return "".join(cells)
 
