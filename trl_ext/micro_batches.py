@@ -2,7 +2,7 @@
 
 Flow: TRL's own micro-batches -> the weight of each sequence's tokens in them (``token_weights.py``) -> sequences with a
 gradient (``skipping.py``), in as few evenly long micro-batches as hold them, padding trimmed (``batch_rows.py``) -> the
-loss (``fused_loss.py``), whose statistics come back here, to be logged of TRL's micro-batches.
+loss (``fused_loss.py``), whose statistics come back, to be logged of TRL's own micro-batches (``step_statistics.py``).
 
 Shapes: B sequences of all micro-batches that are planned together, on this process.
 
@@ -21,8 +21,9 @@ from accelerate.utils import DistributedType
 
 from .batch_rows import even_batches, join, row_lengths, select
 from .deferred_logprobs import logprobs_of_rows
-from .fused_loss import STATISTICS, live_mask, log_micro_batch, token_weights_now
+from .fused_loss import live_mask, token_weights_now
 from .skipping import has_dropout, trimmed_columns, what_runs
+from .step_statistics import StepStatistics
 from .token_weights import live_tokens
 
 NOTHING = "nothing_to_run"  # the key of a micro-batch that isn't run
@@ -60,6 +61,16 @@ def compute_metrics(counts: StepCounts) -> dict[str, float]:
     }
 
 
+def sequences(batch: dict[str, Any]) -> int:
+    """Rows of a batch."""
+    return len(batch["prompt_ids"])
+
+
+def tokens(batch: dict[str, Any]) -> int:
+    """Of prompts and completions, padding left out."""
+    return int(row_lengths(batch).sum())
+
+
 def positions(batch: dict[str, Any]) -> int:
     """Token positions that the backbone sees, padding included."""
     return batch["prompt_ids"].numel() + batch["completion_ids"].numel()
@@ -76,8 +87,6 @@ class MicroBatches:
         self._planned: list[dict[str, Any]] = []
         self._expected_step = -1  # TRL's count of micro-batches at the next call
         self._done = 0  # micro-batches of this optimizer step
-        self._table_BS = torch.empty(0)  # statistics of the planned sequences, in TRL's order
-        self._n_parts = 0
         model = trainer.accelerator.unwrap_model(trainer.model)
         self.trim = trimmed_columns(model)
         self._dropout = has_dropout(model)
@@ -106,6 +115,7 @@ class MicroBatches:
         wanted_but_not = trainer._skip_zero_advantage and not runs.skipped
         trainer._say_once(runs.why, level="warning" if wanted_but_not else "info")
         if not runs.regrouped:
+            self._log_counts(parts, parts)
             return list(parts)
         if self._dropout:
             trainer._say_once(
@@ -123,78 +133,43 @@ class MicroBatches:
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             n_batches = len(parts)  # its engine counts every backward and expects the model's hooks in each
         rows["row"] = torch.arange(len(live_B), device=live_B.device)
-        length_B = row_lengths(rows)
-        indices = even_batches(live_B, length_B, n_batches)
+        indices = even_batches(live_B, row_lengths(rows), n_batches)
         batches = [select(rows, index_B, self.trim, trainer.pad_to_multiple_of) for index_B in indices]
 
         run_B = torch.zeros_like(live_B)
         run_B[torch.cat(indices)] = True
-        self._prepare_table(rows, tokens_B, live_B, runs.skipped, len(parts), n_dead_batches=needed[1])
-        local = [
-            len(run_B),
-            int(run_B.sum()),
-            int(length_B.sum()),
-            int(length_B[run_B].sum()),
-            positions(rows),
-            sum(map(positions, batches)),
-        ]
-        counts = StepCounts(n_batches, *self._over_processes(local).sum(0).tolist())
-        for name, value in compute_metrics(counts).items():
-            trainer._metrics["train"][name].append(value)
+        self._statistics = StepStatistics(trainer, tokens_B, live_B, n_parts=len(parts), skipping=runs.skipped)
+        if runs.skipped and trainer._full_entropy and needed[1] > 0:
+            self._look_at_dead(rows, ~live_B, needed[1])
+        self._log_counts(parts, batches)
         names = ("prompt_id", "prompt_key", "group_rewards", "group_position")
         batches[-1]["skipped"] = {name: rows[name][~run_B] for name in names}
         return [{NOTHING: True} for _ in range(len(parts) - n_batches)] + batches
+
+    def _log_counts(self, parts: list[dict[str, Any]], batches: list[dict[str, Any]]) -> None:
+        """What TRL would run and what runs, over all processes."""
+        local = []
+        for count in (sequences, tokens, positions):
+            local += [sum(map(count, parts)), sum(map(count, batches))]
+        counts = StepCounts(len(batches), *self._over_processes(local).sum(0).tolist())
+        for name, value in compute_metrics(counts).items():
+            self.trainer._metrics["train"][name].append(value)
 
     def _over_processes(self, numbers: list[int]) -> torch.Tensor:
         """(processes, numbers) int64, on the CPU."""
         local = torch.tensor([numbers], device=self.trainer.accelerator.device)
         return self.trainer.accelerator.gather(local).cpu()
 
-    # ---- what is logged of the loss
-
-    def _prepare_table(
-        self,
-        rows: dict[str, Any],
-        tokens_B: torch.Tensor,
-        live_B: torch.Tensor,
-        skipped: bool,
-        n_parts: int,
-        *,
-        n_dead_batches: int,
-    ) -> None:
-        """What is known of sequences that don't run: their lengths, and that nothing of them is clipped."""
-        self._n_parts = n_parts
-        self._skipped = skipped
-        self._table_BS = torch.zeros(len(tokens_B), len(STATISTICS), device=tokens_B.device)
-        self._table_BS[:, STATISTICS.index("tokens")] = tokens_B.float()
-        self._entropy_known = not skipped or self.trainer._full_entropy
-        self._live_B = live_B
-        self._to_record = live_B.clone()
-        if skipped and self.trainer._full_entropy and n_dead_batches > 0:
-            self._look_at_dead(rows, ~live_B, n_dead_batches)
-
     def _look_at_dead(self, rows: dict[str, Any], dead_B: torch.Tensor, n_batches: int) -> None:
-        """Entropies of sequences without a gradient: a forward alone."""
+        """Entropies of sequences without a gradient: a forward alone, in as many batches on every process."""
         trainer = self.trainer
         for index_B in even_batches(dead_B, row_lengths(rows), n_batches):
             batch = select(rows, index_B, self.trim, trainer.pad_to_multiple_of)
             entropies_BT = logprobs_of_rows(trainer, trainer.model, batch, entropy=True)[1]
-            self._table_BS[index_B, STATISTICS.index("entropy")] = (entropies_BT * live_mask(batch)).sum(1)
+            self._statistics.set_entropy(index_B, (entropies_BT * live_mask(batch)).sum(1))
 
     def record(self, row_B: torch.Tensor, statistics_BS: torch.Tensor, *, last: bool) -> None:
-        """Statistics of a micro-batch's loss (``fused_loss.sequence_statistics``); with the last one all is logged."""
-        live_B = self._live_B[row_B]
-        self._table_BS[row_B[live_B]] = statistics_BS[live_B].to(self._table_BS)
-        if not last:
-            return
-        trainer = self.trainer
-        live_column = self._live_B.to(self._table_BS)[:, None]
-        local = torch.cat([self._table_BS, live_column], dim=1).unflatten(0, (self._n_parts, -1))
-        gathered = trainer.accelerator.gather(local[None]).transpose(0, 1).flatten(1, 2).cpu()  # parts, sequences, S
-        for part in gathered:
-            log_micro_batch(trainer, "train", part[:, :-1], entropy=self._entropy_known)
-        if self._skipped:
-            tokens, entropy = (
-                gathered[..., STATISTICS.index(name)] * gathered[..., -1] for name in ("tokens", "entropy")
-            )
-            trainer._metrics["train"]["entropy_live"].append((entropy.sum() / tokens.sum()).item())
+        """Statistics of a micro-batch's loss; with the last one all is logged."""
+        self._statistics.record(row_B, statistics_BS)
+        if last:
+            self._statistics.log()

@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset
 from trl.trainer.utils import pad
 
 from .advantages import zero_variance_groups
+from .prompt_keys import prompt_key
 
 # what each name of TRL's dict is padded with, and on which side; others are numbers, one a sequence
 PADDING = {
@@ -112,7 +113,6 @@ class Resampling:
         wanted = getattr(args, "resample_live_prompts", None)
         self.wanted = self.n_prompts if wanted is None else wanted
         self.max_rounds = getattr(args, "resample_max_rounds", 4)
-        check_dataset(trainer.train_dataset)
 
     def fill(self, output: dict[str, Any], n_local: int) -> dict[str, Any]:
         """The batch to train on; ``output`` is TRL's dict of the first generation, of ``n_local`` sequences here."""
@@ -169,9 +169,8 @@ class Resampling:
 
     def _other_prompts(self, order: list[int], seen: set[int], n_local: int) -> list[dict[str, Any]] | None:
         """This process's examples of a batch of prompts nobody has drawn in this step, or None where they run out."""
-        from .trainer import prompt_key
-
-        trainer, found = self.trainer, []
+        trainer = self.trainer
+        found: list[dict[str, Any]] = []
         while order and len(found) < self.n_prompts:
             example = trainer.train_dataset[order.pop()]
             key = prompt_key(example["prompt"])

@@ -1,17 +1,17 @@
-"""``CurvatureGRPOTrainer``: TRL's ``GRPOTrainer`` with our normalisation.
+"""``CurvatureGRPOTrainer``: TRL's ``GRPOTrainer`` with our normalisation, on what has a gradient.
 
-Flow: TRL generates -> rewards, gathered (``_calculate_rewards``) -> advantages by our normalisation
-(``advantages.py``) -> TRL's per-sequence dict, with what later stages need (``_generate_and_score_completions``)
--> micro-batches (``_prepare_inputs``) -> backbone, and hidden states to the loss in one pass (``_compute_loss``,
-``fused_loss.py``, ``fused_head.py``).
+Flow: TRL generates -> rewards, gathered (``_calculate_rewards``) -> other prompts for dead ones, if asked for
+(``resampling.py``) -> advantages by our normalisation (``advantages.py``) -> old and reference log-probs of what is
+used (``deferred_logprobs.py``) -> TRL's per-sequence dict, with what later stages need
+(``_generate_and_score_completions``) -> micro-batches of what has a gradient (``_prepare_inputs``,
+``micro_batches.py``) -> backbone, and hidden states to the loss in one pass (``_compute_loss``, ``fused_loss.py``,
+``fused_head.py``).
 
 Shapes: P prompts, G completions of one prompt, B = P*G sequences (of this process), F reward functions.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import textwrap
 import time
 from contextlib import nullcontext
@@ -39,23 +39,13 @@ from .fused_loss import live_mask, one_pass_loss, why_not_one_pass
 from .interference import InterferenceLog
 from .micro_batches import NOTHING, MicroBatches
 from .normalization_state import make_state, restore_states
-from .resampling import Resampling
+from .prompt_keys import prompt_key, prompt_text
+from .resampling import Resampling, check_dataset
 from .reward_checks import checked_reward
 from .token_weights import live_tokens, micro_batch_token_weights, token_weights
 
 logger = get_logger(__name__)
 STATE_NAME = "CurvatureGRPOTrainer"  # in trainer_state.json, among the states of callbacks
-
-
-def prompt_key(prompt: Any) -> int:
-    """63 bits of a hash of the prompt: the same whenever it comes back, in every process."""
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def prompt_text(prompt: Any) -> str:
-    """What the user said: the last message of a conversation."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 class RestoreState(TrainerCallback):
@@ -91,12 +81,15 @@ class CurvatureGRPOTrainer(GRPOTrainer):
       ``token_weights.py``; ``made_advantages`` (B,), a copy of the advantages, by which a subclass's own are noticed.
     * ``training_step`` and ``compute_loss``: every ``interference_every`` optimizer steps each sequence's gradient is
       sketched on the way, and ``interference/...``, ``curvature/...``, ``theory/...`` and ``phase`` are logged.
-    * ``_prepare_inputs``: adds ``token_weight`` for ``loss_type="bnpo"``, which only a micro-batch can know.
+    * ``_prepare_inputs``: in training hands out the micro-batches of ``micro_batches.py``, in place of TRL's, with the
+      ``token_weight`` that each sequence has in TRL's; one in which nothing is to be run has the key ``NOTHING`` alone,
+      and ``compute_loss`` answers it with 0.
     * ``_compute_loss``: with ``fused_loss`` the loss in one pass over our head, where it is a sum over single tokens;
       else the parent's, on log-probs of our head, which is said once in the log. A subclass that overrides it keeps
       its own.
     * ``_generate`` keeps the tool mask, and ``_get_per_token_logps_and_entropies`` uses it: tool output is never
-      projected.
+      projected. The latter's calls for old and reference log-probs get zeros, which are filled in once rewards are
+      known (``deferred_logprobs.py``); a subclass with its own ``_generate_and_score_completions`` gets all at once.
     * ``_save_checkpoint``: the normalisation's state (``normalization_state.py``) goes into ``trainer_state.json``,
       and is taken up again when training resumes.
     * ``end``: waits for gloo's worker thread, which could hang the process.
@@ -123,6 +116,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         if args is not None:
             resolve_normalization(args)
+        if getattr(args, "resample_zero_variance", False):
+            check_dataset(kwargs.get("train_dataset", rest[0] if rest else None))
         fused = getattr(args, "fused_loss", True)
         with head_adapters_allowed() if fused else nullcontext():
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
