@@ -19,6 +19,11 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
+def in_use() -> int:
+    """Bytes in use now, on the GPU where there is one."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident()
+
+
 def peak_beyond_now(call: Callable[[], object]) -> int:
     """The most bytes in use during the call, beyond what is in use before it."""
     if torch.cuda.is_available():

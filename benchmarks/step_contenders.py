@@ -1,6 +1,7 @@
 """The optimizer step of TRL's trainer and of ours on the same stored rollouts; peak memory of one of them.
 
-``step_contenders.py trl|ours LORA DEAD_SHARE`` prints peak bytes beyond the model, in a fresh process.
+``step_contenders.py trl|ours LORA DEAD_SHARE...`` prints peak bytes beyond the model of a step with each share, in a
+fresh process, after a first step that leaves AdamW's state.
 
 The rollouts: 4 prompts x 4 answers of made-up tokens. Lengths have the spread of GSM8K's in SmolLM2's tokens (log-std
 0.36 of questions, 0.45 of answers), but a median of 30 tokens, so that the benchmark ends in time.
@@ -18,7 +19,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from datasets import Dataset
-from head_memory import peak_beyond_now
+from head_memory import in_use, peak_beyond_now
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -126,11 +127,15 @@ class Contender:
         return self.logged("grad_norm")
 
 
-def main(name: str, lora: bool, dead_share: float) -> None:
+def main(name: str, lora: bool, dead_shares: list[float]) -> None:
     contender = Contender(name, lora)
-    contender.dead_share = dead_share
-    print(peak_beyond_now(contender.step))
+    model_alone = in_use()
+    contender.dead_share = max(dead_shares)
+    contender.step()
+    for contender.dead_share in dead_shares:
+        kept = in_use() - model_alone  # AdamW's state
+        print("peak", kept + peak_beyond_now(contender.step))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], bool(int(sys.argv[2])), float(sys.argv[3]))
+    main(sys.argv[1], bool(int(sys.argv[2])), [float(share) for share in sys.argv[3:]])
