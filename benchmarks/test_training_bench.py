@@ -1,10 +1,10 @@
 """Whole training runs of the built-in task to the same held-out accuracy: seconds of TRL's GRPOTrainer and of ours.
 
 Each starts from the same warmed-up policy with the demo's options (16 prompts x 8 answers) and trains until held-out
-accuracy (512 sampled answers, every 5 steps) is 0.15 above its start, or for 60 steps. Counted are the optimizer
-steps with their generation, not the evaluations. Generation, the same in both, is most of it: the policy has a million
-parameters and answers with 4 tokens, so this says what is left of a faster step in the worst case. Ours logs
-interference at every tenth step, as by default. The floor is generation alone, from TRL's own profile of our run.
+accuracy (512 sampled answers, every 5 steps) is 0.2 above its start, or for 60 steps. Counted are the optimizer steps
+with their generation, not the evaluations. The policy has a million parameters and answers with at most 4 tokens: the
+calls' overhead, which skipping doesn't touch, is much of it. Ours logs interference at every tenth step, as by default,
+and runs once more without. The floor is generation alone, the same in all.
 """
 
 import time
@@ -19,7 +19,7 @@ from trl_ext.tasks.correctness import Correctness
 from trl_ext.tasks.questions import arithmetic_questions, build_dataset
 from trl_ext.tasks.small_policy import small_policy
 
-STEPS, GAIN, LEVELS = 60, 0.15, (1, 4)
+STEPS, GAIN, LEVELS = 60, 0.2, (1, 4)
 
 
 class UntilAccurate(TrainerCallback):
@@ -40,7 +40,7 @@ class UntilAccurate(TrainerCallback):
             control.should_training_stop |= self.accuracies[-1] >= self.accuracies[0] + GAIN
 
 
-def train(trainer_class, config_class, seed: int, folder) -> dict[str, float]:
+def train(trainer_class, config_class, seed: int, folder, **options) -> dict[str, float]:
     policy = small_policy(seed, LEVELS)
     watch = UntilAccurate()
     trainer = trainer_class(
@@ -51,7 +51,7 @@ def train(trainer_class, config_class, seed: int, folder) -> dict[str, float]:
             max_steps=STEPS, learning_rate=2e-4, lr_scheduler_type="constant_with_warmup", warmup_steps=5, bf16=False,
             gradient_checkpointing=False, eval_strategy="steps", eval_steps=5, eval_on_start=True,
             per_device_eval_batch_size=256, num_generations_eval=4, save_strategy="no", logging_steps=1,
-            report_to="none", disable_tqdm=True, use_cpu=True, seed=seed,
+            report_to="none", disable_tqdm=True, use_cpu=True, seed=seed, **options,
         ),
         train_dataset=build_dataset(arithmetic_questions(700, held_out=False, levels=LEVELS, seed=seed), "chat"),
         eval_dataset=build_dataset(arithmetic_questions(128, held_out=True, levels=LEVELS, seed=seed), "chat"),
@@ -87,16 +87,19 @@ def test_to_the_same_accuracy(benchmark, seed, tmp_path):
     ours = benchmark.pedantic(
         lambda: train(CurvatureGRPOTrainer, CurvatureGRPOConfig, seed, tmp_path / "ours"), rounds=1
     )
-    parts = {name: run["seconds"] - run["generation"] for name, run in (("trl", theirs), ("ours", ours))}
-    benchmark.extra_info.update({"trl": theirs, "ours": ours})
+    unlogged = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, seed, tmp_path / "unlogged", interference_every=0)
+    runs = {"TRL": theirs, "ours": ours, "ours without interference": unlogged}
+    benchmark.extra_info.update(runs)
     described = "   ".join(
         f"{name}: {run['steps']} steps, {run['start']:.3f} to {run['end']:.3f}, dead {run['dead']:.2f}"
-        for name, run in (("TRL", theirs), ("ours", ours))
+        for name, run in runs.items()
     )
-    per_step = (theirs["seconds"] / theirs["steps"]) / (ours["seconds"] / ours["steps"])
-    without = (parts["trl"] / theirs["steps"]) / (parts["ours"] / ours["steps"])
-    ROWS.append(
-        f"built-in task, seed {seed}, to +{GAIN}: {described}   TRL / ours {theirs['seconds'] / ours['seconds']:5.2f}, "
-        f"per step {per_step:5.2f}, without generation {without:5.2f}   ours / floor (generation) "
-        f"{ours['seconds'] / ours['generation']:5.2f}"
-    )
+    ROWS.append(f"built-in task, seed {seed}, to +{GAIN}: {described}")
+    for name, run in list(runs.items())[1:]:
+        per_step = (theirs["seconds"] / theirs["steps"]) / (run["seconds"] / run["steps"])
+        without = [(one["seconds"] - one["generation"]) / one["steps"] for one in (theirs, run)]
+        ROWS.append(
+            f"   TRL / {name} {theirs['seconds'] / run['seconds']:5.2f}, per step {per_step:5.2f}, per step without "
+            f"generation {without[0] / without[1]:5.2f}   {name} / floor (generation) "
+            f"{run['seconds'] / run['generation']:5.2f}"
+        )
