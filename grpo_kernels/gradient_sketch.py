@@ -298,7 +298,7 @@ class GradientSketch:
         hidden = hidden_NH.detach()[None]
 
         def add(projected_NK: torch.Tensor) -> None:
-            if self._projections is not projections or layer.name in self._failed:
+            if self._projections is not projections or layer.name in self._failed or len(projected_NK) == 0:
                 return
             try:
                 if not self.dim:

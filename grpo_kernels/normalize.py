@@ -149,12 +149,15 @@ def normalize_then_sum(
 
     ``normalize_function(rewards_PG, f)`` normalises function f. A function's missing (NaN) entry adds nothing; a
     completion that no function scored is left out of the whitening and gets 0. With ``std`` it is TRL's
-    ``multi_objective_aggregation="normalize_then_sum"``.
+    ``multi_objective_aggregation="normalize_then_sum"``. A sum of exactly 0, an all-equal group's, stays 0 where the
+    batch's mean is 0 but for its rounding, as with a group's mean taken out it is.
     """
     each = [normalize_function(rewards_PGF[:, :, f], f) for f in range(rewards_PGF.shape[2])]
     sum_PG = sum(weight * one.advantages for weight, one in zip(weights_F.unbind(), each, strict=True))
     sum_PG = torch.where(rewards_PGF.isnan().all(dim=2), torch.nan, sum_PG)
     advantages_PG = normalize_rewards(sum_PG, "global", eps=eps)
+    residue = sum_PG.nanmean().abs() <= 8 * torch.finfo(sum_PG.dtype).eps * sum_PG.abs().nan_to_num().amax()
+    advantages_PG = torch.where((sum_PG == 0) & residue, 0.0, advantages_PG)
     return Normalized(advantages_PG, *(torch.stack(parts, dim=1) for parts in list(zip(*each, strict=True))[1:]))
 
 

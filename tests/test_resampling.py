@@ -1,6 +1,7 @@
 """``resample_zero_variance``: other prompts in place of those whose answers all got the same reward."""
 
 import pytest
+import test_skipping
 import torch
 from datasets import Dataset
 from hypothesis import given
@@ -11,9 +12,9 @@ from test_two_processes import assert_same_run
 from test_two_processes import run as run_processes
 from transformers import AutoTokenizer
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
 from trl_ext.batch_rows import join
-from trl_ext.resampling import pad_rows, split_rows
+from trl_ext.resampling import Resampling, pad_rows, split_rows
 
 ON = {"resample_zero_variance": True}
 
@@ -127,6 +128,55 @@ def test_resumed_runs_draw_the_same(tiny_policy, tmp_path):
     assert any(log.get("resampling/rounds", 0) > 1 for log in whole.recorder.logs[2:])
 
 
+def six_prompts(policy, folder, monkeypatch, share=0.6, **options):
+    """An epoch of six micro-batches, four an optimizer step: TRL's count of them isn't a step's after it."""
+    monkeypatch.setattr(test_skipping, "prompts", lambda count: prompts(count).select(range(6)))
+    return build(
+        policy, folder, live_or_not(share), gradient_accumulation_steps=4, steps_per_generation=2, num_train_epochs=3,
+        max_steps=-1, **options,
+    )  # fmt: skip
+
+
+def test_resumed_runs_draw_the_same_after_a_short_step(tiny_policy, tmp_path, monkeypatch):
+    orders = []
+    order = Resampling._order
+
+    def spy(self):
+        orders.append((self.trainer.state.global_step, order(self)))
+        return list(orders[-1][1])
+
+    monkeypatch.setattr(Resampling, "_order", spy)
+    options = {"save_strategy": "steps", "save_steps": 2, **ON}
+    six_prompts(tiny_policy, tmp_path, monkeypatch, **options).train()
+    whole = [one for one in orders if one[0] >= 2]
+    orders.clear()
+    resumed = six_prompts(tiny_policy, tmp_path, monkeypatch, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert orders == whole and len(whole) > 2
+
+
+def test_prompts_keep_their_texts_after_a_short_step(tiny_policy, tmp_path, monkeypatch):
+    six_prompts(tiny_policy, tmp_path, monkeypatch, share=0.3, interference_every=1).train()
+    records = read_interference(tmp_path)
+    assert len(records) > 3 and all(all(record.prompt_text_P) for record in records)
+
+
+def test_columns_that_a_round_does_not_log_are_empty(tiny_policy, tmp_path):
+    calls = []
+
+    def reward(prompts, log_extra, **kwargs):
+        calls.append(1)
+        if len(calls) != 2:
+            log_extra("about", [prompt[0]["content"] for prompt in prompts])
+        return live_or_not(0.6)(prompts)
+
+    trainer = build(tiny_policy, tmp_path, reward, max_steps=1, **ON)
+    trainer.train()
+    pairs = list(zip(trainer._logs["extra"]["about"], trainer._logs["prompt"], strict=True))
+    assert all(about in (None, prompt[0]["content"]) for about, prompt in pairs)
+    assert len(calls) > 2 and {about is None for about, _ in pairs} == {True, False}
+
+
 def test_two_processes_draw_what_one_does(tiny_policy, tmp_path):
     """Three groups of eight, the second split between the processes."""
     options = {"resample_zero_variance": True, "max_steps": 3}
@@ -147,6 +197,8 @@ def test_two_processes_draw_what_one_does(tiny_policy, tmp_path):
     [
         ({"resample_max_rounds": 0, **ON}, "resample_max_rounds=0 must be a whole number, 1 or more"),
         ({"resample_max_rounds": 1.5, **ON}, "resample_max_rounds=1.5"),
+        ({"resample_max_rounds": 2}, "resample_max_rounds=2 contradicts resample_zero_variance=False"),
+        ({"resample_zero_variance": "yes"}, "resample_zero_variance='yes' must be True or False"),
         ({"resample_live_prompts": 2}, "resample_live_prompts=2 contradicts resample_zero_variance=False"),
         ({"resample_live_prompts": 0, **ON}, "resample_live_prompts=0 must be between 1 and 4"),
         ({"resample_live_prompts": 5, **ON}, "resample_live_prompts=5 must be between 1 and 4"),

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from test_fused_trainer import TINY, tool_rollout
-from test_trainer_equality import PLAIN, Recorder, assert_same, digits, prompts, run
+from test_trainer_equality import PLAIN, Recorder, assert_same, digits, norm_of, prompts, run
 from test_two_processes import assert_same_run
 from test_two_processes import run as run_processes
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig, MambaConfig, MixtralConfig
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig, MambaConfig, MixtralConfig, OPTConfig, TrainerCallback
 from transformers.models.auto import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
@@ -231,6 +231,10 @@ def test_learned_positions(tiny_policy, tmp_path):
     assert any(log.get("compute/sequences_skipped_frac", 0) > 0 for log in ours[1].logs)
 
 
+OPT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32, "vocab_size": 50,
+       "word_embed_proj_dim": 32}  # fmt: skip
+
+
 # ---- the parts
 
 
@@ -248,6 +252,11 @@ def test_even_batches(rows, n_batches):
     fillers = [row for row in chosen if not wanted_B[row]]
     left = [length_B[row] for row in range(len(rows)) if row not in chosen]
     assert not fillers or all(max(length_B[row] for row in fillers) <= length for length in left)
+    empty_B = length_B % 3 == 0  # rows without a token that counts make up for others last of all
+    fillers = [
+        row for row in torch.cat(even_batches(wanted_B, length_B, n_batches, empty_B)).tolist() if not wanted_B[row]
+    ]
+    assert not empty_B[fillers].any() or empty_B[~wanted_B].sum() + len(fillers) > (~wanted_B).sum()
     lengths = length_B[[row for row in chosen if wanted_B[row]]]
     assert (lengths[:-1] >= lengths[1:]).all()
 
@@ -364,13 +373,14 @@ def test_dropout_is_said_once(lora, tiny_policy, tmp_path, caplog):
     adapter = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1) if lora else None
     trainer = build(tiny_policy, tmp_path, peft_config=adapter)
     if not lora:
-        for layer in trainer.model.model.layers:
-            layer.self_attn.attention_dropout = 0.1
-        trainer._micro_batches._dropout = has_dropout(trainer.model)
+        trainer.model.model.layers[0].self_attn.attention_dropout = 0.1
     with caplog.at_level(logging.WARNING, logger="trl_ext.trainer"):
         trainer.train()
     assert sum("dropout" in record.message for record in caplog.records) == 1
     assert not has_dropout(build(tiny_policy, tmp_path).model)
+    functional = OPTConfig(**OPT, dropout=0.1)  # of which no module is made
+    assert has_dropout(AutoModelForCausalLM.from_config(functional))
+    assert not has_dropout(AutoModelForCausalLM.from_config(OPTConfig(**OPT, dropout=0.0)))
 
 
 def test_tool_output_and_dead_groups(passes, tiny_policy, tmp_path):
@@ -510,8 +520,11 @@ def test_interference_counts_what_was_skipped(tiny_policy, tmp_path):
         assert abs(a.gram_BB[order_a][:, order_a] - b.gram_BB[order_b][:, order_b]).max() < 1e-4 * scale
     for ours_log, whole_log in zip(our_logs, whole_logs, strict=True):
         for name, value in whole_log.items():
-            if name.startswith(("interference/", "theory/", "curvature/")) and "feature" not in name:
+            if name == "interference/feature_cos_abs_mean":  # of all prompts: of those that ran it has another name
+                assert name not in ours_log
+            elif name.startswith(("interference/", "theory/", "curvature/")):
                 assert ours_log[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert any("interference/feature_cos_abs_mean_live" in log for log in our_logs)
     assert any(log.get("compute/sequences_skipped_frac", 0) > 0 for log in our_logs)
 
 
@@ -526,6 +539,120 @@ def test_an_engine_that_counts_every_backward(share, passes, tiny_policy, tmp_pa
     ours = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", setting, **extra)
     assert_same(ours, theirs)
     assert len(passes) == 3 * 4 and sum(rows for rows, _ in passes) < 3 * 16
+
+
+class OnlyTRLsKeys(CurvatureGRPOTrainer):
+    """A subclass that makes the dict anew."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
+        return {name: output[name] for name in names}
+
+
+def test_a_subclass_that_returns_trls_keys_alone(tiny_policy, tmp_path):
+    ends = [
+        build(tiny_policy, tmp_path, reward_with_dead(0.6), trainer_class=OnlyTRLsKeys, skip_zero_advantage=skip)
+        for skip in (True, False)
+    ]
+    for trainer in ends:
+        torch.manual_seed(0)
+        trainer.train()
+    for a, b in zip(*(trainer.recorder.gradients for trainer in ends), strict=True):
+        assert norm_of({name: a[name] - b[name] for name in a}) <= 1e-5 * norm_of(b)
+
+
+def test_dead_groups_of_several_functions_are_exactly_dead(tiny_policy, tmp_path):
+    """normalize_then_sum: whitening over the batch leaves no residue in them."""
+    rewards = [reward_with_dead(0.6), lambda prompts, **kwargs: [1.0] * len(prompts)]
+    trainer = build(
+        tiny_policy, tmp_path, rewards, multi_objective_aggregation="normalize_then_sum", max_steps=4
+    )  # fmt: skip
+    trainer.train()
+    logs = [log for log in trainer.recorder.logs if "reward" in log]
+    dead = [log["normalization/zero_variance_frac"] for log in logs]
+    assert [log["compute/sequences_skipped_frac"] for log in logs] == pytest.approx(dead) and 0 < sum(dead) < len(dead)
+
+
+def test_a_step_of_several_generations_is_counted_whole(passes, tiny_policy, tmp_path):
+    trainer = build(
+        tiny_policy, tmp_path, reward_with_dead(0.5), max_steps=4, gradient_accumulation_steps=3,
+        steps_per_generation=2, interference_every=0,
+    )  # fmt: skip
+    counted = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            counted.append((1 - sum(rows for rows, _ in passes) / 12, len(passes)))
+            passes.clear()
+
+    trainer.add_callback(Count())
+    trainer.train()
+    logs = [log for log in trainer.recorder.logs if "reward" in log or "compute/micro_batches" in log]
+    logged = [(log["compute/sequences_skipped_frac"], log["compute/micro_batches"]) for log in logs]
+    assert [pytest.approx(pair) for pair in counted] == logged and len({n for _, n in counted}) > 1
+
+
+def test_log_probs_are_there_for_reward_functions(tiny_policy, tmp_path):
+    """What waits for the rewards is TRL's own call, nobody else's."""
+    seen = []
+
+    def reward(completions, **kwargs):
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad():
+            found = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 2)[0]
+        seen.append(found.abs().min().item())
+        return digits(completions)
+
+    trainer = build(tiny_policy, tmp_path, reward, max_steps=1)
+    trainer.train()
+    assert seen and min(seen) > 0
+
+
+def test_a_step_that_broke_off_leaves_nothing(tiny_policy, tmp_path):
+    """Stopped after two of four micro-batches and trained again: the gradients of skip_zero_advantage=False."""
+
+    class Stop(TrainerCallback):
+        substeps = 0
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            self.substeps += 1
+            control.should_training_stop |= self.substeps == 2
+
+    gradients = []
+    for skip in (False, True):
+        trainer = build(
+            tiny_policy, tmp_path / str(skip), reward_with_dead(0.5), skip_zero_advantage=skip, learning_rate=0.2
+        )  # fmt: skip
+        trainer.add_callback(Stop())
+        trainer.train()
+        trainer.train()
+        gradients.append(trainer.recorder.gradients)
+    assert len(gradients[0]) == len(gradients[1]) >= 2
+    for whole, skipped in zip(*gradients, strict=True):
+        assert norm_of({name: whole[name] - skipped[name] for name in whole}) <= 1e-4 * norm_of(whole)
+
+
+def test_a_filler_without_tokens_takes_no_layer_away(tiny_policy, tmp_path, caplog):
+    """Truncated completions masked, and every second generation dead: what is logged is what all rows give."""
+    logs = []
+    for skip in (True, False):
+        calls = []
+
+        def reward(completions, calls=calls, **kwargs):
+            calls.append(1)
+            return [0.25] * len(completions) if len(calls) % 2 else digits(completions)
+
+        trainer = build(
+            tiny_policy, tmp_path / str(skip), reward, max_steps=3, mask_truncated_completions=True,
+            interference_every=1, skip_zero_advantage=skip, per_device_train_batch_size=8, steps_per_generation=2,
+        )  # fmt: skip
+        trainer.train()
+        logs.append([log for log in trainer.recorder.logs if "reward" in log])
+    assert not any("goes on without layer" in record.message for record in caplog.records)
+    for ours, whole in zip(*logs, strict=True):
+        for name in ("interference/coverage", "theory/r1", "curvature/fisher_trace_mean", "interference/cos_mean"):
+            assert ours.get(name) == pytest.approx(whole.get(name), rel=1e-3), name
 
 
 # ---- two processes

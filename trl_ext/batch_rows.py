@@ -38,16 +38,20 @@ def row_lengths(rows: dict[str, Any]) -> torch.Tensor:
     return rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
 
 
-def even_batches(wanted_B: torch.Tensor, length_B: torch.Tensor, n_batches: int) -> list[torch.Tensor]:
+def even_batches(
+    wanted_B: torch.Tensor, length_B: torch.Tensor, n_batches: int, empty_B: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """The rows (indices) of each of ``n_batches``: the wanted ones, sorted by length, in even numbers.
 
-    Where fewer are wanted than there are batches, the shortest of the others make up for them. Longest first: a run
-    that is out of memory is so at once.
+    Where fewer are wanted than there are batches, the shortest of the others make up for them, those without a token
+    that counts (``empty_B``) last of all. Longest first: a run that is out of memory is so at once.
     """
     order_B = length_B.argsort(descending=True, stable=True)
     chosen = order_B[wanted_B[order_B]]
     if len(chosen) < n_batches:
         others = order_B[~wanted_B[order_B]]
+        if empty_B is not None:
+            others = torch.cat([others[empty_B[others]], others[~empty_B[others]]])
         chosen = torch.cat([chosen, others[len(others) - (n_batches - len(chosen)) :]])
     return list(chosen.tensor_split(n_batches))
 

@@ -13,6 +13,7 @@ from trl import GRPOConfig
 from grpo_kernels import METHODS, check_normalization
 from grpo_kernels.methods import function_name
 
+MOST_ROUNDS = 4  # of resampling, by default
 # what TRL's scale_rewards does, by our name
 SCALE_REWARDS_METHOD = {"group": "std", "batch": "batch_std", "none": "mean"}
 
@@ -79,7 +80,9 @@ class CurvatureGRPOConfig(GRPOConfig):
     resample_zero_variance: bool = field(
         default=False, metadata={"help": "Draw other prompts in place of those whose answers all got the same reward."}
     )
-    resample_max_rounds: int = field(default=4, metadata={"help": "Generations for other prompts in a step, at most."})
+    resample_max_rounds: int = field(
+        default=MOST_ROUNDS, metadata={"help": "Generations for other prompts in a step, at most."}
+    )
     resample_live_prompts: int | None = field(
         default=None, metadata={"help": "How many prompts of a batch shall have different rewards; default: all."}
     )
@@ -111,9 +114,14 @@ class CurvatureGRPOConfig(GRPOConfig):
         self._check_resampling()
 
     def _check_resampling(self) -> None:
+        for name in ("skip_zero_advantage", "full_entropy", "resample_zero_variance"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         rounds, wanted = self.resample_max_rounds, self.resample_live_prompts
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
             raise ValueError(f"resample_max_rounds={rounds!r} must be a whole number, 1 or more")
+        if rounds != MOST_ROUNDS and not self.resample_zero_variance:
+            raise ValueError(f"resample_max_rounds={rounds!r} contradicts resample_zero_variance=False")
         if wanted is not None:
             if not self.resample_zero_variance:
                 raise ValueError(f"resample_live_prompts={wanted!r} contradicts resample_zero_variance=False")

@@ -289,6 +289,8 @@ class InterferenceLog:
         error = predicted_rmse(sketch_B, prompt_B) if self.dim else 0.0
         features_PH = mean_by_prompt(feature_BH, prompt_B) if feature_BH.shape[1] else None
         metrics = interference_metrics(step, sketch_rmse=error, features_PH=features_PH)
+        if trainer._micro_batches.skipping and "interference/feature_cos_abs_mean" in metrics:  # of what ran
+            metrics["interference/feature_cos_abs_mean_live"] = metrics.pop("interference/feature_cos_abs_mean")
         metrics |= self._checks(step.gram_BB)
         constant = self.speedup.observe(metrics, step.reward_B)
         if constant is not None:

@@ -150,7 +150,7 @@ class Resampling:
             rewards_BF=trainer._gathered_rewards_BF,
             lengths_B=trainer._gathered_lengths_B,
             keys_B=trainer._gathered_keys_B,
-            logged={name: list(column)[-n:] for name, column in columns.items()},
+            logged={name: list(column)[-n:] for name, column in columns.items() if len(column) >= n},
             dead_P=zero_variance_groups(
                 trainer._gathered_rewards_BF,
                 trainer.reward_weights.to(trainer._gathered_rewards_BF.device),
@@ -162,13 +162,12 @@ class Resampling:
     def _order(self) -> list[int]:
         """The dataset's rows in the order they are drawn in at this step."""
         trainer, args = self.trainer, self.trainer.args
-        within_step = trainer._step % args.gradient_accumulation_steps  # where a step takes several generations
         generator = torch.Generator()
-        generator.manual_seed((args.seed * 1_000_003 + trainer.state.global_step) * 1_009 + within_step)
+        generator.manual_seed((args.seed * 1_000_003 + trainer.state.global_step) * 1_009 + trainer._generation_of_step)
         return torch.randperm(len(trainer.train_dataset), generator=generator).tolist()
 
     def _other_prompts(self, order: list[int], seen: set[int], n_local: int) -> list[dict[str, Any]] | None:
-        """This process's examples of a batch of prompts nobody has drawn in this step, or None where they run out."""
+        """This process's examples of a batch of prompts not drawn for it yet, or None where they run out."""
         trainer = self.trainer
         found: list[dict[str, Any]] = []
         while order and len(found) < self.n_prompts:

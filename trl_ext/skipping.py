@@ -63,10 +63,11 @@ def trimmed_columns(model: Any) -> tuple[bool, bool]:
     """Whether columns of padding can be cut before prompts, and after completions, with the same result.
 
     Before prompts: with rotary positions alone, where only differences count; not with a state that runs over the
-    padding (Mamba, convolutions), nor with attention in chunks counted from the first column. Neither where the
-    rotation depends on the length (``dynamic``, ``longrope``).
+    padding (Mamba, convolutions), nor with attention in chunks or scales counted from the first column. Neither where
+    the rotation depends on the length (``dynamic``, ``longrope``).
     """
     config = model.config.get_text_config()
+    absolute = getattr(config, "attention_chunk_size", None) or getattr(config, "attn_temperature_tuning", None)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {str(part.get("rope_type")) for part in [rope, *rope.values()] if isinstance(part, dict)}
     if kinds & {"dynamic", "longrope"}:
@@ -74,12 +75,15 @@ def trimmed_columns(model: Any) -> tuple[bool, bool]:
     names = {type(module).__name__.lower() for module in model.modules()}
     stateful = any(word in name for name in names for word in ("mamba", "conv", "rwkv", "deltanet", "recurrent", "ssm"))
     rotary = any("rotary" in name for name in names)
-    return rotary and not stateful and getattr(config, "attention_chunk_size", None) is None, True
+    scaled = any("llama_4_scaling_beta" in part for part in [rope, *rope.values()] if isinstance(part, dict))
+    return rotary and not stateful and not scaled and not absolute, True
 
 
 def has_dropout(model: torch.nn.Module) -> bool:
-    """Of torch's modules, LoRA's among them, or by an attention's rate."""
-    modules = list(model.modules())
-    rates = [module.p for module in modules if isinstance(module, torch.nn.modules.dropout._DropoutNd)]
-    rates += [getattr(module, "attention_dropout", 0.0) for module in modules]
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+    """Of torch's modules, LoRA's among them, or as a rate that a module keeps for its forward."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+            return True
+        if any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items()):
+            return True
+    return False

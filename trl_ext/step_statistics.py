@@ -38,8 +38,9 @@ class StepStatistics:
         live_B = self.live_B[row_B]
         self.table_BS[row_B[live_B]] = statistics_BS[live_B].to(self.table_BS)
 
-    def log(self) -> None:
-        """Over all processes: TRL's metrics of each of its micro-batches, and ``entropy_live`` of the whole."""
+    def log(self) -> tuple[float, float]:
+        """TRL's metrics of each of its micro-batches, over all processes. Returns the sum of the live sequences'
+        entropies over tokens, and how many tokens they have."""
         live_B1 = self.live_B.to(self.table_BS)[:, None]
         local = torch.cat([self.table_BS, live_B1], dim=1).unflatten(0, (self.n_parts, -1))
         parts = self.trainer.accelerator.gather(local[None]).transpose(0, 1).flatten(1, 2).cpu()
@@ -47,7 +48,5 @@ class StepStatistics:
             log_micro_batch(
                 self.trainer, "train", part[:, :-1], entropy=not self.skipping or self.trainer._full_entropy
             )
-        if self.skipping:
-            live = parts[..., -1]
-            entropy_live = (parts[..., ENTROPY] * live).sum() / (parts[..., TOKENS] * live).sum()
-            self.trainer._metrics["train"]["entropy_live"].append(entropy_live.item())
+        live = parts[..., -1]
+        return (parts[..., ENTROPY] * live).sum().item(), (parts[..., TOKENS] * live).sum().item()

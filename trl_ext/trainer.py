@@ -55,6 +55,8 @@ class RestoreState(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._micro_batches.forget()
+        self.trainer._generated_at = -1
         saved = state.stateful_callbacks.get(STATE_NAME)
         if saved is not None:
             self.trainer._interference.load_state_dict(saved["interference"])
@@ -148,6 +150,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._full_entropy = getattr(args, "full_entropy", False)
         self._micro_batches = MicroBatches(self)
         self._resampling = Resampling(self) if getattr(args, "resample_zero_variance", False) else None
+        self._generated_at, self._generation_of_step = -1, 0  # the optimizer step, and how many it has had before
         self._logprobs_wait = False  # TRL's calls for old and reference log-probs get zeros, to be filled in
         self._logprobs_due = 0  # calls that got zeros
 
@@ -172,6 +175,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             )
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._logprobs_wait = False
         self._gathered_rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         device = self._gathered_rewards_BF.device
         lengths_and_keys = [[len(ids), prompt_key(p)] for ids, p in zip(completion_ids_list, prompts, strict=True)]
@@ -181,7 +185,10 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     def _generate_and_reward(self, inputs):
         """TRL's dict, its log-probs zeros where they can wait until it is known which sequences are used."""
-        self._logprobs_wait, self._logprobs_due = why_complete(self) is None, 0
+        self._logprobs_due = 0
+        if self._resampling is not None:
+            for column in self._logs["extra"].values():
+                column.clear()  # a reward function that logs none in this generation leaves no other's there
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
@@ -190,6 +197,10 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            again = self.state.global_step == self._generated_at
+            self._generation_of_step = self._generation_of_step + 1 if again else 0
+            self._generated_at = self.state.global_step
         output = self._generate_and_reward(inputs)
         if mode == "train" and self._resampling is not None:
             output = self._resampling.fill(output, len(inputs))
@@ -232,7 +243,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         output["prompt_key"] = self._gathered_keys_B[local]
         if mode == "train":
             prompts = list(self._logs["prompt"])[-len(rewards_BF) :]
-            if self._step % self.args.gradient_accumulation_steps == 0:  # not a step's second generation
+            if self._generation_of_step == 0:
                 self._interference.prompt_texts = {}
             self._interference.prompt_texts |= {
                 key: prompt_text(prompt) for key, prompt in zip(self._gathered_keys_B.tolist(), prompts, strict=False)
@@ -269,6 +280,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if tool_mask is not None and len(tool_mask) == len(completion_ids):
             rows = [torch.tensor(row, device=self.accelerator.device) for row in tool_mask]
             self._tool_mask_BT = pad_sequence(rows, batch_first=True, padding_value=1)
+        self._logprobs_wait = why_complete(self) is None  # from here to the rewards the calls for them are TRL's
         return generated
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *rest, **kwargs):
