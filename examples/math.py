@@ -258,6 +258,7 @@ def main(arguments: list[str]) -> None:
             before, after = accuracies[0], accuracies[-1]
             say(f"\nHeld-out accuracy: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
         say(f"Model and checkpoints: {output}    Logs: {output}/trainer_state.json (log_history)")
+        say(f"To look at the run: python -m trl_ext report {output}")
         say("Next: --normalization mean (or loo, power, ...) to compare; --model_name_or_path smollm2 or a hub id and")
         say("--dataset gsm8k for a real model; examples/recipes/ for whole configurations.")
     trainer.end()

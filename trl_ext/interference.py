@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from torch.distributed.tensor import DTensor
@@ -21,7 +22,7 @@ from grpo_kernels.gradient_sketch import GradientSketch
 from grpo_kernels.head_products import HeadSketch
 from grpo_kernels.interference_metrics import interference_metrics, orthogonality
 from grpo_kernels.sketch_error import predicted_rmse
-from grpo_kernels.step_gradients import StepGradients
+from grpo_kernels.step_gradients import StepGradients, group_by_prompt
 from grpo_kernels.training_phase import SpeedupConstant, TrainingPhase
 
 from .fused_loss import live_mask
@@ -66,6 +67,14 @@ def ids_and_rewards(inputs: dict[str, Any], first: int) -> dict[str, torch.Tenso
     }
 
 
+def live_cosines(step: StepGradients) -> np.ndarray:
+    """(L, L) cosines of the gradients of the prompts that have one."""
+    groups = group_by_prompt(step)
+    gram_LL = groups.gram_PP[groups.live_P][:, groups.live_P]
+    norm_L = gram_LL.diagonal().sqrt()
+    return (gram_LL / norm_L[:, None] / norm_L).clamp(-1, 1).cpu().numpy()
+
+
 def squared_gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
     """Of what is in ``.grad`` now, over all of FSDP2's shards."""
     total = 0.0
@@ -98,6 +107,7 @@ class InterferenceLog:
         self._writes = True
         self._sequences: list[dict[str, torch.Tensor | None]] = []
         self._skipped: list[dict[str, torch.Tensor]] = []  # sequences that don't run: their gradient is 0
+        self.latest: np.ndarray | None = None  # cosines of the live prompts of the latest logged step, (L, L)
         self._has_rows = False  # this micro-batch has something to run
         self._opened_at = 0  # TRL's count of micro-batches when the step began
         self._prompts_per_generation = args.generation_batch_size // trainer.num_generations
@@ -310,8 +320,10 @@ class InterferenceLog:
         # of the last generation alone, which is the one that the state has seen last
         first = int(prompt_B.max()) // self._prompts_per_generation * self._prompts_per_generation
         trainer.observe_curvature(prompt_P[prompt_P >= first] - first, curvature_P[prompt_P >= first])
-        if trainer.accelerator.is_main_process and self._writes:
-            self._write(step, metrics, prompt_B, key_B)
+        if trainer.accelerator.is_main_process:
+            self.latest = live_cosines(step)
+            if self._writes:
+                self._write(step, metrics, prompt_B, key_B)
 
     def _write(self, step: StepGradients, metrics: dict[str, float], prompt_B, key_B) -> None:
         trainer = self.trainer

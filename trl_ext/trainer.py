@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -40,8 +40,10 @@ from .interference import InterferenceLog
 from .micro_batches import NOTHING, MicroBatches
 from .normalization_state import make_state, restore_states
 from .prompt_keys import prompt_key, prompt_text
+from .report.live import LiveImages
 from .resampling import Resampling, check_dataset
 from .reward_checks import checked_reward
+from .run_files import RunFiles
 from .token_weights import live_tokens, micro_batch_token_weights, token_weights
 
 logger = get_logger(__name__)
@@ -94,6 +96,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
       known (``deferred_logprobs.py``); a subclass with its own ``_generate_and_score_completions`` gets all at once.
     * ``_save_checkpoint``: the normalisation's state (``normalization_state.py``) goes into ``trainer_state.json``,
       and is taken up again when training resumes.
+    * Two callbacks: ``run_files.py`` keeps the configuration and the log in the run's folder, ``report/live.py`` sends
+      images to the backends of ``report_to``.
     * ``end``: waits for gloo's worker thread, which could hang the process.
 
     With TRL's own normalisations the advantages are TRL's to rounding, except that a group whose rewards are all
@@ -138,6 +142,9 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             for _ in range(number_of_states(len(self.reward_funcs), self.multi_objective_aggregation))
         ]
         self.add_callback(RestoreState(self))
+        self.add_callback(RunFiles(self._describe))
+        self.add_callback(LiveImages(self))
+        self._seconds: dict[str, float] = {}  # of this optimizer step, by stage
         self._gathered_rewards_BF = torch.empty(0, 0)
         self._fused_loss = fused
         self._completion_mask = CompletionMask()
@@ -176,7 +183,9 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._logprobs_wait = False
-        self._gathered_rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self._stage("rewards"):
+            rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._gathered_rewards_BF = rewards_BF
         device = self._gathered_rewards_BF.device
         lengths_and_keys = [[len(ids), prompt_key(p)] for ids, p in zip(completion_ids_list, prompts, strict=True)]
         gathered = self.accelerator.gather(torch.tensor(lengths_and_keys, dtype=torch.int64, device=device))
@@ -263,7 +272,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             batch_size = self.args.per_device_train_batch_size
             if mode == "eval":
                 batch_size = self.args.per_device_eval_batch_size
-            fill_logprobs(self, output, batch_size, training=mode == "train")
+            with self._stage("log_probs"):
+                fill_logprobs(self, output, batch_size, training=mode == "train")
         return output
 
     def _replace_logged_advantages(self, advantages_B: torch.Tensor) -> None:
@@ -274,7 +284,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         logged.extend(advantages_B.tolist())
 
     def _generate(self, prompts):
-        generated = super()._generate(prompts)
+        with self._stage("generation"):
+            generated = super()._generate(prompts)
         completion_ids, tool_mask = generated[1], generated[2]
         self._tool_mask_BT = None
         if tool_mask is not None and len(tool_mask) == len(completion_ids):
@@ -298,6 +309,35 @@ class CurvatureGRPOTrainer(GRPOTrainer):
                 model, input_ids, attention_mask, logits_to_keep, *rest, **kwargs
             )
 
+    def _describe(self) -> dict[str, Any]:
+        """For the run's folder: every option, and what else tells runs apart."""
+        return {
+            **self.args.to_dict(),
+            "model_name_or_path": self.model.config._name_or_path,
+            "trainer": type(self).__name__,
+            "reward_functions": self.reward_func_names,
+            "num_processes": self.accelerator.num_processes,
+            "adapter": type(self.model).__name__ if is_peft_model(self.model) else None,
+        }
+
+    @contextmanager
+    def _stage(self, name: str):
+        """Seconds of a stage of training, logged under ``compute/`` at the end of the optimizer step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.model.training:
+                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _log_seconds(self) -> None:
+        """``compute/seconds_training`` is the rest of the step: planning, forward, backward, logging interference."""
+        whole = self._seconds.pop("step", 0.0)
+        self._seconds["training"] = max(0.0, whole - sum(self._seconds.values()))
+        for name, seconds in self._seconds.items():
+            self._metrics["train"][f"compute/seconds_{name}"].append(seconds)
+        self._seconds = {}
+
     def _say_once(self, text: str, level: str = "warning") -> None:
         if text not in self._said:
             self._said.add(text)
@@ -320,13 +360,16 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         return super().compute_loss(model, inputs, *rest, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self._interference.before_micro_batch()
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        except BaseException:
-            self._interference.abandon()
-            raise
-        self._interference.after_micro_batch(last=self.accelerator.sync_gradients)
+        with self._stage("step"):
+            self._interference.before_micro_batch()
+            try:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            except BaseException:
+                self._interference.abandon()
+                raise
+            self._interference.after_micro_batch(last=self.accelerator.sync_gradients)
+        if self.accelerator.sync_gradients:
+            self._log_seconds()
         return loss
 
     def _save_checkpoint(self, model, trial):

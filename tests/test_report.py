@@ -1,0 +1,394 @@
+"""``python -m trl_ext report``: from the folders of real runs to a page, figures and numbers; in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_resampling import live_or_not
+from test_skipping import build, reward_with_dead
+
+from grpo_kernels.step_gradients import StepGradients
+from trl_ext.interference_files import write_step
+from trl_ext.report import live
+from trl_ext.report.command import main
+from trl_ext.report.groups import differences, group_runs, mean_and_band
+from trl_ext.report.numbers import MOST_HEATMAPS, MOST_PROMPTS, cluster_order, extreme_pairs, histogram, report_numbers
+from trl_ext.report.read_run import read_run
+from trl_ext.run_files import CONFIG_FILE, LOG_FILE, RunFiles
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_policy, tmp_path_factory):
+    """Six steps, all of them logged, of a real run."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    options = {"per_device_train_batch_size": 8, "interference_every": 1, "interference_dim": 16, "max_steps": 6}
+    trainer = build(tiny_policy, folder, reward_with_dead(0.2), save_strategy="steps", save_steps=4, **options)
+    trainer.train()
+    trainer.save_state()
+    return folder
+
+
+def copy(folder, to):
+    shutil.copytree(folder, to)
+    return to
+
+
+def page_of(*arguments, folder):
+    main(["report", *map(str, arguments), "-o", str(folder / "page.html")])
+    return (folder / "page.html").read_text()
+
+
+def test_the_command_as_users_call_it(run_folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_ext", "report", str(run_folder), "-o", str(tmp_path / "deep" / "page.html"),
+         "--figures", str(tmp_path / "figures"), "--json", str(tmp_path / "numbers.json")],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "first, up to step 6:" in done.stdout and len(re.findall(r"^  \S", done.stdout, re.M)) == 5
+    page = (tmp_path / "deep" / "page.html").read_text()
+    assert len(page) < 15e6
+    assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"(?!data:)", page), "something to be fetched"
+    for heading in ("Did it learn?", "What the normalisation did", "in one another", "follow the curvature",
+                    "constants", "Where the work went", "Definitions"):  # fmt: skip
+        assert heading in page
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["summary"] == [line.strip() for line in done.stdout.splitlines()[1:6]]
+    assert numbers["logged_interference_steps"] == 6 and len(numbers["heatmaps"]) == 6
+    assert numbers["curves"]["learning"]["reward"]["steps"] == [1, 2, 3, 4, 5, 6]
+    assert numbers["config"]["num_generations"] == 4
+    drawn = {file.stem for file in (tmp_path / "figures").iterdir()}
+    assert {"reward", "cosine_mean", "cosines", "cosine_histogram", "speedup_constant", "skipped"} <= drawn
+    assert {file.suffix for file in (tmp_path / "figures").iterdir()} == {".pdf", ".png"}
+    assert (tmp_path / "figures" / "reward.pdf").read_bytes()[:5] == b"%PDF-"
+
+
+def test_numbers_are_those_of_the_files(run_folder):
+    run = read_run(run_folder)
+    numbers = report_numbers(run)
+    record, shown = run.records[0], numbers["heatmaps"][0]
+    matrix = np.array(shown["cosines"])
+    assert np.allclose(np.diag(matrix), 1) and np.allclose(matrix, matrix.T)
+    pairs = matrix[np.triu_indices(len(matrix), 1)]
+    assert pairs.mean() == pytest.approx(record.metrics["interference/cos_mean"], abs=0.01)
+    assert shown["live"] == record.metrics["interference/live_prompts"] == len(shown["prompts"])
+    assert all(text in record.prompt_text_P for text in shown["prompts"]) and len(set(shown["prompts"])) > 1
+    spread = numbers["histogram"]
+    live_pairs = [n * (n - 1) // 2 for n in (one["live"] for one in numbers["heatmaps"])]
+    assert sum(spread["counts"]["first third"]) == sum(live_pairs[:2])
+    assert sum(spread["counts"]["last third"]) == sum(live_pairs[-2:])
+    for name in ("compute/seconds_generation", "compute/seconds_rewards", "compute/seconds_training"):
+        assert all(value > 0 for value in numbers["curves"]["compute"][name]["values"]), name
+    assert any("of the sequences had no gradient" in line for line in numbers["summary"])
+
+
+def gradients(prompts, answers, seed=0, dim=12):
+    """A step of random contributions; the prompts' gradients of the two halves point apart."""
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn(prompts * answers, dim, generator=generator, dtype=torch.float64)
+    prompt_B = torch.arange(prompts).repeat_interleave(answers)
+    u[:, 0] += torch.where(prompt_B < prompts // 2, 3.0, -3.0)
+    reward = torch.randint(0, 2, (prompts * answers,), generator=generator).double()
+    return StepGradients(u @ u.T, prompt_B, reward, torch.randn(len(reward), generator=generator), answers)
+
+
+def metrics(**more):
+    return {"interference/reliability": 0.5, "interference/sketch_rmse": 0.02, "reward": 0.5, **more}
+
+
+def test_clusters_stand_together():
+    signs = np.array([1, -1, 1, 1, -1, -1, 1, -1])
+    matrix = np.outer(signs, signs) * 0.8 + 0.2 * np.eye(8)
+    ordered = signs[cluster_order(matrix)]
+    assert (np.diff(ordered) != 0).sum() == 1
+    assert cluster_order(np.eye(2)).tolist() == [0, 1]
+
+
+def test_pairs_that_conflict_and_agree(tmp_path):
+    texts = [f"prompt {p} of {'left' if p < 4 else 'right'}" for p in range(8)]
+    write_step(tmp_path, 3, gradients(8, 4), metrics(), range(8), texts)
+    found = extreme_pairs(read_run(tmp_path).records)
+    for pair in found["conflict"]:
+        assert pair["cosine"] < 0 and {text.split()[-1] for text in pair["prompts"]} == {"left", "right"}
+    for pair in found["agree"]:
+        assert pair["cosine"] > 0 and len({text.split()[-1] for text in pair["prompts"]}) == 1
+    assert [p["cosine"] for p in found["conflict"]] == sorted(p["cosine"] for p in found["conflict"])
+    assert all(pair["step"] == 3 and pair["sketch_rmse"] == 0.02 and pair["reliability"] == 0.5
+               for kind in found.values() for pair in kind)  # fmt: skip
+    assert sum(histogram(read_run(tmp_path).records)["counts"]["first third"]) == 28
+
+
+# ---- runs as they are found
+
+
+def test_a_run_that_was_killed(run_folder, tmp_path, capsys):
+    """No final state, a checkpoint at step 4, the log up to step 6 with half a line, half a file of a step."""
+    folder = copy(run_folder, tmp_path / "killed")
+    (folder / "trainer_state.json").unlink()
+    shutil.rmtree(folder / "checkpoint-6")
+    with open(folder / LOG_FILE, "a") as file:
+        file.write('{"reward": 0.5, "st')
+    broken = folder / "interference" / "step_00000002.npz"
+    broken.write_bytes(broken.read_bytes()[:100])
+    page_of(folder, folder=tmp_path)
+    said = capsys.readouterr().out
+    assert "up to step 6" in said and "killed: 2 skipped" in said
+    assert "step_00000002.npz is skipped" in said and "1 of 8 lines are skipped" in said
+    run = read_run(folder)
+    assert len(run.records) == 5 and run.series("reward")[0] == [1, 2, 3, 4, 5, 6]
+    (folder / LOG_FILE).unlink()
+    assert read_run(folder).series("reward")[0] == [1, 2, 3, 4], "the newest checkpoint's"
+    (folder / "checkpoint-4" / "trainer_state.json").write_text("{")
+    assert read_run(folder).series("interference/cos_mean")[0] == [0, 1, 3, 4, 5], "the files' own metrics"
+
+
+def test_a_resumed_run_has_each_step_once(run_folder, tmp_path):
+    folder = copy(run_folder, tmp_path / "resumed")
+    for state in folder.rglob("trainer_state.json"):
+        state.unlink()
+    lines = (folder / LOG_FILE).read_text().splitlines()
+    later = [json.dumps({**json.loads(line), "reward": 9.0}) for line in lines[4:6]]
+    (folder / LOG_FILE).write_text("\n".join([*lines[:6], *later]))
+    steps, rewards = read_run(folder).series("reward")
+    assert steps == [1, 2, 3, 4, 5, 6] and rewards[4:] == [9.0, 9.0] and 9.0 not in rewards[:4]
+
+
+def test_a_run_without_interference_says_how(run_folder, tmp_path):
+    folder = copy(run_folder, tmp_path / "plain")
+    shutil.rmtree(folder / "interference")
+    logs = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    logs = [{k: v for k, v in log.items() if not k.startswith(("interference", "curvature", "theory"))} for log in logs]
+    (folder / LOG_FILE).write_text("\n".join(map(json.dumps, logs)))
+    (folder / "trainer_state.json").unlink()
+    shutil.rmtree(folder / "checkpoint-4")
+    shutil.rmtree(folder / "checkpoint-6", ignore_errors=True)
+    page = page_of(folder, folder=tmp_path)
+    assert page.count("interference_every=10") == 3  # three sections come from it
+    assert "Cosines of a logged step" not in page
+
+
+def test_much_is_reduced_and_said(tmp_path):
+    """1,000 logged steps, one of them with 512 prompts."""
+    step = gradients(6, 2)
+    for place in range(0, 10_000, 10):
+        write_step(tmp_path / "long", place, step, metrics(), range(6), ["a prompt"] * 6)
+    write_step(tmp_path / "long", 9_990, gradients(512, 2), metrics(), range(512), ["x" * 300] * 512)
+    numbers = report_numbers(read_run(tmp_path / "long"))
+    assert numbers["logged_interference_steps"] == 1000 and len(numbers["heatmaps"]) == MOST_HEATMAPS
+    assert numbers["heatmaps"][-1]["live"] == 512 and len(numbers["heatmaps"][-1]["cosines"]) == MOST_PROMPTS
+    page = page_of(tmp_path / "long", folder=tmp_path)
+    assert len(page.encode()) < 15e6
+    assert f"{MOST_HEATMAPS} of 1000 logged steps have a heatmap here" in page and "at most 64 prompts" in page
+
+
+def test_texts_are_shown_as_they_are(tmp_path):
+    """A prompt with markup in it is text, in the table and on hover."""
+    nasty = ["<script>alert(1)</script>", "a <b>bold</b> & 'quoted' prompt", "x", "y"]
+    write_step(tmp_path / "run", 0, gradients(4, 2), metrics(), range(4), nasty)
+    page = page_of(tmp_path / "run", folder=tmp_path)
+    assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+# ---- several runs
+
+
+@pytest.fixture
+def three_runs(run_folder, tmp_path):
+    """Two seeds of one configuration, and another normalisation."""
+    for name, change in (("a0", {"seed": 0}), ("a1", {"seed": 1}), ("b", {"seed": 0, "normalization": "mean"})):
+        folder = copy(run_folder, tmp_path / name)
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        (folder / CONFIG_FILE).write_text(json.dumps({**config, **change, "output_dir": str(folder)}))
+    log = tmp_path / "a1" / "trainer_state.json"
+    state = json.loads(log.read_text())
+    for entry in state["log_history"]:
+        if "reward" in entry:
+            entry["reward"] += 0.5
+    log.write_text(json.dumps(state))
+    (tmp_path / "a1" / LOG_FILE).unlink()
+    return [tmp_path / name for name in ("a0", "a1", "b")]
+
+
+def test_seeds_belong_together(three_runs, tmp_path):
+    runs = [read_run(folder) for folder in three_runs]
+    groups = group_runs(runs)
+    assert [[run.name for run in group.runs] for group in groups] == [["a0", "a1"], ["b"]]
+    band = mean_and_band(groups[0], "reward")
+    assert np.allclose(np.array(band["high"]) - band["low"], 0.5)
+    assert np.allclose(band["mean"], np.array(band["low"]) + 0.25)
+    assert dict(differences(runs)) == {"normalization": ["None", "None", "'mean'"], "seed": ["0", "1", "0"]}
+    page = page_of(*three_runs, "--figures", tmp_path / "figures", folder=tmp_path)
+    assert "a0, a1 (mean and range of 2 runs)" in page and "What differs in configuration" in page
+    assert (tmp_path / "figures" / "cosines_b.pdf").is_file()
+
+
+# ---- bad input
+
+
+def refused(*arguments, capsys=None):
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", *map(str, arguments)])
+    return str(stopped.value)
+
+
+def test_bad_input_is_named(run_folder, three_runs, tmp_path):
+    page = ["-o", tmp_path / "page.html"]
+    assert "no such folder" in refused(tmp_path / "nowhere", *page)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "is not the folder of a run" in refused(empty, *page)
+    (empty / "trainer_state.json").write_text("not json")
+    assert "trainer_state.json is skipped" in refused(empty, *page)
+    assert "given twice" in refused(run_folder, run_folder, *page)
+    assert "it is a folder" in refused(run_folder, "-o", tmp_path)
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "can't be written" in refused(run_folder, "-o", file / "page.html")
+    assert "is not a folder" in refused(run_folder, *page, "--figures", file)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / LOG_FILE).write_text('{"step": 1, "perplexity": 3.0}\n')
+    assert "have no metric in common" in refused(run_folder, other, *page)
+    assert not (tmp_path / "page.html").exists(), "nothing is left behind"
+
+
+# ---- while it goes
+
+
+def watched(policy, folder, **options):
+    return build(
+        policy, folder, live_or_not(0.0), interference_every=1, interference_dim=8, max_steps=7,
+        per_device_train_batch_size=8, gradient_accumulation_steps=2, **options,
+    )  # fmt: skip
+
+
+def test_tensorboard_gets_images(tiny_policy, tmp_path, monkeypatch):
+    """Every fifth logged step, read back from its files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    watched(tiny_policy, tmp_path, report_to="tensorboard").train()
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    images = events.Images(live.TAG)
+    assert [(image.step, image.width, image.height) for image in images] == [(1, 800, 360), (6, 800, 360)]
+
+
+def test_a_backend_that_fails_is_left_out(tiny_policy, tmp_path, monkeypatch):
+    """wandb and trackio (made up here: they need an account or a server); nothing stops."""
+    sent, said = [], []
+    monkeypatch.setattr(live.logger, "warning", lambda text, *args, **kwargs: said.append(text))
+
+    class Wandb:
+        run = object()
+        Image = staticmethod(lambda image: image.shape)
+        log = staticmethod(lambda values: sent.append(values))
+
+    class Trackio:
+        Image = staticmethod(lambda image: image.shape)
+
+        @staticmethod
+        def log(values, step):
+            raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    monkeypatch.setitem(sys.modules, "trackio", Trackio)
+    trainer = watched(tiny_policy, tmp_path)
+    images = next(c for c in trainer.callback_handler.callbacks if isinstance(c, live.LiveImages))
+    step_end = images.on_step_end
+    told = SimpleNamespace(report_to=["wandb", "trackio"])
+    images.on_step_end = lambda args, state, control, **kwargs: step_end(told, state, control, **kwargs)
+    trainer.train()
+    assert trainer.state.global_step == 7
+    assert [values[live.TAG] for values in sent] == [(360, 800, 3)] * 2
+    assert [values["train/global_step"] for values in sent] == [1, 6]
+    assert len(said) == 1 and "trackio: ConnectionError: no network" in said[0]
+
+
+def test_the_runs_files_never_stop_a_run(tiny_policy, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("trl_ext.run_files.logger.warning", lambda text, *args, **kwargs: said.append(text))
+    trainer = build(tiny_policy, tmp_path / "run", max_steps=2)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / LOG_FILE).mkdir()  # can't be written
+    trainer.train()
+    assert trainer.state.global_step == 2 and len(said) == 1 and "Training goes on" in said[0]
+    assert RunFiles is not None
+
+
+# ---- in a browser
+
+
+@pytest.fixture
+def browser():
+    if CHROMIUM is None or DRIVER is None or find_spec("selenium") is None:
+        pytest.skip("chromium, chromedriver or selenium isn't here: the page isn't opened in a browser")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                 "--window-size=1280,900"):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def set_width(browser, width):
+    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser(width, browser, run_folder, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    page_of(run_folder, folder=tmp_path)
+    set_width(browser, width)
+    browser.get((tmp_path / "page.html").as_uri())
+    wait = WebDriverWait(browser, 30)
+    plots = browser.find_elements(By.CSS_SELECTOR, ".plot .js-plotly-plot")
+    assert len(plots) > 12
+    wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, ".plot svg.main-svg")) >= len(plots))
+    # nothing is wider than the screen
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    for plot in plots:
+        inner = browser.execute_script("return arguments[0].querySelector('svg.main-svg').clientWidth", plot)
+        assert 0 < inner <= plot.size["width"] <= width
+
+    heatmap = next(plot for plot in plots if plot.find_elements(By.CSS_SELECTOR, ".slider-container"))
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", heatmap)
+    title = lambda: heatmap.find_element(By.CSS_SELECTOR, ".gtitle").text  # noqa: E731
+    assert title().startswith("step 0:")
+    ticks = heatmap.find_elements(By.CSS_SELECTOR, ".slider-rail-touch-rect")
+    ActionChains(browser).move_to_element_with_offset(ticks[0], ticks[0].size["width"] // 2 - 4, 0).click().perform()
+    wait.until(lambda b: title().startswith("step 5:"))
+
+    area = heatmap.find_element(By.CSS_SELECTOR, ".nsewdrag")
+    ActionChains(browser).move_to_element_with_offset(area, 5 - area.size["width"] // 2, 12).perform()
+    wait.until(lambda b: heatmap.find_elements(By.CSS_SELECTOR, ".hoverlayer .hovertext"))
+    hovered = heatmap.find_element(By.CSS_SELECTOR, ".hoverlayer").text
+    assert ("cosine" in hovered and "What" in hovered) or "How many" in hovered
+    errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not errors
+    browser.save_screenshot(str(tmp_path / f"page_{width}.png"))
+    assert Path(tmp_path / f"page_{width}.png").stat().st_size > 10_000

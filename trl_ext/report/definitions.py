@@ -1,0 +1,50 @@
+"""What each number of a report is, in a line; the code that computes it says it exactly.
+
+"Paper" is arXiv 2601.23135. Cosines are those of the gradients of two live prompts, as trained.
+"""
+
+# section -> metric -> definition
+DEFINITIONS = {
+    "learning": {
+        "reward": "mean reward of the sampled answers of a batch (with resampling: of all that were drawn)",
+        "eval_accuracy": "share of right answers to held-out problems, sampled as in training",
+        "grad_norm": "norm of the gradient before clipping",
+        "phase": "1: prompts' gradients are near-orthogonal; 2: they begin to interfere; 3: they interfere. From moving "
+        "averages of near_orthogonal_frac and cos_std; left out where too few prompts are live or reliability is below 0.1",
+    },
+    "normalisation": {
+        "normalization/scale_mean, scale_min, scale_max": "what a group's centred rewards are divided by, over the live "
+        "groups of a batch, in units of reward",
+        "normalization/zero_variance_frac": "share of groups whose answers all got the same reward",
+        "normalization/advantage_abs_mean, advantage_max": "mean and largest absolute advantage",
+    },
+    "interference": {
+        "interference/cos_mean, cos_std": "over pairs of live prompts; the sketch's own variance is taken out of the std",
+        "interference/near_orthogonal_frac": "share of pairs with an absolute cosine below 0.1",
+        "interference/conflict_frac": "share of pairs with a cosine below minus twice the sketch's error",
+        "interference/reliability": "how much of a prompt's squared gradient norm is signal and not rollout noise, from "
+        "the inner products of its answers' gradients with one another; 1: all",
+        "interference/sketch_rmse": "the error of one cosine, predicted from how far the sketch's two halves disagree",
+    },
+    "curvature": {
+        "sigma": "population std of a prompt's rewards; the paper takes it for the curvature of the prompt's objective",
+        "measured curvature": "mean over a prompt's answers of (reward - mean) times the squared component of the "
+        "answer's score along the prompt's gradient, that answer left out of it",
+        "curvature/speedup_constant": "C = 8/3 of the running mean of sigma (paper, Theorem 3.2; rewards in [0, 1])",
+        "curvature/directional_corr": "Pearson correlation over prompts of sigma and measured curvature",
+        "curvature/fisher_variance_corr": "Pearson correlation over prompts of the mean squared score and the variance of "
+        "the rewards (paper, Table 1)",
+    },
+    "theory": {
+        "theory/m_bound_p95": "95th percentile over pairs of the M that Assumption 4 of the paper needs",
+        "theory/negative_pairs_frac": "share of pairs with a negative inner product, which satisfy it for no M",
+        "theory/r1, r2": "largest ratio of two prompts' gradient norms, and of their sigmas (Assumption 5)",
+    },
+    "compute": {
+        "compute/tokens_run": "prompt and completion tokens that went through the model, all processes together",
+        "compute/sequences_skipped_frac": "share of sequences without a gradient, which don't run",
+        "compute/flops_saved_frac": "share of the backbone's token positions that TRL would run and that didn't run",
+        "compute/seconds_...": "of an optimizer step: generation, rewards, old and reference log-probs; training is the rest",
+    },
+}
+PAPER = "https://arxiv.org/abs/2601.23135"

@@ -1,0 +1,264 @@
+"""What a report says of a run, as numbers: the same for the page, the figures and ``--json``. Nothing is drawn here.
+
+Shapes: L live prompts of one logged step, after reduction to at most ``MOST_PROMPTS``.
+
+Reduced, and said there: at most ``MOST_HEATMAPS`` of the logged steps have a heatmap, evenly spaced, the first and
+the last among them; a heatmap shows at most ``MOST_PROMPTS`` prompts, those with the largest gradients; curves of more
+than ``MOST_POINTS`` are thinned evenly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from grpo_kernels.curvature_metrics import directional_curvature
+from grpo_kernels.step_gradients import StepGradients
+
+from ..interference_files import InterferenceRecord
+from .read_run import Run
+from .summary import phases, summary
+
+MOST_HEATMAPS, MOST_PROMPTS, MOST_POINTS, MOST_PAIRS = 40, 64, 2000, 5
+TEXT = 120  # characters of a prompt that are shown
+
+# the curves of each section, by the names under which they are logged
+CURVES = {
+    "learning": ("reward", "eval_accuracy", "eval_reward", "completions/mean_length", "grad_norm"),
+    "normalisation": (
+        "normalization/scale_mean",
+        "normalization/scale_min",
+        "normalization/scale_max",
+        "normalization/zero_variance_frac",
+        "normalization/advantage_abs_mean",
+        "normalization/advantage_max",
+    ),
+    "interference": (
+        "interference/cos_mean",
+        "interference/cos_std",
+        "interference/near_orthogonal_frac",
+        "interference/conflict_frac",
+        "interference/reliability",
+        "interference/live_prompts",
+        "interference/sketch_rmse",
+        "interference/coverage",
+        "interference/sketch_check",
+    ),
+    "curvature": (
+        "curvature/sigma_mean",
+        "curvature/speedup_constant",
+        "curvature/directional_corr",
+        "curvature/fisher_variance_corr",
+    ),
+    "theory": ("theory/m_bound_p95", "theory/negative_pairs_frac", "theory/r1", "theory/r2"),
+    "compute": (
+        "compute/tokens_run",
+        "compute/sequences_skipped_frac",
+        "compute/tokens_skipped_frac",
+        "compute/padding_removed_frac",
+        "compute/flops_saved_frac",
+        "compute/seconds_generation",
+        "compute/seconds_rewards",
+        "compute/seconds_log_probs",
+        "compute/seconds_training",
+        "step_time",
+    ),
+}
+# arXiv 2601.23135: Table 1 (correlations), Table 3 (its steps 0, 260, 500)
+PAPER = {
+    "curvature/fisher_variance_corr": {"same iteration": 0.342, "across iterations": -0.028},
+    "interference/cos_std": {"step 0": 0.045, "step 260": 0.066, "step 500": 0.130},
+    "interference/near_orthogonal_frac": {"step 0": 0.977, "step 260": 0.803, "step 500": 0.524},
+    "theory/m_bound_p95": {"step 0": 89, "step 260": 250, "step 500": 418},
+}
+
+
+def thin(steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS) -> tuple[list[int], list[float]]:
+    """At most ``most`` points, evenly spaced, the last among them."""
+    if len(steps) <= most:
+        return list(steps), list(values)
+    chosen = np.unique(np.linspace(0, len(steps) - 1, most).round().astype(int))
+    return [steps[i] for i in chosen], [values[i] for i in chosen]
+
+
+def curves(run: Run) -> dict[str, dict[str, dict[str, list[Any]]]]:
+    """Section -> metric -> ``steps`` and ``values``; metrics that were never logged are left out."""
+    found: dict[str, dict[str, dict[str, list[Any]]]] = {}
+    for section, names in CURVES.items():
+        found[section] = {}
+        for name in names:
+            steps, values = thin(*run.series(name))
+            if steps:
+                found[section][name] = {"steps": steps, "values": values}
+    return found
+
+
+def cosines(record: InterferenceRecord) -> tuple[np.ndarray, np.ndarray]:
+    """((L,) places of the live prompts in the record, (L, L) cosines of their gradients), in the record's order."""
+    square_P = np.diag(record.gram_PP).astype(float)
+    live = np.flatnonzero(square_P > 1e-12 * max(square_P.max(initial=0.0), 1e-300))
+    norm = np.sqrt(square_P[live])
+    matrix = record.gram_PP[np.ix_(live, live)].astype(float) / norm[:, None] / norm
+    return live, np.clip(matrix, -1, 1)
+
+
+def cluster_order(matrix: np.ndarray) -> np.ndarray:
+    """Rows that look alike beside one another: average linkage on 1 - cosine, leaves in optimal order."""
+    if len(matrix) < 3:
+        return np.arange(len(matrix))
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    distance = np.clip(1 - matrix, 0, 2)
+    np.fill_diagonal(distance, 0)
+    condensed = squareform((distance + distance.T) / 2, checks=False)
+    return leaves_list(linkage(condensed, "average", optimal_ordering=True))
+
+
+def prompt_labels(record: InterferenceRecord, places: np.ndarray) -> list[str]:
+    """A prompt's text, or its number where no text was kept."""
+    texts = record.prompt_text_P
+    labels = []
+    for place in places:
+        text = texts[place] if texts is not None else ""
+        text = " ".join(text.split())[:TEXT]
+        labels.append(text or f"prompt {int(record.prompt_id_P[place])}")
+    return labels
+
+
+def mean_rewards(record: InterferenceRecord) -> np.ndarray:
+    """(P,) mean reward of each prompt's scorable answers; NaN where there is none."""
+    rewards = []
+    for prompt in record.prompt_id_P:
+        of_prompt = record.reward_B[record.prompt_B == prompt]
+        of_prompt = of_prompt[~np.isnan(of_prompt)]
+        rewards.append(of_prompt.mean() if len(of_prompt) else math.nan)
+    return np.array(rewards)
+
+
+def heatmap(record: InterferenceRecord) -> dict[str, Any] | None:
+    """One logged step's cosines, ordered by clustering; None with fewer than two live prompts."""
+    live, matrix = cosines(record)
+    if len(live) < 2:
+        return None
+    shown = np.arange(len(live))
+    if len(live) > MOST_PROMPTS:
+        largest = np.argsort(-np.diag(record.gram_PP)[live], kind="stable")[:MOST_PROMPTS]
+        shown = np.sort(largest)
+    part = matrix[np.ix_(shown, shown)]
+    order = cluster_order(part)
+    rewards = mean_rewards(record)[live[shown[order]]]
+    return {
+        "step": record.step,
+        "live": len(live),
+        "reliability": record.metrics.get("interference/reliability"),
+        "prompts": prompt_labels(record, live[shown[order]]),
+        "rewards": [None if math.isnan(r) else round(float(r), 3) for r in rewards],
+        "cosines": part[np.ix_(order, order)].round(2).tolist(),
+    }
+
+
+def chosen_records(records: Sequence[InterferenceRecord]) -> list[InterferenceRecord]:
+    """At most ``MOST_HEATMAPS`` of those with a pair of live prompts, evenly spaced."""
+    with_pairs = [record for record in records if len(cosines(record)[0]) > 1]
+    if len(with_pairs) <= MOST_HEATMAPS:
+        return with_pairs
+    return [with_pairs[i] for i in np.unique(np.linspace(0, len(with_pairs) - 1, MOST_HEATMAPS).round().astype(int))]
+
+
+def histogram(records: Sequence[InterferenceRecord]) -> dict[str, Any]:
+    """Cosines of all pairs of live prompts, first and last third of the logged steps, in bins of 0.02."""
+    edges = np.linspace(-1, 1, 101)
+    third = max(1, len(records) // 3)
+    counts = {}
+    for name, part in (("first third", records[:third]), ("last third", records[-third:])):
+        values = [matrix[np.triu_indices(len(matrix), 1)] for _, matrix in map(cosines, part)]
+        counts[name] = np.histogram(np.concatenate([*values, np.empty(0)]), edges)[0].tolist()
+    errors = [
+        record.metrics["interference/sketch_rmse"] for record in records if "interference/sketch_rmse" in record.metrics
+    ]
+    return {
+        "edges": edges.round(2).tolist(),
+        "counts": counts,
+        "sketch_rmse": float(np.mean(errors)) if errors else None,
+    }
+
+
+def extreme_pairs(records: Sequence[InterferenceRecord]) -> dict[str, list[dict[str, Any]]]:
+    """The pairs of prompts that conflict and that agree most, of all logged steps."""
+    found: list[dict[str, Any]] = []
+    for record in records:
+        live, matrix = cosines(record)
+        if len(live) < 2:
+            continue
+        rows, columns = np.triu_indices(len(live), 1)
+        values = matrix[rows, columns]
+        order = np.argsort(values, kind="stable")
+        for place in {*order[:MOST_PAIRS].tolist(), *order[-MOST_PAIRS:].tolist()}:
+            pair = live[[rows[place], columns[place]]]
+            rewards = mean_rewards(record)[pair]
+            found.append(
+                {
+                    "step": record.step,
+                    "cosine": round(float(values[place]), 3),
+                    "prompts": prompt_labels(record, pair),
+                    "rewards": [None if math.isnan(r) else round(float(r), 3) for r in rewards],
+                    "reliability": record.metrics.get("interference/reliability"),
+                    "sketch_rmse": record.metrics.get("interference/sketch_rmse"),
+                }
+            )
+    found.sort(key=lambda pair: pair["cosine"])
+    return {
+        "conflict": [pair for pair in found[:MOST_PAIRS] if pair["cosine"] < 0],
+        "agree": [pair for pair in found[::-1][:MOST_PAIRS] if pair["cosine"] > 0],
+    }
+
+
+def sigma_and_curvature(records: Sequence[InterferenceRecord]) -> list[dict[str, Any]]:
+    """Of each prompt and logged step: sigma, and measured curvature along its own gradient, where it is defined."""
+    points = []
+    for record in records:
+        if record.gram_BB is None or record.coefficient_B is None:
+            continue
+        step = StepGradients(
+            gram_BB=torch.from_numpy(record.gram_BB),
+            prompt_B=torch.from_numpy(record.prompt_B),
+            reward_B=torch.from_numpy(record.reward_B),
+            coefficient_B=torch.from_numpy(record.coefficient_B),
+            baseline_size=0,
+        )
+        sigma = dict(zip(record.prompt_id_P.tolist(), record.sigma_P.tolist(), strict=True))
+        prompts, curvature = directional_curvature(step)
+        points += [
+            {"step": record.step, "sigma": sigma[prompt], "curvature": value}
+            for prompt, value in zip(prompts.tolist(), curvature.tolist(), strict=True)
+            if math.isfinite(value)
+        ]
+    if len(points) > MOST_POINTS:
+        points = [points[i] for i in np.unique(np.linspace(0, len(points) - 1, MOST_POINTS).round().astype(int))]
+    return points
+
+
+def report_numbers(run: Run) -> dict[str, Any]:
+    """All of it, of what JSON can hold."""
+    chosen = chosen_records(run.records)
+    return {
+        "run": run.name,
+        "last_step": run.last_step,
+        "logged_interference_steps": len(run.records),
+        "most_prompts": MOST_PROMPTS,
+        "summary": summary(run),
+        "problems": run.problems,
+        "config": run.config,
+        "phases": phases(run),
+        "curves": curves(run),
+        "heatmaps": [one for one in map(heatmap, chosen) if one is not None],
+        "histogram": histogram(run.records) if chosen else None,
+        "pairs": extreme_pairs(run.records),
+        "sigma_and_curvature": sigma_and_curvature(run.records),
+        "paper": PAPER,
+    }

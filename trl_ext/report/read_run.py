@@ -1,0 +1,127 @@
+"""A run's folder -> what a report shows of it: TRL's log history, the interference files, the configuration.
+
+Works on a folder that is finished, still going, or was killed: the log is ``trainer_state.json``, or that of the newest
+whole checkpoint, or ``log_history.jsonl``, whichever goes furthest. What can't be read is skipped and named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..interference_files import FOLDER, InterferenceRecord, read_interference
+from ..run_files import CONFIG_FILE, LOG_FILE
+
+STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """``logs``: TRL's entries in order of step; ``problems``: what was skipped, one sentence each."""
+
+    folder: Path
+    name: str
+    logs: list[dict[str, Any]]
+    records: list[InterferenceRecord]
+    config: dict[str, Any]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def last_step(self) -> int:
+        steps = [int(entry["step"]) for entry in self.logs] + [record.step for record in self.records]
+        return max(steps, default=0)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of a metric, where it was logged as a number."""
+        points = [(entry["step"], entry[name]) for entry in self.logs if isinstance(entry.get(name), int | float)]
+        return [step for step, _ in points], [float(value) for _, value in points]
+
+    def last(self, name: str) -> float | None:
+        """The latest value of a metric."""
+        values = self.series(name)[1]
+        return values[-1] if values else None
+
+
+def read_run(folder: str | os.PathLike[str]) -> Run:
+    """Everything that can be read of a run.
+
+    Raises ``ValueError`` where the folder isn't a run's: no such folder, or neither a log nor interference in it.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"{os.fspath(folder)!r} is not the folder of a run: no such folder")
+    problems: list[str] = []
+    logs = max(_candidates(path, problems), key=_reach, default=[])
+    records = []
+    if (path / FOLDER).is_dir():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            records = read_interference(path)
+        problems += [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+    if not logs and not records:
+        looked = f"neither {STATE_FILE}, nor {LOG_FILE}, nor {FOLDER}/ with anything to read"
+        skipped = f" ({'; '.join(problems)})" if problems else ""
+        raise ValueError(f"{os.fspath(folder)!r} is not the folder of a run: {looked}{skipped}")
+    if not logs:  # the metrics of the logged steps are in their files too
+        logs = [{"step": record.step, **record.metrics} for record in records]
+    config = _json(path / CONFIG_FILE, problems) if (path / CONFIG_FILE).is_file() else {}
+    return Run(path, path.name or str(path), logs, records, config if isinstance(config, dict) else {}, problems)
+
+
+def _reach(logs: list[dict[str, Any]]) -> tuple[float, int]:
+    return (max((entry["step"] for entry in logs), default=-1), len(logs))
+
+
+def _candidates(path: Path, problems: list[str]) -> list[list[dict[str, Any]]]:
+    found = []
+    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
+    for file in [path / STATE_FILE, *(checkpoint / STATE_FILE for checkpoint in checkpoints)]:
+        if file.is_file():
+            state = _json(file, problems)
+            history = state.get("log_history") if isinstance(state, dict) else None
+            if isinstance(history, list):
+                found.append(_in_order(history))
+    if (path / LOG_FILE).is_file():
+        found.append(_in_order(_lines(path / LOG_FILE, problems)))
+    return found
+
+
+def _json(file: Path, problems: list[str]) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        problems.append(f"{file} is skipped, it can't be read: {error}")
+        return None
+
+
+def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
+    entries, broken = [], 0
+    try:
+        lines = file.read_text(errors="replace").splitlines()
+    except OSError as error:
+        problems.append(f"{file} is skipped, it can't be read: {error}")
+        return []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            broken += 1
+    if broken:
+        problems.append(f"{file}: {broken} of {len(lines)} lines are skipped, they can't be read")
+    return entries
+
+
+def _in_order(entries: list[Any]) -> list[dict[str, Any]]:
+    """Where steps go back, a resumed run did them again: the earlier entries of those steps are gone."""
+    kept: list[dict[str, Any]] = []
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int | float):
+            continue
+        if kept and kept[-1]["step"] > entry["step"]:
+            kept = [earlier for earlier in kept if earlier["step"] < entry["step"]]
+        kept.append(entry)
+    return kept

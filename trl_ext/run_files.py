@@ -1,0 +1,54 @@
+"""What a run leaves in its folder for a report: its configuration, and TRL's log line by line while it goes.
+
+``run_config.json``: the trainer's arguments. ``log_history.jsonl``: every entry of TRL's log, as it is logged, so that
+a run which is still going, or was killed, can be looked at; after a resume, entries of a step that was done before are
+written again, and readers keep the later ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+
+logger = get_logger(__name__)
+CONFIG_FILE, LOG_FILE = "run_config.json", "log_history.jsonl"
+
+
+class RunFiles(TrainerCallback):
+    """Writes both on the main process. What fails is said once, and training goes on without."""
+
+    def __init__(self, describe: Any) -> None:
+        self._describe = describe  # () -> the configuration, of what JSON can hold
+        self._on = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        try:
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            if state.global_step == 0:  # not a resumed run
+                (folder / LOG_FILE).unlink(missing_ok=True)
+            scratch = folder / f".{CONFIG_FILE}.{os.getpid()}"
+            scratch.write_text(json.dumps(self._describe(), indent=2, sort_keys=True, default=str))
+            scratch.replace(folder / CONFIG_FILE)
+        except Exception as error:
+            self._fail(error)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not self._on:
+            return
+        try:
+            with open(Path(args.output_dir) / LOG_FILE, "a") as file:
+                file.write(json.dumps({**(logs or {}), "step": state.global_step}, default=str) + "\n")
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._on = False
+        logger.warning(f"The run's log isn't kept in its folder: {type(error).__name__}: {error}. Training goes on.")
