@@ -86,8 +86,9 @@ def test_numbers_are_those_of_the_files(run_folder):
     assert all(text in record.prompt_text_P for text in shown["prompts"]) and len(set(shown["prompts"])) > 1
     spread = numbers["histogram"]
     live_pairs = [n * (n - 1) // 2 for n in (one["live"] for one in numbers["heatmaps"])]
-    assert sum(spread["counts"]["first third"]) == sum(live_pairs[:2])
-    assert sum(spread["counts"]["last third"]) == sum(live_pairs[-2:])
+    first, last = spread["counts"]
+    assert re.fullmatch(r"first third \(reliability -?\d\.\d\d\)", first) and last.startswith("last third (")
+    assert sum(spread["counts"][first]) == sum(live_pairs[:2]) and sum(spread["counts"][last]) == sum(live_pairs[-2:])
     for name in ("compute/seconds_generation", "compute/seconds_rewards", "compute/seconds_training"):
         assert all(value > 0 for value in numbers["curves"]["compute"][name]["values"]), name
     assert any("of the sequences had no gradient" in line for line in numbers["summary"])
@@ -126,7 +127,7 @@ def test_pairs_that_conflict_and_agree(tmp_path):
     assert [p["cosine"] for p in found["conflict"]] == sorted(p["cosine"] for p in found["conflict"])
     assert all(pair["step"] == 3 and pair["sketch_rmse"] == 0.02 and pair["reliability"] == 0.5
                for kind in found.values() for pair in kind)  # fmt: skip
-    assert sum(histogram(read_run(tmp_path).records)["counts"]["first third"]) == 28
+    assert sum(histogram(read_run(tmp_path).records)["counts"]["first third (reliability 0.50)"]) == 28
 
 
 # ---- runs as they are found

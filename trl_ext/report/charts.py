@@ -14,6 +14,7 @@ from .groups import Group, mean_and_band
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot")
 PHASE_COLOURS = {1: "#d9ead3", 2: "#fff2cc", 3: "#f4cccc"}
+RELIABILITY = "interference/reliability"
 FEW_POINTS = 60  # curves of fewer have markers
 
 
@@ -25,6 +26,8 @@ def plain(text: str) -> str:
 def curves_of_a_run(names: Sequence[str], curves: dict[str, dict[str, list[float]]]) -> go.Figure | None:
     """A line for each metric that was logged; None where none was."""
     figure = go.Figure()
+    if names[0] not in curves:
+        names = [name for name in names if name != RELIABILITY]  # which stands beside others alone
     for i, name in enumerate(names):
         if name in curves:
             steps, values = curves[name]["steps"], curves[name]["values"]
@@ -117,7 +120,7 @@ def histogram(numbers: dict[str, Any]) -> go.Figure:
         shares = [count / max(sum(counts), 1) for count in counts]
         figure.add_bar(x=middles, y=shares, name=name, opacity=0.6, marker_color=COLOURS[i])
     figure.update_layout(barmode="overlay")
-    figure.update_xaxes(title="cosine of two prompts' gradients")
+    figure.update_xaxes(title="cosine of two prompts' gradients", range=[-1, 1])
     figure.update_yaxes(title="share of pairs")
     error = numbers["sketch_rmse"]
     if error:

@@ -53,9 +53,10 @@ def draw_figures(groups: Sequence[Group], numbers: Sequence[dict[str, Any]], fol
         figure, axes = _figure()
         if len(numbers) == 1 and name in ("reward", "accuracy"):
             for span in numbers[0]["phases"]:
-                axes.axvspan(
-                    span["first"], max(span["last"], span["first"] + 1), color=PHASE_GREYS[span["phase"]], lw=0
-                )
+                first, last = span["first"], max(span["last"], span["first"] + 1)
+                axes.axvspan(first, last, color=PHASE_GREYS[span["phase"]], lw=0, zorder=0)
+                place = {"xy": (first, 1), "xycoords": ("data", "axes fraction"), "fontsize": 6, "va": "top"}
+                axes.annotate(f" phase {span['phase']}", **place)
         for i, (group, band) in enumerate(curves):
             colour = COLOURS[i % len(COLOURS)]
             if len(group.runs) > 1:
@@ -71,6 +72,11 @@ def draw_figures(groups: Sequence[Group], numbers: Sequence[dict[str, Any]], fol
             )
         axes.set_xlabel("optimizer step", fontsize=8)
         axes.set_ylabel(label, fontsize=8)
+        if metric.startswith("interference/") and metric != "interference/reliability" and len(curves) == 1:
+            reliability = mean_and_band(curves[0][0], "interference/reliability")
+            if reliability is not None:  # a cosine says little without it
+                axes.plot(reliability["steps"], reliability["mean"], ":", color="#888888", lw=1, label="reliability")
+                axes.legend(fontsize=6, frameon=False)
         if len(curves) > 1:
             axes.legend(fontsize=6, frameon=False)
         files += _save(figure, folder, name)
@@ -86,7 +92,8 @@ def _draw_cosines(numbers: dict[str, Any], folder: Path, suffix: str) -> list[Pa
     figure, axes = _figure()
     image = axes.imshow(last["cosines"], vmin=-1, vmax=1, cmap="gray", interpolation="nearest")
     figure.colorbar(image, ax=axes, label="cosine").ax.tick_params(labelsize=7)
-    axes.set_title(f"step {last['step']}, {last['live']} live prompts", fontsize=8)
+    told = "" if last["reliability"] is None else f", reliability {last['reliability']:.2f}"
+    axes.set_title(f"step {last['step']}, {last['live']} live prompts{told}", fontsize=8)
     axes.set_xticks([])
     axes.set_yticks([])
     files = _save(figure, folder, f"cosines{suffix}")
@@ -98,7 +105,7 @@ def _draw_cosines(numbers: dict[str, Any], folder: Path, suffix: str) -> list[Pa
         axes.stairs([count / total for count in counts], histogram["edges"], ls=line, color="#000000", lw=1, label=name)
     if histogram["sketch_rmse"]:
         error = 2 * histogram["sketch_rmse"]
-        axes.axvspan(-error, error, color="#d9d9d9", lw=0, label="2 errors of the sketch")
+        axes.axvspan(-error, error, color="#d9d9d9", lw=0, zorder=0, label="2 errors of the sketch")
     axes.set_xlabel("cosine of two prompts' gradients", fontsize=8)
     axes.set_ylabel("share of pairs", fontsize=8)
     axes.legend(fontsize=6, frameon=False)

@@ -176,6 +176,8 @@ def histogram(records: Sequence[InterferenceRecord]) -> dict[str, Any]:
     third = max(1, len(records) // 3)
     counts = {}
     for name, part in (("first third", records[:third]), ("last third", records[-third:])):
+        told = [r.metrics["interference/reliability"] for r in part if "interference/reliability" in r.metrics]
+        name += f" (reliability {np.mean(told):.2f})" if told else ""
         values = [matrix[np.triu_indices(len(matrix), 1)] for _, matrix in map(cosines, part)]
         counts[name] = np.histogram(np.concatenate([*values, np.empty(0)]), edges)[0].tolist()
     errors = [

@@ -42,8 +42,8 @@ SECTIONS: dict[str, tuple[str, str, list[tuple[str, ...]]]] = {
         "Reliability says how much of a prompt's gradient is signal: where it is low, chance pulls cosines to 0.",
         [
             ("interference/cos_mean", "interference/conflict_frac", "interference/reliability"),
-            ("interference/cos_std",),
-            ("interference/near_orthogonal_frac",),
+            ("interference/cos_std", "interference/reliability"),
+            ("interference/near_orthogonal_frac", "interference/reliability"),
         ],
     ),
     "curvature": (
@@ -64,7 +64,7 @@ SECTIONS: dict[str, tuple[str, str, list[tuple[str, ...]]]] = {
         "the seconds of each stage of a step.",
         [
             ("compute/tokens_run",),
-            ("compute/sequences_skipped_frac", "compute/flops_saved_frac"),
+            ("compute/sequences_skipped_frac", "compute/tokens_skipped_frac", "compute/flops_saved_frac"),
             (
                 "compute/seconds_generation",
                 "compute/seconds_rewards",
@@ -84,10 +84,12 @@ def _chart(figure: Any, height: int = 380, **more: Any) -> Part:
 
 
 def _curves(section: str, numbers: Sequence[dict[str, Any]], groups: Sequence[Group]) -> list[Part]:
-    parts = []
+    parts: list[Part] = []
+    drawn: set[tuple[str, ...]] = set()  # reliability stands beside several curves, and is drawn once for several runs
     for names in SECTIONS[section][2]:
         one = len(numbers) == 1
-        for shown in [names] if one else [(name,) for name in names]:
+        for shown in [names] if one else [(name,) for name in names if (name,) not in drawn]:
+            drawn.add(shown)
             if one:
                 figure = charts.curves_of_a_run(shown, numbers[0]["curves"][section])
             else:
