@@ -30,6 +30,7 @@ from .interference_files import write_step
 from .prompt_features import PromptFeatures, mean_by_prompt
 
 logger = get_logger(__name__)
+IMAGE_BACKENDS = ("wandb", "trackio", "tensorboard")  # of ``report_to``, see ``report/live.py``
 
 
 def sequence_coefficients(trainer: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
@@ -321,9 +322,17 @@ class InterferenceLog:
         first = int(prompt_B.max()) // self._prompts_per_generation * self._prompts_per_generation
         trainer.observe_curvature(prompt_P[prompt_P >= first] - first, curvature_P[prompt_P >= first])
         if trainer.accelerator.is_main_process:
-            self.latest = live_cosines(step)
+            self._keep_latest(step)
             if self._writes:
                 self._write(step, metrics, prompt_B, key_B)
+
+    def _keep_latest(self, step: StepGradients) -> None:
+        """For the images; of this process alone, so that nothing of it may end the others' step."""
+        try:
+            if set(self.trainer.args.report_to or ()) & set(IMAGE_BACKENDS):
+                self.latest = live_cosines(step)
+        except Exception as error:
+            logger.warning(f"Images of interference aren't drawn of this step: {type(error).__name__}: {error}")
 
     def _write(self, step: StepGradients, metrics: dict[str, float], prompt_B, key_B) -> None:
         trainer = self.trainer

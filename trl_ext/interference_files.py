@@ -124,7 +124,7 @@ def read_interference(run_folder: str | os.PathLike[str]) -> list[InterferenceRe
         if _NAME.fullmatch(path.name):
             try:
                 records.append(_read(path))
-            except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
                 warnings.warn(f"{path} is skipped, it can't be read: {error}", stacklevel=2)
     return sorted(records, key=lambda record: record.step)
 
@@ -141,11 +141,14 @@ def _read(path: Path) -> InterferenceRecord:
         gram_PP = (belongs_BP.T @ gram_BB.astype(np.float64) @ belongs_BP).astype(np.float32)
     else:
         gram_PP = _from_upper_triangle(arrays["prompts"], len(prompt_id_P))
+    texts = _from_json(arrays["texts"]) if "texts" in arrays else None
+    metrics = _from_json(arrays["metrics"])
+    _check(arrays, prompt_id_P, gram_PP, texts, metrics)
     return InterferenceRecord(
         step=int(arrays["step"]),
         prompt_id_P=arrays["prompt_id"],
         prompt_key_P=arrays["prompt_key"],
-        prompt_text_P=_from_json(arrays["texts"]) if "texts" in arrays else None,
+        prompt_text_P=texts,
         gram_PP=gram_PP,
         trace_P=arrays["trace"],
         sigma_P=arrays["sigma"],
@@ -153,8 +156,25 @@ def _read(path: Path) -> InterferenceRecord:
         prompt_B=prompt_B,
         reward_B=arrays["reward"],
         coefficient_B=arrays.get("coefficient"),
-        metrics=_from_json(arrays["metrics"]),
+        metrics=metrics,
     )
+
+
+def _check(arrays: dict[str, np.ndarray], prompt_id_P: np.ndarray, gram_PP: np.ndarray, texts, metrics) -> None:
+    """Raises ``ValueError`` for a file whose parts don't fit one another."""
+    n_sequences, n_prompts = len(arrays["prompt"]), len(prompt_id_P)
+    for name, count in (("reward", n_sequences), ("coefficient", n_sequences), ("prompt_id", n_prompts),
+                        ("prompt_key", n_prompts), ("trace", n_prompts), ("sigma", n_prompts)):  # fmt: skip
+        if name in arrays and (arrays[name].shape != (count,) or arrays[name].dtype.kind not in "iuf"):
+            raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}: expected {count} numbers")
+    if not np.array_equal(arrays["prompt_id"], prompt_id_P):
+        raise ValueError("prompt_id isn't that of its sequences")
+    if not np.isfinite(gram_PP).all() or (np.diag(gram_PP) < 0).any():
+        raise ValueError("the inner products aren't finite, or a squared norm is negative")
+    if texts is not None and (len(texts) != n_prompts or not all(isinstance(text, str) for text in texts)):
+        raise ValueError(f"texts has {len(texts)} entries: expected {n_prompts} texts")
+    if not isinstance(metrics, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
+        raise ValueError("metrics aren't numbers by name")
 
 
 def _as_json(value) -> np.ndarray:

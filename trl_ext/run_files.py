@@ -1,14 +1,15 @@
 """What a run leaves in its folder for a report: its configuration, and TRL's log line by line while it goes.
 
 ``run_config.json``: the trainer's arguments. ``log_history.jsonl``: every entry of TRL's log, as it is logged, so that
-a run which is still going, or was killed, can be looked at; after a resume, entries of a step that was done before are
-written again, and readers keep the later ones.
+a run which is still going, or was killed, can be looked at; where it resumes there is an entry, and what was logged of
+later steps before it doesn't count. A run that starts anew in a used folder starts a new log.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ from transformers import TrainerCallback
 
 logger = get_logger(__name__)
 CONFIG_FILE, LOG_FILE = "run_config.json", "log_history.jsonl"
+STARTED, RESUMED = "started_at", "resumed"  # seconds since the epoch, kept over resumes; an entry where a run goes on
+
+
+def started_at(folder: Path) -> float | None:
+    """When the run in this folder began, or None where that isn't known."""
+    try:
+        return float(json.loads((folder / CONFIG_FILE).read_text())[STARTED])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 class RunFiles(TrainerCallback):
@@ -32,10 +42,15 @@ class RunFiles(TrainerCallback):
         try:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            if state.global_step == 0:  # not a resumed run
+            config = {STARTED: time.time(), **self._describe()}
+            if state.global_step == 0:
                 (folder / LOG_FILE).unlink(missing_ok=True)
+            else:
+                config[STARTED] = started_at(folder) or config[STARTED]
+                with open(folder / LOG_FILE, "a") as file:  # a kill may have left half a line
+                    file.write("\n" + json.dumps({RESUMED: True, "step": state.global_step}) + "\n")
             scratch = folder / f".{CONFIG_FILE}.{os.getpid()}"
-            scratch.write_text(json.dumps(self._describe(), indent=2, sort_keys=True, default=str))
+            scratch.write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
             scratch.replace(folder / CONFIG_FILE)
         except Exception as error:
             self._fail(error)

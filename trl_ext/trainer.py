@@ -336,7 +336,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._seconds["training"] = max(0.0, whole - sum(self._seconds.values()))
         for name, seconds in self._seconds.items():
             self._metrics["train"][f"compute/seconds_{name}"].append(seconds)
-        self._seconds = {}
+        self._seconds = dict.fromkeys(self._seconds, 0.0)  # a stage that the next step hasn't takes none of its time
 
     def _say_once(self, text: str, level: str = "warning") -> None:
         if text not in self._said:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,12 +16,18 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 DASHES = ("solid", "dash", "dot", "dashdot")
 PHASE_COLOURS = {1: "#d9ead3", 2: "#fff2cc", 3: "#f4cccc"}
 RELIABILITY = "interference/reliability"
+HOVER_WIDTH = 36  # characters
 FEW_POINTS = 60  # curves of fewer have markers
 
 
 def plain(text: str) -> str:
     """plotly reads a little HTML in texts: a prompt's stays as it is."""
     return html.escape(text, quote=False)
+
+
+def wrapped(text: str) -> str:
+    """For hovering on a narrow screen."""
+    return "<br>".join(plain(line) for line in textwrap.wrap(text, HOVER_WIDTH))
 
 
 def curves_of_a_run(names: Sequence[str], curves: dict[str, dict[str, list[float]]]) -> go.Figure | None:
@@ -42,7 +49,12 @@ def curves_of_groups(name: str, groups: Sequence[Group]) -> go.Figure | None:
     figure = go.Figure()
     for i, group in enumerate(groups):
         band = mean_and_band(group, name)
-        if band is None:
+        if band is None:  # no step in common: each run by itself
+            for run in group.runs:
+                steps, values = run.series(name)
+                if steps:
+                    line = {"color": COLOURS[i % len(COLOURS)], "dash": DASHES[i % len(DASHES)]}
+                    figure.add_scatter(x=steps, y=values, name=plain(run.name), line=line)
             continue
         colour, several = COLOURS[i % len(COLOURS)], len(group.runs) > 1
         if several:
@@ -84,7 +96,7 @@ def heatmap(maps: Sequence[dict[str, Any]]) -> go.Figure:
 
     def trace(one: dict[str, Any]) -> go.Heatmap:
         names = [
-            f"{i + 1}. {plain(text)}" + ("" if reward is None else f" (reward {reward:g})")
+            f"{i + 1}. {wrapped(text)}" + ("" if reward is None else f" (reward {reward:g})")
             for i, (text, reward) in enumerate(zip(one["prompts"], one["rewards"], strict=True))
         ]
         return go.Heatmap(

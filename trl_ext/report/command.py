@@ -7,12 +7,14 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..run_files import CONFIG_FILE
 from .groups import group_runs
 from .numbers import report_numbers
-from .read_run import read_run
+from .read_run import STATE_FILE, Run, read_run
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -26,10 +28,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def writable(path: Path) -> Path:
-    """Raises ``ValueError`` where a file can't be written there, before any work."""
+def writable(path: Path, suffix: str) -> Path:
+    """Raises ``ValueError`` where a file can't be written there, or another kind of file is, before any work."""
     if path.is_dir():
         raise ValueError(f"{path} can't be written: it is a folder")
+    if path.exists() and (path.suffix != suffix or path.name in (STATE_FILE, CONFIG_FILE)):
+        raise ValueError(f"{path} is there already and isn't a report's: give a name that ends in {suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         existed = path.exists()
@@ -42,6 +46,25 @@ def writable(path: Path) -> Path:
     return path
 
 
+def writable_folder(path: Path) -> Path:
+    """Raises ``ValueError`` where files can't be put into it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--figures {path} is not a folder that can be written: {error.strerror}") from None
+    return path
+
+
+def read_runs(folders: Sequence[str]) -> list[Run]:
+    """Runs whose folders have the same name are told apart by their parents'."""
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=f"{run.folder.resolve().parent.name}/{run.name}") if names.count(run.name) > 1 else run
+        for run in runs
+    ]
+
+
 def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     for module in ("plotly", "matplotlib", "scipy"):
@@ -51,11 +74,10 @@ def main(arguments: Sequence[str]) -> None:
     from .page import build_page
 
     try:
-        output = writable(Path(options.output))
-        json_file = writable(Path(options.json)) if options.json else None
-        if options.figures and Path(options.figures).exists() and not Path(options.figures).is_dir():
-            raise ValueError(f"--figures {options.figures} is not a folder")
-        runs = [read_run(folder) for folder in options.runs]
+        output = writable(Path(options.output), ".html")
+        json_file = writable(Path(options.json), ".json") if options.json else None
+        figures = writable_folder(Path(options.figures)) if options.figures else None
+        runs = read_runs(options.runs)
         groups = group_runs(runs)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -64,17 +86,21 @@ def main(arguments: Sequence[str]) -> None:
             print(f"skipped: {problem}")
         if run.problems:
             print(f"{run.folder}: {len(run.problems)} skipped")
-    numbers = [report_numbers(run) for run in runs]
+    numbers = [report_numbers(run, len(runs)) for run in runs]
     for one in numbers:
         print(f"{one['run']}, up to step {one['last_step']}:")
         for line in one["summary"]:
             print(f"  {line}")
     command = shlex.join(["python", "-m", "trl_ext", *arguments])
-    output.write_text(build_page(runs, groups, numbers, command), encoding="utf-8")
-    print(f"Page: {output} ({output.stat().st_size / 2**20:.1f} MB)")
-    if json_file is not None:
-        json_file.write_text(json.dumps(numbers if len(numbers) > 1 else numbers[0], indent=1, default=str))
-        print(f"Numbers: {json_file}")
-    if options.figures:
-        files = draw_figures(groups, numbers, Path(options.figures))
-        print(f"Figures: {len(files)} files in {options.figures}")
+    try:
+        page = build_page(runs, groups, numbers, command).encode("utf-8", "replace")
+        output.write_bytes(page)
+        print(f"Page: {output} ({len(page) / 2**20:.1f} MB)")
+        if json_file is not None:
+            json_file.write_text(json.dumps(numbers if len(numbers) > 1 else numbers[0], indent=1, allow_nan=False))
+            print(f"Numbers: {json_file}")
+        if figures is not None:
+            files = draw_figures(groups, numbers, figures)
+            print(f"Figures: {len(files)} files in {figures}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or output} can't be written: {error.strerror}")

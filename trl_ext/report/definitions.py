@@ -21,7 +21,7 @@ DEFINITIONS = {
     "interference": {
         "interference/cos_mean, cos_std": "over pairs of live prompts; the sketch's own variance is taken out of the std",
         "interference/near_orthogonal_frac": "share of pairs with an absolute cosine below 0.1",
-        "interference/conflict_frac": "share of pairs with a cosine below minus twice the sketch's error",
+        "interference/conflict_frac": "share of pairs with a cosine below minus twice the sketch's error (at least 0.001)",
         "interference/reliability": "how much of a prompt's squared gradient norm is signal and not rollout noise, from "
         "the inner products of its answers' gradients with one another; 1: all",
         "interference/sketch_rmse": "the error of one cosine, predicted from how far the sketch's two halves disagree",

@@ -24,6 +24,11 @@ CURVE_FIGURES = {
 }
 
 
+def as_label(name: str) -> str:
+    """matplotlib reads "$" as mathematics, and leaves out what begins with "_"."""
+    return " " + name.replace("$", r"\$")
+
+
 def _figure():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,7 +67,7 @@ def draw_figures(groups: Sequence[Group], numbers: Sequence[dict[str, Any]], fol
             if len(group.runs) > 1:
                 axes.fill_between(band["steps"], band["low"], band["high"], color=colour, alpha=0.2, lw=0)
             axes.plot(
-                band["steps"], band["mean"], LINES[i % len(LINES)], color=colour, lw=1, label=group.name,
+                band["steps"], band["mean"], LINES[i % len(LINES)], color=colour, lw=1, label=as_label(group.name),
                 marker=MARKERS[i % len(MARKERS)], markersize=2.5, markevery=max(1, len(band["steps"]) // 12),
             )  # fmt: skip
         if line is not None:
@@ -80,8 +85,8 @@ def draw_figures(groups: Sequence[Group], numbers: Sequence[dict[str, Any]], fol
         if len(curves) > 1:
             axes.legend(fontsize=6, frameon=False)
         files += _save(figure, folder, name)
-    for one in numbers:
-        files += _draw_cosines(one, folder, "" if len(numbers) == 1 else f"_{one['run']}")
+    for i, one in enumerate(numbers):
+        files += _draw_cosines(one, folder, "" if len(numbers) == 1 else f"_run{i + 1}")
     return files
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..run_files import STARTED
 from .read_run import Run
 
 # what differs between two runs of one configuration
@@ -22,6 +23,11 @@ NOT_CONFIGURATION = (
     "logging_dir",
     "hub_model_id",
     "resume_from_checkpoint",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "report_to",
+    STARTED,
 )
 
 
@@ -70,7 +76,7 @@ def _metrics(run: Run) -> set[str]:
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(option, its value in each run) of the options that aren't the same in all, folders left out."""
-    names = sorted({name for run in runs for name in run.config} - {"output_dir", "run_name", "logging_dir"})
+    names = sorted({name for run in runs for name in run.config} - {"output_dir", "run_name", "logging_dir", STARTED})
     rows = []
     for name in names:
         values = [repr(run.config[name]) if name in run.config else "" for run in runs]

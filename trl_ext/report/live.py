@@ -12,6 +12,8 @@ import numpy as np
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
+from ..interference import IMAGE_BACKENDS
+
 logger = get_logger(__name__)
 EVERY = 5
 TAG = "interference/overview"
@@ -64,7 +66,7 @@ class LiveImages(TrainerCallback):
             return
         self.trainer._interference.latest = None
         self._seen += 1
-        backends = [name for name in ("wandb", "trackio", "tensorboard") if name in (args.report_to or ())]
+        backends = [name for name in IMAGE_BACKENDS if name in (args.report_to or ())]
         backends = [name for name in backends if name not in self._left_out]
         if (self._seen - 1) % EVERY or not backends or len(latest) < 2:
             return

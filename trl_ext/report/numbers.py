@@ -2,7 +2,7 @@
 
 Shapes: L live prompts of one logged step, after reduction to at most ``MOST_PROMPTS``.
 
-Reduced, and said there: at most ``MOST_HEATMAPS`` of the logged steps have a heatmap, evenly spaced, the first and
+Reduced, and said there: at most ``MOST_HEATMAPS`` logged steps of all runs have a heatmap, evenly spaced, the first and
 the last among them; a heatmap shows at most ``MOST_PROMPTS`` prompts, those with the largest gradients; curves of more
 than ``MOST_POINTS`` are thinned evenly.
 """
@@ -162,12 +162,12 @@ def heatmap(record: InterferenceRecord) -> dict[str, Any] | None:
     }
 
 
-def chosen_records(records: Sequence[InterferenceRecord]) -> list[InterferenceRecord]:
-    """At most ``MOST_HEATMAPS`` of those with a pair of live prompts, evenly spaced."""
+def chosen_records(records: Sequence[InterferenceRecord], most: int) -> list[InterferenceRecord]:
+    """At most ``most`` of those with a pair of live prompts, evenly spaced."""
     with_pairs = [record for record in records if len(cosines(record)[0]) > 1]
-    if len(with_pairs) <= MOST_HEATMAPS:
+    if len(with_pairs) <= most:
         return with_pairs
-    return [with_pairs[i] for i in np.unique(np.linspace(0, len(with_pairs) - 1, MOST_HEATMAPS).round().astype(int))]
+    return [with_pairs[i] for i in np.unique(np.linspace(0, len(with_pairs) - 1, most).round().astype(int))]
 
 
 def histogram(records: Sequence[InterferenceRecord]) -> dict[str, Any]:
@@ -245,10 +245,10 @@ def sigma_and_curvature(records: Sequence[InterferenceRecord]) -> list[dict[str,
     return points
 
 
-def report_numbers(run: Run) -> dict[str, Any]:
-    """All of it, of what JSON can hold."""
-    chosen = chosen_records(run.records)
-    return {
+def report_numbers(run: Run, n_runs: int = 1) -> dict[str, Any]:
+    """All of it, of what strict JSON can hold; ``n_runs`` share the page's heatmaps."""
+    chosen = chosen_records(run.records, max(2, MOST_HEATMAPS // n_runs))
+    found: dict[str, Any] = {
         "run": run.name,
         "last_step": run.last_step,
         "logged_interference_steps": len(run.records),
@@ -264,3 +264,15 @@ def report_numbers(run: Run) -> dict[str, Any]:
         "sigma_and_curvature": sigma_and_curvature(run.records),
         "paper": PAPER,
     }
+    return finite(found)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None."""
+    if isinstance(value, dict):
+        return {str(name): finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

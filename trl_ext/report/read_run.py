@@ -1,12 +1,14 @@
 """A run's folder -> what a report shows of it: TRL's log history, the interference files, the configuration.
 
-Works on a folder that is finished, still going, or was killed: the log is ``trainer_state.json``, or that of the newest
-whole checkpoint, or ``log_history.jsonl``, whichever goes furthest. What can't be read is skipped and named.
+Works on a folder that is finished, still going, or was killed: the log is ``log_history.jsonl``, else (runs of TRL's
+own trainer) ``trainer_state.json`` or that of the newest whole checkpoint, whichever goes furthest. What can't be read,
+or is an earlier run's in the same folder, is skipped and named.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -14,9 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from ..interference_files import FOLDER, InterferenceRecord, read_interference
-from ..run_files import CONFIG_FILE, LOG_FILE
+from ..run_files import CONFIG_FILE, LOG_FILE, RESUMED, started_at
 
 STATE_FILE = "trainer_state.json"
+CLOCKS_DIFFER = 60  # seconds that a file system's clock may be behind
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,8 @@ class Run:
         return max(steps, default=0)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of a metric, where it was logged as a number."""
-        points = [(entry["step"], entry[name]) for entry in self.logs if isinstance(entry.get(name), int | float)]
+        """(steps, values) of a metric, where it was logged as a finite number."""
+        points = [(entry["step"], entry[name]) for entry in self.logs if _is_number(entry.get(name))]
         return [step for step, _ in points], [float(value) for _, value in points]
 
     def last(self, name: str) -> float | None:
@@ -55,13 +65,21 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     if not path.is_dir():
         raise ValueError(f"{os.fspath(folder)!r} is not the folder of a run: no such folder")
     problems: list[str] = []
-    logs = max(_candidates(path, problems), key=_reach, default=[])
+    logs = _in_order(_lines(path / LOG_FILE, problems)) if (path / LOG_FILE).is_file() else []
+    logs = logs or max(_states(path, problems), key=_reach, default=[])
     records = []
     if (path / FOLDER).is_dir():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             records = read_interference(path)
         problems += [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+    started = started_at(path)
+    if started is not None:
+        earlier = [record for record in records if _written(path, record) < started - CLOCKS_DIFFER]
+        if earlier:
+            problems.append(f"{path / FOLDER}: {len(earlier)} files are skipped, they are older than the run")
+            old = {record.step for record in earlier}
+            records = [record for record in records if record.step not in old]
     if not logs and not records:
         looked = f"neither {STATE_FILE}, nor {LOG_FILE}, nor {FOLDER}/ with anything to read"
         skipped = f" ({'; '.join(problems)})" if problems else ""
@@ -69,14 +87,20 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     if not logs:  # the metrics of the logged steps are in their files too
         logs = [{"step": record.step, **record.metrics} for record in records]
     config = _json(path / CONFIG_FILE, problems) if (path / CONFIG_FILE).is_file() else {}
-    return Run(path, path.name or str(path), logs, records, config if isinstance(config, dict) else {}, problems)
+    return Run(
+        path, path.resolve().name or str(path), logs, records, config if isinstance(config, dict) else {}, problems
+    )
 
 
 def _reach(logs: list[dict[str, Any]]) -> tuple[float, int]:
     return (max((entry["step"] for entry in logs), default=-1), len(logs))
 
 
-def _candidates(path: Path, problems: list[str]) -> list[list[dict[str, Any]]]:
+def _written(path: Path, record: InterferenceRecord) -> float:
+    return (path / FOLDER / f"step_{record.step:08d}.npz").stat().st_mtime
+
+
+def _states(path: Path, problems: list[str]) -> list[list[dict[str, Any]]]:
     found = []
     checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
     for file in [path / STATE_FILE, *(checkpoint / STATE_FILE for checkpoint in checkpoints)]:
@@ -85,15 +109,13 @@ def _candidates(path: Path, problems: list[str]) -> list[list[dict[str, Any]]]:
             history = state.get("log_history") if isinstance(state, dict) else None
             if isinstance(history, list):
                 found.append(_in_order(history))
-    if (path / LOG_FILE).is_file():
-        found.append(_in_order(_lines(path / LOG_FILE, problems)))
     return found
 
 
 def _json(file: Path, problems: list[str]) -> Any:
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{file} is skipped, it can't be read: {error}")
         return None
 
@@ -106,9 +128,11 @@ def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
         problems.append(f"{file} is skipped, it can't be read: {error}")
         return []
     for line in lines:
+        if not line.strip():
+            continue
         try:
             entries.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             broken += 1
     if broken:
         problems.append(f"{file}: {broken} of {len(lines)} lines are skipped, they can't be read")
@@ -116,10 +140,13 @@ def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _in_order(entries: list[Any]) -> list[dict[str, Any]]:
-    """Where steps go back, a resumed run did them again: the earlier entries of those steps are gone."""
+    """Where a run was resumed, or steps go back, the earlier entries of what is done again are gone."""
     kept: list[dict[str, Any]] = []
     for entry in entries:
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int | float):
+        if not isinstance(entry, dict) or not _is_number(entry.get("step")):
+            continue
+        if entry.get(RESUMED):
+            kept = [earlier for earlier in kept if earlier["step"] <= entry["step"]]
             continue
         if kept and kept[-1]["step"] > entry["step"]:
             kept = [earlier for earlier in kept if earlier["step"] < entry["step"]]
