@@ -23,7 +23,8 @@ from trl_ext.report.command import main
 from trl_ext.report.groups import differences, group_runs, mean_and_band
 from trl_ext.report.numbers import MOST_HEATMAPS, MOST_PROMPTS, cluster_order, extreme_pairs, histogram, report_numbers
 from trl_ext.report.read_run import read_run
-from trl_ext.run_files import CONFIG_FILE, LOG_FILE
+from trl_ext.report.summary import summary
+from trl_ext.run_files import CONFIG_FILE, LOG_FILE, STARTED
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -201,7 +202,116 @@ def test_texts_are_shown_as_they_are(tmp_path):
     assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
 
 
+def log_of(folder, entries):
+    folder.mkdir()
+    lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
+    (folder / LOG_FILE).write_text("\n".join(lines))
+    return folder
+
+
+def test_a_run_that_starts_anew_in_a_used_folder(run_folder, tmp_path):
+    """Its log counts, not the earlier run's state and checkpoints; files from before it began are named."""
+    folder = copy(run_folder, tmp_path / "again")
+    log = (folder / LOG_FILE).read_text().splitlines()
+    (folder / LOG_FILE).write_text(log[0])
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, STARTED: config[STARTED] + 3600}))
+    run = read_run(folder)
+    assert run.last_step == 1 and not run.records
+    assert any("6 files are skipped, they are older than the run" in problem for problem in run.problems)
+
+
+def test_where_a_run_goes_on(tiny_policy, tmp_path):
+    """Killed in the middle of a line, resumed two steps earlier: each step once, the later one's."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "interference_every": 0}
+    build(tiny_policy, tmp_path, **options).train()
+    with open(tmp_path / LOG_FILE, "a") as file:
+        file.write('{"reward": 0.5')
+    started = json.loads((tmp_path / CONFIG_FILE).read_text())[STARTED]
+    build(tiny_policy, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    run = read_run(tmp_path)
+    assert run.series("reward")[0] == [1, 2, 3, 4] and len(run.problems) == 1
+    assert run.config[STARTED] == started
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reward": np.zeros(3)}, {"coefficient": np.zeros(2)}, {"prompt_id": np.arange(2)}, {"step": np.arange(2)},
+        {"metrics": np.frombuffer(b"[1]", np.uint8)}, {"metrics": np.frombuffer(b'{"a": "b"}', np.uint8)},
+        {"texts": np.frombuffer(b'["a"]', np.uint8)}, {"sigma": np.array(["a"] * 8)},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_a_file_whose_parts_do_not_fit(change, tmp_path):
+    for step in (1, 2):
+        path = write_step(tmp_path, step, gradients(8, 4), metrics(), range(8), ["text"] * 8)
+    arrays = dict(np.load(path))
+    np.savez_compressed(path, **{**arrays, **change})
+    run = read_run(tmp_path)
+    assert [record.step for record in run.records] == [1] and len(run.problems) == 1
+    assert path.name in run.problems[0]
+    report_numbers(run)
+
+
+def test_odd_lines_in_a_log(tmp_path):
+    odd = ['{"step": NaN, "reward": 1}', "[" * 100_000, "[1]", '{"step": 3, "reward": Infinity, "phase": 7}',
+           f'{{"step": 4, "reward": {"9" * 400}}}', '{"step": 5, "reward": "high"}', ""]  # fmt: skip
+    folder = log_of(tmp_path / "odd", [{"step": 1, "reward": 0.5, "phase": 2}, *odd, {"step": 6, "reward": 0.75}])
+    run = read_run(folder)
+    assert run.series("reward") == ([1, 6], [0.5, 0.75])
+    numbers = report_numbers(run)
+    assert [span["phase"] for span in numbers["phases"]] == [2]
+    assert "NaN or infinity in the log, first at step 3" in numbers["summary"][-1]
+    main(["report", str(folder), "-o", str(tmp_path / "page.html"), "--json", str(tmp_path / "numbers.json")])
+    json.loads((tmp_path / "numbers.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} isn't JSON"))
+
+
+NOTHING_WRONG = "Nothing looks wrong."
+RUNS = {
+    "learned": ([{"eval_accuracy": 0.2}, {"eval_accuracy": 0.5}], 0, "It learned: held-out accuracy 0.200 at step 0"),
+    "the same": ([{"reward": 0.5}] * 4, 0, "By its reward it did not change: from 0.500 to 0.500"),
+    "worse": ([{"reward": 0.5}, {"reward": 0.1}], 0, "it got worse"),
+    "one value": ([{"reward": 0.5}], 0, "can't be told"),
+    "well": ([{"reward": 0.5}] * 4, -1, NOTHING_WRONG),
+    "collapsed": ([{"eval_accuracy": a} for a in (0.2, 0.9, 0.21)], -1, "fallen from its best, 0.900 at step 1"),
+    "spike": ([{"grad_norm": g} for g in (1.0, 1.0, 1e6)], -1, "1 logged steps have a gradient norm above 100 times"),
+    "dead": ([{"normalization/zero_variance_frac": 1.0}] * 3, -1, "100% of the groups have equal rewards"),
+    "advantages": ([{"normalization/advantage_max": 50.0}], -1, "an advantage above 10"),
+    "coverage": ([{"interference/coverage": c} for c in (0.3, 1.0)], -1, "at 1 of 2 logged steps the sketch sees less"),
+    "noise": ([{"interference/reliability": r} for r in (0.0, 0.0, 0.5)], -1, "at 2 of 3 logged steps reliability"),
+    "helps": ([{"curvature/speedup_constant": 0.5}], 2, "converges faster with division by the std: C = 0.50"),
+    "doesn't": ([{"curvature/speedup_constant": 1.5}], 2, "gains nothing from division by the std: C = 1.50"),
+    "phase": ([{"phase": 1}, {"phase": 2}], 1, "Phase 2 at step 1: they begin to interfere"),
+    "saved": ([{"compute/sequences_skipped_frac": 0.5, "compute/flops_saved_frac": 0.6}], 3, "50% of the sequences"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_summary_says_what_happened(name, tmp_path):
+    entries, line, expected = RUNS[name]
+    folder = log_of(tmp_path / "run", [{**entry, "step": step} for step, entry in enumerate(entries)])
+    lines = summary(read_run(folder))
+    assert len(lines) == 5 and expected in lines[line]
+
+
 # ---- several runs
+
+
+def test_seeds_without_a_common_step_are_drawn_one_by_one(tmp_path):
+    for name, first in (("s0", 1), ("s1", 11)):
+        log_of(tmp_path / name, [{"step": first + i, "reward": 0.5} for i in range(3)])
+        (tmp_path / name / CONFIG_FILE).write_text(json.dumps({"learning_rate": 0.1, "seed": first}))
+    page = page_of(tmp_path / "s0", tmp_path / "s1", folder=tmp_path)
+    assert '"name":"s0"' in page and '"name":"s1"' in page
+
+
+def test_runs_of_one_name_are_told_apart(run_folder, tmp_path):
+    """Also where it is one that matplotlib would read as mathematics."""
+    folders = [copy(run_folder, tmp_path / parent / "_a$x^$b") for parent in ("one", "two")]
+    page = page_of(*folders, "--figures", tmp_path / "figures", folder=tmp_path)
+    assert "one/_a$x^$b" in page and "two/_a$x^$b" in page
+    assert {"cosines_run1.png", "cosines_run2.png"} <= {file.name for file in (tmp_path / "figures").iterdir()}
 
 
 @pytest.fixture
@@ -257,6 +367,11 @@ def test_bad_input_is_named(run_folder, three_runs, tmp_path):
     file.write_text("")
     assert "can't be written" in refused(run_folder, "-o", file / "page.html")
     assert "is not a folder" in refused(run_folder, *page, "--figures", file)
+    assert "is not a folder" in refused(run_folder, *page, "--figures", file / "below")
+    log = copy(run_folder, tmp_path / "kept") / LOG_FILE
+    before = log.read_text()
+    assert "isn't a report's" in refused(run_folder, "-o", log) and log.read_text() == before
+    assert "isn't a report's" in refused(run_folder, *page, "--json", log.with_name("trainer_state.json"))
     other = tmp_path / "other"
     other.mkdir()
     (other / LOG_FILE).write_text('{"step": 1, "perplexity": 3.0}\n')
@@ -306,6 +421,7 @@ def test_a_backend_that_fails_is_left_out(tiny_policy, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     monkeypatch.setitem(sys.modules, "trackio", Trackio)
     trainer = watched(tiny_policy, tmp_path)
+    trainer._interference.keeps_latest = True
     images = next(c for c in trainer.callback_handler.callbacks if isinstance(c, live.LiveImages))
     step_end = images.on_step_end
     told = SimpleNamespace(report_to=["wandb", "trackio"])
@@ -386,8 +502,12 @@ def test_in_a_browser(width, browser, run_folder, tmp_path):
     area = heatmap.find_element(By.CSS_SELECTOR, ".nsewdrag")
     ActionChains(browser).move_to_element_with_offset(area, 5 - area.size["width"] // 2, 12).perform()
     wait.until(lambda b: heatmap.find_elements(By.CSS_SELECTOR, ".hoverlayer .hovertext"))
-    hovered = heatmap.find_element(By.CSS_SELECTOR, ".hoverlayer").text
-    assert ("cosine" in hovered and "What" in hovered) or "How many" in hovered
+    hovered = " ".join(heatmap.find_element(By.CSS_SELECTOR, ".hoverlayer").text.split())
+    shown = report_numbers(read_run(run_folder))["heatmaps"][-1]
+    # the cell at the top left: its row's and its column's prompt are the first
+    assert hovered.count(f"1. {shown['prompts'][0]}") == 2 and "cosine 1.00" in hovered
+    box = heatmap.find_element(By.CSS_SELECTOR, ".hoverlayer .hovertext").rect
+    assert box["x"] >= 0 and box["x"] + box["width"] <= width
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not errors
     browser.save_screenshot(str(tmp_path / f"page_{width}.png"))

@@ -109,6 +109,7 @@ class InterferenceLog:
         self._sequences: list[dict[str, torch.Tensor | None]] = []
         self._skipped: list[dict[str, torch.Tensor]] = []  # sequences that don't run: their gradient is 0
         self.latest: np.ndarray | None = None  # cosines of the live prompts of the latest logged step, (L, L)
+        self.keeps_latest = bool(set(args.report_to or ()) & set(IMAGE_BACKENDS))
         self._has_rows = False  # this micro-batch has something to run
         self._opened_at = 0  # TRL's count of micro-batches when the step began
         self._prompts_per_generation = args.generation_batch_size // trainer.num_generations
@@ -329,7 +330,7 @@ class InterferenceLog:
     def _keep_latest(self, step: StepGradients) -> None:
         """For the images; of this process alone, so that nothing of it may end the others' step."""
         try:
-            if set(self.trainer.args.report_to or ()) & set(IMAGE_BACKENDS):
+            if self.keeps_latest:
                 self.latest = live_cosines(step)
         except Exception as error:
             logger.warning(f"Images of interference aren't drawn of this step: {type(error).__name__}: {error}")
