@@ -500,12 +500,14 @@ def test_in_a_browser(width, browser, run_folder, tmp_path):
     wait.until(lambda b: title().startswith("step 5:"))
 
     area = heatmap.find_element(By.CSS_SELECTOR, ".nsewdrag")
-    ActionChains(browser).move_to_element_with_offset(area, 5 - area.size["width"] // 2, 12).perform()
+    corner = 5 - area.size["width"] // 2, 5 - area.size["height"] // 2
+    ActionChains(browser).move_to_element_with_offset(area, *corner).perform()
     wait.until(lambda b: heatmap.find_elements(By.CSS_SELECTOR, ".hoverlayer .hovertext"))
-    hovered = " ".join(heatmap.find_element(By.CSS_SELECTOR, ".hoverlayer").text.split())
+    hovered = "".join(heatmap.find_element(By.CSS_SELECTOR, ".hoverlayer").text.split())
     shown = report_numbers(read_run(run_folder))["heatmaps"][-1]
     # the cell at the top left: its row's and its column's prompt are the first
-    assert hovered.count(f"1. {shown['prompts'][0]}") == 2 and "cosine 1.00" in hovered
+    first = "".join(f"1. {shown['prompts'][0]}".split())
+    assert hovered.count(first) == 2 and "cosine1.00" in hovered
     box = heatmap.find_element(By.CSS_SELECTOR, ".hoverlayer .hovertext").rect
     assert box["x"] >= 0 and box["x"] + box["width"] <= width
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
