@@ -228,6 +228,7 @@ def test_float64_is_the_reference(case, alpha, eps):
 @settings(max_examples=300, deadline=None)
 @given(case=method_and_groups(), alpha=st.floats(0, 1))
 @example(case=("adaptive", [[0.0] * 7 + [9998.0, -9791.0]]), alpha=0.0)  # rounding of the mean, as plain torch's
+@example(case=("running_std", [[0.0, 0.0, 810.0, 4350.0, -5225.0]]), alpha=0.0)
 def test_float32_error_is_no_worse_than_plain_torch(case, alpha):
     method, rewards = case
     if at_a_threshold(rewards, method):
@@ -258,6 +259,7 @@ PLAIN = (
     "power",
     "adaptive",
     "length_weighted",
+    "running_std",
 )
 
 
@@ -282,6 +284,7 @@ def plain_torch(rewards, method, eps=1e-4, alpha=0.5):
         "power": lambda: (rewards - mean) / (std + eps) ** alpha,
         "adaptive": lambda: (rewards - mean) / (std + eps) ** alpha,
         "std": lambda: (rewards - mean) / (std + eps),
+        "running_std": lambda: (rewards - mean) / (context_of("running_std", [])["running_variance"] ** 0.5 + eps),
         "batch_std": lambda: (rewards - mean) / (known.std() + eps),
         "global": lambda: (rewards - known.mean()) / (known.std() + eps),
         "mean_abs": lambda: (rewards - mean) / ((rewards - mean).abs().nanmean(1, keepdim=True) + eps),

@@ -71,7 +71,6 @@ def split_rows(output: dict[str, Any], lengths: list[int]) -> list[dict[str, tor
     if unknown:
         raise ValueError(f"resample_zero_variance=True doesn't support batches with {', '.join(sorted(unknown))}")
     rows: list[dict[str, torch.Tensor]] = []
-    width = output["completion_ids"].shape[1]
     for i, length in enumerate(lengths):
         row = {}
         for name in PADDING:
@@ -80,7 +79,9 @@ def split_rows(output: dict[str, Any], lengths: list[int]) -> list[dict[str, tor
             value = output[name][i]
             if PADDING[name][1] == "left":
                 value = value[output["prompt_mask"][i].bool()]
-            elif len(value) == width:  # a sequence's own importance ratio has width 1
+            elif len(value) == 1:  # an importance ratio of the sequence, or of its only token
+                value = value[0]
+            else:
                 value = value[:length]
             row[name] = value.cpu()
         row.update({name: output[name][i].cpu() for name in ONE_EACH})
@@ -95,9 +96,10 @@ def pad_rows(rows: list[dict[str, torch.Tensor]], pad_token_id: int, multiple_of
         if name not in rows[0]:
             continue
         values = [row[name] for row in rows]
-        if name == "importance_sampling_ratio" and all(len(v) == 1 for v in values):
-            output[name] = torch.stack(values).to(device)
+        if all(v.ndim == 0 for v in values):
+            output[name] = torch.stack(values)[:, None].to(device)
             continue
+        values = [v.view(-1) for v in values]
         filling = pad_token_id if value is None else value
         output[name] = pad(values, filling, side, pad_to_multiple_of=multiple_of).to(device)  # type: ignore[arg-type]
     return output
