@@ -127,8 +127,8 @@ def test_peak_memory(benchmark, kind):
 
 def test_where_the_time_goes(benchmark, pair):
     """Seconds of each stage of one of our steps with half of the groups dead, as shares."""
-    from trl_ext import fused_head
-    from trl_ext.micro_batches import MicroBatches
+    from trl_ext.batches.micro_batches import MicroBatches
+    from trl_ext.loss import fused_head
 
     kind, both = pair
     trainer = both["ours"].trainer

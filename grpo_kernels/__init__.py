@@ -1,10 +1,11 @@
 """Kernels for group-relative policy optimisation: tensors in, tensors out. Knows nothing of trainers or models."""
 
+from grpo_kernels.head.linear_grpo_loss import GRPOLoss, linear_grpo_loss
+from grpo_kernels.head.linear_logprob import linear_logprob
+from grpo_kernels.normalize.methods import METHODS, check_normalization
+from grpo_kernels.normalize.rewards import Normalized, normalize_rewards, normalize_with_statistics
+
 from .backend import use_backend
-from .linear_grpo_loss import GRPOLoss, linear_grpo_loss
-from .linear_logprob import linear_logprob
-from .methods import METHODS, check_normalization
-from .normalize import Normalized, normalize_rewards, normalize_with_statistics
 
 __all__ = [
     "METHODS",

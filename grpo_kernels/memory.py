@@ -30,7 +30,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
 def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A buffer for one call's tile, whose content is undefined. On a CPU each thread keeps it for its next call.
 
-    (Held for good: at most ``TILE_BYTES`` of head_products.py. Fresh memory in each call, even in huge pages, took 8 to
+    (Held for good: at most ``TILE_BYTES`` of head/products.py. Fresh memory in each call, even in huge pages, took 8 to
     18 % of the whole loss's time at 512 tokens, V 49152. On a GPU torch's allocator keeps it.)
     """
     if device.type != "cpu":

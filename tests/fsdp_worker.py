@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from grpo_kernels.gradient_sketch import GradientSketch
-from trl_ext.fused_head import CompletionMask, add_fused_head, read_settings
+from grpo_kernels.interference.gradient_sketch import GradientSketch
+from trl_ext.loss.fused_head import CompletionMask, add_fused_head, read_settings
 
 
 def with_our_head(folder, tied):

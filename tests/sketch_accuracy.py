@@ -18,9 +18,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_kernels import linear_grpo_loss, normalize_rewards
-from grpo_kernels.gradient_sketch import GradientSketch
-from grpo_kernels.head_products import HeadSketch
-from grpo_kernels.sketch_error import predicted_rmse
+from grpo_kernels.head.products import HeadSketch
+from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.interference.sketch_error import predicted_rmse
 from trl_ext.tasks.arithmetic import generate_problems
 from trl_ext.tasks.small_policy import small_policy
 from trl_ext.tasks.smollm2 import smollm2

@@ -1,4 +1,4 @@
-"""examples/ablation.py: its arithmetic by hand-worked numbers, and the script as users run it."""
+"""examples/ablation/ablate.py: its arithmetic by hand-worked numbers, and the script as users run it."""
 
 import csv
 import json
@@ -10,12 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import ablation_runs
 import pytest
-from test_math_example import load_script
-
-from trl_ext.tasks import ablation_runs
-from trl_ext.tasks.ablation_plot import draw_alpha, mean_curve
-from trl_ext.tasks.ablation_results import (
+from ablation_plot import draw_alpha, mean_curve
+from ablation_results import (
     STUDENT_T,
     Run,
     at_edge,
@@ -30,9 +28,10 @@ from trl_ext.tasks.ablation_results import (
     summarize,
     tidy_rows,
 )
+from test_math_example import load_script
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "examples" / "ablation.py"
+SCRIPT = ROOT / "examples" / "ablation" / "ablate.py"
 INF = math.inf
 
 
@@ -299,17 +298,18 @@ def test_runs_differ_in_method_learning_rate_and_seed_alone(tmp_path):
 
 
 def command(policy, folder, *more):
-    return [sys.executable, "ablation.py", "--methods", "mean", "power:alpha=0.5", "--learning_rates", "1e-3", "2e-3",
-            "--sweep_seeds", "7", "--seeds", "0", "1", "--max_steps", "1", "--eval_every", "1", "--eval_size", "4",
+    return [sys.executable, "ablation/ablate.py", "--methods", "mean", "power:alpha=0.5",
+            "--learning_rates", "1e-3", "2e-3", "--sweep_seeds", "7", "--seeds", "0", "1", "--max_steps", "1",
+            "--eval_every", "1", "--eval_size", "4",
             "--target_accuracy", "0.5", "--model_name_or_path", str(policy), "--output_dir", str(folder),
             *more]  # fmt: skip
 
 
 def run_script(*arguments):
-    """From the script's own folder, the worst place: its math.py must not become the standard library's."""
+    """From examples/, the worst place: its math.py must not become the standard library's."""
     variables = {**os.environ, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     return subprocess.run(
-        command(*arguments), cwd=SCRIPT.parent, env=variables, capture_output=True, text=True, timeout=300
+        command(*arguments), cwd=SCRIPT.parents[1], env=variables, capture_output=True, text=True, timeout=300
     )
 
 

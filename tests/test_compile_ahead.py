@@ -16,7 +16,7 @@ pytestmark = pytest.mark.xdist_group("compile_ahead")  # they share minutes of c
 EVERY_VARIANT = """
 import json, torch
 from dataclasses import asdict
-from grpo_kernels.compile_ahead import cases, report
+from grpo_kernels.gpu.compile_ahead import cases, report
 chosen = [case for case in cases() if (case.tile, case.gradient) == (torch.float32, torch.bfloat16)
           or not case.n_vocabulary]
 print(json.dumps([asdict(report(case, "sm_90")) for case in chosen if case.n_vocabulary != 49152]))
@@ -24,7 +24,7 @@ print(json.dumps([asdict(report(case, "sm_90")) for case in chosen if case.n_voc
 # a tile whose rows have no padding: the bound of a load isn't known to divide by 16
 UNPADDED = """
 import torch
-from grpo_kernels.compile_ahead import Case, report
+from grpo_kernels.gpu.compile_ahead import Case, report
 half = torch.bfloat16
 for tile, gradient in ((torch.float32, torch.float32), (half, half)):
     print(report(Case("grpo", 50257, tile, gradient, padded=False), "sm_90").narrowest)
@@ -49,7 +49,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(cache):
-    done = run_compiler(cache, "-m", "grpo_kernels.compile_ahead", "--quick", "--json", str(cache / "table.json"))
+    done = run_compiler(cache, "-m", "grpo_kernels.gpu.compile_ahead", "--quick", "--json", str(cache / "table.json"))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads((cache / "table.json").read_text())
 
@@ -95,6 +95,6 @@ def test_a_bound_not_known_to_divide_by_16_is_seen(cache):
 
 
 def test_interpreted_kernels_are_refused(tmp_path):
-    done = run_compiler(tmp_path, "-m", "grpo_kernels.compile_ahead", "--quick", interpret="1")
+    done = run_compiler(tmp_path, "-m", "grpo_kernels.gpu.compile_ahead", "--quick", interpret="1")
     assert done.returncode != 0
     assert done.stderr.startswith("TRITON_INTERPRET=1")

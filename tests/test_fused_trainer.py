@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfi
 from transformers.models.auto import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, fused_head
-from trl_ext.fused_head import head_adapter
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.loss import fused_head
+from trl_ext.loss.fused_head import head_adapter
 
 WORKER = Path(__file__).parent / "fsdp_worker.py"
 OFF_POLICY = {"num_iterations": 2}
@@ -235,7 +236,7 @@ def test_an_adapter_on_the_head_is_used_and_trained(tiny_policy, tmp_path):
     """TRL refuses one; ours gives the log-probs of the merged model, and its gradients are autograd's."""
     from peft import get_peft_model
 
-    from trl_ext.fused_head import gathered_head
+    from trl_ext.loss.fused_head import gathered_head
 
     config = CurvatureGRPOConfig(
         output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=8,

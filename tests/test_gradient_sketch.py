@@ -1,4 +1,4 @@
-"""grpo_kernels.gradient_sketch on small real transformers: exact, and sketched without bias."""
+"""grpo_kernels.interference.gradient_sketch on small real transformers: exact, and sketched without bias."""
 
 import weakref
 
@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
-from grpo_kernels.gradient_sketch import GradientSketch
-from grpo_kernels.head_products import HeadSketch
-from grpo_kernels.projections import PARTS
-from grpo_kernels.sketch_error import predicted_rmse
+from grpo_kernels.head.products import HeadSketch
+from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.interference.projections import PARTS
+from grpo_kernels.interference.sketch_error import predicted_rmse
 
 WORDS, POSITIONS, ROWS = 97, 11, 6
 MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}  # Qwen3: norms of heads

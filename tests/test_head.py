@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo_kernels import head_products, linear_grpo_loss, linear_logprob, normalize_rewards, use_backend
+from grpo_kernels import linear_grpo_loss, linear_logprob, normalize_rewards, use_backend
+from grpo_kernels.head import products
 from grpo_kernels.reference import grpo_loss, head_logprobs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -413,7 +414,7 @@ def test_many_tiles_and_both_kinds_of_rows(monkeypatch):
     tensors, data = example(n=100, b=7, dtype=torch.float32)
     whole = ours(tensors, data, OFF_POLICY["all"], {})
     expected = torch.autograd.grad(whole.loss, list(tensors.values()))
-    monkeypatch.setitem(head_products.MAX_TILE_ROWS, "cpu", 16)
+    monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", 16)
     for options in ({}, OFF_POLICY["all"]):
         tiled = ours(tensors, data, options, {})
         got = torch.autograd.grad(tiled.loss, list(tensors.values()))
@@ -427,13 +428,13 @@ def test_many_tiles_and_both_kinds_of_rows(monkeypatch):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_half_precision_on_a_cpu_with_and_without_instructions_for_it(native, monkeypatch):
-    monkeypatch.setattr(head_products, "native_half", lambda dtype, device: native)
-    monkeypatch.setattr(head_products, "VOCABULARY_BLOCK", 64)
+    monkeypatch.setattr(products, "native_half", lambda dtype, device: native)
+    monkeypatch.setattr(products, "VOCABULARY_BLOCK", 64)
     tensors, data = example(n=64, h=32, v=300, dtype=torch.bfloat16, scale=0.5)
     same = plain(tensors, data, {}, {}, torch.bfloat16)
     truth = plain(tensors, data, {}, {}, torch.float64)
     for rows in (512, 16):
-        monkeypatch.setitem(head_products.MAX_TILE_ROWS, "cpu", rows)
+        monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", rows)
         out = ours(tensors, data, {}, {})
         gradients = torch.autograd.grad(out.loss, list(tensors.values()))
         for name, got in zip(tensors, gradients, strict=True):
@@ -454,8 +455,8 @@ def test_what_must_be_written_is_written(monkeypatch):
     expected_gradients = torch.autograd.grad(expected.loss, list(tensors.values()))
     monkeypatch.setattr(torch, "empty", poisoned)
     for name in ("empty", "workspace"):
-        monkeypatch.setattr(head_products, name, lambda shape, dtype, device: poisoned(shape, dtype=dtype))
-    monkeypatch.setitem(head_products.MAX_TILE_ROWS, "cpu", 16)
+        monkeypatch.setattr(products, name, lambda shape, dtype, device: poisoned(shape, dtype=dtype))
+    monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", 16)
     out = ours(tensors, data, {}, {})
     for got, wanted in zip(torch.autograd.grad(out.loss, list(tensors.values())), expected_gradients, strict=True):
         torch.testing.assert_close(got, wanted)
@@ -561,7 +562,7 @@ def test_autocast_is_linears():
         logprobs = linear_logprob(tensors["hidden"], tensors["weight"], data["targets"])
         logits = torch.nn.functional.linear(tensors["hidden"], tensors["weight"])
     assert logits.dtype == torch.bfloat16 and logprobs.dtype == torch.float32
-    if not head_products.native_half(torch.bfloat16, torch.device("cpu")):  # products are made in float32 then
+    if not products.native_half(torch.bfloat16, torch.device("cpu")):  # products are made in float32 then
         logits = torch.nn.functional.linear(tensors["hidden"], tensors["weight"])
     expected = logits.float().log_softmax(-1).gather(1, data["targets"][:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
@@ -694,9 +695,9 @@ class TestTriton:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_gradient_in_the_logits_own_bytes(self, dtype):
         """As on a GPU: float32 logits become half-precision probabilities in the first half of each row."""
-        from grpo_kernels.head_rows import Transform, logit_gradient_, softmax_rows_
-        from grpo_kernels.head_rows_triton import logit_gradient_ as fused_gradient
-        from grpo_kernels.head_rows_triton import softmax_rows_ as fused_softmax
+        from grpo_kernels.head.rows.plain import Transform, logit_gradient_, softmax_rows_
+        from grpo_kernels.head.rows.triton_rows import logit_gradient_ as fused_gradient
+        from grpo_kernels.head.rows.triton_rows import softmax_rows_ as fused_softmax
 
         torch.manual_seed(0)
         v = 9000  # three blocks

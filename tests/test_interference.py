@@ -8,8 +8,8 @@ import torch
 from test_trainer import build, digits, prompts
 from test_two_processes import run
 
-import trl_ext.interference as interference
 from trl_ext import read_interference
+from trl_ext.interference import log as interference_log
 
 
 def unit(completion_ids, **kwargs):
@@ -121,7 +121,7 @@ def test_training_is_bit_equal_with_logging_on_off_and_failing(
     gradient_checkpointing, tiny_policy, tmp_path, monkeypatch
 ):
     said = []
-    monkeypatch.setattr(interference.logger, "warning", lambda text, *args, **kwargs: said.append(text))
+    monkeypatch.setattr(interference_log.logger, "warning", lambda text, *args, **kwargs: said.append(text))
     options = {"gradient_checkpointing": gradient_checkpointing}
     off, _ = parameters_after(tiny_policy, tmp_path / "off", interference_every=0, **options)
     on, log = parameters_after(tiny_policy, tmp_path / "on", interference_every=1, **options)
@@ -133,10 +133,10 @@ def test_training_is_bit_equal_with_logging_on_off_and_failing(
         raise MemoryError("no room")
 
     failing = {
-        "a layer": ("grpo_kernels.sequence_rows.SequenceRows.outer", "MemoryError: no room"),
-        "the metrics": ("trl_ext.interference.interference_metrics", "Interference isn't logged from here on"),
-        "the file": ("trl_ext.interference.write_step", "without its files"),
-        "the taps": ("trl_ext.interference.GradientSketch.open", "Interference isn't logged from here on"),
+        "a layer": ("grpo_kernels.interference.sequence_rows.SequenceRows.outer", "MemoryError: no room"),
+        "the metrics": ("trl_ext.interference.log.interference_metrics", "Interference isn't logged from here on"),
+        "the file": ("trl_ext.interference.log.write_step", "without its files"),
+        "the taps": ("trl_ext.interference.log.GradientSketch.open", "Interference isn't logged from here on"),
     }
     for name, (place, message) in failing.items():
         said.clear()
@@ -258,12 +258,12 @@ def test_features_of_the_prompts(peft_config, tiny_policy, tmp_path):
 
 def test_features_that_fail_switch_it_off(tiny_policy, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(interference.logger, "warning", lambda text, *args, **kwargs: said.append(text))
+    monkeypatch.setattr(interference_log.logger, "warning", lambda text, *args, **kwargs: said.append(text))
 
     def broken(*args):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("trl_ext.prompt_features.PromptFeatures._look", broken)
+    monkeypatch.setattr("trl_ext.interference.prompt_features.PromptFeatures._look", broken)
     trainer = build(tiny_policy, tmp_path, unit, **LOGGED)
     trainer.train()
     assert trainer.state.global_step == 2 and len(said) == 1 and "MemoryError: no room" in said[0]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_kernels.step_gradients import StepGradients
-from trl_ext import interference_files
-from trl_ext.interference_files import MOST_SEQUENCES, read_interference, write_step
+from grpo_kernels.interference.step_gradients import StepGradients
+from trl_ext.interference import files as interference_files
+from trl_ext.interference.files import MOST_SEQUENCES, read_interference, write_step
 
 NAN = float("nan")
 
@@ -92,7 +92,7 @@ def test_a_damaged_file_is_skipped_and_named(tmp_path, damage):
 
 WRITER = """
 import runpy, sys, torch
-from grpo_kernels.step_gradients import StepGradients
+from grpo_kernels.interference.step_gradients import StepGradients
 write_step = runpy.run_path(sys.argv[2])["write_step"]  # without the package, which imports trainers
 vectors = torch.randn(500, 30)
 step = StepGradients(vectors @ vectors.T, torch.arange(500) // 2, torch.rand(500), None, 2)

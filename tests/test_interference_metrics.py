@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from grpo_kernels.curvature_metrics import directional_curvature, fisher_trace
-from grpo_kernels.gradient_sketch import GradientSketch
-from grpo_kernels.interference_metrics import interference_metrics, orthogonality, signal
-from grpo_kernels.sketch_error import predicted_rmse
-from grpo_kernels.step_gradients import StepGradients, group_by_prompt
-from grpo_kernels.training_phase import SpeedupConstant, TrainingPhase
+from grpo_kernels.interference.curvature import directional_curvature, fisher_trace
+from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.interference.metrics import interference_metrics, orthogonality, signal
+from grpo_kernels.interference.sketch_error import predicted_rmse
+from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
+from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
 
 NAN = float("nan")
 

@@ -324,17 +324,17 @@ def test_triton_writes_every_element(monkeypatch):
 
 
 def test_one_launch_for_all_groups(monkeypatch):
-    from grpo_kernels import normalize_triton
+    from grpo_kernels.normalize import triton_groups
 
     launches = []
-    kernel = normalize_triton._normalize_kernel
+    kernel = triton_groups._normalize_kernel
 
     class Counted:
         def __getitem__(self, grid):
             launches.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(normalize_triton, "_normalize_kernel", Counted())
+    monkeypatch.setattr(triton_groups, "_normalize_kernel", Counted())
     with use_backend("triton"):
         for method in METHODS:
             launches.clear()

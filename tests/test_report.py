@@ -16,15 +16,15 @@ import torch
 from test_resampling import live_or_not
 from test_skipping import build, reward_with_dead
 
-from grpo_kernels.step_gradients import StepGradients
-from trl_ext.interference_files import write_step
+from grpo_kernels.interference.step_gradients import StepGradients
+from trl_ext.interference.files import write_step
 from trl_ext.report import live
 from trl_ext.report.command import main
 from trl_ext.report.groups import differences, group_runs, mean_and_band
 from trl_ext.report.numbers import MOST_HEATMAPS, MOST_PROMPTS, cluster_order, extreme_pairs, histogram, report_numbers
 from trl_ext.report.read_run import read_run
+from trl_ext.report.run_files import CONFIG_FILE, LOG_FILE, STARTED
 from trl_ext.report.summary import summary
-from trl_ext.run_files import CONFIG_FILE, LOG_FILE, STARTED
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -435,7 +435,7 @@ def test_a_backend_that_fails_is_left_out(tiny_policy, tmp_path, monkeypatch):
 
 def test_the_runs_files_never_stop_a_run(tiny_policy, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("trl_ext.run_files.logger.warning", lambda text, *args, **kwargs: said.append(text))
+    monkeypatch.setattr("trl_ext.report.run_files.logger.warning", lambda text, *args, **kwargs: said.append(text))
     trainer = build(tiny_policy, tmp_path / "run", max_steps=2)
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / LOG_FILE).mkdir()  # can't be written

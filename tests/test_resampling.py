@@ -13,8 +13,8 @@ from test_two_processes import run as run_processes
 from transformers import AutoTokenizer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
-from trl_ext.batch_rows import join
-from trl_ext.resampling import Resampling, pad_rows, split_rows
+from trl_ext.batches.batch_rows import join
+from trl_ext.rewards.resampling import Resampling, pad_rows, split_rows
 
 ON = {"resample_zero_variance": True}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo_kernels.roofline import lines, predict
+from grpo_kernels.gpu.roofline import lines, predict
 
 
 def test_a_trainable_head_by_hand():

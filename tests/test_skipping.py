@@ -19,10 +19,11 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig, MambaConfig, Mi
 from transformers.models.auto import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, micro_batches
-from trl_ext.batch_rows import even_batches, join, select
-from trl_ext.micro_batches import NOTHING, StepCounts, compute_metrics
-from trl_ext.skipping import has_dropout, trimmed_columns, what_runs
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.batches import micro_batches
+from trl_ext.batches.batch_rows import even_batches, join, select
+from trl_ext.batches.micro_batches import NOTHING, StepCounts, compute_metrics
+from trl_ext.batches.skipping import has_dropout, trimmed_columns, what_runs
 
 OPTIONS = {
     "loss_type": ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"],
@@ -464,7 +465,7 @@ def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
 
 
 def test_vllms_correction_keeps_old_log_probs_complete(tiny_policy, tmp_path):
-    from trl_ext.deferred_logprobs import why_complete
+    from trl_ext.batches.deferred_logprobs import why_complete
 
     trainer = build(tiny_policy, tmp_path)
     assert why_complete(trainer) is None

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from trl import GRPOConfig
 
 from grpo_kernels import METHODS, check_normalization
-from grpo_kernels.methods import function_name
+from grpo_kernels.normalize.methods import function_name
 
 MOST_ROUNDS = 4  # of resampling, by default
 # what TRL's scale_rewards does, by our name

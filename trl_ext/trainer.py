@@ -25,26 +25,27 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from .advantages import (
+from trl_ext.batches.deferred_logprobs import fill_logprobs, why_complete
+from trl_ext.batches.micro_batches import NOTHING, MicroBatches
+from trl_ext.interference.log import InterferenceLog
+from trl_ext.loss.fused_head import CompletionMask, add_fused_head, head_adapter, head_adapters_allowed, read_settings
+from trl_ext.loss.fused_loss import live_mask, one_pass_loss, why_not_one_pass
+from trl_ext.loss.token_weights import live_tokens, micro_batch_token_weights, token_weights
+from trl_ext.report.live import LiveImages
+from trl_ext.report.run_files import RunFiles
+from trl_ext.rewards.advantages import (
     compute_advantages,
     normalization_metrics,
     number_of_states,
     observe_rewards,
     weighted_rewards,
 )
+from trl_ext.rewards.normalization_state import make_state, restore_states
+from trl_ext.rewards.prompt_keys import prompt_key, prompt_text
+from trl_ext.rewards.resampling import Resampling, check_dataset
+from trl_ext.rewards.reward_checks import checked_reward
+
 from .config import resolve_normalization
-from .deferred_logprobs import fill_logprobs, why_complete
-from .fused_head import CompletionMask, add_fused_head, head_adapter, head_adapters_allowed, read_settings
-from .fused_loss import live_mask, one_pass_loss, why_not_one_pass
-from .interference import InterferenceLog
-from .micro_batches import NOTHING, MicroBatches
-from .normalization_state import make_state, restore_states
-from .prompt_keys import prompt_key, prompt_text
-from .report.live import LiveImages
-from .resampling import Resampling, check_dataset
-from .reward_checks import checked_reward
-from .run_files import RunFiles
-from .token_weights import live_tokens, micro_batch_token_weights, token_weights
 
 logger = get_logger(__name__)
 STATE_NAME = "CurvatureGRPOTrainer"  # in trainer_state.json, among the states of callbacks

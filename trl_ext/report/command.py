@@ -11,10 +11,10 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..run_files import CONFIG_FILE
 from .groups import group_runs
 from .numbers import report_numbers
 from .read_run import STATE_FILE, Run, read_run
+from .run_files import CONFIG_FILE
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..run_files import STARTED
 from .read_run import Run
+from .run_files import STARTED
 
 # what differs between two runs of one configuration
 NOT_CONFIGURATION = (

@@ -12,7 +12,7 @@ import numpy as np
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from ..interference import IMAGE_BACKENDS
+from trl_ext.interference.log import IMAGE_BACKENDS
 
 logger = get_logger(__name__)
 EVERY = 5

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from grpo_kernels.curvature_metrics import directional_curvature
-from grpo_kernels.step_gradients import StepGradients
+from grpo_kernels.interference.curvature import directional_curvature
+from grpo_kernels.interference.step_gradients import StepGradients
+from trl_ext.interference.files import InterferenceRecord
 
-from ..interference_files import InterferenceRecord
 from .read_run import Run
 from .summary import phases, summary
 

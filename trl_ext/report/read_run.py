@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..interference_files import FOLDER, InterferenceRecord, read_interference
-from ..run_files import CONFIG_FILE, LOG_FILE, RESUMED, started_at
+from trl_ext.interference.files import FOLDER, InterferenceRecord, read_interference
+
+from .run_files import CONFIG_FILE, LOG_FILE, RESUMED, started_at
 
 STATE_FILE = "trainer_state.json"
 CLOCKS_DIFFER = 60  # seconds that a file system's clock may be behind

@@ -1,0 +1,240 @@
+"""Which normalisation learns best, everything else equal: ``python examples/ablation/ablate.py``.
+
+Trains the built-in policy on built-in arithmetic (``recipes/demo.yaml``) with every method at every learning rate on
+the sweep's seeds, then with every method at its best learning rate on other seeds; writes a CSV, a plot and a table.
+Without arguments a small comparison, some minutes on two CPU cores. Repeat an interrupted command to go on.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+# Worker processes would look for modules in the working directory, and in examples/ a math.py lies.
+os.environ["PYTHONSAFEPATH"] = "1"
+
+DEMO_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
+BUILT_IN = "small"
+
+
+# Arguments -> the settings of each run
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, prog="ablate.py"
+    )
+    add = parser.add_argument
+    add("--methods", nargs="+", default=["mean", "std"], help="normalizations, as std or power:alpha=0.5,eps=1e-4")
+    add(
+        "--learning_rates",
+        nargs="+",
+        type=float,
+        default=[5e-5, 1e-4, 2e-4, 4e-4],
+        help="the sweep; a single one: no sweep",
+    )
+    add("--sweep_seeds", nargs="+", type=int, default=[100], help="seeds that choose the learning rates")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the comparison, other than the sweep's")
+    add("--max_steps", type=int, default=60)
+    add("--eval_every", type=int, default=10, help="steps between measurements of the held-out accuracy")
+    add("--eval_size", type=int, default=128, help="held-out questions, four sampled answers each")
+    add("--target_accuracy", type=float, default=0.7, help="held-out accuracy to count the steps to")
+    add("--levels", nargs="+", type=int, default=[1, 4], help="arithmetic levels 1 to 5, see examples/math.py")
+    add("--optim", default="adamw_torch", help="as transformers names it; sgd: plain gradient steps, as in the theory")
+    add("--max_grad_norm", type=float, default=1.0, help="clipping, which hides a method's scale; 0: none")
+    add(
+        "--interference_every",
+        type=int,
+        default=10,
+        help="steps between measurements for adaptive and curvature; 0: none",
+    )
+    add(
+        "--model_name_or_path", default=BUILT_IN, help="folder of one policy for every seed; small: a built-in one each"
+    )
+    add("--jobs", type=int, default=2, help="runs at the same time, one thread each")
+    add("--output_dir", default="runs/ablation")
+    return parser.parse_args(arguments)
+
+
+def parse_method(text: str) -> tuple[str, dict[str, float]]:
+    """``power:alpha=0.5,eps=1e-4`` -> ``("power", {"alpha": 0.5, "eps": 1e-4})``."""
+    name, _, listed = text.partition(":")
+    options = {}
+    for item in filter(None, listed.split(",")):
+        key, equals, value = item.partition("=")
+        try:
+            options[key] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--methods {text}: {item!r} isn't option=number, as in power:alpha=0.5")
+    return name, options
+
+
+def check_arguments(options: argparse.Namespace) -> None:
+    """Raises ``ValueError`` for what can be known to fail before anything is trained."""
+    from ablation_runs import training_config
+
+    from trl_ext.tasks.arithmetic import generate_problems
+    from trl_ext.tasks.checkpoints import check_output_dir
+
+    if find_spec("matplotlib") is None:
+        raise ValueError("the plot needs matplotlib: pip install -e '.[report]'")
+    for name in ("methods", "learning_rates", "sweep_seeds", "seeds"):
+        values = getattr(options, name)
+        if repeated := sorted({str(value) for value in values if values.count(value) > 1}):
+            raise ValueError(f"--{name} has {', '.join(repeated)} more than once")
+    if bad := [rate for rate in options.learning_rates if not 0 < rate < float("inf")]:
+        raise ValueError(f"--learning_rates {bad[0]} must be a number above 0")
+    if overlap := sorted(set(options.seeds) & set(options.sweep_seeds)):
+        raise ValueError(
+            f"--seeds and --sweep_seeds share {', '.join(map(str, overlap))}: a learning rate chosen on a seed would "
+            "flatter its method there"
+        )
+    for name in ("max_steps", "eval_every", "eval_size", "jobs"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
+    if options.max_steps % options.eval_every:
+        raise ValueError(
+            f"--max_steps {options.max_steps} must be a multiple of --eval_every {options.eval_every}, so that the "
+            "last step is measured"
+        )
+    if not 0 <= options.max_grad_norm < float("inf"):
+        raise ValueError(f"--max_grad_norm {options.max_grad_norm} must be a finite number that is not negative")
+    if not 0 < options.target_accuracy <= 1:
+        raise ValueError(f"--target_accuracy {options.target_accuracy} must be in (0, 1]")
+    if options.model_name_or_path != BUILT_IN and not (Path(options.model_name_or_path) / "config.json").is_file():
+        raise ValueError(f"--model_name_or_path {options.model_name_or_path}: no folder with a config.json")
+    generate_problems(options.eval_size, split="held_out", levels=tuple(options.levels), seed=options.seeds[0])
+    for method in options.methods:
+        training_config(run_settings(options, method, options.learning_rates[0], options.seeds[0]), options.output_dir)
+    check_output_dir(options.output_dir)
+
+
+def run_settings(options: argparse.Namespace, method: str, learning_rate: float, seed: int) -> dict[str, Any]:
+    """The demo's recipe with what the ablation changes. Two runs differ in method, learning rate and seed alone."""
+    import yaml
+
+    recipe = yaml.safe_load(DEMO_RECIPE.read_text())
+    for name in ("model_name_or_path", "dataset", "levels", "eval_size", "output_dir"):
+        recipe.pop(name)
+    name, kwargs = parse_method(method)
+    training = {
+        **recipe,
+        "normalization": name,
+        "normalization_kwargs": kwargs,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "optim": options.optim,
+        "max_grad_norm": options.max_grad_norm,
+        "interference_every": options.interference_every,
+        "full_entropy": True,  # of the same answers whatever the method
+        "max_steps": options.max_steps,
+        "eval_steps": options.eval_every,
+        "eval_on_start": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return {
+        "model": None if options.model_name_or_path == BUILT_IN else options.model_name_or_path,
+        "levels": options.levels,
+        "train_size": 700,
+        "eval_size": options.eval_size,
+        "method": method,
+        "training": training,
+    }
+
+
+# Results -> files
+
+
+def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, list]) -> None:
+    from ablation_plot import draw_ablation, draw_alpha
+    from ablation_results import markdown_tables, summarize
+
+    folder = Path(options.output_dir)
+    tidy = [
+        {"phase": phase, "method": run.method, "learning_rate": run.learning_rate, "seed": run.seed, **row}
+        for phase, runs in (("sweep", sweep), *(("final", runs) for runs in finals.values()))
+        for run in runs
+        for row in run.rows
+    ]
+    table = summarize(finals, options.learning_rates, options.target_accuracy, options.max_steps)
+    for name, rows in (("results.csv", tidy), ("table.csv", table)):
+        with open(folder / name, "w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    text = markdown_tables(table, options.target_accuracy, options.max_steps)
+    (folder / "table.md").write_text(text)
+    clipping = f"clipped at {options.max_grad_norm:g}" if options.max_grad_norm else "not clipped"
+    title = (
+        f"mean and 95% band over {len(options.seeds)} seeds; {options.optim}, gradients {clipping}, "
+        "each method at its best learning rate"
+    )
+    files = [folder / "ablation.png", folder / "ablation.svg"]
+    draw_ablation(finals, options.target_accuracy, options.eval_every, title, files)
+    if "adaptive" in finals:
+        files.append(folder / "alpha.png")
+        draw_alpha(finals["adaptive"], files[-1])
+    names = ", ".join(file.name for file in files)
+    print(f"\n{text}\nWritten to {folder}: results.csv, table.csv, table.md, {names}")
+
+
+def main(arguments: list[str]) -> None:
+    options = parse_arguments(arguments)
+    from ablation_results import best_learning_rate
+    from ablation_runs import Workers
+
+    try:
+        check_arguments(options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    rates, output = options.learning_rates, options.output_dir
+    (Path(output) / "runs").mkdir(exist_ok=True)
+
+    swept = len(rates) > 1
+    sweep_settings = [
+        run_settings(options, method, rate, seed)
+        for method in options.methods
+        for rate in rates
+        for seed in options.sweep_seeds
+        if swept
+    ]
+    workers = Workers(options.jobs, total=len(sweep_settings) + len(options.methods) * len(options.seeds))
+    try:
+        if options.model_name_or_path == BUILT_IN:
+            workers.warm_up([*options.seeds, *(options.sweep_seeds if swept else [])], options.levels)
+        sweep = workers.run(output, sweep_settings)
+        chosen = {}
+        for method in options.methods:
+            own = [run for run in sweep if run.method == method]
+            if own or not swept:
+                chosen[method] = best_learning_rate(own) if swept else rates[0]
+                print(f"{method}: learning rate {chosen[method]:g}", flush=True)
+        final = workers.run(
+            output,
+            [run_settings(options, method, rate, seed) for method, rate in chosen.items() for seed in options.seeds],
+        )
+    except KeyboardInterrupt:
+        workers.stop()
+        sys.exit("\nStopped. What has finished is kept: repeat the command to go on")
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+    workers.pool.shutdown()
+
+    finals = {method: [run for run in final if run.method == method] for method in chosen}
+    finals = {method: runs for method, runs in finals.items() if runs}
+    if finals:
+        write_results(options, sweep, finals)
+    if workers.failed:
+        sys.exit(f"error: {len(workers.failed)} failed: {'; '.join(workers.failed)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

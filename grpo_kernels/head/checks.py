@@ -1,0 +1,111 @@
+"""Checks of what the head's public functions are given; each raises a ``ValueError`` that names the value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .products import HeadSketch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> None:
+    """A finite number, greater than ``above``, at least ``least``."""
+    bound = f" above {above:g}" if above is not None else f" of at least {least:g}" if least is not None else ""
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fine or (above is not None and value <= above) or (least is not None and value < least):  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} must be a finite number{bound}")
+
+
+def check_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """What ``linear_logprob`` and ``linear_grpo_loss`` have in common."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not hidden.is_floating_point() or hidden.is_sparse or weight.is_sparse:
+        raise ValueError(f"hidden has dtype {hidden.dtype}, layouts {hidden.layout} and {weight.layout}: dense floats")
+    if hidden.ndim == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}: its last dimension must be at least 1")
+    if weight.ndim != 2 or hidden.ndim not in (2, 3) or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} don't fit: expected (N, H) or (B, T, H), "
+            "and (V, H)"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError("weight has no rows: the vocabulary is empty")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets have shape {tuple(targets.shape)}: expected hidden's, {tuple(hidden.shape[:-1])}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"targets have dtype {targets.dtype}: expected torch.int64 or torch.int32")
+    tensors: dict[str, torch.Tensor | None] = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        raise ValueError(f"bias must be a tensor, got {type(bias).__name__}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
+    if low_rank is not None:
+        pair = isinstance(low_rank, tuple) and len(low_rank) == 2
+        if not pair or not all(isinstance(tensor, torch.Tensor) for tensor in low_rank):
+            raise ValueError("low_rank must be a pair of tensors: (N, R) and (V, R)")
+        inputs, matrix = low_rank
+        tensors |= {"low_rank[0]": inputs, "low_rank[1]": matrix}
+        fits = inputs.ndim == hidden.ndim and inputs.shape[:-1] == hidden.shape[:-1] and matrix.ndim == 2
+        if not fits or matrix.shape != (weight.shape[0], inputs.shape[-1]) or matrix.shape[1] == 0:
+            raise ValueError(
+                f"low_rank has shapes {tuple(inputs.shape)} and {tuple(matrix.shape)}: expected "
+                f"{(*hidden.shape[:-1], 'R')} and ({weight.shape[0]}, R)"
+            )
+    for name, given in tensors.items():
+        if given is None:
+            continue
+        if given.device != hidden.device:
+            raise ValueError(f"{name} is on {given.device} and hidden on {hidden.device}: they must be on one device")
+        if name != "targets" and given.dtype not in DTYPES:
+            names = ", ".join(str(dtype) for dtype in DTYPES)
+            raise ValueError(f"{name} has dtype {given.dtype}: expected one of {names}")
+    check_number("temperature", temperature, above=0)
+    check_number("logit_scale", logit_scale)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0)
+    if targets.numel():
+        low, high = torch.stack(targets.aminmax()).tolist()
+        if low < 0 or high >= weight.shape[0]:
+            wrong = low if low < 0 else high
+            raise ValueError(f"targets hold {wrong}: expected values in [0, {weight.shape[0]})")
+
+
+def check_per_token(name: str, tensor: torch.Tensor | None, count: int, device: torch.device) -> None:
+    """A floating-point tensor (N,) on the hidden states' device, or None."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.shape != (count,):
+        shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        dtype = f" of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else ""
+        raise ValueError(f"{name} is {shape}{dtype}: expected ({count},), floating point")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} and hidden on {device}: they must be on one device")
+
+
+def check_head_sketch(sketch: HeadSketch | None, weight_VH: torch.Tensor) -> None:
+    """``sketch`` is None, or projects from the head's V words on its device, and wants its weight to be trainable."""
+    if sketch is None:
+        return
+    if not weight_VH.requires_grad:
+        raise ValueError("head_sketch is of dL/dweight, and weight doesn't require a gradient")
+    projection = sketch.projection
+    if projection is not None and (projection.ndim != 2 or projection.shape[0] != weight_VH.shape[0]):
+        raise ValueError(
+            f"head_sketch.projection has shape {tuple(projection.shape)}: expected ({weight_VH.shape[0]}, k)"
+        )
+    if projection is not None and projection.device != weight_VH.device:
+        raise ValueError(f"head_sketch.projection is on {projection.device} and weight on {weight_VH.device}")

@@ -1,0 +1,222 @@
+"""Log-probs and entropies of tokens straight from hidden states, without the (N, V) logits, for any loss on them.
+
+Shapes: N tokens, C tokens of a tile, H hidden, V vocabulary.
+
+Forward: 2 N V H. With a frozen weight the forward also keeps d logprob / d hidden, (N, H), so that the backward is a
+row scale: 4 N V H in all. With a trainable one the backward recomputes the tiles of the rows whose upstream gradient
+isn't zero, a share f: 2 + 6 f.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from grpo_kernels.backend import choose_backend
+from grpo_kernels.head.rows.plain import Transform, logit_gradient_, softmax_rows_
+from grpo_kernels.memory import cast, scaled
+
+from .checks import check_head, check_head_sketch
+from .products import HeadProducts, HeadSketch, compute_dtype
+
+Factors = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def row_functions(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(softmax_rows_, logit_gradient_) of the backend for this device; Triton's arithmetic is float32."""
+    if dtype == torch.float32 and choose_backend(device) == "triton":
+        from grpo_kernels.head.rows.triton_rows import logit_gradient_ as gradient
+        from grpo_kernels.head.rows.triton_rows import softmax_rows_ as softmax
+
+        return softmax, gradient
+    return softmax_rows_, logit_gradient_
+
+
+class LinearLogprobFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, targets, transform, want_entropy, grad_enabled, sketch, hidden, weight, bias, low_inputs, low_weight
+    ):
+        ctx.set_materialize_grads(False)
+        factors: Factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
+        dtype = compute_dtype(hidden)
+        softmax, gradient = row_functions(hidden.device, torch.promote_types(dtype, torch.float32))
+        hidden_needs, weight_needs, bias_needs, low_inputs_needs, low_weight_needs = ctx.needs_input_grad[5:]
+        # nothing but hidden states is trained: their gradient is a multiple of d logprob / d hidden
+        frozen = grad_enabled and not (weight_needs or bias_needs or low_weight_needs)
+        needs = [hidden_needs, low_inputs_needs][: len(factors)]
+        products = HeadProducts(
+            factors, dtype, want_inputs=[frozen and need for need in needs], want_weights=[False] * len(factors)
+        )
+        logprobs_N = torch.empty(hidden.shape[0], dtype=products.sum_dtype, device=hidden.device)
+        entropies_N = torch.empty_like(logprobs_N) if want_entropy else None
+        for rows in products.tiles(None, 0, hidden.shape[0]):
+            tile = products.logits(rows)
+            keep = frozen and any(needs)
+            statistics = softmax(tile, targets[rows], transform, bias=bias, entropy=want_entropy, keep=keep)
+            logprobs_N[rows] = statistics.logprob
+            if entropies_N is not None:
+                entropies_N[rows] = statistics.entropy
+            if keep:
+                ones = torch.ones_like(statistics.logprob)
+                tile, factor_C = gradient(
+                    tile, targets[rows], statistics, transform, ones, None, bias=bias, dtype=products.dtype
+                )
+                products.accumulate(tile, rows, factor_C)
+        products.release()
+        ctx.transform, ctx.dtype, ctx.want_entropy, ctx.sketch = transform, dtype, want_entropy, sketch
+        ctx.kept = [factor.inputs_grad for factor in products.factors] if frozen else None
+        ctx.save_for_backward(targets, hidden, weight, bias, low_inputs, low_weight)
+        return logprobs_N, entropies_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, logprob_grad_N, entropy_grad_N):
+        targets, hidden, weight, bias, low_inputs, low_weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[5:]
+        if ctx.kept is not None and entropy_grad_N is None:
+            grads = [
+                None if kept is None or logprob_grad_N is None else (kept * logprob_grad_N[:, None])
+                for kept in [*ctx.kept, None][:2]
+            ]
+            hidden_grad = None if grads[0] is None else grads[0].to(hidden.dtype)
+            low_grad = None if grads[1] is None else grads[1].to(low_inputs.dtype)
+            return None, None, None, None, None, hidden_grad, None, None, low_grad, None
+
+        live_N = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        for upstream in (logprob_grad_N, entropy_grad_N):
+            if upstream is not None:
+                live_N |= upstream != 0
+        order = live_N.nonzero().squeeze(1)
+        softmax, gradient = row_functions(hidden.device, torch.promote_types(ctx.dtype, torch.float32))
+        factors: Factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
+        products = HeadProducts(
+            factors,
+            ctx.dtype,
+            want_inputs=[needs[0], needs[3]][: len(factors)],
+            want_weights=[needs[1], needs[4]][: len(factors)],
+            want_bias=needs[2],
+            gradient_rows=len(order),
+            sketch=ctx.sketch,
+        )
+        unit = torch.ones((), dtype=products.sum_dtype, device=hidden.device)
+        if products.dtype == torch.float16 and len(order):  # as a share of the largest, or it would underflow
+            largest = [g.abs().max() for g in (logprob_grad_N, entropy_grad_N) if g is not None]
+            unit = torch.stack(largest).max().to(products.sum_dtype)
+        for rows in products.tiles(order, 0, len(order)):
+            tile = products.logits(rows)
+            statistics = softmax(
+                tile, targets[rows], ctx.transform, bias=bias, entropy=entropy_grad_N is not None, keep=True
+            )
+            logprob_grad = (
+                torch.zeros_like(statistics.logprob) if logprob_grad_N is None else logprob_grad_N[rows] / unit
+            )
+            entropy_grad = None if entropy_grad_N is None else entropy_grad_N[rows] / unit
+            tile, factor_C = gradient(
+                tile,
+                targets[rows],
+                statistics,
+                ctx.transform,
+                logprob_grad,
+                entropy_grad,
+                bias=bias,
+                dtype=products.dtype,
+            )
+            products.accumulate(tile, rows, factor_C)
+        products.release()
+        if ctx.sketch is not None:
+            assert products.projected is not None
+            ctx.sketch.add(products.projected * unit)
+
+        def finish(total, like):
+            if total is None:
+                return None
+            half = products.dtype == torch.float16
+            return scaled(total, unit, like.dtype) if half else cast(total, like.dtype)
+
+        weights = [*products.weight_grads(), None]
+        bias_grad = products.bias_grad
+        if needs[2] and bias_grad is None:
+            bias_grad = torch.zeros_like(bias, dtype=products.sum_dtype)
+        inputs = [*(factor.inputs_grad for factor in products.factors), None]
+        return (
+            None,
+            None,
+            None,
+            None,
+            None,
+            finish(inputs[0], hidden),
+            finish(weights[0], weight),
+            finish(bias_grad, bias),
+            finish(inputs[1], low_inputs),
+            finish(weights[1], low_weight),
+        )
+
+
+@torch.compiler.disable
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    head_sketch: HeadSketch | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each target under the head's distribution, and its entropy, differentiable for any upstream gradient.
+
+    The same in plain torch, at full memory::
+
+        y = hidden @ weight.T (+ low_rank[0] @ low_rank[1].T) (+ bias)
+        z = logit_scale * y / temperature        or, with a softcap,
+        z = softcap * tanh(logit_scale * y / softcap) / temperature
+        logp = z.log_softmax(-1)
+        logprobs = logp.gather(-1, targets[..., None])[..., 0]
+        entropies = -(logp.exp() * logp).sum(-1)
+
+    Gradients reach ``hidden``, ``weight``, ``bias`` and ``low_rank``; with a trainable head only rows whose upstream
+    gradient isn't zero are recomputed. Under autocast products are made in its dtype, as by ``linear``. Sums and row
+    arithmetic are in float32 (float64 for float64). A bias of -inf masks a column.
+
+    Args:
+        hidden: (N, H) or (B, T, H), float32, bfloat16, float16 or float64. N may be 0.
+        weight: (V, H), V at least 1.
+        targets: hidden's leading shape, int64 or int32, in [0, V).
+        bias: (V,).
+        low_rank: an adapter on the head, ((N, R) or (B, T, R), (V, R)): LoRA's scaled ``lora_A(hidden)`` and its B.
+        temperature: above 0.
+        logit_scale: multiplies the products (Cohere, Granite).
+        softcap: above 0 (Gemma).
+        entropy: whether entropies are wanted.
+        head_sketch: with a trainable head, also shows dL/dlogits projected to a few numbers a token, see
+            ``products.HeadSketch``.
+
+    Returns:
+        logprobs, or (logprobs, entropies): targets' shape, float32 (float64 for float64), in nats.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that don't fit, targets outside the vocabulary, numbers out of range.
+    """
+    check_head(hidden, weight, targets, bias, low_rank, temperature, logit_scale, softcap)
+    check_head_sketch(head_sketch, weight)
+    shape = targets.shape
+    low_inputs, low_weight = (None, None) if low_rank is None else low_rank
+    logprobs_N, entropies_N = LinearLogprobFunction.apply(
+        targets.reshape(-1).long(),
+        Transform(float(temperature), float(logit_scale), softcap),
+        entropy,
+        torch.is_grad_enabled(),
+        head_sketch,
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        None if low_inputs is None else low_inputs.reshape(-1, low_inputs.shape[-1]),
+        low_weight,
+    )
+    return (logprobs_N.view(shape), entropies_N.view(shape)) if entropy else logprobs_N.view(shape)

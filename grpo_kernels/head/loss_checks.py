@@ -1,0 +1,108 @@
+"""Checks of what ``linear_grpo_loss`` is given besides the head; each raises a ``ValueError`` that names the value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from grpo_kernels.normalize.methods import METHODS, check_normalization
+
+from .checks import check_number
+from .token_losses import SURROGATES, GroupRewards, TokenLoss
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_sequences(sequence_N, weights_B, count: int, device: torch.device) -> None:
+    """``sequence_N`` (N,) integers in [0, B), ``weights_B`` (B,) floats, both on the hidden states' device."""
+    if not isinstance(weights_B, torch.Tensor) or weights_B.ndim != 1 or not weights_B.is_floating_point():
+        raise ValueError(f"weights_B must be a floating-point tensor (B,), got {describe(weights_B)}")
+    if not isinstance(sequence_N, torch.Tensor) or sequence_N.shape != (count,) or sequence_N.dtype not in INTEGERS:
+        raise ValueError(f"sequence_N must be an integer tensor ({count},), got {describe(sequence_N)}")
+    for name, tensor in (("weights_B", weights_B), ("sequence_N", sequence_N)):
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {device}: they must be on one device")
+    if count:
+        low, high = torch.stack(sequence_N.aminmax()).tolist()
+        if low < 0 or high >= len(weights_B):
+            wrong = low if low < 0 else high
+            raise ValueError(f"sequence_N holds {wrong}: expected values in [0, {len(weights_B)}), weights_B's length")
+
+
+def describe(value: object) -> str:
+    """Shape and dtype of a tensor, the type's name of anything else."""
+    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def check_loss_options(
+    *,
+    loss_type: str,
+    epsilon: float,
+    epsilon_high: float | None,
+    delta: float | None,
+    sapo_temperatures: tuple[float, float],
+    beta: float,
+    kl_times_ratio: bool,
+) -> TokenLoss:
+    """The options of ``linear_grpo_loss``'s loss, or a ``ValueError`` that names the wrong one."""
+    if not isinstance(loss_type, str) or loss_type not in SURROGATES:
+        raise ValueError(f"loss_type={loss_type!r}: choose from {', '.join(SURROGATES)}")
+    surrogate = SURROGATES[loss_type]
+    check_number("epsilon", epsilon, least=0)
+    if surrogate == "clip" and epsilon > 1:
+        raise ValueError(f"epsilon={epsilon!r} must be in [0, 1]: ratios are clipped to at least 1 - epsilon")
+    high = epsilon if epsilon_high is None else epsilon_high
+    check_number("epsilon_high", high, least=0)
+    if delta is not None:
+        check_number("delta", delta, above=0)
+    check_number("beta", beta, least=0)
+    try:
+        positive, negative = sapo_temperatures
+    except (TypeError, ValueError):
+        raise ValueError(f"sapo_temperatures={sapo_temperatures!r} must be two numbers") from None
+    check_number("sapo_temperatures[0]", positive, above=0)
+    check_number("sapo_temperatures[1]", negative, above=0)
+    return TokenLoss(surrogate, epsilon, high, delta, positive, negative, beta, bool(kl_times_ratio))
+
+
+def make_group_rewards(rewards, normalization, n_sequences: int, device: torch.device) -> GroupRewards:
+    """``rewards`` and ``normalization`` as ``linear_grpo_loss`` takes them, checked."""
+    if not isinstance(rewards, tuple) or len(rewards) != 2:
+        raise ValueError("rewards must be a pair: (B, G) each sequence's whole group, (B,) its own place in it")
+    rewards_BG, position_B = rewards
+    fits = isinstance(rewards_BG, torch.Tensor) and rewards_BG.ndim == 2 and len(rewards_BG) == n_sequences
+    if not fits or not rewards_BG.is_floating_point():
+        raise ValueError(f"rewards[0] is {describe(rewards_BG)}: expected ({n_sequences}, G), a row for each sequence")
+    if (
+        not isinstance(position_B, torch.Tensor)
+        or position_B.shape != (n_sequences,)
+        or position_B.dtype not in INTEGERS
+    ):
+        raise ValueError(f"rewards[1] is {describe(position_B)}: expected integers ({n_sequences},)")
+    for name, tensor in (("rewards[0]", rewards_BG), ("rewards[1]", position_B)):
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {device}: they must be on one device")
+    if normalization is None:
+        normalization = ("std", {})
+    if not isinstance(normalization, tuple) or len(normalization) != 2 or not isinstance(normalization[1], Mapping):
+        raise ValueError(f"normalization={normalization!r} must be a pair: (method, options)")
+    method, options = normalization
+    if "method" in options:
+        raise ValueError(f"normalization={normalization!r}: the method comes first, options after it")
+    check_normalization(method, **options)
+    if callable(method) or not METHODS[method].own_group:
+        raise ValueError(f"normalization {method!r} needs more than its own group: give advantages instead of rewards")
+    group = rewards_BG.shape[1]
+    if n_sequences and (position_B.min() < 0 or position_B.max() >= group):
+        wrong = position_B[(position_B < 0) | (position_B >= group)][0].item()
+        raise ValueError(f"rewards[1] holds {wrong}: expected places in [0, {group})")
+    infinite = rewards_BG.isinf()
+    if infinite.any():
+        row, column = infinite.nonzero()[0].tolist()
+        raise ValueError(
+            f"rewards[0][{row}, {column}] is {rewards_BG[row, column].item()}: rewards must be finite or NaN"
+        )
+    rewards_BG = rewards_BG if rewards_BG.dtype == torch.float64 else rewards_BG.float()
+    eps, alpha = float(options.get("eps", 1e-4)), float(options.get("alpha", 1.0))
+    return GroupRewards(rewards_BG.contiguous(), position_B.long(), method, eps, alpha)

@@ -1,0 +1,185 @@
+"""What one token adds to the loss, and its derivative with respect to the token's log-prob.
+
+Shapes: N live tokens. The semantics are TRL 1.16's, for ratios of single tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from grpo_kernels.normalize.methods import METHODS
+from grpo_kernels.normalize.rewards import normalize_rewards
+
+# the loss types differ in the weight of a token (see weights_B); what a token adds is one of three surrogates
+SURROGATES = {
+    "grpo": "clip",
+    "bnpo": "clip",
+    "dr_grpo": "clip",
+    "dapo": "clip",
+    "luspo": "clip",
+    "cispo": "cispo",
+    "sapo": "sapo",
+}
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The options of a token's loss; ``linear_grpo_loss`` documents them and checks them."""
+
+    surrogate: str = "clip"
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    delta: float | None = None
+    sapo_positive: float = 1.0
+    sapo_negative: float = 1.05
+    beta: float = 0.0
+    kl_times_ratio: bool = True
+
+
+@dataclass
+class GroupRewards:
+    """Rewards instead of advantages: each sequence's group row and its own place in it, normalised in the launch."""
+
+    rewards: torch.Tensor  # (B, G)
+    position: torch.Tensor  # (B,)
+    method: str
+    eps: float
+    alpha: float
+
+    def advantages(self) -> torch.Tensor:
+        """(B,), by ``normalize_rewards``."""
+        options: dict[str, Any] = {"alpha": self.alpha} if METHODS[self.method].options else {}
+        advantages_BG = normalize_rewards(self.rewards, self.method, eps=self.eps, **options)
+        return advantages_BG.gather(1, self.position[:, None]).squeeze(1)
+
+    def has_advantage(self) -> torch.Tensor:
+        """(B,) bool, False where the advantage is certainly 0: from the rewards alone."""
+        own_B = self.rewards.gather(1, self.position[:, None]).squeeze(1)
+        if METHODS[self.method].centre == "zero":
+            return ~own_B.isnan() & (own_B != 0)
+        scorable = ~self.rewards.isnan()
+        high_B = torch.where(scorable, self.rewards, -torch.inf).amax(1)
+        low_B = torch.where(scorable, self.rewards, torch.inf).amin(1)
+        return ~own_B.isnan() & (high_B > low_B)
+
+
+@dataclass
+class TokenInputs:
+    """What the row arithmetic needs of every token besides its logits: (N,) each, or None."""
+
+    targets: torch.Tensor
+    sequence: torch.Tensor
+    weights: torch.Tensor  # of a token, the one number of its sequence
+    advantages: torch.Tensor | None  # None: of group_rewards, made in the launch
+    group_rewards: GroupRewards | None
+    old: torch.Tensor | None
+    ref: torch.Tensor | None
+    policy_scale: torch.Tensor | None
+
+    def made_advantages(self) -> torch.Tensor:
+        """(N,), from the rewards where none were given."""
+        if self.advantages is None:
+            assert self.group_rewards is not None
+            return self.group_rewards.advantages()[self.sequence]
+        return self.advantages
+
+    def may_be_live(self, options: TokenLoss, entropy_grad: float) -> torch.Tensor:
+        """(N,) bool, False where d loss / d logprob is known to be 0 before any log-prob is."""
+        if entropy_grad:
+            return torch.ones_like(self.targets, dtype=torch.bool)
+        weighted = self.weights != 0
+        if options.beta:
+            return weighted
+        if self.advantages is None:
+            assert self.group_rewards is not None
+            live = weighted & self.group_rewards.has_advantage()[self.sequence]
+        else:
+            live = weighted & (self.advantages != 0)
+        return live if self.policy_scale is None else live & (self.policy_scale != 0)
+
+    def unit(self, options: TokenLoss, entropy_grad: float) -> torch.Tensor:
+        """The size of d loss / d logprob on policy, 0-d: half precision multiplies gradients as shares of it."""
+        policy = (self.weights * self.made_advantages()).abs()
+        if self.policy_scale is not None:
+            policy = policy * self.policy_scale.abs()
+        largest = (policy + options.beta * self.weights.abs()).max() + abs(entropy_grad)
+        return torch.where(largest > 0, largest, 1.0)
+
+
+class TokenLosses(NamedTuple):
+    """Per token, (N,): policy term + beta KL, its derivative by the log-prob, and what is worth logging."""
+
+    loss: torch.Tensor
+    coefficient: torch.Tensor
+    ratio: torch.Tensor
+    clipped: torch.Tensor
+    kl: torch.Tensor | None
+
+
+def token_losses(
+    logprobs_N: torch.Tensor,
+    advantages_N: torch.Tensor,
+    old_logprobs_N: torch.Tensor | None,
+    ref_logprobs_N: torch.Tensor | None,
+    policy_scale_N: torch.Tensor | None,
+    options: TokenLoss,
+) -> TokenLosses:
+    """With r = exp(logprob - old) (1 on policy, where old is None), A the advantage and l = logprob::
+
+        clip   -min(min(r, delta) A, clamp(r, 1 - epsilon_low, 1 + epsilon_high) A)   PPO, dual clip for delta
+        cispo  -min(r, epsilon_high) A l, the ratio without gradient                  arXiv 2506.13585
+        sapo   -4/t sigmoid(t (r - 1)) A, t by the sign of A                          arXiv 2511.20347
+        KL     exp(ref - l) - (ref - l) - 1, times r with kl_times_ratio              k3, DeepSeek-V3.2
+
+    A token with advantage 0 has policy term and derivative exactly 0, however large its ratio.
+    """
+    advantage = advantages_N
+    ratio = torch.ones_like(logprobs_N) if old_logprobs_N is None else torch.exp(logprobs_N - old_logprobs_N)
+    live = advantage != 0
+    positive = advantage > 0
+    if options.surrogate == "clip":
+        low, high = 1 - options.epsilon_low, 1 + options.epsilon_high
+        capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
+        first, second = capped * advantage, ratio.clamp(low, high) * advantage
+        policy = -torch.minimum(first, second)
+        # torch's own rule for a tie of min: each side gets half
+        share = (first < second).to(ratio.dtype) + 0.5 * (first == second).to(ratio.dtype)
+        first_slope = torch.ones_like(ratio) if options.delta is None else (ratio <= options.delta).to(ratio.dtype)
+        second_slope = ((ratio >= low) & (ratio <= high)).to(ratio.dtype)
+        slope = share * first_slope + (1 - share) * second_slope
+        coefficient = torch.where(slope > 0, -slope * ratio * advantage, 0.0)  # inf * 0 is no gradient
+        clipped = ((capped < low) & (advantage < 0)) | ((capped > high) & positive)
+    elif options.surrogate == "cispo":
+        capped = ratio.clamp(max=options.epsilon_high)
+        policy = -capped * advantage * logprobs_N
+        coefficient = -capped * advantage
+        clipped = (ratio > options.epsilon_high) & positive
+    else:
+        steepness = torch.where(positive, options.sapo_positive, options.sapo_negative)
+        gate = torch.sigmoid(steepness * (ratio - 1))
+        policy = -gate * 4 / steepness * advantage
+        # far out the gate's slope underflows before the ratio overflows
+        coefficient = torch.where(gate < 1, -4 * gate * (1 - gate) * ratio * advantage, 0.0)
+        clipped = torch.zeros_like(positive)
+    policy = torch.where(live, policy, 0.0)
+    coefficient = torch.where(live, coefficient, 0.0)
+    if policy_scale_N is not None:
+        scaled = policy_scale_N != 0
+        policy = torch.where(scaled, policy * policy_scale_N, 0.0)
+        coefficient = torch.where(scaled, coefficient * policy_scale_N, 0.0)
+
+    if ref_logprobs_N is None:
+        return TokenLosses(policy, coefficient, ratio, clipped, None)
+    log_ratio = ref_logprobs_N - logprobs_N
+    kl = torch.expm1(log_ratio) - log_ratio
+    slope = -torch.expm1(log_ratio)  # d kl / d logprob
+    if options.kl_times_ratio:
+        # d (r kl) / d logprob = r (kl + d kl / d logprob) = -r log_ratio: written so, nothing large cancels
+        slope = -ratio * log_ratio
+        kl = kl * ratio
+    if options.beta == 0:
+        return TokenLosses(policy, coefficient, ratio, clipped, kl)
+    return TokenLosses(policy + options.beta * kl, coefficient + options.beta * slope, ratio, clipped, kl)

@@ -1,0 +1,1 @@
+"""From the gradients of one step's sequences to how prompts interfere: sketches, metrics, curvature, phases."""

@@ -1,0 +1,322 @@
+"""What each sequence contributed to a step's gradient, small enough to keep: taps on layers, around any training loop.
+
+Shapes: S sequences of a micro-batch, B of the step, R rows of a micro-batch, T positions, k the sketch's width.
+
+A Linear layer's gradient is a sum over tokens, ``sum_t d_t a_t^T``, of the output's gradient d and the input a. A tap
+sees both in the backward pass, and adds each sequence's own sum, projected on both sides, to that sequence's k * k
+numbers (``projections.py``). The sketch is linear: it adds over tokens, layers, micro-batches and processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo_kernels.head.products import HeadSketch
+
+from .layer_taps import Layer, Tap, find_layers
+from .projections import PARTS, Projections
+from .sequence_rows import SequenceRows
+
+
+@dataclass(frozen=True)
+class StepSketch:
+    """One step's sequences: ``sketch`` (B, parts, slots) or, exact, (B, parameters), float32, and ``prompt_B``."""
+
+    sketch: torch.Tensor
+    prompt_B: torch.Tensor
+
+    def gram(self) -> torch.Tensor:
+        """(B, B) float64 inner products of the sequences' contributions: ``K = U U^T``."""
+        flat = self.sketch.flatten(1).double()
+        return flat @ flat.T
+
+
+class GradientSketch:
+    """Taps on a model's layers, and each sequence's part of the gradient of the steps they are opened for::
+
+        sketch = GradientSketch(model, dim=64)
+        with sketch.step(seed=step) as recorded:
+            for batch in micro_batches:
+                with sketch.rows(batch["prompt_id"]):  # (R,), one for each row
+                    loss_of(model(batch["input_ids"])).backward()
+        gram_BB = recorded[0].gram()
+
+    Between steps the taps do nothing. They never change a forward or backward value. Tapped are trainable Linear and
+    Embedding layers (so LoRA's A and B, also over 4-bit weights, which stay frozen), and norms: modules with one
+    vector as weight, and maybe a bias, by which their output is linear in it. Tied weights share their projection.
+    Gradient checkpointing of both kinds, autocast, DDP and FSDP2 are fine; ``torch.compile`` of the whole model isn't:
+    hooks of a compiled module are not called.
+
+    Args:
+        model: any torch module.
+        dim: k. 0: exact, nothing is projected, for small models and tests: B times the parameters' number in memory.
+        layers: patterns (``fnmatch``) of layer names to tap; None: all that can be.
+        strict: False: a layer that can't be followed is left out and handed to ``on_error``, instead of an error.
+        on_error: called with (layer name, exception).
+
+    Raises:
+        ValueError: dim negative; a pattern that matches no layer (lists what there is); nothing trainable to tap.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dim: int = 64,
+        layers: Sequence[str] | None = None,
+        *,
+        strict: bool = True,
+        on_error: Callable[[str, Exception], None] | None = None,
+    ) -> None:
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 0:
+            raise ValueError(f"dim={dim!r} must be a whole number, 0 (exact) or more")
+        if layers is not None and (not isinstance(layers, list | tuple) or not all(isinstance(x, str) for x in layers)):
+            raise ValueError(f"layers={layers!r} must be a list of patterns of layer names, or None")
+        self.dim, self.strict, self._on_error = dim, strict, on_error
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._numbers = {id(parameter): number for number, parameter in enumerate(self._parameters)}
+        self.layers = find_layers(model, self._numbers, layers)
+        self._by_module = {layer.module: layer for layer in self.layers}
+        self._projections: Projections | None = None
+        self._rows: SequenceRows | None = None
+        self._seen: list[SequenceRows] = []
+        self._failed: set[str] = set()
+        self._handles = [layer.module.register_forward_hook(self._hook) for layer in self.layers]
+
+    @property
+    def tapped_parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradients are followed."""
+        layers = [layer for layer in self.layers if layer.name not in self._failed]
+        numbers = {number for layer in layers for number in (layer.weight, layer.bias) if number is not None}
+        return [self._parameters[number] for number in sorted(numbers)]
+
+    @property
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """All that were trainable when the taps were set."""
+        return list(self._parameters)
+
+    def close(self) -> None:
+        """Takes the taps off."""
+        for handle in self._handles:
+            handle.remove()
+
+    # ---- one step
+
+    @contextmanager
+    def step(self, seed: int) -> Iterator[list[StepSketch]]:
+        """The taps are open; afterwards the list holds what they recorded. ``seed`` draws the projections."""
+        recorded: list[StepSketch] = []
+        self.open(seed)
+        try:
+            yield recorded
+            recorded.append(self.take())
+        finally:
+            self.abandon()
+
+    def open(self, seed: int) -> None:
+        """Begins a step; ``take`` ends it."""
+        if self._projections is not None:
+            raise ValueError("a step is open already")
+        device = self._parameters[0].device
+        self._projections = Projections(self.dim, seed, device)
+        self._seen, self._rows = [], None
+
+    def abandon(self) -> None:
+        """Ends a step, if one is open, and forgets it."""
+        self._projections, self._rows, self._seen = None, None, []
+
+    def set_rows(self, prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None = None) -> None:
+        """From here on the forward and backward passes are of these rows.
+
+        Args:
+            prompt_S: (S,) integers, the prompt of each of the micro-batch's sequences.
+            sequence_RT: where a row isn't a sequence: (R, T), each position's sequence in [0, S), -1 for none.
+        """
+        if self._projections is None:
+            raise ValueError("rows are told outside a step: open one first")
+        if not isinstance(prompt_S, torch.Tensor) or prompt_S.ndim != 1 or prompt_S.is_floating_point():
+            got = f"{tuple(prompt_S.shape)} of {prompt_S.dtype}" if isinstance(prompt_S, torch.Tensor) else prompt_S
+            raise ValueError(f"prompt ids must be an integer tensor (S,), got {got}")
+        if sequence_RT is not None:
+            right = isinstance(sequence_RT, torch.Tensor) and sequence_RT.ndim == 2
+            if not right or sequence_RT.is_floating_point():
+                given = tuple(sequence_RT.shape) if isinstance(sequence_RT, torch.Tensor) else sequence_RT
+                raise ValueError(f"sequence_RT must be an integer tensor (R, T), got {given}")
+            if sequence_RT.numel() and not -1 <= int(sequence_RT.min()) <= int(sequence_RT.max()) < len(prompt_S):
+                raise ValueError(f"sequence_RT must hold values in [-1, {len(prompt_S)}): prompt ids are for that many")
+        n_rows = len(prompt_S) if sequence_RT is None else len(sequence_RT)
+        self._rows = SequenceRows(prompt_S.clone(), sequence_RT, n_rows)
+        self._seen.append(self._rows)
+
+    def end_rows(self) -> None:
+        """What follows is of no row: not recorded."""
+        self._rows = None
+
+    @contextmanager
+    def rows(self, prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None = None) -> Iterator[None]:
+        """``set_rows`` around a forward and its backward."""
+        self.set_rows(prompt_S, sequence_RT)
+        try:
+            yield
+        finally:
+            self.end_rows()
+
+    def take(self) -> StepSketch:
+        """Ends the step and returns what was recorded, the micro-batches' sequences one after the other."""
+        if self._projections is None:
+            raise ValueError("no step is open")
+        device = self._projections.device
+        keys = sorted({key for rows in self._seen for key in rows.total}, key=str)
+        parts = [
+            torch.cat(
+                [
+                    rows.total[key].flatten(1).to(device)
+                    if key in rows.total
+                    else torch.zeros(len(rows.prompt_S), self._size(key), device=device)
+                    for key in keys
+                ],
+                dim=1,
+            )
+            if keys
+            else torch.zeros(len(rows.prompt_S), self._size(None), device=device)
+            for rows in self._seen
+        ]
+        prompts = [rows.prompt_S.to(device) for rows in self._seen]
+        self.abandon()
+        if not parts:
+            raise ValueError("no rows were told in this step")
+        sketch = torch.cat(parts)
+        return StepSketch(sketch.view(len(sketch), PARTS, -1) if self.dim else sketch, torch.cat(prompts))
+
+    def _size(self, key: Any) -> int:
+        """The numbers of a sequence under this key, in an open step."""
+        assert self._projections is not None
+        return PARTS * self._projections.slots if key is None else self._parameters[key].numel()
+
+    # ---- what a layer adds
+
+    def _hook(self, module, inputs, output):
+        rows = self._rows
+        if rows is None or not torch.is_grad_enabled() or not isinstance(output, torch.Tensor):
+            return None
+        layer = self._by_module[module]
+        if not output.requires_grad or layer.name in self._failed:
+            return None
+        return Tap.apply(output, inputs[0], lambda gradient, a: self._guarded(layer, rows, gradient, a))
+
+    def _guarded(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
+        if layer.name in self._failed or self._projections is None:
+            return
+        try:
+            record = {"embedding": self._embedding, "norm": self._norm}.get(layer.kind, self._linear)
+            record(layer, rows, gradient, a)
+        except Exception as error:
+            self._fail(layer, error)
+
+    def _linear(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
+        d, a = rows.tokens(layer.name, gradient), rows.tokens(layer.name, a)
+        self._add_linear(layer, rows, d, a)
+
+    def _add_linear(self, layer: Layer, rows: SequenceRows, d: torch.Tensor, a: torch.Tensor) -> None:
+        if layer.weight is not None and not self.dim:
+            rows.add(layer.weight, rows.outer(d, a))
+        elif layer.weight is not None:
+            assert self._projections is not None
+            if layer.kind == "head":
+                projected = d @ self._projections.vocabulary(d.shape[-1], layer.weight, d.dtype)
+                left = self._projections.split_vocabulary(projected)
+            else:
+                left = self._projections.fold_side(d, "out", layer.weight)
+            self._add_folded(layer, rows, left, a)
+        if layer.bias is not None:
+            self._add_vector(layer.bias, rows, rows.sums(d))
+
+    def _add_folded(self, layer: Layer, rows: SequenceRows, left: list[torch.Tensor], right: torch.Tensor) -> None:
+        """``left`` is folded already, for each part; ``right`` is of the weight's input side."""
+        assert self._projections is not None and layer.weight is not None
+        folded = self._projections.fold_side(right, "in", layer.weight)
+        blocks = [rows.outer(d, a) for d, a in zip(left, folded, strict=True)]
+        rows.add(None, self._projections.fold_entries(blocks, layer.weight))
+
+    def _embedding(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, ids: torch.Tensor) -> None:
+        d = rows.tokens(layer.name, gradient)
+        ids = ids.reshape(d.shape[:2])
+        embedding: Any = layer.module
+        n_words = embedding.num_embeddings
+        if embedding.padding_idx is not None:  # that row gets no gradient
+            d = d * (ids != embedding.padding_idx)[..., None]
+        assert self._projections is not None and layer.weight is not None
+        if self.dim:
+            words = self._projections.vocabulary(n_words, layer.weight, d.dtype)
+            self._add_folded(layer, rows, self._projections.split_vocabulary(words[ids]), d)
+            return
+        one_hot = torch.nn.functional.one_hot(ids, n_words).to(d.dtype)
+        rows.add(layer.weight, rows.outer(one_hot, d))
+
+    def _norm(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
+        """A norm's output is linear in its weight: the slope is its output at weight 1 less that at weight 0."""
+        d = rows.tokens(layer.name, gradient)
+        ones = torch.ones(a.shape[-1], dtype=torch.float32, device=a.device)
+        others = {"bias": torch.zeros_like(ones)} if getattr(layer.module, "bias", None) is not None else {}
+        at_one, at_zero = (
+            torch.func.functional_call(layer.module, {"weight": weight, **others}, (a.float(),))
+            for weight in (ones, 0 * ones)
+        )
+        slope = rows.tokens(layer.name, at_one - at_zero)
+        if layer.weight is not None:
+            self._add_vector(layer.weight, rows, rows.sums(d.float() * slope.float()))
+        if layer.bias is not None:
+            self._add_vector(layer.bias, rows, rows.sums(d))
+
+    def _add_vector(self, number: int, rows: SequenceRows, vector_SD: torch.Tensor) -> None:
+        if not self.dim:
+            rows.add(number, vector_SD)
+            return
+        assert self._projections is not None
+        rows.add(None, self._projections.fold_vector(vector_SD, number))
+
+    # ---- the LM head, when a fused loss takes its place
+
+    def head_sketch(self, head: nn.Module, hidden_NH: torch.Tensor, sequence_N: torch.Tensor) -> HeadSketch | None:
+        """What ``linear_grpo_loss`` and ``linear_logprob`` take as ``head_sketch`` in place of a tap on ``head``.
+
+        Args:
+            head: the layer whose weight they use.
+            hidden_NH: the hidden states they are given.
+            sequence_N: (N,) the sequence of each, in [0, S).
+        """
+        layer, rows = self._by_module.get(head), self._rows
+        if layer is None or rows is None or layer.weight is None or not torch.is_grad_enabled():
+            return None
+        projections, weight = self._projections, layer.weight
+        assert projections is not None
+        flat = SequenceRows(rows.prompt_S, sequence_N[None], 1, rows.total)
+        hidden = hidden_NH.detach()[None]
+
+        def add(projected_NK: torch.Tensor) -> None:
+            if self._projections is not projections or layer.name in self._failed or len(projected_NK) == 0:
+                return
+            try:
+                if not self.dim:
+                    self._add_linear(layer, flat, projected_NK[None], hidden)
+                else:
+                    self._add_folded(layer, flat, projections.split_vocabulary(projected_NK[None]), hidden)
+            except Exception as error:
+                self._fail(layer, error)
+
+        n_words = int(self._parameters[weight].size(0))
+        projection = projections.vocabulary(n_words, weight, hidden_NH.dtype) if self.dim else None
+        return HeadSketch(projection, add)
+
+    def _fail(self, layer: Layer, error: Exception) -> None:
+        """A layer that can't be followed is left out from here on; raises where ``strict``."""
+        if self.strict:
+            raise error
+        self._failed.add(layer.name)
+        if self._on_error is not None:
+            self._on_error(layer.name, error)

@@ -1,0 +1,304 @@
+"""Normalisation: the rewards of each prompt's completions become advantages.
+
+Shapes: P prompts, G completions of one prompt, F reward functions.
+
+Every method but ``rank`` is affine within a group, ``A = (r - centre) / scale``. Flow of this file: check the input
+(``methods.py`` knows the options), reduce the batch where a method needs it (``batch_statistics.py``), then one pass
+over the groups (``group_statistics.py``, or one launch of ``triton_groups.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from grpo_kernels.backend import choose_backend
+
+from .batch_statistics import batch_mean_and_std, beta_density, shrinkage
+from .group_statistics import group_centre_and_scale, mid_ranks
+from .methods import METHODS, Method, check_normalization, function_name
+
+NUMBERS = ("batch_mean", "batch_std", "running_variance", "alpha")
+FOR_FUNCTIONS = ("prompt_keys",)
+CONTEXT = (*NUMBERS, "lengths", "function_rewards", "function_weights", "curvature_scale", *FOR_FUNCTIONS)
+
+
+class Normalized(NamedTuple):
+    """Advantages (P, G), and the centre and scale of each group they were made with, (P,) or (P, F), detached.
+
+    Where the method isn't affine in the reward (``rank``, a function of the user's) centre and scale are NaN; where
+    each reward function is normalised by itself they have a column for each.
+    """
+
+    advantages: torch.Tensor
+    centre: torch.Tensor
+    scale: torch.Tensor
+
+
+def _check_rewards(rewards_PG: torch.Tensor) -> None:
+    if not isinstance(rewards_PG, torch.Tensor) or not rewards_PG.is_floating_point():
+        kind = rewards_PG.dtype if isinstance(rewards_PG, torch.Tensor) else type(rewards_PG).__name__
+        raise ValueError(f"rewards_PG must be a floating-point tensor, got {kind}")
+    if rewards_PG.ndim != 2 or rewards_PG.shape[1] == 0:
+        raise ValueError(
+            f"rewards_PG has shape {tuple(rewards_PG.shape)}: expected (P, G), a row of at least one reward a prompt"
+        )
+    infinite = torch.isinf(rewards_PG)
+    if infinite.any():
+        row, column = infinite.nonzero()[0].tolist()
+        raise ValueError(
+            f"rewards_PG[{row}, {column}] is {rewards_PG[row, column].item()}: rewards must be finite, "
+            "or NaN for a completion that could not be scored"
+        )
+
+
+def _check_unit_rewards(rewards_PG: torch.Tensor, method: str) -> None:
+    outside = (rewards_PG < 0) | (rewards_PG > 1)
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"rewards_PG[{row}, {column}] is {rewards_PG[row, column].item():g}: normalization {method!r} needs "
+            "rewards in [0, 1]"
+        )
+
+
+def _check_context(context: Mapping[str, Any], method: str, rewards_PG: torch.Tensor) -> None:
+    for name, value in context.items():
+        if name not in CONTEXT:
+            raise ValueError(f"context has no entry {name!r}: it takes {', '.join(CONTEXT)}")
+        if name in NUMBERS:
+            try:
+                finite = math.isfinite(value)
+            except (TypeError, ValueError, RuntimeError):
+                finite = False
+            if not finite or (name != "batch_mean" and value < 0) or (name == "alpha" and value > 1):
+                sign = {"batch_mean": "", "alpha": " in [0, 1]"}.get(name, ", not negative")
+                raise ValueError(f"context[{name!r}]={value!r} must be a finite number{sign}")
+    for name in METHODS[method].needs:
+        if name not in context:
+            where = " (the trainer carries it from step to step)" if METHODS[method].kind == "state" else ""
+            raise ValueError(f"normalization {method!r} needs context[{name!r}]{where}")
+    shapes = {
+        "lengths": tuple(rewards_PG.shape),
+        "function_rewards": (*rewards_PG.shape, -1),
+        "curvature_scale": (len(rewards_PG),),
+    }
+    for name in {"lengths", "function_rewards", "curvature_scale"} & set(METHODS[method].needs):
+        _check_tensor(name, context[name], shapes[name])
+    if method == "decoupled":
+        n_functions = context["function_rewards"].shape[2]
+        if "function_weights" in context:
+            _check_tensor("function_weights", context["function_weights"], (n_functions,))
+
+
+def _check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    right = isinstance(value, torch.Tensor) and value.ndim == len(shape)
+    if not right or any(want not in (-1, got) for want, got in zip(shape, value.shape, strict=True)):
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        wanted = str(shape).replace("-1", "F")
+        raise ValueError(f"context[{name!r}] is {got}: expected a tensor {wanted}")
+    if value.isinf().any() or (name != "function_rewards" and value.isnan().any()):
+        raise ValueError(f"context[{name!r}] holds a value that isn't finite")
+    if name in ("lengths", "curvature_scale") and (value < 0).any():
+        raise ValueError(f"context[{name!r}] holds {value.min().item():g}: expected nothing negative")
+
+
+def _given(rewards_PG: torch.Tensor, method: str, eps: float, context: Mapping[str, Any]):
+    """(P, 1) centre and scale that a group alone can't know; None where the group's own are meant."""
+    ones_P1 = torch.ones_like(rewards_PG[:, :1])
+    if method in ("batch_mean", "batch_std", "global"):
+        mean, std = batch_mean_and_std(rewards_PG, context)
+        centre = None if method == "batch_std" else mean * ones_P1
+        return centre, None if method == "batch_mean" else (std + eps) * ones_P1
+    if method == "shrinkage":
+        return shrinkage(rewards_PG)
+    if method == "beta":
+        return None, beta_density(rewards_PG)
+    if method == "running_std":
+        return None, (math.sqrt(context["running_variance"]) + eps) * ones_P1
+    if method == "curvature":
+        return None, context["curvature_scale"].to(rewards_PG)[:, None] + eps
+    return None, None
+
+
+def _normalize_torch(rewards_PG, method: Method, eps, alpha, centre_P1, scale_P1, lengths_PG) -> Normalized:
+    scorable = ~rewards_PG.isnan()
+    own_centre, own_scale = group_centre_and_scale(rewards_PG, method.centre, method.scale, eps, alpha, lengths_PG)
+    centre_P1 = own_centre if centre_P1 is None else centre_P1
+    scale_P1 = own_scale if scale_P1 is None else scale_P1
+    if method.scale == "rank":
+        count = scorable.sum(1, keepdim=True).to(rewards_PG.dtype)
+        advantages_PG = (mid_ranks(rewards_PG, scorable) - (count + 1) / 2) / ((count - 1) / 2).clamp(min=0.5)
+        centre_P1 = scale_P1 = torch.full_like(centre_P1, torch.nan)
+    else:
+        # a scale of 0 (eps = 0, everything equal) has nothing above it but zeros
+        safe = torch.where(scale_P1 > 0, scale_P1, 1.0)
+        advantages_PG = torch.where(scale_P1 > 0, (rewards_PG - centre_P1) / safe, 0.0)
+    return Normalized(torch.where(scorable, advantages_PG, 0.0), centre_P1[:, 0], scale_P1[:, 0])
+
+
+def normalize_then_sum(
+    rewards_PGF: torch.Tensor,
+    weights_F: torch.Tensor,
+    normalize_function: Callable[[torch.Tensor, int], Normalized],
+    eps: float = 1e-4,
+) -> Normalized:
+    """GDPO, arXiv 2601.05242: each reward function normalised by itself, the weighted sum whitened over the batch.
+
+    ``normalize_function(rewards_PG, f)`` normalises function f. A function's missing (NaN) entry adds nothing; a
+    completion that no function scored is left out of the whitening and gets 0. With ``std`` it is TRL's
+    ``multi_objective_aggregation="normalize_then_sum"``. A sum of exactly 0, an all-equal group's, stays 0 where the
+    batch's mean is 0 but for its rounding, as with a group's mean taken out it is.
+    """
+    each = [normalize_function(rewards_PGF[:, :, f], f) for f in range(rewards_PGF.shape[2])]
+    sum_PG = sum(weight * one.advantages for weight, one in zip(weights_F.unbind(), each, strict=True))
+    sum_PG = torch.where(rewards_PGF.isnan().all(dim=2), torch.nan, sum_PG)
+    advantages_PG = normalize_rewards(sum_PG, "global", eps=eps)
+    residue = sum_PG.nanmean().abs() <= 8 * torch.finfo(sum_PG.dtype).eps * sum_PG.abs().nan_to_num().amax()
+    advantages_PG = torch.where((sum_PG == 0) & residue, 0.0, advantages_PG)
+    return Normalized(advantages_PG, *(torch.stack(parts, dim=1) for parts in list(zip(*each, strict=True))[1:]))
+
+
+def _normalize_by_function(function, rewards_PG, context, options) -> Normalized:
+    advantages_PG = function(rewards_PG, context, **options)
+    name = function_name(function)
+    if not isinstance(advantages_PG, torch.Tensor) or advantages_PG.shape != rewards_PG.shape:
+        got = tuple(advantages_PG.shape) if isinstance(advantages_PG, torch.Tensor) else type(advantages_PG).__name__
+        raise ValueError(f"normalization {name} returned {got}: expected a tensor {tuple(rewards_PG.shape)}")
+    scorable = ~rewards_PG.isnan()
+    wrong = scorable & ~advantages_PG.isfinite()
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"normalization {name} returned {advantages_PG[row, column].item()} at [{row}, {column}], for the rewards "
+            f"{[round(reward, 6) for reward in rewards_PG[row].tolist()]}"
+        )
+    unknown_P = torch.full_like(rewards_PG[:, 0], torch.nan)
+    advantages_PG = torch.where(scorable, advantages_PG, 0.0).to(rewards_PG)
+    return Normalized(advantages_PG.detach(), unknown_P, unknown_P)
+
+
+def normalize_rewards(
+    rewards_PG: torch.Tensor,
+    method: str | Callable[..., torch.Tensor] = "std",
+    *,
+    eps: float = 1e-4,
+    context: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Advantages of P groups of G rewards, ``A = (r - centre) / scale``.
+
+    With m, s and n the mean, the sample std (ddof=1) and the number of a group's scorable rewards, mu the mean of the
+    batch, "all" the rewards of the batch, and the advantage of a group whose rewards are all equal::
+
+        none             r                                            r      REINFORCE
+        mean             r - m                                        0      Dr. GRPO, arXiv 2503.20783
+        batch_mean       r - mu                                       r - mu
+        loo              r - mean of the others                       0      RLOO, arXiv 2402.14740
+        std              (r - m) / (s + eps)                          0      GRPO, arXiv 2402.03300
+        batch_std        (r - m) / (std of all + eps)                 0      Lite PPO, arXiv 2508.08221
+        global           (r - mu) / (std of all + eps)                not 0  REINFORCE++, arXiv 2501.03262
+        power            (r - m) / (s + eps)^alpha                    0      arXiv 2607.00152: 0 is mean, 1 is std
+        mean_abs         (r - m) / (mean |r - m| + eps)               0      DGPO's scale, arXiv 2601.20614
+        median_mad       (r - median) / (median |r - median| + eps)   0      MC-GRPO, arXiv 2601.22582
+        iqr              (r - median) / (Q75 - Q25 + eps)             0      robust statistics
+        rank             mid-rank, centred, scaled to [-1, 1]         0      GOPO, arXiv 2602.03876
+        max_rl           (r - m) / (m + eps)                          0      MaxRL, arXiv 2602.02710; r in [0, 1]
+        length_weighted  r - sum(length r) / sum(length)              0      OPO, arXiv 2505.23585; lengths
+        shrinkage        r - [(1 - lam) loo + lam mu of the others]   not 0  JSPO, arXiv 2511.03710
+        beta             (r - m) / Beta pdf at m                      0      BNPO, arXiv 2506.02864; r in [0, 1]
+        decoupled        each function by std, summed, whitened       ~0     GDPO, arXiv 2601.05242; function_rewards
+        running_std      (r - m) / (sqrt(running_variance) + eps)     0      second moment; arXiv 2601.23135
+        curvature        (r - m) / (curvature_scale + eps)            0      arXiv 2601.23135, measured; r in [0, 1]
+        adaptive         (r - m) / (s + eps)^alpha                    0      alpha from context
+
+    The same in plain torch, for ``std``::
+
+        m, s = rewards_PG.mean(1, keepdim=True), rewards_PG.std(1, keepdim=True)
+        advantages_PG = (rewards_PG - m) / (s + eps)
+
+    "0" is exactly 0. A NaN reward (a completion that could not be scored) is left out of all statistics and gets
+    advantage 0; a group with fewer than two scorable completions has no spread, and gets what an all-equal one does.
+    Quantiles are linear between neighbours, as numpy's. Where MAD or IQR is less than a hundredth of the std (above
+    all where it is 0: one success in eight), the std takes its place: so their advantages are at most
+    ``100 ((n - 1) / sqrt(n) + 1)``. ``shrinkage`` and ``beta`` are written out in ``batch_statistics.py``.
+
+    Args:
+        rewards_PG: (P, G), any floating dtype. P may be 0. Half precision is computed in float32.
+        method: one of ``METHODS``, or a function ``f(rewards_PG, context, **options) -> advantages_PG``. It gets
+            the rewards in float32 (float64), NaN where unscorable, and ``context`` as given here; it returns (P, G)
+            finite advantages; those of unscorable completions are set to 0.
+        eps: added to a scale that is in units of reward.
+        context: what this call can't see. ``batch_mean`` and ``batch_std`` (numbers or 0-d tensors, of all scorable
+            rewards of the batch, ddof=1) replace those of ``rewards_PG`` where a caller holds a part of it (not for
+            ``shrinkage`` and ``beta``, which take the whole). ``lengths`` (P, G) tokens of each completion.
+            ``function_rewards`` (P, G, F), with NaN where missing, and ``function_weights`` (F,), default ones.
+            ``running_variance``, ``curvature_scale`` (P,) in units of reward and ``alpha`` in [0, 1] are what the
+            trainer carries from step to step. ``prompt_keys`` (P,) is for functions of the user's.
+        options: ``alpha`` in [0, 1] for ``power``; ``decay`` of the methods with a state is the trainer's.
+
+    Returns:
+        (P, G) on the same device; float64 for float64 rewards, else float32. ``normalize_with_statistics`` also
+        returns each group's centre and scale.
+
+    Raises:
+        ValueError: unknown method, option or context entry; eps, alpha or a context entry out of range, missing or of
+            the wrong shape; rewards that are not a floating-point matrix, hold an infinity, or (``beta``, ``max_rl``,
+            ``curvature``) lie outside [0, 1], with the position; a function's result of the wrong shape or not finite.
+    """
+    return normalize_with_statistics(rewards_PG, method, eps=eps, context=context, **options).advantages
+
+
+def normalize_with_statistics(
+    rewards_PG: torch.Tensor,
+    method: str | Callable[..., torch.Tensor] = "std",
+    *,
+    eps: float = 1e-4,
+    context: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Normalized:
+    """``normalize_rewards``, and the centre and scale of each group."""
+    check_normalization(method, eps=eps, **options)
+    _check_rewards(rewards_PG)
+    context = context or {}
+    rewards_PG = rewards_PG.to(torch.float64 if rewards_PG.dtype == torch.float64 else torch.float32)
+    if callable(method):
+        return _normalize_by_function(method, rewards_PG, context, options)
+    _check_context(context, method, rewards_PG)
+    if METHODS[method].unit_rewards:
+        _check_unit_rewards(rewards_PG, method)
+
+    if rewards_PG.numel() == 0:
+        return Normalized(rewards_PG.clone(), rewards_PG.new_empty(0), rewards_PG.new_empty(0))
+    if method == "decoupled":
+        function_rewards_PGF = context["function_rewards"].to(rewards_PG)
+        weights_F = context.get("function_weights", torch.ones(function_rewards_PGF.shape[2])).to(rewards_PG)
+        return normalize_then_sum(
+            function_rewards_PGF,
+            weights_F,
+            lambda column_PG, _: _normalize(column_PG, "std", eps, {}, {}),
+            eps,
+        )
+    return _normalize(rewards_PG, method, eps, context, options)
+
+
+def _normalize(rewards_PG, method: str, eps: float, context: Mapping[str, Any], options: Mapping[str, Any]):
+    alpha = float(context["alpha"] if method == "adaptive" else options.get("alpha", 1.0))
+    if METHODS[method].scale == "power" and alpha in (0.0, 1.0):  # exactly the two ends of the dial
+        method = "std" if alpha else "mean"
+    centre_P1, scale_P1 = _given(rewards_PG, method, eps, context)
+    lengths_PG = None
+    if method == "length_weighted":  # where all of a group are 0 long, its plain mean
+        lengths_PG = context["lengths"].to(rewards_PG)
+        scorable_length = torch.where(rewards_PG.isnan(), 0.0, lengths_PG).sum(1, keepdim=True)
+        lengths_PG = torch.where(scorable_length > 0, lengths_PG, 1.0)
+
+    # Triton passes scalars as float32, so float64 rewards, a matter of tests, stay with torch on every device
+    if rewards_PG.dtype == torch.float32 and choose_backend(rewards_PG.device) == "triton":
+        from .triton_groups import normalize_groups
+
+        return normalize_groups(rewards_PG, METHODS[method], eps, alpha, centre_P1, scale_P1, lengths_PG)
+    return _normalize_torch(rewards_PG, METHODS[method], eps, alpha, centre_P1, scale_P1, lengths_PG)

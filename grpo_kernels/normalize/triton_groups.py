@@ -1,0 +1,195 @@
+"""Normalisation in Triton: one launch, each program reads a block of whole groups once and writes their advantages.
+
+P * G numbers in, P * G numbers out, nothing between: the launch is bound by memory traffic, and at the sizes of a
+real batch (a few KB) by the launch itself.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .group_statistics import ROBUST_FLOOR
+from .methods import Method
+from .rewards import Normalized
+
+# A program holds BLOCK_P x BLOCK_G values in registers: 1024 of them are 8 a thread with 4 warps, no spills.
+VALUES_PER_PROGRAM = 1024
+_ROBUST_FLOOR = tl.constexpr(ROBUST_FLOOR)
+
+
+@triton.jit
+def _places(p_group, m_group, n_generations, b_value, b_centre, DEVIATIONS: tl.constexpr):
+    """How many of its group are smaller than each value, and how many not larger; of |r - centre| if DEVIATIONS.
+
+    G comparisons for each value: a sort would be fewer and, at group sizes up to a hundred, no faster.
+    """
+    b_below = b_value * 0.0
+    b_up_to = b_value * 0.0
+    for j in range(n_generations):
+        b_other = tl.load(p_group + j, mask=m_group, other=float("nan"))
+        if DEVIATIONS:
+            b_other = tl.abs(b_other - b_centre)
+        b_below += (b_other[:, None] < b_value).to(tl.float32)
+        b_up_to += (b_other[:, None] <= b_value).to(tl.float32)
+    return b_below, b_up_to
+
+
+@triton.jit
+def _quantile(b_value, b_below, b_up_to, b_count, q):
+    """``masked_quantile`` of group_statistics.py, for each row of the block."""
+    b_last = tl.maximum(b_count - 1.0, 0.0)
+    b_place = q * b_last
+    b_first = tl.floor(b_place)
+    b_second = tl.minimum(b_first + 1.0, b_last)
+    m_first = (b_below <= b_first[:, None]) & (b_first[:, None] < b_up_to)
+    m_second = (b_below <= b_second[:, None]) & (b_second[:, None] < b_up_to)
+    b_low = tl.max(tl.where(m_first, b_value, float("-inf")), axis=1)
+    b_high = tl.max(tl.where(m_second, b_value, float("-inf")), axis=1)
+    b_quantile = tl.where(b_high > b_low, b_low + (b_place - b_first) * (b_high - b_low), b_low)
+    return tl.where(b_count > 0, b_quantile, 0.0)
+
+
+@triton.jit
+def group_centre_and_scale(
+    p_group, m_group, n_generations, b_reward, b_length, eps, alpha, CENTRE: tl.constexpr, SCALE: tl.constexpr
+):
+    """The same of group_statistics.py, one group a row of the block, NaN where there is none; also their counts."""
+    m_scorable = b_reward == b_reward
+    b_count = tl.sum(m_scorable.to(b_reward.dtype), axis=1)
+    b_high = tl.max(tl.where(m_scorable, b_reward, float("-inf")), axis=1)
+    b_low = tl.min(tl.where(m_scorable, b_reward, float("inf")), axis=1)
+    b_width = tl.where(b_count > 0, b_high - b_low, 0.0)
+    b_offset = tl.where(b_count > 0, b_low, 0.0)
+    b_safe = tl.where(b_width > 0, b_width, 1.0)
+    b_relative = tl.where(m_scorable, (b_reward - b_offset[:, None]) / b_safe[:, None], 0.0)
+    b_relative_mean = tl.sum(b_relative, axis=1) / tl.maximum(b_count, 1.0)
+    b_mean = tl.where(b_width > 0, b_offset + b_width * b_relative_mean, b_offset)
+
+    b_centre = b_mean * 0.0
+    if CENTRE == "group":
+        b_centre = b_mean
+    elif CENTRE == "median":
+        b_below, b_up_to = _places(p_group, m_group, n_generations, b_reward, b_mean, False)
+        b_centre = _quantile(b_reward, b_below, b_up_to, b_count, 0.5)
+    elif CENTRE == "lengths":
+        b_weight = tl.where(m_scorable, b_length, 0.0)
+        b_share = tl.sum(b_weight * b_relative, axis=1) / tl.sum(b_weight, axis=1)
+        b_centre = tl.where(b_width > 0, b_offset + b_width * b_share, b_offset)
+
+    b_scale = b_mean * 0.0 + 1.0
+    if SCALE == "others":
+        b_scale = tl.where(b_count > 1, (b_count - 1.0) / tl.maximum(b_count, 1.0), 1.0)
+    elif SCALE == "mean":
+        b_scale = b_mean + eps
+    elif SCALE == "mean_abs":
+        b_deviation = tl.where(m_scorable, tl.abs(b_reward - b_mean[:, None]), 0.0)
+        b_scale = tl.sum(b_deviation, axis=1) / tl.maximum(b_count, 1.0) + eps
+    elif SCALE == "group" or SCALE == "power" or SCALE == "mad" or SCALE == "iqr":
+        b_deviation = tl.where(m_scorable, b_relative - b_relative_mean[:, None], 0.0)
+        b_variance = tl.sum(b_deviation * b_deviation, axis=1) / tl.maximum(b_count - 1.0, 1.0)
+        b_std = tl.where(b_width > 0, b_width * tl.sqrt(b_variance), 0.0)
+        b_spread = b_std
+        if SCALE == "mad":
+            b_distance = tl.abs(b_reward - b_centre[:, None])
+            b_below, b_up_to = _places(p_group, m_group, n_generations, b_distance, b_centre, True)
+            b_spread = _quantile(b_distance, b_below, b_up_to, b_count, 0.5)
+        elif SCALE == "iqr":  # CENTRE is the median: the places are known
+            b_upper = _quantile(b_reward, b_below, b_up_to, b_count, 0.75)
+            b_spread = b_upper - _quantile(b_reward, b_below, b_up_to, b_count, 0.25)
+        b_scale = tl.where(b_spread > b_std * _ROBUST_FLOOR, b_spread, b_std) + eps
+        if SCALE == "power":
+            b_scale = tl.where(b_scale > 0, tl.exp(alpha * tl.log(tl.where(b_scale > 0, b_scale, 1.0))), 0.0)
+    return b_centre, b_scale, b_count
+
+
+@triton.jit
+def _normalize_kernel(
+    p_rewards,
+    p_advantages,
+    p_lengths,
+    p_centre,  # (P,), read where given, else written
+    p_scale,
+    n_groups,
+    n_generations,
+    eps,
+    alpha,
+    CENTRE: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    i_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_g = tl.arange(0, BLOCK_G)
+    m_p = i_p < n_groups
+    o_pg = i_p[:, None] * n_generations + i_g[None, :]
+    m_inside = m_p[:, None] & (i_g < n_generations)[None, :]
+    b_reward = tl.load(p_rewards + o_pg, mask=m_inside, other=float("nan"))
+    m_scorable = b_reward == b_reward  # NaN: padding, or a completion that could not be scored
+    b_length = b_reward
+    if CENTRE == "lengths":
+        b_length = tl.load(p_lengths + o_pg, mask=m_inside, other=0.0)
+    p_group = p_rewards + i_p * n_generations
+    b_centre, b_scale, b_count = group_centre_and_scale(
+        p_group, m_p, n_generations, b_reward, b_length, eps, alpha, CENTRE, SCALE
+    )
+
+    if CENTRE == "given":
+        b_centre = tl.load(p_centre + i_p, mask=m_p, other=0.0)
+    elif SCALE != "rank":
+        tl.store(p_centre + i_p, b_centre, mask=m_p)
+    if SCALE == "given":
+        b_scale = tl.load(p_scale + i_p, mask=m_p, other=1.0)
+    elif SCALE != "rank":
+        tl.store(p_scale + i_p, b_scale, mask=m_p)
+
+    if SCALE == "rank":
+        # twice the mid-rank is 1 + (how many are smaller) + (how many are not larger, itself too)
+        b_below, b_up_to = _places(p_group, m_p, n_generations, b_reward, b_centre, False)
+        b_advantage = (b_below + b_up_to - b_count[:, None]) / tl.maximum(b_count - 1.0, 1.0)[:, None]
+    else:
+        b_safe_scale = tl.where(b_scale > 0, b_scale, 1.0)
+        b_quotient = (b_reward - b_centre[:, None]) / b_safe_scale[:, None]
+        b_advantage = tl.where((b_scale > 0)[:, None], b_quotient, 0.0)
+
+    tl.store(p_advantages + o_pg, tl.where(m_scorable, b_advantage, 0.0), mask=m_inside)
+
+
+def normalize_groups(
+    rewards_PG: torch.Tensor,
+    method: Method,
+    eps: float,
+    alpha: float,
+    centre_P1: torch.Tensor | None,
+    scale_P1: torch.Tensor | None,
+    lengths_PG: torch.Tensor | None,
+) -> Normalized:
+    """Launches the kernel on float32 rewards; arguments as ``_normalize_torch``."""
+    rewards_PG = rewards_PG.contiguous()
+    advantages_PG = torch.empty_like(rewards_PG)
+    n_groups, n_generations = rewards_PG.shape
+    if method.scale == "rank":  # has neither
+        centre_P1 = scale_P1 = rewards_PG.new_full((n_groups, 1), float("nan"))
+    centre_P, scale_P = (
+        torch.empty_like(rewards_PG[:, 0]) if given is None else given.float().flatten().contiguous()
+        for given in (centre_P1, scale_P1)
+    )
+    block_g = triton.next_power_of_2(n_generations)
+    block_p = max(1, VALUES_PER_PROGRAM // block_g)
+    _normalize_kernel[(triton.cdiv(n_groups, block_p),)](
+        rewards_PG,
+        advantages_PG,
+        None if lengths_PG is None else lengths_PG.contiguous(),
+        centre_P,
+        scale_P,
+        n_groups,
+        n_generations,
+        eps,
+        alpha,
+        CENTRE=method.centre,
+        SCALE=method.scale,
+        BLOCK_P=block_p,
+        BLOCK_G=block_g,
+    )
+    return Normalized(advantages_PG, centre_P, scale_P)

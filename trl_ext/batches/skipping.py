@@ -1,0 +1,89 @@
+"""What the gradient allows: may sequences change their micro-batch, may some be left out, may columns be cut.
+
+``what_runs`` decides from the options and the batch, and says why; ``trimmed_columns`` from the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trl_ext.loss.fused_loss import why_not_one_pass
+
+OWN_METHODS = ("_compute_loss", "compute_loss", "_prepare_inputs")  # what a subclass may compute from whole batches
+
+
+@dataclass(frozen=True)
+class WhatRuns:
+    """``regrouped``: sequences change micro-batches, ``skipped``: those without a gradient don't run; and why (not)."""
+
+    regrouped: bool
+    skipped: bool
+    why: str
+
+
+def why_not_regrouped(trainer: Any, inputs: dict[str, Any]) -> str | None:
+    """Why the gradient would depend on which sequences share a micro-batch, or None where it doesn't."""
+    from trl_ext.trainer import CurvatureGRPOTrainer
+
+    if not trainer._skip_zero_advantage:
+        return "skip_zero_advantage=False"
+    if not trainer._fused_loss:
+        return "fused_loss=False, and TRL's own loss averages over a micro-batch"
+    obstacle = why_not_one_pass(trainer, inputs)
+    if obstacle is not None:
+        return f"{obstacle}, and TRL's own loss averages over a micro-batch"
+    if trainer.aux_loss_enabled:
+        return "the auxiliary loss of a mixture of experts depends on which sequences share a micro-batch"
+    if trainer._entropy_bonus_enabled:
+        return "the entropy bonus averages over a micro-batch"
+    for name in OWN_METHODS:
+        if getattr(type(trainer), name) is not getattr(CurvatureGRPOTrainer, name):
+            return f"{type(trainer).__name__} has a {name} of its own"
+    if inputs["advantages"].dim() != 1:
+        return "single tokens have advantages of their own"
+    return None
+
+
+def what_runs(trainer: Any, inputs: dict[str, Any]) -> WhatRuns:
+    """Of ``inputs``, a micro-batch as TRL makes it, or a whole generation batch."""
+    obstacle = why_not_regrouped(trainer, inputs)
+    if obstacle is not None:
+        return WhatRuns(False, False, f"Every sequence runs, in TRL's own micro-batches: {obstacle}.")
+    regrouped = "Micro-batches are regrouped by length and trimmed"
+    if trainer.beta != 0:
+        kl = f"{regrouped}; every sequence runs: beta={trainer.beta:g}, and the KL penalty of any has a gradient."
+        return WhatRuns(True, False, kl)
+    return WhatRuns(True, True, f"{regrouped}; sequences of advantage 0 don't run.")
+
+
+def trimmed_columns(model: Any) -> tuple[bool, bool]:
+    """Whether columns of padding can be cut before prompts, and after completions, with the same result.
+
+    Before prompts: with rotary positions alone, where only differences count; not with a state that runs over the
+    padding (Mamba, convolutions), nor with attention in chunks or scales counted from the first column. Neither where
+    the rotation depends on the length (``dynamic``, ``longrope``).
+    """
+    config = model.config.get_text_config()
+    absolute = getattr(config, "attention_chunk_size", None) or getattr(config, "attn_temperature_tuning", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(part.get("rope_type")) for part in [rope, *rope.values()] if isinstance(part, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        return False, False
+    names = {type(module).__name__.lower() for module in model.modules()}
+    stateful = any(word in name for name in names for word in ("mamba", "conv", "rwkv", "deltanet", "recurrent", "ssm"))
+    rotary = any("rotary" in name for name in names)
+    scaled = any("llama_4_scaling_beta" in part for part in [rope, *rope.values()] if isinstance(part, dict))
+    return rotary and not stateful and not scaled and not absolute, True
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """Of torch's modules, LoRA's among them, or as a rate that a module keeps for its forward."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+            return True
+        if any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items()):
+            return True
+    return False

@@ -1,0 +1,196 @@
+"""One small file a logged step, for plots: the inner products of the prompts' gradients, rewards and metrics.
+
+Shapes: B sequences, P prompts, in ascending order of prompt id.
+
+``<run folder>/interference/step_00000010.npz``, readable with numpy alone (no pickle). Symmetric matrices are kept as
+their upper triangle in float32: of sequences (B, B) up to ``MOST_SEQUENCES``, of prompts (P, P) beyond, so that a step
+of 512 sequences or of 512 prompts is half a megabyte. A file appears whole or not at all: it is written under
+another name and then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
+
+FOLDER = "interference"
+MOST_SEQUENCES = 512
+TEXT_LENGTH = 200
+_NAME = re.compile(r"step_(\d{8,})\.npz")
+
+
+@dataclass(frozen=True)
+class InterferenceRecord:
+    """One logged step, as numpy arrays.
+
+    ``gram_BB`` (None above ``MOST_SEQUENCES``) and ``gram_PP``, float32: inner products of the contributions of
+    sequences, and of the gradients of prompts. ``trace_P``: sum of a prompt's squared contributions, float32.
+    ``prompt_id_P`` int64, ``prompt_B`` int64, ``reward_B`` (NaN: unscorable) and ``coefficient_B`` (or None) float64:
+    as in ``StepGradients``. ``sigma_P``: population std of a prompt's rewards, NaN where none is scorable.
+    ``prompt_key_P``: int64, the same for the same prompt in every step. ``prompt_text_P``: its first 200 characters, or
+    None.
+    """
+
+    step: int
+    prompt_id_P: np.ndarray
+    prompt_key_P: np.ndarray
+    prompt_text_P: list[str] | None
+    gram_PP: np.ndarray
+    trace_P: np.ndarray
+    sigma_P: np.ndarray
+    gram_BB: np.ndarray | None
+    prompt_B: np.ndarray
+    reward_B: np.ndarray
+    coefficient_B: np.ndarray | None
+    metrics: dict[str, float]
+
+
+def write_step(
+    run_folder: str | os.PathLike[str],
+    step: int,
+    gradients: StepGradients,
+    metrics: Mapping[str, float],
+    prompt_keys: Sequence[int],
+    prompt_texts: Sequence[str] | None = None,
+) -> Path:
+    """Writes one step's file, over one of the same step (a resumed run), and returns its path.
+
+    ``prompt_keys`` and ``prompt_texts``: one for each prompt, in ascending order of prompt id.
+    """
+    if step < 0:
+        raise ValueError(f"step={step} must not be negative")
+    groups = group_by_prompt(gradients)
+    n_prompts = len(groups.prompt_P)
+    for name, values in (("prompt_keys", prompt_keys), ("prompt_texts", prompt_texts)):
+        if values is not None and len(values) != n_prompts:
+            raise ValueError(
+                f"{name} has {len(values)} entries: expected one for each of the step's {n_prompts} prompts"
+            )
+    arrays = {
+        "step": np.array(step),
+        "prompt_id": groups.prompt_P.cpu().numpy(),
+        "prompt_key": np.asarray(prompt_keys, dtype=np.int64),
+        "trace": groups.trace_P.cpu().numpy().astype(np.float32),
+        "sigma": groups.sigma_P.cpu().numpy(),
+        "prompt": gradients.prompt_B.cpu().numpy(),
+        "reward": gradients.reward_B.double().cpu().numpy(),
+        "metrics": _as_json(dict(metrics)),
+    }
+    if groups.coefficient_B is not None:
+        arrays["coefficient"] = groups.coefficient_B.cpu().numpy()
+    if prompt_texts is not None:
+        arrays["texts"] = _as_json([text[:TEXT_LENGTH] for text in prompt_texts])
+    if len(gradients.gram_BB) <= MOST_SEQUENCES:
+        arrays["sequences"] = _upper_triangle(groups.gram_BB.cpu().numpy())
+    else:
+        arrays["prompts"] = _upper_triangle(groups.gram_PP.cpu().numpy())
+
+    folder = Path(run_folder) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}.npz"
+    unfinished = folder / f".{path.name}.unfinished"  # one process writes: a killed one's is written over
+    with open(unfinished, "wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    os.replace(unfinished, path)
+    return path
+
+
+def read_interference(run_folder: str | os.PathLike[str]) -> list[InterferenceRecord]:
+    """Every step of a run, in order. A file that can't be read is skipped, and a warning names it::
+
+        records = read_interference("runs/demo")
+        plt.plot([r.step for r in records], [r.metrics["interference/cos_mean"] for r in records])
+
+    ``ValueError`` where the folder isn't one that such files were written to.
+    """
+    folder = Path(run_folder) / FOLDER
+    if not folder.is_dir():
+        raise ValueError(
+            f"{os.fspath(run_folder)!r} is not the folder of a run that logged interference: no {FOLDER}/ in it"
+        )
+    records = []
+    for path in folder.iterdir():
+        if _NAME.fullmatch(path.name):
+            try:
+                records.append(_read(path))
+            except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                warnings.warn(f"{path} is skipped, it can't be read: {error}", stacklevel=2)
+    return sorted(records, key=lambda record: record.step)
+
+
+def _read(path: Path) -> InterferenceRecord:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    prompt_B = arrays["prompt"]
+    prompt_id_P, row_B = np.unique(prompt_B, return_inverse=True)
+    gram_BB = None
+    if "sequences" in arrays:
+        gram_BB = _from_upper_triangle(arrays["sequences"], len(prompt_B))
+        belongs_BP = np.eye(len(prompt_id_P))[row_B]
+        gram_PP = (belongs_BP.T @ gram_BB.astype(np.float64) @ belongs_BP).astype(np.float32)
+    else:
+        gram_PP = _from_upper_triangle(arrays["prompts"], len(prompt_id_P))
+    texts = _from_json(arrays["texts"]) if "texts" in arrays else None
+    metrics = _from_json(arrays["metrics"])
+    _check(arrays, prompt_id_P, gram_PP, texts, metrics)
+    return InterferenceRecord(
+        step=int(arrays["step"]),
+        prompt_id_P=arrays["prompt_id"],
+        prompt_key_P=arrays["prompt_key"],
+        prompt_text_P=texts,
+        gram_PP=gram_PP,
+        trace_P=arrays["trace"],
+        sigma_P=arrays["sigma"],
+        gram_BB=gram_BB,
+        prompt_B=prompt_B,
+        reward_B=arrays["reward"],
+        coefficient_B=arrays.get("coefficient"),
+        metrics=metrics,
+    )
+
+
+def _check(arrays: dict[str, np.ndarray], prompt_id_P: np.ndarray, gram_PP: np.ndarray, texts, metrics) -> None:
+    """Raises ``ValueError`` for a file whose parts don't fit one another."""
+    n_sequences, n_prompts = len(arrays["prompt"]), len(prompt_id_P)
+    for name, count in (("reward", n_sequences), ("coefficient", n_sequences), ("prompt_id", n_prompts),
+                        ("prompt_key", n_prompts), ("trace", n_prompts), ("sigma", n_prompts)):  # fmt: skip
+        if name in arrays and (arrays[name].shape != (count,) or arrays[name].dtype.kind not in "iuf"):
+            raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}: expected {count} numbers")
+    if not np.array_equal(arrays["prompt_id"], prompt_id_P):
+        raise ValueError("prompt_id isn't that of its sequences")
+    if not np.isfinite(gram_PP).all() or (np.diag(gram_PP) < 0).any():
+        raise ValueError("the inner products aren't finite, or a squared norm is negative")
+    if texts is not None and (len(texts) != n_prompts or not all(isinstance(text, str) for text in texts)):
+        raise ValueError(f"texts has {len(texts)} entries: expected {n_prompts} texts")
+    if not isinstance(metrics, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
+        raise ValueError("metrics aren't numbers by name")
+
+
+def _as_json(value) -> np.ndarray:
+    """UTF-8 as bytes: numpy's own strings take four bytes a character, and lose NULs at the end."""
+    return np.frombuffer(json.dumps(value, ensure_ascii=False).encode(errors="replace"), dtype=np.uint8)
+
+
+def _from_json(array: np.ndarray):
+    return json.loads(array.tobytes().decode())
+
+
+def _upper_triangle(matrix: np.ndarray) -> np.ndarray:
+    return matrix[np.triu_indices(len(matrix))].astype(np.float32)
+
+
+def _from_upper_triangle(values: np.ndarray, size: int) -> np.ndarray:
+    matrix = np.zeros((size, size), dtype=np.float32)
+    matrix[np.triu_indices(size)] = values
+    return matrix + np.triu(matrix, 1).T

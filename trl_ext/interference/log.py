@@ -1,0 +1,372 @@
+"""Every ``interference_every`` optimizer steps: how the prompts' gradients interfere, logged and kept in a file.
+
+Flow: taps record each sequence's gradient (``grpo_kernels/interference/gradient_sketch.py``) -> gathered over
+processes -> inner products and rewards -> metrics, phase (``metrics.py``, ``training_phase.py`` there) -> TRL's log,
+one file (``files.py``), and the signals of ``adaptive`` and ``curvature`` normalisation.
+
+Nothing here changes what is trained, and a failure is said once and switches it off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from torch.distributed.tensor import DTensor
+
+from grpo_kernels import METHODS
+from grpo_kernels.head.products import HeadSketch
+from grpo_kernels.interference.curvature import directional_curvature
+from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.interference.metrics import interference_metrics, orthogonality
+from grpo_kernels.interference.sketch_error import predicted_rmse
+from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
+from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
+from trl_ext.loss.fused_loss import live_mask
+
+from .files import write_step
+from .prompt_features import PromptFeatures, mean_by_prompt
+
+logger = get_logger(__name__)
+IMAGE_BACKENDS = ("wandb", "trackio", "tensorboard")  # of ``report_to``, see ``report/live.py``
+
+
+def sequence_coefficients(trainer: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """(B,) c_i with u_i = c_i grad log pi(o_i | q_p), u_i the sequence's part of the loss's gradient on this process.
+
+    None where a sequence's tokens don't share one: off policy, vLLM's correction, KL, an entropy bonus or mask, an
+    auxiliary loss. On policy every ratio is 1: c = -A w / accumulation for all of TRL's losses but VESPO; cispo clamps
+    the ratio at ``epsilon_high`` itself.
+    """
+    if (
+        inputs.get("old_per_token_logps") is not None
+        or (trainer.use_vllm and trainer.vllm_importance_sampling_correction)
+        or trainer.beta != 0
+        or trainer._entropy_bonus_enabled
+        or trainer.aux_loss_enabled
+        or trainer.top_entropy_quantile < 1.0
+        or trainer.off_policy_mask_threshold is not None
+        or trainer.loss_type == "vespo"
+        or inputs["advantages"].dim() != 1
+    ):
+        return None
+    clamp = min(1.0, trainer.epsilon_high) if trainer.loss_type == "cispo" else 1.0
+    factor = clamp / trainer.current_gradient_accumulation_steps
+    alive_B = live_mask(inputs).any(dim=1)
+    return torch.where(alive_B, -inputs["advantages"] * inputs["token_weight"] * factor, 0.0)
+
+
+def ids_and_rewards(inputs: dict[str, Any], first: int) -> dict[str, torch.Tensor]:
+    """``prompt_id`` (counted from ``first``), ``prompt_key`` and ``reward`` of each sequence, all (B,)."""
+    reward_B1 = inputs["group_rewards"].gather(1, inputs["group_position"][:, None])
+    return {
+        "prompt_id": inputs["prompt_id"] + first,
+        "prompt_key": inputs["prompt_key"],
+        "reward": reward_B1.squeeze(1),
+    }
+
+
+def live_cosines(step: StepGradients) -> np.ndarray:
+    """(L, L) cosines of the gradients of the prompts that have one."""
+    groups = group_by_prompt(step)
+    gram_LL = groups.gram_PP[groups.live_P][:, groups.live_P]
+    norm_L = gram_LL.diagonal().sqrt()
+    return (gram_LL / norm_L[:, None] / norm_L).clamp(-1, 1).cpu().numpy()
+
+
+def squared_gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
+    """Of what is in ``.grad`` now, over all of FSDP2's shards."""
+    total = 0.0
+    for parameter in parameters:
+        if parameter.grad is not None:
+            square = parameter.grad.detach().float().square().sum()
+            total += (square.full_tensor() if isinstance(square, DTensor) else square).item()
+    return total
+
+
+class InterferenceLog:
+    """What ``CurvatureGRPOTrainer`` does around the forward and backward of a step that is logged.
+
+    The projections of a step are drawn from ``args.seed`` and the step's number, so that a resumed run draws the same.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        args = trainer.args
+        self.trainer = trainer
+        self.every: int = getattr(args, "interference_every", 10)  # a plain GRPOConfig has the defaults
+        self.dim: int = getattr(args, "interference_dim", 64)
+        self.layers: list[str] | None = getattr(args, "interference_layers", None)
+        self.sketch: GradientSketch | None = None
+        self.features: PromptFeatures | None = None
+        self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
+        self.prompt_texts: dict[int, str] = {}
+        self._off = self.every == 0
+        self._is_open = False
+        self._failure: str | None = None
+        self._writes = True
+        self._sequences: list[dict[str, torch.Tensor | None]] = []
+        self._skipped: list[dict[str, torch.Tensor]] = []  # sequences that don't run: their gradient is 0
+        self.latest: np.ndarray | None = None  # cosines of the live prompts of the latest logged step, (L, L)
+        self.keeps_latest = bool(set(args.report_to or ()) & set(IMAGE_BACKENDS))
+        self._has_rows = False  # this micro-batch has something to run
+        self._opened_at = 0  # TRL's count of micro-batches when the step began
+        self._prompts_per_generation = args.generation_batch_size // trainer.num_generations
+        if args.torch_compile and not self._off:
+            self._switch_off("torch_compile=True: a compiled model doesn't call the layers' hooks")
+        if not self._off:  # wrong patterns are named before training
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            try:
+                GradientSketch(model, self.dim, self.layers).close()
+            except ValueError as error:
+                if self.layers is not None:
+                    raise ValueError(f"interference_{error}") from None
+                self._switch_off(str(error))
+
+    def _switch_off(self, reason: str) -> None:
+        logger.warning(f"Interference isn't logged from here on: {reason}. Training goes on without it.")
+        self._off = True
+        self._abandon()
+        for taps in (self.sketch, self.features):
+            if taps is not None:
+                taps.close()
+        self.sketch = self.features = None
+
+    def _abandon(self) -> None:
+        self._is_open, self._sequences, self._skipped = False, [], []
+        if self.features is not None:
+            self.features.end_rows()
+        if self.sketch is not None:
+            self.sketch.abandon()
+
+    # ---- around each micro-batch of a step that is logged
+
+    def before_micro_batch(self) -> None:
+        """Opens the taps at the first micro-batch of a step that is logged."""
+        trainer, self._has_rows = self.trainer, False
+        if self._off or self._is_open or trainer.state.global_step % self.every:
+            return
+        self._is_open, self._sequences, self._skipped, self._failure = True, [], [], None
+        self._opened_at = trainer._step
+        try:
+            if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
+                model = trainer.accelerator.unwrap_model(trainer.model)
+                self.sketch = GradientSketch(model, self.dim, self.layers, strict=False, on_error=self._layer_failed)
+                self.features = PromptFeatures(model, on_error=self._fail)
+            self.sketch.open(trainer.args.seed * 1_000_003 + trainer.state.global_step)
+        except Exception as error:
+            self._fail(error)
+
+    def _first_prompt(self) -> int:
+        """An optimizer step that takes several generations counts the prompts of each after those before."""
+        step, length = self.trainer._step, self.trainer.args.steps_per_generation
+        return (step // length - self._opened_at // length) * self._prompts_per_generation
+
+    def rows(self, inputs: dict[str, Any]) -> None:
+        """The forward and backward to come are of this micro-batch."""
+        if not self._is_open or self._failure is not None or self.sketch is None or self.features is None:
+            return
+        try:
+            first = self._first_prompt()
+            self.sketch.set_rows(inputs["prompt_id"] + first)
+            self.features.set_rows(inputs["prompt_mask"])
+            self._has_rows = True
+            self._sequences.append(
+                {**ids_and_rewards(inputs, first), "coefficient": sequence_coefficients(self.trainer, inputs)}
+            )
+            if "skipped" in inputs:
+                self._skipped.append(ids_and_rewards(inputs["skipped"], first))
+        except Exception as error:
+            self._fail(error)
+
+    def head_sketch(
+        self, head: torch.nn.Module, hidden_NH: torch.Tensor, sequence_N: torch.Tensor
+    ) -> HeadSketch | None:
+        """For the fused head, in place of a tap on it; None between logged steps."""
+        if not self._is_open or self._failure is not None or self.sketch is None:
+            return None
+        try:
+            return self.sketch.head_sketch(head, hidden_NH, sequence_N)
+        except Exception as error:
+            self._fail(error)
+            return None
+
+    def after_micro_batch(self, last: bool) -> None:
+        """After its backward; the last one of the step closes the taps and logs."""
+        if not self._is_open:
+            return
+        if self.sketch is not None:
+            self.sketch.end_rows()
+        if self.features is not None and self._has_rows:
+            self._sequences[-1]["feature"] = self.features.end_rows()
+        if not last:
+            return
+        local = None
+        try:
+            if self._failure is None:
+                local = self._take()
+        except Exception as error:
+            self._fail(error)
+        if not self._all_have(local):
+            self._switch_off(self._failure or "it failed on another process")
+            return
+        assert local is not None
+        try:  # of what was gathered: the same on every process, so that all fail or none
+            self._log(*local)
+        except Exception as error:
+            self._switch_off(f"{type(error).__name__}: {error}")
+        self._abandon()
+
+    def abandon(self) -> None:
+        """The step broke off."""
+        self._abandon()
+
+    def _fail(self, error: Exception) -> None:
+        """This process can't go on; at the end of the step all switch off together, or the others would wait."""
+        self._failure = f"{type(error).__name__}: {error}"
+        if self.sketch is not None:
+            self.sketch.abandon()
+
+    def _layer_failed(self, name: str, error: Exception) -> None:
+        logger.warning(f"Interference goes on without layer {name!r}: {type(error).__name__}: {error}")
+
+    # ---- at the end of a step
+
+    def _take(self) -> tuple[torch.Tensor, ...]:
+        """This process's (B, ...) sketch, (B, 2) prompt ids and keys, (B, 2) rewards and coefficients or (B, 1), and
+        (B, H) features of the prompts or (B, 0)."""
+        assert self.sketch is not None
+        recorded = self.sketch.take()
+        processes = self.trainer.accelerator.num_processes
+        scaler = getattr(self.trainer.accelerator, "scaler", None)
+        scale = processes * (scaler.get_scale() if scaler is not None else 1.0)
+        sketch_B = recorded.sketch
+        joined = {
+            name: None
+            if any(one[name] is None for one in self._sequences)
+            else torch.cat([one[name] for one in self._sequences])  # type: ignore[misc]
+            for name in ("prompt_id", "prompt_key", "reward", "coefficient", "feature")
+        }
+        for skipped in self._skipped:
+            n_skipped = len(skipped["reward"])
+            sketch_B = torch.cat([sketch_B, sketch_B.new_zeros(n_skipped, *sketch_B.shape[1:])])
+            for name, value in joined.items():
+                if value is not None:
+                    if name in skipped:
+                        more = skipped[name]
+                    else:  # no coefficient, and features nobody has seen
+                        unknown = 0.0 if name == "coefficient" else torch.nan
+                        more = value.new_full((n_skipped, *value.shape[1:]), unknown)
+                    joined[name] = torch.cat([value, more])
+        ids = torch.stack([joined["prompt_id"], joined["prompt_key"]], dim=1)  # type: ignore[list-item]
+        numbers = [joined["reward"]]
+        if joined["coefficient"] is not None:
+            numbers.append(joined["coefficient"] / processes)
+        feature_BH = joined["feature"]
+        if feature_BH is None:
+            feature_BH = torch.empty(len(ids), 0)
+        return sketch_B / scale, ids, torch.stack(numbers, dim=1).float(), feature_BH  # type: ignore[arg-type]
+
+    def _all_have(self, local: tuple[torch.Tensor, ...] | None) -> bool:
+        """Whether every process has a sketch, all of one shape."""
+        accelerator = self.trainer.accelerator
+        shape = [0, 0, 0, 0]
+        if local is not None:
+            shape = [*local[0].flatten(1).shape, local[2].shape[1], local[3].shape[1]]
+        shapes = accelerator.gather(torch.tensor([shape], device=accelerator.device))
+        return bool((shapes == shapes[0]).all()) and shapes[0, 0].item() > 0
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.trainer.accelerator.gather(tensor.contiguous().to(self.trainer.accelerator.device))
+
+    def _log(
+        self, sketch_B: torch.Tensor, ids_B2: torch.Tensor, numbers_BN: torch.Tensor, feature_BH: torch.Tensor
+    ) -> None:
+        assert self.sketch is not None
+        trainer = self.trainer
+        sketch_B, ids_B2, numbers_BN = (self._gather(tensor) for tensor in (sketch_B, ids_B2, numbers_BN))
+        feature_BH = self._gather(feature_BH) if feature_BH.shape[1] else feature_BH
+        prompt_B, key_B = ids_B2.unbind(1)
+        flat = sketch_B.flatten(1).double()
+        method = trainer._normalization
+        centre = METHODS[method].centre if isinstance(method, str) else "group"
+        step = StepGradients(
+            gram_BB=flat @ flat.T,
+            prompt_B=prompt_B,
+            reward_B=numbers_BN[:, 0],
+            coefficient_B=numbers_BN[:, 1] if numbers_BN.shape[1] == 2 else None,
+            baseline_size={"zero": 0, "given": trainer.args.generation_batch_size}.get(centre, trainer.num_generations),
+        )
+        error = predicted_rmse(sketch_B, prompt_B) if self.dim else 0.0
+        features_PH = mean_by_prompt(feature_BH, prompt_B) if feature_BH.shape[1] else None
+        metrics = interference_metrics(step, sketch_rmse=error, features_PH=features_PH)
+        if trainer._micro_batches.skipping and "interference/feature_cos_abs_mean" in metrics:  # of what ran
+            metrics["interference/feature_cos_abs_mean_live"] = metrics.pop("interference/feature_cos_abs_mean")
+        metrics |= self._checks(step.gram_BB)
+        constant = self.speedup.observe(metrics, step.reward_B)
+        if constant is not None:
+            metrics["curvature/speedup_constant"] = constant
+        phase = self.phase.observe(metrics)
+        if phase is not None:
+            metrics["phase"] = phase
+        measured = orthogonality(step, error)
+        if measured is not None:
+            metrics["interference/orthogonality"] = measured
+            trainer.observe_orthogonality(measured)
+        for name, value in metrics.items():
+            if name != "curvature/sigma_mean":  # logged of every batch already
+                trainer._metrics["train"][name].append(value)
+
+        prompt_P, curvature_P = directional_curvature(step)
+        # of the last generation alone, which is the one that the state has seen last
+        first = int(prompt_B.max()) // self._prompts_per_generation * self._prompts_per_generation
+        trainer.observe_curvature(prompt_P[prompt_P >= first] - first, curvature_P[prompt_P >= first])
+        if trainer.accelerator.is_main_process:
+            self._keep_latest(step)
+            if self._writes:
+                self._write(step, metrics, prompt_B, key_B)
+
+    def _keep_latest(self, step: StepGradients) -> None:
+        """For the images; of this process alone, so that nothing of it may end the others' step."""
+        try:
+            if self.keeps_latest:
+                self.latest = live_cosines(step)
+        except Exception as error:
+            logger.warning(f"Images of interference aren't drawn of this step: {type(error).__name__}: {error}")
+
+    def _write(self, step: StepGradients, metrics: dict[str, float], prompt_B, key_B) -> None:
+        trainer = self.trainer
+        try:
+            prompts, first = prompt_B.unique(return_inverse=True)
+            keys = key_B.new_zeros(len(prompts)).scatter_(0, first, key_B).tolist()
+            texts = [self.prompt_texts.get(key, "") for key in keys]
+            write_step(trainer.args.output_dir, trainer.state.global_step, step, metrics, keys, texts)
+        except Exception as error:  # of this process alone: the others go on as it does
+            self._writes = False
+            logger.warning(f"Interference is logged without its files from here on: {type(error).__name__}: {error}")
+
+    def _checks(self, gram_BB: torch.Tensor) -> dict[str, float]:
+        """The taps against the gradients that the optimizer gets: how much of it they see, and whether rightly."""
+        assert self.sketch is not None
+        tapped = squared_gradient_norm(self.sketch.tapped_parameters)
+        everything = squared_gradient_norm(self.sketch.trainable_parameters)
+        if tapped == 0:
+            return {}
+        scaler = getattr(self.trainer.accelerator, "scaler", None)
+        norm = tapped**0.5 / (scaler.get_scale() if scaler is not None else 1.0)
+        return {
+            "interference/coverage": tapped / everything,
+            "interference/sketch_check": max(gram_BB.sum().item(), 0.0) ** 0.5 / norm,
+        }
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {"phase": self.phase.state_dict(), "speedup": self.speedup.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what ``state_dict`` returned."""
+        self.phase.load_state_dict(state["phase"])
+        self.speedup.load_state_dict(state["speedup"])

@@ -1,0 +1,263 @@
+"""The model's LM head becomes ours: hidden states of live completion tokens go straight to log-probs, or to the loss.
+
+TRL calls ``model(..., labels=..., fused_lm_head=True)`` and gets log-probs instead of logits. ``add_fused_head``
+answers that call with ``grpo_kernels.linear_logprob``, on live tokens only, and with ``grpo_inputs=...`` with
+``linear_grpo_loss``. Both run inside the model's forward, so that the hooks of DDP, FSDP2 and ZeRO around it fire; any
+other call goes to the forward that was there, so generation is unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.distributed.tensor import DTensor, Partial
+from torch.utils._pytree import tree_map_only
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils import ModelOutput
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+
+from grpo_kernels import linear_grpo_loss, linear_logprob
+from grpo_kernels.head.products import HeadSketch
+
+
+@dataclass
+class FusedGRPOOutput(ModelOutput):
+    """What a forward with ``grpo_inputs`` returns: the fields of ``grpo_kernels.GRPOLoss``, and the MoE loss."""
+
+    loss: torch.Tensor | None = None
+    policy_loss: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None
+    ratio: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+@dataclass
+class HeadSettings:
+    """How logits come from hidden states, as TRL found it out from the model's configuration."""
+
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    backbone: str
+    text_config: Any
+    cast_to_fp32: bool
+
+
+class CompletionMask:
+    """Which completion tokens are worth a projection, where TRL's labels don't tell (tool outputs): (B, T), or None.
+
+    TRL may send a batch in several parts, one after the other; each takes its rows.
+    """
+
+    def __init__(self) -> None:
+        self._mask_BT: torch.Tensor | None = None
+        self._taken = 0
+
+    @contextmanager
+    def of(self, mask_BT: torch.Tensor | None) -> Iterator[None]:
+        self._mask_BT, self._taken = mask_BT, 0
+        try:
+            yield
+        finally:
+            self._mask_BT = None
+
+    def apply(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (B', S) of the next part of the batch, -100 where the mask is 0."""
+        if self._mask_BT is None:
+            return labels
+        mask_BT = self._mask_BT[self._taken : self._taken + len(labels)]
+        self._taken += len(labels)
+        labels = labels.clone()
+        labels[:, -mask_BT.shape[1] :].masked_fill_(mask_BT == 0, -100)
+        return labels
+
+
+def read_settings(model: torch.nn.Module) -> HeadSettings:
+    """What ``trl.trainer.utils.add_fused_lm_head`` closed over when it patched the model's forward.
+
+    Raises ``ValueError`` where the model has no output embeddings or TRL's patch looks different.
+    """
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise ValueError(f"{type(model).__name__} has no output embeddings: it can't give log-probs")
+    function = getattr(model.forward, "__func__", None)
+    found: dict[str, Any] = {}
+    if function is not None and function.__closure__:
+        cells = (cell.cell_contents for cell in function.__closure__)
+        found = dict(zip(function.__code__.co_freevars, cells, strict=True))
+    try:
+        # the temperature is a free variable too, read here so that both heads have the very same
+        return HeadSettings(
+            temperature=found["temperature"],
+            logit_scale=float(found["logit_scale"]),
+            softcap=found["final_logit_softcapping"],
+            backbone=found["backbone_attr"],
+            text_config=found["text_config"],
+            cast_to_fp32=found["cast_lm_head_to_fp32"],
+        )
+    except KeyError as missing:
+        raise ValueError(f"TRL's fused LM head isn't as in version 1.16 (no {missing}): set fused_loss=False") from None
+
+
+def add_fused_head(
+    model: torch.nn.Module,
+    settings: HeadSettings,
+    completion_mask: CompletionMask,
+    *,
+    entropy: bool,
+    head_sketch: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], HeadSketch | None] = lambda *_: None,
+) -> None:
+    """Patches ``model.forward``, the model without adapters' wrapper around it, as the module's docstring says.
+
+    ``head_sketch`` (head, hidden_NH, sequence_N) gives what the kernels take under that name.
+    """
+    inner_forward = model.forward
+
+    # the signature stays: `generate` checks its arguments against it
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, labels=None, grpo_inputs=None, **kwargs):
+        if not fused_lm_head or labels is None:
+            if labels is not None:
+                kwargs["labels"] = labels
+            return inner_forward(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
+        kwargs["use_cache"] = False
+        outputs = getattr(self, settings.backbone)(*args, **kwargs)
+        hidden = outputs.last_hidden_state[:, :-1]
+        if grpo_inputs is None:
+            labels = completion_mask.apply(labels)
+        labels = labels[:, 1:].to(hidden.device)
+        mask = labels != -100
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            config = settings.text_config
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+            )
+        hidden_NH, targets_N = hidden[mask], labels[mask]
+        head = self.get_output_embeddings()
+        autocast: Any = nullcontext()
+        if settings.cast_to_fp32:
+            hidden_NH = hidden_NH.float()
+            autocast = torch.autocast(hidden.device.type, enabled=False)
+        with autocast, gathered_head(head, hidden_NH, keep=grpo_inputs is None) as (weight, bias, low_rank):
+            # with the model split over devices the backbone can end on another one than the head's
+            hidden_NH, targets_N = hidden_NH.to(weight.device), targets_N.to(weight.device)
+            options: dict[str, Any] = {
+                "bias": bias,
+                "low_rank": low_rank,
+                "temperature": settings.temperature,
+                "logit_scale": settings.logit_scale,
+                "softcap": settings.softcap,
+            }
+            if grpo_inputs is not None:
+                grpo_inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(weight.device), grpo_inputs)
+                options["head_sketch"] = head_sketch(head, hidden_NH, grpo_inputs["sequence_N"])
+                out = linear_grpo_loss(hidden_NH, weight, targets_N, **grpo_inputs, **options)
+                return FusedGRPOOutput(
+                    loss=out.loss,
+                    policy_loss=out.policy_loss,
+                    entropies=out.entropies,
+                    ratio=out.ratio,
+                    kl=out.kl,
+                    advantages=out.advantages,
+                    aux_loss=aux_loss,
+                )
+            options["head_sketch"] = head_sketch(head, hidden_NH, mask.nonzero()[:, 0])
+            out = linear_logprob(hidden_NH, weight, targets_N, entropy=entropy, **options)
+        logprobs_N, entropies_N = out if entropy else (out, None)
+
+        def spread(values_N):
+            # masked_scatter keeps the graph where no token is live, so that backward has a zero to give
+            if values_N is None:
+                return None
+            return values_N.new_zeros(mask.shape).masked_scatter(mask.to(values_N.device), values_N)
+
+        return FusedCausalLMOutput(
+            log_probs=spread(logprobs_N), entropy=spread(entropies_N), label_mask=mask, aux_loss=aux_loss
+        )
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+
+@contextmanager
+def gathered_head(head: torch.nn.Module, hidden_NH: torch.Tensor, *, keep: bool):
+    """The head's whole weight, bias and low-rank adapter: from FSDP2's shards or ZeRO-3's, tied or not.
+
+    ``keep``: the weight is needed again in the backward, when ZeRO-3 has taken its parts away: a copy then.
+    """
+    low_rank = None
+    if isinstance(head, BaseTunerLayer):
+        low_rank = head_adapter(head, hidden_NH)
+        head = cast(torch.nn.Module, head.get_base_layer())
+    weight: Any = head.weight
+    bias: Any = getattr(head, "bias", None)
+    weight, bias = _whole(weight), _whole(bias)
+    sharded = hasattr(weight, "ds_id")
+    with maybe_gather_lm_head_ctx(weight, bias):
+        if sharded and keep and torch.is_grad_enabled():
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        yield weight, bias, low_rank
+
+
+def _whole(parameter: Any) -> Any:
+    """The parameter of all FSDP2 shards, its gradient the mean over processes of each one's, as FSDP2's own are.
+
+    (``full_tensor()`` alone would take every process's gradient for the same, and keep one process's of each shard.)
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
+
+
+def head_adapter(head: BaseTunerLayer, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """LoRA on the LM head as factors, ((N, R) scaled ``A(hidden)``, (V, R) ``B``), of all active adapters.
+
+    None where it is switched off or merged. Raises ``ValueError`` for adapters that aren't plain LoRA.
+    """
+    if head.disable_adapters or head.merged:
+        return None
+    inputs, matrices = [], []
+    for name in head.active_adapters:
+        if not isinstance(head, LoraLayer) or name in getattr(head, "lora_variant", {}):
+            raise ValueError(
+                f"adapter {name!r} on the LM head is a {type(head).__name__}"
+                f"{' variant' if isinstance(head, LoraLayer) else ''}: only plain LoRA is supported there"
+            )
+        if name not in head.lora_A:
+            continue
+        a, b = head.lora_A[name], head.lora_B[name]
+        if b.bias is not None:
+            raise ValueError(f"adapter {name!r} on the LM head has lora_bias, which isn't supported there")
+        inputs.append(a(head.lora_dropout[name](hidden_NH.to(a.weight.dtype))) * head.scaling[name])
+        matrices.append(b.weight)
+    if not inputs:
+        return None
+    return torch.cat(inputs, dim=1), torch.cat(matrices, dim=1)
+
+
+class _NoAdapter:
+    """Nothing is an instance of this."""
+
+
+@contextmanager
+def head_adapters_allowed() -> Iterator[None]:
+    """TRL refuses an adapter on ``lm_head``, which its head would ignore. Ours doesn't: the check is passed over."""
+    check, grpo_trainer.BaseTunerLayer = grpo_trainer.BaseTunerLayer, _NoAdapter
+    try:
+        yield
+    finally:
+        grpo_trainer.BaseTunerLayer = check
