@@ -184,7 +184,7 @@ def test_a_step_of_several_generations_has_all_their_prompts(
 def test_adaptive_follows_what_is_measured(tiny_policy, tmp_path):
     trainer = build(tiny_policy, tmp_path, unit, normalization="adaptive", **LOGGED)
     trainer.train()
-    assert 0 <= trainer._normalization_states[0].orthogonality <= 1
+    assert 0 <= trainer._normalizer.states[0].orthogonality <= 1
     curved = build(tiny_policy, tmp_path, unit, normalization="curvature", **LOGGED)
     curved.train()
     assert curved._normalization_states[0].ready

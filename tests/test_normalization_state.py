@@ -95,7 +95,7 @@ def test_resumed_training_takes_the_state_up(method, tiny_policy, tmp_path):
         trainer.observe_orthogonality(1 / 3)
     trainer.train()
     saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    expected = trainer._normalization_states[0].state_dict()
+    expected = trainer._normalizer.states[0].state_dict()
     assert saved["stateful_callbacks"]["CurvatureGRPOTrainer"]["normalization"] == [expected]
     assert None not in expected.values()
 
@@ -120,12 +120,12 @@ def test_another_normalisation_starts_anew(tiny_policy, tmp_path, caplog):
     trainer = build(tiny_policy, tmp_path, normalization="adaptive", **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert trainer.state.global_step == 2
-    assert trainer._normalization_states[0].state_dict() == {"orthogonality": None}
+    assert trainer._normalizer.states[0].state_dict() == {"orthogonality": None}
 
 
 @pytest.mark.parametrize("method", ["adaptive", "curvature"])
 def test_without_a_signal_it_is_std_and_says_so_once(method, tiny_policy, tmp_path, monkeypatch):
-    import trl_ext.trainer as module
+    import trl_ext.checkpoint_state as module
 
     said = []
     monkeypatch.setattr(module.logger, "warning", lambda text, *args, **kwargs: said.append(text))

@@ -22,8 +22,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.batches import micro_batches
 from trl_ext.batches.batch_rows import even_batches, join, select
-from trl_ext.batches.micro_batches import NOTHING, StepCounts, compute_metrics
-from trl_ext.batches.skipping import has_dropout, trimmed_columns, what_runs
+from trl_ext.batches.micro_batches import KEY, StepCounts, compute_metrics
+from trl_ext.batches.skipping import has_dropout, trimmed_columns
 
 OPTIONS = {
     "loss_type": ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"],
@@ -152,30 +152,34 @@ CASES = {
 }
 
 
+def runs_of(trainer, batch):
+    return trainer._micro_batches.what_runs(trainer._loss_settings(), batch)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_which_case_applies_is_said(name, tiny_policy, tmp_path, caplog):
     options, regrouped, skipped, why = CASES[name]
     trainer = build(tiny_policy, tmp_path, **options)
-    runs = what_runs(trainer, {"advantages": torch.zeros(4)})
+    runs = runs_of(trainer, {"advantages": torch.zeros(4)})
     assert (runs.regrouped, runs.skipped) == (regrouped, skipped) and why in runs.why
     with caplog.at_level(logging.INFO, logger="trl_ext.trainer"):
         trainer.train()
     said = [record for record in caplog.records if why in record.message]
     said = [record for record in said if "in one pass" not in record.message]
     assert len(said) == 1, "once in a run"
-    asked_and_refused = trainer._skip_zero_advantage and not skipped
+    asked_and_refused = trainer._run.options.skip_zero_advantage and not skipped
     assert said[0].levelname == ("WARNING" if asked_and_refused else "INFO")
 
 
 def test_images_and_advantages_of_tokens_stay_where_they_are(tiny_policy, tmp_path):
     trainer = build(tiny_policy, tmp_path)
     images = {"advantages": torch.zeros(4), "pixel_values": torch.zeros(4, 3)}
-    assert not what_runs(trainer, images).regrouped and "images" in what_runs(trainer, images).why
-    assert "single tokens" in what_runs(trainer, {"advantages": torch.zeros(4, 5)}).why
+    assert not runs_of(trainer, images).regrouped and "images" in runs_of(trainer, images).why
+    assert "single tokens" in runs_of(trainer, {"advantages": torch.zeros(4, 5)}).why
     sequence_level = build(tiny_policy, tmp_path, importance_sampling_level="sequence")
-    assert what_runs(sequence_level, {"advantages": torch.zeros(4)}).skipped
+    assert runs_of(sequence_level, {"advantages": torch.zeros(4)}).skipped
     off_policy = {"advantages": torch.zeros(4), "old_per_token_logps": torch.zeros(4, 5)}
-    assert "off policy" in what_runs(sequence_level, off_policy).why
+    assert "off policy" in runs_of(sequence_level, off_policy).why
 
 
 SMALL = {**TINY, "vocab_size": 50}
@@ -421,7 +425,7 @@ def test_a_mixture_of_experts_with_its_auxiliary_loss(tiny_policy, tmp_path):
     theirs = train(GRPOTrainer, GRPOConfig, folder, tmp_path / "trl", setting, **extra)
     ours = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, folder, tmp_path / "ours", setting, **extra)
     assert_same(ours, theirs)
-    runs = what_runs(ours[0], {"advantages": torch.zeros(4)})
+    runs = runs_of(ours[0], {"advantages": torch.zeros(4)})
     assert not runs.regrouped and "auxiliary loss" in runs.why
     assert any(log.get("aux_loss", 0) > 0 for log in ours[1].logs)
 
@@ -467,13 +471,16 @@ def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
 def test_vllms_correction_keeps_old_log_probs_complete(tiny_policy, tmp_path):
     from trl_ext.batches.deferred_logprobs import why_complete
 
+    def why(trainer):
+        return why_complete(trainer._run.options, trainer._loss_settings(), None)
+
     trainer = build(tiny_policy, tmp_path)
-    assert why_complete(trainer) is None
+    assert why(trainer) is None
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
-    assert "vLLM" in why_complete(trainer)
+    assert "vLLM" in why(trainer)
     trainer.vllm_importance_sampling_correction = False
-    assert why_complete(trainer) is None
-    assert "skip_zero_advantage" in why_complete(build(tiny_policy, tmp_path, skip_zero_advantage=False))
+    assert why(trainer) is None
+    assert "skip_zero_advantage" in why(build(tiny_policy, tmp_path, skip_zero_advantage=False))
 
 
 def test_nothing_is_handed_on_where_nothing_runs(tiny_policy, tmp_path):
@@ -495,7 +502,7 @@ def test_nothing_is_handed_on_where_nothing_runs(tiny_policy, tmp_path):
     assert [sync for _, _, sync in handed] == [False, False, False, True] * 2
     assert all(log["compute/micro_batches"] == 1 for log in trainer.recorder.logs if "reward" in log)
     assert all(log["compute/sequences_skipped_frac"] == 0.75 for log in trainer.recorder.logs if "reward" in log)
-    assert NOTHING not in trainer._buffered_inputs[0]
+    assert KEY not in trainer._buffered_inputs[0]
 
 
 def test_interference_counts_what_was_skipped(tiny_policy, tmp_path):

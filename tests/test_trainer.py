@@ -170,8 +170,8 @@ def test_the_kernel_gets_rewards_only_where_they_say_everything(tiny_policy, tmp
     ):
         build_inputs = fused_loss.rewards_or_advantages
 
-        def keep(trainer, inputs, mask_BT, build_inputs=build_inputs, method=method):
-            seen[method] = build_inputs(trainer, inputs, mask_BT)
+        def keep(settings, inputs, mask_BT, build_inputs=build_inputs, method=method):
+            seen[method] = build_inputs(settings, inputs, mask_BT)
             return seen[method]
 
         with monkeypatch.context() as patch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from trl import GRPOConfig
@@ -175,3 +175,24 @@ def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], d
         method = "std" if per_function else SCALE_REWARDS_METHOD[args.scale_rewards]
     check_normalization(method, **options)
     return method, options
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that this package adds, as they stand when a trainer is built."""
+
+    fused_loss: bool
+    skip_zero_advantage: bool
+    full_entropy: bool
+    resample_zero_variance: bool
+    resample_max_rounds: int
+    resample_live_prompts: int | None
+    interference_every: int
+    interference_dim: int
+    interference_layers: list[str] | None
+
+
+def read_options(args: Any) -> Options:
+    """Of ``args``; what they don't have, a plain ``GRPOConfig``, as ``CurvatureGRPOConfig`` has it by default."""
+    defaults: dict[str, Any] = {one.name: one.default for one in fields(CurvatureGRPOConfig)}
+    return Options(**{one.name: getattr(args, one.name, defaults[one.name]) for one in fields(Options)})

@@ -9,17 +9,7 @@ from typing import Any
 
 import torch
 
-PROMPT = ("prompt_ids", "prompt_mask")
-COMPLETION = (
-    "completion_ids",
-    "completion_mask",
-    "tool_mask",
-    "old_per_token_logps",
-    "ref_per_token_logps",
-    "sampling_per_token_logps",
-    "importance_sampling_ratio",
-)
-BOTH = ("token_type_ids", "mm_token_type_ids")
+from trl_ext.trl_surface import COLUMNS
 
 
 def join(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -77,11 +67,12 @@ def select(
     for name, value in rows.items():
         if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == n_rows:
             value = value[index_B]
-            if name in PROMPT:
+            side = COLUMNS[name].side if name in COLUMNS else None
+            if side == "left":
                 value = value[:, prompt_width - prompt :]
-            elif name in COMPLETION and value.shape[1] == completion_width:
+            elif side == "right" and value.shape[1] == completion_width:
                 value = value[:, :completion]
-            elif name in BOTH:
+            elif side == "both":
                 value = value[:, prompt_width - prompt : prompt_width + completion]
         elif isinstance(value, list) and len(value) == n_rows:
             value = [value[i] for i in index_B.tolist()]

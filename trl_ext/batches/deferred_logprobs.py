@@ -1,89 +1,106 @@
 """Old and reference log-probs, once rewards have told which sequences are used.
 
-TRL makes them before the rewards, of every sequence, padded to the longest. Here its call gets zeros (the trainer's
-``_get_per_token_logps_and_entropies``), and what the loss will use is filled in afterwards, with the same parameters.
+TRL makes them before the rewards, of every sequence, padded to the longest. Here its call gets zeros (``answer``), and
+what the loss will use is filled in afterwards (``fill``), with the same parameters.
 
 Shapes: B sequences of this process, T padded completion positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
-from trl_ext.loss.token_weights import live_tokens
+from trl_ext.config import Options
+from trl_ext.trl_surface import LossSettings, RunSettings, use_adapter
 
 from .batch_rows import even_batches, row_lengths, select
-from .skipping import what_runs
 
-FILLED = ("old_per_token_logps", "ref_per_token_logps")
+# (model, batch) -> (B, T) log-probs, without a gradient
+Scorer = Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor]
+
+# what a subclass may compute of all log-probs
+OWN_METHODS = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies")
 
 
-def why_complete(trainer: Any) -> str | None:
-    """Why TRL's log-probs can't wait for the rewards, or None where they can."""
-    from trl_ext.trainer import CurvatureGRPOTrainer
-
-    if not trainer._skip_zero_advantage:
+def why_complete(options: Options, settings: LossSettings, own: str | None) -> str | None:
+    """Why TRL's log-probs can't wait for the rewards, or None where they can. ``own``: of ``OWN_METHODS``."""
+    if not options.skip_zero_advantage:
         return "skip_zero_advantage=False"
-    if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+    if settings.importance_correction:
         return "vLLM's importance correction needs them at once"
-    for name in ("_generate_and_score_completions", "_get_per_token_logps_and_entropies"):
-        if getattr(type(trainer), name) is not getattr(CurvatureGRPOTrainer, name):
-            return f"{type(trainer).__name__} has a {name} of its own"
-    return None
+    return own
 
 
-def logprobs_of_rows(trainer: Any, model: torch.nn.Module, batch: dict[str, Any], *, entropy: bool = False):
-    """((B, T) log-probs, (B, T) entropies or None) of a batch's completions, without a gradient; tool output is 0."""
+def logprob_inputs(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """What TRL's ``_get_per_token_logps_and_entropies`` takes: token ids and mask (B, S), completion positions T."""
     input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    trainer._tool_mask_BT = batch.get("tool_mask")
-    try:
-        with torch.no_grad(), disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
-            logprobs_BT, entropies_BT, _ = trainer._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, batch["completion_ids"].shape[1], compute_entropy=entropy
-            )
-    finally:
-        trainer._tool_mask_BT = None
-    return logprobs_BT, entropies_BT
+    return input_ids, attention_mask, batch["completion_ids"].shape[1]
 
 
-def fill_logprobs(trainer: Any, output: dict[str, Any], batch_size: int, *, training: bool) -> None:
-    """Puts the log-probs of the sequences that the loss will use into ``output``; those of others stay 0.
+class DeferredLogprobs:
+    """Between generation and rewards (``wait`` to ``ready``), log-probs that TRL asks for are zeros and are counted."""
 
-    Every process makes as many passes as the one with the most sequences.
-    """
-    tokens_B = live_tokens(output)
-    used_B = torch.ones_like(tokens_B, dtype=torch.bool)
-    if training and what_runs(trainer, output).skipped:
-        used_B = (output["advantages"] != 0) & (tokens_B > 0)
-    needed = torch.tensor([-(-int(used_B.sum()) // batch_size)], device=used_B.device)
-    n_batches = int(trainer.accelerator.gather(needed).max())
-    if n_batches == 0:
-        return
-    indices = even_batches(used_B, row_lengths(output), n_batches)
-    trim = trainer._micro_batches.trim
-    batches = [select(output, index_B, trim, trainer.pad_to_multiple_of) for index_B in indices]
-    for name in FILLED:
-        if output.get(name) is None:
-            continue
-        values_BT = output[name]
-        model, adapter = _whose(trainer, name)
-        with adapter:
-            for index_B, batch in zip(indices, batches, strict=True):
-                logprobs_BT = logprobs_of_rows(trainer, model, batch)[0]
-                values_BT[index_B, : logprobs_BT.shape[1]] = logprobs_BT.to(values_BT)
+    def __init__(self) -> None:
+        self._waits = False
+        self.due = 0  # calls that got zeros
 
+    def begin(self) -> None:
+        """A generation begins."""
+        self._waits, self.due = False, 0
 
-def _whose(trainer: Any, name: str):
-    """The model that gives these log-probs, and the adapter it gives them with, as TRL chooses them."""
-    if name == "old_per_token_logps":
-        return trainer.model, nullcontext()
-    if trainer.ref_model is not None:
-        return trainer.ref_model, nullcontext()
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    return trainer.model, use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+    def wait(self, allowed: bool) -> None:
+        """From here to the rewards the calls for log-probs are TRL's for old and reference ones."""
+        self._waits = allowed
+
+    def ready(self) -> None:
+        """Rewards are known, or the generation is over."""
+        self._waits = False
+
+    def answer(self, input_ids: torch.Tensor, width: int, options: Mapping[str, Any]) -> torch.Tensor | None:
+        """(B, T) zeros to be filled in, or None where the call must be answered now."""
+        if not self._waits or any(value is not None for name, value in options.items() if name != "batch_size"):
+            return None
+        self.due += 1
+        return torch.zeros(len(input_ids), width, device=input_ids.device)
+
+    def fill(
+        self,
+        output: dict[str, Any],
+        used_B: torch.Tensor,
+        run: RunSettings,
+        *,
+        policy: Any,
+        reference: Any,
+        score: Scorer,
+        batch_size: int,
+        trim: tuple[bool, bool],
+    ) -> None:
+        """Puts the log-probs of the sequences that the loss will use into ``output``; those of others stay 0.
+
+        ``used_B`` (B,) bool. ``reference``: TRL's ``ref_model``, None where it is the policy without its adapter. Every
+        process makes as many passes as the one with the most sequences.
+        """
+        needed = torch.tensor([-(-int(used_B.sum()) // batch_size)], device=used_B.device)
+        n_batches = int(run.accelerator.gather(needed).max())
+        if n_batches == 0:
+            return
+        indices = even_batches(used_B, row_lengths(output), n_batches)
+        batches = [select(output, index_B, trim, run.pad_to_multiple_of) for index_B in indices]
+        for name in ("old_per_token_logps", "ref_per_token_logps"):
+            if output.get(name) is None:
+                continue
+            values_BT, model, adapter = output[name], policy, nullcontext()
+            if name == "ref_per_token_logps" and reference is not None:
+                model = reference
+            elif name == "ref_per_token_logps":
+                unwrapped = run.accelerator.unwrap_model(policy)
+                adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+            with adapter:
+                for index_B, batch in zip(indices, batches, strict=True):
+                    logprobs_BT = score(model, batch)
+                    values_BT[index_B, : logprobs_BT.shape[1]] = logprobs_BT.to(values_BT)

@@ -1,8 +1,9 @@
 """The micro-batches of an optimizer step, holding only what has a gradient.
 
-Flow: TRL's own micro-batches -> the weight of each sequence's tokens in them (``token_weights.py``) -> sequences with a
-gradient (``skipping.py``), in as few evenly long micro-batches as hold them, padding trimmed (``batch_rows.py``) -> the
-loss (``fused_loss.py``), whose statistics come back, to be logged of TRL's own micro-batches (``step_statistics.py``).
+Flow: TRL's own micro-batches -> the weight of each sequence's tokens in them (``loss/token_weights.py``) -> sequences
+with a gradient (``skipping.py``), in as few evenly long micro-batches as hold them, padding trimmed (``batch_rows.py``)
+-> the loss (``loss/fused_loss.py``), whose statistics come back, to be logged of TRL's own micro-batches
+(``step_statistics.py``).
 
 Shapes: B sequences of all micro-batches that are planned together, on this process.
 
@@ -14,22 +15,51 @@ sequences than m runs its shortest dead ones in their place: their gradient is 0
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 
-from trl_ext.loss.fused_loss import live_mask, token_weights_now
-from trl_ext.loss.token_weights import live_tokens
+from trl_ext.loss.token_weights import live_mask, live_tokens, token_weights
+from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .batch_rows import even_batches, join, row_lengths, select
-from .deferred_logprobs import logprobs_of_rows
-from .skipping import has_dropout, trimmed_columns, what_runs
+from .skipping import WhatRuns, has_dropout, live_sequences, trimmed_columns, what_runs
 from .step_statistics import StepStatistics
 
-NOTHING = "nothing_to_run"  # the key of a micro-batch that isn't run
+KEY = "micro_batch"  # in TRL's dict
+OF_SKIPPED = ("prompt_id", "prompt_key", "group_rewards", "group_position")  # a subclass's batch may not have them
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a micro-batch is of its optimizer step. TRL's dict of its sequences carries it under ``KEY``.
+
+    ``runs``: False where nothing is to be run at this call, whose dict holds nothing else. ``row_B``: which of the
+    planned sequences these are, None in a micro-batch of TRL's own (also in evaluation). ``last``: of those planned
+    together; ``skipped`` is then what is known of the sequences that run in none of them: (B', ...) entries by name.
+    """
+
+    runs: bool = True
+    row_B: torch.Tensor | None = None
+    last: bool = False
+    skipped: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """One of TRL's own."""
+        return self.row_B is None
+
+
+WHOLE = MicroBatch()  # one of TRL's own
+NOTHING = MicroBatch(runs=False)
+
+
+def micro_batch(batch: Mapping[str, Any]) -> MicroBatch:
+    """What ``batch``, TRL's dict, is of its optimizer step."""
+    return batch.get(KEY, WHOLE)
 
 
 @dataclass(frozen=True)
@@ -81,86 +111,107 @@ def positions(batch: dict[str, Any]) -> int:
 
 
 class MicroBatches:
-    """Hands ``CurvatureGRPOTrainer`` the micro-batches of each optimizer step, planned at the first of them.
+    """Hands out the micro-batches of each optimizer step, planned at the first of them.
 
     An optimizer step that takes its micro-batches from several generations is planned generation by generation.
+    ``own``: of ``skipping.OWN_METHODS``, what to say of the one that a subclass has, or None. ``entropies`` gives
+    (B, T) of a batch's completions, for ``full_entropy``.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(
+        self,
+        run: RunSettings,
+        model: torch.nn.Module,
+        *,
+        own: str | None,
+        entropies: Callable[[dict[str, Any]], torch.Tensor],
+    ) -> None:
+        self.run, self.accelerator, self.options, self.own = run, run.accelerator, run.options, own
+        self.entropies = entropies
+        self._model = self.accelerator.unwrap_model(model)
+        self.trim = trimmed_columns(self._model)
+        self.skipping = False  # whether sequences may be left out of what was planned last
         self._planned: list[dict[str, Any]] = []
-        self._expected_step = -1  # TRL's count of micro-batches at the next call
+        self._expected = -1  # TRL's count of micro-batches at the next call
         self._done = 0  # micro-batches of this optimizer step
         self._live_sums = [0.0, 0.0]  # of this optimizer step: entropy, tokens
         self._counts: list[list[int]] = []  # of this optimizer step, one for each generation it takes from
-        self.trim = trimmed_columns(trainer.accelerator.unwrap_model(trainer.model))
         self._looked_for_dropout = False
-        self.skipping = False  # whether sequences may be left out of what was planned last
 
-    def next(self) -> dict[str, Any]:
-        """The micro-batch of TRL's current call, or one that says there is nothing to run."""
-        trainer, args = self.trainer, self.trainer.args
-        if trainer._step != self._expected_step:  # a step broke off
+    def next(self, parts: Sequence[dict[str, Any]], position: StepPosition, settings: LossSettings) -> dict[str, Any]:
+        """The micro-batch of TRL's current call; ``parts`` are TRL's own of the generation."""
+        if position.micro_batch != self._expected:  # a step broke off
             self.forget()
         if not self._planned:
-            start = trainer._step % args.steps_per_generation
-            count = min(
-                trainer.current_gradient_accumulation_steps - self._done,
-                args.steps_per_generation - start,
-            )
-            self._planned = self._plan(trainer._buffered_inputs[start : start + max(count, 1)])
-        self._expected_step = trainer._step + 1
+            start = position.micro_batch % position.steps_per_generation
+            count = min(position.accumulation - self._done, position.steps_per_generation - start)
+            self._planned = self._plan(list(parts[start : start + max(count, 1)]), settings)
+        self._expected = position.micro_batch + 1
         self._done += 1
-        if trainer.accelerator.sync_gradients:  # the last of this optimizer step
+        if position.last:
             self._log_counts()
             self._done = 0
         return self._planned.pop(0)
+
+    def what_runs(self, settings: LossSettings, batch: dict[str, Any]) -> WhatRuns:
+        """Of ``batch``, one of TRL's micro-batches or a whole generation batch."""
+        return what_runs(self.options, settings, batch, self.own)
 
     def forget(self) -> None:
         """What was planned for a step that broke off."""
         self._planned, self._done, self._counts, self._live_sums = [], 0, [], [0.0, 0.0]
 
-    def _plan(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        trainer, accelerator = self.trainer, self.trainer.accelerator
+    def _plan(self, parts: list[dict[str, Any]], settings: LossSettings) -> list[dict[str, Any]]:
         for part in parts:
-            part["token_weight"] = token_weights_now(trainer, "train", part, live_mask(part))
-        runs = what_runs(trainer, parts[0])
-        wanted_but_not = trainer._skip_zero_advantage and not runs.skipped
-        trainer._say_once(runs.why, level="warning" if wanted_but_not else "info")
+            part["token_weight"] = token_weights(part, settings, training=True)
+        runs = self.what_runs(settings, parts[0])
+        wanted_but_not = self.options.skip_zero_advantage and not runs.skipped
+        self.run.say_once(runs.why, level="warning" if wanted_but_not else "info")
         self.skipping = runs.skipped
         if not runs.regrouped:
             self._count(parts, parts)
-            return list(parts)
-        if not self._looked_for_dropout and has_dropout(accelerator.unwrap_model(trainer.model)):
-            trainer._say_once(
+            return parts
+        self._look_for_dropout()
+        rows, most = join(parts), len(parts[0]["prompt_ids"])
+        tokens_B = live_tokens(rows)
+        live_B = live_sequences(rows, runs)
+        n_live = int(live_B.sum())
+        needed = self._over_processes([-(-n_live // most), -(-(len(live_B) - n_live) // most)]).amax(0).tolist()
+        n_batches = max(1, needed[0])
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            n_batches = len(parts)  # its engine counts every backward and expects the model's hooks in each
+        indices = even_batches(live_B, row_lengths(rows), n_batches, empty_B=tokens_B == 0)
+        batches = [self._select(rows, row_B) for row_B in indices]
+
+        self._statistics = StepStatistics(
+            settings,
+            tokens_B,
+            live_B,
+            n_parts=len(parts),
+            entropy=not runs.skipped or self.options.full_entropy,
+        )
+        looked_at = []
+        if runs.skipped and self.options.full_entropy and needed[1] > 0:
+            looked_at = self._look_at_dead(rows, ~live_B, needed[1])
+        self._count(parts, batches, looked_at)
+        left_B = torch.ones_like(live_B)
+        left_B[torch.cat(indices)] = False
+        for batch, row_B in zip(batches, indices, strict=True):
+            batch[KEY] = MicroBatch(row_B=row_B)
+        skipped = {name: rows[name][left_B] for name in OF_SKIPPED if name in rows}
+        batches[-1][KEY] = MicroBatch(row_B=indices[-1], last=True, skipped=skipped)
+        return [{KEY: NOTHING} for _ in range(len(parts) - n_batches)] + batches
+
+    def _select(self, rows: dict[str, Any], row_B: torch.Tensor) -> dict[str, Any]:
+        return select(rows, row_B, self.trim, self.run.pad_to_multiple_of)
+
+    def _look_for_dropout(self) -> None:
+        if not self._looked_for_dropout and has_dropout(self._model):
+            self.run.say_once(
                 "The model has dropout, and its masks depend on where a sequence is in its micro-batch: gradients are "
                 "those of skip_zero_advantage=False on average, not each time."
             )
         self._looked_for_dropout = True
-        rows, most = join(parts), len(parts[0]["prompt_ids"])
-        tokens_B = live_tokens(rows)
-        live_B = torch.ones_like(tokens_B, dtype=torch.bool)
-        if runs.skipped:
-            live_B = (rows["advantages"] != 0) & (tokens_B > 0)
-        n_live = int(live_B.sum())
-        needed = self._over_processes([-(-n_live // most), -(-(len(live_B) - n_live) // most)]).amax(0).tolist()
-        n_batches = max(1, needed[0])
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            n_batches = len(parts)  # its engine counts every backward and expects the model's hooks in each
-        rows["row"] = torch.arange(len(live_B), device=live_B.device)
-        indices = even_batches(live_B, row_lengths(rows), n_batches, empty_B=tokens_B == 0)
-        batches = [select(rows, index_B, self.trim, trainer.pad_to_multiple_of) for index_B in indices]
-
-        run_B = torch.zeros_like(live_B)
-        run_B[torch.cat(indices)] = True
-        self._statistics = StepStatistics(trainer, tokens_B, live_B, n_parts=len(parts), skipping=runs.skipped)
-        looked_at = []
-        if runs.skipped and trainer._full_entropy and needed[1] > 0:
-            looked_at = self._look_at_dead(rows, ~live_B, needed[1])
-        self._count(parts, batches, looked_at)
-        names = ("prompt_id", "prompt_key", "group_rewards", "group_position")  # a subclass's batch may not have them
-        batches[-1]["skipped"] = {name: rows[name][~run_B] for name in names if name in rows}
-        return [{NOTHING: True} for _ in range(len(parts) - n_batches)] + batches
 
     def _count(
         self, parts: list[dict[str, Any]], batches: list[dict[str, Any]], looked_at: Sequence[dict[str, Any]] = ()
@@ -178,32 +229,33 @@ class MicroBatches:
         self._counts = []
         gathered = self._over_processes(of_step)
         counts = StepCounts(of_step[0], *gathered[:, 1:].sum(0).tolist())  # every process has as many micro-batches
-        for name, value in compute_metrics(counts).items():
-            self.trainer._metrics["train"][name].append(value)
+        self.run.log(compute_metrics(counts))
 
     def _over_processes(self, numbers: list[int]) -> torch.Tensor:
         """(processes, numbers) int64, on the CPU."""
-        local = torch.tensor([numbers], device=self.trainer.accelerator.device)
-        return self.trainer.accelerator.gather(local).cpu()
+        return self.accelerator.gather(torch.tensor([numbers], device=self.accelerator.device)).cpu()
 
     def _look_at_dead(self, rows: dict[str, Any], dead_B: torch.Tensor, n_batches: int) -> list[dict[str, Any]]:
         """Entropies of sequences without a gradient: a forward alone, in as many batches on every process."""
-        trainer, batches = self.trainer, []
-        for index_B in even_batches(dead_B, row_lengths(rows), n_batches):
-            batch = select(rows, index_B, self.trim, trainer.pad_to_multiple_of)
-            entropies_BT = logprobs_of_rows(trainer, trainer.model, batch, entropy=True)[1]
-            self._statistics.set_entropy(index_B, (entropies_BT * live_mask(batch)).sum(1))
+        batches = []
+        for row_B in even_batches(dead_B, row_lengths(rows), n_batches):
+            batch = self._select(rows, row_B)
+            self._statistics.set_entropy(row_B, (self.entropies(batch) * live_mask(batch)).sum(1))
             batches.append(batch)
         return batches
 
-    def record(self, row_B: torch.Tensor, statistics_BS: torch.Tensor, *, last: bool) -> None:
-        """Statistics of a micro-batch's loss; with the last one all is logged."""
-        self._statistics.record(row_B, statistics_BS)
-        if last:
-            live_sums = self._statistics.log()
-            self._live_sums = [a + b for a, b in zip(self._live_sums, live_sums, strict=True)]
-        if last and self.trainer.accelerator.sync_gradients:
+    def record(self, part: MicroBatch, statistics_BS: torch.Tensor, *, last_of_step: bool) -> None:
+        """Statistics of a micro-batch's loss; with the last one planned together all is logged."""
+        assert part.row_B is not None
+        self._statistics.record(part.row_B, statistics_BS)
+        if not part.last:
+            return
+        metrics, entropy, n_tokens = self._statistics.gather(self.accelerator)
+        for of_micro_batch in metrics:
+            self.run.log(of_micro_batch)
+        self._live_sums = [self._live_sums[0] + entropy, self._live_sums[1] + n_tokens]
+        if last_of_step:
             entropy, n_tokens = self._live_sums
             self._live_sums = [0.0, 0.0]
             if self.skipping:
-                self.trainer._metrics["train"]["entropy_live"].append(entropy / n_tokens if n_tokens else math.nan)
+                self.run.log({"entropy_live": entropy / n_tokens if n_tokens else math.nan})

@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 
+from trl_ext.config import Options
 from trl_ext.loss.fused_loss import why_not_one_pass
+from trl_ext.loss.token_weights import live_tokens
+from trl_ext.trl_surface import LossSettings
 
-OWN_METHODS = ("_compute_loss", "compute_loss", "_prepare_inputs")  # what a subclass may compute from whole batches
+# what a subclass may compute from whole batches
+OWN_METHODS = ("_compute_loss", "compute_loss", "_prepare_inputs")
 
 
 @dataclass(frozen=True)
@@ -24,39 +28,50 @@ class WhatRuns:
     why: str
 
 
-def why_not_regrouped(trainer: Any, inputs: dict[str, Any]) -> str | None:
-    """Why the gradient would depend on which sequences share a micro-batch, or None where it doesn't."""
-    from trl_ext.trainer import CurvatureGRPOTrainer
+EVERYTHING = WhatRuns(False, False, "Every sequence runs.")
 
-    if not trainer._skip_zero_advantage:
+
+def why_not_regrouped(options: Options, settings: LossSettings, batch: dict[str, Any], own: str | None) -> str | None:
+    """Why the gradient would depend on which sequences share a micro-batch, or None where it doesn't."""
+    if not options.skip_zero_advantage:
         return "skip_zero_advantage=False"
-    if not trainer._fused_loss:
+    if not options.fused_loss:
         return "fused_loss=False, and TRL's own loss averages over a micro-batch"
-    obstacle = why_not_one_pass(trainer, inputs)
+    obstacle = why_not_one_pass(settings, batch)
     if obstacle is not None:
         return f"{obstacle}, and TRL's own loss averages over a micro-batch"
-    if trainer.aux_loss_enabled:
+    if settings.aux_loss:
         return "the auxiliary loss of a mixture of experts depends on which sequences share a micro-batch"
-    if trainer._entropy_bonus_enabled:
+    if settings.entropy_bonus:
         return "the entropy bonus averages over a micro-batch"
-    for name in OWN_METHODS:
-        if getattr(type(trainer), name) is not getattr(CurvatureGRPOTrainer, name):
-            return f"{type(trainer).__name__} has a {name} of its own"
-    if inputs["advantages"].dim() != 1:
+    if own is not None:
+        return own
+    if batch["advantages"].dim() != 1:
         return "single tokens have advantages of their own"
     return None
 
 
-def what_runs(trainer: Any, inputs: dict[str, Any]) -> WhatRuns:
-    """Of ``inputs``, a micro-batch as TRL makes it, or a whole generation batch."""
-    obstacle = why_not_regrouped(trainer, inputs)
+def what_runs(options: Options, settings: LossSettings, batch: dict[str, Any], own: str | None) -> WhatRuns:
+    """Of ``batch``, a micro-batch as TRL makes it, or a whole generation batch.
+
+    ``own``: what to say of a method of ``OWN_METHODS`` that a subclass has, or None.
+    """
+    obstacle = why_not_regrouped(options, settings, batch, own)
     if obstacle is not None:
         return WhatRuns(False, False, f"Every sequence runs, in TRL's own micro-batches: {obstacle}.")
     regrouped = "Micro-batches are regrouped by length and trimmed"
-    if trainer.beta != 0:
-        kl = f"{regrouped}; every sequence runs: beta={trainer.beta:g}, and the KL penalty of any has a gradient."
+    if settings.beta != 0:
+        kl = f"{regrouped}; every sequence runs: beta={settings.beta:g}, and the KL penalty of any has a gradient."
         return WhatRuns(True, False, kl)
     return WhatRuns(True, True, f"{regrouped}; sequences of advantage 0 don't run.")
+
+
+def live_sequences(batch: dict[str, Any], runs: WhatRuns) -> torch.Tensor:
+    """(B,) bool: those that are to run."""
+    tokens_B = live_tokens(batch)
+    if not runs.skipped:
+        return torch.ones_like(tokens_B, dtype=torch.bool)
+    return (batch["advantages"] != 0) & (tokens_B > 0)
 
 
 def trimmed_columns(model: Any) -> tuple[bool, bool]:

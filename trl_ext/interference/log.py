@@ -9,6 +9,7 @@ Nothing here changes what is trained, and a failure is said once and switches it
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ import torch
 from accelerate.logging import get_logger
 from torch.distributed.tensor import DTensor
 
-from grpo_kernels import METHODS
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.curvature import directional_curvature
 from grpo_kernels.interference.gradient_sketch import GradientSketch
@@ -24,48 +24,13 @@ from grpo_kernels.interference.metrics import interference_metrics, orthogonalit
 from grpo_kernels.interference.sketch_error import predicted_rmse
 from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
 from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
-from trl_ext.loss.fused_loss import live_mask
+from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .files import write_step
 from .prompt_features import PromptFeatures, mean_by_prompt
+from .sequences import ids_and_rewards, join_sequences, sequence_coefficients
 
 logger = get_logger(__name__)
-IMAGE_BACKENDS = ("wandb", "trackio", "tensorboard")  # of ``report_to``, see ``report/live.py``
-
-
-def sequence_coefficients(trainer: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
-    """(B,) c_i with u_i = c_i grad log pi(o_i | q_p), u_i the sequence's part of the loss's gradient on this process.
-
-    None where a sequence's tokens don't share one: off policy, vLLM's correction, KL, an entropy bonus or mask, an
-    auxiliary loss. On policy every ratio is 1: c = -A w / accumulation for all of TRL's losses but VESPO; cispo clamps
-    the ratio at ``epsilon_high`` itself.
-    """
-    if (
-        inputs.get("old_per_token_logps") is not None
-        or (trainer.use_vllm and trainer.vllm_importance_sampling_correction)
-        or trainer.beta != 0
-        or trainer._entropy_bonus_enabled
-        or trainer.aux_loss_enabled
-        or trainer.top_entropy_quantile < 1.0
-        or trainer.off_policy_mask_threshold is not None
-        or trainer.loss_type == "vespo"
-        or inputs["advantages"].dim() != 1
-    ):
-        return None
-    clamp = min(1.0, trainer.epsilon_high) if trainer.loss_type == "cispo" else 1.0
-    factor = clamp / trainer.current_gradient_accumulation_steps
-    alive_B = live_mask(inputs).any(dim=1)
-    return torch.where(alive_B, -inputs["advantages"] * inputs["token_weight"] * factor, 0.0)
-
-
-def ids_and_rewards(inputs: dict[str, Any], first: int) -> dict[str, torch.Tensor]:
-    """``prompt_id`` (counted from ``first``), ``prompt_key`` and ``reward`` of each sequence, all (B,)."""
-    reward_B1 = inputs["group_rewards"].gather(1, inputs["group_position"][:, None])
-    return {
-        "prompt_id": inputs["prompt_id"] + first,
-        "prompt_key": inputs["prompt_key"],
-        "reward": reward_B1.squeeze(1),
-    }
 
 
 def live_cosines(step: StepGradients) -> np.ndarray:
@@ -87,38 +52,51 @@ def squared_gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
 
 
 class InterferenceLog:
-    """What ``CurvatureGRPOTrainer`` does around the forward and backward of a step that is logged.
+    """What happens around the forward and backward of a step that is logged.
 
-    The projections of a step are drawn from ``args.seed`` and the step's number, so that a resumed run draws the same.
+    The projections of a step are drawn from the seed and the step's number, so that a resumed run draws the same.
+    ``baseline_size``: rewards in a sequence's baseline. ``observe_orthogonality`` and ``observe_curvature`` are the
+    normalisation's. ``keeps_latest``: whether the latest step's cosines are wanted, for images.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        args = trainer.args
-        self.trainer = trainer
-        self.every: int = getattr(args, "interference_every", 10)  # a plain GRPOConfig has the defaults
-        self.dim: int = getattr(args, "interference_dim", 64)
-        self.layers: list[str] | None = getattr(args, "interference_layers", None)
+    def __init__(
+        self,
+        run: RunSettings,
+        model: torch.nn.Module,
+        *,
+        baseline_size: int,
+        keeps_latest: bool,
+        observe_orthogonality: Callable[[float], None],
+        observe_curvature: Callable[[torch.Tensor, torch.Tensor], None],
+    ) -> None:
+        self.run, self.accelerator, self.baseline_size, self.keeps_latest = (
+            run,
+            run.accelerator,
+            baseline_size,
+            keeps_latest,
+        )
+        self.every, self.dim = run.options.interference_every, run.options.interference_dim
+        self.layers = run.options.interference_layers
+        self.observe_orthogonality, self.observe_curvature = observe_orthogonality, observe_curvature
         self.sketch: GradientSketch | None = None
         self.features: PromptFeatures | None = None
         self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
         self.prompt_texts: dict[int, str] = {}
+        self.latest: np.ndarray | None = None  # cosines of the live prompts of the latest logged step, (L, L)
         self._off = self.every == 0
         self._is_open = False
         self._failure: str | None = None
         self._writes = True
         self._sequences: list[dict[str, torch.Tensor | None]] = []
         self._skipped: list[dict[str, torch.Tensor]] = []  # sequences that don't run: their gradient is 0
-        self.latest: np.ndarray | None = None  # cosines of the live prompts of the latest logged step, (L, L)
-        self.keeps_latest = bool(set(args.report_to or ()) & set(IMAGE_BACKENDS))
         self._has_rows = False  # this micro-batch has something to run
         self._opened_at = 0  # TRL's count of micro-batches when the step began
-        self._prompts_per_generation = args.generation_batch_size // trainer.num_generations
-        if args.torch_compile and not self._off:
+        self._opened_in = 0  # the optimizer step
+        if run.torch_compile and not self._off:
             self._switch_off("torch_compile=True: a compiled model doesn't call the layers' hooks")
         if not self._off:  # wrong patterns are named before training
-            model = trainer.accelerator.unwrap_model(trainer.model)
             try:
-                GradientSketch(model, self.dim, self.layers).close()
+                GradientSketch(self.accelerator.unwrap_model(model), self.dim, self.layers).close()
             except ValueError as error:
                 if self.layers is not None:
                     raise ValueError(f"interference_{error}") from None
@@ -127,56 +105,68 @@ class InterferenceLog:
     def _switch_off(self, reason: str) -> None:
         logger.warning(f"Interference isn't logged from here on: {reason}. Training goes on without it.")
         self._off = True
-        self._abandon()
+        self.abandon()
         for taps in (self.sketch, self.features):
             if taps is not None:
                 taps.close()
         self.sketch = self.features = None
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """The step is over, or broke off."""
         self._is_open, self._sequences, self._skipped = False, [], []
         if self.features is not None:
             self.features.end_rows()
         if self.sketch is not None:
             self.sketch.abandon()
 
+    def see_prompts(self, texts: Mapping[int, str], *, anew: bool) -> None:
+        """The texts of a generation batch's prompts, by key; ``anew``: those of an earlier step are forgotten."""
+        self.prompt_texts = {**({} if anew else self.prompt_texts), **texts}
+
     # ---- around each micro-batch of a step that is logged
 
-    def before_micro_batch(self) -> None:
-        """Opens the taps at the first micro-batch of a step that is logged."""
-        trainer, self._has_rows = self.trainer, False
-        if self._off or self._is_open or trainer.state.global_step % self.every:
+    def before_micro_batch(self, position: StepPosition, model: torch.nn.Module) -> None:
+        """Opens the taps at the first micro-batch of a step that is logged. ``model``: as it is wrapped now."""
+        self._has_rows = False
+        step = position.optimizer_step
+        if self._off or self._is_open or step % self.every:
             return
         self._is_open, self._sequences, self._skipped, self._failure = True, [], [], None
-        self._opened_at = trainer._step
+        self._opened_at, self._opened_in = position.micro_batch, step
         try:
             if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
-                model = trainer.accelerator.unwrap_model(trainer.model)
+                model = self.accelerator.unwrap_model(model)
                 self.sketch = GradientSketch(model, self.dim, self.layers, strict=False, on_error=self._layer_failed)
                 self.features = PromptFeatures(model, on_error=self._fail)
-            self.sketch.open(trainer.args.seed * 1_000_003 + trainer.state.global_step)
+            self.sketch.open(self.run.seed * 1_000_003 + step)
         except Exception as error:
             self._fail(error)
 
-    def _first_prompt(self) -> int:
+    def _first_prompt(self, position: StepPosition) -> int:
         """An optimizer step that takes several generations counts the prompts of each after those before."""
-        step, length = self.trainer._step, self.trainer.args.steps_per_generation
-        return (step // length - self._opened_at // length) * self._prompts_per_generation
+        length = position.steps_per_generation
+        generation = position.micro_batch // length - self._opened_at // length
+        return generation * self.run.prompts_per_generation
 
-    def rows(self, inputs: dict[str, Any]) -> None:
-        """The forward and backward to come are of this micro-batch."""
+    def rows(
+        self,
+        batch: dict[str, Any],
+        skipped: dict[str, torch.Tensor],
+        position: StepPosition,
+        loss_settings: LossSettings,
+    ) -> None:
+        """The forward and backward to come are of this micro-batch; ``skipped`` are of sequences that don't run."""
         if not self._is_open or self._failure is not None or self.sketch is None or self.features is None:
             return
         try:
-            first = self._first_prompt()
-            self.sketch.set_rows(inputs["prompt_id"] + first)
-            self.features.set_rows(inputs["prompt_mask"])
+            first = self._first_prompt(position)
+            self.sketch.set_rows(batch["prompt_id"] + first)
+            self.features.set_rows(batch["prompt_mask"])
             self._has_rows = True
-            self._sequences.append(
-                {**ids_and_rewards(inputs, first), "coefficient": sequence_coefficients(self.trainer, inputs)}
-            )
-            if "skipped" in inputs:
-                self._skipped.append(ids_and_rewards(inputs["skipped"], first))
+            coefficient_B = sequence_coefficients(batch, loss_settings, position.accumulation)
+            self._sequences.append({**ids_and_rewards(batch, first), "coefficient": coefficient_B})
+            if skipped:
+                self._skipped.append(ids_and_rewards(skipped, first))
         except Exception as error:
             self._fail(error)
 
@@ -192,8 +182,11 @@ class InterferenceLog:
             self._fail(error)
             return None
 
-    def after_micro_batch(self, last: bool) -> None:
-        """After its backward; the last one of the step closes the taps and logs."""
+    def after_micro_batch(self, *, last: bool, some_skipped: bool) -> None:
+        """After its backward; the last one of the step closes the taps and logs.
+
+        ``some_skipped``: sequences may have been left out of the step, so that features are of those that ran.
+        """
         if not self._is_open:
             return
         if self.sketch is not None:
@@ -213,14 +206,10 @@ class InterferenceLog:
             return
         assert local is not None
         try:  # of what was gathered: the same on every process, so that all fail or none
-            self._log(*local)
+            self._log(*local, some_skipped=some_skipped)
         except Exception as error:
             self._switch_off(f"{type(error).__name__}: {error}")
-        self._abandon()
-
-    def abandon(self) -> None:
-        """The step broke off."""
-        self._abandon()
+        self.abandon()
 
     def _fail(self, error: Exception) -> None:
         """This process can't go on; at the end of the step all switch off together, or the others would wait."""
@@ -233,75 +222,66 @@ class InterferenceLog:
 
     # ---- at the end of a step
 
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.accelerator, "scaler", None)
+        return scaler.get_scale() if scaler is not None else 1.0
+
     def _take(self) -> tuple[torch.Tensor, ...]:
         """This process's (B, ...) sketch, (B, 2) prompt ids and keys, (B, 2) rewards and coefficients or (B, 1), and
         (B, H) features of the prompts or (B, 0)."""
         assert self.sketch is not None
         recorded = self.sketch.take()
-        processes = self.trainer.accelerator.num_processes
-        scaler = getattr(self.trainer.accelerator, "scaler", None)
-        scale = processes * (scaler.get_scale() if scaler is not None else 1.0)
+        processes = self.accelerator.num_processes
         sketch_B = recorded.sketch
-        joined = {
-            name: None
-            if any(one[name] is None for one in self._sequences)
-            else torch.cat([one[name] for one in self._sequences])  # type: ignore[misc]
-            for name in ("prompt_id", "prompt_key", "reward", "coefficient", "feature")
-        }
-        for skipped in self._skipped:
-            n_skipped = len(skipped["reward"])
+        n_skipped = sum(len(one["reward"]) for one in self._skipped)
+        if n_skipped:
             sketch_B = torch.cat([sketch_B, sketch_B.new_zeros(n_skipped, *sketch_B.shape[1:])])
-            for name, value in joined.items():
-                if value is not None:
-                    if name in skipped:
-                        more = skipped[name]
-                    else:  # no coefficient, and features nobody has seen
-                        unknown = 0.0 if name == "coefficient" else torch.nan
-                        more = value.new_full((n_skipped, *value.shape[1:]), unknown)
-                    joined[name] = torch.cat([value, more])
-        ids = torch.stack([joined["prompt_id"], joined["prompt_key"]], dim=1)  # type: ignore[list-item]
-        numbers = [joined["reward"]]
-        if joined["coefficient"] is not None:
-            numbers.append(joined["coefficient"] / processes)
-        feature_BH = joined["feature"]
+        known = join_sequences(self._sequences, self._skipped)
+        ids = torch.stack([known["prompt_id"], known["prompt_key"]], dim=1)  # type: ignore[list-item]
+        numbers = [known["reward"]]
+        if known["coefficient"] is not None:
+            numbers.append(known["coefficient"] / processes)
+        feature_BH = known["feature"]
         if feature_BH is None:
             feature_BH = torch.empty(len(ids), 0)
+        scale = processes * self._loss_scale()
         return sketch_B / scale, ids, torch.stack(numbers, dim=1).float(), feature_BH  # type: ignore[arg-type]
 
     def _all_have(self, local: tuple[torch.Tensor, ...] | None) -> bool:
         """Whether every process has a sketch, all of one shape."""
-        accelerator = self.trainer.accelerator
         shape = [0, 0, 0, 0]
         if local is not None:
             shape = [*local[0].flatten(1).shape, local[2].shape[1], local[3].shape[1]]
-        shapes = accelerator.gather(torch.tensor([shape], device=accelerator.device))
+        shapes = self.accelerator.gather(torch.tensor([shape], device=self.accelerator.device))
         return bool((shapes == shapes[0]).all()) and shapes[0, 0].item() > 0
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.trainer.accelerator.gather(tensor.contiguous().to(self.trainer.accelerator.device))
+        return self.accelerator.gather(tensor.contiguous().to(self.accelerator.device))
 
     def _log(
-        self, sketch_B: torch.Tensor, ids_B2: torch.Tensor, numbers_BN: torch.Tensor, feature_BH: torch.Tensor
+        self,
+        sketch_B: torch.Tensor,
+        ids_B2: torch.Tensor,
+        numbers_BN: torch.Tensor,
+        feature_BH: torch.Tensor,
+        *,
+        some_skipped: bool,
     ) -> None:
-        assert self.sketch is not None
-        trainer = self.trainer
         sketch_B, ids_B2, numbers_BN = (self._gather(tensor) for tensor in (sketch_B, ids_B2, numbers_BN))
         feature_BH = self._gather(feature_BH) if feature_BH.shape[1] else feature_BH
         prompt_B, key_B = ids_B2.unbind(1)
         flat = sketch_B.flatten(1).double()
-        method = trainer._normalization
-        centre = METHODS[method].centre if isinstance(method, str) else "group"
         step = StepGradients(
             gram_BB=flat @ flat.T,
             prompt_B=prompt_B,
             reward_B=numbers_BN[:, 0],
             coefficient_B=numbers_BN[:, 1] if numbers_BN.shape[1] == 2 else None,
-            baseline_size={"zero": 0, "given": trainer.args.generation_batch_size}.get(centre, trainer.num_generations),
+            baseline_size=self.baseline_size,
         )
         error = predicted_rmse(sketch_B, prompt_B) if self.dim else 0.0
         features_PH = mean_by_prompt(feature_BH, prompt_B) if feature_BH.shape[1] else None
         metrics = interference_metrics(step, sketch_rmse=error, features_PH=features_PH)
-        if trainer._micro_batches.skipping and "interference/feature_cos_abs_mean" in metrics:  # of what ran
+        if some_skipped and "interference/feature_cos_abs_mean" in metrics:  # of what ran
             metrics["interference/feature_cos_abs_mean_live"] = metrics.pop("interference/feature_cos_abs_mean")
         metrics |= self._checks(step.gram_BB)
         constant = self.speedup.observe(metrics, step.reward_B)
@@ -313,16 +293,15 @@ class InterferenceLog:
         measured = orthogonality(step, error)
         if measured is not None:
             metrics["interference/orthogonality"] = measured
-            trainer.observe_orthogonality(measured)
-        for name, value in metrics.items():
-            if name != "curvature/sigma_mean":  # logged of every batch already
-                trainer._metrics["train"][name].append(value)
+            self.observe_orthogonality(measured)
+        # curvature/sigma_mean is logged of every batch already
+        self.run.log({name: value for name, value in metrics.items() if name != "curvature/sigma_mean"})
 
         prompt_P, curvature_P = directional_curvature(step)
-        # of the last generation alone, which is the one that the state has seen last
-        first = int(prompt_B.max()) // self._prompts_per_generation * self._prompts_per_generation
-        trainer.observe_curvature(prompt_P[prompt_P >= first] - first, curvature_P[prompt_P >= first])
-        if trainer.accelerator.is_main_process:
+        # of the last generation alone, which is the one that the normalisation's state has seen last
+        first = int(prompt_B.max()) // self.run.prompts_per_generation * self.run.prompts_per_generation
+        self.observe_curvature(prompt_P[prompt_P >= first] - first, curvature_P[prompt_P >= first])
+        if self.accelerator.is_main_process:
             self._keep_latest(step)
             if self._writes:
                 self._write(step, metrics, prompt_B, key_B)
@@ -336,12 +315,11 @@ class InterferenceLog:
             logger.warning(f"Images of interference aren't drawn of this step: {type(error).__name__}: {error}")
 
     def _write(self, step: StepGradients, metrics: dict[str, float], prompt_B, key_B) -> None:
-        trainer = self.trainer
         try:
             prompts, first = prompt_B.unique(return_inverse=True)
             keys = key_B.new_zeros(len(prompts)).scatter_(0, first, key_B).tolist()
             texts = [self.prompt_texts.get(key, "") for key in keys]
-            write_step(trainer.args.output_dir, trainer.state.global_step, step, metrics, keys, texts)
+            write_step(self.run.output_dir, self._opened_in, step, metrics, keys, texts)
         except Exception as error:  # of this process alone: the others go on as it does
             self._writes = False
             logger.warning(f"Interference is logged without its files from here on: {type(error).__name__}: {error}")
@@ -353,8 +331,7 @@ class InterferenceLog:
         everything = squared_gradient_norm(self.sketch.trainable_parameters)
         if tapped == 0:
             return {}
-        scaler = getattr(self.trainer.accelerator, "scaler", None)
-        norm = tapped**0.5 / (scaler.get_scale() if scaler is not None else 1.0)
+        norm = tapped**0.5 / self._loss_scale()
         return {
             "interference/coverage": tapped / everything,
             "interference/sketch_check": max(gram_BB.sum().item(), 0.0) ** 0.5 / norm,

@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from accelerate.utils import extract_model_from_parallel, is_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor, Partial
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
-from trl.trainer import grpo_trainer
-from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.head.products import HeadSketch
+from trl_ext.trl_surface import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 
 @dataclass
@@ -42,30 +43,63 @@ class FusedGRPOOutput(ModelOutput):
     aux_loss: torch.Tensor | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class HeadSettings:
-    """How logits come from hidden states, as TRL found it out from the model's configuration."""
+    """How logits come from hidden states: ``softcap * tanh(logit_scale * y / softcap) / temperature``, y the product.
 
-    temperature: float
-    logit_scale: float
-    softcap: float | None
-    backbone: str
-    text_config: Any
-    cast_to_fp32: bool
+    ``softcap`` None: no cap. ``cast_to_fp32``: TRL's ``cast_lm_head_to_fp32``. ``n_experts``, ``experts_per_token``: of
+    a mixture of experts, for its auxiliary loss.
+    """
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    cast_to_fp32: bool = False
+    n_experts: int | None = None
+    experts_per_token: int | None = None
 
 
 class CompletionMask:
-    """Which completion tokens are worth a projection, where TRL's labels don't tell (tool outputs): (B, T), or None.
+    """Which completion tokens are worth a projection, where TRL's labels don't tell: not tool output.
 
-    TRL may send a batch in several parts, one after the other; each takes its rows.
+    Between ``keep`` and ``forget`` that is known of the sequences just generated, within ``given`` of a batch. TRL may
+    send the rows of a call in several parts, one after the other; each takes its own.
     """
 
     def __init__(self) -> None:
-        self._mask_BT: torch.Tensor | None = None
+        self._known_BT: torch.Tensor | None = None
+        self._mask_BT: torch.Tensor | None = None  # of the call that is going on
         self._taken = 0
 
+    def keep(self, completion_ids: list[list[int]], tool_mask: list[list[int]] | None, device: Any) -> None:
+        """What TRL's ``_generate`` returned, by row."""
+        self._known_BT = None
+        if tool_mask is not None and len(tool_mask) == len(completion_ids):
+            rows = [torch.tensor(row, device=device) for row in tool_mask]
+            self._known_BT = pad_sequence(rows, batch_first=True, padding_value=1)
+
+    def forget(self) -> None:
+        """The rows aren't those any more."""
+        self._known_BT = None
+
     @contextmanager
-    def of(self, mask_BT: torch.Tensor | None) -> Iterator[None]:
+    def given(self, mask_BT: torch.Tensor | None) -> Iterator[None]:
+        """The mask of the rows that are scored within, or None where none has tool output."""
+        self._known_BT = mask_BT
+        try:
+            yield
+        finally:
+            self._known_BT = None
+
+    @contextmanager
+    def of(self, n_rows: int, width: int) -> Iterator[None]:
+        """A call that scores ``n_rows`` rows of ``width`` completion positions."""
+        mask_BT = self._known_BT
+        if mask_BT is not None:
+            if len(mask_BT) != n_rows or mask_BT.shape[1] > width:
+                mask_BT = None
+            elif mask_BT.shape[1] < width:  # pad_to_multiple_of
+                mask_BT = torch.nn.functional.pad(mask_BT, (0, width - mask_BT.shape[1]), value=1)
         self._mask_BT, self._taken = mask_BT, 0
         try:
             yield
@@ -83,30 +117,56 @@ class CompletionMask:
         return labels
 
 
-def read_settings(model: torch.nn.Module) -> HeadSettings:
-    """What ``trl.trainer.utils.add_fused_lm_head`` closed over when it patched the model's forward.
+# names under which models' configurations keep a factor on the logits, in the order in which the first that is set
+# counts; TRL reads the same in ``add_fused_lm_head``
+LOGIT_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+LOGIT_DIVISOR = "logits_scaling"
+MULTIPLIES_BY_ITS_DIVISOR = ("hyperclovax",)
 
-    Raises ``ValueError`` where the model has no output embeddings or TRL's patch looks different.
-    """
+
+def read_settings(model: torch.nn.Module, *, temperature: float = 1.0, cast_to_fp32: bool = False) -> HeadSettings:
+    """From the model's configuration. Raises ``ValueError`` where the model has no output embeddings."""
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         raise ValueError(f"{type(model).__name__} has no output embeddings: it can't give log-probs")
-    function = getattr(model.forward, "__func__", None)
-    found: dict[str, Any] = {}
-    if function is not None and function.__closure__:
-        cells = (cell.cell_contents for cell in function.__closure__)
-        found = dict(zip(function.__code__.co_freevars, cells, strict=True))
-    try:
-        # the temperature is a free variable too, read here so that both heads have the very same
-        return HeadSettings(
-            temperature=found["temperature"],
-            logit_scale=float(found["logit_scale"]),
-            softcap=found["final_logit_softcapping"],
-            backbone=found["backbone_attr"],
-            text_config=found["text_config"],
-            cast_to_fp32=found["cast_lm_head_to_fp32"],
-        )
-    except KeyError as missing:
-        raise ValueError(f"TRL's fused LM head isn't as in version 1.16 (no {missing}): set fused_loss=False") from None
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    factors = [getattr(config, name, None) for name in LOGIT_FACTORS]
+    logit_scale = next((float(factor) for factor in factors if factor is not None), None)
+    divisor = getattr(config, LOGIT_DIVISOR, None)
+    if logit_scale is None and divisor is not None:
+        logit_scale = float(divisor) if config.model_type in MULTIPLIES_BY_ITS_DIVISOR else 1.0 / divisor
+    return HeadSettings(
+        temperature=temperature,
+        logit_scale=1.0 if logit_scale is None else logit_scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        cast_to_fp32=cast_to_fp32,
+        n_experts=getattr(config, "num_experts", None),
+        experts_per_token=getattr(config, "num_experts_per_tok", None),
+    )
+
+
+def add_fused_heads(
+    model: Any,
+    ref_model: Any,
+    *,
+    completion_mask: CompletionMask,
+    temperature: float,
+    cast_to_fp32: bool,
+    head_sketch: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], HeadSketch | None],
+) -> None:
+    """Our head for the policy, with or without adapters around it, and for TRL's ``ref_model`` where there is one.
+
+    Raises ``ValueError`` for a model without output embeddings, or an adapter on them that isn't plain LoRA.
+    """
+    base = model.get_base_model() if is_peft_model(model) else model
+    settings = read_settings(base, temperature=temperature, cast_to_fp32=cast_to_fp32)
+    head = base.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        if cast_to_fp32:
+            raise ValueError("cast_lm_head_to_fp32=True can't be used with an adapter on lm_head")
+        head_adapter(head, torch.zeros(1, head.get_base_layer().in_features, device=model.device))  # refuses
+    add_fused_head(base, settings, completion_mask, entropy=True, head_sketch=head_sketch)
+    if ref_model is not None:
+        add_fused_head(extract_model_from_parallel(ref_model), settings, completion_mask, entropy=False)
 
 
 def add_fused_head(
@@ -131,7 +191,7 @@ def add_fused_head(
                 kwargs["labels"] = labels
             return inner_forward(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
         kwargs["use_cache"] = False
-        outputs = getattr(self, settings.backbone)(*args, **kwargs)
+        outputs = self.base_model(*args, **kwargs)
         hidden = outputs.last_hidden_state[:, :-1]
         if grpo_inputs is None:
             labels = completion_mask.apply(labels)
@@ -139,9 +199,8 @@ def add_fused_head(
         mask = labels != -100
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            config = settings.text_config
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+                outputs.router_logits, settings.n_experts, settings.experts_per_token, kwargs.get("attention_mask")
             )
         hidden_NH, targets_N = hidden[mask], labels[mask]
         head = self.get_output_embeddings()
@@ -247,17 +306,3 @@ def head_adapter(head: BaseTunerLayer, hidden_NH: torch.Tensor) -> tuple[torch.T
     if not inputs:
         return None
     return torch.cat(inputs, dim=1), torch.cat(matrices, dim=1)
-
-
-class _NoAdapter:
-    """Nothing is an instance of this."""
-
-
-@contextmanager
-def head_adapters_allowed() -> Iterator[None]:
-    """TRL refuses an adapter on ``lm_head``, which its head would ignore. Ours doesn't: the check is passed over."""
-    check, grpo_trainer.BaseTunerLayer = grpo_trainer.BaseTunerLayer, _NoAdapter
-    try:
-        yield
-    finally:
-        grpo_trainer.BaseTunerLayer = check

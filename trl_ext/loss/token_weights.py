@@ -15,44 +15,39 @@ epoch may have fewer).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-
-def live_tokens(sequences: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Completion tokens of each sequence that the loss counts (no padding, no tool output), (B,) int64."""
-    mask_BT = sequences["completion_mask"]
-    if "tool_mask" in sequences:
-        mask_BT = mask_BT * sequences["tool_mask"]
-    return mask_BT.sum(dim=1)
+from trl_ext.trl_surface import LossSettings
 
 
-def token_weights(
-    lengths_B: torch.Tensor,
-    loss_type: str,
-    *,
-    micro_batch_size: int,
-    max_completion_length: int,
-    num_items_in_batch: torch.Tensor,
-    num_processes: int,
-    steps_per_generation: int,
-) -> torch.Tensor | None:
-    """Weights (B,) float32 as in the module's table, or None for ``bnpo``, whose weight needs the micro-batch.
+def live_mask(batch: dict[str, Any]) -> torch.Tensor:
+    """(B, T) bool: completion tokens that the loss counts, neither padding nor tool output."""
+    mask_BT = batch["completion_mask"]
+    return (mask_BT if "tool_mask" not in batch else mask_BT * batch["tool_mask"]).bool()
 
-    ``steps_per_generation`` is 1 in evaluation, where a batch is neither split nor accumulated.
+
+def live_tokens(batch: dict[str, Any]) -> torch.Tensor:
+    """How many of them each sequence has, (B,) int64."""
+    return live_mask(batch).sum(dim=1)
+
+
+def token_weights(batch: dict[str, Any], settings: LossSettings, *, training: bool) -> torch.Tensor:
+    """Weights (B,) float32 as in the module's table, of one of TRL's micro-batches, or of an evaluation batch.
+
+    From the mask as it is now, which a subclass may have changed. An evaluation batch is neither split nor accumulated:
+    it has one step a generation.
     """
-    lengths_B = lengths_B.float()
+    lengths_B = live_tokens(batch).float()
     ones_B = torch.ones_like(lengths_B)
-    if loss_type in ("grpo", "sapo"):
-        return 1 / (micro_batch_size * lengths_B.clamp(min=1))
-    if loss_type == "dr_grpo":
-        return ones_B / (micro_batch_size * max_completion_length)
-    if loss_type == "luspo":
-        return ones_B / micro_batch_size
-    if loss_type in ("dapo", "cispo", "vespo"):
-        return ones_B * (num_processes * steps_per_generation) / num_items_in_batch.clamp(min=1)
-    return None
-
-
-def micro_batch_token_weights(lengths_B: torch.Tensor) -> torch.Tensor:
-    """``bnpo``: one over the live tokens of this micro-batch, (B,) float32."""
-    return torch.ones_like(lengths_B, dtype=torch.float32) / lengths_B.sum().clamp(min=1)
+    if settings.loss_type in ("grpo", "sapo"):
+        return 1 / (len(lengths_B) * lengths_B.clamp(min=1))
+    if settings.loss_type == "dr_grpo":
+        return ones_B / (len(lengths_B) * settings.max_completion_length)
+    if settings.loss_type == "luspo":
+        return ones_B / len(lengths_B)
+    if settings.loss_type in ("dapo", "cispo", "vespo"):
+        steps = settings.steps_per_generation if training else 1
+        return ones_B * (settings.num_processes * steps) / batch["num_items_in_batch"].clamp(min=1)
+    return ones_B / lengths_B.sum().clamp(min=1)  # bnpo

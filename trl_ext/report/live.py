@@ -6,15 +6,17 @@ and left out from then on; training goes on.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from trl_ext.interference.log import IMAGE_BACKENDS
+from trl_ext.interference.log import InterferenceLog
 
 logger = get_logger(__name__)
+IMAGE_BACKENDS = ("wandb", "trackio", "tensorboard")  # of ``report_to``
 EVERY = 5
 TAG = "interference/overview"
 KEY_CURVES = {
@@ -53,18 +55,18 @@ def draw_overview(matrix: np.ndarray, step: int, logs: list[dict[str, Any]]) -> 
 
 
 class LiveImages(TrainerCallback):
-    """Sends ``draw_overview`` to the backends of ``report_to``."""
+    """Sends ``draw_overview`` to the backends of ``report_to``. ``callbacks`` gives the trainer's."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, interference: InterferenceLog, callbacks: Callable[[], Iterable[TrainerCallback]]) -> None:
+        self.interference, self.callbacks = interference, callbacks
         self._left_out: set[str] = set()
         self._seen = 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        latest = self.trainer._interference.latest
+        latest = self.interference.latest
         if latest is None or not state.is_world_process_zero:
             return
-        self.trainer._interference.latest = None
+        self.interference.latest = None
         self._seen += 1
         backends = [name for name in IMAGE_BACKENDS if name in (args.report_to or ())]
         backends = [name for name in backends if name not in self._left_out]
@@ -95,6 +97,6 @@ class LiveImages(TrainerCallback):
         trackio.log({TAG: trackio.Image(image)}, step=step)
 
     def _to_tensorboard(self, image: np.ndarray, step: int) -> None:
-        for callback in self.trainer.callback_handler.callbacks:
+        for callback in self.callbacks():
             if type(callback).__name__ == "TensorBoardCallback" and callback.tb_writer is not None:
                 callback.tb_writer.add_image(TAG, image, step, dataformats="HWC")

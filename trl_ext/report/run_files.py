@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from transformers import TrainerCallback
 
 logger = get_logger(__name__)
@@ -27,6 +28,18 @@ def started_at(folder: Path) -> float | None:
         return float(json.loads((folder / CONFIG_FILE).read_text())[STARTED])
     except (OSError, ValueError, LookupError, TypeError):
         return None
+
+
+def describe_run(args: Any, model: Any, trainer: type, reward_functions: list[str]) -> dict[str, Any]:
+    """For the run's folder: every option, and what else tells runs apart."""
+    return {
+        **args.to_dict(),
+        "model_name_or_path": model.config._name_or_path,
+        "trainer": trainer.__name__,
+        "reward_functions": reward_functions,
+        "num_processes": args.world_size,
+        "adapter": type(model).__name__ if is_peft_model(model) else None,
+    }
 
 
 class RunFiles(TrainerCallback):

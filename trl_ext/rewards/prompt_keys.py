@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -16,3 +17,10 @@ def prompt_key(prompt: Any) -> int:
 def prompt_text(prompt: Any) -> str:
     """What the user said: the last message of a conversation."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def prompt_texts(logged: Iterable[Any], keys_B: Any) -> dict[int, str]:
+    """Texts by key, of the prompts that were logged last, one for each of ``keys_B``."""
+    keys = keys_B.tolist()
+    latest = list(logged)[-len(keys) :]
+    return {key: prompt_text(prompt) for key, prompt in zip(keys, latest, strict=False)}

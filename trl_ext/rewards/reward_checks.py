@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from trl.trainer.utils import get_callable_name, is_async_callable
+
+from trl_ext.trl_surface import get_callable_name, is_async_callable
 
 
 def _fail(name: str, error: Exception) -> RuntimeError:

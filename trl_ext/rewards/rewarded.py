@@ -1,0 +1,50 @@
+"""The contract between reward functions and all that follows: a batch's rewards, of all processes.
+
+Shapes: P prompts, G completions of one prompt, B = P*G sequences of all processes, F reward functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .advantages import weighted_rewards
+from .prompt_keys import prompt_key
+
+
+@dataclass(frozen=True)
+class RewardedBatch:
+    """What the reward functions made of a batch, of all processes, groups of ``num_generations`` after one another.
+
+    ``rewards_BF`` (B, F), NaN where unscorable; ``weights_F`` (F,) of the functions; ``lengths_B`` (B,) int64, tokens
+    of the completions; ``keys_B`` (B,) int64, the prompts' keys.
+    """
+
+    rewards_BF: torch.Tensor
+    weights_F: torch.Tensor
+    lengths_B: torch.Tensor
+    keys_B: torch.Tensor
+    num_generations: int
+
+    @property
+    def rewards(self) -> torch.Tensor:
+        """(P, G), the weighted sums over functions."""
+        return weighted_rewards(self.rewards_BF, self.weights_F).view(-1, self.num_generations)
+
+
+def gather_rewarded(
+    rewards_BF: torch.Tensor,
+    weights_F: torch.Tensor,
+    prompts: list[Any],
+    completion_ids: list[list[int]],
+    num_generations: int,
+    accelerator: Any,
+) -> RewardedBatch:
+    """``rewards_BF`` are of all processes already; prompts and completions of this one."""
+    device = rewards_BF.device
+    lengths_and_keys = [[len(ids), prompt_key(prompt)] for ids, prompt in zip(completion_ids, prompts, strict=True)]
+    gathered = accelerator.gather(torch.tensor(lengths_and_keys, dtype=torch.int64, device=device))
+    lengths_B, keys_B = gathered.unbind(1)
+    return RewardedBatch(rewards_BF, weights_F.to(device), lengths_B, keys_B, num_generations)

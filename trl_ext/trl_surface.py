@@ -1,0 +1,308 @@
+"""Everything of TRL that is no documented interface and that this package leans on; no other module names it.
+
+Private helpers are imported from here. ``check_class`` and ``check_trainer`` look for every method, parameter,
+attribute and key when a trainer is built, so that a TRL that has changed is named before a model is trained with the
+wrong loss. What later stages read of a trainer they get frozen: ``RunSettings`` once, ``LossSettings`` and
+``StepPosition`` anew each time, since a callback may change ``trainer.beta`` while training.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import trl
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import (
+    FusedCausalLMOutput,
+    get_callable_name,
+    is_async_callable,
+    maybe_gather_lm_head_ctx,
+    pad,
+    use_adapter,
+)
+
+from .config import Options, read_options
+from .say_once import SayOnce
+
+__all__ = [
+    "FusedCausalLMOutput",
+    "disable_gradient_checkpointing",
+    "get_callable_name",
+    "is_async_callable",
+    "maybe_gather_lm_head_ctx",
+    "pad",
+    "use_adapter",
+]
+
+
+# The per-sequence dict that ``_generate_and_score_completions`` returns and ``_compute_loss`` gets
+
+
+class Column(NamedTuple):
+    """A (B, T) entry: the side its padding is on, and what it is padded with (None: the tokenizer's padding token).
+
+    ``both``: prompt and completion in one row, padded on both sides.
+    """
+
+    side: str
+    padding: float | None
+
+
+COLUMNS = {
+    "prompt_ids": Column("left", None),
+    "prompt_mask": Column("left", 0),
+    "completion_ids": Column("right", None),
+    "completion_mask": Column("right", 0),
+    "tool_mask": Column("right", 1),
+    "old_per_token_logps": Column("right", 0.0),
+    "ref_per_token_logps": Column("right", 0.0),
+    "sampling_per_token_logps": Column("right", 0.0),
+    "importance_sampling_ratio": Column("right", 1.0),
+    "token_type_ids": Column("both", 0),
+    "mm_token_type_ids": Column("both", 0),
+}
+ALWAYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
+LOGPROBS = tuple(name for name in COLUMNS if name.endswith("_per_token_logps"))
+TOKEN_TYPES = tuple(name for name, column in COLUMNS.items() if column.side == "both")
+IMAGES = ("pixel_values", "image_grid_thw", "num_images")
+ONE_EACH = ("advantages",)  # (B,)
+OF_THE_BATCH = ("num_items_in_batch",)  # 0-d
+
+
+# Methods that we override or call, with the parameters that we pass or take
+
+PARAMETERS = {
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_generate": ("prompts",),
+    "_generate_and_score_completions": ("inputs",),
+    "_get_per_token_logps_and_entropies": (
+        "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
+    ),
+    "_prepare_inputs": ("generation_batch",),
+    "_compute_loss": ("model", "inputs"),
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+    "_save_checkpoint": ("model", "trial"),
+}  # fmt: skip
+
+# Attributes of a built trainer, beside those that the two readers below read
+ATTRIBUTES = (
+    "_buffered_inputs", "_tokenizer", "_logs", "_metrics", "reward_funcs", "reward_func_names", "reward_weights",
+    "ref_model", "num_generations", "num_generations_eval", "multi_objective_aggregation", "pad_to_multiple_of",
+    "temperature",
+)  # fmt: skip
+LOG_COLUMNS = ("prompt", "completion", "rewards", "advantages", "extra")  # of the completions table
+
+
+class ChangedTRL(RuntimeError):  # noqa: N818
+    """TRL isn't as this package knows it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"TRL {trl.__version__} isn't as trl_ext knows it: {what}")
+
+
+def check_class() -> None:
+    """Raises ``ChangedTRL`` where a method of ``GRPOTrainer`` is gone or takes other arguments."""
+    for name, wanted in PARAMETERS.items():
+        method = getattr(GRPOTrainer, name, None)
+        if method is None:
+            raise ChangedTRL(f"GRPOTrainer has no {name}")
+        parameters = list(inspect.signature(method).parameters.values())[1:]
+        found = tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
+        open_ended = any(one.kind is one.VAR_POSITIONAL for one in parameters)  # a user's wrapper around TRL's
+        if found[: len(wanted)] != (wanted[: len(found)] if open_ended else wanted):
+            raise ChangedTRL(f"GRPOTrainer.{name} takes ({', '.join(found)}), not ({', '.join(wanted)})")
+    if not hasattr(grpo_trainer, "BaseTunerLayer"):
+        raise ChangedTRL("trl.trainer.grpo_trainer has no BaseTunerLayer, by which it refuses adapters on the LM head")
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raises ``ChangedTRL`` where an attribute of a built trainer, or a key of its logs, is gone."""
+    for name in ATTRIBUTES:
+        if not hasattr(trainer, name):
+            raise ChangedTRL(f"GRPOTrainer has no attribute {name}")
+    for name, keys in (("_metrics", ("train", "eval")), ("_logs", LOG_COLUMNS)):
+        if missing := [key for key in keys if key not in getattr(trainer, name)]:
+            raise ChangedTRL(f"GRPOTrainer.{name} has no {', '.join(missing)}")
+    try:
+        read_run_settings(trainer, None, None)
+        read_loss_settings(trainer, None)
+        trainer._step, trainer.accelerator.sync_gradients  # noqa: B018
+    except AttributeError as error:
+        raise ChangedTRL(f"{error.obj.__class__.__name__} has no attribute {error.name}") from None
+
+
+def check_batch(batch: Mapping[str, Any]) -> None:
+    """Raises ``ChangedTRL`` where TRL's per-sequence dict lacks what it always had."""
+    if missing := [name for name in ALWAYS if name not in batch]:
+        raise ChangedTRL(f"the batch that GRPOTrainer makes has no {', '.join(missing)}")
+
+
+# What is read of a trainer
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What stays as it is in a run, and where to say things: ``log(metrics)`` in training, ``say_once(text)``.
+
+    ``options``: ours. ``prompts_per_generation``: of all processes. ``pad_token_id``: the tokenizer's.
+    """
+
+    options: Options
+    accelerator: Any
+    seed: int
+    output_dir: str
+    report_to: tuple[str, ...]
+    torch_compile: bool
+    aggregation: str
+    num_generations: int
+    generation_batch_size: int
+    prompts_per_generation: int
+    pad_token_id: int
+    pad_to_multiple_of: int | None
+    log: Callable[[Mapping[str, float]], None]
+    say_once: SayOnce
+
+
+def read_run_settings(trainer: Any, log: Any, say_once: Any) -> RunSettings:
+    """When the trainer is built."""
+    args = trainer.args
+    return RunSettings(
+        options=read_options(args),
+        accelerator=trainer.accelerator,
+        seed=args.seed,
+        output_dir=args.output_dir,
+        report_to=tuple(args.report_to or ()),
+        torch_compile=args.torch_compile,
+        aggregation=trainer.multi_objective_aggregation,
+        num_generations=trainer.num_generations,
+        generation_batch_size=args.generation_batch_size,
+        prompts_per_generation=args.generation_batch_size // trainer.num_generations,
+        pad_token_id=trainer._tokenizer.pad_token_id,
+        pad_to_multiple_of=trainer.pad_to_multiple_of,
+        log=log,
+        say_once=say_once,
+    )
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What a micro-batch's loss depends on beside the batch: TRL's options by TRL's names, or what they come to.
+
+    ``entropy_coef`` counts where ``entropy_bonus``, ``aux_loss_coef`` where ``aux_loss``. ``importance_correction``:
+    vLLM's. ``own_group``: method and options of the normalisation where it needs nothing but the group's own rewards,
+    so that the kernel can make the advantages; else None.
+    """
+
+    loss_type: str
+    epsilon_low: float
+    epsilon_high: float
+    delta: float | None
+    sapo_temperatures: tuple[float, float]
+    beta: float
+    kl_times_ratio: bool
+    importance_sampling_level: str
+    importance_correction: bool
+    top_entropy_quantile: float
+    off_policy_mask_threshold: float | None
+    use_adaptive_entropy: bool
+    entropy_bonus: bool
+    entropy_coef: float
+    aux_loss: bool
+    aux_loss_coef: float
+    max_completion_length: int
+    num_processes: int
+    steps_per_generation: int
+    own_group: tuple[str, Mapping[str, Any]] | None
+
+
+def read_loss_settings(trainer: Any, own_group: tuple[str, Mapping[str, Any]] | None) -> LossSettings:
+    """As they are now."""
+    args = trainer.args
+    return LossSettings(
+        loss_type=trainer.loss_type,
+        epsilon_low=trainer.epsilon_low,
+        epsilon_high=trainer.epsilon_high,
+        delta=args.delta,
+        sapo_temperatures=(args.sapo_temperature_pos, args.sapo_temperature_neg),
+        beta=trainer.beta,
+        kl_times_ratio=args.use_bias_correction_kl,
+        importance_sampling_level=trainer.importance_sampling_level,
+        importance_correction=trainer.use_vllm and trainer.vllm_importance_sampling_correction,
+        top_entropy_quantile=trainer.top_entropy_quantile,
+        off_policy_mask_threshold=trainer.off_policy_mask_threshold,
+        use_adaptive_entropy=trainer.use_adaptive_entropy,
+        entropy_bonus=trainer._entropy_bonus_enabled,
+        entropy_coef=trainer.entropy_coef,
+        aux_loss=trainer.aux_loss_enabled,
+        aux_loss_coef=trainer.router_aux_loss_coef if trainer.aux_loss_enabled else 0.0,
+        max_completion_length=trainer.max_completion_length,
+        num_processes=trainer.accelerator.num_processes,
+        steps_per_generation=args.steps_per_generation,
+        own_group=own_group,
+    )
+
+
+@dataclass(frozen=True)
+class StepPosition:
+    """Where in training a call of ``training_step`` is.
+
+    ``micro_batch``: how many calls TRL has counted before it. ``optimizer_step``: the state's ``global_step``.
+    ``accumulation``: calls of this optimizer step (the last of an epoch may have fewer). ``last``: of them.
+    """
+
+    micro_batch: int
+    optimizer_step: int
+    accumulation: int
+    steps_per_generation: int
+    last: bool
+
+
+def read_position(trainer: Any) -> StepPosition:
+    """As it is now."""
+    return StepPosition(
+        micro_batch=trainer._step,
+        optimizer_step=trainer.state.global_step,
+        accumulation=trainer.current_gradient_accumulation_steps,
+        steps_per_generation=trainer.args.steps_per_generation,
+        last=trainer.accelerator.sync_gradients,
+    )
+
+
+def logged_columns(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of TRL's completions table that have an entry for each sequence, flat, by name."""
+    return {
+        **{name: logs[name] for name in ("prompt", "completion")},
+        **{f"rewards {name}": column for name, column in logs["rewards"].items()},
+        **{f"extra {name}": column for name, column in logs["extra"].items()},
+    }
+
+
+def replace_latest(column: Any, values: list[Any]) -> None:
+    """Puts ``values`` where TRL has just appended as many of its own."""
+    for _ in range(min(len(values), len(column))):
+        column.pop()
+    column.extend(values)
+
+
+# What is changed of TRL
+
+
+class _NoAdapter:
+    """Nothing is an instance of this."""
+
+
+@contextmanager
+def head_adapters_allowed() -> Iterator[None]:
+    """TRL refuses an adapter on ``lm_head``, which its head would ignore. Ours doesn't: the check is passed over."""
+    check, grpo_trainer.BaseTunerLayer = grpo_trainer.BaseTunerLayer, _NoAdapter
+    try:
+        yield
+    finally:
+        grpo_trainer.BaseTunerLayer = check
