@@ -187,7 +187,7 @@ def test_adaptive_follows_what_is_measured(tiny_policy, tmp_path):
     assert 0 <= trainer._normalizer.states[0].orthogonality <= 1
     curved = build(tiny_policy, tmp_path, unit, normalization="curvature", **LOGGED)
     curved.train()
-    assert curved._normalization_states[0].ready
+    assert curved._normalizer.states[0].ready
 
 
 def test_phase_and_constant_are_saved(tiny_policy, tmp_path):

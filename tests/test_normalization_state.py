@@ -103,7 +103,7 @@ def test_resumed_training_takes_the_state_up(method, tiny_policy, tmp_path):
 
     class Look(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            taken_up.append(again._normalization_states[0].state_dict())
+            taken_up.append(again._normalizer.states[0].state_dict())
             control.should_training_stop = True
 
     again = build(tiny_policy, tmp_path, **options)
@@ -125,7 +125,7 @@ def test_another_normalisation_starts_anew(tiny_policy, tmp_path, caplog):
 
 @pytest.mark.parametrize("method", ["adaptive", "curvature"])
 def test_without_a_signal_it_is_std_and_says_so_once(method, tiny_policy, tmp_path, monkeypatch):
-    import trl_ext.checkpoint_state as module
+    import trl_ext.trainer as module
 
     said = []
     monkeypatch.setattr(module.logger, "warning", lambda text, *args, **kwargs: said.append(text))

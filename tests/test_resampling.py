@@ -141,8 +141,8 @@ def test_resumed_runs_draw_the_same_after_a_short_step(tiny_policy, tmp_path, mo
     orders = []
     order = Resampling._order
 
-    def spy(self):
-        orders.append((self.trainer.state.global_step, order(self)))
+    def spy(self, size, step, generation):
+        orders.append((step, order(self, size, step, generation)))
         return list(orders[-1][1])
 
     monkeypatch.setattr(Resampling, "_order", spy)

@@ -13,8 +13,6 @@ the log, the run's folder, images             interference/files.py, report/run_
 
 from __future__ import annotations
 
-import textwrap
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -23,20 +21,22 @@ import torch
 from accelerate.logging import get_logger
 from trl import GRPOTrainer
 
+from . import trl_surface
 from .batches import deferred_logprobs, skipping
 from .batches.deferred_logprobs import DeferredLogprobs, logprob_inputs, why_complete
 from .batches.micro_batches import MicroBatches, micro_batch
-from .batches.skipping import EVERYTHING, live_sequences
 from .checkpoint_state import CheckpointState
 from .config import read_options, resolve_normalization
+from .gloo import let_gloo_finish
 from .interference.log import InterferenceLog
 from .loss.fused_head import CompletionMask, add_fused_heads
 from .loss.fused_loss import one_pass_loss, why_not_one_pass, without_tool_logprobs
 from .loss.statistics import whole_micro_batch_metrics
 from .loss.token_weights import token_weights
 from .overrides import ours, overridden
+from .paper import PAPER
 from .quantized import keep_trainable
-from .report.live import IMAGE_BACKENDS, LiveImages
+from .report.live import LiveImages
 from .report.run_files import RunFiles, describe_run
 from .rewards.group_columns import add_group_columns
 from .rewards.normalizer import Normalizer
@@ -46,17 +46,6 @@ from .rewards.reward_checks import checked_reward
 from .rewards.rewarded import gather_rewarded
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
-from .trl_surface import (
-    check_batch,
-    check_class,
-    check_trainer,
-    disable_gradient_checkpointing,
-    head_adapters_allowed,
-    read_loss_settings,
-    read_position,
-    read_run_settings,
-    replace_latest,
-)
 
 logger = get_logger(__name__)
 
@@ -76,53 +65,32 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     _tag_names: ClassVar = ["trl", "grpo", "curvature-grpo"]
     _name = "Curvature-aware GRPO"
-    _paper: ClassVar = {
-        "title": "Why GRPO Needs Normalization: A Local-Curvature Perspective on Adaptive Gradients",
-        "id": "2601.23135",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{ge2026normalization,
-                title        = {{Why GRPO Needs Normalization: A Local-Curvature Perspective on Adaptive Gradients}},
-                author       = {Cheng Ge and Caitlyn Heqi Yin and Hao Liang and Jiawei Zhang},
-                year         = 2026,
-                eprint       = {arXiv:2601.23135},
-            }"""),
-    }
+    _paper: ClassVar = PAPER
 
     @ours
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         """As the parent's. Raises ``ValueError`` before a model is loaded for options that contradict each other."""
-        check_class()
+        trl_surface.check_class()
         if args is not None:
             resolve_normalization(args)
         if read_options(args).resample_zero_variance:
             check_dataset(kwargs.get("train_dataset", rest[0] if rest else None))
-        with head_adapters_allowed() if read_options(args).fused_loss else nullcontext():
+        with trl_surface.head_adapters_allowed() if read_options(args).fused_loss else nullcontext():
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        check_trainer(self)
+        trl_surface.check_trainer(self)
         keep_trainable(self.model)
         self.reward_funcs: list[Any] = list(map(checked_reward, self.reward_funcs, self.reward_func_names))
         self._seconds = StageSeconds()
-        self._run = run = read_run_settings(self, self._log_metrics, SayOnce(logger))
+        self._run = run = trl_surface.read_run_settings(self, self._log_metrics, SayOnce(logger))
         self._normalizer = Normalizer(run, *resolve_normalization(self.args), n_functions=len(self.reward_funcs))
         self._generations = GenerationCount()
-        self._resampling = Resampling(run, self.train_dataset) if run.options.resample_zero_variance else None
-        self._interference = InterferenceLog(
-            run,
-            self.model,
-            baseline_size=self._normalizer.baseline_size,
-            keeps_latest=bool({*run.report_to} & {*IMAGE_BACKENDS}),
-            observe_orthogonality=self.observe_orthogonality,
-            observe_curvature=self.observe_curvature,
-        )
-        self._completion_mask, self._deferred = CompletionMask(), DeferredLogprobs()
+        self._resampling = Resampling(run) if run.options.resample_zero_variance else None
+        self._interference = InterferenceLog(run, self.model, self._normalizer.baseline_size, observer=self)
+        self._completion_mask, self._deferred = CompletionMask(), DeferredLogprobs(run, self._score)
         if run.options.fused_loss:
-            cast = self.args.cast_lm_head_to_fp32
-            heads = {"temperature": self.temperature, "cast_to_fp32": cast, "completion_mask": self._completion_mask}
-            add_fused_heads(self.model, self.ref_model, head_sketch=self._interference.head_sketch, **heads)
-        self._micro_batches = MicroBatches(
-            run, self.model, own=overridden(self, *skipping.OWN_METHODS), entropies=self._entropies
-        )
+            add_fused_heads(run, self.model, self.ref_model, self._completion_mask, self._interference.head_sketch)
+        own = overridden(self, *skipping.OWN_METHODS)
+        self._micro_batches = MicroBatches(run, self.model, own=own, score=self._score)
         self._checkpoint_state = CheckpointState(
             self._normalizer, self._interference, on_start=(self._micro_batches.forget, self._generations.forget)
         )
@@ -134,7 +102,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     @ours
     def _generate(self, prompts):
-        with self._stage("generation"):
+        with self._seconds.stage("generation", self.model.training):
             generated = super()._generate(prompts)
         self._completion_mask.keep(generated[1], generated[2], self.accelerator.device)
         own = overridden(self, *deferred_logprobs.OWN_METHODS)
@@ -144,7 +112,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     @ours
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._deferred.ready()
-        with self._stage("rewards"):
+        with self._seconds.stage("rewards", self.model.training):
             rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         num_generations = self.num_generations if self.model.training else self.num_generations_eval
         self._rewarded = gather_rewarded(
@@ -156,14 +124,13 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         """TRL's dict, its log-probs zeros where they can wait until it is known which sequences are used; rewards."""
         self._deferred.begin()
         if self._resampling is not None:
-            for column in self._logs["extra"].values():
-                column.clear()  # a reward function that logs none in this generation leaves no other's there
+            self._resampling.begin(self._logs)
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
             self._completion_mask.forget()  # TRL shuffles the rows next
             self._deferred.ready()
-        check_batch(output)
+        trl_surface.check_batch(output)
         return output, self._rewarded
 
     @ours
@@ -172,41 +139,26 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         generation = self._generations.next(step) if training else 0
         output, rewarded = self._generate_and_reward(inputs)
         if training and self._resampling is not None:
-            output, rewarded = self._resampling.fill(
-                output, rewarded, self._logs, self._generate_and_reward, step=step, generation=generation
-            )
+            drawn = {"dataset": self.train_dataset, "step": step, "generation": generation}
+            output, rewarded = self._resampling.fill(output, rewarded, self._logs, self._generate_and_reward, **drawn)
         normalized, metrics = self._normalizer(rewarded, training=training)
         self._log_metrics(metrics)
-        replace_latest(self._logs["advantages"], normalized.advantages.flatten().tolist())
+        trl_surface.replace_latest(self._logs["advantages"], normalized.advantages.flatten().tolist())
         add_group_columns(output, rewarded, normalized, process_index=self.accelerator.process_index)
         if training:
             self._interference.see_prompts(prompt_texts(self._logs["prompt"], rewarded.keys_B), anew=generation == 0)
         if self._deferred.due:
-            with self._stage("log_probs"):
-                self._fill_logprobs(output, training)
+            with self._seconds.stage("log_probs", self.model.training):
+                used_B = self._micro_batches.used(output, self._loss_settings(), training=training)
+                options = {"trim": self._micro_batches.trim, "training": training}
+                self._deferred.fill(output, used_B, self.model, self.ref_model, **options)
         return output
 
-    def _fill_logprobs(self, output: dict[str, Any], training: bool) -> None:
-        runs = self._micro_batches.what_runs(self._loss_settings(), output) if training else EVERYTHING
-        self._deferred.fill(
-            output,
-            live_sequences(output, runs),
-            self._run,
-            policy=self.model,
-            reference=self.ref_model,
-            score=lambda model, batch: self._score(model, batch)[0],
-            batch_size=self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size,
-            trim=self._micro_batches.trim,
-        )
-
-    def _score(self, model: Any, batch: dict[str, Any], **options: Any) -> tuple[Any, Any, Any]:
-        """(B, T) log-probs of a batch's completions and entropies or None, without a gradient; tool output is 0."""
-        ungraded = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+    def _score(self, model, batch, **options):
+        """TRL's log-probs (B, T) of a batch's completions, without a gradient; tool output is 0. None: the policy."""
+        ungraded = trl_surface.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), ungraded, self._completion_mask.given(batch.get("tool_mask")):
-            return self._get_per_token_logps_and_entropies(model, *logprob_inputs(batch), **options)
-
-    def _entropies(self, batch: dict[str, Any]) -> torch.Tensor:
-        return self._score(self.model, batch, compute_entropy=True)[1]
+            return self._get_per_token_logps_and_entropies(model or self.model, *logprob_inputs(batch), **options)
 
     @ours
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *rest, **kwargs):
@@ -225,20 +177,17 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return inputs
-        return self._micro_batches.next(self._buffered_inputs, read_position(self), self._loss_settings())
+        return self._micro_batches.next(self._buffered_inputs, trl_surface.read_position(self), self._loss_settings())
 
     @ours
     def training_step(self, model, inputs, num_items_in_batch=None):
-        with self._stage("step"):
-            self._interference.before_micro_batch(read_position(self), self.model)
-            try:
-                loss = super().training_step(model, inputs, num_items_in_batch)
-            except BaseException:
-                self._interference.abandon()
-                raise
-            last = self.accelerator.sync_gradients
-            self._interference.after_micro_batch(last=last, some_skipped=self._micro_batches.skipping)
-        if last:
+        position, some_skipped = trl_surface.read_position(self), lambda: self._micro_batches.skipping
+        with (
+            self._seconds.stage("step", self.model.training),
+            self._interference.micro_batch(position, self.model, some_skipped),
+        ):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if position.last:
             self._log_metrics(self._seconds.take())
         return loss
 
@@ -248,7 +197,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if not part.runs:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         if self.model.training:
-            self._interference.rows(inputs, part.skipped, read_position(self), self._loss_settings())
+            self._interference.rows(inputs, part.skipped, trl_surface.read_position(self), self._loss_settings())
         return super().compute_loss(model, inputs, *rest, **kwargs)
 
     @ours
@@ -277,7 +226,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         return one.loss
 
     def _loss_settings(self):
-        return read_loss_settings(self, self._normalizer.own_group)
+        return trl_surface.read_loss_settings(self, self._normalizer.own_group)
 
     # ---- signals, log, checkpoints, end
 
@@ -293,9 +242,6 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
-    def _stage(self, name: str):
-        return self._seconds.stage(name, counts=self.model.training)
-
     @ours
     def _save_checkpoint(self, model, trial):
         self._checkpoint_state.save(self.state)
@@ -303,10 +249,5 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     @ours
     def end(self):
-        several = self.accelerator.num_processes > 1
         super().end()
-        if several:
-            # Gloo's worker thread may still hold a tensor of the last exchange, and needs Python's lock to let go of
-            # it. Freeing the trainer (its DDP reducer) keeps that lock while it waits for the thread: the process hung
-            # in one of four runs. So the thread gets its turn before anything is freed.
-            time.sleep(0.5)
+        let_gloo_finish(self.accelerator.num_processes)

@@ -95,7 +95,6 @@ PARAMETERS = {
 ATTRIBUTES = (
     "_buffered_inputs", "_tokenizer", "_logs", "_metrics", "reward_funcs", "reward_func_names", "reward_weights",
     "ref_model", "num_generations", "num_generations_eval", "multi_objective_aggregation", "pad_to_multiple_of",
-    "temperature",
 )  # fmt: skip
 LOG_COLUMNS = ("prompt", "completion", "rewards", "advantages", "extra")  # of the completions table
 
@@ -152,6 +151,7 @@ class RunSettings:
     """What stays as it is in a run, and where to say things: ``log(metrics)`` in training, ``say_once(text)``.
 
     ``options``: ours. ``prompts_per_generation``: of all processes. ``pad_token_id``: the tokenizer's.
+    ``train_batch_size``, ``eval_batch_size``: sequences of each process at a time.
     """
 
     options: Options
@@ -166,6 +166,10 @@ class RunSettings:
     prompts_per_generation: int
     pad_token_id: int
     pad_to_multiple_of: int | None
+    train_batch_size: int
+    eval_batch_size: int
+    temperature: float
+    cast_lm_head_to_fp32: bool
     log: Callable[[Mapping[str, float]], None]
     say_once: SayOnce
 
@@ -186,6 +190,10 @@ def read_run_settings(trainer: Any, log: Any, say_once: Any) -> RunSettings:
         prompts_per_generation=args.generation_batch_size // trainer.num_generations,
         pad_token_id=trainer._tokenizer.pad_token_id,
         pad_to_multiple_of=trainer.pad_to_multiple_of,
+        train_batch_size=args.per_device_train_batch_size,
+        eval_batch_size=args.per_device_eval_batch_size,
+        temperature=trainer.temperature,
+        cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
         log=log,
         say_once=say_once,
     )

@@ -19,8 +19,8 @@ from trl_ext.trl_surface import LossSettings, RunSettings, use_adapter
 
 from .batch_rows import even_batches, row_lengths, select
 
-# (model, batch) -> (B, T) log-probs, without a gradient
-Scorer = Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor]
+# (model, batch) -> log-probs (B, T), first of what TRL's method returns, without a gradient
+Scorer = Callable[[torch.nn.Module, dict[str, Any]], tuple[Any, Any, Any]]
 
 # what a subclass may compute of all log-probs
 OWN_METHODS = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies")
@@ -45,7 +45,8 @@ def logprob_inputs(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor
 class DeferredLogprobs:
     """Between generation and rewards (``wait`` to ``ready``), log-probs that TRL asks for are zeros and are counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: RunSettings, score: Scorer) -> None:
+        self.run, self.score = run, score
         self._waits = False
         self.due = 0  # calls that got zeros
 
@@ -72,25 +73,24 @@ class DeferredLogprobs:
         self,
         output: dict[str, Any],
         used_B: torch.Tensor,
-        run: RunSettings,
-        *,
         policy: Any,
         reference: Any,
-        score: Scorer,
-        batch_size: int,
+        *,
         trim: tuple[bool, bool],
+        training: bool,
     ) -> None:
         """Puts the log-probs of the sequences that the loss will use into ``output``; those of others stay 0.
 
         ``used_B`` (B,) bool. ``reference``: TRL's ``ref_model``, None where it is the policy without its adapter. Every
         process makes as many passes as the one with the most sequences.
         """
+        batch_size = self.run.train_batch_size if training else self.run.eval_batch_size
         needed = torch.tensor([-(-int(used_B.sum()) // batch_size)], device=used_B.device)
-        n_batches = int(run.accelerator.gather(needed).max())
+        n_batches = int(self.run.accelerator.gather(needed).max())
         if n_batches == 0:
             return
         indices = even_batches(used_B, row_lengths(output), n_batches)
-        batches = [select(output, index_B, trim, run.pad_to_multiple_of) for index_B in indices]
+        batches = [select(output, index_B, trim, self.run.pad_to_multiple_of) for index_B in indices]
         for name in ("old_per_token_logps", "ref_per_token_logps"):
             if output.get(name) is None:
                 continue
@@ -98,9 +98,9 @@ class DeferredLogprobs:
             if name == "ref_per_token_logps" and reference is not None:
                 model = reference
             elif name == "ref_per_token_logps":
-                unwrapped = run.accelerator.unwrap_model(policy)
+                unwrapped = self.run.accelerator.unwrap_model(policy)
                 adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
             with adapter:
                 for index_B, batch in zip(indices, batches, strict=True):
-                    logprobs_BT = score(model, batch)
+                    logprobs_BT = self.score(model, batch)[0]
                     values_BT[index_B, : logprobs_BT.shape[1]] = logprobs_BT.to(values_BT)

@@ -26,7 +26,7 @@ from trl_ext.loss.token_weights import live_mask, live_tokens, token_weights
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .batch_rows import even_batches, join, row_lengths, select
-from .skipping import WhatRuns, has_dropout, live_sequences, trimmed_columns, what_runs
+from .skipping import EVERYTHING, WhatRuns, has_dropout, live_sequences, trimmed_columns, what_runs
 from .step_statistics import StepStatistics
 
 KEY = "micro_batch"  # in TRL's dict
@@ -114,8 +114,8 @@ class MicroBatches:
     """Hands out the micro-batches of each optimizer step, planned at the first of them.
 
     An optimizer step that takes its micro-batches from several generations is planned generation by generation.
-    ``own``: of ``skipping.OWN_METHODS``, what to say of the one that a subclass has, or None. ``entropies`` gives
-    (B, T) of a batch's completions, for ``full_entropy``.
+    ``own``: of ``skipping.OWN_METHODS``, what to say of the one that a subclass has, or None. ``score``
+    (model or None for the policy, batch, compute_entropy=True) gives entropies (B, T) second, for ``full_entropy``.
     """
 
     def __init__(
@@ -124,11 +124,10 @@ class MicroBatches:
         model: torch.nn.Module,
         *,
         own: str | None,
-        entropies: Callable[[dict[str, Any]], torch.Tensor],
+        score: Callable[..., tuple[Any, Any, Any]],
     ) -> None:
         self.run, self.accelerator, self.options, self.own = run, run.accelerator, run.options, own
-        self.entropies = entropies
-        self._model = self.accelerator.unwrap_model(model)
+        self.score, self._model = score, self.accelerator.unwrap_model(model)
         self.trim = trimmed_columns(self._model)
         self.skipping = False  # whether sequences may be left out of what was planned last
         self._planned: list[dict[str, Any]] = []
@@ -156,6 +155,10 @@ class MicroBatches:
     def what_runs(self, settings: LossSettings, batch: dict[str, Any]) -> WhatRuns:
         """Of ``batch``, one of TRL's micro-batches or a whole generation batch."""
         return what_runs(self.options, settings, batch, self.own)
+
+    def used(self, batch: dict[str, Any], settings: LossSettings, *, training: bool) -> torch.Tensor:
+        """(B,) bool: sequences of a whole batch that the loss will be made of."""
+        return live_sequences(batch, self.what_runs(settings, batch) if training else EVERYTHING)
 
     def forget(self) -> None:
         """What was planned for a step that broke off."""
@@ -240,7 +243,9 @@ class MicroBatches:
         batches = []
         for row_B in even_batches(dead_B, row_lengths(rows), n_batches):
             batch = self._select(rows, row_B)
-            self._statistics.set_entropy(row_B, (self.entropies(batch) * live_mask(batch)).sum(1))
+            self._statistics.set_entropy(
+                row_B, (self.score(None, batch, compute_entropy=True)[1] * live_mask(batch)).sum(1)
+            )
             batches.append(batch)
         return batches
 

@@ -9,8 +9,9 @@ Nothing here changes what is trained, and a failure is said once and switches it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,33 +52,33 @@ def squared_gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
     return total
 
 
+class Observer(Protocol):
+    """Who uses what is measured: the normalisation, through the trainer."""
+
+    def observe_orthogonality(self, orthogonality: float) -> None: ...
+
+    def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None: ...
+
+
 class InterferenceLog:
     """What happens around the forward and backward of a step that is logged.
 
     The projections of a step are drawn from the seed and the step's number, so that a resumed run draws the same.
-    ``baseline_size``: rewards in a sequence's baseline. ``observe_orthogonality`` and ``observe_curvature`` are the
-    normalisation's. ``keeps_latest``: whether the latest step's cosines are wanted, for images.
+    ``baseline_size``: rewards in a sequence's baseline. ``observer`` is told what was measured. ``keeps_latest`` may be set: whether the latest step's cosines are wanted, for images.
     """
 
     def __init__(
         self,
         run: RunSettings,
         model: torch.nn.Module,
-        *,
         baseline_size: int,
-        keeps_latest: bool,
-        observe_orthogonality: Callable[[float], None],
-        observe_curvature: Callable[[torch.Tensor, torch.Tensor], None],
+        *,
+        observer: Observer,
     ) -> None:
-        self.run, self.accelerator, self.baseline_size, self.keeps_latest = (
-            run,
-            run.accelerator,
-            baseline_size,
-            keeps_latest,
-        )
+        self.run, self.accelerator, self.baseline_size, self.keeps_latest = run, run.accelerator, baseline_size, False
         self.every, self.dim = run.options.interference_every, run.options.interference_dim
         self.layers = run.options.interference_layers
-        self.observe_orthogonality, self.observe_curvature = observe_orthogonality, observe_curvature
+        self.observer = observer
         self.sketch: GradientSketch | None = None
         self.features: PromptFeatures | None = None
         self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
@@ -125,8 +126,22 @@ class InterferenceLog:
 
     # ---- around each micro-batch of a step that is logged
 
-    def before_micro_batch(self, position: StepPosition, model: torch.nn.Module) -> None:
-        """Opens the taps at the first micro-batch of a step that is logged. ``model``: as it is wrapped now."""
+    @contextmanager
+    def micro_batch(
+        self, position: StepPosition, model: torch.nn.Module, some_skipped: Callable[[], bool]
+    ) -> Iterator[None]:
+        """Around a call of ``training_step``. ``model``: as it is wrapped now. ``some_skipped``: whether sequences may
+        have been left out of the step, so that features are of those that ran."""
+        self._before_micro_batch(position, model)
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+        self._after_micro_batch(last=position.last, some_skipped=some_skipped())
+
+    def _before_micro_batch(self, position: StepPosition, model: torch.nn.Module) -> None:
+        """Opens the taps at the first micro-batch of a step that is logged."""
         self._has_rows = False
         step = position.optimizer_step
         if self._off or self._is_open or step % self.every:
@@ -182,11 +197,8 @@ class InterferenceLog:
             self._fail(error)
             return None
 
-    def after_micro_batch(self, *, last: bool, some_skipped: bool) -> None:
-        """After its backward; the last one of the step closes the taps and logs.
-
-        ``some_skipped``: sequences may have been left out of the step, so that features are of those that ran.
-        """
+    def _after_micro_batch(self, *, last: bool, some_skipped: bool) -> None:
+        """After its backward; the last one of the step closes the taps and logs."""
         if not self._is_open:
             return
         if self.sketch is not None:
@@ -293,14 +305,14 @@ class InterferenceLog:
         measured = orthogonality(step, error)
         if measured is not None:
             metrics["interference/orthogonality"] = measured
-            self.observe_orthogonality(measured)
+            self.observer.observe_orthogonality(measured)
         # curvature/sigma_mean is logged of every batch already
         self.run.log({name: value for name, value in metrics.items() if name != "curvature/sigma_mean"})
 
         prompt_P, curvature_P = directional_curvature(step)
         # of the last generation alone, which is the one that the normalisation's state has seen last
         first = int(prompt_B.max()) // self.run.prompts_per_generation * self.run.prompts_per_generation
-        self.observe_curvature(prompt_P[prompt_P >= first] - first, curvature_P[prompt_P >= first])
+        self.observer.observe_curvature(prompt_P[prompt_P >= first] - first, curvature_P[prompt_P >= first])
         if self.accelerator.is_main_process:
             self._keep_latest(step)
             if self._writes:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from accelerate.utils import extract_model_from_parallel, is_peft_model
+from accelerate.utils import is_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor, Partial
@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.head.products import HeadSketch
-from trl_ext.trl_surface import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+from trl_ext.trl_surface import FusedCausalLMOutput, RunSettings, maybe_gather_lm_head_ctx
 
 
 @dataclass
@@ -145,12 +145,10 @@ def read_settings(model: torch.nn.Module, *, temperature: float = 1.0, cast_to_f
 
 
 def add_fused_heads(
+    run: RunSettings,
     model: Any,
     ref_model: Any,
-    *,
     completion_mask: CompletionMask,
-    temperature: float,
-    cast_to_fp32: bool,
     head_sketch: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], HeadSketch | None],
 ) -> None:
     """Our head for the policy, with or without adapters around it, and for TRL's ``ref_model`` where there is one.
@@ -158,15 +156,15 @@ def add_fused_heads(
     Raises ``ValueError`` for a model without output embeddings, or an adapter on them that isn't plain LoRA.
     """
     base = model.get_base_model() if is_peft_model(model) else model
-    settings = read_settings(base, temperature=temperature, cast_to_fp32=cast_to_fp32)
+    settings = read_settings(base, temperature=run.temperature, cast_to_fp32=run.cast_lm_head_to_fp32)
     head = base.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
-        if cast_to_fp32:
+        if settings.cast_to_fp32:
             raise ValueError("cast_lm_head_to_fp32=True can't be used with an adapter on lm_head")
         head_adapter(head, torch.zeros(1, head.get_base_layer().in_features, device=model.device))  # refuses
     add_fused_head(base, settings, completion_mask, entropy=True, head_sketch=head_sketch)
     if ref_model is not None:
-        add_fused_head(extract_model_from_parallel(ref_model), settings, completion_mask, entropy=False)
+        add_fused_head(run.accelerator.unwrap_model(ref_model), settings, completion_mask, entropy=False)
 
 
 def add_fused_head(

@@ -59,6 +59,7 @@ class LiveImages(TrainerCallback):
 
     def __init__(self, interference: InterferenceLog, callbacks: Callable[[], Iterable[TrainerCallback]]) -> None:
         self.interference, self.callbacks = interference, callbacks
+        interference.keeps_latest = bool(set(interference.run.report_to) & set(IMAGE_BACKENDS))
         self._left_out: set[str] = set()
         self._seen = 0
 

@@ -112,16 +112,18 @@ class GenerationCount:
 
 
 class Resampling:
-    """Fills a batch of rollouts up with live prompts before its rewards are normalised.
+    """Fills a batch of rollouts up with live prompts before its rewards are normalised."""
 
-    ``dataset``: where other prompts are drawn from.
-    """
-
-    def __init__(self, run: RunSettings, dataset: Any) -> None:
-        self.run, self.accelerator, self.dataset = run, run.accelerator, dataset
+    def __init__(self, run: RunSettings) -> None:
+        self.run, self.accelerator = run, run.accelerator
         self.n_prompts, self.max_rounds = run.prompts_per_generation, run.options.resample_max_rounds
         wanted = run.options.resample_live_prompts
         self.wanted = self.n_prompts if wanted is None else wanted
+
+    def begin(self, logs: Mapping[str, Any]) -> None:
+        """A generation begins: a reward function that logs no column of its own in it leaves no other's there."""
+        for column in logs["extra"].values():
+            column.clear()
 
     def fill(
         self,
@@ -130,21 +132,22 @@ class Resampling:
         logs: Mapping[str, Any],
         generate: Callable[[list[dict[str, Any]]], tuple[dict[str, Any], RewardedBatch]],
         *,
+        dataset: Any,
         step: int,
         generation: int,
     ) -> tuple[dict[str, Any], RewardedBatch]:
         """The batch to train on, and its rewards.
 
-        ``output``: TRL's dict of the first generation, ``rewarded`` its rewards. ``logs``: TRL's completions table,
-        which then holds the batch. ``generate`` answers this process's examples. Drawn by ``step`` and the number of
-        the ``generation`` in it.
+        ``output``: TRL's dict of the first generation, ``rewarded`` its rewards. ``dataset``: where other prompts are
+        drawn from. ``logs``: TRL's completions table, which then holds the batch. ``generate`` answers this process's
+        examples. Drawn by ``step`` and the number of the ``generation`` in it.
         """
         n_local = len(output["prompt_ids"])
         rounds = [self._take(output, rewarded, logs)]
         seen = set(rewarded.keys_B.tolist())
-        order = self._order(step, generation)
+        order = self._order(len(dataset), step, generation)
         while self._live(rounds) < self.wanted and len(rounds) <= self.max_rounds:
-            others = self._other_prompts(order, seen, n_local, rewarded.num_generations)
+            others = self._other_prompts(dataset, order, seen, n_local, rewarded.num_generations)
             if others is None:
                 self.run.say_once(
                     "resample_zero_variance: the dataset has no other prompts left to draw in this step; the batch "
@@ -178,19 +181,19 @@ class Resampling:
             dead_P=dead_P.cpu(),
         )
 
-    def _order(self, step: int, generation: int) -> list[int]:
+    def _order(self, size: int, step: int, generation: int) -> list[int]:
         """The dataset's rows in the order they are drawn in at this step."""
         generator = torch.Generator()
         generator.manual_seed((self.run.seed * 1_000_003 + step) * 1_009 + generation)
-        return torch.randperm(len(self.dataset), generator=generator).tolist()
+        return torch.randperm(size, generator=generator).tolist()
 
     def _other_prompts(
-        self, order: list[int], seen: set[int], n_local: int, num_generations: int
+        self, dataset: Any, order: list[int], seen: set[int], n_local: int, num_generations: int
     ) -> list[dict[str, Any]] | None:
         """This process's examples of a batch of prompts not drawn for it yet, or None where they run out."""
         found: list[dict[str, Any]] = []
         while order and len(found) < self.n_prompts:
-            example = self.dataset[order.pop()]
+            example = dataset[order.pop()]
             key = prompt_key(example["prompt"])
             if key not in seen:
                 seen.add(key)
