@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import ratios
 from ratios import Ratios
+
+ROOT = Path(__file__).parents[1]
 
 ROWS = [
     Ratios("step", "lora", {"TRL / ours": 2.7812, "ours / floor": 1.0}),
