@@ -47,6 +47,12 @@ def record(request):
     return call
 
 
+@pytest.fixture
+def full(request) -> bool:
+    """Whether --full was given, for cases that take fewer rounds without."""
+    return request.config.getoption("full")
+
+
 class Reporter:
     """Leaves cases out, prints a line as each ends and saves what there is; the table comes at the end."""
 

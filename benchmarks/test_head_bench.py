@@ -78,7 +78,7 @@ def test_against_trl_and_the_floor(benchmark, record, shape, n, dtype, frozen, l
 @pytest.mark.parametrize("frozen", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
 @pytest.mark.parametrize("shape", ["SmolLM2"])
-def test_against_the_other_peers(benchmark, record, shape, dtype, frozen):
+def test_against_the_other_peers(benchmark, record, full, shape, dtype, frozen):
     problem = heads.make_problem(shape, 512, DTYPES[dtype], frozen=frozen, live=1.0, device=DEVICE)
     calls = {
         "ours": heads.ours(problem),
@@ -93,7 +93,7 @@ def test_against_the_other_peers(benchmark, record, shape, dtype, frozen):
     for peer in ("full logits", "Liger"):
         if peer in calls:
             check_same_gradient(problem, calls["ours"], calls[peer], 1e-4 if dtype == "fp32" else 3e-2)
-    medians = alternate(calls, rounds=5)
+    medians = alternate(calls, rounds=5 if full else 3)
     benchmark.extra_info.update(medians)
     values = {f"{name} / ours": medians[name] / medians["ours"] if name in medians else None for name in peers}
     values["ours / floor"] = medians["ours"] / medians["floor"]

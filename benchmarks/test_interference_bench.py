@@ -32,7 +32,7 @@ from trl_ext.tasks.small_policy import build_model, build_tokenizer
 from trl_ext.tasks.smollm2 import smollm2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDS = 5
+ROUNDS, SHORT_ROUNDS = 5, 3  # with and without --full
 LORA = [pytest.param(False, id="full", marks=pytest.mark.full), pytest.param(True, id="lora")]
 
 
@@ -63,15 +63,16 @@ def parity(completion_ids, **kwargs):
 
 
 @pytest.mark.parametrize("lora", LORA)
-def test_a_step_that_logs(benchmark, record, lora, tmp_path):
+def test_a_step_that_logs(benchmark, record, full, lora, tmp_path):
     from peft import LoraConfig
 
+    rounds = ROUNDS if full else SHORT_ROUNDS
     folder = smollm2()
     trainer = CurvatureGRPOTrainer(
         model=str(folder),
         reward_funcs=parity,
         args=CurvatureGRPOConfig(
-            output_dir=str(tmp_path), interference_every=2, max_steps=2 * ROUNDS + 2, learning_rate=1e-6,
+            output_dir=str(tmp_path), interference_every=2, max_steps=2 * rounds + 2, learning_rate=1e-6,
             num_generations=SEQUENCES // PROMPTS, per_device_train_batch_size=SEQUENCES, bf16=False,
             gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
             disable_tqdm=True, use_cpu=DEVICE == "cpu",
@@ -84,7 +85,7 @@ def test_a_step_that_logs(benchmark, record, lora, tmp_path):
     clock = StepSeconds()
     trainer.add_callback(clock)
     benchmark.pedantic(trainer.train, rounds=1)
-    assert len(read_interference(tmp_path)) == ROUNDS + 1
+    assert len(read_interference(tmp_path)) == rounds + 1
     pairs = list(zip(clock.seconds[2::2], clock.seconds[3::2], strict=True))  # the first two are the warm-up
     ratio = statistics.median(logged / plain for logged, plain in pairs)
     medians = [statistics.median(times) for times in zip(*pairs, strict=True)]

@@ -28,7 +28,7 @@ ROUNDS = 2
 KINDS = {"full": False, "lora": True}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[pytest.param("full", marks=pytest.mark.full), "lora"])
 def pair(request):
     lora = KINDS[request.param]
     both = {name: Contender(name, lora) for name in ("trl", "ours")}
