@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2  # test processes, of one thread each
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench gpu check
+.PHONY: demo test bench bench-full gpu check
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,9 +26,12 @@ test: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
+bench-full: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --full
+
 gpu: $(VENV)/.installed-dev
 	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest benchmarks/ --benchmark-only
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest benchmarks/ --benchmark-only --full
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

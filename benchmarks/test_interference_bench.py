@@ -22,7 +22,6 @@ from pathlib import Path
 import pytest
 import torch
 from compare import alternate
-from conftest import ROWS
 from datasets import Dataset
 from interference_memory import PROMPTS, SEQUENCES, TOKENS, forward_backward, make_model
 from transformers import AutoTokenizer, TrainerCallback
@@ -33,7 +32,8 @@ from trl_ext.tasks.small_policy import build_model, build_tokenizer
 from trl_ext.tasks.smollm2 import smollm2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDS = 5
+ROUNDS, SHORT_ROUNDS = 5, 3  # with and without --full
+LORA = [pytest.param(False, id="full", marks=pytest.mark.full), pytest.param(True, id="lora")]
 
 
 class StepSeconds(TrainerCallback):
@@ -62,16 +62,17 @@ def parity(completion_ids, **kwargs):
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_step_that_logs(benchmark, lora, tmp_path):
+@pytest.mark.parametrize("lora", LORA)
+def test_a_step_that_logs(benchmark, record, full, lora, tmp_path):
     from peft import LoraConfig
 
+    rounds = ROUNDS if full else SHORT_ROUNDS
     folder = smollm2()
     trainer = CurvatureGRPOTrainer(
         model=str(folder),
         reward_funcs=parity,
         args=CurvatureGRPOConfig(
-            output_dir=str(tmp_path), interference_every=2, max_steps=2 * ROUNDS + 2, learning_rate=1e-6,
+            output_dir=str(tmp_path), interference_every=2, max_steps=2 * rounds + 2, learning_rate=1e-6,
             num_generations=SEQUENCES // PROMPTS, per_device_train_batch_size=SEQUENCES, bf16=False,
             gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
             disable_tqdm=True, use_cpu=DEVICE == "cpu",
@@ -84,20 +85,25 @@ def test_a_step_that_logs(benchmark, lora, tmp_path):
     clock = StepSeconds()
     trainer.add_callback(clock)
     benchmark.pedantic(trainer.train, rounds=1)
-    assert len(read_interference(tmp_path)) == ROUNDS + 1
+    assert len(read_interference(tmp_path)) == rounds + 1
     pairs = list(zip(clock.seconds[2::2], clock.seconds[3::2], strict=True))  # the first two are the warm-up
     ratio = statistics.median(logged / plain for logged, plain in pairs)
     medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
     benchmark.extra_info.update({"logged": medians[0], "plain": medians[1], "ratio": ratio})
-    ROWS.append(
-        f"interference SmolLM2 {'LoRA' if lora else 'full'} {SEQUENCES} x {TOKENS}: a step that logs / that doesn't "
-        f"{ratio:5.3f} (ratio of medians {medians[0] / medians[1]:5.3f})   "
-        f"at every tenth step {1 + (ratio - 1) / 10:6.4f}"
+    record(
+        "interference",
+        f"a step that logs, SmolLM2 {'LoRA' if lora else 'full'} {SEQUENCES} x {TOKENS}",
+        {
+            "ours / floor": ratio,
+            "ratio of medians": medians[0] / medians[1],
+            "every 10th step, % more": 100 * (ratio - 1) / 10,
+        },
     )
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_against_one_backward_for_each_prompt(benchmark, lora):
+@pytest.mark.full
+@pytest.mark.parametrize("lora", LORA)
+def test_against_one_backward_for_each_prompt(benchmark, record, lora):
     model, backbone, head = make_model(lora, DEVICE)
     sketch = GradientSketch(model, 64)
     prompt_B = torch.arange(PROMPTS, device=DEVICE).repeat_interleave(SEQUENCES // PROMPTS)
@@ -126,18 +132,22 @@ def test_against_one_backward_for_each_prompt(benchmark, lora):
     calls = {"plain": plain, "sketched": sketched, "one backward a prompt": one_backward_a_prompt}
     medians = alternate(calls, rounds=3)
     benchmark.extra_info.update(medians)
-    ROWS.append(
-        f"interference SmolLM2 {'LoRA' if lora else 'full'} forward and backward: sketched / plain "
-        f"{medians['sketched'] / medians['plain']:5.3f}   one backward a prompt, with its Gram matrix / plain "
-        f"{medians['one backward a prompt'] / medians['plain']:5.3f}"
+    record(
+        "interference",
+        f"forward and backward, SmolLM2 {'LoRA' if lora else 'full'}",
+        {
+            "ours / floor": medians["sketched"] / medians["plain"],
+            "one backward a prompt and Gram matrix / floor": medians["one backward a prompt"] / medians["plain"],
+        },
     )
     benchmark.pedantic(sketched, rounds=1)
     sketch.close()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_peak_memory(benchmark, lora, checkpointing):
+@pytest.mark.parametrize("lora", LORA)
+def test_peak_memory(benchmark, record, lora, checkpointing):
     """In fresh processes: beyond the model, and beyond the gradients that stay."""
 
     def peaks() -> dict[str, int]:
@@ -153,13 +163,14 @@ def test_peak_memory(benchmark, lora, checkpointing):
 
     found = benchmark.pedantic(peaks, rounds=1)
     benchmark.extra_info.update(found)
-    ROWS.append(
-        f"interference SmolLM2 {'LoRA' if lora else 'full'}, {'' if checkpointing else 'no '}checkpointing: "
-        f"peak memory plain {found['plain'] / 2**20:.0f} MiB, sketched {found['sketched'] / 2**20:.0f} MiB"
+    record(
+        "interference",
+        f"peak memory, SmolLM2 {'LoRA' if lora else 'full'}, {'' if checkpointing else 'no '}checkpointing",
+        {"plain MiB": found["plain"] / 2**20, "sketched MiB": found["sketched"] / 2**20},
     )
 
 
-def test_against_gradients_of_each_sequence(benchmark):
+def test_against_gradients_of_each_sequence(benchmark, record):
     """The built-in policy: a whole gradient of each sequence by ``vmap(grad)`` and by Opacus; sketch and exact mode."""
     tokenizer = build_tokenizer((1, 4))
     torch.manual_seed(0)
@@ -212,8 +223,13 @@ def test_against_gradients_of_each_sequence(benchmark):
         contenders["Opacus"] = by_opacus
     medians = alternate(contenders, rounds=15)
     benchmark.extra_info.update(medians)
-    ratios = "   ".join(
-        f"{name} / plain {medians[name] / medians['plain']:5.2f}" for name in contenders if name != "plain"
+    names = {"sketch": "ours", "exact": "ours, exact", "vmap(grad)": "vmap(grad)", "Opacus": "Opacus"}
+    record(
+        "interference",
+        "each sequence's gradient, built-in policy 16 x 24",
+        {
+            f"{shown} / floor": medians[name] / medians["plain"] if name in medians else None
+            for name, shown in names.items()
+        },
     )
-    ROWS.append(f"interference built-in policy, 16 x 24 tokens: {ratios}")
     benchmark.pedantic(contenders["sketch"], rounds=1)

@@ -6,12 +6,12 @@ Counted: P * G float32 read once and written once, 8 * P * G bytes; the floor do
 import pytest
 import torch
 from compare import alternate
-from conftest import ROWS
 from trl.trainer.utils import nanstd
 
 from grpo_kernels import METHODS, normalize_rewards
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHORT = ("mean", "std", "batch_std", "median_mad", "rank", "decoupled")  # without --full, at the larger two sizes
 
 
 def trl_lines(rewards_PG: torch.Tensor) -> torch.Tensor:
@@ -35,9 +35,13 @@ def context_of(method: str, rewards_PG: torch.Tensor) -> dict:
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("prompts", "generations"), [(16, 8), (512, 16), (4096, 64)])
-def test_normalize(benchmark, prompts, generations, method):
+@pytest.mark.parametrize(
+    "method", [name if name in SHORT else pytest.param(name, marks=pytest.mark.full) for name in METHODS]
+)
+@pytest.mark.parametrize(
+    ("prompts", "generations"), [pytest.param(16, 8, marks=pytest.mark.full), (512, 16), (4096, 64)]
+)
+def test_normalize(benchmark, record, prompts, generations, method):
     rewards_PG = torch.rand(prompts, generations, device=DEVICE)
     if method == "std":
         torch.testing.assert_close(normalize_rewards(rewards_PG).flatten(), trl_lines(rewards_PG), rtol=1e-4, atol=1e-5)
@@ -59,9 +63,13 @@ def test_normalize(benchmark, prompts, generations, method):
         inner=3 if prompts < 4096 else 1,
     )
     benchmark.extra_info.update(medians)
-    ROWS.append(
-        f"normalize {prompts:>5} x {generations:<3} {8 * rewards_PG.numel() / 1e6:7.3f} MB  {method:<16}"
-        f"TRL's std / ours {medians['trl'] / medians['ours']:5.2f}   "
-        f"ours / copy {medians['ours'] / medians['floor']:7.1f}   ours {1e6 * medians['ours']:.0f} us"
+    record(
+        "normalisation",
+        f"{prompts:>4} x {generations:<2} {8 * rewards_PG.numel() / 1e6:5.3f} MB {method}",
+        {
+            "TRL's std / ours": medians["trl"] / medians["ours"],
+            "ours / floor": medians["ours"] / medians["floor"],
+            "ours us": 1e6 * medians["ours"],
+        },
     )
     benchmark.pedantic(ours, rounds=3, warmup_rounds=1)

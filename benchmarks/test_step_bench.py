@@ -20,15 +20,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROWS
 from step_contenders import DEVICE, GENERATIONS, PROMPTS, Contender
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
+SHORT = (0.0, 0.5)  # without --full
 ROUNDS = 2
 KINDS = {"full": False, "lora": True}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[pytest.param("full", marks=pytest.mark.full), "lora"])
 def pair(request):
     lora = KINDS[request.param]
     both = {name: Contender(name, lora) for name in ("trl", "ours")}
@@ -58,8 +58,10 @@ def floor_seconds(contender: Contender, dead_share: float) -> float:
     return seconds
 
 
-@pytest.mark.parametrize("share", SHARES)
-def test_optimizer_step(benchmark, pair, share):
+@pytest.mark.parametrize(
+    "share", [share if share in SHORT else pytest.param(share, marks=pytest.mark.full) for share in SHARES]
+)
+def test_optimizer_step(benchmark, record, pair, share):
     kind, both = pair
     seconds = {name: [] for name in (*both, "floor")}
     for contender in both.values():
@@ -77,13 +79,15 @@ def test_optimizer_step(benchmark, pair, share):
     to_floor = statistics.median(o / f for o, f in zip(seconds["ours"], seconds["floor"], strict=True))
     saved = both["ours"].logged("compute/flops_saved_frac")
     benchmark.extra_info.update({name: statistics.median(times) for name, times in seconds.items()})
-    ROWS.append(
-        f"optimizer step SmolLM2 {kind:4s} dead groups {share:4.2f}: TRL / ours {ratio:5.2f}   "
-        f"(backbone's positions alone, predicted: {1 / (1 - saved):5.2f})   ours / floor {to_floor:5.2f}"
+    record(
+        "step",
+        f"SmolLM2 {kind:4s} dead groups {share:4.2f}",
+        {"TRL / ours": ratio, "predicted, backbone alone": 1 / (1 - saved), "ours / floor": to_floor},
     )
 
 
-def test_with_old_log_probs(benchmark):
+@pytest.mark.full
+def test_with_old_log_probs(benchmark, record):
     """Rollouts used twice (``num_iterations=2``): old log-probs, and two optimizer steps."""
     both = {name: Contender(name, True, num_iterations=2) for name in ("trl", "ours")}
     for contender in both.values():
@@ -97,11 +101,12 @@ def test_with_old_log_probs(benchmark):
 
     benchmark.pedantic(take_turns, rounds=1)
     ratio = statistics.median(t / o for t, o in zip(seconds["trl"], seconds["ours"], strict=True))
-    ROWS.append(f"old log-probs and two steps SmolLM2 lora dead groups 0.50: TRL / ours {ratio:5.2f}")
+    record("step", "SmolLM2 lora dead groups 0.50, old log-probs and two steps", {"TRL / ours": ratio})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
-def test_peak_memory(benchmark, kind):
+def test_peak_memory(benchmark, record, kind):
     """In fresh processes: beyond the model, in it gradients and AdamW's state, which an earlier step has made."""
 
     def peaks() -> dict[str, list[int]]:
@@ -119,14 +124,16 @@ def test_peak_memory(benchmark, kind):
     found = benchmark.pedantic(peaks, rounds=1)
     benchmark.extra_info.update(found)
     for share, ours in zip(SHARES, found["ours"], strict=True):
-        ROWS.append(
-            f"peak memory SmolLM2 {kind:4s} dead groups {share:4.2f}: TRL {found['trl'][0] / 2**20:5.0f} MiB, "
-            f"ours {ours / 2**20:5.0f} MiB"
+        record(
+            "step",
+            f"SmolLM2 {kind:4s} dead groups {share:4.2f}, peak memory",
+            {"TRL MiB": found["trl"][0] / 2**20, "ours MiB": ours / 2**20},
         )
 
 
-def test_where_the_time_goes(benchmark, pair):
-    """Seconds of each stage of one of our steps with half of the groups dead, as shares."""
+@pytest.mark.full
+def test_where_the_time_goes(benchmark, record, pair):
+    """Seconds of each stage of one of our steps with half of the groups dead, in percent of the step."""
     from trl_ext.batches.micro_batches import MicroBatches
     from trl_ext.loss import fused_head
 
@@ -163,7 +170,5 @@ def test_where_the_time_goes(benchmark, pair):
     spent["backbone forward"] = spent.pop("forward") - spent["head"]
     spent["head, its loss and gradients"] = spent.pop("head")
     spent["rest"] = whole - sum(spent.values())
-    shares = "   ".join(
-        f"{stage} {100 * seconds / whole:4.1f} %" for stage, seconds in sorted(spent.items(), key=lambda item: -item[1])
-    )
-    ROWS.append(f"where a step's time goes, SmolLM2 {kind}, dead groups 0.50: {shares}")
+    shares = {f"{stage} %": 100 * seconds / whole for stage, seconds in spent.items()}
+    record("step", f"SmolLM2 {kind:4s} dead groups 0.50, where the time goes", shares)

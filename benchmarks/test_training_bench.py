@@ -10,7 +10,6 @@ and runs once more without. The floor is generation alone, the same in all.
 import time
 
 import pytest
-from conftest import ROWS
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -80,8 +79,9 @@ def train(trainer_class, config_class, seed: int, folder, **options) -> dict[str
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", [42, 0])
-def test_to_the_same_accuracy(benchmark, seed, tmp_path):
+def test_to_the_same_accuracy(benchmark, record, seed, tmp_path):
     train(CurvatureGRPOTrainer, CurvatureGRPOConfig, seed, tmp_path / "warm-up")
     theirs = train(GRPOTrainer, GRPOConfig, seed, tmp_path / "trl")
     ours = benchmark.pedantic(
@@ -90,16 +90,27 @@ def test_to_the_same_accuracy(benchmark, seed, tmp_path):
     unlogged = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, seed, tmp_path / "unlogged", interference_every=0)
     runs = {"TRL": theirs, "ours": ours, "ours without interference": unlogged}
     benchmark.extra_info.update(runs)
-    described = "   ".join(
-        f"{name}: {run['steps']} steps, {run['start']:.3f} to {run['end']:.3f}, dead {run['dead']:.2f}"
-        for name, run in runs.items()
-    )
-    ROWS.append(f"built-in task, seed {seed}, to +{GAIN}: {described}")
+    for name, run in runs.items():
+        record(
+            "training",
+            f"built-in task, seed {seed}, to +{GAIN}: {name}",
+            {
+                "steps": run["steps"],
+                "accuracy at start": run["start"],
+                "accuracy at end": run["end"],
+                "dead groups": run["dead"],
+            },
+        )
     for name, run in list(runs.items())[1:]:
         per_step = (theirs["seconds"] / theirs["steps"]) / (run["seconds"] / run["steps"])
         without = [(one["seconds"] - one["generation"]) / one["steps"] for one in (theirs, run)]
-        ROWS.append(
-            f"   TRL / {name} {theirs['seconds'] / run['seconds']:5.2f}, per step {per_step:5.2f}, per step without "
-            f"generation {without[0] / without[1]:5.2f}   {name} / floor (generation) "
-            f"{run['seconds'] / run['generation']:5.2f}"
+        record(
+            "training",
+            f"built-in task, seed {seed}, to +{GAIN}: {name}",
+            {
+                "TRL / ours": theirs["seconds"] / run["seconds"],
+                "TRL / ours, each step": per_step,
+                "TRL / ours, each step without generation": without[0] / without[1],
+                "ours / floor": run["seconds"] / run["generation"],
+            },
         )

@@ -1,0 +1,85 @@
+"""The benchmarks' table and files of hand-made rows, and what runs without ``--full``. Nothing is timed here."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import ratios
+from ratios import Ratios
+
+ROOT = Path(__file__).parents[1]
+
+ROWS = [
+    Ratios("step", "lora", {"TRL / ours": 2.7812, "ours / floor": 1.0}),
+    Ratios("head", "fp32 trainable", {"TRL / ours": 3.4, "ours / floor": 1.144}),
+    Ratios("head", "fp32 frozen", {"TRL / ours": None, "ours / floor": 1.01}),
+    Ratios("head", "all peers", {"torch cross entropy / ours": 9.96, "Liger / ours": None}),
+]
+FACTS = {"date": "2026-01-02 03:04 UTC", "torch": "2.13.0", "cores": 2}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "-"), (0.0123, "0.012"), (1.0, "1.00"), (3.456, "3.46"), (45.67, "45.7"), (1024.4, "1024"), (6, "6.00")],
+)
+def test_numbers_have_three_digits(value, shown):
+    assert ratios.number(value) == shown
+
+
+def test_a_line_says_topic_case_and_values():
+    assert ROWS[2].line() == "head: fp32 frozen: TRL / ours -   ours / floor 1.01"
+
+
+def test_the_table_is_grouped_by_topic_and_aligned():
+    assert ratios.text_table(ROWS).splitlines() == [
+        f"HEAD: {ratios.TOPICS['head']}",
+        "                  TRL / ours  ours / floor",
+        "  fp32 trainable        3.40          1.14",
+        "  fp32 frozen              -          1.01",
+        "                  torch cross",
+        "                    entropy /",
+        "                         ours  Liger / ours",
+        "  all peers              9.96             -",
+        "",
+        f"STEP: {ratios.TOPICS['step']}",
+        "                  TRL / ours  ours / floor",
+        "  lora                  2.78          1.00",
+    ]
+
+
+def test_no_rows_no_table():
+    assert ratios.text_table([]) == ""
+
+
+def test_files_keep_all_digits_and_say_what_they_were_measured_on(tmp_path):
+    as_json, as_markdown = ratios.save(ROWS, FACTS, tmp_path / "new" / "folder")
+    found = json.loads(as_json.read_text())
+    assert found["machine"] == FACTS
+    assert [Ratios(**row) for row in found["rows"]] == ROWS
+    text = as_markdown.read_text()
+    for part in (found["about"], "torch: 2.13.0", "| fp32 frozen | - | 1.01 |", "## Head", "## Step"):
+        assert part in text
+    assert text.count("| case |") == 3  # two blocks of the head, one of the step
+
+
+def test_machine_facts():
+    facts = ratios.machine_facts()
+    assert facts.keys() == {"date", "torch", "trl", "transformers", "device", "cores", "threads"}
+    assert facts["threads"] > 0
+    json.dumps(facts)
+
+
+def test_the_default_cases_cover_every_topic():
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--collect-only", "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = [line for line in done.stdout.splitlines() if "::" in line]
+    files = {case.split("::")[0] for case in cases}
+    assert files == {f"benchmarks/test_{name}_bench.py" for name in ("head", "step", "interference", "normalize")}
+    assert re.search(r"[1-9]\d* longer cases left out; with --full they run too", done.stdout)
