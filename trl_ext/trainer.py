@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from . import trl_surface
 from .batches import deferred_logprobs, skipping
@@ -53,11 +53,9 @@ logger = get_logger(__name__)
 class CurvatureGRPOTrainer(GRPOTrainer):
     """A drop-in ``GRPOTrainer``: the same arguments, with a ``CurvatureGRPOConfig`` (or a plain ``GRPOConfig``).
 
-    It changes the methods marked ``@ours``, each by calling its parent's, and nothing else. A subclass that overrides
-    one of them keeps its own: what we do around it is then left out, or goes TRL's way, and the log says so once
-    (``overrides.py``). ``training_step`` and ``compute_loss`` are changed for the interference log, ``_generate`` and
-    ``_get_per_token_logps_and_entropies`` so that tool output is never projected and log-probs wait for the rewards,
-    ``_save_checkpoint`` for the state of normalisation and log (``checkpoint_state.py``).
+    It changes the methods marked ``@ours``, each by calling its parent's, and nothing else; a subclass that overrides
+    one keeps its own, and what we do around it is left out or goes TRL's way, said once. ``_generate`` and
+    ``_get_per_token_logps_and_entropies`` are changed so that tool output is never projected and log-probs can wait.
 
     With TRL's own normalisations the advantages are TRL's to rounding, except that a group whose rewards are all
     equal gets exactly 0 (TRL's float residue gives up to 6e-4).
@@ -71,8 +69,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         """As the parent's. Raises ``ValueError`` before a model is loaded for options that contradict each other."""
         trl_surface.check_class()
-        if args is not None:
-            resolve_normalization(args)
+        resolve_normalization(args or GRPOConfig)
         if read_options(args).resample_zero_variance:
             check_dataset(kwargs.get("train_dataset", rest[0] if rest else None))
         with trl_surface.head_adapters_allowed() if read_options(args).fused_loss else nullcontext():
@@ -183,7 +180,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         position, some_skipped = trl_surface.read_position(self), lambda: self._micro_batches.skipping
         with (
-            self._seconds.stage("step", self.model.training),
+            self._seconds.stage("step"),
             self._interference.micro_batch(position, self.model, some_skipped),
         ):
             loss = super().training_step(model, inputs, num_items_in_batch)

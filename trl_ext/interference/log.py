@@ -64,7 +64,8 @@ class InterferenceLog:
     """What happens around the forward and backward of a step that is logged.
 
     The projections of a step are drawn from the seed and the step's number, so that a resumed run draws the same.
-    ``baseline_size``: rewards in a sequence's baseline. ``observer`` is told what was measured. ``keeps_latest`` may be set: whether the latest step's cosines are wanted, for images.
+    ``baseline_size``: rewards in a sequence's baseline. ``observer`` is told what was measured. ``keeps_latest`` may be
+    set: whether the latest step's cosines are wanted, for images.
     """
 
     def __init__(
