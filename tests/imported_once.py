@@ -1,0 +1,13 @@
+"""What ``processes.py`` forks from: imports, and nothing that starts a thread or depends on the test."""
+
+import bitsandbytes  # noqa: F401
+import peft  # noqa: F401
+import torch
+import transformers.models.llama.modeling_llama
+import trl.trainer.grpo_trainer  # noqa: F401
+
+import trl_ext.tasks.console
+import trl_ext.tasks.correctness
+import trl_ext.trainer  # noqa: F401
+
+torch.set_num_threads(1)

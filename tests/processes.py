@@ -1,0 +1,117 @@
+"""Processes for tests, forked from one that has imported everything: a start takes a tenth of a second, not ten.
+
+``start`` forks one or two that see each other as torchrun's do (gloo), ``finish`` waits for them; ``run_script`` is what
+a script's ``main`` is started with. Nothing is shared but the imports, so that a child may be killed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["imported_once"])
+
+
+@dataclass
+class Started:
+    """Processes that run, and the files that they write to, standard output and error together."""
+
+    processes: list[Any]
+    outputs: list[Path]
+
+    def running(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def text(self) -> str:
+        return "".join(path.read_text(errors="replace") for path in self.outputs if path.exists())
+
+    def wait_for(self, there: Path, seconds: float = 120) -> None:
+        """Until the file is there: one that a process writes before it waits itself, or it would be a race."""
+        deadline = time.monotonic() + seconds
+        while not there.exists():
+            assert self.running(), self.text()[-3000:]
+            assert time.monotonic() < deadline, f"{there} never came: {self.text()[-3000:]}"
+            time.sleep(0.05)
+
+    def finish(self, seconds: float = 300) -> list[int]:
+        """Exit codes; negative: the signal that ended it."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        hung = [process for process in self.processes if process.is_alive()]
+        for process in hung:
+            process.kill()
+        assert not hung, f"no end after {seconds} s: {self.text()[-3000:]}"
+        return [process.exitcode for process in self.processes]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _child(variables: dict[str, str], cwd: str, output: str, function: Callable[..., None], args: tuple) -> None:
+    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    # of the process that was forked from, and of the new descriptors
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(cwd)
+    import torch
+
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def start(
+    count: int, function: Callable[..., None], *args: Any, folder: Path, cwd: Path | None = None, **variables: str
+) -> Started:
+    """``count`` processes that call ``function(*args)``, a function of a module; their output goes into ``folder``."""
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    base.update(variables)
+    if count > 1:
+        base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+        base |= {"LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
+    folder.mkdir(parents=True, exist_ok=True)
+    started = Started([], [])
+    for rank in range(count):
+        own = {**base, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {})}
+        output = folder / f"output-{free_port()}-{rank}.txt"
+        arguments = (own, str(cwd or Path.cwd()), str(output), function, args)
+        process = CONTEXT.Process(target=_child, args=arguments)
+        process.start()
+        started.processes.append(process)
+        started.outputs.append(output)
+    return started
+
+
+def run_script(script: Path, arguments: list[str], wait_at: int | None = None, folder: Path | None = None) -> None:
+    """A script as ``python script.py``. ``wait_at``: its reward function says in ``folder`` that this many optimizer
+    steps are done (a file ``here``), and goes on when there is a file ``go``."""
+    if wait_at is not None and folder is not None:
+        from trl_ext.tasks.correctness import Correctness
+
+        judge = Correctness.__call__
+
+        def wait_and_judge(self, *args, trainer_state=None, **kwargs):
+            if trainer_state is not None and trainer_state.global_step == wait_at and not (folder / "here").exists():
+                (folder / "here").touch()
+                while not (folder / "go").exists():
+                    time.sleep(0.02)
+            return judge(self, *args, **kwargs)
+
+        Correctness.__call__ = wait_and_judge  # type: ignore[method-assign]
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
