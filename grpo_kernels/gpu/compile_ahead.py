@@ -3,7 +3,8 @@
     python -m grpo_kernels.gpu.compile_ahead [--targets sm_90 gfx942] [--quick] [--json FILE]
 
 A kernel is compiled as its launcher would have it compiled: the launcher runs, on small CPU tensors, up to the launch,
-whose arguments the JIT then specialises (what is None or 1 becomes a constant, what divides by 16 is known to).
+whose arguments, and the fields of those that are tuples, the JIT then specialises (what is None or 1 becomes a
+constant, what divides by 16 is known to).
 
 Columns of the table: registers of a thread; bytes of local memory (AMD: registers) that spill; bytes of shared memory;
 then of each loop over the vocabulary its global loads and stores, as count x bits, and its instructions per element.

@@ -6,6 +6,8 @@ real batch (a few KB) by the launch itself.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,15 +21,25 @@ VALUES_PER_PROGRAM = 1024
 _ROBUST_FLOOR = tl.constexpr(ROBUST_FLOOR)
 
 
+class Groups(NamedTuple):
+    """Rewards of groups, one a row, and the numbers of their normalisation: tensors for a launcher, pointers inside."""
+
+    rewards: Any  # (groups, n_generations)
+    n_generations: Any
+    eps: Any
+    alpha: Any
+
+
 @triton.jit
-def _places(p_group, m_group, n_generations, b_value, b_centre, DEVIATIONS: tl.constexpr):
+def _places(groups, i_group, m_group, b_value, b_centre, DEVIATIONS: tl.constexpr):
     """How many of its group are smaller than each value, and how many not larger; of |r - centre| if DEVIATIONS.
 
     G comparisons for each value: a sort would be fewer and, at group sizes up to a hundred, no faster.
     """
     b_below = b_value * 0.0
     b_up_to = b_value * 0.0
-    for j in range(n_generations):
+    p_group = groups.rewards + i_group * groups.n_generations
+    for j in range(groups.n_generations):
         b_other = tl.load(p_group + j, mask=m_group, other=float("nan"))
         if DEVIATIONS:
             b_other = tl.abs(b_other - b_centre)
@@ -52,9 +64,7 @@ def _quantile(b_value, b_below, b_up_to, b_count, q):
 
 
 @triton.jit
-def group_centre_and_scale(
-    p_group, m_group, n_generations, b_reward, b_length, eps, alpha, CENTRE: tl.constexpr, SCALE: tl.constexpr
-):
+def group_centre_and_scale(groups, i_group, m_group, b_reward, b_length, CENTRE: tl.constexpr, SCALE: tl.constexpr):
     """The same of group_statistics.py, one group a row of the block, NaN where there is none; also their counts."""
     m_scorable = b_reward == b_reward
     b_count = tl.sum(m_scorable.to(b_reward.dtype), axis=1)
@@ -71,7 +81,7 @@ def group_centre_and_scale(
     if CENTRE == "group":
         b_centre = b_mean
     elif CENTRE == "median":
-        b_below, b_up_to = _places(p_group, m_group, n_generations, b_reward, b_mean, False)
+        b_below, b_up_to = _places(groups, i_group, m_group, b_reward, b_mean, False)
         b_centre = _quantile(b_reward, b_below, b_up_to, b_count, 0.5)
     elif CENTRE == "lengths":
         b_weight = tl.where(m_scorable, b_length, 0.0)
@@ -82,10 +92,10 @@ def group_centre_and_scale(
     if SCALE == "others":
         b_scale = tl.where(b_count > 1, (b_count - 1.0) / tl.maximum(b_count, 1.0), 1.0)
     elif SCALE == "mean":
-        b_scale = b_mean + eps
+        b_scale = b_mean + groups.eps
     elif SCALE == "mean_abs":
         b_deviation = tl.where(m_scorable, tl.abs(b_reward - b_mean[:, None]), 0.0)
-        b_scale = tl.sum(b_deviation, axis=1) / tl.maximum(b_count, 1.0) + eps
+        b_scale = tl.sum(b_deviation, axis=1) / tl.maximum(b_count, 1.0) + groups.eps
     elif SCALE == "group" or SCALE == "power" or SCALE == "mad" or SCALE == "iqr":
         b_deviation = tl.where(m_scorable, b_relative - b_relative_mean[:, None], 0.0)
         b_variance = tl.sum(b_deviation * b_deviation, axis=1) / tl.maximum(b_count - 1.0, 1.0)
@@ -93,28 +103,25 @@ def group_centre_and_scale(
         b_spread = b_std
         if SCALE == "mad":
             b_distance = tl.abs(b_reward - b_centre[:, None])
-            b_below, b_up_to = _places(p_group, m_group, n_generations, b_distance, b_centre, True)
+            b_below, b_up_to = _places(groups, i_group, m_group, b_distance, b_centre, True)
             b_spread = _quantile(b_distance, b_below, b_up_to, b_count, 0.5)
         elif SCALE == "iqr":  # CENTRE is the median: the places are known
             b_upper = _quantile(b_reward, b_below, b_up_to, b_count, 0.75)
             b_spread = b_upper - _quantile(b_reward, b_below, b_up_to, b_count, 0.25)
-        b_scale = tl.where(b_spread > b_std * _ROBUST_FLOOR, b_spread, b_std) + eps
+        b_scale = tl.where(b_spread > b_std * _ROBUST_FLOOR, b_spread, b_std) + groups.eps
         if SCALE == "power":
-            b_scale = tl.where(b_scale > 0, tl.exp(alpha * tl.log(tl.where(b_scale > 0, b_scale, 1.0))), 0.0)
+            b_scale = tl.where(b_scale > 0, tl.exp(groups.alpha * tl.log(tl.where(b_scale > 0, b_scale, 1.0))), 0.0)
     return b_centre, b_scale, b_count
 
 
 @triton.jit
 def _normalize_kernel(
-    p_rewards,
-    p_advantages,
+    groups,
+    n_groups,
     p_lengths,
+    p_advantages,
     p_centre,  # (P,), read where given, else written
     p_scale,
-    n_groups,
-    n_generations,
-    eps,
-    alpha,
     CENTRE: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -123,17 +130,14 @@ def _normalize_kernel(
     i_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     i_g = tl.arange(0, BLOCK_G)
     m_p = i_p < n_groups
-    o_pg = i_p[:, None] * n_generations + i_g[None, :]
-    m_inside = m_p[:, None] & (i_g < n_generations)[None, :]
-    b_reward = tl.load(p_rewards + o_pg, mask=m_inside, other=float("nan"))
+    o_pg = i_p[:, None] * groups.n_generations + i_g[None, :]
+    m_inside = m_p[:, None] & (i_g < groups.n_generations)[None, :]
+    b_reward = tl.load(groups.rewards + o_pg, mask=m_inside, other=float("nan"))
     m_scorable = b_reward == b_reward  # NaN: padding, or a completion that could not be scored
     b_length = b_reward
     if CENTRE == "lengths":
         b_length = tl.load(p_lengths + o_pg, mask=m_inside, other=0.0)
-    p_group = p_rewards + i_p * n_generations
-    b_centre, b_scale, b_count = group_centre_and_scale(
-        p_group, m_p, n_generations, b_reward, b_length, eps, alpha, CENTRE, SCALE
-    )
+    b_centre, b_scale, b_count = group_centre_and_scale(groups, i_p, m_p, b_reward, b_length, CENTRE, SCALE)
 
     if CENTRE == "given":
         b_centre = tl.load(p_centre + i_p, mask=m_p, other=0.0)
@@ -146,7 +150,7 @@ def _normalize_kernel(
 
     if SCALE == "rank":
         # twice the mid-rank is 1 + (how many are smaller) + (how many are not larger, itself too)
-        b_below, b_up_to = _places(p_group, m_p, n_generations, b_reward, b_centre, False)
+        b_below, b_up_to = _places(groups, i_p, m_p, b_reward, b_centre, False)
         b_advantage = (b_below + b_up_to - b_count[:, None]) / tl.maximum(b_count - 1.0, 1.0)[:, None]
     else:
         b_safe_scale = tl.where(b_scale > 0, b_scale, 1.0)
@@ -178,15 +182,12 @@ def normalize_groups(
     block_g = triton.next_power_of_2(n_generations)
     block_p = max(1, VALUES_PER_PROGRAM // block_g)
     _normalize_kernel[(triton.cdiv(n_groups, block_p),)](
-        rewards_PG,
-        advantages_PG,
+        Groups(rewards_PG, n_generations, eps, alpha),
+        n_groups,
         None if lengths_PG is None else lengths_PG.contiguous(),
+        advantages_PG,
         centre_P,
         scale_P,
-        n_groups,
-        n_generations,
-        eps,
-        alpha,
         CENTRE=method.centre,
         SCALE=method.scale,
         BLOCK_P=block_p,

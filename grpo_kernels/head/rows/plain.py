@@ -7,7 +7,7 @@ read and written once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -19,9 +19,11 @@ from grpo_kernels.head.token_losses import TokenInputs, TokenLoss, token_losses
 GROUP_BYTES = 4 << 20
 
 
-@dataclass(frozen=True)
-class Transform:
-    """From the product hidden . weight to logits: ``z = softcap * tanh(scale * y / softcap) / temperature``."""
+class Transform(NamedTuple):
+    """From the product hidden . weight to logits: ``z = softcap * tanh(scale * y / softcap) / temperature``.
+
+    (A tuple, as ``RowStatistics`` is, because the kernels take it as it is.)
+    """
 
     temperature: float = 1.0
     logit_scale: float = 1.0
@@ -33,8 +35,7 @@ class Transform:
         return self.logit_scale / self.temperature
 
 
-@dataclass
-class RowStatistics:
+class RowStatistics(NamedTuple):
     """Of each row, (C,), in nats: the largest logit, log(sum exp(logit - largest)), log-prob, entropy or None.
 
     The first two add up to the log-sum-exp; apart they keep its digits where logits are large.
