@@ -3,7 +3,8 @@
 from grpo_kernels.head.linear_grpo_loss import GRPOLoss, linear_grpo_loss
 from grpo_kernels.head.linear_logprob import linear_logprob
 from grpo_kernels.normalize.methods import METHODS, check_normalization
-from grpo_kernels.normalize.rewards import Normalized, normalize_rewards, normalize_with_statistics
+from grpo_kernels.normalize.normalized import Normalized
+from grpo_kernels.normalize.rewards import normalize_rewards, normalize_with_statistics
 
 from .backend import use_backend
 

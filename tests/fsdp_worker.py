@@ -1,6 +1,5 @@
 """FSDP2 on two gloo processes, for test_fused_trainer.py: our head and the sketch, sharded against whole."""
 
-import sys
 import time
 
 import torch
@@ -74,7 +73,3 @@ def main(folder):
     dist.barrier()
     dist.destroy_process_group()
     time.sleep(0.5)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -3,7 +3,6 @@
 import bitsandbytes  # noqa: F401
 import peft  # noqa: F401
 import torch
-import transformers.models.llama.modeling_llama
 import trl.trainer.grpo_trainer  # noqa: F401
 
 import trl_ext.tasks.console

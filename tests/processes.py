@@ -1,7 +1,7 @@
 """Processes for tests, forked from one that has imported everything: a start takes a tenth of a second, not ten.
 
-``start`` forks one or two that see each other as torchrun's do (gloo), ``finish`` waits for them; ``run_script`` is what
-a script's ``main`` is started with. Nothing is shared but the imports, so that a child may be killed.
+``start`` forks one or two that see each other as torchrun's do (gloo), ``finish`` waits for them; ``run_script`` is how
+a script is run in one. Nothing is shared but the imports, so that a child may be killed.
 """
 
 from __future__ import annotations

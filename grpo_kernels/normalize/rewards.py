@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -20,22 +20,11 @@ from grpo_kernels.backend import choose_backend
 from .batch_statistics import batch_mean_and_std, beta_density, shrinkage
 from .group_statistics import group_centre_and_scale, mid_ranks
 from .methods import METHODS, Method, check_normalization, function_name
+from .normalized import Normalized
 
 NUMBERS = ("batch_mean", "batch_std", "running_variance", "alpha")
 FOR_FUNCTIONS = ("prompt_keys",)
 CONTEXT = (*NUMBERS, "lengths", "function_rewards", "function_weights", "curvature_scale", *FOR_FUNCTIONS)
-
-
-class Normalized(NamedTuple):
-    """Advantages (P, G), and the centre and scale of each group they were made with, (P,) or (P, F), detached.
-
-    Where the method isn't affine in the reward (``rank``, a function of the user's) centre and scale are NaN; where
-    each reward function is normalised by itself they have a column for each.
-    """
-
-    advantages: torch.Tensor
-    centre: torch.Tensor
-    scale: torch.Tensor
 
 
 def _check_rewards(rewards_PG: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .group_statistics import ROBUST_FLOOR
 from .methods import Method
-from .rewards import Normalized
+from .normalized import Normalized
 
 # A program holds BLOCK_P x BLOCK_G values in registers: 1024 of them are 8 a thread with 4 warps, no spills.
 VALUES_PER_PROGRAM = 1024
