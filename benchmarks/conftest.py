@@ -20,7 +20,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--full",
         action="store_true",
-        help="run every benchmark case, over 40 minutes on two cores; without it a choice meant for ten idle ones",
+        help="run every benchmark case, over 40 minutes on two cores; by default a choice meant for ten",
     )
     group.addoption(
         "--ratios-dir",
