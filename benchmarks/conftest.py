@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--full",
         action="store_true",
-        help="run every benchmark case, over 40 minutes on two cores; without it a choice that ends within ten",
+        help="run every benchmark case, over 40 minutes on two cores; by default a choice meant for ten",
     )
     group.addoption(
         "--ratios-dir",
@@ -104,7 +105,7 @@ class Reporter:
     def pytest_terminal_summary(self):
         if self.rows:
             self.terminal.section("ratios to peers and floors")
-            self.terminal.write_line(ratios.ABOUT)
+            self.terminal.write_line(textwrap.fill(ratios.ABOUT, 110))
             self.terminal.write_line("; ".join(f"{name}: {value}" for name, value in self.facts.items()))
             self.terminal.write_line("")
             self.terminal.write_line(ratios.text_table(self.rows))

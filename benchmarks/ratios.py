@@ -1,7 +1,7 @@
 """What a benchmark case found, as a line, as a row of a table and in a file.
 
 A case records one ``Ratios`` or more (the fixture ``record`` of ``conftest.py``); rows of a topic that have the same
-values stand in one block of the table. Seconds aren't shown: only what was measured by turns can be compared.
+values stand in one block of the table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOPICS = {
 }
 ABOUT = (
     "Ratios of times, medians of rounds in which the contenders take turns. TRL / ours: how much longer TRL takes; "
-    "ours / floor: 1 can't be beaten. Seconds of two runs mean nothing beside each other; - was not measured."
+    "ours / floor: 1 is the floor. Absolute times mean nothing beside another run's; - was not measured."
 )
 HEADER_WIDTH = 13  # longer names of values go over several lines
 

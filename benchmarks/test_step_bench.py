@@ -9,6 +9,8 @@ head (1 - d) of the completions, at 6 (frozen 4) products in place of 8 (6). So 
 share of positions that aren't padding, 1 - ``compute/flops_saved_frac`` of the log.
 
 Floor: forward and backward of the backbone alone, on as many rows without any padding as have a gradient.
+
+Without ``--full``: LoRA, with none and half of the groups dead.
 """
 
 import os

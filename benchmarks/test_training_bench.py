@@ -4,7 +4,7 @@ Each starts from the same warmed-up policy with the demo's options (16 prompts x
 accuracy (512 sampled answers, every 5 steps) is 0.2 above its start, or for 60 steps. Counted are the optimizer steps
 with their generation, not the evaluations. The policy has a million parameters and answers with at most 4 tokens: the
 calls' overhead, which skipping doesn't touch, is much of it. Ours logs interference at every tenth step, as by default,
-and runs once more without. The floor is generation alone, the same in all.
+and runs once more without. The floor is generation alone, the same in all. Only with ``--full``.
 """
 
 import time
