@@ -75,8 +75,9 @@ def test_against_trl_and_the_floor(benchmark, record, shape, n, dtype, frozen, l
     benchmark.pedantic(calls["ours"], rounds=2)
 
 
-@pytest.mark.parametrize("frozen", [False, pytest.param(True, marks=pytest.mark.full)])
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ["SmolLM2"])
 def test_against_the_other_peers(benchmark, record, full, shape, dtype, frozen):
     problem = heads.make_problem(shape, 512, DTYPES[dtype], frozen=frozen, live=1.0, device=DEVICE)

@@ -9,7 +9,7 @@ SIZES = {"small": (8, 8, 4), "smollm2": (4, 2, 32)}  # prompts, completions of e
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("policy", SIZES)
+@pytest.mark.parametrize("policy", ["small", pytest.param("smollm2", marks=pytest.mark.nightly)])
 def test_cosines(policy, lora, request):
     if policy == "smollm2":
         request.getfixturevalue("real_data")
