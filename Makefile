@@ -4,7 +4,11 @@ PYTHON ?= python3
 JOBS ?= 2  # test processes, of one thread each
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench bench-full gpu check
+# what runs for long, part by part: docs/testing.md
+PARTS ?=
+TRL115 ?= .venv-trl115
+
+.PHONY: demo test nightly test-trl115 bench bench-full gpu check
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +26,21 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+nightly: $(VENV)/.installed-dev
+	$(BIN)/python .ci/nightly.py $(PARTS)
+
+$(TRL115)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TRL115)
+	sed 's/^trl==.*/trl==1.15.0/' constraints.txt > $(TRL115)/constraints.txt
+	$(TRL115)/bin/pip install -q --upgrade pip
+	$(TRL115)/bin/pip install -q -c $(TRL115)/constraints.txt -e ".[dev]"
+	touch $@
+
+test-trl115: $(TRL115)/.installed
+	$(TRL115)/bin/python -m pytest -n $(JOBS) --dist loadgroup tests/test_trainer.py tests/test_trainer_equality.py \
+		tests/test_fused_trainer.py tests/test_skipping.py tests/test_resampling.py tests/test_two_processes.py \
+		tests/test_interference.py tests/test_normalization_state.py
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only

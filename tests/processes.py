@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ class Started:
         return [process.exitcode for process in self.processes]
 
 
+def _run_server() -> None:
+    """Starts what is forked from. It finds modules by PYTHONPATH alone, and passes over those that it doesn't find."""
+    before = os.environ.get("PYTHONPATH")
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = here if before is None else os.pathsep.join([here, before])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -69,9 +84,7 @@ def _child(variables: dict[str, str], cwd: str, output: str, function: Callable[
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(cwd)
-    import torch
-
-    torch.set_num_threads(1)
+    assert "imported_once" in sys.modules, "this process has imported everything anew"
     function(*args)
 
 
@@ -86,6 +99,7 @@ def start(
         base |= {"LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
     folder.mkdir(parents=True, exist_ok=True)
     started = Started([], [])
+    _run_server()
     for rank in range(count):
         own = {**base, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {})}
         output = folder / f"output-{free_port()}-{rank}.txt"

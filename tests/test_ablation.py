@@ -364,7 +364,7 @@ def test_the_script(tiny_policy, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_the_script(number, tiny_policy, tmp_path):
     process = subprocess.Popen(
-        command(tiny_policy, tmp_path, "--max_steps", "10000", "--jobs", "1"), cwd=SCRIPT.parent,
+        command(tiny_policy, tmp_path, "--max_steps", "10000", "--jobs", "1"), cwd=SCRIPT.parents[1],
         env={**os.environ, "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip

@@ -323,10 +323,11 @@ def test_kernels_never_import_trl_or_transformers():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("version", ["1.15.3", "1.17.0", "2.0.0", "0.24.0"])
+@pytest.mark.parametrize("version", ["1.14.2", "1.17.0", "2.0.0", "0.24.0"])
 def test_another_trl_is_refused(version):
-    with pytest.raises(ImportError, match=rf"TRL 1.16.x, and TRL {version} is installed"):
+    with pytest.raises(ImportError, match=rf"TRL 1.15.x or 1.16.x, and TRL {version} is installed"):
         check_trl_version(version)
+    check_trl_version("1.15.0")
     check_trl_version("1.16.9")
 
 

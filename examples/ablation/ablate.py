@@ -13,8 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Worker processes would look for modules in the working directory, and in examples/ a math.py lies.
+# Worker processes would look for modules in the working directory, and in examples/ a math.py lies: they find those
+# beside this script by its folder alone.
 os.environ["PYTHONSAFEPATH"] = "1"
+if (_HERE := str(Path(__file__).resolve().parent)) not in sys.path:
+    sys.path.insert(0, _HERE)
 
 DEMO_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 BUILT_IN = "small"
