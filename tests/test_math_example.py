@@ -30,6 +30,8 @@ def load_script(script=SCRIPT):
     return module
 
 
+# One test process for all that needs the warmed-up policy: the other would wait for it, a minute the first time.
+pytestmark = pytest.mark.xdist_group("the built-in policy")
 QUIET = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}
 
 

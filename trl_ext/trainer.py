@@ -153,9 +153,10 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     def _score(self, model, batch, **options):
         """TRL's log-probs (B, T) of a batch's completions, without a gradient; tool output is 0. None: the policy."""
+        model = self.model if model is None else model
         ungraded = trl_surface.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), ungraded, self._completion_mask.given(batch.get("tool_mask")):
-            return self._get_per_token_logps_and_entropies(model or self.model, *logprob_inputs(batch), **options)
+            return self._get_per_token_logps_and_entropies(model, *logprob_inputs(batch), **options)
 
     @ours
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *rest, **kwargs):
@@ -179,10 +180,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     @ours
     def training_step(self, model, inputs, num_items_in_batch=None):
         position, some_skipped = trl_surface.read_position(self), lambda: self._micro_batches.skipping
-        with (
-            self._seconds.stage("step"),
-            self._interference.micro_batch(position, self.model, some_skipped),
-        ):
+        with self._seconds.stage("step"), self._interference.micro_batch(position, self.model, some_skipped):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if position.last:
             self._log_metrics(self._seconds.take())
