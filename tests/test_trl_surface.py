@@ -1,0 +1,97 @@
+"""What we lean on in TRL is looked for when a trainer is built, and what has changed is named."""
+
+import pytest
+import torch
+from test_trainer import build
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+from transformers.models.auto import AutoModelForCausalLM
+from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from trl_ext import CurvatureGRPOTrainer
+from trl_ext.loss.fused_head import read_settings
+from trl_ext.overrides import overridden
+from trl_ext.trl_surface import ALWAYS, ChangedTRL, check_batch, check_class, check_trainer
+
+SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
+
+
+def test_a_method_with_other_arguments_is_named(monkeypatch):
+    check_class()
+    monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", lambda self, rollouts, prompts: None)
+    with pytest.raises(
+        ChangedTRL, match=r"_calculate_rewards takes \(rollouts, prompts\), not \(inputs, prompts, comp"
+    ):
+        check_class()
+
+
+def test_a_users_wrapper_around_a_method_of_trl_is_none_of_it(monkeypatch):
+    original = GRPOTrainer._compute_loss
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+    check_class()
+
+
+def test_a_method_that_is_gone_is_named(tiny_policy, tmp_path, monkeypatch):
+    monkeypatch.delattr(GRPOTrainer, "_generate")
+    with pytest.raises(ChangedTRL, match="GRPOTrainer has no _generate"):
+        build(tiny_policy, tmp_path)
+
+
+def test_attributes_and_keys_that_are_gone_are_named(tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path)
+    check_trainer(trainer)
+    del trainer._logs["advantages"]
+    with pytest.raises(ChangedTRL, match="_logs has no advantages"):
+        check_trainer(trainer)
+    trainer = build(tiny_policy, tmp_path)
+    del trainer.epsilon_high  # read for each micro-batch
+    with pytest.raises(ChangedTRL, match="no attribute epsilon_high"):
+        check_trainer(trainer)
+    trainer = build(tiny_policy, tmp_path)
+    del trainer._buffered_inputs
+    with pytest.raises(ChangedTRL, match="no attribute _buffered_inputs"):
+        check_trainer(trainer)
+
+
+def test_a_batch_that_lacks_something_is_named():
+    check_batch(dict.fromkeys(ALWAYS))
+    with pytest.raises(ChangedTRL, match="makes has no completion_mask, num_items_in_batch"):
+        check_batch({name: None for name in ALWAYS if name not in ("completion_mask", "num_items_in_batch")})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL),
+        CohereConfig(**SMALL, logit_scale=0.25),
+        Gemma2Config(**SMALL, final_logit_softcapping=5.0),
+        GraniteConfig(**SMALL, logits_scaling=4.0),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_heads_settings_are_those_that_trl_closes_over(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    settings = read_settings(model, temperature=0.7, cast_to_fp32=True)
+    add_fused_lm_head(model, temperature=0.7, cast_lm_head_to_fp32=True)
+    function = model.forward.__func__
+    cells = (cell.cell_contents for cell in function.__closure__)
+    trls = dict(zip(function.__code__.co_freevars, cells, strict=True))
+    assert settings.temperature == trls["temperature"] and settings.cast_to_fp32 == trls["cast_lm_head_to_fp32"]
+    assert settings.logit_scale == pytest.approx(trls["logit_scale"], rel=1e-12)
+    assert settings.softcap == trls["final_logit_softcapping"]
+    assert trls["backbone_attr"] == "base_model"
+
+
+def test_an_override_is_seen_and_named():
+    class Own(CurvatureGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs)
+
+    class Ours(CurvatureGRPOTrainer):
+        pass
+
+    names = ("compute_loss", "_compute_loss")
+    assert overridden(object.__new__(Ours), *names) is None
+    assert overridden(object.__new__(Own), *names) == "Own has a _compute_loss of its own"
