@@ -128,4 +128,5 @@ def run_script(script: Path, arguments: list[str], wait_at: int | None = None, f
 
         Correctness.__call__ = wait_and_judge  # type: ignore[method-assign]
     sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))  # as Python does
     runpy.run_path(str(script), run_name="__main__")

@@ -85,11 +85,11 @@ def combined(sketches: list[HeadSketch | None]) -> HeadSketch | None:
 
 def sketch_accuracy(policy: str, lora: bool, prompts: int, generations: int, max_tokens: int) -> Accuracy:
     """Rewards: digits written (GSM8K, where SmolLM2 is right in 3%), or the answer modulo 4 (arithmetic)."""
-    folder = small_policy(42) if policy == "small" else smollm2()
+    folder = small_policy(42, (1,)) if policy == "small" else smollm2()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     if policy == "small":
-        questions = [problem.question for problem in generate_problems(prompts, seed=5)]
+        questions = [problem.question for problem in generate_problems(prompts, levels=(1,), seed=5)]
     else:
         questions = [json.loads(line)["question"] for line in GSM8K.read_text().splitlines()[:prompts]]
     ids, mask, start, live = sample(model, tokenizer, questions, generations, max_tokens)

@@ -28,6 +28,7 @@ from ablation_results import (
     summarize,
     tidy_rows,
 )
+from processes import run_script, start
 from test_math_example import load_script
 
 ROOT = Path(__file__).parents[1]
@@ -297,20 +298,31 @@ def test_runs_differ_in_method_learning_rate_and_seed_alone(tmp_path):
     assert len(files | {ablation_runs.run_file(tmp_path, script.run_settings(longer, "std", 1e-4, 0))}) == 3
 
 
-def command(policy, folder, *more):
-    return [sys.executable, "ablation/ablate.py", "--methods", "mean", "power:alpha=0.5",
+def options_of(policy, folder, *more):
+    return ["--methods", "mean", "power:alpha=0.5",
             "--learning_rates", "1e-3", "2e-3", "--sweep_seeds", "7", "--seeds", "0", "1", "--max_steps", "1",
             "--eval_every", "1", "--eval_size", "4",
             "--target_accuracy", "0.5", "--model_name_or_path", str(policy), "--output_dir", str(folder),
             *more]  # fmt: skip
 
 
-def run_script(*arguments):
-    """From examples/, the worst place: its math.py must not become the standard library's."""
-    variables = {**os.environ, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+QUIET = {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+FROM = SCRIPT.parents[1]  # examples/, the worst place: its math.py must not become the standard library's
+
+
+def launch(*arguments):
     return subprocess.run(
-        command(*arguments), cwd=SCRIPT.parents[1], env=variables, capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "ablation/ablate.py", *options_of(*arguments)], cwd=FROM, env={**os.environ, **QUIET},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def begin(*arguments, **variables):
+    """The same, forked from a process that has imported everything; its one worker hasn't."""
+    policy, folder, *more = arguments
+    given = options_of(policy, folder, *more, "--jobs", "1")
+    outputs = folder.with_name(f"{folder.name}-outputs")
+    return start(1, run_script, SCRIPT, given, folder=outputs, cwd=FROM, **QUIET, **variables)
 
 
 def read_csv(path):
@@ -320,7 +332,7 @@ def read_csv(path):
 
 def test_the_script(tiny_policy, tmp_path):
     """Sweep, comparison and files. Then with a seed more: only what isn't done is trained, and a failure is named."""
-    done = run_script(tiny_policy, tmp_path)
+    done = launch(tiny_policy, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "[8/8]" in done.stdout and "min left" in done.stdout
     rows = read_csv(tmp_path / "results.csv")
@@ -342,17 +354,17 @@ def test_the_script(tiny_policy, tmp_path):
     broken = next(file for file in files if file.name.startswith("power-alpha=0.5") and "seed1" in file.name)
     broken.write_text(before[broken][1][: len(before[broken][1]) // 2])  # cut off
     script = load_script(SCRIPT)
-    options = script.parse_arguments(command(tiny_policy, tmp_path)[2:])
+    options = script.parse_arguments(options_of(tiny_policy, tmp_path))
     rate = float(table[0]["learning_rate"])
     ablation_runs.run_file(
         tmp_path, script.run_settings(options, "mean", rate, 2)
     ).mkdir()  # no file can take its place
 
-    again = run_script(tiny_policy, tmp_path, "--seeds", "0", "1", "2")
-    assert again.returncode == 1
-    assert "4 of 4 runs were done before" in again.stdout and "3 of 6 runs were done before" in again.stdout
-    assert f"FAILED mean at {rate:g}, seed 2: IsADirectoryError" in again.stdout
-    assert again.stderr.strip().endswith(f"error: 1 failed: mean at {rate:g}, seed 2")
+    again = begin(tiny_policy, tmp_path, "--seeds", "0", "1", "2")
+    assert again.finish() == [1]
+    assert "4 of 4 runs were done before" in again.text() and "3 of 6 runs were done before" in again.text()
+    assert f"FAILED mean at {rate:g}, seed 2: IsADirectoryError" in again.text()
+    assert again.text().strip().endswith(f"error: 1 failed: mean at {rate:g}, seed 2")
     assert [row["seeds"] for row in read_csv(tmp_path / "table.csv")] == ["2", "3"]
     # the one done again is the first of its process now, and equal
     assert [row for row in read_csv(tmp_path / "results.csv") if row["seed"] != "2"] == rows
@@ -363,24 +375,25 @@ def test_the_script(tiny_policy, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_the_script(number, tiny_policy, tmp_path):
-    process = subprocess.Popen(
-        command(tiny_policy, tmp_path, "--max_steps", "10000", "--jobs", "1"), cwd=SCRIPT.parents[1],
-        env={**os.environ, "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )  # fmt: skip
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    """Its worker is at the first of ten thousand steps, hours before the last, when the signal comes."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    folder = tmp_path / "runs"
+    started = begin(tiny_policy, folder, "--max_steps", "10000", TMPDIR=str(scratch))
     deadline = time.monotonic() + 100
-    while len(workers := children.read_text().split() if children.exists() else []) < 2:  # it, and the resource tracker
-        assert process.poll() is None and time.monotonic() < deadline
+    while not list(scratch.glob("tmp*")):  # the run's own folder, made when it begins
+        assert started.running() and time.monotonic() < deadline, started.text()
         time.sleep(0.1)
-    time.sleep(3)  # into its imports
-    process.send_signal(number)
-    process.wait(timeout=100)
+    pid = started.processes[0].pid
+    workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert workers
+    os.kill(pid, number)
+    assert started.finish(100) == [1 if number == signal.SIGINT else -number]
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert not list((tmp_path / "runs").iterdir())
-    assert number != signal.SIGINT or "repeat the command to go on" in process.stderr.read()
+    assert not list((folder / "runs").iterdir())
+    assert number != signal.SIGINT or "repeat the command to go on" in started.text()
 
 
 def test_a_run_file_is_whole_or_absent(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import ratios
+from processes import start
 from ratios import Ratios
 
 ROOT = Path(__file__).parents[1]
@@ -76,12 +76,16 @@ def test_machine_facts():
     json.dumps(facts)
 
 
-def test_the_default_cases_cover_every_topic():
-    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--collect-only", "-q"]
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    cases = [line for line in done.stdout.splitlines() if "::" in line]
+def collect() -> None:
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        del os.environ[name]
+    sys.exit(pytest.main(["benchmarks/", "--benchmark-only", "--collect-only", "-q", "-p", "no:cacheprovider"]))
+
+
+def test_the_default_cases_cover_every_topic(tmp_path):
+    started = start(1, collect, folder=tmp_path, cwd=ROOT)
+    assert started.finish() == [0], started.text()
+    cases = [line for line in started.text().splitlines() if "::" in line]
     files = {case.split("::")[0] for case in cases}
     assert files == {f"benchmarks/test_{name}_bench.py" for name in ("head", "step", "interference", "normalize")}
-    assert re.search(r"[1-9]\d* longer cases left out; with --full they run too", done.stdout)
+    assert re.search(r"[1-9]\d* longer cases left out; with --full they run too", started.text())

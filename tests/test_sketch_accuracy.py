@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 from sketch_accuracy import DRAWS, sketch_accuracy
 
+pytestmark = pytest.mark.xdist_group("the built-in policy")
 SIZES = {"small": (8, 8, 4), "smollm2": (4, 2, 32)}  # prompts, completions of each, tokens of one
 
 
