@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	$(BIN)/accelerate launch examples/math.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 nightly: $(VENV)/.installed-dev
 	$(BIN)/python .ci/nightly.py $(PARTS)
@@ -38,7 +38,7 @@ $(TRL115)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test-trl115: $(TRL115)/.installed
-	$(TRL115)/bin/python -m pytest -n $(JOBS) --dist loadgroup tests/test_trainer.py tests/test_trainer_equality.py \
+	$(TRL115)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/test_trainer.py tests/test_trainer_equality.py \
 		tests/test_fused_trainer.py tests/test_skipping.py tests/test_resampling.py tests/test_two_processes.py \
 		tests/test_interference.py tests/test_normalization_state.py
 

@@ -1,7 +1,8 @@
 """GRPO on mathematics: ``accelerate launch examples/math.py``.
 
 Without arguments: the built-in policy on built-in arithmetic (``recipes/demo.yaml``), a few minutes on a CPU. With
-them: any causal language model on GSM8K, MATH or a file of questions and answers. ``--help`` lists every option.
+them: any causal language model on GSM8K, MATH or a file of questions and answers. ``--help`` lists this project's
+options, ``--help_all`` TRL's too.
 """
 
 import os
@@ -13,12 +14,13 @@ import sys
 _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.getcwd()) != os.path.realpath(_HERE)]
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
 DEMO_RECIPE = Path(_HERE) / "recipes" / "demo.yaml"
 BUILT_IN = "small"
+MADE_HERE = (BUILT_IN, "smollm2")
 INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
 
 
@@ -59,26 +61,57 @@ class MathArguments:
     )
 
 
+def short_help() -> str:
+    """This project's options; TRL is not even imported."""
+    from trl_ext.options import GROUPS, CurvatureOptions
+    from trl_ext.tasks import command_line
+
+    model = [
+        command_line.Shown("model_name_or_path", BUILT_IN, "Hub id, folder, small (built in) or smollm2 (no hub)."),
+        command_line.Shown("use_peft", "False", "Train a LoRA adapter; --lora_r and the like are TRL's."),
+        command_line.Shown("load_in_4bit", "False", "Quantize the frozen weights; needs --use_peft and bitsandbytes."),
+        command_line.Shown("config", "", "Any option from a YAML file; the command line wins. See recipes/."),
+    ]
+    groups = {
+        "Model": model,
+        "Questions": command_line.shown(MathArguments, [one.name for one in fields(MathArguments)]),
+        **{heading: command_line.shown(CurvatureOptions, names) for heading, names in GROUPS.items()},
+    }
+    return command_line.short_help(
+        "accelerate launch examples/math.py [options]",
+        "GRPO on mathematics. Without options: the built-in policy on arithmetic, a few minutes on a CPU.",
+        groups,
+        "TRL's, of which most runs set --learning_rate --max_steps --num_generations --per_device_train_batch_size\n"
+        "--max_completion_length --beta --output_dir --seed --report_to --resume_from_checkpoint: see --help_all.",
+    )
+
+
 def parse_arguments(arguments: list[str]):
     """(MathArguments, CurvatureGRPOConfig, ModelConfig) from the command line and ``--config FILE.yaml``."""
-    import torch
     from trl import ModelConfig, TrlParser
 
     from trl_ext import CurvatureGRPOConfig
+    from trl_ext.tasks.command_line import unknown_option
+
+    class Parser(TrlParser):
+        def error(self, message):
+            raise ValueError(message)  # without a thousand lines of usage before it
 
     model_given = any(item.split("=", 1)[0] == "--model_name_or_path" for item in arguments)
     if "--config" not in arguments and not model_given:
         arguments = ["--config", str(DEMO_RECIPE), *arguments]
+    arguments = ["--help" if item == "--help_all" else item for item in arguments]
     if "--config" in arguments:
         recipe = arguments[arguments.index("--config") + 1 :][:1]
         if not recipe or not Path(recipe[0]).is_file():
             raise ValueError(f"--config {' '.join(recipe)}: no such file")
-    parser = TrlParser((MathArguments, CurvatureGRPOConfig, ModelConfig))
+    kinds = (MathArguments, CurvatureGRPOConfig, ModelConfig)
+    parser = Parser(kinds, prog="examples/math.py")
     parser.set_defaults(model_name_or_path=BUILT_IN, output_dir="runs/math")
-    if not torch.accelerator.is_available():
-        # TRL's default is bf16, which most CPUs only emulate; without use_cpu several processes don't find each other
-        parser.set_defaults(bf16=False, use_cpu=True)
-    return parser.parse_args_and_config(args=arguments)
+    *parsed, left_over = parser.parse_args_and_config(args=arguments, return_remaining_strings=True)
+    if left_over:
+        raise ValueError(unknown_option(left_over, kinds))
+    return parsed
 
 
 def check_arguments(script, training, model) -> None:
@@ -130,7 +163,7 @@ def load_questions(script, seed: int, warn):
 
 def find_model(name: str, seed: int, levels: tuple[int, ...], state, report) -> str:
     """The folder or hub id of a model: ``small`` and ``smollm2`` are made (and cached) here, on one process first."""
-    if name not in (BUILT_IN, "smollm2"):
+    if name not in MADE_HERE:
         return name
     from trl_ext.tasks.small_policy import small_policy
     from trl_ext.tasks.smollm2 import smollm2
@@ -139,19 +172,41 @@ def find_model(name: str, seed: int, levels: tuple[int, ...], state, report) -> 
         return str(smollm2() if name == "smollm2" else small_policy(seed, levels, report))
 
 
+def known_models() -> str:
+    """What ``--model_name_or_path`` may be, with the folders that lie here."""
+    here = sorted({str(path.parent) for depth in ("*", "*/*") for path in Path().glob(f"{depth}/config.json")})
+    folders = f"folders with a model ({', '.join(here[:5])})" if here else "a folder with a model (none lies here)"
+    return f"there are {', '.join(MADE_HERE)}, {folders}, and the hub's, such as Qwen/Qwen2.5-0.5B-Instruct"
+
+
 def check_model(name: str) -> None:
-    """Raises ``ValueError`` for a local folder that holds no model, or a name the hub can't have."""
+    """Raises ``ValueError`` for a local folder that holds no model, or a name the hub can't have or hardly has."""
+    from trl_ext.tasks.command_line import did_you_mean
+
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"--model_name_or_path {name}: the folder holds no config.json")
-    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"--model_name_or_path {name}: no such folder")
+    hint = did_you_mean(name, MADE_HERE)
+    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or hint):
+        raise ValueError(f"--model_name_or_path {name}: no such folder{hint or ';'} {known_models()}")
+
+
+def load_tokenizer(path: str, name: str, **options):
+    """Raises ``ValueError`` where neither a folder nor the hub has a model of this name."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, padding_side="left", **options)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--model_name_or_path {name}: {known_models()}. The hub's answer: {reason}") from None
 
 
 def build_trainer(script, training, model, say):
     """Everything up to the first step: questions, prompts, rewards, the model, the trainer."""
     from accelerate import PartialState
-    from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+    from transformers import PrinterCallback, ProgressCallback
+    from transformers.utils import logging
     from trl import get_peft_config, get_quantization_config
 
     from trl_ext import CurvatureGRPOTrainer
@@ -160,8 +215,9 @@ def build_trainer(script, training, model, say):
     from trl_ext.tasks.correctness import Correctness, MarkedAnswer
     from trl_ext.tasks.questions import NEXT_QUESTION, build_dataset
 
+    logging.disable_progress_bar()  # of loading weights, in the middle of the table
     built_in = model.model_name_or_path == BUILT_IN
-    if not built_in:
+    if model.model_name_or_path not in MADE_HERE:
         check_model(model.model_name_or_path)
     train, held_out = load_questions(script, training.seed, say)
 
@@ -172,9 +228,8 @@ def build_trainer(script, training, model, say):
         say(f"  step {step:>3}: right with probability {accuracy:.2f}")
 
     path = find_model(model.model_name_or_path, training.seed, tuple(script.levels), PartialState(), report_warm_up)
-    tokenizer = AutoTokenizer.from_pretrained(
-        path, revision=model.model_revision, trust_remote_code=training.trust_remote_code, padding_side="left"
-    )
+    loading = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+    tokenizer = load_tokenizer(path, model.model_name_or_path, **loading)
     style = script.prompt_style
     if style == "auto":
         style = "chat" if tokenizer.chat_template else "few_shot"
@@ -193,12 +248,7 @@ def build_trainer(script, training, model, say):
     if script.format_reward_weight:
         rewards.append(MarkedAnswer(stop))
         training.reward_weights = training.reward_weights or [1.0, script.format_reward_weight]
-    loading = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        "trust_remote_code": training.trust_remote_code,
-    }
+    loading |= {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = {**loading, **(training.model_init_kwargs or {})}
     # The accuracy before training is measured by the training loop: a call of evaluate() before train() would leave the
     # model unwrapped under DDP, and each process would train a model of its own.
@@ -219,9 +269,19 @@ def build_trainer(script, training, model, say):
     trainer.add_callback(StopWithCheckpoint())
     processes = trainer.accelerator.num_processes
     count = f"{processes} process" + ("es" if processes > 1 else "")
+    if started_alone(processes):
+        say("accelerate was asked for several processes on CPUs and started one, without telling: to have two, add")
+        say("--config_file examples/accelerate/cpu_two_processes.yaml after accelerate launch.")
     say(f"{len(train)} training and {len(held_out)} held-out questions on {count}, prompts as {style}, for example:")
     say(f"  {train[0].question!r} -> {train[0].answer[-40:]!r}")
     return trainer
+
+
+def started_alone(processes: int) -> bool:
+    """Whether ``accelerate launch`` was given several processes and began one: it then names a meeting point (for MPI,
+    which it leaves to the caller), but nobody to meet there."""
+    launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ)
+    return processes == 1 and launched and "WORLD_SIZE" not in os.environ
 
 
 def held_out_accuracies(trainer) -> list[float]:
@@ -230,6 +290,10 @@ def held_out_accuracies(trainer) -> list[float]:
 
 
 def main(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(short_help())
+        return
+
     def say(text: str) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             print(text, flush=True)

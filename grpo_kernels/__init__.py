@@ -1,12 +1,20 @@
-"""Kernels for group-relative policy optimisation: tensors in, tensors out. Knows nothing of trainers or models."""
+"""Kernels for group-relative policy optimisation: tensors in, tensors out. Knows nothing of trainers or models.
 
-from grpo_kernels.head.linear_grpo_loss import GRPOLoss, linear_grpo_loss
-from grpo_kernels.head.linear_logprob import linear_logprob
-from grpo_kernels.normalize.methods import METHODS, check_normalization
-from grpo_kernels.normalize.normalized import Normalized
-from grpo_kernels.normalize.rewards import normalize_rewards, normalize_with_statistics
+Names are imported when they are asked for (PEP 562): the list of methods needs no torch.
+"""
 
-from .backend import use_backend
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backend import use_backend
+    from .head.linear_grpo_loss import GRPOLoss, linear_grpo_loss
+    from .head.linear_logprob import linear_logprob
+    from .normalize.methods import METHODS, check_normalization
+    from .normalize.normalized import Normalized
+    from .normalize.rewards import normalize_rewards, normalize_with_statistics
 
 __all__ = [
     "METHODS",
@@ -19,3 +27,26 @@ __all__ = [
     "normalize_with_statistics",
     "use_backend",
 ]
+
+_MODULES = {
+    "METHODS": ".normalize.methods",
+    "GRPOLoss": ".head.linear_grpo_loss",
+    "Normalized": ".normalize.normalized",
+    "check_normalization": ".normalize.methods",
+    "linear_grpo_loss": ".head.linear_grpo_loss",
+    "linear_logprob": ".head.linear_logprob",
+    "normalize_rewards": ".normalize.rewards",
+    "normalize_with_statistics": ".normalize.rewards",
+    "use_backend": ".backend",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -83,6 +84,7 @@ def _child(variables: dict[str, str], cwd: str, output: str, function: Callable[
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.environ.clear()
     os.environ.update(variables)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
     os.chdir(cwd)
     assert "imported_once" in sys.modules, "this process has imported everything anew"
     function(*args)

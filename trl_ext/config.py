@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from grpo_kernels import METHODS, check_normalization
-from grpo_kernels.normalize.methods import function_name
+from grpo_kernels.normalize.methods import METHODS, check_normalization, function_name
 
-MOST_ROUNDS = 4  # of resampling, by default
+from .options import MOST_ROUNDS, CurvatureOptions
+
 # what TRL's scale_rewards does, by our name
 SCALE_REWARDS_METHOD = {"group": "std", "batch": "batch_std", "none": "mean"}
 
 
 @dataclass
-class CurvatureGRPOConfig(GRPOConfig):
-    """``GRPOConfig`` plus the options below; everything else means what it means in TRL.
+class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
+    """``GRPOConfig`` plus the options below; everything else means what it means in TRL, but for two defaults that let
+    one script run everywhere: without an accelerator (or with ``use_cpu``) ``use_cpu`` is True and ``bf16`` False, and
+    on a GPU that has no bf16 ``bf16`` is False. What is set is left as it is.
 
     Args:
         normalization: how a group's rewards become advantages, one of ``grpo_kernels.METHODS``. None follows
@@ -57,46 +62,6 @@ class CurvatureGRPOConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "normalization_kwargs"]
 
-    normalization: str | None = field(
-        default=None,
-        metadata={"help": f"{', '.join(METHODS)}; default: as scale_rewards."},
-    )
-    normalization_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Options of the normalization as a JSON object, such as '{\"alpha\": 0.5}' for power."},
-    )
-
-    fused_loss: bool = field(
-        default=True, metadata={"help": "Loss and gradients in one pass over the LM head; false: TRL's own head."}
-    )
-
-    skip_zero_advantage: bool = field(
-        default=True, metadata={"help": "Don't run sequences without a gradient, and regroup the others by length."}
-    )
-    full_entropy: bool = field(
-        default=False, metadata={"help": "Log the entropy of skipped sequences too, at the price of a forward pass."}
-    )
-
-    resample_zero_variance: bool = field(
-        default=False, metadata={"help": "Draw other prompts in place of those whose answers all got the same reward."}
-    )
-    resample_max_rounds: int = field(
-        default=MOST_ROUNDS, metadata={"help": "Generations for other prompts in a step, at most."}
-    )
-    resample_live_prompts: int | None = field(
-        default=None, metadata={"help": "How many prompts of a batch shall have different rewards; default: all."}
-    )
-
-    interference_every: int = field(
-        default=10, metadata={"help": "Log how the prompts' gradients interfere every this many steps; 0: never."}
-    )
-    interference_dim: int = field(
-        default=64, metadata={"help": "Gradients are sketched to the square of this many numbers; 0: exact."}
-    )
-    interference_layers: list[str] | None = field(
-        default=None, metadata={"help": "Patterns of the layers to look at; default: all that are trained."}
-    )
-
     def __post_init__(self) -> None:
         if isinstance(self.normalization_kwargs, str):
             try:
@@ -105,6 +70,7 @@ class CurvatureGRPOConfig(GRPOConfig):
                 raise ValueError(
                     f"normalization_kwargs={self.normalization_kwargs!r} isn't a JSON object: {error}"
                 ) from None
+        self._choose_device()
         super().__post_init__()
         resolve_normalization(self)
         for name in ("interference_every", "interference_dim"):
@@ -112,6 +78,14 @@ class CurvatureGRPOConfig(GRPOConfig):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
         self._check_resampling()
+
+    def _choose_device(self) -> None:
+        """TRL's default is bf16 wherever it runs, and it stops where there is none; most CPUs only emulate it."""
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else several processes would look for a GPU's backend
+        on_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+        if vars(self)["bf16"] is None and (on_cpu or not is_torch_bf16_gpu_available()):
+            self.bf16 = False
 
     def _check_resampling(self) -> None:
         for name in ("skip_zero_advantage", "full_entropy", "resample_zero_variance"):

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .groups import group_runs
-from .numbers import report_numbers
-from .read_run import STATE_FILE, Run, read_run
-from .run_files import CONFIG_FILE
+if TYPE_CHECKING:
+    from .read_run import Run
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -30,6 +29,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def writable(path: Path, suffix: str) -> Path:
     """Raises ``ValueError`` where a file can't be written there, or another kind of file is, before any work."""
+    from .read_run import STATE_FILE
+    from .run_files import CONFIG_FILE
+
     if path.is_dir():
         raise ValueError(f"{path} can't be written: it is a folder")
     if path.exists() and (path.suffix != suffix or path.name in (STATE_FILE, CONFIG_FILE)):
@@ -57,6 +59,8 @@ def writable_folder(path: Path) -> Path:
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
     """Runs whose folders have the same name are told apart by their parents'."""
+    from .read_run import read_run
+
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     return [
@@ -70,7 +74,10 @@ def main(arguments: Sequence[str]) -> None:
     for module in ("plotly", "matplotlib", "scipy"):
         if find_spec(module) is None:
             sys.exit(f'error: the report needs {module}: pip install "curvature-grpo[report]"')
+    # numpy, torch, plotly: not for --help
     from .figures import draw_figures
+    from .groups import group_runs
+    from .numbers import report_numbers
     from .page import build_page
 
     try:

@@ -1,0 +1,65 @@
+"""A script's command line: a help of one screen, and an answer to a name that isn't there. Imports no torch, no TRL."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An option as the help shows it."""
+
+    name: str
+    default: str
+    help: str
+
+
+def shown(of: Any, names: Iterable[str]) -> list[Shown]:
+    """These fields of a dataclass, whose ``metadata`` has the help, with their defaults."""
+    by_name = {one.name: one for one in fields(of)}
+    found = []
+    for one in (by_name[name] for name in names):
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        text = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        # what None and "" stand for, the help says itself
+        found.append(Shown(one.name, "" if default in (None, "") else text, one.metadata["help"]))
+    return found
+
+
+def short_help(usage: str, description: str, groups: Mapping[str, Sequence[Shown]], epilog: str) -> str:
+    """A help with these options alone, in groups, as wide as the terminal."""
+    width = shutil.get_terminal_size((110, 24)).columns
+
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        def __init__(self, prog: str) -> None:
+            super().__init__(prog, max_help_position=26, width=width)
+
+    parser = argparse.ArgumentParser(
+        usage=usage, description=description, epilog=epilog, add_help=False, formatter_class=Formatter
+    )
+    for heading, options in groups.items():
+        group = parser.add_argument_group(heading)
+        for one in options:
+            text = one.help.replace("%", "%%")
+            group.add_argument(f"--{one.name}", metavar="", help=f"{text} [{one.default}]" if one.default else text)
+    return parser.format_help()
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``", did you mean x?"``, or nothing where no name is close."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def unknown_option(left_over: Sequence[str], dataclasses: Iterable[Any]) -> str:
+    """What to say of arguments that no option took."""
+    known = [f"--{one.name}" for of in dataclasses for one in fields(of)] + ["--config", "--help", "--help_all"]
+    names = [item.split("=", 1)[0] for item in left_over if item.startswith("-")]
+    if not names:
+        return f"{' '.join(left_over)}: belongs to no option"
+    return f"{names[0]}: no such option{did_you_mean(names[0], known)}"
