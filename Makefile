@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 PARTS ?=
 TRL115 ?= .venv-trl115
 
-.PHONY: demo test nightly test-trl115 bench bench-full gpu check
+.PHONY: demo test nightly test-trl115 bench bench-full gpu check docs package
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -58,3 +58,12 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/check_tracked.py
+
+# the site, into build/site: with the tutorial run, and a sample report
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --site-dir build/site
+
+package: $(VENV)/.installed-dev
+	rm -rf dist build/lib
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*

@@ -28,37 +28,21 @@ INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
 class MathArguments:
     """What to train on, and how questions become prompts."""
 
-    dataset: str = field(
-        default="arithmetic",
-        metadata={"help": "arithmetic (built in), gsm8k or math (from the hub).", "choices": None},
-    )
-    dataset_path: str | None = field(
-        default=None,
-        metadata={"help": "A .jsonl, .json or .parquet file of questions and answers, instead of --dataset."},
-    )
-    eval_dataset_path: str | None = field(
-        default=None, metadata={"help": "Held-out questions; default: split off --dataset_path, or the test split."}
-    )
+    dataset: str = field(default="arithmetic", metadata={"help": "arithmetic, gsm8k or math (the hub's)."})
+    dataset_path: str | None = field(default=None, metadata={"help": "A .jsonl, .json or .parquet file instead."})
+    eval_dataset_path: str | None = field(default=None, metadata={"help": "Held-out questions; default: a part of it."})
     question_column: str | None = field(default=None, metadata={"help": "Default: question or problem."})
     answer_column: str | None = field(default=None, metadata={"help": "Default: answer or solution."})
     levels: list[int] = field(
-        default_factory=lambda: [1, 4],
-        metadata={"help": "Arithmetic levels 1 to 5: sums up to 20, 50, 99; word problems of one step, of two."},
+        default_factory=lambda: [1, 4], metadata={"help": "1-3: sums to 20, 50, 99; 4, 5: in words."}
     )
-    train_size: int | None = field(
-        default=None, metadata={"help": "Use this many training questions. Default: all; 700 for arithmetic."}
-    )
-    eval_size: int = field(default=128, metadata={"help": "Held-out questions an evaluation uses."})
-    prompt_style: str = field(
-        default="auto", metadata={"help": "chat, few_shot, or auto: chat where the tokenizer has a template."}
-    )
-    num_shots: int = field(default=3, metadata={"help": "Solved examples before a few-shot question."})
-    instruction: str | None = field(
-        default=None, metadata={"help": f"Put below a chat question. Default: {INSTRUCTION!r}; none for --model small."}
-    )
-    format_reward_weight: float = field(
-        default=0.0, metadata={"help": "Weight of a reward for marking the answer (\\boxed{} or ####). 0: none."}
-    )
+    train_size: int | None = field(default=None, metadata={"help": "Training questions; default: all, or 700."})
+    eval_size: int = field(default=128, metadata={"help": "Held-out questions of an evaluation."})
+    prompt_style: str = field(default="auto", metadata={"help": "chat, few_shot or auto (by the tokenizer)."})
+    num_shots: int = field(default=3, metadata={"help": "Examples before a few-shot question."})
+    # default: INSTRUCTION, and none for the built-in policy
+    instruction: str | None = field(default=None, metadata={"help": "Below a chat question; default: to reason."})
+    format_reward_weight: float = field(default=0.0, metadata={"help": "Reward for marking the answer, \\boxed{}."})
 
 
 def short_help() -> str:
@@ -67,10 +51,10 @@ def short_help() -> str:
     from trl_ext.tasks import command_line
 
     model = [
-        command_line.Shown("model_name_or_path", BUILT_IN, "Hub id, folder, small (built in) or smollm2 (no hub)."),
-        command_line.Shown("use_peft", "False", "Train a LoRA adapter; --lora_r and the like are TRL's."),
-        command_line.Shown("load_in_4bit", "False", "Quantize the frozen weights; needs --use_peft and bitsandbytes."),
-        command_line.Shown("config", "", "Any option from a YAML file; the command line wins. See recipes/."),
+        command_line.Shown("model_name_or_path", BUILT_IN, "Hub id, folder, small (built in) or smollm2."),
+        command_line.Shown("use_peft", "False", "LoRA; --lora_r and the like are TRL's."),
+        command_line.Shown("load_in_4bit", "False", "Quantized weights; needs --use_peft."),
+        command_line.Shown("config", "", "Options from a YAML file, as in recipes/."),
     ]
     groups = {
         "Model": model,
@@ -79,10 +63,11 @@ def short_help() -> str:
     }
     return command_line.short_help(
         "accelerate launch examples/math.py [options]",
-        "GRPO on mathematics. Without options: the built-in policy on arithmetic, a few minutes on a CPU.",
+        "GRPO on mathematics. Without options: the built-in policy on arithmetic.",
         groups,
-        "TRL's, of which most runs set --learning_rate --max_steps --num_generations --per_device_train_batch_size\n"
-        "--max_completion_length --beta --output_dir --seed --report_to --resume_from_checkpoint: see --help_all.",
+        "TRL's, of which most runs set --learning_rate --max_steps --num_generations\n"
+        "--per_device_train_batch_size --max_completion_length --beta --output_dir\n"
+        "--seed --report_to --resume_from_checkpoint: --help_all lists them.",
     )
 
 

@@ -41,13 +41,12 @@ def tiny_policy(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def warm_policy() -> Path:
-    """Folder of the built-in policy of sums up to 20, where the script finds it (cached between sessions).
-
-    Its warm-up ends early, after ten seconds; the whole one is nightly's.
+    """Folder of the built-in policy, where scripts find it (cached between sessions). Its warm-up ends early, after
+    some seconds; the whole one is nightly's.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(small_policy, "LEARNED_ACCURACY", 0.5)
-        return small_policy.small_policy(42, (1,))  # the default seed of the script's arguments
+        return small_policy.small_policy(42)  # the default seed of the script's arguments
 
 
 @pytest.fixture(scope="session")

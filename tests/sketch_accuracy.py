@@ -21,7 +21,7 @@ from grpo_kernels import linear_grpo_loss, normalize_rewards
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.sketch_error import predicted_rmse
-from trl_ext.tasks.arithmetic import DEFAULT_LEVELS, generate_problems
+from trl_ext.tasks.arithmetic import generate_problems
 from trl_ext.tasks.small_policy import small_policy
 from trl_ext.tasks.smollm2 import smollm2
 
@@ -88,14 +88,13 @@ def sketch_accuracy(
 ) -> Accuracy:
     """Rewards: digits written (GSM8K, where SmolLM2 is right in 3%), or the answer modulo 4 (arithmetic).
 
-    ``folder``: another small policy, of sums up to 20.
+    ``folder``: another small policy.
     """
-    levels = DEFAULT_LEVELS if folder is None else (1,)
     folder = folder or (small_policy(42) if policy == "small" else smollm2())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     if policy == "small":
-        questions = [problem.question for problem in generate_problems(prompts, levels=levels, seed=5)]
+        questions = [problem.question for problem in generate_problems(prompts, seed=5)]
     else:
         questions = [json.loads(line)["question"] for line in GSM8K.read_text().splitlines()[:prompts]]
     ids, mask, start, live = sample(model, tokenizer, questions, generations, max_tokens)

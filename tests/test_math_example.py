@@ -15,8 +15,7 @@ from processes import run_script, start
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "math.py"
-QUICK = ["--levels", "1", "--train_size", "64"]  # sums up to 20: the policy of warm_policy
-SMALL = [*QUICK, "--eval_size", "8", "--per_device_train_batch_size", "16", "--num_generations", "4",
+SMALL = ["--train_size", "64", "--eval_size", "8", "--per_device_train_batch_size", "16", "--num_generations", "4",
          "--per_device_eval_batch_size", "16", "--eval_steps", "100"]  # fmt: skip
 needs_shared_object = pytest.mark.skipif("math" in sys.builtin_module_names, reason="math is built into this Python")
 
@@ -102,7 +101,7 @@ def assert_demo(output, folder):
 @needs_shared_object
 def test_the_demo_in_short(warm_policy, tmp_path):
     """With data-loader workers, and from the script's own folder, the worst place for its name."""
-    output = launch("--output_dir", tmp_path / "run", *QUICK, "--max_steps", 10, "--eval_steps", 5,
+    output = launch("--output_dir", tmp_path / "run", "--train_size", 64, "--max_steps", 10, "--eval_steps", 5,
                     "--logging_steps", 5, "--eval_size", 32, "--dataloader_num_workers", 2,
                     cwd=SCRIPT.parent, script="math.py")  # fmt: skip
     before, _ = assert_demo(output, tmp_path / "run")

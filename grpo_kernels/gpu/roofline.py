@@ -21,8 +21,8 @@ BANDWIDTH = 3.0e12
 # TRL issue 7244, at 8192 tokens, V 151936, H 4096: cited, not predicted
 CITED = (
     ("the bare products", "42 ms"),
-    ("TRL's chunked head", "167 ms"),
-    ("the maintainers' hope", "60-80 ms"),
+    ("log-probs and entropies on ready logits, forward, as GRPO takes them", "12.8 ms, fused 0.89 ms"),
+    ("the chunked loss of TRL's SFT trainer, which isn't GRPO's", "167 ms"),
 )
 ASSUMPTIONS = f"""\
 Assumptions:
@@ -116,7 +116,7 @@ def lines(n_tokens: int, n_vocabulary: int, hidden: int) -> Iterator[str]:
     yield ASSUMPTIONS
     yield "Cited beside it (TRL issue 7244: 8192 tokens, V 151936, H 4096):"
     for name, time_cited in CITED:
-        yield f"  {name:22} {time_cited}"
+        yield f"  {name}: {time_cited}"
 
 
 NAME = "python -m grpo_kernels.gpu.roofline"

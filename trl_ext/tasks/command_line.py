@@ -37,7 +37,7 @@ def short_help(usage: str, description: str, groups: Mapping[str, Sequence[Shown
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         def __init__(self, prog: str) -> None:
-            super().__init__(prog, max_help_position=26, width=width)
+            super().__init__(prog, max_help_position=28, width=width)
 
     parser = argparse.ArgumentParser(
         usage=usage, description=description, epilog=epilog, add_help=False, formatter_class=Formatter
