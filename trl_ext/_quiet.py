@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 
 # logger -> beginning of its line
@@ -10,6 +11,9 @@ LINES = {
     # an optional faster kernel on CPUs with AVX512-BF16; without it 4-bit layers work as they do elsewhere
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
 }
+
+# of names that TRL sets or reads itself, whatever a user does
+RENAMED = r"`(is_)?gradient_checkpointing` is deprecated"
 
 
 def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
@@ -20,3 +24,4 @@ def drop_lines_nobody_can_act_on() -> None:
     """Filters these lines and no others: every other message of the same loggers stays."""
     for name, beginning in LINES.items():
         logging.getLogger(name).addFilter(_without(beginning))
+    warnings.filterwarnings("ignore", message=RENAMED, category=FutureWarning, module="transformers")
