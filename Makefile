@@ -62,6 +62,7 @@ check: $(VENV)/.installed-dev
 # the site, into build/site: with the tutorial run, and a sample report
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --site-dir build/site
+	@echo "To read it: python3 -m http.server -d build/site"
 
 package: $(VENV)/.installed-dev
 	rm -rf dist build/lib

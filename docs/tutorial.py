@@ -19,7 +19,6 @@
 # As a notebook: `jupytext --to notebook docs/tutorial.py`.
 
 # %%
-import logging
 import tempfile
 from pathlib import Path
 
@@ -28,8 +27,6 @@ from datasets import Dataset
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
 from trl_ext.tasks.small_policy import small_policy
-
-logging.getLogger("transformers").setLevel(logging.ERROR)
 
 # %% [markdown]
 # ## Data and reward
@@ -58,6 +55,12 @@ def is_right(completions, answer, **other_columns):
 # tenth.
 
 # %%
+from transformers import PrinterCallback
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
 folder = Path(tempfile.mkdtemp()) / "std"
 options = CurvatureGRPOConfig(
     output_dir=str(folder),
@@ -75,6 +78,7 @@ options = CurvatureGRPOConfig(
 )
 policy = small_policy(42)
 trainer = CurvatureGRPOTrainer(str(policy), is_right, args=options, train_dataset=data)
+trainer.remove_callback(PrinterCallback)
 trainer.train()
 history = [entry for entry in trainer.state.log_history if "reward" in entry]
 
@@ -118,10 +122,11 @@ for entry in history:
         )
 
 # %% [markdown]
-# The run's folder keeps the inner products themselves, with the prompts' texts: which two pull apart most?
+# The run's folder keeps the inner products themselves, with the prompts' texts: which two pulled apart
+# most at the last of these steps?
 
 # %%
-record = read_interference(folder)[0]
+record = read_interference(folder)[-1]
 live = record.gram_PP.diagonal() > 0
 gram = record.gram_PP[live][:, live]
 norm = np.sqrt(gram.diagonal())

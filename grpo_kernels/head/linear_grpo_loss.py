@@ -251,13 +251,13 @@ def linear_grpo_loss(
         ref_logprobs_N: (N,) of the reference model, for KL.
         policy_scale_N: (N,), multiplies the policy term and not KL (vLLM's importance correction).
         loss_type: grpo, bnpo, dr_grpo, dapo, luspo (token-level): the clipped surrogate; cispo; sapo. TRL's semantics.
-        epsilon, epsilon_high: clip range, 1 - epsilon to 1 + epsilon_high (default epsilon). For cispo the ratio is
-            capped at epsilon_high itself.
+        epsilon: clip range, 1 - epsilon to 1 + epsilon_high.
+        epsilon_high: default epsilon. For cispo the ratio is capped at epsilon_high itself.
         delta: caps the ratio from above also where that lowers the loss (dual clip), clipped surrogate only.
         sapo_temperatures: for positive and for other advantages.
         beta: weight of KL. With ``kl_times_ratio`` (TRL's default) KL is multiplied by the ratio, gradient included.
         entropy_coef: weight of the mean entropy of the N tokens, which is subtracted.
-        temperature, bias, low_rank, logit_scale, softcap, head_sketch: as in ``linear_logprob``.
+        temperature: as in ``linear_logprob``, and so are bias, low_rank, logit_scale, softcap and head_sketch.
 
     Returns:
         ``GRPOLoss``.

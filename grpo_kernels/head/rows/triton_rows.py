@@ -21,7 +21,7 @@ import triton.language as tl
 
 from grpo_kernels.head.token_losses import TokenInputs, TokenLoss
 from grpo_kernels.normalize.methods import METHODS
-from grpo_kernels.normalize.triton_groups import Groups, group_centre_and_scale
+from grpo_kernels.normalize.triton_groups import DIGITS, Groups, group_centre_and_scale
 
 from .plain import RowStatistics, Transform
 from .triton_token_loss import LossNumbers, Tokens, token_loss
@@ -289,7 +289,7 @@ def softmax_rows_(
     tile = _tile(tile_CV, bias, transform)
     if tile_CV.shape[0]:
         _softmax_rows_kernel[(tile_CV.shape[0],)](
-            tile, targets_C, statistics, BLOCK_V=_block(tile.n_padded), num_warps=NUM_WARPS
+            tile, targets_C, statistics, BLOCK_V=_block(tile.n_padded), num_warps=NUM_WARPS, **DIGITS
         )
     return statistics
 
@@ -317,6 +317,7 @@ def logit_gradient_(
             gradient,
             BLOCK_V=_block(tile.n_padded),
             num_warps=NUM_WARPS,
+            **DIGITS,
         )
     return gradient.rows, gradient.factor
 
@@ -379,5 +380,6 @@ def grpo_rows_(
         BLOCK_G=1 if groups is None else triton.next_power_of_2(groups.n_generations),
         BLOCK_V=_block(tile.n_padded),
         num_warps=NUM_WARPS,
+        **DIGITS,
     )
     return {**logs._asdict(), "clipped": logs.clipped > 0}, made.rows, made.factor
