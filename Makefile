@@ -13,7 +13,7 @@ TRL115 ?= .venv-trl115
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c constraints.txt -e .
+	$(BIN)/pip install -q -c constraints.txt -e ".[report]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
