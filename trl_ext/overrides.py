@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -20,3 +22,17 @@ def overridden(trainer: Any, *names: str) -> str | None:
         if not getattr(getattr(type(trainer), name), "_is_ours", False):
             return f"{type(trainer).__name__} has a {name} of its own"
     return None
+
+
+@contextmanager
+def answered_by(trainer: Any, name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Within, ``trainer.name(...)`` is ``stand_in(method, ...)``, ``method`` what would have been called: a subclass's,
+    or one that was put on this very trainer."""
+    put_there = vars(trainer).get(name)
+    setattr(trainer, name, partial(stand_in, getattr(trainer, name)))
+    try:
+        yield
+    finally:
+        delattr(trainer, name)
+        if put_there is not None:
+            setattr(trainer, name, put_there)

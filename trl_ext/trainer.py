@@ -33,7 +33,7 @@ from .loss.fused_head import CompletionMask, add_fused_heads
 from .loss.fused_loss import one_pass_loss, why_not_one_pass, without_tool_logprobs
 from .loss.statistics import whole_micro_batch_metrics
 from .loss.token_weights import token_weights
-from .overrides import ours, overridden
+from .overrides import answered_by, ours, overridden
 from .paper import PAPER
 from .quantized import keep_trainable
 from .report.live import LiveImages
@@ -106,11 +106,11 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._deferred.wait(why_complete(self._run.options, self._loss_settings(), own) is None)
         return generated
 
-    @ours
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _keep_rewards(self, calculate, inputs, prompts, completions, completion_ids_list):
+        """Stands where TRL calls ``_calculate_rewards``: what comes back is of the last subclass that has a say."""
         self._deferred.ready()
         with self._seconds.stage("rewards", self.model.training):
-            rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            rewards_BF = calculate(inputs, prompts, completions, completion_ids_list)
         num_generations = self.num_generations if self.model.training else self.num_generations_eval
         self._rewarded = gather_rewarded(
             rewards_BF, self.reward_weights, prompts, completion_ids_list, num_generations, self.accelerator
@@ -123,7 +123,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if self._resampling is not None:
             self._resampling.begin(self._logs)
         try:
-            output = super()._generate_and_score_completions(inputs)
+            with answered_by(self, "_calculate_rewards", self._keep_rewards):
+                output = super()._generate_and_score_completions(inputs)
         finally:
             self._completion_mask.forget()  # TRL shuffles the rows next
             self._deferred.ready()
@@ -221,7 +222,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         return one.loss
 
     def _loss_settings(self):
-        return trl_surface.read_loss_settings(self, self._normalizer.own_group)
+        own_logprobs = overridden(self, "_get_per_token_logps_and_entropies")
+        return trl_surface.read_loss_settings(self, self._normalizer.own_group, own_logprobs)
 
     # ---- signals, log, checkpoints, end
 

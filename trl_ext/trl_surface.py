@@ -205,7 +205,8 @@ class LossSettings:
 
     ``entropy_coef`` counts where ``entropy_bonus``, ``aux_loss_coef`` where ``aux_loss``. ``importance_correction``:
     vLLM's. ``own_group``: method and options of the normalisation where it needs nothing but the group's own rewards,
-    so that the kernel can make the advantages; else None.
+    so that the kernel can make the advantages; else None. ``own_logprobs``: what to say of log-probs that a subclass
+    makes, which the one pass wouldn't ask for, or None.
     """
 
     loss_type: str
@@ -228,9 +229,12 @@ class LossSettings:
     num_processes: int
     steps_per_generation: int
     own_group: tuple[str, Mapping[str, Any]] | None
+    own_logprobs: str | None
 
 
-def read_loss_settings(trainer: Any, own_group: tuple[str, Mapping[str, Any]] | None) -> LossSettings:
+def read_loss_settings(
+    trainer: Any, own_group: tuple[str, Mapping[str, Any]] | None, own_logprobs: str | None = None
+) -> LossSettings:
     """As they are now."""
     args = trainer.args
     return LossSettings(
@@ -254,6 +258,7 @@ def read_loss_settings(trainer: Any, own_group: tuple[str, Mapping[str, Any]] | 
         num_processes=trainer.accelerator.num_processes,
         steps_per_generation=args.steps_per_generation,
         own_group=own_group,
+        own_logprobs=own_logprobs,
     )
 
 

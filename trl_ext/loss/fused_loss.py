@@ -19,6 +19,8 @@ from .token_weights import live_mask
 
 def why_not_one_pass(settings: LossSettings, batch: dict[str, Any]) -> str | None:
     """What of this micro-batch's loss isn't a sum over single tokens (TRL then computes it on our head), or None."""
+    if settings.own_logprobs is not None:
+        return settings.own_logprobs
     if settings.loss_type not in SURROGATES:
         return f"loss_type={settings.loss_type!r} weighs whole sequences"
     if settings.top_entropy_quantile < 1.0:
