@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from grpo_kernels.launch import launch
+
 from .group_statistics import ROBUST_FLOOR
 from .methods import Method
 from .normalized import Normalized
@@ -172,21 +174,22 @@ def normalize_groups(
     lengths_PG: torch.Tensor | None,
 ) -> Normalized:
     """Launches the kernel on float32 rewards; arguments as ``_normalize_torch``."""
-    rewards_PG = rewards_PG.contiguous()
-    advantages_PG = torch.empty_like(rewards_PG)
+    advantages_PG = torch.empty(rewards_PG.shape, dtype=rewards_PG.dtype, device=rewards_PG.device)
     n_groups, n_generations = rewards_PG.shape
     if method.scale == "rank":  # has neither
         centre_P1 = scale_P1 = rewards_PG.new_full((n_groups, 1), float("nan"))
     centre_P, scale_P = (
-        torch.empty_like(rewards_PG[:, 0]) if given is None else given.float().flatten().contiguous()
+        advantages_PG.new_empty(n_groups) if given is None else given.float().flatten()
         for given in (centre_P1, scale_P1)
     )
     block_g = triton.next_power_of_2(n_generations)
     block_p = max(1, VALUES_PER_PROGRAM // block_g)
-    _normalize_kernel[(triton.cdiv(n_groups, block_p),)](
+    launch(
+        _normalize_kernel,
+        (triton.cdiv(n_groups, block_p),),
         Groups(rewards_PG, n_generations, eps, alpha),
         n_groups,
-        None if lengths_PG is None else lengths_PG.contiguous(),
+        lengths_PG,
         advantages_PG,
         centre_P,
         scale_P,

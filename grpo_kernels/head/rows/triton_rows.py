@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from grpo_kernels.head.token_losses import TokenInputs, TokenLoss
+from grpo_kernels.launch import launch
 from grpo_kernels.normalize.methods import METHODS
 from grpo_kernels.normalize.triton_groups import DIGITS, Groups, group_centre_and_scale
 
@@ -288,8 +289,15 @@ def softmax_rows_(
     statistics = RowStatistics(high_C, log_total_C, logprob_C, entropy_C if entropy else None)
     tile = _tile(tile_CV, bias, transform)
     if tile_CV.shape[0]:
-        _softmax_rows_kernel[(tile_CV.shape[0],)](
-            tile, targets_C, statistics, BLOCK_V=_block(tile.n_padded), num_warps=NUM_WARPS, **DIGITS
+        launch(
+            _softmax_rows_kernel,
+            (tile_CV.shape[0],),
+            tile,
+            targets_C,
+            statistics,
+            BLOCK_V=_block(tile.n_padded),
+            num_warps=NUM_WARPS,
+            **DIGITS,
         )
     return statistics
 
@@ -308,7 +316,9 @@ def logit_gradient_(
     """Logits become dL/dy up to a factor of each row: (the tile's gradient, factor (C,))."""
     tile, gradient = _tile(tile_CV, bias, transform), _gradient(tile_CV, dtype)
     if tile_CV.shape[0]:
-        _logit_gradient_kernel[(tile_CV.shape[0],)](
+        launch(
+            _logit_gradient_kernel,
+            (tile_CV.shape[0],),
             tile,
             targets_C,
             statistics,
@@ -366,7 +376,9 @@ def grpo_rows_(
     )
     logs = Logs(*torch.empty((7, count), dtype=torch.float32, device=device))
     tile, made = _tile(tile_CV, bias, transform), _gradient(tile_CV, dtype)
-    _grpo_rows_kernel[(count,)](
+    launch(
+        _grpo_rows_kernel,
+        (count,),
         tile,
         inputs,
         groups,
