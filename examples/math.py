@@ -171,7 +171,7 @@ def check_model(name: str) -> None:
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"--model_name_or_path {name}: the folder holds no config.json")
-    hint = did_you_mean(name, MADE_HERE)
+    hint = did_you_mean(name, MADE_HERE, closeness=0.8)  # small-model may be somebody's on the hub
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or hint):
         raise ValueError(f"--model_name_or_path {name}: no such folder{hint or ';'} {known_models()}")
 

@@ -122,6 +122,7 @@ def test_models_that_lie_here_are_named(tmp_path, monkeypatch):
 
 def test_nothing_close_is_not_suggested():
     assert did_you_mean("--zzz", ["--learning_rate"]) == ""
+    load_script().check_model("small-model")  # may be the hub's
 
 
 # ---- what is set by itself

@@ -50,9 +50,9 @@ def short_help(usage: str, description: str, groups: Mapping[str, Sequence[Shown
     return parser.format_help()
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``", did you mean x?"``, or nothing where no name is close."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+def did_you_mean(name: str, known: Iterable[str], closeness: float = 0.6) -> str:
+    """``", did you mean x?"``, or nothing where no name is as close (difflib's ratio)."""
+    close = get_close_matches(name, list(known), n=1, cutoff=closeness)
     return f", did you mean {close[0]}?" if close else ""
 
 
