@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from grpo_kernels.backend import choose_backend
 from grpo_kernels.head.rows.plain import Transform, grpo_rows_
 from grpo_kernels.memory import cast, scaled
 
 from .checks import check_head, check_head_sketch, check_number, check_per_token
+from .derivatives import first_derivatives, own_precision
 from .loss_checks import check_loss_options, check_sequences, describe, make_group_rewards
 from .products import HeadProducts, HeadSketch, compute_dtype
 from .token_losses import TokenInputs
@@ -54,8 +54,10 @@ class GRPOLoss:
 
 class LinearGRPOLossFunction(torch.autograd.Function):
     @staticmethod
+    @own_precision
     def forward(
         ctx,
+        product_dtype,
         tokens,
         transform,
         options,
@@ -69,7 +71,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         low_weight,
     ):
         count, device = hidden.shape[0], hidden.device
-        needs = [grad_enabled and need for need in ctx.needs_input_grad[6:]]
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[7:]]
         factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
         # Rows that can have a gradient come first, so that their tiles are full and the others' need no gradient.
         n_live, order = 0, None
@@ -80,7 +82,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
                 order = torch.argsort(live_N.to(torch.int8), descending=True, stable=True)
         products = HeadProducts(
             factors,
-            compute_dtype(hidden),
+            product_dtype,
             want_inputs=[needs[0], needs[3]][: len(factors)],
             want_weights=[needs[1], needs[4]][: len(factors)],
             want_bias=needs[2],
@@ -143,7 +145,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         return (loss, *details)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx, loss_grad, *_):
         if ctx.totals is None:
             raise RuntimeError("the backward of linear_grpo_loss was called before, without retain_graph")
@@ -161,7 +163,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
             None if total is None else cast(total, dtype) if is_one else scaled(total, scale, dtype)
             for total, dtype in zip(totals, ctx.dtypes, strict=True)
         ]
-        return (None, None, None, None, None, None, *grads)
+        return (None, None, None, None, None, None, None, *grads)
 
 
 def _row_function(device: torch.device, dtype: torch.dtype) -> Any:
@@ -320,6 +322,7 @@ def linear_grpo_loss(
         *(None if tensor is None else tensor.detach() for tensor in optional.values()),
     )
     loss, policy_loss, logprobs, entropies, ratio, clipped, kl, advantages_N = LinearGRPOLossFunction.apply(
+        compute_dtype(hidden_NH),
         tokens,
         Transform(float(temperature), float(logit_scale), softcap),
         options,

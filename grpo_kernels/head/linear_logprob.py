@@ -12,13 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from grpo_kernels.backend import choose_backend
 from grpo_kernels.head.rows.plain import Transform, logit_gradient_, softmax_rows_
 from grpo_kernels.memory import cast, scaled
 
 from .checks import check_head, check_head_sketch
+from .derivatives import first_derivatives, own_precision
 from .products import HeadProducts, HeadSketch, compute_dtype
 
 Factors = list[tuple[torch.Tensor, torch.Tensor]]
@@ -36,14 +36,14 @@ def row_functions(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
 
 class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
+    @own_precision
     def forward(
-        ctx, targets, transform, want_entropy, grad_enabled, sketch, hidden, weight, bias, low_inputs, low_weight
+        ctx, dtype, targets, transform, want_entropy, grad_enabled, sketch, hidden, weight, bias, low_inputs, low_weight
     ):
         ctx.set_materialize_grads(False)
         factors: Factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
-        dtype = compute_dtype(hidden)
         softmax, gradient = row_functions(hidden.device, torch.promote_types(dtype, torch.float32))
-        hidden_needs, weight_needs, bias_needs, low_inputs_needs, low_weight_needs = ctx.needs_input_grad[5:]
+        hidden_needs, weight_needs, bias_needs, low_inputs_needs, low_weight_needs = ctx.needs_input_grad[6:]
         # nothing but hidden states is trained: their gradient is a multiple of d logprob / d hidden
         frozen = grad_enabled and not (weight_needs or bias_needs or low_weight_needs)
         needs = [hidden_needs, low_inputs_needs][: len(factors)]
@@ -72,10 +72,10 @@ class LinearLogprobFunction(torch.autograd.Function):
         return logprobs_N, entropies_N
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx, logprob_grad_N, entropy_grad_N):
         targets, hidden, weight, bias, low_inputs, low_weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[6:]
         if ctx.kept is not None and entropy_grad_N is None:
             grads = [
                 None if kept is None or logprob_grad_N is None else (kept * logprob_grad_N[:, None])
@@ -83,7 +83,7 @@ class LinearLogprobFunction(torch.autograd.Function):
             ]
             hidden_grad = None if grads[0] is None else grads[0].to(hidden.dtype)
             low_grad = None if grads[1] is None else grads[1].to(low_inputs.dtype)
-            return None, None, None, None, None, hidden_grad, None, None, low_grad, None
+            return None, None, None, None, None, None, hidden_grad, None, None, low_grad, None
 
         live_N = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
         for upstream in (logprob_grad_N, entropy_grad_N):
@@ -142,6 +142,7 @@ class LinearLogprobFunction(torch.autograd.Function):
             bias_grad = torch.zeros_like(bias, dtype=products.sum_dtype)
         inputs = [*(factor.inputs_grad for factor in products.factors), None]
         return (
+            None,
             None,
             None,
             None,
@@ -208,6 +209,7 @@ def linear_logprob(
     shape = targets.shape
     low_inputs, low_weight = (None, None) if low_rank is None else low_rank
     logprobs_N, entropies_N = LinearLogprobFunction.apply(
+        compute_dtype(hidden),
         targets.reshape(-1).long(),
         Transform(float(temperature), float(logit_scale), softcap),
         entropy,
