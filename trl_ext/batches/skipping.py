@@ -78,8 +78,9 @@ def trimmed_columns(model: Any) -> tuple[bool, bool]:
     """Whether columns of padding can be cut before prompts, and after completions, with the same result.
 
     Before prompts: with rotary positions alone, where only differences count; not with a state that runs over the
-    padding (Mamba, convolutions), nor with attention in chunks or scales counted from the first column. Neither where
-    the rotation depends on the length (``dynamic``, ``longrope``).
+    padding (Mamba, convolutions), nor with attention in chunks or scales counted from the first column, nor with
+    virtual tokens of an adapter (prompt tuning and the like), which stand before the padding. Neither where the
+    rotation depends on the length (``dynamic``, ``longrope``).
     """
     config = model.config.get_text_config()
     absolute = getattr(config, "attention_chunk_size", None) or getattr(config, "attn_temperature_tuning", None)
@@ -87,11 +88,13 @@ def trimmed_columns(model: Any) -> tuple[bool, bool]:
     kinds = {str(part.get("rope_type")) for part in [rope, *rope.values()] if isinstance(part, dict)}
     if kinds & {"dynamic", "longrope"}:
         return False, False
+    adapters = getattr(model, "peft_config", {}).values()
+    virtual = any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters)
     names = {type(module).__name__.lower() for module in model.modules()}
     stateful = any(word in name for name in names for word in ("mamba", "conv", "rwkv", "deltanet", "recurrent", "ssm"))
     rotary = any("rotary" in name for name in names)
     scaled = any("llama_4_scaling_beta" in part for part in [rope, *rope.values()] if isinstance(part, dict))
-    return rotary and not stateful and not scaled and not absolute, True
+    return rotary and not (stateful or scaled or absolute or virtual), True
 
 
 def has_dropout(model: torch.nn.Module) -> bool:
