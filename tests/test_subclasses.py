@@ -10,6 +10,7 @@ from test_trainer_equality import run
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.rewards.reward_checks import checked_reward
 
 PLAIN = {
     "loss_type": "dapo", "beta": 0.0, "num_iterations": 1, "accumulation": (2, 2), "lora": False, "rewards": "one",
@@ -126,3 +127,27 @@ def test_a_subclass_is_heard(own, setting, tiny_policy, tmp_path):
         for name in was
     ]
     assert max(differences) > 0.05, "the subclass changes nothing: the test shows nothing"
+
+
+class Counting:
+    """An environment that owns its reward."""
+
+    def __init__(self, reward):
+        self.reward = reward
+
+    def get_reward(self):
+        return self.reward
+
+
+def test_a_reward_of_environments_is_called_with_them_alone():
+    """As TRL's own ``get_reward`` of several environments may be: without completions, None for others' rollouts."""
+
+    def get_reward(environments, **kwargs):
+        return [one.get_reward() if isinstance(one, Counting) else None for one in environments]
+
+    checked = checked_reward(get_reward, "Counting")
+    assert checked(environments=[Counting(1.0), object(), Counting(0.5)]) == [1.0, None, 0.5]
+    with pytest.raises(ValueError, match=r"'Counting' returned inf for row 1: rewards must be finite"):
+        checked(environments=[Counting(1.0), Counting(float("inf"))])
+    with pytest.raises(ValueError, match=r"'Counting' returned 1 rewards for 2 completions"):
+        checked(environments=[Counting(1.0)], completions=["a", "b"])

@@ -16,15 +16,19 @@ def _fail(name: str, error: Exception) -> RuntimeError:
     return RuntimeError(f"reward function {name!r} raised {type(error).__name__}: {error}")
 
 
-def _check(name: str, rewards: Any, completions: list) -> Any:
-    """Returns ``rewards``; raises ``ValueError`` unless it holds one finite number, NaN or None per completion."""
+def _check(name: str, rewards: Any, completions: list | None) -> Any:
+    """Returns ``rewards``; raises ``ValueError`` unless it holds one finite number, NaN or None per completion.
+
+    ``completions`` None: called without, as an environment's own reward may be; their number isn't known then.
+    """
     try:
         count = len(rewards)
     except TypeError:
+        expected = "rewards" if completions is None else f"{len(completions)} rewards"
         raise ValueError(
-            f"reward function {name!r} returned {type(rewards).__name__}, not a list of {len(completions)} rewards"
+            f"reward function {name!r} returned {type(rewards).__name__}, not a list of {expected}"
         ) from None
-    if count != len(completions):
+    if completions is not None and count != len(completions):
         raise ValueError(f"reward function {name!r} returned {count} rewards for {len(completions)} completions")
     for row, reward in enumerate(rewards):
         if reward is None:
@@ -34,8 +38,9 @@ def _check(name: str, rewards: Any, completions: list) -> Any:
         except (TypeError, ValueError):
             raise ValueError(f"reward function {name!r} returned {reward!r} for row {row}, not a number") from None
         if math.isinf(value):
+            of = "" if completions is None else f" (completion: {completions[row]!r:.200})"
             raise ValueError(
-                f"reward function {name!r} returned {value} for row {row} (completion: {completions[row]!r:.200}): "
+                f"reward function {name!r} returned {value} for row {row}{of}: "
                 "rewards must be finite, or None for a completion that can't be scored"
             )
     return rewards
@@ -53,21 +58,21 @@ def checked_reward(function: Callable, name: str | None = None) -> Callable:
 
     if is_async_callable(function):
 
-        async def checked(*args: Any, completions: list, **kwargs: Any) -> Any:
+        async def checked(*args: Any, **kwargs: Any) -> Any:
             try:
-                rewards = await function(*args, completions=completions, **kwargs)
+                rewards = await function(*args, **kwargs)
             except Exception as error:
                 raise _fail(name, error) from error
-            return _check(name, rewards, completions)
+            return _check(name, rewards, kwargs.get("completions"))
 
     else:
 
-        def checked(*args: Any, completions: list, **kwargs: Any) -> Any:  # type: ignore[misc]
+        def checked(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
             try:
-                rewards = function(*args, completions=completions, **kwargs)
+                rewards = function(*args, **kwargs)
             except Exception as error:
                 raise _fail(name, error) from error
-            return _check(name, rewards, completions)
+            return _check(name, rewards, kwargs.get("completions"))
 
     functools.update_wrapper(checked, function)
     checked.__name__ = name  # a callable object has none of its own
