@@ -56,3 +56,23 @@ def test_second_derivatives_are_refused():
     ).loss
     with pytest.raises(RuntimeError, match="no second derivatives: create_graph=True"):
         torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("n_vocabulary", [1, 2, 257])
+def test_a_softcap_in_bfloat16_has_consistent_shares(n_vocabulary):
+    """tanh is kept in bfloat16. Of one token the entropy has no gradient at all; of more, the error is that of rounding
+    the tanh, not that of shares which don't add up to 1."""
+    hidden_NH, weight_VH, _ = problem()
+    weight_VH, targets_N = weight_VH[:n_vocabulary], torch.arange(N) % n_vocabulary
+
+    def gradient(dtype, entropies_alone):
+        hidden = hidden_NH.clone().to(dtype).detach().requires_grad_()
+        logprobs_N, entropies_N = linear_logprob(hidden, weight_VH.to(dtype), targets_N, softcap=5.0, entropy=True)
+        (entropies_N.sum() if entropies_alone else logprobs_N.sum() + entropies_N.sum()).backward()
+        return hidden.grad.double()
+
+    if n_vocabulary == 1:
+        assert gradient(torch.bfloat16, True).abs().max() == 0
+    for alone in (True, False):
+        truth, found = gradient(torch.float64, alone), gradient(torch.bfloat16, alone)
+        assert (found - truth).norm() <= 0.02 * truth.norm() + 1e-6

@@ -142,17 +142,22 @@ def logit_gradient_(
     for rows in _groups(tile_CV, statistics.logprob.dtype):
         tile = tile_CV[rows]
         p = tile.to(statistics.logprob.dtype, copy=True)
+        entropy = None if statistics.entropy is None else statistics.entropy[rows, None]
         if transform.softcap is not None:  # the tile holds tanh(y scale / softcap), whose slope is 1 - tanh^2
             cap_slope = 1 - p.square()
             logp = p.mul_(transform.softcap / transform.temperature).sub_(statistics.high[rows, None])
             logp.sub_(statistics.log_total[rows, None])
+            if tile.dtype != logp.dtype:  # tanh was rounded: its shares add up to 1 by a sum of their own
+                logp.sub_(logp.logsumexp(1, keepdim=True)).clamp_(min=-1e30)
             p = logp.exp()
+            if entropy is not None and tile.dtype != logp.dtype:
+                entropy = -torch.linalg.vecdot(p, logp)[:, None]
         else:
             logp = p.log()
         p.scatter_(1, index[rows], at_target[rows])
-        if size_C is not None and entropy_grad_C is not None and statistics.entropy is not None:
+        if size_C is not None and entropy_grad_C is not None and entropy is not None:
             c, e = (g[rows, None] / size_C[rows, None] for g in (logprob_grad_C, entropy_grad_C))
-            log_term = logp.clamp_(min=-1e30).add_(statistics.entropy[rows, None]).mul_(p).mul_(e)
+            log_term = logp.clamp_(min=-1e30).add_(entropy).mul_(p).mul_(e)
             p.mul_(-c)
             p.scatter_add_(1, index[rows], c.to(p.dtype))
             p.sub_(log_term)
