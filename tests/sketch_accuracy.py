@@ -90,17 +90,17 @@ def sketch_accuracy(
 
     ``folder``: another small policy.
     """
-    folder = folder or (small_policy(42) if policy == "small" else smollm2())
+    folder = folder or (small_policy(42) if policy != "smollm2" else smollm2())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    if policy == "small":
+    if policy != "smollm2":
         questions = [problem.question for problem in generate_problems(prompts, seed=5)]
     else:
         questions = [json.loads(line)["question"] for line in GSM8K.read_text().splitlines()[:prompts]]
     ids, mask, start, live = sample(model, tokenizer, questions, generations, max_tokens)
     texts = [tokenizer.decode(row[start:][alive]) for row, alive in zip(ids, live, strict=True)]
     found = [re.findall(r"\d+", text) for text in texts]
-    rewards = [sum(map(int, f)) % 4 if policy == "small" else sum(map(len, f)) for f in found]
+    rewards = [sum(map(int, f)) % 4 if policy != "smollm2" else sum(map(len, f)) for f in found]
     advantages_B = normalize_rewards(torch.tensor(rewards, dtype=torch.float32).view(prompts, generations)).flatten()
 
     head, backbone = model.get_output_embeddings(), model.model
