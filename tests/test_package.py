@@ -32,10 +32,10 @@ def test_a_wheel_in_a_fresh_environment(warm_policy, tmp_path):
     venv.create(tmp_path / "fresh", with_pip=True)
     python = tmp_path / "fresh" / "bin" / "python"
     wheel = next(path for path in built if path.suffix == ".whl")
-    run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", f"{wheel}[report]", cwd=tmp_path)
+    alone = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}  # a checkout on the path would pass for what is installed
+    run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", f"{wheel}[report]", cwd=tmp_path, **alone)
     (snippet,) = blocks(ROOT / "README.md", "python")
     (tmp_path / "mine.py").write_text(snippet)
-    alone = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
     run(python, "mine.py", cwd=tmp_path, **alone)
     found = run(python, "-c", "import trl_ext; print(trl_ext.__file__)", cwd=tmp_path, **alone)
     assert str(tmp_path / "fresh") in found
