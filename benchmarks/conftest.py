@@ -20,7 +20,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--full",
         action="store_true",
-        help="run every benchmark case, over 40 minutes on two cores; by default a choice meant for ten",
+        help="run every benchmark case, over 40 minutes on two cores; by default a choice of four",
     )
     group.addoption(
         "--ratios-dir",
