@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+# Options of the compiler that change digits, at what they are by default up to Triton 3.9 (3.10 turns fusion off)
+DIGITS = {"enable_fp_fusion": True}
+
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """``kernel[grid](*arguments, **options)``, on inputs that a kernel reads one number after the other.
@@ -22,7 +25,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         raise ValueError(f"a kernel's tensors are on {', '.join(sorted(map(str, devices)))}: expected one device")
     (device,) = devices
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # else it runs on the current one
-        kernel[grid](*ready, **options)
+        kernel[grid](*ready, **options, **DIGITS)
 
 
 def _contiguous(value: Any) -> Any:

@@ -20,8 +20,6 @@ from .normalized import Normalized
 
 # A program holds BLOCK_P x BLOCK_G values in registers: 1024 of them are 8 a thread with 4 warps, no spills.
 VALUES_PER_PROGRAM = 1024
-# Options of the compiler that change digits, at what they are by default up to Triton 3.9 (3.10 turns fusion off)
-DIGITS = {"enable_fp_fusion": True}
 _ROBUST_FLOOR = tl.constexpr(ROBUST_FLOOR)
 
 
@@ -197,6 +195,5 @@ def normalize_groups(
         SCALE=method.scale,
         BLOCK_P=block_p,
         BLOCK_G=block_g,
-        **DIGITS,
     )
     return Normalized(advantages_PG, centre_P, scale_P)

@@ -22,7 +22,7 @@ import triton.language as tl
 from grpo_kernels.head.token_losses import TokenInputs, TokenLoss
 from grpo_kernels.launch import launch
 from grpo_kernels.normalize.methods import METHODS
-from grpo_kernels.normalize.triton_groups import DIGITS, Groups, group_centre_and_scale
+from grpo_kernels.normalize.triton_groups import Groups, group_centre_and_scale
 
 from .plain import RowStatistics, Transform
 from .triton_token_loss import LossNumbers, Tokens, token_loss
@@ -297,7 +297,6 @@ def softmax_rows_(
             statistics,
             BLOCK_V=_block(tile.n_padded),
             num_warps=NUM_WARPS,
-            **DIGITS,
         )
     return statistics
 
@@ -327,7 +326,6 @@ def logit_gradient_(
             gradient,
             BLOCK_V=_block(tile.n_padded),
             num_warps=NUM_WARPS,
-            **DIGITS,
         )
     return gradient.rows, gradient.factor
 
@@ -392,6 +390,5 @@ def grpo_rows_(
         BLOCK_G=1 if groups is None else triton.next_power_of_2(groups.n_generations),
         BLOCK_V=_block(tile.n_padded),
         num_warps=NUM_WARPS,
-        **DIGITS,
     )
     return {**logs._asdict(), "clipped": logs.clipped > 0}, made.rows, made.factor
