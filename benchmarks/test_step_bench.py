@@ -1,7 +1,7 @@
 """The whole optimizer step, from old log-probs to the optimizer: TRL's GRPOTrainer against ours, on the same rollouts.
 
-Counted: SmolLM2-135M in float32, LoRA and full, 16 stored answers of uneven lengths to 4 prompts in 4 micro-batches
-(``step_contenders.py``); reward, forward, backward, clipping, AdamW; generation costs nothing. The shares of dead
+Counted: SmolLM2-135M, LoRA and full, stored answers of uneven lengths to a few prompts in 4 micro-batches
+(``step_contenders.py`` says how many, and in which precision); reward, forward, backward, clipping, AdamW; generation costs nothing. The shares of dead
 groups are 0, 1/4, 1/2 and 3/4. The trainers take turns; what is printed is the median of the ratios of neighbours.
 
 Predicted at share d: the backbone runs (1 - d) of the sequences, and no padding but what one micro-batch needs; the
@@ -26,7 +26,8 @@ from step_contenders import DEVICE, GENERATIONS, PROMPTS, Contender
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
 SHORT = (0.0, 0.5)  # without --full
-ROUNDS = 2
+ROUNDS = 5 if DEVICE == "cuda" else 2
+TOLERANCE = 2e-2 if DEVICE == "cuda" else 1e-4  # bf16 there
 KINDS = {"full": False, "lora": True}
 
 
@@ -52,7 +53,9 @@ def floor_seconds(contender: Contender, dead_share: float) -> float:
     backbone.train()
     start = time.perf_counter()
     for part in ids.tensor_split(max(1, rows // GENERATIONS)):
-        backbone(input_ids=part, use_cache=False).last_hidden_state.sum().backward()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            total = backbone(input_ids=part, use_cache=False).last_hidden_state.sum()
+        total.backward()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
@@ -76,7 +79,7 @@ def test_optimizer_step(benchmark, record, pair, share):
             seconds["floor"].append(floor_seconds(both["ours"], share))
 
     benchmark.pedantic(take_turns, rounds=1)
-    assert both["ours"].gradient_norm == pytest.approx(both["trl"].gradient_norm, rel=1e-4)
+    assert both["ours"].gradient_norm == pytest.approx(both["trl"].gradient_norm, rel=TOLERANCE)
     ratio = statistics.median(t / o for t, o in zip(seconds["trl"], seconds["ours"], strict=True))
     to_floor = statistics.median(o / f for o, f in zip(seconds["ours"], seconds["floor"], strict=True))
     saved = both["ours"].logged("compute/flops_saved_frac")

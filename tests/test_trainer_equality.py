@@ -90,10 +90,10 @@ def run(trainer_class, config_class, policy, folder, setting, *, steps=3, resume
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
         seed=7,
         **({name: setting[name] for name in OUR_OPTIONS} if config_class is CurvatureGRPOConfig else {}),
         **{
+            "use_cpu": True,
             "learning_rate": 0.02,
             "per_device_train_batch_size": 8,
             "bf16": False,

@@ -119,7 +119,7 @@ def _row_statistics(tile, i_row, i_target, ENTROPY: tl.constexpr, BLOCK_V: tl.co
     b_rescale = tl.exp(b_shift)
     total = tl.sum(b_total * b_rescale, axis=0)
     log_total = tl.log(total)
-    entropy = None
+    entropy = 0.0
     if ENTROPY:
         entropy = log_total - tl.sum(b_rescale * (b_moment + b_shift * b_total), axis=0) / total
     target_logit, _ = _load_logits(tile, i_row, i_target)

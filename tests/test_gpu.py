@@ -1,0 +1,122 @@
+"""On a GPU, which alone can show it: kernels on real memory, the trainer's autograd, precision, host synchronisation.
+
+``make gpu`` runs these; elsewhere they are skipped.
+"""
+
+import os
+
+import pytest
+import torch
+from test_odd_tensors import CALLS, LAYOUTS, inputs
+from test_trainer import build
+from test_trainer_equality import run
+from trl import GRPOConfig, GRPOTrainer
+
+from grpo_kernels import use_backend
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a GPU"
+    ),
+]
+
+PLAIN = {
+    "loss_type": "dapo", "beta": 0.0, "num_iterations": 1, "accumulation": (2, 2), "lora": False, "rewards": "one",
+    "aggregation": "sum_then_normalize", "scale_rewards": "group", "evaluation": False, "fused_loss": True,
+    "skip_zero_advantage": True,
+}  # fmt: skip
+SETTINGS = {
+    "dapo": {},
+    "LoRA": {"lora": True},
+    "KL, twice": {"beta": 0.05, "num_iterations": 2},
+    "cispo, batch": {"loss_type": "cispo", "scale_rewards": "batch", "lora": True},
+    "sapo": {"loss_type": "sapo"},
+    "vespo": {"loss_type": "vespo", "beta": 0.05},
+    "luspo": {"loss_type": "luspo", "accumulation": (2, 4)},
+    "TRL's loss": {"fused_loss": False, "lora": True},
+    "evaluation": {"evaluation": True, "beta": 0.05},
+}
+
+
+def by_length(completion_ids, **kwargs):
+    return [(len(ids) % 5) / 4 for ids in completion_ids]
+
+
+def gradients(base, config, policy, folder, setting, **extra):
+    extra = {"use_cpu": False, "max_grad_norm": 0.0, "reward": by_length, **extra}
+    return run(base, config, policy, folder, {**PLAIN, **SETTINGS[setting]}, **extra)[1].gradients
+
+
+def error(found, expected):
+    differences = sum((found[name].float() - expected[name].float()).square().sum() for name in expected)
+    return float((differences / sum(its.float().square().sum() for its in expected.values())).sqrt())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_gradients_are_trls_in_float32(setting, checkpointing, tiny_policy, tmp_path):
+    extra = {"gradient_checkpointing": checkpointing}
+    ours = gradients(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", setting, **extra)
+    theirs = gradients(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "theirs", setting, **extra)
+    assert len(ours) == len(theirs) > 0
+    for mine, its in zip(ours, theirs, strict=True):
+        assert all(tensor.is_cuda for tensor in mine.values())
+        assert error(mine, its) < 1e-4
+
+
+@pytest.mark.parametrize("setting", ["dapo", "LoRA", "KL, twice", "TRL's loss"])
+def test_bf16_is_as_near_to_float32_as_trls(setting, tiny_policy, tmp_path):
+    """Before anything moves (one step), so that all three see the same rollouts and parameters."""
+
+    def one(base, config, name, **extra):
+        return gradients(base, config, tiny_policy, tmp_path / name, setting, steps=1, **extra)[0]
+
+    truth = one(GRPOTrainer, GRPOConfig, "truth")
+    ours = one(CurvatureGRPOTrainer, CurvatureGRPOConfig, "ours", bf16=True)
+    theirs = one(GRPOTrainer, GRPOConfig, "theirs", bf16=True)
+    if any(its.shape != truth[name].shape for name, its in theirs.items()):
+        pytest.fail("the rollouts differ")
+    print(f"\nbf16 against float32, {setting}: ours {error(ours, truth):.4f}, TRL's {error(theirs, truth):.4f}")
+    assert error(ours, truth) < 1.5 * error(theirs, truth) + 1e-3
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_interference_on_a_gpu(lora, tiny_policy, tmp_path):
+    from peft import LoraConfig
+
+    options = dict(
+        interference_every=1, num_generations=4, per_device_train_batch_size=16, use_cpu=False, learning_rate=0.0,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None,
+    )  # fmt: skip
+    records = {}
+    for dim in (0, 64):
+        build(tiny_policy, tmp_path / str(dim), by_length, interference_dim=dim, **options).train()
+        records[dim] = read_interference(tmp_path / str(dim))
+    for exact, sketched in zip(records[0], records[64], strict=True):
+        assert exact.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-3)
+        assert exact.metrics["interference/coverage"] == pytest.approx(1, abs=1e-5)
+        assert sketched.metrics["interference/sketch_check"] == pytest.approx(1, abs=0.2)
+        assert abs(sketched.gram_BB - exact.gram_BB).max() < 0.2 * exact.gram_BB.diagonal().max()
+
+
+def test_logging_changes_no_parameter_on_a_gpu(tiny_policy, tmp_path):
+    def parameters(every):
+        trainer = build(tiny_policy, tmp_path / str(every), by_length, interference_every=every, use_cpu=False)
+        trainer.train()
+        return [p.detach().clone() for p in trainer.model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(parameters(0), parameters(1), strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize(("call", "signal", "names"), CALLS, ids=["rewards", "advantages", "advantages_N", "logprob"])
+def test_memory_layout_on_a_gpu(call, signal, names, layout):
+    given = {name: tensor.cuda() for name, tensor in inputs().items()}
+    with use_backend("torch"):
+        expected = call(given, signal)
+    for name in names:
+        found = call({**given, name: layout(given[name])}, signal)
+        for a, b in zip(expected, found, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
