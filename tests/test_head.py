@@ -763,7 +763,10 @@ def call(**changes):
         ({"entropy_coef": True}, "entropy_coef=True"),
         ({"rewards": (torch.zeros(2, 2), torch.zeros(2, dtype=torch.long))}, "got advantages, rewards"),
         ({"advantages": None, "rewards": (torch.zeros(3, 2), torch.zeros(3).long())}, r"expected \(2, G\)"),
-        ({"advantages": None, "rewards": (torch.zeros(2, 2), torch.tensor([0, 2]))}, "holds 2: expected places"),
+        (
+            {"advantages": None, "rewards": (torch.zeros(2, 2), torch.tensor([0, 2]))},
+            r"rewards\[1\] holds 2: expected values",
+        ),
         (
             {"advantages": None, "rewards": (torch.tensor([[1.0, math.inf]] * 2), torch.tensor([0, 1]))},
             r"rewards\[0\]\[0, 1\] is inf",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from allpairspy import AllPairs
+from architectures import build as architecture
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -20,10 +21,11 @@ from transformers.models.auto import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.batches import micro_batches
+from trl_ext.batches import columns, micro_batches
 from trl_ext.batches.batch_rows import even_batches, join, select
+from trl_ext.batches.columns import columns_by_rule, moved_by_padding, trimmed_columns
 from trl_ext.batches.micro_batches import KEY, StepCounts, compute_metrics
-from trl_ext.batches.skipping import has_dropout, trimmed_columns
+from trl_ext.batches.skipping import has_dropout
 
 OPTIONS = {
     "loss_type": ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"],
@@ -200,7 +202,7 @@ def test_columns_are_cut_where_nothing_changes(name):
     config, expected = MODELS[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    assert trimmed_columns(model) == expected
+    assert columns_by_rule(model) == expected
     ids, mask = torch.randint(4, 50, (1, 9)), torch.ones(1, 9, dtype=torch.long)
     wide = [torch.nn.functional.pad(x, (5, 0)) for x in (ids, mask)]
     with torch.no_grad():
@@ -214,7 +216,28 @@ def test_columns_are_cut_where_nothing_changes(name):
 def test_attention_in_chunks_keeps_its_columns():
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
     model.config.attention_chunk_size = 4
-    assert trimmed_columns(model) == (False, True)
+    assert columns_by_rule(model) == (False, True)
+
+
+def test_a_model_that_moves_with_padding_is_found_out(monkeypatch):
+    """HunYuan has a norm after its rotation: were it not in the rule, the model would still be asked."""
+    assert columns_by_rule(architecture("hunyuan_v1_dense")) == (False, True)
+    monkeypatch.setattr(columns, "NORM_AFTER_ROTATION", ())
+    alone, said = SimpleNamespace(distributed_type=DistributedType.NO), []
+    for name, moves in (("hunyuan_v1_dense", True), ("llama", False)):
+        model = architecture(name).train()
+        model.lm_head.eval()
+        assert columns_by_rule(model) == (True, True)
+        moved = moved_by_padding(model)
+        assert moved > 1e-3 if moves else moved < 1e-6
+        assert trimmed_columns(model, alone, said.append) == (not moves, True)
+        assert model.model.training and not model.lm_head.training
+    assert len(said) == 1 and "Padding before prompts stays: what the model says changes with it" in said[0]
+    sharded = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)  # its parameters are elsewhere: by rule
+    assert trimmed_columns(architecture("hunyuan_v1_dense"), sharded, said.append) == (True, True)
+    monster = architecture("llama")
+    monster.forward = lambda **kwargs: 1 / 0
+    assert trimmed_columns(monster, alone, said.append) == (False, True) and "ZeroDivisionError" in said[-1]
 
 
 def test_learned_positions(tiny_policy, tmp_path):

@@ -29,7 +29,7 @@ def check_head(
     logit_scale: float,
     softcap: float | None,
 ) -> None:
-    """What ``linear_logprob`` and ``linear_grpo_loss`` have in common."""
+    """What ``linear_logprob`` and ``linear_grpo_loss`` have in common, but for the targets' values."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -77,11 +77,25 @@ def check_head(
     check_number("logit_scale", logit_scale)
     if softcap is not None:
         check_number("softcap", softcap, above=0)
-    if targets.numel():
-        low, high = torch.stack(targets.aminmax()).tolist()
-        if low < 0 or high >= weight.shape[0]:
-            wrong = low if low < 0 else high
-            raise ValueError(f"targets hold {wrong}: expected values in [0, {weight.shape[0]})")
+
+
+def check_values(ranges: list[tuple[str, torch.Tensor, int]], rewards_BG: torch.Tensor | None = None) -> None:
+    """Integers in [0, n) of each ("name holds", tensor, n), and no infinite reward: a GPU is waited for once."""
+    ranges = [one for one in ranges if one[1].numel()]
+    bounds = [bound.long() for _, tensor, _ in ranges for bound in tensor.aminmax()]
+    if rewards_BG is not None:
+        bounds.append(rewards_BG.isinf().any().long())
+    if not bounds:
+        return
+    found = torch.stack(bounds).tolist()
+    for (what, _, n), low, high in zip(ranges, found[0::2], found[1::2], strict=False):
+        if low < 0 or high >= n:
+            raise ValueError(f"{what} {low if low < 0 else high}: expected values in [0, {n})")
+    if rewards_BG is not None and found[-1]:
+        row, column = rewards_BG.isinf().nonzero()[0].tolist()
+        raise ValueError(
+            f"rewards[0][{row}, {column}] is {rewards_BG[row, column].item()}: rewards must be finite or NaN"
+        )
 
 
 def check_per_token(name: str, tensor: torch.Tensor | None, count: int, device: torch.device) -> None:

@@ -21,7 +21,7 @@ from grpo_kernels.backend import choose_backend
 from grpo_kernels.head.rows.plain import Transform, grpo_rows_
 from grpo_kernels.memory import cast, scaled
 
-from .checks import check_head, check_head_sketch, check_number, check_per_token
+from .checks import check_head, check_head_sketch, check_number, check_per_token, check_values
 from .derivatives import first_derivatives, own_precision
 from .loss_checks import check_loss_options, check_sequences, describe, make_group_rewards
 from .products import HeadProducts, HeadSketch, compute_dtype
@@ -97,10 +97,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         if products.dtype == torch.float16 and n_live:  # a coefficient of 1e-9 would underflow
             unit = tokens.unit(options, entropy_grad).to(dtype)
 
-        logs = {
-            name: torch.zeros(count, dtype=torch.bool if name == "clipped" else dtype, device=device)
-            for name in ("logprob", "entropy", "loss", "ratio", "clipped", "kl", "advantage")
-        }
+        logs: dict[str, torch.Tensor] = {}
         for gradient, start, stop in ((True, 0, n_live), (False, n_live, count)):
             for rows in products.tiles(order, start, stop):
                 tile = products.logits(rows)
@@ -115,13 +112,16 @@ class LinearGRPOLossFunction(torch.autograd.Function):
                     gradient=gradient,
                     dtype=products.dtype,
                 )
-                for name, values in row_logs.items():
-                    logs[name][rows] = values
+                _keep(logs, row_logs, rows, count)
                 if gradient:
                     if tokens.old is not None:
                         tile, rows, factor_C = _drop_clipped_rows(tile, rows, factor_C)
                     products.accumulate(tile, rows, factor_C / unit)
         products.release()
+        if not count:
+            logs = {name: torch.zeros(0, dtype=dtype, device=device) for name in LOGGED}
+            logs["clipped"] = torch.zeros(0, dtype=torch.bool, device=device)
+        logs.setdefault("kl", torch.zeros_like(logs["logprob"]))
         policy_loss = logs["loss"].sum()
         loss = policy_loss - entropy_grad * logs["entropy"].sum() if entropy_grad else policy_loss.clone()
 
@@ -164,6 +164,23 @@ class LinearGRPOLossFunction(torch.autograd.Function):
             for total, dtype in zip(totals, ctx.dtypes, strict=True)
         ]
         return (None, None, None, None, None, None, None, *grads)
+
+
+LOGGED = ("logprob", "entropy", "loss", "ratio", "advantage")  # and clipped, of bool; kl, where there is a reference
+
+
+def _keep(
+    logs: dict[str, torch.Tensor], of_tile: dict[str, torch.Tensor], rows: torch.Tensor | slice, count: int
+) -> None:
+    """What is logged of a tile's rows, into (count,) of each name; a tile of all rows in order is that already."""
+    whole = isinstance(rows, slice) and rows == slice(0, count)
+    for name, values in of_tile.items():
+        if whole:
+            logs[name] = values
+            continue
+        if name not in logs:
+            logs[name] = values.new_empty(count)  # the tiles have every row
+        logs[name][rows] = values
 
 
 def _row_function(device: torch.device, dtype: torch.dtype) -> Any:
@@ -277,6 +294,7 @@ def linear_grpo_loss(
         raise ValueError(f"hidden_NH has shape {tuple(hidden_NH.shape)}: expected (N, H)")
     count, device = len(hidden_NH), hidden_NH.device
     check_sequences(sequence_N, weights_B, count, device)
+    ranges = [("targets hold", targets_N, len(weight_VH)), ("sequence_N holds", sequence_N, len(weights_B))]
     options = check_loss_options(
         loss_type=loss_type,
         epsilon=epsilon,
@@ -298,20 +316,22 @@ def linear_grpo_loss(
         raise ValueError(f"give one of advantages, advantages_N and rewards, got {', '.join(given) or 'none'}")
     if normalization is not None and rewards is None:
         raise ValueError(f"normalization={normalization!r} goes with rewards: advantages are normalised already")
-    sequence_N = sequence_N.long()
     group_rewards = None
     if advantages_N is not None:
         check_per_token("advantages_N", advantages_N, count, device)
         advantages_N = advantages_N.detach()
     elif rewards is not None:
         group_rewards = make_group_rewards(rewards, normalization, len(weights_B), device)
+        ranges.append(("rewards[1] holds", group_rewards.position, group_rewards.rewards.shape[1]))
     elif not isinstance(advantages, torch.Tensor) or advantages.shape not in (weights_B.shape, (count,)):
         raise ValueError(f"advantages are {describe(advantages)}: expected ({len(weights_B)},) or ({count},)")
     else:
         check_per_token("advantages", advantages, len(advantages), device)
         advantages_N = advantages.detach()
-        if advantages.shape == weights_B.shape:
-            advantages_N = advantages_N[sequence_N]
+    check_values(ranges, None if group_rewards is None else group_rewards.rewards)
+    sequence_N = sequence_N.long()
+    if advantages is not None and advantages.shape == weights_B.shape:
+        advantages_N = advantages.detach()[sequence_N]
 
     tokens = TokenInputs(
         targets_N.long(),

@@ -17,7 +17,7 @@ from grpo_kernels.backend import choose_backend
 from grpo_kernels.head.rows.plain import Transform, logit_gradient_, softmax_rows_
 from grpo_kernels.memory import cast, scaled
 
-from .checks import check_head, check_head_sketch
+from .checks import check_head, check_head_sketch, check_values
 from .derivatives import first_derivatives, own_precision
 from .products import HeadProducts, HeadSketch, compute_dtype
 
@@ -206,6 +206,7 @@ def linear_logprob(
     """
     check_head(hidden, weight, targets, bias, low_rank, temperature, logit_scale, softcap)
     check_head_sketch(head_sketch, weight)
+    check_values([("targets hold", targets, weight.shape[0])])
     shape = targets.shape
     low_inputs, low_weight = (None, None) if low_rank is None else low_rank
     logprobs_N, entropies_N = LinearLogprobFunction.apply(

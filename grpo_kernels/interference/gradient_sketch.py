@@ -19,7 +19,7 @@ from torch import nn
 
 from grpo_kernels.head.products import HeadSketch
 
-from .layer_taps import Layer, Tap, find_layers
+from .layer_taps import Layer, find_layers, tap
 from .projections import PARTS, Projections
 from .sequence_rows import SequenceRows
 
@@ -201,20 +201,22 @@ class GradientSketch:
     # ---- what a layer adds
 
     def _hook(self, module, inputs, output):
-        rows = self._rows
-        if rows is None or not torch.is_grad_enabled() or not isinstance(output, torch.Tensor):
-            return None
-        layer = self._by_module[module]
-        if not output.requires_grad or layer.name in self._failed:
-            return None
-        return Tap.apply(output, inputs[0], lambda gradient, a: self._guarded(layer, rows, gradient, a))
+        rows, layer = self._rows, self._by_module[module]
+        if rows is None or not torch.is_grad_enabled() or layer.name in self._failed:
+            return
+        if not isinstance(output, torch.Tensor) or not inputs or not isinstance(inputs[0], torch.Tensor):
+            self._fail(layer, TypeError(f"layer {layer.name!r} isn't called with one tensor for another"))
+        elif output.requires_grad:
+            tap(output, inputs[0], lambda gradient, kept: self._guarded(layer, rows, gradient, kept))
 
-    def _guarded(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
+    def _guarded(
+        self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, kept: Callable[[], torch.Tensor]
+    ) -> None:
         if layer.name in self._failed or self._projections is None:
             return
         try:
             record = {"embedding": self._embedding, "norm": self._norm}.get(layer.kind, self._linear)
-            record(layer, rows, gradient, a)
+            record(layer, rows, gradient, kept())
         except Exception as error:
             self._fail(layer, error)
 

@@ -1,8 +1,8 @@
-"""Which layers of a model can be tapped, and the tap: the identity, whose backward sees gradient and input."""
+"""Which layers of a model can be tapped, and the tap, which sees the output's gradient and the input."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,24 +11,37 @@ import torch
 from torch import nn
 
 
-class Tap(torch.autograd.Function):
-    """The identity; its backward shows the gradient, and the layer's input, to ``record``.
-
-    The input goes through ``save_for_backward``, so that gradient checkpointing drops and recomputes it like any other
-    activation: a closure over it would keep it alive.
-    """
+class _Kept(torch.autograd.Function):
+    """Holds a tensor as autograd holds an activation, and has no part in any gradient."""
 
     @staticmethod
-    def forward(ctx, output, layer_input, record):
-        ctx.record = record
-        ctx.save_for_backward(layer_input)
-        return output.view_as(output)
+    def forward(ctx, anchor, tensor):
+        ctx.save_for_backward(tensor)
+        return anchor.clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        with torch.no_grad():
-            ctx.record(gradient, ctx.saved_tensors[0])
-        return gradient, None, None
+        return gradient, None
+
+
+def tap(
+    output: torch.Tensor, layer_input: torch.Tensor, record: Callable[[torch.Tensor, Callable[[], torch.Tensor]], None]
+) -> None:
+    """Calls ``record`` with the gradient of ``output`` when it is there, and a function that gives ``layer_input``.
+
+    A hook on the tensor: the forward's values stay those of the model, which may change them in place. The input is
+    kept as autograd keeps activations, so that gradient checkpointing drops and recomputes it: a closure over it would
+    keep it alive.
+    """
+    kept = [_Kept.apply(torch.empty(0, requires_grad=True), layer_input)]
+
+    def see(gradient: torch.Tensor) -> None:
+        if kept:  # a second backward through the same graph adds nothing
+            holder = kept.pop()
+            with torch.no_grad():
+                record(gradient, lambda: holder.grad_fn.saved_tensors[0])
+
+    output.register_hook(see)
 
 
 @dataclass

@@ -26,7 +26,8 @@ from trl_ext.loss.token_weights import live_mask, live_tokens, token_weights
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .batch_rows import even_batches, join, row_lengths, select
-from .skipping import EVERYTHING, WhatRuns, has_dropout, live_sequences, trimmed_columns, what_runs
+from .columns import trimmed_columns
+from .skipping import EVERYTHING, WhatRuns, has_dropout, live_sequences, what_runs
 from .step_statistics import StepStatistics
 
 KEY = "micro_batch"  # in TRL's dict
@@ -128,7 +129,7 @@ class MicroBatches:
     ) -> None:
         self.run, self.accelerator, self.options, self.own = run, run.accelerator, run.options, own
         self.score, self._model = score, self.accelerator.unwrap_model(model)
-        self.trim = trimmed_columns(self._model)
+        self.trim = trimmed_columns(self._model, self.accelerator, run.say_once)
         self.skipping = False  # whether sequences may be left out of what was planned last
         self._planned: list[dict[str, Any]] = []
         self._expected = -1  # TRL's count of micro-batches at the next call

@@ -1,6 +1,6 @@
-"""What the gradient allows: may sequences change their micro-batch, may some be left out, may columns be cut.
+"""What the gradient allows: may sequences change their micro-batch, may some be left out.
 
-``what_runs`` decides from the options and the batch, and says why; ``trimmed_columns`` from the model.
+``what_runs`` decides from the options and the batch, and says why. Which columns may be cut: ``columns.py``.
 """
 
 from __future__ import annotations
@@ -72,29 +72,6 @@ def live_sequences(batch: dict[str, Any], runs: WhatRuns) -> torch.Tensor:
     if not runs.skipped:
         return torch.ones_like(tokens_B, dtype=torch.bool)
     return (batch["advantages"] != 0) & (tokens_B > 0)
-
-
-def trimmed_columns(model: Any) -> tuple[bool, bool]:
-    """Whether columns of padding can be cut before prompts, and after completions, with the same result.
-
-    Before prompts: with rotary positions alone, where only differences count; not with a state that runs over the
-    padding (Mamba, convolutions), nor with attention in chunks or scales counted from the first column, nor with
-    virtual tokens of an adapter (prompt tuning and the like), which stand before the padding. Neither where the
-    rotation depends on the length (``dynamic``, ``longrope``).
-    """
-    config = model.config.get_text_config()
-    absolute = getattr(config, "attention_chunk_size", None) or getattr(config, "attn_temperature_tuning", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {str(part.get("rope_type")) for part in [rope, *rope.values()] if isinstance(part, dict)}
-    if kinds & {"dynamic", "longrope"}:
-        return False, False
-    adapters = getattr(model, "peft_config", {}).values()
-    virtual = any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters)
-    names = {type(module).__name__.lower() for module in model.modules()}
-    stateful = any(word in name for name in names for word in ("mamba", "conv", "rwkv", "deltanet", "recurrent", "ssm"))
-    rotary = any("rotary" in name for name in names)
-    scaled = any("llama_4_scaling_beta" in part for part in [rope, *rope.values()] if isinstance(part, dict))
-    return rotary and not (stateful or scaled or absolute or virtual), True
 
 
 def has_dropout(model: torch.nn.Module) -> bool:

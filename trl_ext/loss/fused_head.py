@@ -125,9 +125,10 @@ MULTIPLIES_BY_ITS_DIVISOR = ("hyperclovax",)
 
 
 def read_settings(model: torch.nn.Module, *, temperature: float = 1.0, cast_to_fp32: bool = False) -> HeadSettings:
-    """From the model's configuration. Raises ``ValueError`` where the model has no output embeddings."""
+    """From the model's configuration. Raises ``ValueError`` where the model has no output embeddings, or no backbone."""
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         raise ValueError(f"{type(model).__name__} has no output embeddings: it can't give log-probs")
+    backbone(model)
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     factors = [getattr(config, name, None) for name in LOGIT_FACTORS]
     logit_scale = next((float(factor) for factor in factors if factor is not None), None)
@@ -139,9 +140,19 @@ def read_settings(model: torch.nn.Module, *, temperature: float = 1.0, cast_to_f
         logit_scale=1.0 if logit_scale is None else logit_scale,
         softcap=getattr(config, "final_logit_softcapping", None),
         cast_to_fp32=cast_to_fp32,
-        n_experts=getattr(config, "num_experts", None),
+        n_experts=getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None),
         experts_per_token=getattr(config, "num_experts_per_tok", None),
     )
+
+
+def backbone(model: Any) -> Any:
+    """The model without its head. Raises ``ValueError`` where it can't be told apart."""
+    base = model.base_model
+    if base is model:  # Llama 4's text model has another prefix than its backbone's name
+        base = getattr(model, "model", None)
+    if base is None:
+        raise ValueError(f"{type(model).__name__} has no backbone apart from its head: use fused_loss=False")
+    return base
 
 
 def add_fused_heads(
@@ -189,7 +200,7 @@ def add_fused_head(
                 kwargs["labels"] = labels
             return inner_forward(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
         kwargs["use_cache"] = False
-        outputs = self.base_model(*args, **kwargs)
+        outputs = backbone(self)(*args, **kwargs)
         hidden = outputs.last_hidden_state[:, :-1]
         if grpo_inputs is None:
             labels = completion_mask.apply(labels)
@@ -197,9 +208,10 @@ def add_fused_head(
         mask = labels != -100
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            aux_loss = load_balancing_loss_func(
-                outputs.router_logits, settings.n_experts, settings.experts_per_token, kwargs.get("attention_mask")
-            )
+            routed, mask_RT = getattr(outputs, "router_logits", None), kwargs.get("attention_mask")
+            aux_loss = hidden.new_zeros(())  # configured without experts, as Doge may be
+            if routed:
+                aux_loss = load_balancing_loss_func(routed, settings.n_experts, settings.experts_per_token, mask_RT)
         hidden_NH, targets_N = hidden[mask], labels[mask]
         head = self.get_output_embeddings()
         autocast: Any = nullcontext()

@@ -186,7 +186,7 @@ def grpo_rows_(
     targets_C = tokens.targets[rows]
     statistics = softmax_rows_(tile_CV, targets_C, transform, bias=bias, keep=gradient)
     dtype = statistics.logprob.dtype
-    advantages_C, weights_C = tokens.made_advantages()[rows].to(dtype), tokens.weights[rows].to(dtype)
+    advantages_C, weights_C = tokens.made_advantages()[rows].to(dtype, copy=True), tokens.weights[rows].to(dtype)
     old_C, ref_C, policy_scale_C = (
         None if x is None else x[rows].to(dtype) for x in (tokens.old, tokens.ref, tokens.policy_scale)
     )

@@ -1,0 +1,282 @@
+"""Stock TRL and our trainer on one tiny model of an architecture: do the gradients agree, and who did what.
+
+``examine(name, lora)`` runs it; ``python tests/architecture_sweep.py`` writes docs/architectures.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+from architectures import NAMES, build
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from grpo_kernels.interference.gradient_sketch import GradientSketch
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.tasks.small_policy import build_tokenizer
+
+PROMPTS, GENERATIONS, STEPS = 4, 4, 3
+TOLERANCE = 1e-5
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
+HEADER = """# Architectures
+
+Every causal architecture of transformers that one set of tiny sizes builds (`tests/architectures.py`), with random
+weights: three SGD steps of stock TRL and of `CurvatureGRPOTrainer` on the same stored rollouts, of which a quarter has
+no gradient. *right*: with skipping on and off each step's whole gradient is TRL's to 1e-5; the number is the largest
+relative distance (where TRL's own gradient moves further when it is padded otherwise, to three times that). *neither trains it*: TRL and we end with the error in brackets. The last two columns: the share of
+the squared gradient that interference logging follows, and what is tapped but isn't its gradient.
+
+Made by `python tests/architecture_sweep.py`; a part of it runs with every test run, all of it nightly.
+
+| architecture | full | LoRA | what runs | followed, full | followed, LoRA |
+|---|---|---|---|---|---|
+"""
+
+
+def rollouts() -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the prompts, and of all answers to all of them in turn: uneven lengths."""
+    generator = torch.Generator().manual_seed(5)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, 90, (length,), generator=generator).tolist()
+
+    return [ids(2, 11) for _ in range(PROMPTS)], [ids(2, 10) for _ in range(PROMPTS * GENERATIONS)]
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def reward(prompts, completion_ids, **kwargs):
+    """Prompt 0's group is dead: all its answers get the same."""
+    return [0.5 if prompt == "0" else sum(ids) % 4 / 4 for prompt, ids in zip(prompts, completion_ids, strict=True)]
+
+
+def lora_of(model: torch.nn.Module) -> LoraConfig:
+    """On every Linear but the head; where there is none (GPT-2's Conv1D), on what peft takes for that model."""
+    return LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+
+
+def train(trainer_class, config_class, model, tokenizer, lora, **options):
+    """(trainer, gradients of each step) on the stored rollouts."""
+    prompts, answers = rollouts()
+
+    def stored(asked, trainer):
+        taken = {str(i): iter(answers[i * GENERATIONS : (i + 1) * GENERATIONS]) for i in range(PROMPTS)}
+        return {
+            "prompt_ids": [prompts[int(one)] for one in asked],
+            "completion_ids": [next(taken[one]) for one in asked],
+            "logprobs": None,
+        }
+
+    seen = Gradients()
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_class(
+            output_dir=folder, num_generations=GENERATIONS, per_device_train_batch_size=PROMPTS * GENERATIONS // 2,
+            gradient_accumulation_steps=2, max_completion_length=16, max_steps=STEPS, optim="sgd", learning_rate=1e-3,
+            lr_scheduler_type="constant", max_grad_norm=0.0, bf16=False, use_cpu=True, gradient_checkpointing=False,
+            report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no", seed=3,
+            shuffle_dataset=False, **options,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        trainer = trainer_class(
+            model=copy.deepcopy(model), reward_funcs=reward, args=config, processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(PROMPTS)]}), rollout_func=stored,
+            peft_config=lora_of(model) if lora else None, callbacks=[seen],
+        )  # fmt: skip
+        if lora:  # B begins at 0, where A has no gradient
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for parameter in trainer.model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+        trainer.train()
+    return trainer, seen.steps
+
+
+def distance(found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> float:
+    """The largest relative error of a step's whole gradient."""
+    assert len(found) == len(expected) == STEPS
+    errors = []
+    for mine, its in zip(found, expected, strict=True):
+        assert mine.keys() == its.keys(), mine.keys() ^ its.keys()
+        square = sum(one.double().square().sum() for one in its.values())
+        errors.append((sum((mine[n] - its[n]).double().square().sum() for n in its) / square).sqrt().item())
+    return max(errors, key=lambda error: (error != error, error))  # NaN is the largest
+
+
+@dataclass
+class Row:
+    """What came of an architecture: ``errors`` of the gradient with skipping on and off, against TRL's.
+
+    ``rounding``: where they aren't within ``TOLERANCE``, how far TRL's own gradient moves with padding that changes
+    nothing but the order of its sums; ``trl_fails``, ``ours_fails``: the error's type, or None. ``runs``: what of a batch runs. ``coverage``: the share of
+    the squared gradient that is sketched; ``wrong``: parameters whose sketch isn't their gradient.
+    """
+
+    name: str
+    lora: bool
+    errors: tuple[float, ...] = ()
+    rounding: float = 0.0
+    trl_fails: str | None = None
+    ours_fails: str | None = None
+    runs: str = ""
+    coverage: float = float("nan")
+    wrong: tuple[str, ...] = ()
+    sketch_fails: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """right, WRONG, or who can't train it."""
+        if self.ours_fails is not None:
+            return f"neither trains it ({self.trl_fails})" if self.trl_fails else f"REFUSED ({self.ours_fails})"
+        if self.trl_fails is not None:
+            return f"trains; TRL doesn't ({self.trl_fails})"
+        return "right" if max(self.errors) <= max(TOLERANCE, 3 * min(self.rounding, 1e-4)) else "WRONG"
+
+
+def what_runs(trainer: CurvatureGRPOTrainer) -> str:
+    """In a few words."""
+    if not trainer._micro_batches.skipping:
+        (why,) = [text for text in trainer._run.say_once._said if text.startswith("Every sequence runs")]
+        return f"all, as TRL: {why.split(': ', 1)[1].rstrip('.')}"
+    before, after = trainer._micro_batches.trim
+    return "live; padding cut " + {(True, True): "on both sides", (False, True): "after answers"}.get(
+        (before, after), "nowhere"
+    )
+
+
+def examine(name: str, lora: bool) -> Row:
+    """Trains both, ours with skipping on and off, and sketches."""
+    row, model, tokenizer = Row(name, lora), build(name), build_tokenizer((1, 4))
+    tokenizer.padding_side = "left"
+    theirs = None
+    try:
+        _, theirs = train(GRPOTrainer, GRPOConfig, model, tokenizer, lora)
+    except Exception as error:
+        row.trl_fails = type(error).__name__
+    errors = []
+    for skip in (True, False):
+        try:
+            options = {"interference_every": 0, "skip_zero_advantage": skip}
+            trainer, ours = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, model, tokenizer, lora, **options)
+        except Exception as error:
+            row.ours_fails = type(error).__name__
+            break
+        if theirs is not None:
+            errors.append(distance(ours, theirs))
+        if skip:
+            row.runs = what_runs(trainer)
+    row.errors = tuple(errors)
+    if errors and not max(errors) <= TOLERANCE:
+        _, padded = train(GRPOTrainer, GRPOConfig, model, tokenizer, lora, pad_to_multiple_of=16)
+        row.rounding = distance(padded, theirs)
+    try:
+        row.coverage, sketched = sketch_errors(model, lora)
+        row.wrong = tuple(name for name, error in sketched.items() if not error < 1e-3)
+    except Exception as error:
+        row.sketch_fails = type(error).__name__
+    return row
+
+
+def sketch_errors(model: torch.nn.Module, lora: bool) -> tuple[float, dict[str, float]]:
+    """(share of trainable parameters that are tapped, relative error of each tapped parameter's sequences).
+
+    Exact: no projection, so that each sequence's part of each parameter's gradient is compared with its own backward.
+    """
+    model = copy.deepcopy(model)
+    if lora:
+        model = get_peft_model(model, lora_of(model))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    model.train()
+    prompts, answers = rollouts()
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers[::GENERATIONS], strict=True)][:3]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+    def loss(keep):
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return (logp * mask[:, 1:] * mask[:, :-1] * torch.tensor(keep)[:, None]).sum()
+
+    weights = [0.7, -1.3, 0.4]
+    sketch = GradientSketch(model, dim=0, strict=False)
+    parameters = sketch.trainable_parameters
+    names = {id(p): n for n, p in model.named_parameters()}
+    sketch.open(0)
+    sketch.set_rows(torch.arange(len(rows)))
+    model.zero_grad()
+    loss(weights).backward()
+    totals = dict(sketch._seen[0].total)
+    tapped = {id(p) for p in sketch.tapped_parameters}
+    sketch.abandon()
+    sketch.close()
+    truth = []
+    for i in range(len(rows)):
+        model.zero_grad()
+        loss([w if j == i else 0.0 for j, w in enumerate(weights)]).backward()
+        truth.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters])
+    size = sum(g.square().sum() for per in truth for g in per).sqrt()
+    squares = torch.stack([sum(per[n].square().sum() for per in truth) for n in range(len(parameters))])
+    errors = {}
+    for number, parameter in enumerate(parameters):
+        if id(parameter) not in tapped:
+            continue
+        expected = torch.stack([per[number].flatten() for per in truth])
+        found = totals.get(number, torch.zeros_like(expected)).reshape(expected.shape)
+        errors[names[id(parameter)]] = ((found - expected).norm() / expected.norm().clamp(min=1e-5 * size)).item()
+    covered = sum(squares[n] for n, p in enumerate(parameters) if id(p) in tapped) / squares.sum()
+    return float(covered), errors
+
+
+def cell(row: Row) -> str:
+    """A row's half of the table."""
+    figures = f" {max(row.errors):.0e}" if row.errors else ""
+    figures += f" (TRL's own rounding {row.rounding:.0e})" if row.rounding else ""
+    return f"{row.verdict}{figures}"
+
+
+def sketched(row: Row) -> str:
+    """Coverage, and what isn't followed rightly."""
+    if row.sketch_fails is not None:
+        return row.sketch_fails
+    parts = sorted({".".join(part for part in name.split(".")[-3:] if part != "default") for name in row.wrong})
+    return f"{row.coverage:.2f}" + (f"; not {', '.join(parts)}" if parts else "")
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    lines = []
+    for name in sys.argv[1:] or NAMES:
+        full, lora = (examine(name, lora) for lora in (False, True))
+        runs = full.runs or lora.runs
+        lines.append(f"| {name} | {cell(full)} | {cell(lora)} | {runs} | {sketched(full)} | {sketched(lora)} |")
+        print(lines[-1], flush=True)
+    if not sys.argv[1:]:
+        PAGE.write_text(HEADER + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
