@@ -1,6 +1,7 @@
 """Stock TRL and our trainer on one tiny model of an architecture: do the gradients agree, and who did what.
 
-``examine(name, lora)`` runs it; ``python tests/architecture_sweep.py`` writes docs/architectures.md.
+``examine(name, lora)`` runs it, ``examine(name, no_adapter)`` trains everything;
+``python tests/architecture_sweep.py`` writes docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -10,21 +11,26 @@ import logging
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
+from accelerate import Accelerator
+from adapters import KINDS
 from architectures import NAMES, build
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.interference.layer_taps import kinds_of
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.interference.followed import rehearse
 from trl_ext.tasks.small_policy import build_tokenizer
 
 PROMPTS, GENERATIONS, STEPS = 4, 4, 3
@@ -35,13 +41,24 @@ HEADER = """# Architectures
 Every causal architecture of transformers that one set of tiny sizes builds (`tests/architectures.py`), with random
 weights: three SGD steps of stock TRL and of `CurvatureGRPOTrainer` on the same stored rollouts, of which a quarter has
 no gradient. *right*: with skipping on and off each step's whole gradient is TRL's to 1e-5; the number is the largest
-relative distance (where TRL's own gradient moves further when it is padded otherwise, to three times that). *neither trains it*: TRL and we end with the error in brackets. The last two columns: the share of
-the squared gradient that interference logging follows, and what is tapped but isn't its gradient.
+relative distance (where TRL's own gradient moves further when it is padded otherwise, to three times that). *neither
+trains it*: TRL and we end with the error in brackets. *followed*: the share of the squared gradient that interference
+logging follows, each sequence's part of each parameter compared with a backward of its own; and what it left out by
+itself, since it isn't what a layer of that kind does.
 
 Made by `python tests/architecture_sweep.py`; a part of it runs with every test run, all of it nightly.
 
 | architecture | full | LoRA | what runs | followed, full | followed, LoRA |
 |---|---|---|---|---|---|
+"""
+
+ADAPTERS = """
+# Adapters
+
+Every kind of peft, on the tiny Llama, in the same way.
+
+| adapter | gradient | what runs | followed |
+|---|---|---|---|
 """
 
 
@@ -69,13 +86,22 @@ def reward(prompts, completion_ids, **kwargs):
     return [0.5 if prompt == "0" else sum(ids) % 4 / 4 for prompt, ids in zip(prompts, completion_ids, strict=True)]
 
 
-def lora_of(model: torch.nn.Module) -> LoraConfig:
-    """On every Linear but the head; where there is none (GPT-2's Conv1D), on what peft takes for that model."""
+def lora() -> LoraConfig:
+    """On every Linear but the head."""
     return LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
 
 
-def train(trainer_class, config_class, model, tokenizer, lora, **options):
-    """(trainer, gradients of each step) on the stored rollouts."""
+def move_from_the_start(model: torch.nn.Module) -> None:
+    """An adapter begins where it does nothing, and half of it has no gradient there."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+
+
+def train(trainer_class, config_class, model, tokenizer, adapter, **options):
+    """(trainer, gradients of each step) on the stored rollouts; ``adapter`` a peft configuration or None."""
     prompts, answers = rollouts()
 
     def stored(asked, trainer):
@@ -99,14 +125,10 @@ def train(trainer_class, config_class, model, tokenizer, lora, **options):
         trainer = trainer_class(
             model=copy.deepcopy(model), reward_funcs=reward, args=config, processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(PROMPTS)]}), rollout_func=stored,
-            peft_config=lora_of(model) if lora else None, callbacks=[seen],
+            peft_config=adapter, callbacks=[seen],
         )  # fmt: skip
-        if lora:  # B begins at 0, where A has no gradient
-            generator = torch.Generator().manual_seed(1)
-            with torch.no_grad():
-                for parameter in trainer.model.parameters():
-                    if parameter.requires_grad:
-                        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+        if adapter is not None:
+            move_from_the_start(trainer.model)
         trainer.train()
     return trainer, seen.steps
 
@@ -127,19 +149,23 @@ class Row:
     """What came of an architecture: ``errors`` of the gradient with skipping on and off, against TRL's.
 
     ``rounding``: where they aren't within ``TOLERANCE``, how far TRL's own gradient moves with padding that changes
-    nothing but the order of its sums; ``trl_fails``, ``ours_fails``: the error's type, or None. ``runs``: what of a batch runs. ``coverage``: the share of
-    the squared gradient that is sketched; ``wrong``: parameters whose sketch isn't their gradient.
+    nothing but the order of its sums. ``trl_fails``, ``ours_fails``: the error's type, or None. ``runs``: what of a
+    batch runs. ``coverage``: the share of the squared gradient that is followed; ``wrong``: parameters whose sketch
+    isn't their gradient, ``left_out``: those that were found out, ``untapped``: those without a tap. ``check``: the
+    trainer's own ``sketch_check``, NaN where nothing was logged.
     """
 
     name: str
-    lora: bool
     errors: tuple[float, ...] = ()
     rounding: float = 0.0
     trl_fails: str | None = None
     ours_fails: str | None = None
     runs: str = ""
     coverage: float = float("nan")
-    wrong: tuple[str, ...] = ()
+    wrong: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    untapped: list[str] = field(default_factory=list)
+    check: float = 1.0
     sketch_fails: str | None = None
 
     @property
@@ -163,20 +189,20 @@ def what_runs(trainer: CurvatureGRPOTrainer) -> str:
     )
 
 
-def examine(name: str, lora: bool) -> Row:
-    """Trains both, ours with skipping on and off, and sketches."""
-    row, model, tokenizer = Row(name, lora), build(name), build_tokenizer((1, 4))
+def examine(name: str, adapter: Callable[[], PeftConfig | None]) -> Row:
+    """Trains both, ours with skipping on and off, and sketches; ``name`` of an architecture."""
+    row, model, tokenizer = Row(name), build(name), build_tokenizer((1, 4))
     tokenizer.padding_side = "left"
     theirs = None
     try:
-        _, theirs = train(GRPOTrainer, GRPOConfig, model, tokenizer, lora)
+        _, theirs = train(GRPOTrainer, GRPOConfig, model, tokenizer, adapter())
     except Exception as error:
         row.trl_fails = type(error).__name__
     errors = []
     for skip in (True, False):
         try:
-            options = {"interference_every": 0, "skip_zero_advantage": skip}
-            trainer, ours = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, model, tokenizer, lora, **options)
+            options = {"interference_every": int(skip), "interference_dim": 0, "skip_zero_advantage": skip}
+            trainer, ours = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, model, tokenizer, adapter(), **options)
         except Exception as error:
             row.ours_fails = type(error).__name__
             break
@@ -184,31 +210,33 @@ def examine(name: str, lora: bool) -> Row:
             errors.append(distance(ours, theirs))
         if skip:
             row.runs = what_runs(trainer)
+            checks = trainer._metrics["train"].get("interference/sketch_check", [])
+            row.check = max(checks, key=lambda check: abs(check - 1), default=float("nan"))
     row.errors = tuple(errors)
     if errors and not max(errors) <= TOLERANCE:
-        _, padded = train(GRPOTrainer, GRPOConfig, model, tokenizer, lora, pad_to_multiple_of=16)
+        _, padded = train(GRPOTrainer, GRPOConfig, model, tokenizer, adapter(), pad_to_multiple_of=16)
         row.rounding = distance(padded, theirs)
     try:
-        row.coverage, sketched = sketch_errors(model, lora)
-        row.wrong = tuple(name for name, error in sketched.items() if not error < 1e-3)
+        row.coverage, found, row.left_out, row.untapped = sketch_errors(model, adapter())
+        row.wrong = [name for name, error in found.items() if not error < 1e-3]
+    except ValueError as error:
+        row.sketch_fails = "nothing" if "nothing to tap" in str(error) else type(error).__name__
     except Exception as error:
         row.sketch_fails = type(error).__name__
     return row
 
 
-def sketch_errors(model: torch.nn.Module, lora: bool) -> tuple[float, dict[str, float]]:
-    """(share of trainable parameters that are tapped, relative error of each tapped parameter's sequences).
+def sketch_errors(
+    model: torch.nn.Module, adapter: PeftConfig | None
+) -> tuple[float, dict[str, float], list[str], list[str]]:
+    """(share of the squared gradient that is followed, each parameter's error, what was left out, what has no tap).
 
     Exact: no projection, so that each sequence's part of each parameter's gradient is compared with its own backward.
     """
     model = copy.deepcopy(model)
-    if lora:
-        model = get_peft_model(model, lora_of(model))
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    if adapter is not None:
+        model = get_peft_model(model, adapter)
+        move_from_the_start(model)
     model.train()
     prompts, answers = rollouts()
     rows = [prompt + answer for prompt, answer in zip(prompts, answers[::GENERATIONS], strict=True)][:3]
@@ -225,6 +253,10 @@ def sketch_errors(model: torch.nn.Module, lora: bool) -> tuple[float, dict[str, 
     sketch = GradientSketch(model, dim=0, strict=False)
     parameters = sketch.trainable_parameters
     names = {id(p): n for n, p in model.named_parameters()}
+    before = set(sketch.untapped)
+    rehearse(sketch, model, Accelerator(cpu=True), lambda *said: None)
+    left_out = [name for name in sketch.untapped if name not in before]
+    numbers = {name: number for number, name in enumerate(sketch._parameter_names)}
     sketch.open(0)
     sketch.set_rows(torch.arange(len(rows)))
     model.zero_grad()
@@ -246,9 +278,11 @@ def sketch_errors(model: torch.nn.Module, lora: bool) -> tuple[float, dict[str, 
             continue
         expected = torch.stack([per[number].flatten() for per in truth])
         found = totals.get(number, torch.zeros_like(expected)).reshape(expected.shape)
-        errors[names[id(parameter)]] = ((found - expected).norm() / expected.norm().clamp(min=1e-5 * size)).item()
+        if expected.norm() > 1e-4 * size:  # less is no part of any inner product
+            errors[names[id(parameter)]] = ((found - expected).norm() / expected.norm()).item()
     covered = sum(squares[n] for n, p in enumerate(parameters) if id(p) in tapped) / squares.sum()
-    return float(covered), errors
+    big = [name for name in sorted(before, key=numbers.get) if squares[numbers[name]] > 1e-3 * squares.sum()]
+    return float(covered), errors, left_out, big
 
 
 def cell(row: Row) -> str:
@@ -259,23 +293,43 @@ def cell(row: Row) -> str:
 
 
 def sketched(row: Row) -> str:
-    """Coverage, and what isn't followed rightly."""
+    """Coverage, and what isn't followed."""
     if row.sketch_fails is not None:
         return row.sketch_fails
-    parts = sorted({".".join(part for part in name.split(".")[-3:] if part != "default") for name in row.wrong})
-    return f"{row.coverage:.2f}" + (f"; not {', '.join(parts)}" if parts else "")
+    if row.wrong:
+        return f"WRONG: {kinds_of(row.wrong)}"
+    text = f"{row.coverage:.2f}"
+    for what, names in (("left out", row.left_out), ("no tap", row.untapped)):
+        if names:
+            text += f"; {what}: {kinds_of([_short(name) for name in names])}"
+    return text
+
+
+def _short(name: str) -> str:
+    return ".".join(part for part in name.split(".")[-3:] if part not in ("default", "model"))
+
+
+def no_adapter() -> None:
+    """Everything is trained."""
 
 
 def main() -> None:
     logging.disable(logging.WARNING)
-    lines = []
-    for name in sys.argv[1:] or NAMES:
-        full, lora = (examine(name, lora) for lora in (False, True))
-        runs = full.runs or lora.runs
-        lines.append(f"| {name} | {cell(full)} | {cell(lora)} | {runs} | {sketched(full)} | {sketched(lora)} |")
-        print(lines[-1], flush=True)
-    if not sys.argv[1:]:
-        PAGE.write_text(HEADER + "\n".join(lines) + "\n")
+    asked = sys.argv[1:]
+    models, adapters = [], []
+    for name in asked or NAMES:
+        if name in NAMES:
+            full, low = examine(name, no_adapter), examine(name, lora)
+            runs = full.runs or low.runs
+            models.append(f"| {name} | {cell(full)} | {cell(low)} | {runs} | {sketched(full)} | {sketched(low)} |")
+            print(models[-1], flush=True)
+    for kind in asked or KINDS:
+        if kind in KINDS:
+            row = examine("llama", KINDS[kind])
+            adapters.append(f"| {kind} | {cell(row)} | {row.runs} | {sketched(row)} |")
+            print(adapters[-1], flush=True)
+    if not asked:
+        PAGE.write_text("\n".join([HEADER + "\n".join(models), ADAPTERS + "\n".join(adapters), ""]))
 
 
 if __name__ == "__main__":

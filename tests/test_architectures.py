@@ -3,32 +3,56 @@
 import re
 
 import pytest
-from architecture_sweep import PAGE, examine
+from adapters import KINDS, NOT_HERE
+from architecture_sweep import PAGE, examine, lora, no_adapter
 from architectures import NAMES
+from peft import PeftType
 
 # a rotation, learned positions, states, experts with their auxiliary loss, a softcap, a norm after the rotation,
 # attention that TRL's head doesn't know, and a hybrid
 SHORT = ("cohere2", "falcon", "gemma2", "gpt2", "hunyuan_v1_dense", "mamba", "olmoe", "zamba2")
+SHORT_KINDS = (
+    "DoRA",
+    "IA3",
+    "LoRA and a saved head",
+    "LoRA on embeddings",
+    "LoHa",
+    "VeRA",
+    "p-tuning",
+    "prefix tuning",
+)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize("adapter", [no_adapter, lora], ids=["full", "LoRA"])
 @pytest.mark.parametrize(
     "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.nightly) for name in NAMES]
 )
-def test_the_gradient_is_trls(name, lora):
-    row = examine(name, lora)
-    assert row.verdict in verdicts()[name][lora], row
+def test_the_gradient_is_trls(name, adapter):
+    row = examine(name, adapter)
+    assert row.verdict in verdicts()[name][adapter is lora], row
+    assert not row.wrong and not abs(row.check - 1) > 1e-3, row
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in SHORT_KINDS else pytest.param(kind, marks=pytest.mark.nightly) for kind in KINDS]
+)
+def test_the_gradient_with_an_adapter_is_trls(kind):
+    row = examine("llama", KINDS[kind])
+    assert row.verdict in verdicts()[kind][0], row
+    assert not row.wrong and not abs(row.check - 1) > 1e-3, row
 
 
 def verdicts():
-    """The page's table: {architecture: (full, LoRA)}."""
-    rows = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")][1:]
+    """The page's tables: {architecture: (full, LoRA)} and {adapter: (gradient, ...)}."""
+    rows = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     return {cells[0].removeprefix("| "): (cells[1], cells[2]) for cells in rows}
 
 
 def test_the_page_has_every_architecture_and_nothing_wrong():
     table = verdicts()
-    assert sorted(table) == NAMES and len(NAMES) >= 40
+    del table["architecture"], table["adapter"]
+    assert set(table) == {*NAMES, *KINDS} and len(NAMES) >= 40
+    assert {kind().peft_type.value for kind in KINDS.values()} | set(NOT_HERE) == {kind.value for kind in PeftType}
     for name, cells in table.items():
-        for cell in cells:
+        for cell in cells[: 1 if name in KINDS else 2]:
             assert re.match(r"right \d|neither trains it \(|trains; TRL doesn't \(", cell), (name, cell)

@@ -102,7 +102,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         with self._seconds.stage("generation", self.model.training):
             generated = super()._generate(prompts)
         self._completion_mask.keep(generated[1], generated[2], self.accelerator.device)
-        own = overridden(self, *deferred_logprobs.OWN_METHODS)
+        own = overridden(self, *deferred_logprobs.OWN_METHODS) or self._micro_batches.mixed
         self._deferred.wait(why_complete(self._run.options, self._loss_settings(), own) is None)
         return generated
 

@@ -22,6 +22,7 @@ from grpo_kernels.head.products import HeadSketch
 from .layer_taps import Layer, find_layers, tap
 from .projections import PARTS, Projections
 from .sequence_rows import SequenceRows
+from .tap_check import TapCheck
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,16 @@ class GradientSketch:
         if layers is not None and (not isinstance(layers, list | tuple) or not all(isinstance(x, str) for x in layers)):
             raise ValueError(f"layers={layers!r} must be a list of patterns of layer names, or None")
         self.dim, self.strict, self._on_error = dim, strict, on_error
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._parameter_names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self._numbers = {id(parameter): number for number, parameter in enumerate(self._parameters)}
         self.layers = find_layers(model, self._numbers, layers)
         self._by_module = {layer.module: layer for layer in self.layers}
         self._projections: Projections | None = None
         self._rows: SequenceRows | None = None
         self._seen: list[SequenceRows] = []
+        self._check: TapCheck | None = None
+        self._word_signs: dict[int, torch.Tensor] = {}  # of weights whose rows are words, for the check
         self._failed: set[str] = set()
         self._handles = [layer.module.register_forward_hook(self._hook) for layer in self.layers]
 
@@ -125,10 +129,12 @@ class GradientSketch:
         device = self._parameters[0].device
         self._projections = Projections(self.dim, seed, device)
         self._seen, self._rows = [], None
+        self._check, self._word_signs = TapCheck(device), {}
 
     def abandon(self) -> None:
         """Ends a step, if one is open, and forgets it."""
         self._projections, self._rows, self._seen = None, None, []
+        self._check, self._word_signs = None, {}
 
     def set_rows(self, prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None = None) -> None:
         """From here on the forward and backward passes are of these rows.
@@ -166,6 +172,52 @@ class GradientSketch:
         finally:
             self.end_rows()
 
+    def leave_out_wrong(
+        self,
+        gradients: Sequence[torch.Tensor | None],
+        *,
+        half: bool,
+        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+        processes: int = 1,
+    ) -> dict[str, float]:
+        """Compares what a step saw of each followed parameter with its gradient (``tap_check.py``), until the next one
+        is opened; what differs isn't followed from here on.
+
+        Args:
+            gradients: of ``trainable_parameters``, whole, over the whole step, the mean over ``processes``; None where
+                there is none, or none to be had.
+            half: whether products were made in half precision.
+            reduce: the sum of a tensor over processes.
+
+        Returns:
+            The relative error of each parameter that is left out now, by its name; what the step recorded holds it.
+        """
+        if self._check is None:
+            raise ValueError("no step was opened")
+        names = self._names()
+        there = {number: gradient for number in names if (gradient := gradients[number]) is not None}
+        options: dict[str, Any] = {"half": half, "reduce": reduce, "processes": processes}
+        wrong = self._check.errors(there, projected=self._word_signs, **options)
+        for layer in self.layers:
+            layer.weight = None if layer.weight in wrong else layer.weight
+            layer.bias = None if layer.bias in wrong else layer.bias
+        return {names[number]: error for number, error in wrong.items()}
+
+    @property
+    def untapped(self) -> list[str]:
+        """Names of the trainable parameters that aren't followed."""
+        followed = self._names()
+        return [name for number, name in enumerate(self._parameter_names) if number not in followed]
+
+    def _names(self) -> dict[int, str]:
+        """Of the parameters that are followed."""
+        found: dict[int, str] = {}
+        for layer in self.layers:
+            for kind, number in (("weight", layer.weight), ("bias", layer.bias)):
+                if number is not None and layer.name not in self._failed:
+                    found.setdefault(number, f"{layer.name}.{kind}")
+        return found
+
     def take(self) -> StepSketch:
         """Ends the step and returns what was recorded, the micro-batches' sequences one after the other."""
         if self._projections is None:
@@ -187,7 +239,7 @@ class GradientSketch:
             for rows in self._seen
         ]
         prompts = [rows.prompt_S.to(device) for rows in self._seen]
-        self.abandon()
+        self._projections, self._rows, self._seen = None, None, []  # the check stays
         if not parts:
             raise ValueError("no rows were told in this step")
         sketch = torch.cat(parts)
@@ -212,7 +264,7 @@ class GradientSketch:
     def _guarded(
         self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, kept: Callable[[], torch.Tensor]
     ) -> None:
-        if layer.name in self._failed or self._projections is None:
+        if layer.name in self._failed or self._projections is None or (layer.weight is None and layer.bias is None):
             return
         try:
             record = {"embedding": self._embedding, "norm": self._norm}.get(layer.kind, self._linear)
@@ -225,6 +277,10 @@ class GradientSketch:
         self._add_linear(layer, rows, d, a)
 
     def _add_linear(self, layer: Layer, rows: SequenceRows, d: torch.Tensor, a: torch.Tensor) -> None:
+        assert self._check is not None
+        if layer.weight is not None:
+            signs = self._signs_of(layer, d.shape[-1]).to(d.dtype)
+            self._check.outer(layer.weight, rows, d @ signs, a)
         if layer.weight is not None and not self.dim:
             rows.add(layer.weight, rows.outer(d, a))
         elif layer.weight is not None:
@@ -249,10 +305,16 @@ class GradientSketch:
         d = rows.tokens(layer.name, gradient)
         ids = ids.reshape(d.shape[:2])
         embedding: Any = layer.module
+        if type(embedding).forward is not nn.Embedding.forward:  # Gemma's, and whose else multiplies what it looks up
+            scale = getattr(embedding, "embed_scale", 1.0)
+            d = d * (scale.to(d.dtype) if isinstance(scale, torch.Tensor) else scale)
         n_words = embedding.num_embeddings
         if embedding.padding_idx is not None:  # that row gets no gradient
             d = d * (ids != embedding.padding_idx)[..., None]
-        assert self._projections is not None and layer.weight is not None
+        if layer.weight is None:
+            return
+        assert self._projections is not None and self._check is not None
+        self._check.outer(layer.weight, rows, self._signs_of(layer, n_words).to(d.dtype)[ids], d)
         if self.dim:
             words = self._projections.vocabulary(n_words, layer.weight, d.dtype)
             self._add_folded(layer, rows, self._projections.split_vocabulary(words[ids]), d)
@@ -275,7 +337,20 @@ class GradientSketch:
         if layer.bias is not None:
             self._add_vector(layer.bias, rows, rows.sums(d))
 
+    def _signs_of(self, layer: Layer, width: int) -> torch.Tensor:
+        """(width, PROBES): by what the check projects the weight's left side. Where its rows are words, made from the
+        sketch's own projection: of dL/dlogits in the fused head nothing else is known."""
+        assert self._check is not None and self._projections is not None and layer.weight is not None
+        if layer.kind not in ("head", "embedding") or not self.dim:
+            return self._check.signs(width, 0)
+        if layer.weight not in self._word_signs:
+            words = self._projections.vocabulary(width, layer.weight, torch.float32)
+            self._word_signs[layer.weight] = words @ self._check.signs(words.shape[1], 0, words)
+        return self._word_signs[layer.weight]
+
     def _add_vector(self, number: int, rows: SequenceRows, vector_SD: torch.Tensor) -> None:
+        assert self._check is not None
+        self._check.vector(number, vector_SD)
         if not self.dim:
             rows.add(number, vector_SD)
             return
@@ -307,6 +382,10 @@ class GradientSketch:
                 if not self.dim:
                     self._add_linear(layer, flat, projected_NK[None], hidden)
                 else:
+                    assert self._check is not None
+                    self._signs_of(layer, n_words)
+                    mix = self._check.signs(projected_NK.shape[-1], 0, projected_NK)
+                    self._check.outer(weight, flat, projected_NK[None] @ mix, hidden.to(projected_NK.dtype))
                     self._add_folded(layer, flat, projections.split_vocabulary(projected_NK[None]), hidden)
             except Exception as error:
                 self._fail(layer, error)

@@ -55,6 +55,12 @@ class Layer:
     bias: int | None
 
 
+def kinds_of(names: Sequence[str], most: int = 6) -> str:
+    """The kinds of parameters among these names, numbers left out: ``ia3_l, mlp.gate.weight, ...``."""
+    kinds = list(dict.fromkeys(".".join(p for p in name.split(".") if not p.isdigit())[-60:] for name in names))
+    return ", ".join(kinds[:most]) + (", ..." if len(kinds) > most else "")
+
+
 def find_layers(model: nn.Module, numbers: Mapping[int, int], patterns: Sequence[str] | None) -> list[Layer]:
     """The layers whose names match, of those that can be tapped; ``numbers`` of the trainable parameters, by ``id``.
 
@@ -83,7 +89,11 @@ def find_layers(model: nn.Module, numbers: Mapping[int, int], patterns: Sequence
             continue
         found.append(Layer(name, module, kind, trainable.get("weight"), trainable.get("bias")))
     if not found:
-        raise ValueError("nothing to tap: the model has no trainable Linear, Embedding or norm layer")
+        others = [name for name, parameter in model.named_parameters() if id(parameter) in numbers]
+        raise ValueError(
+            "nothing to tap: the model has no trainable Linear, Embedding or norm layer"
+            + (f", only {kinds_of(others)}" if others else "")
+        )
     if patterns is None:
         return found
     for pattern in patterns:

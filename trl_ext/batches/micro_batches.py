@@ -27,7 +27,7 @@ from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .batch_rows import even_batches, join, row_lengths, select
 from .columns import trimmed_columns
-from .skipping import EVERYTHING, WhatRuns, has_dropout, live_sequences, what_runs
+from .skipping import EVERYTHING, WhatRuns, has_dropout, live_sequences, mixes_rows, what_runs
 from .step_statistics import StepStatistics
 
 KEY = "micro_batch"  # in TRL's dict
@@ -129,6 +129,7 @@ class MicroBatches:
     ) -> None:
         self.run, self.accelerator, self.options, self.own = run, run.accelerator, run.options, own
         self.score, self._model = score, self.accelerator.unwrap_model(model)
+        self.mixed = mixes_rows(self._model)
         self.trim = trimmed_columns(self._model, self.accelerator, run.say_once)
         self.skipping = False  # whether sequences may be left out of what was planned last
         self._planned: list[dict[str, Any]] = []
@@ -155,7 +156,7 @@ class MicroBatches:
 
     def what_runs(self, settings: LossSettings, batch: dict[str, Any]) -> WhatRuns:
         """Of ``batch``, one of TRL's micro-batches or a whole generation batch."""
-        return what_runs(self.options, settings, batch, self.own)
+        return what_runs(self.options, settings, batch, self.own or self.mixed)
 
     def used(self, batch: dict[str, Any], settings: LossSettings, *, training: bool) -> torch.Tensor:
         """(B,) bool: sequences of a whole batch that the loss will be made of."""

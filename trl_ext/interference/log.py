@@ -28,6 +28,7 @@ from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPh
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .files import write_step
+from .followed import leave_out_wrong, name_wrong, rehearse
 from .prompt_features import PromptFeatures, mean_by_prompt
 from .sequences import ids_and_rewards, join_sequences, sequence_coefficients
 
@@ -81,6 +82,7 @@ class InterferenceLog:
         self.layers = run.options.interference_layers
         self.observer = observer
         self.sketch: GradientSketch | None = None
+        self._model = model
         self.features: PromptFeatures | None = None
         self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
         self.prompt_texts: dict[int, str] = {}
@@ -151,9 +153,10 @@ class InterferenceLog:
         self._opened_at, self._opened_in = position.micro_batch, step
         try:
             if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
-                model = self.accelerator.unwrap_model(model)
+                model = self._model = self.accelerator.unwrap_model(model)
                 self.sketch = GradientSketch(model, self.dim, self.layers, strict=False, on_error=self._layer_failed)
                 self.features = PromptFeatures(model, on_error=self._fail)
+                rehearse(self.sketch, model, self.accelerator, self.run.say_once)
             self.sketch.open(self.run.seed * 1_000_003 + step)
         except Exception as error:
             self._fail(error)
@@ -280,6 +283,12 @@ class InterferenceLog:
         *,
         some_skipped: bool,
     ) -> None:
+        assert self.sketch is not None
+        wrong = leave_out_wrong(self.sketch, self._model, self.accelerator)
+        if wrong:  # what was recorded holds them: from the next step on it doesn't
+            name_wrong(wrong, self.run.say_once)
+            self.run.say_once(f"Interference of optimizer step {self._opened_in} isn't logged.")
+            return
         sketch_B, ids_B2, numbers_BN = (self._gather(tensor) for tensor in (sketch_B, ids_B2, numbers_BN))
         feature_BH = self._gather(feature_BH) if feature_BH.shape[1] else feature_BH
         prompt_B, key_B = ids_B2.unbind(1)

@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import is_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
@@ -32,9 +33,12 @@ from trl_ext.trl_surface import FusedCausalLMOutput, RunSettings, maybe_gather_l
 
 @dataclass
 class FusedGRPOOutput(ModelOutput):
-    """What a forward with ``grpo_inputs`` returns: the fields of ``grpo_kernels.GRPOLoss``, and the MoE loss."""
+    """What a forward with ``grpo_inputs`` returns: the fields of ``grpo_kernels.GRPOLoss``, and the MoE loss.
 
-    loss: torch.Tensor | None = None
+    Nothing is called ``loss``: AdaLora's wrapper adds its own penalty to what is, which TRL's loss goes without.
+    """
+
+    grpo_loss: torch.Tensor | None = None
     policy_loss: torch.Tensor | None = None
     entropies: torch.Tensor | None = None
     ratio: torch.Tensor | None = None
@@ -125,7 +129,7 @@ MULTIPLIES_BY_ITS_DIVISOR = ("hyperclovax",)
 
 
 def read_settings(model: torch.nn.Module, *, temperature: float = 1.0, cast_to_fp32: bool = False) -> HeadSettings:
-    """From the model's configuration. Raises ``ValueError`` where the model has no output embeddings, or no backbone."""
+    """From the model's configuration. ``ValueError``: the model has no output embeddings, or no backbone apart."""
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         raise ValueError(f"{type(model).__name__} has no output embeddings: it can't give log-probs")
     backbone(model)
@@ -230,10 +234,10 @@ def add_fused_head(
             }
             if grpo_inputs is not None:
                 grpo_inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(weight.device), grpo_inputs)
-                options["head_sketch"] = head_sketch(head, hidden_NH, grpo_inputs["sequence_N"])
+                options["head_sketch"] = head_sketch(trained_copy(head), hidden_NH, grpo_inputs["sequence_N"])
                 out = linear_grpo_loss(hidden_NH, weight, targets_N, **grpo_inputs, **options)
                 return FusedGRPOOutput(
-                    loss=out.loss,
+                    grpo_loss=out.loss,
                     policy_loss=out.policy_loss,
                     entropies=out.entropies,
                     ratio=out.ratio,
@@ -241,7 +245,7 @@ def add_fused_head(
                     advantages=out.advantages,
                     aux_loss=aux_loss,
                 )
-            options["head_sketch"] = head_sketch(head, hidden_NH, mask.nonzero()[:, 0])
+            options["head_sketch"] = head_sketch(trained_copy(head), hidden_NH, mask.nonzero()[:, 0])
             out = linear_logprob(hidden_NH, weight, targets_N, entropy=entropy, **options)
         logprobs_N, entropies_N = out if entropy else (out, None)
 
@@ -256,6 +260,13 @@ def add_fused_head(
         )
 
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def trained_copy(head: torch.nn.Module) -> torch.nn.Module:
+    """The head itself, or the copy of it that ``modules_to_save`` trains."""
+    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
+        return head.modules_to_save[head.active_adapters[0]]
+    return head
 
 
 @contextmanager

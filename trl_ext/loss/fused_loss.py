@@ -124,7 +124,7 @@ def one_pass_loss(
             grpo_inputs=grpo_inputs,
             **extra,
         )
-    loss = output.loss
+    loss = output.grpo_loss
     if settings.aux_loss:
         loss = loss + settings.aux_loss_coef * output.aux_loss / accumulation
     # TRL logs the policy loss before the division by the accumulation, but for losses over the global token count

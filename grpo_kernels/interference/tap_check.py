@@ -1,0 +1,107 @@
+"""Do the taps see what the gradient is made of? Each parameter's sum over sequences against the gradient that is there.
+
+A tap assumes how a layer's output hangs on its weight. Where a model does otherwise (an embedding scaled afterwards, a
+norm with a gate, a weight that is used without its layer's forward) the sketch would be wrong, and nothing would show.
+So each parameter's contributions are also projected to a few numbers, ``V^T (sum_t d_t a_t^T) U`` with V and U of random
+signs, and compared with ``V^T grad U``: ``out + in`` multiplications a token and number instead of ``out * in``.
+
+Shapes: S sequences of a micro-batch, R rows, T positions; PROBES numbers a side.
+
+A sum can't see tokens given to the wrong sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from .sequence_rows import SequenceRows
+
+PROBES = 4
+# of |sum_i u_i - grad| relative to sqrt(sum_i |u_i|^2), since the sum may cancel
+TOLERANCE = 1e-4
+HALF_TOLERANCE = 3e-2  # products of half precision
+# relative to the largest of a step: of less the gradient may be rounding alone (a bias of attention's keys has none)
+ROUNDING = 1e-5
+HALF_ROUNDING = 1e-2
+
+
+class TapCheck:
+    """What was seen of each parameter in a step, by its number: sums over sequences, and the sum of their squares."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._signs: dict[tuple[int, int], torch.Tensor] = {}
+        self._sums: dict[int, torch.Tensor] = {}
+        self._squares: dict[int, torch.Tensor] = {}
+
+    def signs(self, width: int, side: int, like: torch.Tensor | None = None) -> torch.Tensor:
+        """(width, PROBES) of +-1, the same on every process; ``side`` 0 or 1. Exact in every dtype."""
+        if (width, side) not in self._signs:
+            generator = torch.Generator().manual_seed(2 * width + side)
+            bits = torch.randint(0, 2, (width, PROBES), generator=generator, dtype=torch.int8)
+            self._signs[width, side] = (2 * bits - 1).to(self._device)
+        signs = self._signs[width, side]
+        return signs.float() if like is None else signs.to(like.device, like.dtype)
+
+    def outer(self, number: int, rows: SequenceRows, left: torch.Tensor, right: torch.Tensor) -> None:
+        """``left`` (R, T, PROBES) is projected already; ``right`` (R, T, in) is not."""
+        self._add(number, rows.outer(left, right @ self.signs(right.shape[-1], 1, right)))
+
+    def vector(self, number: int, vector_SD: torch.Tensor) -> None:
+        """Each sequence's part of the gradient of a vector."""
+        self._add(number, vector_SD @ self.signs(vector_SD.shape[-1], 1, vector_SD))
+
+    def _add(self, number: int, values_S: torch.Tensor) -> None:
+        values_S = values_S.float()
+        total, square = values_S.sum(0), values_S.square().sum()
+        if number in self._sums:
+            total, square = total + self._sums[number].to(total.device), square + self._squares[number]
+        self._sums[number], self._squares[number] = total, square
+
+    def errors(
+        self,
+        gradients: Mapping[int, torch.Tensor],
+        *,
+        projected: Mapping[int, torch.Tensor],
+        half: bool = False,
+        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+        processes: int = 1,
+    ) -> dict[int, float]:
+        """The relative error of each parameter whose sum over sequences isn't its gradient; inf: none of it was seen.
+
+        Of a parameter without a gradient nothing can be said (LoRA's A at B = 0, an idle expert): it isn't in it.
+
+        Args:
+            gradients: by number, whole; the mean over ``processes``.
+            projected: by number, (rows of the gradient, PROBES): what the left side was projected with, where it isn't
+                this object's own signs.
+            half: whether products were made in half precision.
+            reduce: the sum over processes of a tensor.
+        """
+        numbers = sorted(gradients)
+        if not numbers:
+            return {}
+        size = PROBES * PROBES
+        seen = torch.zeros(len(numbers), size + 1, device=self._device)
+        expected = torch.zeros(len(numbers), size, device=self._device)
+        for place, number in enumerate(numbers):
+            gradient = gradients[number].detach().float()
+            probe = gradient @ self.signs(gradient.shape[-1], 1, gradient)
+            if gradient.ndim == 2:
+                left = projected.get(number, self.signs(len(gradient), 0, gradient))
+                probe = left.to(probe).T @ probe
+            expected[place, : probe.numel()] = probe.flatten()
+            if number in self._sums:
+                flat = self._sums[number].flatten()
+                seen[place, : flat.numel()] = flat
+                seen[place, -1] = self._squares[number]
+        seen = reduce(seen)
+        distance = (seen[:, :-1] / processes - expected).norm(dim=1)
+        relative = distance / (seen[:, -1].sqrt() / processes)
+        size_of = expected.norm(dim=1)
+        known = size_of > (HALF_ROUNDING if half else ROUNDING) * size_of.max()
+        wrong = known & ~(relative <= (HALF_TOLERANCE if half else TOLERANCE))
+        places = wrong.nonzero().flatten().tolist()
+        return {numbers[place]: float(relative[place]) for place in places}

@@ -1,0 +1,99 @@
+"""Which layers the taps follow rightly: asked of the model on a few tokens before the first step, and of each step.
+
+What isn't followed is named once. See ``grpo_kernels/interference/tap_check.py`` for what is compared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+
+from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.interference.layer_taps import kinds_of
+from trl_ext.say_once import SayOnce
+
+ROWS, TOKENS, PADDING = 2, 12, 5
+HALF = (torch.bfloat16, torch.float16, torch.uint8, torch.int8)  # quantized weights are multiplied in half precision
+
+
+def computes_in_half(model: torch.nn.Module) -> bool:
+    """Whether any of the model's products are of half precision, autocast left aside."""
+    return any(parameter.dtype in HALF for parameter in model.parameters())
+
+
+def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_once: SayOnce) -> None:
+    """Leaves out what a forward and backward of a few made-up tokens shows to be followed wrongly, and names it.
+
+    In evaluation mode, so that no random number is drawn, and past ``.grad``: what is trained doesn't notice. Not where
+    the parameters are on several processes: there the first step that is logged finds out.
+    """
+    untapped = sketch.untapped
+    if untapped:
+        say_once(
+            f"Interference doesn't follow {len(untapped)} of {len(sketch.trainable_parameters)} trainable tensors: "
+            f"{kinds_of(untapped)}. interference/coverage is the share of the gradient that it does."
+        )
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if sharded or any(parameter.is_meta for parameter in model.parameters()):
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    sketch.open(0)
+    try:
+        embeddings = model.get_input_embeddings()
+        n_words, device = embeddings.weight.shape[0], embeddings.weight.device
+        ids = (torch.arange(ROWS * TOKENS, device=device) * 7 % n_words).view(ROWS, TOKENS)
+        mask = torch.ones_like(ids)
+        mask[0, :PADDING] = 0
+        sketch.set_rows(torch.arange(ROWS, device=device))
+        with torch.enable_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            signs = 1.0 - 2.0 * (torch.arange(logits.shape[-1], device=logits.device) * 5 % 7 % 2)
+            loss = (logits.float() * signs)[mask.bool().to(logits.device)].mean()
+            gradients = torch.autograd.grad(loss, sketch.trainable_parameters, allow_unused=True)
+        wrong = sketch.leave_out_wrong(gradients, half=computes_in_half(model))
+    except Exception as error:
+        say_once(
+            f"Interference couldn't try the layers out ({type(error).__name__}: {error}): the first step will.", "info"
+        )
+        return
+    finally:
+        sketch.abandon()
+        for module, training in modes.items():
+            module.training = training
+    name_wrong(wrong, say_once)
+
+
+def leave_out_wrong(sketch: GradientSketch, model: torch.nn.Module, accelerator: Accelerator) -> dict[str, float]:
+    """Of a step that was just recorded, against ``.grad`` before clipping; the same on every process."""
+    gradients = [_whole(parameter.grad) for parameter in sketch.trainable_parameters]
+
+    def total(seen: torch.Tensor) -> torch.Tensor:
+        return accelerator.reduce(seen.to(accelerator.device), "sum").to(seen.device)
+
+    return sketch.leave_out_wrong(
+        gradients,
+        half=accelerator.mixed_precision != "no" or computes_in_half(model),
+        reduce=total,
+        processes=accelerator.num_processes,
+    )
+
+
+def name_wrong(wrong: dict[str, float], say_once: SayOnce) -> None:
+    """Says what was left out, and by how much it was off."""
+    if wrong:
+        finite = [error for error in wrong.values() if error != float("inf")]
+        off = f", up to {max(finite):.0%} off" if finite else ""
+        say_once(
+            f"Interference leaves out {len(wrong)} parameters whose sum over sequences isn't their gradient{off}: "
+            f"{kinds_of(list(wrong))}. They aren't in interference/coverage."
+        )
+
+
+def _whole(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    """Of all of FSDP2's shards."""
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
