@@ -53,9 +53,9 @@ logger = get_logger(__name__)
 class CurvatureGRPOTrainer(GRPOTrainer):
     """A drop-in ``GRPOTrainer``: the same arguments, with a ``CurvatureGRPOConfig`` (or a plain ``GRPOConfig``).
 
-    It changes the methods marked ``@ours``, each by calling its parent's, and nothing else; a subclass that overrides
-    one keeps its own, and what we do around it is left out or goes TRL's way, said once. ``_generate`` and
-    ``_get_per_token_logps_and_entropies`` are changed so that tool output is never projected and log-probs can wait.
+    It changes ``__init__`` and the methods marked ``@ours``, each by calling its parent's, and nothing else; a
+    subclass that overrides one keeps its own, and what we do around it is left out or goes TRL's way, said once.
+    (``_generate`` and ``_get_per_token_logps_and_entropies``: tool output isn't projected, and log-probs can wait.)
 
     With TRL's own normalisations the advantages are TRL's to rounding, except that a group whose rewards are all
     equal gets exactly 0 (TRL's float residue gives up to 6e-4).
@@ -65,7 +65,6 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     _name = "Curvature-aware GRPO"
     _paper: ClassVar = PAPER
 
-    @ours
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         """As the parent's. Raises ``ValueError`` before a model is loaded for options that contradict each other."""
         trl_surface.check_class()
@@ -94,6 +93,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self.add_callback(self._checkpoint_state)
         self.add_callback(RunFiles(lambda: describe_run(self.args, self.model, type(self), self.reward_func_names)))
         self.add_callback(LiveImages(self._interference, lambda: self.callback_handler.callbacks))
+        self.is_set_up = True  # else the methods below are the parent's
 
     # ---- rollouts, rewards, advantages
 
