@@ -47,8 +47,6 @@ from .rewards.rewarded import gather_rewarded
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
 
-logger = get_logger(__name__)
-
 
 class CurvatureGRPOTrainer(GRPOTrainer):
     """A drop-in ``GRPOTrainer``: the same arguments, with a ``CurvatureGRPOConfig`` (or a plain ``GRPOConfig``).
@@ -77,7 +75,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         keep_trainable(self.model)
         self.reward_funcs: list[Any] = list(map(checked_reward, self.reward_funcs, self.reward_func_names))
         self._seconds = StageSeconds()
-        self._run = run = trl_surface.read_run_settings(self, self._log_metrics, SayOnce(logger))
+        self._run = run = trl_surface.read_run_settings(self, self._log_metrics, SayOnce(get_logger(__name__)))
         self._normalizer = Normalizer(run, *resolve_normalization(self.args), n_functions=len(self.reward_funcs))
         self._generations = GenerationCount()
         self._resampling = Resampling(run) if run.options.resample_zero_variance else None
@@ -101,7 +99,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def _generate(self, prompts):
         with self._seconds.stage("generation", self.model.training):
             generated = super()._generate(prompts)
-        self._completion_mask.keep(generated[1], generated[2], self.accelerator.device)
+        tool_mask = None if overridden(self, "_generate") else generated[2]  # a subclass may return another
+        self._completion_mask.keep(generated[1], tool_mask, self.accelerator.device)
         own = overridden(self, *deferred_logprobs.OWN_METHODS)
         self._deferred.wait(why_complete(self._run.options, self._loss_settings(), own) is None)
         return generated
