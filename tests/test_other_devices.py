@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from far_tensors import CurrentDevice, Far, InterpretedKernel, far_away, near
+from test_head import INTERPRETED
 from test_normalize import context_of, options
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -31,6 +32,7 @@ from grpo_kernels.interference.step_gradients import StepGradients
 from grpo_kernels.launch import launch
 from grpo_kernels.normalize import triton_groups
 
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 N, H, V, B, G, R = 12, 16, 37, 6, 3, 2
 
 
@@ -219,7 +221,7 @@ def logprob_passes(given, need, upstream):
 @pytest.mark.parametrize("dtype", IN_PASSES, ids=str)
 @pytest.mark.parametrize("need", NEEDS)
 @pytest.mark.parametrize("upstream", [(True, False), (True, True), (False, True)])
-def test_both_passes_of_the_log_probs(upstream, need, dtype, device):
+def test_both_passes_of_the_log_probs(upstream, need, dtype, device, launched):
     given = {**inputs(dtype), "projection": inputs()["projection"].to(dtype)}
     with use_backend("torch"), torch.no_grad():
         expected = logprob_passes(given, NEEDS[need], upstream)
@@ -227,6 +229,7 @@ def test_both_passes_of_the_log_probs(upstream, need, dtype, device):
     with far_away(device):
         found = logprob_passes(far, NEEDS[need], upstream)
     assert_there(found, expected, device, **tolerance(dtype))
+    assert set(launched) == {"_softmax_rows_kernel", "_logit_gradient_kernel"}
 
 
 SHAPES = {"lengths": (B, G), "function_rewards": (B, G, 2)}

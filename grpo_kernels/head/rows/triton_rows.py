@@ -123,7 +123,7 @@ def _row_statistics(tile, i_row, i_target, ENTROPY: tl.constexpr, BLOCK_V: tl.co
     if ENTROPY:
         entropy = log_total - tl.sum(b_rescale * (b_moment + b_shift * b_total), axis=0) / total
     target_logit, _ = _load_logits(tile, i_row, i_target)
-    return RowStatistics(high, log_total, (target_logit - high) - log_total, entropy)
+    return RowStatistics(high, log_total, (target_logit - high) - log_total, entropy)  # type: ignore[arg-type]
 
 
 @triton.jit
