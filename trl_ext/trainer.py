@@ -47,15 +47,13 @@ from .rewards.rewarded import gather_rewarded
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
 
-logger = get_logger(__name__)
-
 
 class CurvatureGRPOTrainer(GRPOTrainer):
     """A drop-in ``GRPOTrainer``: the same arguments, with a ``CurvatureGRPOConfig`` (or a plain ``GRPOConfig``).
 
-    It changes the methods marked ``@ours``, each by calling its parent's, and nothing else; a subclass that overrides
-    one keeps its own, and what we do around it is left out or goes TRL's way, said once. ``_generate`` and
-    ``_get_per_token_logps_and_entropies`` are changed so that tool output is never projected and log-probs can wait.
+    It changes ``__init__`` and the methods marked ``@ours``, each by calling its parent's, and nothing else; a
+    subclass that overrides one keeps its own, and what we do around it is left out or goes TRL's way, said once.
+    (``_generate`` and ``_get_per_token_logps_and_entropies``: tool output isn't projected, and log-probs can wait.)
 
     With TRL's own normalisations the advantages are TRL's to rounding, except that a group whose rewards are all
     equal gets exactly 0 (TRL's float residue gives up to 6e-4).
@@ -65,7 +63,6 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     _name = "Curvature-aware GRPO"
     _paper: ClassVar = PAPER
 
-    @ours
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         """As the parent's. Raises ``ValueError`` before a model is loaded for options that contradict each other."""
         trl_surface.check_class()
@@ -78,7 +75,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         keep_trainable(self.model)
         self.reward_funcs: list[Any] = list(map(checked_reward, self.reward_funcs, self.reward_func_names))
         self._seconds = StageSeconds()
-        self._run = run = trl_surface.read_run_settings(self, self._log_metrics, SayOnce(logger))
+        self._run = run = trl_surface.read_run_settings(self, self._log_metrics, SayOnce(get_logger(__name__)))
         self._normalizer = Normalizer(run, *resolve_normalization(self.args), n_functions=len(self.reward_funcs))
         self._generations = GenerationCount()
         self._resampling = Resampling(run) if run.options.resample_zero_variance else None
@@ -94,6 +91,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self.add_callback(self._checkpoint_state)
         self.add_callback(RunFiles(lambda: describe_run(self.args, self.model, type(self), self.reward_func_names)))
         self.add_callback(LiveImages(self._interference, lambda: self.callback_handler.callbacks))
+        self.is_set_up = True  # else the methods below are the parent's
 
     # ---- rollouts, rewards, advantages
 
@@ -101,7 +99,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def _generate(self, prompts):
         with self._seconds.stage("generation", self.model.training):
             generated = super()._generate(prompts)
-        self._completion_mask.keep(generated[1], generated[2], self.accelerator.device)
+        tool_mask = None if overridden(self, "_generate") else generated[2]  # a subclass may return another
+        self._completion_mask.keep(generated[1], tool_mask, self.accelerator.device)
         own = overridden(self, *deferred_logprobs.OWN_METHODS) or self._micro_batches.mixed
         self._deferred.wait(why_complete(self._run.options, self._loss_settings(), own) is None)
         return generated

@@ -264,7 +264,7 @@ def normalize_with_statistics(
         return Normalized(rewards_PG.clone(), rewards_PG.new_empty(0), rewards_PG.new_empty(0))
     if method == "decoupled":
         function_rewards_PGF = context["function_rewards"].to(rewards_PG)
-        weights_F = context.get("function_weights", torch.ones(function_rewards_PGF.shape[2])).to(rewards_PG)
+        weights_F = context.get("function_weights", rewards_PG.new_ones(function_rewards_PGF.shape[2])).to(rewards_PG)
         return normalize_then_sum(
             function_rewards_PGF,
             weights_F,

@@ -15,8 +15,8 @@ from trl_ext.loss.fused_loss import why_not_one_pass
 from trl_ext.loss.token_weights import live_tokens
 from trl_ext.trl_surface import LossSettings
 
-# what a subclass may compute from whole batches
-OWN_METHODS = ("_compute_loss", "compute_loss", "_prepare_inputs")
+# where a subclass may compute with TRL's own micro-batches, or with what has gathered in .grad between two of them
+OWN_METHODS = ("_compute_loss", "compute_loss", "_prepare_inputs", "training_step")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,191 @@
+"""A trainer made without ``__init__``, as TRL's own tests make one: each method that we override is TRL's there."""
+
+from collections import defaultdict
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock
+
+import pytest
+import torch
+import transformers
+from test_trainer_equality import Recorder, digits, prompts
+from torch.utils._pytree import tree_flatten
+from transformers import AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_ext import CurvatureGRPOTrainer
+
+OURS = [name for name, method in vars(CurvatureGRPOTrainer).items() if getattr(method, "_is_ours", False)]
+
+
+def bare(trainer_class, **attributes):
+    """With these attributes alone, beside those that most methods of TRL read."""
+    trainer = object.__new__(trainer_class)
+    trainer.accelerator = SimpleNamespace(
+        device=torch.device("cpu"), is_main_process=True, num_processes=1, autocast=nullcontext, gather=lambda x: x,
+        reduce=lambda x, reduction: x, end_training=MagicMock(),
+    )  # fmt: skip
+    trainer.args = SimpleNamespace(
+        report_to=[], steps_per_generation=2, output_dir="here", hub_model_id=None, delta=None
+    )
+    trainer.model = SimpleNamespace(training=True)
+    trainer.state = SimpleNamespace(global_step=2, num_input_tokens_seen=0)
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    trainer._step = 3
+    for name, value in attributes.items():
+        setattr(trainer, name, value)
+    return trainer
+
+
+def generate(trainer_class, monkeypatch):
+    """As ``TestGRPORolloutDispatch`` of TRL's tests/test_grpo_trainer.py."""
+    rollout = {"prompt_ids": [[1]], "completion_ids": [[2]], "logprobs": [[-0.1]], "env_mask": [[1]]}
+    trainer = bare(
+        trainer_class, rollout_func=MagicMock(return_value=rollout), use_vllm=True, _last_loaded_step=1, tools=None,
+        vllm_generation=SimpleNamespace(sync_weights=MagicMock()), eos_token_ids=[2],
+        processing_class=SimpleNamespace(batch_decode=MagicMock(return_value=["decoded"])),
+        _tokenizer=SimpleNamespace(eos_token_id=2, pad_token_id=0),
+    )  # fmt: skip
+    generated = trainer._generate(["prompt"])
+    trainer.vllm_generation.sync_weights.assert_called_once()
+    trainer.rollout_func.assert_called_once_with(["prompt"], trainer)
+    return generated, dict(trainer._metrics["train"])
+
+
+def score(trainer_class, monkeypatch):
+    trainer = bare(
+        trainer_class,
+        environment_factories=None,
+        tools=None,
+        environments=None,
+        _generate=Mock(side_effect=KeyError("rollouts")),
+    )
+    with pytest.raises(KeyError, match="rollouts"):  # the first that it needs
+        trainer._generate_and_score_completions([{"prompt": "a"}])
+    return trainer._generate.call_args.args
+
+
+def model(input_ids, attention_mask, labels, fused_lm_head):
+    assert fused_lm_head
+    return SimpleNamespace(log_probs=-(input_ids % 5 + 1.0), entropy=input_ids % 3 + 1.0, aux_loss=None)
+
+
+def log_probs(trainer_class, monkeypatch):
+    input_ids = torch.arange(12).view(3, 4)
+    return bare(trainer_class)._get_per_token_logps_and_entropies(
+        model, input_ids, torch.ones_like(input_ids), 2, batch_size=2, compute_entropy=True
+    )
+
+
+def inputs(trainer_class, monkeypatch):
+    buffered = [{"advantages": torch.ones(2)}, {"advantages": torch.zeros(2)}]
+    trainer = bare(trainer_class, num_iterations=2, _buffered_inputs=buffered)
+    training = trainer._prepare_inputs([{"prompt": "a"}])
+    trainer.model.training = False
+    trainer._generate_and_score_completions = lambda rows: {"rows": rows}
+    return training, trainer._prepare_inputs([{"prompt": "b"}])
+
+
+def step(trainer_class, monkeypatch):
+    monkeypatch.setattr(transformers.Trainer, "training_step", lambda self, model, inputs, number: torch.tensor(2.0))
+    trainer = bare(trainer_class, _current_train_step_time=0.0, current_gradient_accumulation_steps=2)
+    loss = trainer.training_step(trainer.model, {}, 1)
+    return loss, trainer._step, len(trainer._metrics["train"]["step_time"])
+
+
+BATCH = {
+    "prompt_ids": torch.tensor([[1, 2], [3, 4]]), "prompt_mask": torch.ones(2, 2, dtype=torch.long),
+    "completion_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]), "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+    "advantages": torch.tensor([1.0, -0.5]), "num_items_in_batch": torch.tensor(5),
+}  # fmt: skip
+LOSS = {
+    "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "beta": 0.0,
+    "importance_sampling_level": "token", "loss_type": "grpo", "epsilon_low": 0.2, "epsilon_high": 0.2,
+    "use_vllm": False, "vllm_importance_sampling_correction": False, "current_gradient_accumulation_steps": 2,
+    "_entropy_bonus_enabled": False, "use_adaptive_entropy": False,
+}  # fmt: skip
+
+
+def inner_loss(trainer_class, monkeypatch):
+    trainer = bare(trainer_class, **LOSS)
+    return trainer._compute_loss(model, BATCH), dict(trainer._metrics["train"])
+
+
+def outer_loss(trainer_class, monkeypatch):
+    trainer = bare(trainer_class, **LOSS)
+    with pytest.raises(ValueError, match="does not support returning outputs"):
+        trainer.compute_loss(model, BATCH, return_outputs=True)
+    return trainer.compute_loss(model, BATCH)
+
+
+def checkpoint(trainer_class, monkeypatch):
+    monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", lambda self, model, trial: None)
+    trainer = bare(trainer_class, create_model_card=MagicMock(), use_adaptive_entropy=False)
+    trainer._save_checkpoint(None, None)
+    return trainer.create_model_card.call_args.kwargs
+
+
+def end(trainer_class, monkeypatch):
+    trainer = bare(trainer_class)
+    trainer.end()
+    return trainer.accelerator.end_training.call_count
+
+
+CASES = {
+    "_generate": generate,
+    "_generate_and_score_completions": score,
+    "_get_per_token_logps_and_entropies": log_probs,
+    "_prepare_inputs": inputs,
+    "training_step": step,
+    "compute_loss": outer_loss,
+    "_compute_loss": inner_loss,
+    "_save_checkpoint": checkpoint,
+    "end": end,
+}
+
+
+def test_every_method_of_ours_has_a_case():
+    assert set(CASES) == set(OURS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_bare_trainer_is_trls(name, monkeypatch):
+    ours, theirs = (tree_flatten(CASES[name](one, monkeypatch)) for one in (CurvatureGRPOTrainer, GRPOTrainer))
+    assert ours[1] == theirs[1] and len(theirs[0]) > 0
+    for mine, its in zip(ours[0], theirs[0], strict=True):
+        assert torch.equal(mine, its) if isinstance(its, torch.Tensor) else mine == its
+
+
+def test_a_mock_of_the_class_will_do():
+    """TRL's tests call a method of the class with ``Mock(spec=GRPOTrainer)``."""
+    trainer = Mock(spec=CurvatureGRPOTrainer)
+    trainer._compute_loss.return_value = 3.0
+    assert CurvatureGRPOTrainer.compute_loss(trainer, None, {}) == 3.0
+
+
+def test_with_all_that_trls_init_makes_it_trains_as_trls(tiny_policy, tmp_path):
+    def train(trainer_class, name):
+        recorder = Recorder()
+        torch.manual_seed(0)
+        built = GRPOTrainer(
+            model=str(tiny_policy),
+            reward_funcs=digits,
+            args=GRPOConfig(
+                output_dir=str(tmp_path / name), num_generations=4, per_device_train_batch_size=8, max_steps=2, seed=7,
+                max_completion_length=8, optim="sgd", learning_rate=0.02, logging_steps=1, save_steps=2, use_cpu=True,
+                generation_kwargs={"sequence_bias": [[[1], 5.0]]}, report_to="none", disable_tqdm=True, bf16=False,
+                gradient_checkpointing=False,
+            ),
+            train_dataset=prompts(32),
+            processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+            callbacks=[recorder],
+        )  # fmt: skip
+        trainer = object.__new__(trainer_class)
+        vars(trainer).update(vars(built))
+        trainer.train()
+        trainer.end()
+        return recorder.gradients
+
+    ours, theirs = train(CurvatureGRPOTrainer, "ours"), train(GRPOTrainer, "theirs")
+    assert len(theirs) == 2 and any(gradient.any() for gradient in theirs[0].values())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
