@@ -1,0 +1,118 @@
+"""Vision models, as TRL tests them, made here by configuration: images travel with their rows; the gradient is TRL's."""
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from test_trainer_equality import Recorder
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    SiglipVisionConfig,
+)
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
+from trl_ext.tasks.small_policy import build_tokenizer
+
+SIDE, PATCH = 16, 8
+TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}="
+)
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE,
+    "patch_size": PATCH,
+}  # fmt: skip
+
+
+def llava(folder):
+    tokenizer = build_tokenizer((1, 4))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    processor = LlavaProcessor(
+        image_processor=LlavaImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False),
+        tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="full",
+        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_select_strategy="full",
+        )  # fmt: skip
+    )
+    return save(folder, model, processor)
+
+
+def save(folder, model, processor):
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+MODELS = {"llava": llava}
+
+
+def pictures(count):
+    return [Image.new("RGB", (SIDE, SIDE), (40 * i % 256, 90 * i % 256, 200 - 20 * i)) for i in range(count)]
+
+
+def length(completion_ids, **kwargs):
+    return [(sum(ids) % 5) / 4 for ids in completion_ids]
+
+
+def train(trainer_class, config_class, model, folder, *, images=True, **options):
+    rows = {"prompt": [[{"role": "user", "content": f"What is {i}?"}] for i in range(8)]}
+    if images:
+        rows["image"] = pictures(8)
+    recorder = Recorder()
+    torch.manual_seed(0)
+    trainer = trainer_class(
+        model=str(model), reward_funcs=length,
+        args=config_class(
+            output_dir=str(folder), num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+            max_completion_length=8, max_steps=2, optim="sgd", learning_rate=0.01, max_grad_norm=0.0, bf16=False,
+            use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", seed=3, logging_steps=1,
+            gradient_checkpointing=False, **options,
+        ),
+        train_dataset=Dataset.from_dict(rows), processing_class=AutoProcessor.from_pretrained(model), callbacks=[recorder],
+    )  # fmt: skip
+    trainer.train()
+    return trainer, recorder.gradients
+
+
+@pytest.mark.parametrize("images", [True, False], ids=["images", "text alone"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradient_is_trls(name, images, tmp_path):
+    model = MODELS[name](tmp_path / "model")
+    _, theirs = train(GRPOTrainer, GRPOConfig, model, tmp_path / "trl", images=images)
+    for skipping in (True, False):
+        options = {"skip_zero_advantage": skipping, "interference_every": 1, "interference_dim": 0}
+        trainer, ours = train(
+            CurvatureGRPOTrainer, CurvatureGRPOConfig, model, tmp_path / str(skipping), images=images, **options
+        )
+        for mine, its in zip(ours, theirs, strict=True):
+            assert mine.keys() == its.keys() and its
+            distance = sum((mine[key] - its[key]).square().sum() for key in its).sqrt()
+            assert distance <= 1e-5 * sum(one.square().sum() for one in its.values()).sqrt()
+        records = read_interference(tmp_path / str(skipping))
+        assert len(records) == 2
+        for record in records:
+            assert record.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-3)
+            assert len(set(record.prompt_key_P.tolist())) == len(record.prompt_key_P)
