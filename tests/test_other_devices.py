@@ -89,6 +89,7 @@ def inputs(dtype=torch.float32):
 
 LOSSES = {
     "on policy": {"signal": "advantages", "loss_type": "grpo"},
+    "clipped": {"signal": "advantages_N", "loss_type": "grpo", "old": True},  # rows without a gradient leave the tile
     "off policy": {"signal": "advantages_N", "loss_type": "dapo", "old": True, "beta": 0.1, "delta": 1.5},
     "rewards": {"signal": "rewards", "loss_type": "cispo", "old": True, "scaled": True},
     "entropy": {"signal": "rewards", "loss_type": "sapo", "entropy_coef": 0.01, "softcap": 5.0},
