@@ -1,4 +1,4 @@
-"""Vision models, as TRL tests them, made here by configuration: images travel with their rows; the gradient is TRL's."""
+"""Vision models, as TRL tests them, made by configuration: images travel with their rows; the gradient is TRL's."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from PIL import Image
 from test_trainer_equality import Recorder
 from transformers import (
     AutoProcessor,
+    AutoTokenizer,
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -23,6 +24,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
+from trl_ext.rewards.prompt_keys import prompt_key, prompt_text
 from trl_ext.tasks.small_policy import build_tokenizer
 
 SIDE, PATCH = 16, 8
@@ -46,15 +48,18 @@ def llava(folder):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     processor = LlavaProcessor(
         image_processor=LlavaImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False),
-        tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="full",
+        tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
+        vision_feature_select_strategy="full",
         chat_template=TEMPLATE.replace("IMAGE", "<image>"),
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
-            image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_select_strategy="full",
-        )  # fmt: skip
+            vision_config=CLIPVisionConfig(**VISION),
+            text_config=LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+            vision_feature_select_strategy="full",
+        )
     )
     return save(folder, model, processor)
 
@@ -66,7 +71,30 @@ def save(folder, model, processor):
     return folder
 
 
-MODELS = {"llava": llava}
+def gemma3(folder):
+    """With token types, by which its attention sees a picture whole."""
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    build_tokenizer((1, 4)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=names)
+    processor = Gemma3Processor(
+        image_processor=Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE}), tokenizer=tokenizer,
+        image_seq_length=4, chat_template=TEMPLATE.replace("IMAGE", "<start_of_image>"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            vision_config=SiglipVisionConfig(**VISION),
+            mm_tokens_per_image=4,
+            text_config=Gemma3TextConfig(**TEXT, vocab_size=len(tokenizer)),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
+            boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),
+            eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
+        )
+    )
+    return save(folder, model, processor)
+
+
+MODELS = {"llava": llava, "gemma3": gemma3}
 
 
 def pictures(count):
@@ -91,20 +119,21 @@ def train(trainer_class, config_class, model, folder, *, images=True, **options)
             use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", seed=3, logging_steps=1,
             gradient_checkpointing=False, **options,
         ),
-        train_dataset=Dataset.from_dict(rows), processing_class=AutoProcessor.from_pretrained(model), callbacks=[recorder],
+        train_dataset=Dataset.from_dict(rows), callbacks=[recorder],
+        processing_class=AutoProcessor.from_pretrained(model),
     )  # fmt: skip
     trainer.train()
-    return trainer, recorder.gradients
+    return recorder.gradients
 
 
 @pytest.mark.parametrize("images", [True, False], ids=["images", "text alone"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gradient_is_trls(name, images, tmp_path):
-    model = MODELS[name](tmp_path / "model")
-    _, theirs = train(GRPOTrainer, GRPOConfig, model, tmp_path / "trl", images=images)
+    model, keys = MODELS[name](tmp_path / "model"), []
+    theirs = train(GRPOTrainer, GRPOConfig, model, tmp_path / "trl", images=images)
     for skipping in (True, False):
         options = {"skip_zero_advantage": skipping, "interference_every": 1, "interference_dim": 0}
-        trainer, ours = train(
+        ours = train(
             CurvatureGRPOTrainer, CurvatureGRPOConfig, model, tmp_path / str(skipping), images=images, **options
         )
         for mine, its in zip(ours, theirs, strict=True):
@@ -116,3 +145,18 @@ def test_the_gradient_is_trls(name, images, tmp_path):
         for record in records:
             assert record.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-3)
             assert len(set(record.prompt_key_P.tolist())) == len(record.prompt_key_P)
+            keys.append(sorted(record.prompt_key_P.tolist()))
+    assert keys[:2] == keys[2:], "a prompt's key is its own, not this run's"
+
+
+def test_a_prompts_key_and_text():
+    one, same, other = (Image.new("RGB", (4, 4), color) for color in ((1, 2, 3), (1, 2, 3), (3, 2, 1)))
+
+    def asked(image):
+        return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
+
+    assert prompt_key(asked(one)) == prompt_key(asked(same)) != prompt_key(asked(other))
+    assert prompt_text(asked(one)) == "[image] What?"
+    for prompt, text in (([], ""), ([{"role": "user", "content": None}], ""), ([{"role": "user"}], ""), ("a", "a")):
+        assert prompt_text(prompt) == text
+        assert isinstance(prompt_key(prompt), int)

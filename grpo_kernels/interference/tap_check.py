@@ -2,8 +2,8 @@
 
 A tap assumes how a layer's output hangs on its weight. Where a model does otherwise (an embedding scaled afterwards, a
 norm with a gate, a weight that is used without its layer's forward) the sketch would be wrong, and nothing would show.
-So each parameter's contributions are also projected to a few numbers, ``V^T (sum_t d_t a_t^T) U`` with V and U of random
-signs, and compared with ``V^T grad U``: ``out + in`` multiplications a token and number instead of ``out * in``.
+So each parameter's contributions are also projected to a few numbers, ``V^T (sum_t d_t a_t^T) U`` with V and U of
+random signs, and compared with ``V^T grad U``: ``out + in`` multiplications a token and number, not ``out * in``.
 
 Shapes: S sequences of a micro-batch, R rows, T positions; PROBES numbers a side.
 

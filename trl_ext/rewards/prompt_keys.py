@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Iterable
 from typing import Any
 
 
 def prompt_key(prompt: Any) -> int:
-    """63 bits of a hash of the prompt: the same whenever it comes back, in every process."""
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    """63 bits of a hash of the prompt: the same whenever it comes back, in every process; a picture counts by its pixels."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=_fingerprint)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def _fingerprint(value: Any) -> str:
+    """Of what JSON has no word for: its content's, not the object's address."""
+    try:
+        content = value.tobytes() if hasattr(value, "tobytes") else pickle.dumps(value)
+    except Exception:
+        content = repr(value).encode()
+    about = [type(value).__name__, *(str(getattr(value, name, "")) for name in ("mode", "size", "shape", "dtype"))]
+    return " ".join([*about, hashlib.blake2b(content, digest_size=8).hexdigest()])
+
+
 def prompt_text(prompt: Any) -> str:
-    """What the user said: the last message of a conversation."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    """What the user said: the last message of a conversation, its pictures as [image]."""
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list) or not prompt:
+        return ""
+    content = prompt[-1].get("content") if isinstance(prompt[-1], dict) else prompt[-1]
+    if not isinstance(content, list):
+        return "" if content is None else str(content)
+    parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+    return " ".join(str(part["text"]) if "text" in part else f"[{part.get('type', '?')}]" for part in parts)
 
 
 def prompt_texts(logged: Iterable[Any], keys_B: Any) -> dict[int, str]:
