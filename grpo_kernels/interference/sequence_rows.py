@@ -33,16 +33,18 @@ class SequenceRows:
         else:
             self.total[key] = values_S.clone()
 
-    def add_outer(
-        self, left: torch.Tensor, right: torch.Tensor, side: int, place: tuple[slice, slice]
-    ) -> None:
+    def add_outer(self, left: torch.Tensor, right: torch.Tensor, side: int, place: tuple[slice, slice]) -> None:
         """Adds ``outer(left, right)``, folded sides of a layer, to the entries at this place."""
         parts, rows, columns = max(len(left), len(right)), *place
         if parts not in self.entries:
             size = (parts, len(self.prompt_S), side, side)
             self.entries[parts] = left.new_zeros(size, dtype=torch.promote_types(left.dtype, right.dtype))
         entries = self.entries[parts]
-        entries[..., rows, columns] += self.outer(left, right).to(entries.device)
+        if self.sequence_RT is None and rows == columns == slice(0, side):  # no block of its own, of (side, side) each
+            left, right = (x.expand(parts, -1, -1, -1).flatten(0, 1).to(entries) for x in (left, right))
+            entries.flatten(0, 1).baddbmm_(left.transpose(1, 2), right)
+        else:
+            entries[..., rows, columns] += self.outer(left, right).to(entries.device)
 
     def tokens(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """(R, tokens of a row, width) of what a layer got or gave, also where it flattened its rows."""
@@ -85,7 +87,7 @@ class SequenceRows:
         return total.index_add_(0, self._per_token(values), values.flatten(0, 1))[:-1]
 
     def _per_token(self, values: torch.Tensor) -> torch.Tensor:
-        """(N,): the sequence of each of a layer's tokens, which may be several a position (attention heads); S: none."""
+        """(N,): the sequence of each of a layer's tokens, several a position where they are heads; S: none."""
         assert self.sequence_RT is not None
         times = values.shape[-2] // self.sequence_RT.shape[1]
         sequence_N = self.sequence_RT.to(values.device).repeat_interleave(times, dim=1).flatten()
