@@ -4,12 +4,14 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.head.products import HeadSketch
+from grpo_kernels.interference import projections
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from grpo_kernels.interference.projections import PARTS
+from grpo_kernels.interference.projections import PARTS, random_signs
 from grpo_kernels.interference.sketch_error import predicted_rmse
 
 WORDS, POSITIONS, ROWS = 97, 11, 6
@@ -43,6 +45,7 @@ def batch():
     return ids, mask
 
 
+FIRST_SIGNS = [1, 1, -1, -1, 1, 1, -1, 1]
 WEIGHTS = torch.tensor([1.0, -0.5, 0.25, 2.0, -1.0, 0.75])
 
 
@@ -226,7 +229,8 @@ def test_nothing_else_changes(lora):
 
 
 def test_memory_does_not_grow_with_depth():
-    """B k k numbers a step, and signs: for each part a byte for each feature of a layer, and 9 k k for all."""
+    """B k k numbers a step, 3 x 9 k k a sequence of the current micro-batch, and signs: one for each part and feature
+    of a layer, and 18 k k for all."""
     sizes = []
     for layers in (2, 4):
         torch.manual_seed(0)
@@ -239,10 +243,100 @@ def test_memory_does_not_grow_with_depth():
         sketch.open(0)
         sketch.set_rows(torch.arange(ROWS))
         loss_of(model, ids, mask, WEIGHTS).backward()
+        assert {p: tuple(x.shape) for p, x in sketch._rows.entries.items()} == {PARTS: (PARTS, ROWS, 24, 24)}
+        sketch._fold()
+        assert not sketch._rows.entries
         assert [tuple(x.shape) for x in sketch._rows.total.values()] == [(ROWS, PARTS, 64 // PARTS)]
         sizes.append(sketch._projections.numbers())
     features = PARTS * (2 * (4 * 64 + 2 * (64 + 32)) + 2 * 3 * (64 + 112) + 4 * 64)  # of two more layers
     assert sizes[1] - sizes[0] <= features
+
+
+class Launches(TorchDispatchMode):
+    """The operations that a GPU would start a kernel for, and those that would wait for it."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.waits = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = [x for x in (args[1] if name in ("index", "index_put_") else ()) if x is not None]
+        if any(word in name for word in self.WAITS) or any(x.dtype in (torch.bool, torch.uint8) for x in masks):
+            self.waits.append(name)
+        if not function.is_view and not name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "promote")):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_large_layer_takes_few_launches(monkeypatch):
+    """(4096, 4096), several blocks a side: at most ten, where a tile is as large as on a GPU."""
+    monkeypatch.setitem(projections.TILE_BYTES, "cpu", projections.TILE_BYTES["cuda"])
+    layer = torch.nn.Linear(4096, 4096, bias=False)
+    sketch = GradientSketch(torch.nn.Sequential(layer), 64)
+    d, a = torch.randn(2, 3, 4096), torch.randn(2, 3, 4096)
+    with sketch.step(0) as recorded, sketch.rows(torch.arange(2)):
+        tapped, rows = sketch.layers[0], sketch._rows
+        sketch._linear(tapped, rows, d, a)  # the entries are there
+        with Launches() as seen:
+            sketch._linear(tapped, rows, d, a)
+    assert len(seen.names) <= 10, seen.names
+    assert not seen.waits
+    want = 2 * torch.einsum("rtd,rta->rda", d, a).flatten(1)
+    assert recorded[0].gram().diagonal() == pytest.approx(want.square().sum(1).numpy(), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_taps_never_wait_for_the_device(kind, packed):
+    model = make_model(kind)
+    ids, mask = batch()
+    sequence = torch.where(mask.bool(), torch.arange(ROWS)[:, None], -1) if packed else None
+    sketch = GradientSketch(model, 8)
+    with sketch.step(0), sketch.rows(torch.arange(ROWS), sequence):
+        loss = loss_of(model, ids, mask, WEIGHTS)
+        with Launches() as seen:
+            loss.backward()
+    assert "bmm" in seen.names or "baddbmm_" in seen.names
+    assert not seen.waits
+
+
+def test_packed_rows_of_any_lengths():
+    """Padding dropped, the sketch of rows told token by token is that of whole rows; lengths from 1 to many, and 0."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(40, 24)
+    lengths, width = [1, 30, 0, 2, 7], 30
+    a = torch.zeros(len(lengths), width, 40)
+    weight = torch.randn(24)
+    sequence = torch.full((len(lengths), width), -1)
+    for i, length in enumerate(lengths):
+        a[i, :length] = torch.randn(length, 40)
+        sequence[i, :length] = i
+    order = torch.randperm(a.shape[0] * width)  # not even one after the other
+    packed_a, packed_sequence = a.flatten(0, 1)[order][None], sequence.flatten()[order][None]
+    for dim in (0, 4, 64):
+        found = []
+        for values, told in ((a, None), (packed_a, packed_sequence)):
+            sketch = GradientSketch(layer, dim)
+            with sketch.step(3) as recorded, sketch.rows(torch.arange(len(lengths)), told):
+                y = layer(values)
+                live = (sequence if told is None else told) >= 0
+                ((y.tanh() @ weight) * live).sum().backward()
+            found.append(recorded[0].sketch)
+            sketch.close()
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_signs_are_the_seeds():
+    device = torch.device("cpu")
+    signs = random_signs("7 x", 4_000_003, device)
+    assert torch.equal(signs, random_signs("7 x", 4_000_003, device)) and set(signs.tolist()) == {-1, 1}
+    other = random_signs("8 x", 4_000_003, device)
+    for mean in (signs, signs * other, signs[1:] * signs[:-1], signs[32:] * signs[:-32], signs[64:] * signs[:-64]):
+        assert abs(mean.double().mean()) < 5 / 2000  # five standard errors
+    assert signs[:8].tolist() == FIRST_SIGNS  # also on other machines
 
 
 def test_head_sketch_of_the_fused_losses():

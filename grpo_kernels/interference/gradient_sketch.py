@@ -127,7 +127,8 @@ class GradientSketch:
         if self._projections is not None:
             raise ValueError("a step is open already")
         device = self._parameters[0].device
-        self._projections = Projections(self.dim, seed, device)
+        shapes = [parameter.shape for parameter in self._parameters]
+        self._projections = Projections(self.dim, seed, device, shapes)
         self._seen, self._rows = [], None
         self._check, self._word_signs = TapCheck(device), {}
 
@@ -155,6 +156,7 @@ class GradientSketch:
                 raise ValueError(f"sequence_RT must be an integer tensor (R, T), got {given}")
             if sequence_RT.numel() and not -1 <= int(sequence_RT.min()) <= int(sequence_RT.max()) < len(prompt_S):
                 raise ValueError(f"sequence_RT must hold values in [-1, {len(prompt_S)}): prompt ids are for that many")
+        self._fold()  # what the micro-batch before has added up
         n_rows = len(prompt_S) if sequence_RT is None else len(sequence_RT)
         self._rows = SequenceRows(prompt_S.clone(), sequence_RT, n_rows)
         self._seen.append(self._rows)
@@ -222,6 +224,7 @@ class GradientSketch:
         """Ends the step and returns what was recorded, the micro-batches' sequences one after the other."""
         if self._projections is None:
             raise ValueError("no step is open")
+        self._fold()
         device = self._projections.device
         keys = sorted({key for rows in self._seen for key in rows.total}, key=str)
         parts = [
@@ -244,6 +247,14 @@ class GradientSketch:
             raise ValueError("no rows were told in this step")
         sketch = torch.cat(parts)
         return StepSketch(sketch.view(len(sketch), PARTS, -1) if self.dim else sketch, torch.cat(prompts))
+
+    def _fold(self) -> None:
+        """Makes numbers of the sketch of the layers that were added up."""
+        assert self._projections is not None
+        for rows in self._seen:
+            for entries in rows.entries.values():
+                rows.add(None, self._projections.fold_entries(entries))
+            rows.entries.clear()
 
     def _size(self, key: Any) -> int:
         """The numbers of a sequence under this key, in an open step."""
@@ -294,12 +305,12 @@ class GradientSketch:
         if layer.bias is not None:
             self._add_vector(layer.bias, rows, rows.sums(d))
 
-    def _add_folded(self, layer: Layer, rows: SequenceRows, left: list[torch.Tensor], right: torch.Tensor) -> None:
+    def _add_folded(self, layer: Layer, rows: SequenceRows, left: torch.Tensor, right: torch.Tensor) -> None:
         """``left`` is folded already, for each part; ``right`` is of the weight's input side."""
         assert self._projections is not None and layer.weight is not None
-        folded = self._projections.fold_side(right, "in", layer.weight)
-        blocks = [rows.outer(d, a) for d, a in zip(left, folded, strict=True)]
-        rows.add(None, self._projections.fold_entries(blocks, layer.weight))
+        right = self._projections.fold_side(right, "in", layer.weight)
+        place = self._projections.place(layer.weight, left.shape[-1], right.shape[-1])
+        rows.add_outer(left, right, self._projections.side, place)
 
     def _embedding(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, ids: torch.Tensor) -> None:
         d = rows.tokens(layer.name, gradient)
@@ -316,8 +327,8 @@ class GradientSketch:
         assert self._projections is not None and self._check is not None
         self._check.outer(layer.weight, rows, self._signs_of(layer, n_words).to(d.dtype)[ids], d)
         if self.dim:
-            words = self._projections.vocabulary(n_words, layer.weight, d.dtype)
-            self._add_folded(layer, rows, self._projections.split_vocabulary(words[ids]), d)
+            words = self._projections.of_words(ids, n_words, layer.weight, d.dtype)
+            self._add_folded(layer, rows, self._projections.split_vocabulary(words), d)
             return
         one_hot = torch.nn.functional.one_hot(ids, n_words).to(d.dtype)
         rows.add(layer.weight, rows.outer(one_hot, d))
@@ -372,7 +383,7 @@ class GradientSketch:
             return None
         projections, weight = self._projections, layer.weight
         assert projections is not None
-        flat = SequenceRows(rows.prompt_S, sequence_N[None], 1, rows.total)
+        flat = SequenceRows(rows.prompt_S, sequence_N[None], 1, rows.total, rows.entries)
         hidden = hidden_NH.detach()[None]
 
         def add(projected_NK: torch.Tensor) -> None:

@@ -1,10 +1,11 @@
 """The rows of one micro-batch as sequences: sums over each sequence's own tokens.
 
-Shapes: S sequences of a micro-batch, R rows, T positions.
+Shapes: S sequences of a micro-batch, R rows, T positions, N = R T tokens, P parts of a sketch.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,17 @@ import torch
 
 @dataclass
 class SequenceRows:
-    """The sequences of one micro-batch, and what was seen of them."""
+    """The sequences of one micro-batch, and what was seen of them.
+
+    Nothing here waits for the device: on a GPU a tap only starts work.
+    """
 
     prompt_S: torch.Tensor
     sequence_RT: torch.Tensor | None  # the sequence of each position, -1 for none; None: each row is one
     n_rows: int
     total: dict[Any, torch.Tensor] = field(default_factory=dict)  # key None: the (S, parts, slots) sketch
+    entries: dict[int, torch.Tensor] = field(default_factory=dict)  # by P: (P, S, side, side), yet to be folded
+    _pieces: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, key: Any, values_S: torch.Tensor) -> None:
         values_S = values_S.to(torch.promote_types(values_S.dtype, torch.float32))
@@ -26,6 +32,19 @@ class SequenceRows:
             self.total[key] += values_S.to(self.total[key].device)
         else:
             self.total[key] = values_S.clone()
+
+    def add_outer(self, left: torch.Tensor, right: torch.Tensor, side: int, place: tuple[slice, slice]) -> None:
+        """Adds ``outer(left, right)``, folded sides of a layer, to the entries at this place."""
+        parts, rows, columns = max(len(left), len(right)), *place
+        if parts not in self.entries:
+            size = (parts, len(self.prompt_S), side, side)
+            self.entries[parts] = left.new_zeros(size, dtype=torch.promote_types(left.dtype, right.dtype))
+        entries = self.entries[parts]
+        if self.sequence_RT is None and rows == columns == slice(0, side):  # no block of its own, of (side, side) each
+            left, right = (x.expand(parts, -1, -1, -1).flatten(0, 1).to(entries) for x in (left, right))
+            entries.flatten(0, 1).baddbmm_(left.transpose(1, 2), right)
+        else:
+            entries[..., rows, columns] += self.outer(left, right).to(entries.device)
 
     def tokens(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """(R, tokens of a row, width) of what a layer got or gave, also where it flattened its rows."""
@@ -40,26 +59,65 @@ class SequenceRows:
         )
 
     def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """(S, width of left, width of right): each sequence's sum over its tokens of left right^T."""
+        """(..., S, width of left, width of right): each sequence's sum over its tokens of left right^T.
+
+        Both (..., R, tokens of a row, width).
+        """
         left, right = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (left, right))
         if self.sequence_RT is None:
-            return torch.bmm(left.transpose(1, 2), right)
-        flat_left, flat_right = left.flatten(0, 1), right.flatten(0, 1)
-        places = [(self._per_token(left) == s).nonzero().squeeze(1) for s in range(len(self.prompt_S))]
-        return torch.stack([flat_left[i].T @ flat_right[i] for i in places])
+            return left.transpose(-1, -2) @ right
+        place_N, sequence_M = self._in_pieces(left)
+        size = (len(sequence_M), self._longest(len(place_N)))
+        left, right = (
+            x.new_zeros(*x.shape[:-3], math.prod(size) + 1, x.shape[-1])
+            .index_copy_(-2, place_N, x.flatten(-3, -2))[..., :-1, :]
+            .unflatten(-2, size)
+            for x in (left, right)
+        )
+        of_pieces = left.transpose(-1, -2) @ right
+        total = of_pieces.new_zeros(*of_pieces.shape[:-3], len(self.prompt_S) + 1, *of_pieces.shape[-2:])
+        return total.index_add_(-3, sequence_M, of_pieces)[..., :-1, :, :]
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
         """(S, width): each sequence's sum over its tokens."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if self.sequence_RT is None:
             return values.sum(1)
-        sequence_N = self._per_token(values)
-        total = values.new_zeros(len(self.prompt_S), values.shape[-1])
-        live = sequence_N >= 0
-        return total.index_add_(0, sequence_N[live], values.flatten(0, 1)[live])
+        total = values.new_zeros(len(self.prompt_S) + 1, values.shape[-1])
+        return total.index_add_(0, self._per_token(values), values.flatten(0, 1))[:-1]
 
     def _per_token(self, values: torch.Tensor) -> torch.Tensor:
-        """The sequence of each of a layer's tokens, which may be several a position (attention heads)."""
+        """(N,): the sequence of each of a layer's tokens, several a position where they are heads; S: none."""
         assert self.sequence_RT is not None
-        times = values.shape[1] // self.sequence_RT.shape[1]
-        return self.sequence_RT.to(values.device).repeat_interleave(times, dim=1).flatten()
+        times = values.shape[-2] // self.sequence_RT.shape[1]
+        sequence_N = self.sequence_RT.to(values.device).repeat_interleave(times, dim=1).flatten()
+        return torch.where(sequence_N < 0, len(self.prompt_S), sequence_N)
+
+    def _longest(self, n_tokens: int) -> int:
+        """Tokens of a piece: as many as a sequence has on average, so that 2 S pieces are enough for any lengths."""
+        return max(1, math.ceil(n_tokens / max(1, len(self.prompt_S))))
+
+    def _in_pieces(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sequences cut to pieces of one length, for one batched product whose size is known beforehand.
+
+        (N,) the place of each token among the pieces' tokens, the one after the last for tokens of no sequence; (2 S,)
+        the sequence of each piece, S for unused ones.
+        """
+        key = values.shape[-2], values.device
+        if key not in self._pieces:
+            sequence_N = self._per_token(values)
+            n_sequences, longest = len(self.prompt_S), self._longest(len(sequence_N))
+            order_N = sequence_N.argsort(stable=True)
+            sorted_N = sequence_N[order_N]
+            zeros = sequence_N.new_zeros(n_sequences + 1)
+            length_S = zeros.index_add(0, sequence_N, torch.ones_like(sequence_N))
+            pieces_S = (length_S + longest - 1) // longest
+            first_S, first_piece_S = length_S.cumsum(0) - length_S, pieces_S.cumsum(0) - pieces_S
+            rank_N = torch.arange(len(order_N), device=order_N.device) - first_S[sorted_N]
+            place_N = first_piece_S[sorted_N] * longest + rank_N
+            none = 2 * n_sequences * longest
+            place_N = torch.where(sorted_N == n_sequences, none, place_N)
+            piece_M = torch.arange(2 * n_sequences, device=order_N.device)
+            sequence_M = torch.searchsorted(pieces_S[:-1].cumsum(0), piece_M, right=True)
+            self._pieces[key] = torch.empty_like(place_N).scatter_(0, order_N, place_N), sequence_M
+        return self._pieces[key]

@@ -43,14 +43,20 @@ def live_cosines(step: StepGradients) -> np.ndarray:
     return (gram_LL / norm_L[:, None] / norm_L).clamp(-1, 1).cpu().numpy()
 
 
-def squared_gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
-    """Of what is in ``.grad`` now, over all of FSDP2's shards."""
-    total = 0.0
+def squared_gradient_norms(parameters: list[torch.nn.Parameter]) -> list[float]:
+    """Of what is in each parameter's ``.grad`` now, over all of FSDP2's shards; 0.0 where there is none.
+
+    The rows' norms first: no copy of a gradient is made, and float32 sums stay short. One wait for the device in all.
+    """
+    squares = []
     for parameter in parameters:
-        if parameter.grad is not None:
-            square = parameter.grad.detach().float().square().sum()
-            total += (square.full_tensor() if isinstance(square, DTensor) else square).item()
-    return total
+        if parameter.grad is None:
+            squares.append(torch.zeros((), dtype=torch.float64, device=parameter.device))
+            continue
+        norms = torch.linalg.vector_norm(parameter.grad.detach(), dim=-1, dtype=torch.float32)
+        square = norms.double().square().sum()
+        squares.append(square.full_tensor() if isinstance(square, DTensor) else square)
+    return torch.stack([square.to(squares[0].device) for square in squares]).tolist()
 
 
 class Observer(Protocol):
@@ -349,8 +355,10 @@ class InterferenceLog:
     def _checks(self, gram_BB: torch.Tensor) -> dict[str, float]:
         """The taps against the gradients that the optimizer gets: how much of it they see, and whether rightly."""
         assert self.sketch is not None
-        tapped = squared_gradient_norm(self.sketch.tapped_parameters)
-        everything = squared_gradient_norm(self.sketch.trainable_parameters)
+        parameters, followed = self.sketch.trainable_parameters, set(map(id, self.sketch.tapped_parameters))
+        squares = squared_gradient_norms(parameters)
+        everything = sum(squares)
+        tapped = sum(square for square, parameter in zip(squares, parameters, strict=True) if id(parameter) in followed)
         if tapped == 0:
             return {}
         norm = tapped**0.5 / self._loss_scale()
