@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -276,6 +277,7 @@ def test_a_large_layer_takes_few_launches(monkeypatch):
     monkeypatch.setitem(projections.TILE_BYTES, "cpu", projections.TILE_BYTES["cuda"])
     layer = torch.nn.Linear(4096, 4096, bias=False)
     sketch = GradientSketch(torch.nn.Sequential(layer), 64)
+    sketch._right.add(0)  # the layer was checked before: seven steps of eight don't again
     d, a = torch.randn(2, 3, 4096), torch.randn(2, 3, 4096)
     with sketch.step(0) as recorded, sketch.rows(torch.arange(2)):
         tapped, rows = sketch.layers[0], sketch._rows
@@ -401,3 +403,85 @@ def test_bad_input_is_named():
         sketch.set_rows(torch.arange(ROWS))
         with pytest.raises(ValueError, match="a step is open already"):
             sketch.open(1)
+
+
+# ---- what isn't followed rightly is found out
+
+
+class ScaledAfterwards(nn.Linear):
+    """Its output isn't its weight's alone, and the tap can't know: the gradient of the weight is three times."""
+
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+class Unseen(nn.Module):
+    """A Linear whose weight is used, and whose forward isn't called; a norm with a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.unused = nn.Linear(6, 6), ScaledAfterwards(6, 6), nn.Linear(6, 6)
+        self.frozen_part, self.right = nn.Linear(6, 6, bias=False), nn.Linear(6, 4)
+
+    def forward(self, x, idle=False):
+        x = self.second(torch.tanh(self.first(x)))
+        x = torch.nn.functional.linear(torch.tanh(x), self.unused.weight, self.unused.bias)
+        return self.right(torch.tanh(x) + 0 * self.frozen_part(x))
+
+
+@pytest.mark.parametrize("dim", [0, 8])
+def test_a_layer_that_is_followed_wrongly_is_left_out(dim):
+    torch.manual_seed(0)
+    model = Unseen()
+    sketch = GradientSketch(model, dim)
+
+    def step():
+        model.zero_grad()
+        with sketch.step(1) as recorded, sketch.rows(torch.tensor([0, 1, 1])):
+            (model(torch.randn(3, 5, 6)) * torch.tensor([1.0, -2.0, 0.5])[:, None, None]).sum().backward()
+        return recorded[0], sketch.leave_out_wrong([p.grad for p in sketch.trainable_parameters], half=False)
+
+    _, wrong = step()
+    assert set(wrong) == {"second.weight", "unused.weight", "unused.bias"}  # second.bias is right
+    assert wrong["unused.weight"] == float("inf") and wrong["second.weight"] > 0.1
+    for _ in range(10):  # from here on only those that are right, checked again and again
+        recorded, wrong = step()
+        assert not wrong
+    names = {name for name, p in model.named_parameters() if any(p is q for q in sketch.tapped_parameters)}
+    assert names == {"first.weight", "first.bias", "second.bias", "right.weight", "right.bias", "frozen_part.weight"}
+    if dim == 0:  # and what is recorded is the gradient of those
+        total = sum(p.grad.square().sum() for p in sketch.tapped_parameters)
+        assert recorded.gram().sum().item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_half_precision_and_a_gradient_that_cancels_are_no_errors():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)).bfloat16()
+    sketch = GradientSketch(model, 16)
+    x = torch.randn(1, 9, 64).bfloat16().repeat(2, 1, 1)  # the same row twice, with opposite signs
+    with sketch.step(0), sketch.rows(torch.tensor([0, 1])):
+        (model(x).float() * torch.tensor([1.0, -1.01])[:, None, None]).sum().backward()
+    assert not sketch.leave_out_wrong([p.grad for p in sketch.trainable_parameters], half=True)
+
+
+def test_a_model_may_change_a_layers_output_in_place():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            y = self.first(x)
+            y += x
+            return self.second(y.tanh_())
+
+    torch.manual_seed(0)
+    model, x = InPlace(), torch.randn(2, 5, 6)
+    model(x).sum().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    sketch = GradientSketch(model, 0)
+    with sketch.step(0) as recorded, sketch.rows(torch.tensor([0, 1])):
+        model(x).sum().backward()
+    assert all(torch.equal(p.grad, before) for p, before in zip(model.parameters(), plain, strict=True))
+    assert recorded[0].gram().sum().item() == pytest.approx(sum(g.square().sum().item() for g in plain), rel=1e-5)

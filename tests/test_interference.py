@@ -283,3 +283,71 @@ def test_a_gradient_scaler_is_undone(tiny_policy, tmp_path):
     np.testing.assert_allclose(scaled.gram_BB, plain.gram_BB, rtol=1e-4, atol=1e-5 * np.abs(plain.gram_BB).max())
     for name in ("sketch_check", "coverage", "cos_mean"):
         assert scaled.metrics[f"interference/{name}"] == pytest.approx(plain.metrics[f"interference/{name}"], rel=1e-3)
+
+
+def wrongly_followed(policy, folder, **options):
+    """A trainer whose first MLP's ``down_proj`` multiplies what it is given by three: its tap can't know."""
+    trainer = build(policy, folder, unit, interference_every=1, max_steps=3, learning_rate=0.0, **options)
+    layer = trainer.model.model.layers[0].mlp.down_proj
+    forward = layer.forward
+    layer.forward = lambda x: forward(3 * x)
+    return trainer
+
+
+@pytest.mark.parametrize("rehearsed", [True, False])
+def test_a_layer_that_is_followed_wrongly_is_named_and_left_out(rehearsed, tiny_policy, tmp_path, caplog, monkeypatch):
+    """By the rehearsal before any step; without it (parameters on several processes) by the first, which it costs."""
+    if not rehearsed:
+        monkeypatch.setattr(interference_log, "rehearse", lambda *args: None)
+    trainer = wrongly_followed(tiny_policy, tmp_path, interference_dim=0, gradient_accumulation_steps=2)
+    trainer.train()
+    records = read_interference(tmp_path)
+    assert [record.step for record in records] == ([0, 1, 2] if rehearsed else [1, 2])
+    assert "Interference leaves out 1 parameters whose sum over sequences isn't their gradient" in caplog.text
+    assert "model.layers.mlp.down_proj.weight" in caplog.text
+    assert ("Interference of optimizer step 0 isn't logged" in caplog.text) is not rehearsed
+    for record in records:
+        assert record.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-4)
+        assert 0.3 < record.metrics["interference/coverage"] < 0.999
+
+
+def test_a_rehearsal_changes_nothing(tiny_policy, tmp_path):
+    """No gradient, no mode, no random number, no step: and what it finds out is right of the built-in model."""
+    from trl_ext.interference.followed import rehearse
+
+    trainer = build(tiny_policy, tmp_path, unit)
+    model = trainer.model.train()
+    model.lm_head.eval()
+    before, said = torch.get_rng_state(), []
+    sketch = interference_log.GradientSketch(model, 8)
+    rehearse(sketch, model, trainer.accelerator, lambda *text: said.append(text))
+    assert torch.equal(torch.get_rng_state(), before) and not said
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.model.training and not model.lm_head.training
+    assert len(sketch._right) > 10 and not sketch.untapped
+
+
+def test_evaluation_between_two_micro_batches_is_of_no_row(tiny_policy, tmp_path):
+    """A callback that evaluates in the middle of a logged step: what is logged is what it was without."""
+    from transformers import TrainerCallback
+
+    class Evaluates(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            random = torch.get_rng_state()
+            trainer.evaluate()
+            torch.set_rng_state(random)
+
+    found = []
+    for evaluates in (False, True):
+        trainer = build(
+            tiny_policy, tmp_path / str(evaluates), unit, interference_every=1, interference_dim=0, max_steps=2,
+            gradient_accumulation_steps=2, per_device_eval_batch_size=8, num_generations_eval=1,
+        )  # fmt: skip
+        trainer.eval_dataset = prompts(8, "held_out")
+        if evaluates:
+            trainer.add_callback(Evaluates())
+        trainer.train()
+        found.append(read_interference(tmp_path / str(evaluates)))
+    for plain, evaluated in zip(*found, strict=True):
+        np.testing.assert_allclose(evaluated.gram_BB, plain.gram_BB, rtol=1e-4, atol=1e-7)
+        assert evaluated.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-4)

@@ -24,6 +24,8 @@ from .projections import PARTS, Projections
 from .sequence_rows import SequenceRows
 from .tap_check import TapCheck
 
+CHECK_EVERY = 8  # steps, of a parameter that was found right before
+
 
 @dataclass(frozen=True)
 class StepSketch:
@@ -88,6 +90,8 @@ class GradientSketch:
         self._rows: SequenceRows | None = None
         self._seen: list[SequenceRows] = []
         self._check: TapCheck | None = None
+        self._right: set[int] = set()  # parameters that were found right
+        self._opened = 0  # steps
         self._word_signs: dict[int, torch.Tensor] = {}  # of weights whose rows are words, for the check
         self._failed: set[str] = set()
         self._handles = [layer.module.register_forward_hook(self._hook) for layer in self.layers]
@@ -120,7 +124,8 @@ class GradientSketch:
             yield recorded
             recorded.append(self.take())
         finally:
-            self.abandon()
+            if self._projections is not None:
+                self.abandon()
 
     def open(self, seed: int) -> None:
         """Begins a step; ``take`` ends it."""
@@ -131,6 +136,7 @@ class GradientSketch:
         self._projections = Projections(self.dim, seed, device, shapes)
         self._seen, self._rows = [], None
         self._check, self._word_signs = TapCheck(device), {}
+        self._opened += 1
 
     def abandon(self) -> None:
         """Ends a step, if one is open, and forgets it."""
@@ -197,13 +203,19 @@ class GradientSketch:
         if self._check is None:
             raise ValueError("no step was opened")
         names = self._names()
-        there = {number: gradient for number in names if (gradient := gradients[number]) is not None}
+        due = [number for number in names if self._due(number)]
+        there = {number: gradient for number in due if (gradient := gradients[number]) is not None}
         options: dict[str, Any] = {"half": half, "reduce": reduce, "processes": processes}
-        wrong = self._check.errors(there, projected=self._word_signs, **options)
+        wrong, right = self._check.errors(there, projected=self._word_signs, **options)
+        self._right.update(right)
         for layer in self.layers:
             layer.weight = None if layer.weight in wrong else layer.weight
             layer.bias = None if layer.bias in wrong else layer.bias
         return {names[number]: error for number, error in wrong.items()}
+
+    def _due(self, number: int) -> bool:
+        """Whether this step checks the parameter: until it was found right once, then in every eighth step."""
+        return number not in self._right or (self._opened + number) % CHECK_EVERY == 0
 
     @property
     def untapped(self) -> list[str]:
@@ -269,7 +281,7 @@ class GradientSketch:
             return
         if not isinstance(output, torch.Tensor) or not inputs or not isinstance(inputs[0], torch.Tensor):
             self._fail(layer, TypeError(f"layer {layer.name!r} isn't called with one tensor for another"))
-        elif output.requires_grad:
+        elif output.grad_fn is not None:
             tap(output, inputs[0], lambda gradient, kept: self._guarded(layer, rows, gradient, kept))
 
     def _guarded(
@@ -289,7 +301,7 @@ class GradientSketch:
 
     def _add_linear(self, layer: Layer, rows: SequenceRows, d: torch.Tensor, a: torch.Tensor) -> None:
         assert self._check is not None
-        if layer.weight is not None:
+        if layer.weight is not None and self._due(layer.weight):
             signs = self._signs_of(layer, d.shape[-1]).to(d.dtype)
             self._check.outer(layer.weight, rows, d @ signs, a)
         if layer.weight is not None and not self.dim:
@@ -325,7 +337,8 @@ class GradientSketch:
         if layer.weight is None:
             return
         assert self._projections is not None and self._check is not None
-        self._check.outer(layer.weight, rows, self._signs_of(layer, n_words).to(d.dtype)[ids], d)
+        if self._due(layer.weight):
+            self._check.outer(layer.weight, rows, self._signs_of(layer, n_words).to(d.dtype)[ids], d)
         if self.dim:
             words = self._projections.of_words(ids, n_words, layer.weight, d.dtype)
             self._add_folded(layer, rows, self._projections.split_vocabulary(words), d)
@@ -361,7 +374,8 @@ class GradientSketch:
 
     def _add_vector(self, number: int, rows: SequenceRows, vector_SD: torch.Tensor) -> None:
         assert self._check is not None
-        self._check.vector(number, vector_SD)
+        if self._due(number):
+            self._check.vector(number, vector_SD)
         if not self.dim:
             rows.add(number, vector_SD)
             return
@@ -394,9 +408,10 @@ class GradientSketch:
                     self._add_linear(layer, flat, projected_NK[None], hidden)
                 else:
                     assert self._check is not None
-                    self._signs_of(layer, n_words)
-                    mix = self._check.signs(projected_NK.shape[-1], 0, projected_NK)
-                    self._check.outer(weight, flat, projected_NK[None] @ mix, hidden.to(projected_NK.dtype))
+                    if self._due(weight):
+                        self._signs_of(layer, n_words)
+                        mix = self._check.signs(projected_NK.shape[-1], 0, projected_NK)
+                        self._check.outer(weight, flat, projected_NK[None] @ mix, hidden.to(projected_NK.dtype))
                     self._add_folded(layer, flat, projections.split_vocabulary(projected_NK[None]), hidden)
             except Exception as error:
                 self._fail(layer, error)

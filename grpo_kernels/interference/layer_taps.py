@@ -29,19 +29,26 @@ def tap(
 ) -> None:
     """Calls ``record`` with the gradient of ``output`` when it is there, and a function that gives ``layer_input``.
 
-    A hook on the tensor: the forward's values stay those of the model, which may change them in place. The input is
-    kept as autograd keeps activations, so that gradient checkpointing drops and recomputes it: a closure over it would
-    keep it alive.
+    The forward's values stay those of the model, which may change them in place: the hook is on what made the output
+    (of a view, on what made the tensor that is viewed: a change in place takes the view itself out of the graph). The
+    input is kept as autograd keeps activations, so that gradient checkpointing drops and recomputes it: a closure over
+    it would keep it alive.
     """
     kept = [_Kept.apply(torch.empty(0, requires_grad=True), layer_input)]
+    base = output._base if output._is_view() else None
+    whole = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    made = base if base is not None and whole and base.grad_fn is not None else output
+    shape, place = output.shape, made.output_nr
 
-    def see(gradient: torch.Tensor) -> None:
-        if kept:  # a second backward through the same graph adds nothing
+    def see(gradients: tuple[torch.Tensor | None, ...]) -> None:
+        gradient = gradients[place]
+        if kept and gradient is not None:  # a second backward through the same graph adds nothing
             holder = kept.pop()
             with torch.no_grad():
-                record(gradient, lambda: holder.grad_fn.saved_tensors[0])
+                record(gradient.reshape(shape), lambda: holder.grad_fn.saved_tensors[0])
 
-    output.register_hook(see)
+    assert made.grad_fn is not None
+    made.grad_fn.register_prehook(see)
 
 
 @dataclass

@@ -32,18 +32,19 @@ class TapCheck:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._signs: dict[tuple[int, int], torch.Tensor] = {}
+        self._signs: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
         self._sums: dict[int, torch.Tensor] = {}
         self._squares: dict[int, torch.Tensor] = {}
 
     def signs(self, width: int, side: int, like: torch.Tensor | None = None) -> torch.Tensor:
         """(width, PROBES) of +-1, the same on every process; ``side`` 0 or 1. Exact in every dtype."""
-        if (width, side) not in self._signs:
+        dtype = torch.float32 if like is None else like.dtype
+        if (width, side, dtype) not in self._signs:
             generator = torch.Generator().manual_seed(2 * width + side)
-            bits = torch.randint(0, 2, (width, PROBES), generator=generator, dtype=torch.int8)
-            self._signs[width, side] = (2 * bits - 1).to(self._device)
-        signs = self._signs[width, side]
-        return signs.float() if like is None else signs.to(like.device, like.dtype)
+            bits = torch.randint(0, 2, (width, PROBES), generator=generator)
+            self._signs[width, side, dtype] = (2 * bits - 1).to(self._device, dtype)
+        signs = self._signs[width, side, dtype]
+        return signs if like is None else signs.to(like.device)
 
     def outer(self, number: int, rows: SequenceRows, left: torch.Tensor, right: torch.Tensor) -> None:
         """``left`` (R, T, PROBES) is projected already; ``right`` (R, T, in) is not."""
@@ -68,10 +69,11 @@ class TapCheck:
         half: bool = False,
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
         processes: int = 1,
-    ) -> dict[int, float]:
-        """The relative error of each parameter whose sum over sequences isn't its gradient; inf: none of it was seen.
+    ) -> tuple[dict[int, float], list[int]]:
+        """The relative error of each parameter whose sum over sequences isn't its gradient (inf: none of it was seen),
+        and those that were found right.
 
-        Of a parameter without a gradient nothing can be said (LoRA's A at B = 0, an idle expert): it isn't in it.
+        Of a parameter without a gradient nothing can be said (LoRA's A at B = 0, an idle expert): it is in neither.
 
         Args:
             gradients: by number, whole; the mean over ``processes``.
@@ -82,7 +84,7 @@ class TapCheck:
         """
         numbers = sorted(gradients)
         if not numbers:
-            return {}
+            return {}, []
         size = PROBES * PROBES
         seen = torch.zeros(len(numbers), size + 1, device=self._device)
         expected = torch.zeros(len(numbers), size, device=self._device)
@@ -102,6 +104,8 @@ class TapCheck:
         relative = distance / (seen[:, -1].sqrt() / processes)
         size_of = expected.norm(dim=1)
         known = size_of > (HALF_ROUNDING if half else ROUNDING) * size_of.max()
-        wrong = known & ~(relative <= (HALF_TOLERANCE if half else TOLERANCE))
-        places = wrong.nonzero().flatten().tolist()
-        return {numbers[place]: float(relative[place]) for place in places}
+        bound = HALF_TOLERANCE if half else TOLERANCE
+        errors = torch.where(known, relative, -1.0).tolist()
+        found = [(number, error) for number, error in zip(numbers, errors, strict=True) if error != -1.0]
+        wrong = {number: error for number, error in found if not error <= bound}
+        return wrong, [number for number, _ in found if number not in wrong]

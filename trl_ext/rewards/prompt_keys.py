@@ -10,7 +10,7 @@ from typing import Any
 
 
 def prompt_key(prompt: Any) -> int:
-    """63 bits of a hash of the prompt: the same whenever it comes back, in every process; a picture counts by its pixels."""
+    """63 bits of a hash of the prompt: the same whenever it comes back, in every process; pictures by their pixels."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=_fingerprint)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
