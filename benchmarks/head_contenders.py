@@ -14,7 +14,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from grpo_kernels import linear_grpo_loss
 
-SHAPES = {"SmolLM2": (576, 49152), "Qwen2.5": (896, 151936)}
+SHAPES = {"SmolLM2": (576, 49152), "Qwen2.5": (896, 151936), "8B": (4096, 151936)}
 SEQUENCES = 16
 FLOOR_ROWS = 512
 

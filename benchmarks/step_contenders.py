@@ -5,7 +5,8 @@ fresh process, after a first step that leaves AdamW's state.
 
 The rollouts: 4 prompts x 4 answers of made-up tokens. Lengths have the spread of GSM8K's in SmolLM2's tokens (log-std
 0.36 of questions, 0.45 of answers), but a median of 30 tokens, so that the benchmark ends in time on a CPU, in float32.
-On a GPU: 8 prompts x 8 answers, medians of 90 and 148 tokens, in bf16.
+On a GPU: a model of Qwen2.5-1.5B's shape with random weights, in bf16 and with gradient checkpointing as TRL has it by
+default, 8 prompts x 8 answers, medians of 90 and 148 tokens.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import torch
 from datasets import Dataset
 from head_memory import in_use, peak_beyond_now
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.tasks.small_policy import build_tokenizer
 from trl_ext.tasks.smollm2 import smollm2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS, GENERATIONS, MICRO_BATCHES = (8, 8, 4) if DEVICE == "cuda" else (4, 4, 4)
+MODEL = "1.5B" if DEVICE == "cuda" else "SmolLM2"
 PROMPT_LOG_MEAN, ANSWER_LOG_MEAN = (4.5, 5.0) if DEVICE == "cuda" else (3.4, 3.4)
 
 
@@ -46,6 +49,22 @@ def make_rollouts() -> dict[str, list[list[int]]]:
     questions = lengths(generator, PROMPTS, PROMPT_LOG_MEAN, 0.36)
     answers = lengths(generator, PROMPTS * GENERATIONS, ANSWER_LOG_MEAN, 0.45)
     return {"prompts": [ids(n) for n in questions], "completions": [ids(n) for n in answers]}
+
+
+def make_model():
+    """What TRL takes as ``model``, and the tokenizer."""
+    if DEVICE == "cpu":
+        return str(smollm2()), AutoTokenizer.from_pretrained(smollm2(), padding_side="left")
+    config = Qwen2Config(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = Qwen2ForCausalLM(config)
+    tokenizer = build_tokenizer((1, 4))
+    tokenizer.padding_side = "left"
+    return model, tokenizer
 
 
 class Clock(TrainerCallback):
@@ -81,8 +100,9 @@ class Contender:
         if name == "ours":
             options = {"interference_every": 0, **options}  # it has a benchmark of its own
         self.options = {"num_iterations": 1, **options}
+        model, tokenizer = make_model()
         self.trainer = trainer_class(
-            model=str(smollm2()),
+            model=model,
             reward_funcs=self.reward,
             args=config_class(
                 output_dir=tempfile.mkdtemp(), num_generations=GENERATIONS,
@@ -90,12 +110,12 @@ class Contender:
                 gradient_accumulation_steps=MICRO_BATCHES, max_steps=self.options["num_iterations"],
                 max_completion_length=512,
                 learning_rate=0.0,  # nothing moves: all measure the same parameters, and gradients can be compared
-                bf16=DEVICE == "cuda", gradient_checkpointing=False,
+                bf16=DEVICE == "cuda", gradient_checkpointing=DEVICE == "cuda",
                 shuffle_dataset=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
                 use_cpu=DEVICE == "cpu", seed=1, **self.options,
             ),
             train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(PROMPTS)]}),
-            processing_class=AutoTokenizer.from_pretrained(smollm2(), padding_side="left"),
+            processing_class=tokenizer,
             rollout_func=self.rollout,
             peft_config=LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0) if lora else None,
             callbacks=[self.clock],

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Qwen2.5's head is five times SmolLM2's: fewer rounds, or the whole would take an hour on two cores
-ROUNDS = {"SmolLM2": 5, "Qwen2.5": 2}
+ROUNDS = {"SmolLM2": 5, "Qwen2.5": 2} if DEVICE == "cpu" else {"SmolLM2": 15, "Qwen2.5": 15, "8B": 7}
 SHORT = [  # without --full
     ("SmolLM2", 512, "fp32", False, 1.0),
     ("SmolLM2", 512, "fp32", False, 0.5),
@@ -30,11 +30,18 @@ SHORT = [  # without --full
 ]
 GRID = [
     (shape, 512, dtype, frozen, live)
-    for shape in heads.SHAPES
+    for shape in ("SmolLM2", "Qwen2.5")
     for dtype in DTYPES
     for frozen in (False, True)
     for live in (1.0, 0.5, 0.125)
 ] + [("SmolLM2", 2048, dtype, frozen, 1.0) for dtype in DTYPES for frozen in (False, True)]
+if DEVICE == "cuda":  # 512 tokens are a millisecond there, and the launches' own time
+    GRID += [
+        (shape, n, "bf16", frozen, live)
+        for shape, n in (("Qwen2.5", 4096), ("8B", 8192))
+        for frozen in (False, True)
+        for live in (1.0, 0.5)
+    ]
 
 
 def name_of(shape, n, dtype, frozen, live):
@@ -58,10 +65,14 @@ def test_against_trl_and_the_floor(benchmark, record, shape, n, dtype, frozen, l
     problem = heads.make_problem(shape, n, DTYPES[dtype], frozen=frozen, live=live, device=DEVICE)
     calls = {"ours": heads.ours(problem), "trl": heads.trl(problem), "floor": heads.bare_products(problem)}
     check_same_gradient(problem, calls["ours"], calls["trl"], 1e-4 if dtype == "fp32" else 3e-2)
-    medians = alternate(calls, rounds=ROUNDS[shape] if n == 512 else 2)
-    with FlopCounterMode(display=False) as counter:
-        calls["ours"]()
-    products = counter.get_total_flops() / (n * heads.SHAPES[shape][0] * heads.SHAPES[shape][1])
+    medians = alternate(calls, rounds=ROUNDS[shape] if n == 512 or DEVICE == "cuda" else 2)
+    products = None
+    try:
+        with FlopCounterMode(display=False) as counter:
+            calls["ours"]()
+        products = counter.get_total_flops() / (n * heads.SHAPES[shape][0] * heads.SHAPES[shape][1])
+    except TypeError:  # torch's counter doesn't know addmm with out_dtype, several tiles of half precision on a GPU
+        pass
     benchmark.extra_info.update(medians, products=products)
     record(
         "head",
@@ -103,7 +114,7 @@ def test_against_the_other_peers(benchmark, record, full, shape, dtype, frozen):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("shape", heads.SHAPES)
+@pytest.mark.parametrize("shape", ("SmolLM2", "Qwen2.5"))
 @pytest.mark.parametrize("frozen", [False, True])
 def test_peak_memory(benchmark, record, shape, frozen):
     """Beyond inputs and returned gradients, each contender in a fresh process."""

@@ -1,8 +1,8 @@
 """The whole optimizer step, from old log-probs to the optimizer: TRL's GRPOTrainer against ours, on the same rollouts.
 
-Counted: SmolLM2-135M, LoRA and full, stored answers of uneven lengths to a few prompts in 4 micro-batches
-(``step_contenders.py`` says how many, and in which precision); reward, forward, backward, clipping, AdamW; generation
-costs nothing. The shares of dead groups are 0, 1/4, 1/2 and 3/4. The trainers take turns; what is printed is the median
+Counted: SmolLM2-135M (on a GPU 1.5B), LoRA and full, stored answers of uneven lengths to a few prompts in 4
+micro-batches (``step_contenders.py`` says how many, and in which precision); reward, forward, backward, clipping,
+AdamW; generation costs nothing. The shares of dead groups are 0, 1/4, 1/2 and 3/4. The trainers take turns; what is printed is the median
 of the ratios of neighbours.
 
 Predicted at share d: the backbone runs (1 - d) of the sequences, and no padding but what one micro-batch needs; the
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_contenders import DEVICE, GENERATIONS, PROMPTS, Contender
+from step_contenders import DEVICE, GENERATIONS, MODEL, PROMPTS, Contender
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
 SHORT = (0.0, 0.5)  # without --full
@@ -87,7 +87,7 @@ def test_optimizer_step(benchmark, record, pair, share):
     benchmark.extra_info.update({name: statistics.median(times) for name, times in seconds.items()})
     record(
         "step",
-        f"SmolLM2 {kind:4s} dead groups {share:4.2f}",
+        f"{MODEL} {kind:4s} dead groups {share:4.2f}",
         {"TRL / ours": ratio, "predicted, backbone alone": 1 / (1 - saved), "ours / floor": to_floor},
     )
 
@@ -107,7 +107,7 @@ def test_with_old_log_probs(benchmark, record):
 
     benchmark.pedantic(take_turns, rounds=1)
     ratio = statistics.median(t / o for t, o in zip(seconds["trl"], seconds["ours"], strict=True))
-    record("step", "SmolLM2 lora dead groups 0.50, old log-probs and two steps", {"TRL / ours": ratio})
+    record("step", f"{MODEL} lora dead groups 0.50, old log-probs and two steps", {"TRL / ours": ratio})
 
 
 @pytest.mark.full
@@ -132,7 +132,7 @@ def test_peak_memory(benchmark, record, kind):
     for share, ours in zip(SHARES, found["ours"], strict=True):
         record(
             "step",
-            f"SmolLM2 {kind:4s} dead groups {share:4.2f}, peak memory",
+            f"{MODEL} {kind:4s} dead groups {share:4.2f}, peak memory",
             {"TRL MiB": found["trl"][0] / 2**20, "ours MiB": ours / 2**20},
         )
 
@@ -177,4 +177,4 @@ def test_where_the_time_goes(benchmark, record, pair):
     spent["head, its loss and gradients"] = spent.pop("head")
     spent["rest"] = whole - sum(spent.values())
     shares = {f"{stage} %": 100 * seconds / whole for stage, seconds in spent.items()}
-    record("step", f"SmolLM2 {kind:4s} dead groups 0.50, where the time goes", shares)
+    record("step", f"{MODEL} {kind:4s} dead groups 0.50, where the time goes", shares)

@@ -31,6 +31,7 @@ from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.interference.followed import rehearse
+from trl_ext.mixed_rows import mixes_rows
 from trl_ext.tasks.small_policy import build_tokenizer
 
 PROMPTS, GENERATIONS, STEPS = 4, 4, 3
@@ -220,7 +221,8 @@ def examine(name: str, adapter: Callable[[], PeftConfig | None]) -> Row:
         row.coverage, found, row.left_out, row.untapped = sketch_errors(model, adapter())
         row.wrong = [name for name, error in found.items() if not error < 1e-3]
     except ValueError as error:
-        row.sketch_fails = "nothing" if "nothing to tap" in str(error) else type(error).__name__
+        known = {"nothing to tap": "nothing", "switched off": str(error)}
+        row.sketch_fails = next((text for start, text in known.items() if start in str(error)), type(error).__name__)
     except Exception as error:
         row.sketch_fails = type(error).__name__
     return row
@@ -238,6 +240,8 @@ def sketch_errors(
         model = get_peft_model(model, adapter)
         move_from_the_start(model)
     model.train()
+    if mixes_rows(model) is not None:
+        raise ValueError("switched off: rows mix")
     prompts, answers = rollouts()
     rows = [prompt + answer for prompt, answer in zip(prompts, answers[::GENERATIONS], strict=True)][:3]
     width = max(map(len, rows))
@@ -262,6 +266,7 @@ def sketch_errors(
     model.zero_grad()
     loss(weights).backward()
     totals = dict(sketch._seen[0].total)
+    left_out += sketch.leave_out_wrong([p.grad for p in parameters], half=False)  # as a step does
     tapped = {id(p) for p in sketch.tapped_parameters}
     sketch.abandon()
     sketch.close()

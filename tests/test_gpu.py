@@ -120,3 +120,27 @@ def test_memory_layout_on_a_gpu(call, signal, names, layout):
         found = call({**given, name: layout(given[name])}, signal)
         for a, b in zip(expected, found, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_taps_never_wait_for_the_gpu(packed, tiny_policy):
+    """A backward of a step that is logged: nothing in it reads a number from the device."""
+    from transformers import AutoModelForCausalLM
+
+    from grpo_kernels.interference.gradient_sketch import GradientSketch
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy).cuda()
+    ids = torch.randint(3, 90, (4, 16), device="cuda")
+    sequence = torch.arange(4, device="cuda")[:, None].expand(4, 16).contiguous() if packed else None
+    sketch = GradientSketch(model, 64)
+    for _ in range(2):  # the first compiles and allocates
+        with sketch.step(0) as recorded, sketch.rows(torch.arange(4, device="cuda"), sequence):
+            loss = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[..., 5].sum()
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                loss.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert recorded[0].gram().diagonal().min() > 0
+        model.zero_grad()

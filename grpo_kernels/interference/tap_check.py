@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from .projections import random_signs
 from .sequence_rows import SequenceRows
 
 PROBES = 4
@@ -40,9 +41,8 @@ class TapCheck:
         """(width, PROBES) of +-1, the same on every process; ``side`` 0 or 1. Exact in every dtype."""
         dtype = torch.float32 if like is None else like.dtype
         if (width, side, dtype) not in self._signs:
-            generator = torch.Generator().manual_seed(2 * width + side)
-            bits = torch.randint(0, 2, (width, PROBES), generator=generator)
-            self._signs[width, side, dtype] = (2 * bits - 1).to(self._device, dtype)
+            signs = random_signs(f"check {side} {width}", width * PROBES, self._device)
+            self._signs[width, side, dtype] = signs.view(width, PROBES).to(dtype)
         signs = self._signs[width, side, dtype]
         return signs if like is None else signs.to(like.device)
 

@@ -23,11 +23,12 @@ import torch
 from accelerate.utils import DistributedType
 
 from trl_ext.loss.token_weights import live_mask, live_tokens, token_weights
+from trl_ext.mixed_rows import mixes_rows
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .batch_rows import even_batches, join, row_lengths, select
 from .columns import trimmed_columns
-from .skipping import EVERYTHING, WhatRuns, has_dropout, live_sequences, mixes_rows, what_runs
+from .skipping import EVERYTHING, WhatRuns, has_dropout, live_sequences, what_runs
 from .step_statistics import StepStatistics
 
 KEY = "micro_batch"  # in TRL's dict

@@ -74,12 +74,6 @@ def live_sequences(batch: dict[str, Any], runs: WhatRuns) -> torch.Tensor:
     return (batch["advantages"] != 0) & (tokens_B > 0)
 
 
-def mixes_rows(model: Any) -> str | None:
-    """What of the model's adapters makes a sequence's result depend on those that run beside it, or None."""
-    kinds = {getattr(adapter, "peft_type", None) for adapter in getattr(model, "peft_config", {}).values()}
-    return "Lily's router averages over all tokens that run together" if "LILY" in kinds else None
-
-
 def has_dropout(model: torch.nn.Module) -> bool:
     """Of torch's modules, LoRA's among them, or as a rate that a module keeps for its forward; PVeRA's noise too."""
     if any(getattr(adapter, "peft_type", None) == "PVERA" for adapter in getattr(model, "peft_config", {}).values()):

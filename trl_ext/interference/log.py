@@ -25,6 +25,7 @@ from grpo_kernels.interference.metrics import interference_metrics, orthogonalit
 from grpo_kernels.interference.sketch_error import predicted_rmse
 from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
 from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
+from trl_ext.mixed_rows import mixes_rows
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .files import write_step
@@ -104,6 +105,9 @@ class InterferenceLog:
         self._opened_in = 0  # the optimizer step
         if run.torch_compile and not self._off:
             self._switch_off("torch_compile=True: a compiled model doesn't call the layers' hooks")
+        mixed = mixes_rows(self.accelerator.unwrap_model(model))
+        if mixed is not None and not self._off:
+            self._switch_off(f"{mixed}: no sequence has a gradient of its own")
         if not self._off:  # wrong patterns are named before training
             try:
                 GradientSketch(self.accelerator.unwrap_model(model), self.dim, self.layers).close()
