@@ -2,8 +2,8 @@
 
 Counted: SmolLM2-135M (on a GPU 1.5B), LoRA and full, stored answers of uneven lengths to a few prompts in 4
 micro-batches (``step_contenders.py`` says how many, and in which precision); reward, forward, backward, clipping,
-AdamW; generation costs nothing. The shares of dead groups are 0, 1/4, 1/2 and 3/4. The trainers take turns; what is printed is the median
-of the ratios of neighbours.
+AdamW; generation costs nothing. The shares of dead groups are 0, 1/4, 1/2 and 3/4. The trainers take turns; what is
+printed is the median of the ratios of neighbours.
 
 Predicted at share d: the backbone runs (1 - d) of the sequences, and no padding but what one micro-batch needs; the
 head (1 - d) of the completions, at 6 (frozen 4) products in place of 8 (6). So ours / TRL's is about (1 - d) times the

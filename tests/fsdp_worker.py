@@ -41,7 +41,7 @@ def backward_pass(model, ids, advantages):
         "advantages": advantages,
         "weights_B": torch.full((len(ids),), 0.25 / count),
     }
-    loss = model(input_ids=ids, labels=labels, fused_lm_head=True, grpo_inputs=grpo_inputs).loss
+    loss = model(input_ids=ids, labels=labels, fused_lm_head=True, grpo_inputs=grpo_inputs).grpo_loss
     logprobs = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
     (loss + 0.01 * (logprobs * advantages[:, None]).sum()).backward()
 

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,10 +127,9 @@ def test_another_normalisation_starts_anew(tiny_policy, tmp_path, caplog):
 
 @pytest.mark.parametrize("method", ["adaptive", "curvature"])
 def test_without_a_signal_it_is_std_and_says_so_once(method, tiny_policy, tmp_path, monkeypatch):
-    import trl_ext.trainer as module
-
     said = []
-    monkeypatch.setattr(module.logger, "warning", lambda text, *args, **kwargs: said.append(text))
+    logger = SimpleNamespace(warning=said.append, info=lambda text: None)
+    monkeypatch.setattr("trl_ext.trainer.get_logger", lambda name: logger)
 
     def unit(completion_ids, **kwargs):
         return [(len(ids) % 5) / 4 for ids in completion_ids]

@@ -282,20 +282,22 @@ def test_what_a_gpu_would_refuse_or_wait_for_is_seen(device):
 
 
 def test_sketches_of_a_layer(device):
-    """Signs are drawn on the CPU, the same for every device, and go there."""
+    """Signs are made where they are used, the same everywhere."""
     generator = torch.Generator().manual_seed(0)
     d, a = torch.randn(2, 5, 30, generator=generator), torch.randn(2, 5, 20, generator=generator)
     words = torch.randn(2, 5, V, generator=generator)
     sequence_RT = torch.tensor([[0, 0, 1, 1, -1], [2, 2, 2, -1, -1]])
 
     def sketch(where, d, a, words, sequence_RT, prompt_S):
-        projections = Projections(4, 3, where)
+        projections = Projections(4, 3, where, [(30, 20), (30,), (V, 20)])
         found = []
         for rows in (SequenceRows(prompt_S[:2], None, 2), SequenceRows(prompt_S, sequence_RT, 2)):
             left, right = projections.fold_side(d, "out", 0), projections.fold_side(a, "in", 0)
-            blocks = [rows.outer(*sides) for sides in zip(left, right, strict=True)]
-            rows.add(None, projections.fold_entries(blocks, 0))
+            place = projections.place(0, left.shape[-1], right.shape[-1])
+            rows.add_outer(left, right, projections.side, place)
             rows.add(None, projections.fold_vector(rows.sums(d), 1))
+            for entries in rows.entries.values():
+                rows.add(None, projections.fold_entries(entries))
             projected = words @ projections.vocabulary(V, 2, words.dtype)
             found += [rows.total[None], *projections.split_vocabulary(projected)]
         return found
