@@ -464,6 +464,18 @@ def test_half_precision_and_a_gradient_that_cancels_are_no_errors():
     assert not sketch.leave_out_wrong([p.grad for p in sketch.trainable_parameters], half=True)
 
 
+def test_a_gradient_that_overflowed_tells_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    sketch = GradientSketch(model, 8)
+    with sketch.step(0), sketch.rows(torch.tensor([0, 1])):
+        (model(torch.randn(2, 5, 6)) * torch.tensor([1.0, 1e38])[:, None, None] * 1e3).sum().backward()
+    gradients = [p.grad for p in sketch.trainable_parameters]
+    assert not all(gradient.isfinite().all() for gradient in gradients)
+    assert not sketch.leave_out_wrong(gradients, half=False)
+    assert len(sketch.tapped_parameters) == 4
+
+
 def test_a_model_may_change_a_layers_output_in_place():
     class InPlace(nn.Module):
         def __init__(self):

@@ -9,12 +9,13 @@ KEEP = ["advantages", "prompt_id", "group_position", "group_rewards", "token_wei
 
 
 def start_worker(processes, policy, folder, trainer="ours", signals=False, kill_at=None, resume=None, dead=0.0,
-                 fsdp=False, **options):  # fmt: skip
+                 fsdp=False, wrong_layer=None, **options):  # fmt: skip
     folder.mkdir(exist_ok=resume is not None)
     spec = {
         "signals": signals,
         "dead": dead,
         "fsdp": fsdp,
+        "wrong_layer": wrong_layer,
         "kill_at": kill_at,
         "resume": resume,
         "trainer": trainer,
@@ -80,3 +81,14 @@ def test_the_same_as_trl_on_two_processes(loss_type, skip, tiny_policy, tmp_path
     theirs = run(2, tiny_policy, tmp_path / "trl", trainer="trl", **options)[0]
     ours = run(2, tiny_policy, tmp_path / "ours", skip_zero_advantage=skip, **options)[0]
     assert_same_run(ours, theirs)
+
+
+def test_both_processes_leave_out_a_layer_that_is_followed_wrongly(tiny_policy, tmp_path):
+    """Found by the first step's own check: it isn't logged, and later ones are as on one process."""
+    wrong = {"wrong_layer": "model.layers.0.mlp.down_proj", "interference_every": 1, "learning_rate": 0.0}
+    one = run(1, tiny_policy, tmp_path / "one", **wrong)[0]
+    two = run(2, tiny_policy, tmp_path / "two", **wrong)[0]
+    assert_same_run(two, one)
+    logs = [log for log in two["logs"] if "reward" in log]
+    assert ["interference/sketch_check" in log for log in logs] == [False, True, True]
+    assert all(0.3 < log["interference/coverage"] < 0.999 for log in logs[1:])

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.interference import log as interference_log
 from trl_ext.tasks.arithmetic import generate_problems
 
 GENERATIONS = 8
@@ -102,7 +103,6 @@ def main(spec):
         output_dir=spec["folder"],
         num_generations=GENERATIONS,
         optim="sgd",
-        learning_rate=0.5,
         lr_scheduler_type="constant",
         logging_steps=1,
         bf16=False,
@@ -111,6 +111,7 @@ def main(spec):
         disable_tqdm=True,
         use_cpu=True,
         **{
+            "learning_rate": 0.5,
             "max_steps": 3,
             "save_strategy": "no",
             # three groups: the second is split between two processes
@@ -131,6 +132,10 @@ def main(spec):
     )
     if spec["fsdp"]:
         shard(trainer)
+    if spec["wrong_layer"]:  # multiplies what it is given by three, which its tap can't know, and isn't rehearsed
+        interference_log.rehearse = lambda *args: None
+        layer = trainer.model.get_submodule(spec["wrong_layer"])
+        layer.forward = lambda x, forward=layer.forward: forward(3 * x)
     batches, live_by_step = [], {}
     prepare = trainer._prepare_inputs
 

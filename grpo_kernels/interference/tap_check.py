@@ -103,7 +103,9 @@ class TapCheck:
         distance = (seen[:, :-1] / processes - expected).norm(dim=1)
         relative = distance / (seen[:, -1].sqrt() / processes)
         size_of = expected.norm(dim=1)
-        known = size_of > (HALF_ROUNDING if half else ROUNDING) * size_of.max()
+        finite = size_of.isfinite() & seen.isfinite().all(dim=1)  # not where a GradScaler's step overflows
+        largest = torch.where(finite, size_of, 0.0).max()
+        known = finite & (size_of > (HALF_ROUNDING if half else ROUNDING) * largest)
         bound = HALF_TOLERANCE if half else TOLERANCE
         errors = torch.where(known, relative, -1.0).tolist()
         found = [(number, error) for number, error in zip(numbers, errors, strict=True) if error != -1.0]
