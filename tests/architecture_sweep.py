@@ -29,7 +29,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
 from trl_ext.interference.followed import rehearse
 from trl_ext.mixed_rows import mixes_rows
 from trl_ext.tasks.small_policy import build_tokenizer
@@ -131,6 +131,8 @@ def train(trainer_class, config_class, model, tokenizer, adapter, **options):
         if adapter is not None:
             move_from_the_start(trainer.model)
         trainer.train()
+        logged = read_interference(folder) if (Path(folder) / "interference").is_dir() else []
+        trainer.checks = [record.metrics.get("interference/sketch_check", float("nan")) for record in logged]
     return trainer, seen.steps
 
 
@@ -211,8 +213,7 @@ def examine(name: str, adapter: Callable[[], PeftConfig | None]) -> Row:
             errors.append(distance(ours, theirs))
         if skip:
             row.runs = what_runs(trainer)
-            checks = trainer._metrics["train"].get("interference/sketch_check", [])
-            row.check = max(checks, key=lambda check: abs(check - 1), default=float("nan"))
+            row.check = max(trainer.checks, key=lambda check: abs(check - 1), default=float("nan"))
     row.errors = tuple(errors)
     if errors and not max(errors) <= TOLERANCE:
         _, padded = train(GRPOTrainer, GRPOConfig, model, tokenizer, adapter(), pad_to_multiple_of=16)

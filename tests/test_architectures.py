@@ -4,9 +4,12 @@ import re
 
 import pytest
 from adapters import KINDS, NOT_HERE
-from architecture_sweep import PAGE, examine, lora, no_adapter
-from architectures import NAMES
+from architecture_sweep import PAGE, STEPS, examine, lora, no_adapter, train
+from architectures import NAMES, build
 from peft import PeftType
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.tasks.small_policy import build_tokenizer
 
 # a rotation, learned positions, states, experts with their auxiliary loss, a softcap, a norm after the rotation,
 # attention that TRL's head doesn't know, and a hybrid
@@ -56,3 +59,15 @@ def test_the_page_has_every_architecture_and_nothing_wrong():
     for name, cells in table.items():
         for cell in cells[: 1 if name in KINDS else 2]:
             assert re.match(r"right \d|neither trains it \(|trains; TRL doesn't \(", cell), (name, cell)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("mixtral", {"router_jitter_noise": 0.1}), ("falcon", {}), ("gemma3n_text", {})]
+)
+def test_logging_interference_ends_no_run(name, own):
+    """They change a layer's output in place; with noise on the router's input."""
+    model, tokenizer = build(name, **own), build_tokenizer((1, 4))
+    trainer, steps = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, model, tokenizer, None, interference_every=1)
+    assert len(steps) == STEPS
+    assert len(trainer.checks) >= STEPS - 1
+    assert trainer.checks == pytest.approx([1.0] * len(trainer.checks), abs=0.2)

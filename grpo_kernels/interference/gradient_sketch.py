@@ -50,9 +50,10 @@ class GradientSketch:
                     loss_of(model(batch["input_ids"])).backward()
         gram_BB = recorded[0].gram()
 
-    Between steps the taps do nothing. They never change a forward or backward value. Tapped are trainable Linear and
-    Embedding layers (so LoRA's A and B, also over 4-bit weights, which stay frozen), and norms: modules with one
-    vector as weight, and maybe a bias, by which their output is linear in it. Tied weights share their projection.
+    Between steps the taps do nothing. They never change a forward or backward value. Tapped are trainable Linear (also
+    GPT-2's, transposed) and Embedding layers (so LoRA's A and B, also over 4-bit weights, which stay frozen), and norms:
+    modules with one vector as weight, and maybe a bias, by which their output is linear in it. Tied weights share their
+    projection. What isn't followed rightly ``leave_out_wrong`` finds out.
     Gradient checkpointing of both kinds, autocast, DDP and FSDP2 are fine; ``torch.compile`` of the whole model isn't:
     hooks of a compiled module are not called.
 
@@ -301,19 +302,20 @@ class GradientSketch:
 
     def _add_linear(self, layer: Layer, rows: SequenceRows, d: torch.Tensor, a: torch.Tensor) -> None:
         assert self._check is not None
+        left, right = (a, d) if layer.kind == "transposed" else (d, a)
         if layer.weight is not None and self._due(layer.weight):
-            signs = self._signs_of(layer, d.shape[-1]).to(d.dtype)
-            self._check.outer(layer.weight, rows, d @ signs, a)
+            signs = self._signs_of(layer, left.shape[-1]).to(left.dtype)
+            self._check.outer(layer.weight, rows, left @ signs, right)
         if layer.weight is not None and not self.dim:
-            rows.add(layer.weight, rows.outer(d, a))
+            rows.add(layer.weight, rows.outer(left, right))
         elif layer.weight is not None:
             assert self._projections is not None
             if layer.kind == "head":
-                projected = d @ self._projections.vocabulary(d.shape[-1], layer.weight, d.dtype)
-                left = self._projections.split_vocabulary(projected)
+                projected = left @ self._projections.vocabulary(left.shape[-1], layer.weight, left.dtype)
+                folded = self._projections.split_vocabulary(projected)
             else:
-                left = self._projections.fold_side(d, "out", layer.weight)
-            self._add_folded(layer, rows, left, a)
+                folded = self._projections.fold_side(left, "out", layer.weight)
+            self._add_folded(layer, rows, folded, right)
         if layer.bias is not None:
             self._add_vector(layer.bias, rows, rows.sums(d))
 

@@ -57,7 +57,7 @@ class Layer:
 
     name: str
     module: nn.Module
-    kind: str  # linear, head, embedding or norm
+    kind: str  # linear, transposed, head, embedding or norm
     weight: int | None
     bias: int | None
 
@@ -88,6 +88,8 @@ def find_layers(model: nn.Module, numbers: Mapping[int, int], patterns: Sequence
         if isinstance(module, nn.Linear):
             # a head's rows are words, projected as an embedding's: their weights may be tied
             kind = "head" if id(module.weight) in of_words else "linear"
+        elif type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2:
+            kind = "transposed"  # GPT-2's Linear: its weight is (in, out)
         elif isinstance(module, nn.Embedding):
             kind = "embedding"
         elif weight is not None and weight.ndim == 1 and "norm" in type(module).__name__.lower():
