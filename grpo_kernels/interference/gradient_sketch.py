@@ -203,11 +203,10 @@ class GradientSketch:
         """
         if self._check is None:
             raise ValueError("no step was opened")
-        names = self._names()
-        due = [number for number in names if self._due(number)]
-        there = {number: gradient for number in due if (gradient := gradients[number]) is not None}
+        names = self._names(failed=True)  # what failed on one process alone is wrong on all
+        due = {number: gradients[number] for number in names if self._due(number)}
         options: dict[str, Any] = {"half": half, "reduce": reduce, "processes": processes}
-        wrong, right = self._check.errors(there, projected=self._word_signs, **options)
+        wrong, right = self._check.errors(due, projected=self._word_signs, **options)
         self._right.update(right)
         for layer in self.layers:
             layer.weight = None if layer.weight in wrong else layer.weight
@@ -224,12 +223,12 @@ class GradientSketch:
         followed = self._names()
         return [name for number, name in enumerate(self._parameter_names) if number not in followed]
 
-    def _names(self) -> dict[int, str]:
-        """Of the parameters that are followed."""
+    def _names(self, *, failed: bool = False) -> dict[int, str]:
+        """Of the parameters that are followed; ``failed``: also of layers that couldn't be."""
         found: dict[int, str] = {}
         for layer in self.layers:
             for kind, number in (("weight", layer.weight), ("bias", layer.bias)):
-                if number is not None and layer.name not in self._failed:
+                if number is not None and (failed or layer.name not in self._failed):
                     found.setdefault(number, f"{layer.name}.{kind}")
         return found
 

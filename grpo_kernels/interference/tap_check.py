@@ -63,7 +63,7 @@ class TapCheck:
 
     def errors(
         self,
-        gradients: Mapping[int, torch.Tensor],
+        gradients: Mapping[int, torch.Tensor | None],
         *,
         projected: Mapping[int, torch.Tensor],
         half: bool = False,
@@ -76,7 +76,8 @@ class TapCheck:
         Of a parameter without a gradient nothing can be said (LoRA's A at B = 0, an idle expert): it is in neither.
 
         Args:
-            gradients: by number, whole; the mean over ``processes``.
+            gradients: by number, whole, the mean over ``processes``; None counts as 0. On every process of the same
+                parameters.
             projected: by number, (rows of the gradient, PROBES): what the left side was projected with, where it isn't
                 this object's own signs.
             half: whether products were made in half precision.
@@ -89,12 +90,14 @@ class TapCheck:
         seen = torch.zeros(len(numbers), size + 1, device=self._device)
         expected = torch.zeros(len(numbers), size, device=self._device)
         for place, number in enumerate(numbers):
-            gradient = gradients[number].detach().float()
-            probe = gradient @ self.signs(gradient.shape[-1], 1, gradient)
-            if gradient.ndim == 2:
-                left = projected.get(number, self.signs(len(gradient), 0, gradient))
-                probe = left.to(probe).T @ probe
-            expected[place, : probe.numel()] = probe.flatten()
+            gradient = gradients[number]
+            if gradient is not None:
+                gradient = gradient.detach().float()
+                probe = gradient @ self.signs(gradient.shape[-1], 1, gradient)
+                if gradient.ndim == 2:
+                    left = projected.get(number, self.signs(len(gradient), 0, gradient))
+                    probe = left.to(probe).T @ probe
+                expected[place, : probe.numel()] = probe.flatten()
             if number in self._sums:
                 flat = self._sums[number].flatten()
                 seen[place, : flat.numel()] = flat
