@@ -9,6 +9,7 @@ Nothing here changes what is trained, and a failure is said once and switches it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -295,8 +296,8 @@ class InterferenceLog:
     ) -> None:
         assert self.sketch is not None
         wrong = leave_out_wrong(self.sketch, self._model, self.accelerator)
-        if wrong:  # what was recorded holds them: from the next step on it doesn't
-            name_wrong(wrong, self.run.say_once)
+        name_wrong(wrong, self.run.say_once)
+        if any(error != math.inf for error in wrong.values()):  # what was recorded holds them: the next step won't
             self.run.say_once(f"Interference of optimizer step {self._opened_in} isn't logged.")
             return
         sketch_B, ids_B2, numbers_BN = (self._gather(tensor) for tensor in (sketch_B, ids_B2, numbers_BN))
