@@ -324,7 +324,22 @@ def test_a_rehearsal_changes_nothing(tiny_policy, tmp_path):
     assert torch.equal(torch.get_rng_state(), before) and not said
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.model.training and not model.lm_head.training
-    assert len(sketch._right) > 10 and not sketch.untapped
+    assert not sketch.untapped and not sketch._right  # the first step is checked whole
+
+
+def test_an_adapter_on_the_head_is_found_out_by_the_first_step(tiny_policy, tmp_path, caplog):
+    """The fused head takes its B without calling it, which a rehearsal of the model's own forward doesn't show."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    trainer = build(
+        tiny_policy, tmp_path, unit, interference_every=1, interference_dim=0, max_steps=3, peft_config=config
+    )  # fmt: skip
+    trainer.train()
+    records = read_interference(tmp_path)
+    assert len(records) >= 2
+    assert all(record.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-3) for record in records)
+    assert "Interference leaves out" in caplog.text and "lm_head.lora_B" in caplog.text
 
 
 def test_evaluation_between_two_micro_batches_is_of_no_row(tiny_policy, tmp_path):

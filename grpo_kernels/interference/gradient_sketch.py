@@ -186,6 +186,7 @@ class GradientSketch:
         gradients: Sequence[torch.Tensor | None],
         *,
         half: bool,
+        rehearsal: bool = False,
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
         processes: int = 1,
     ) -> dict[str, float]:
@@ -196,6 +197,7 @@ class GradientSketch:
             gradients: of ``trainable_parameters``, whole, over the whole step, the mean over ``processes``; None where
                 there is none, or none to be had.
             half: whether products were made in half precision.
+            rehearsal: what is right here may not be so in training, which may call other parts (the fused head).
             reduce: the sum of a tensor over processes.
 
         Returns:
@@ -207,7 +209,8 @@ class GradientSketch:
         due = {number: gradients[number] for number in names if self._due(number)}
         options: dict[str, Any] = {"half": half, "reduce": reduce, "processes": processes}
         wrong, right = self._check.errors(due, projected=self._word_signs, **options)
-        self._right.update(right)
+        if not rehearsal:
+            self._right.update(right)
         for layer in self.layers:
             layer.weight = None if layer.weight in wrong else layer.weight
             layer.bias = None if layer.bias in wrong else layer.bias

@@ -55,7 +55,7 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
             signs = 1.0 - 2.0 * (torch.arange(logits.shape[-1], device=logits.device) * 5 % 7 % 2)
             loss = (logits.float() * signs)[mask.bool().to(logits.device)].mean()
             gradients = torch.autograd.grad(loss, sketch.trainable_parameters, allow_unused=True)
-        wrong = sketch.leave_out_wrong(gradients, half=computes_in_half(model))
+        wrong = sketch.leave_out_wrong(gradients, half=computes_in_half(model), rehearsal=True)
     except Exception as error:
         say_once(
             f"Interference couldn't try the layers out ({type(error).__name__}: {error}): the first step will.", "info"
