@@ -327,6 +327,8 @@ def no_adapter() -> None:
 def main() -> None:
     logging.disable(logging.WARNING)
     asked = sys.argv[1:]
+    if unknown := set(asked) - {*NAMES, *KINDS}:
+        sys.exit(f"no such architecture or adapter: {', '.join(sorted(unknown))}")
     models, adapters = [], []
     for name in asked or NAMES:
         if name in NAMES:

@@ -464,6 +464,17 @@ def test_half_precision_and_a_gradient_that_cancels_are_no_errors():
     assert not sketch.leave_out_wrong([p.grad for p in sketch.trainable_parameters], half=True)
 
 
+def test_gradients_that_dont_fit_are_named():
+    sketch = GradientSketch(nn.Linear(4, 2), 8)
+    with pytest.raises(ValueError, match="no step was opened"):
+        sketch.leave_out_wrong([None, None], half=False)
+    sketch.open(0)
+    with pytest.raises(ValueError, match="got 1 gradients for 2 trainable parameters"):
+        sketch.leave_out_wrong([None], half=False)
+    with pytest.raises(ValueError, match=r"the gradient of weight is \(3,\), not \(2, 4\)"):
+        sketch.leave_out_wrong([torch.ones(3), None], half=False)
+
+
 def test_a_gradient_that_overflowed_tells_nothing():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))

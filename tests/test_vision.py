@@ -163,6 +163,7 @@ def test_a_prompts_key_and_text():
         return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
 
     assert prompt_key(asked(one)) == prompt_key(asked(same)) != prompt_key(asked(other))
+    assert prompt_key(asked(torch.ones(3))) == prompt_key(asked(torch.ones(3))) != prompt_key(asked(torch.zeros(3)))
     assert prompt_text(asked(one)) == "[image] What?"
     for prompt, text in (([], ""), ([{"role": "user", "content": None}], ""), ([{"role": "user"}], ""), ("a", "a")):
         assert prompt_text(prompt) == text

@@ -202,9 +202,17 @@ class GradientSketch:
 
         Returns:
             The relative error of each parameter that is left out now, by its name; what the step recorded holds it.
+
+        Raises:
+            ValueError: no step was opened; gradients not as many, or not of the shapes, as the trainable parameters.
         """
         if self._check is None:
             raise ValueError("no step was opened")
+        if len(gradients) != len(self._parameters):
+            raise ValueError(f"got {len(gradients)} gradients for {len(self._parameters)} trainable parameters")
+        for name, parameter, gradient in zip(self._parameter_names, self._parameters, gradients, strict=True):
+            if gradient is not None and gradient.shape != parameter.shape:
+                raise ValueError(f"the gradient of {name} is {tuple(gradient.shape)}, not {tuple(parameter.shape)}")
         names = self._names(failed=True)  # what failed on one process alone is wrong on all
         due = {number: gradients[number] for number in names if self._due(number)}
         options: dict[str, Any] = {"half": half, "reduce": reduce, "processes": processes}

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
+from trl_ext.asked_model import can_be_asked, evaluation_mode
 from trl_ext.say_once import SayOnce
 
 TOKENS, LEFT, RIGHT = 8, 24, 8  # of the row that asks, and the padding around it
@@ -28,8 +28,7 @@ def trimmed_columns(model: Any, accelerator: Accelerator, say_once: SayOnce) -> 
     By the rule alone where the model can't be run yet: its parameters on other processes, or not loaded.
     """
     left, right = columns_by_rule(model)
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if not left or sharded or any(parameter.is_meta for parameter in model.parameters()):
+    if not left or not can_be_asked(model, accelerator):
         return left, right
     try:
         moved = moved_by_padding(model)
@@ -48,16 +47,10 @@ def moved_by_padding(model: Any) -> float:
     embeddings = model.get_input_embeddings()
     ids = torch.arange(TOKENS, device=embeddings.weight.device)[None] * 7 % embeddings.weight.shape[0]
     mask = torch.ones_like(ids)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            bare = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            wide = [torch.nn.functional.pad(x, (LEFT, RIGHT)) for x in (ids, mask)]
-            padded = model(input_ids=wide[0], attention_mask=wide[1], use_cache=False).logits
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluation_mode(model), torch.no_grad():
+        bare = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        wide = [torch.nn.functional.pad(x, (LEFT, RIGHT)) for x in (ids, mask)]
+        padded = model(input_ids=wide[0], attention_mask=wide[1], use_cache=False).logits
     bare, padded = bare.double(), padded[:, LEFT : LEFT + TOKENS].double()
     return float((padded - bare).norm() / bare.norm())
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
+from trl_ext.asked_model import can_be_asked, evaluation_mode, rounds_float32
 from trl_ext.say_once import SayOnce
 
 ROWS, TOKENS, PADDING = 2, 12, 5
@@ -29,7 +29,8 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
     """Leaves out what a forward and backward of a few made-up tokens shows to be followed wrongly, and names it.
 
     In evaluation mode, so that no random number is drawn, and past ``.grad``: what is trained doesn't notice. Not where
-    the parameters are on several processes: there the first step that is logged finds out.
+    the parameters are on several processes, or float32 is multiplied in TF32 (no layer would be within its bound):
+    there the first step that is logged finds out.
     """
     untapped = sketch.untapped
     if untapped:
@@ -37,11 +38,8 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
             f"Interference doesn't follow {len(untapped)} of {len(sketch.trainable_parameters)} trainable tensors: "
             f"{kinds_of(untapped)}. interference/coverage is the share of the gradient that it does."
         )
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if sharded or any(parameter.is_meta for parameter in model.parameters()):
+    if rounds_float32() or not can_be_asked(model, accelerator):
         return
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     sketch.open(0)
     try:
         embeddings = model.get_input_embeddings()
@@ -50,7 +48,7 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
         mask = torch.ones_like(ids)
         mask[0, :PADDING] = 0
         sketch.set_rows(torch.arange(ROWS, device=device))
-        with torch.enable_grad():
+        with evaluation_mode(model), torch.enable_grad():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             signs = 1.0 - 2.0 * (torch.arange(logits.shape[-1], device=logits.device) * 5 % 7 % 2)
             loss = (logits.float() * signs)[mask.bool().to(logits.device)].mean()
@@ -63,8 +61,6 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
         return
     finally:
         sketch.abandon()
-        for module, training in modes.items():
-            module.training = training
     name_wrong(wrong, say_once)
 
 

@@ -8,6 +8,8 @@ import pickle
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 
 def prompt_key(prompt: Any) -> int:
     """63 bits of a hash of the prompt: the same whenever it comes back, in every process; pictures by their pixels."""
@@ -16,12 +18,18 @@ def prompt_key(prompt: Any) -> int:
 
 
 def _fingerprint(value: Any) -> str:
-    """Of what JSON has no word for: its content's, not the object's address."""
-    try:
-        content = value.tobytes() if hasattr(value, "tobytes") else pickle.dumps(value)
-    except Exception:
-        content = repr(value).encode()
-    about = [type(value).__name__, *(str(getattr(value, name, "")) for name in ("mode", "size", "shape", "dtype"))]
+    """Of what JSON has no word for: its content, not the object's address; what can't be pickled, by its repr."""
+    if isinstance(value, torch.Tensor):  # pickled it has an address in it
+        content = repr(value.tolist()).encode()
+    elif hasattr(value, "tobytes"):
+        content = value.tobytes()
+    else:
+        try:
+            content = pickle.dumps(value)
+        except (pickle.PicklingError, TypeError, AttributeError):  # a function, an open file
+            content = repr(value).encode()
+    details = (getattr(value, name, "") for name in ("mode", "size", "shape", "dtype"))
+    about = [type(value).__name__, *(str(detail) for detail in details if not callable(detail))]
     return " ".join([*about, hashlib.blake2b(content, digest_size=8).hexdigest()])
 
 
