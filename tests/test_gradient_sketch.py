@@ -273,8 +273,9 @@ class Launches(TorchDispatchMode):
 
 
 def test_a_large_layer_takes_few_launches(monkeypatch):
-    """(4096, 4096), several blocks a side: at most ten, where a tile is as large as on a GPU."""
+    """(4096, 4096), several blocks a side: at most ten, folded as on a GPU."""
     monkeypatch.setitem(projections.TILE_BYTES, "cpu", projections.TILE_BYTES["cuda"])
+    monkeypatch.setattr(projections, "_fold_by_halves", projections._fold_in_few_launches)
     layer = torch.nn.Linear(4096, 4096, bias=False)
     sketch = GradientSketch(torch.nn.Sequential(layer), 64)
     sketch._right.add(0)  # the layer was checked before: seven steps of eight don't again
@@ -288,6 +289,20 @@ def test_a_large_layer_takes_few_launches(monkeypatch):
     assert not seen.waits
     want = 2 * torch.einsum("rtd,rta->rda", d, a).flatten(1)
     assert recorded[0].gram().diagonal() == pytest.approx(want.square().sum(1).numpy(), rel=0.1)
+
+
+@pytest.mark.parametrize("width", [25, 47, 48, 49, 100, 192, 193])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_of_folding_add_the_same(width, dtype):
+    """Entry i, signed, to (i + shift) mod 24: from one block and a bit to eight blocks and a bit."""
+    torch.manual_seed(0)
+    values, signs = torch.randn(5, width).to(dtype), torch.randint(0, 2, (2, 1, width)).float() * 2 - 1
+    want = torch.zeros(2, 5, 24, dtype=torch.float64)
+    want.index_add_(2, (torch.arange(width) + 7) % 24, values.double() * signs.double())
+    for fold in (projections._fold_by_halves, projections._fold_in_few_launches):
+        got = torch.full((2, 5, 24), torch.nan)
+        fold(values, signs, 7, got)
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6 if dtype == torch.float32 else 0.05)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -294,7 +294,7 @@ def test_sketches_of_a_layer(device):
         for rows in (SequenceRows(prompt_S[:2], None, 2), SequenceRows(prompt_S, sequence_RT, 2)):
             left, right = projections.fold_side(d, "out", 0), projections.fold_side(a, "in", 0)
             place = projections.place(0, left.shape[-1], right.shape[-1])
-            rows.add_outer(left, right, projections.side, place)
+            rows.add_outer(left, right, projections.side, place, lambda sums: projections.turn_narrow(sums, 0))
             rows.add(None, projections.fold_vector(rows.sums(d), 1))
             for entries in rows.entries.values():
                 rows.add(None, projections.fold_entries(entries))

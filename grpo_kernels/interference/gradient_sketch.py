@@ -19,7 +19,7 @@ from torch import nn
 
 from grpo_kernels.head.products import HeadSketch
 
-from .layer_taps import Layer, find_layers, tap
+from .layer_taps import Layer, find_layers, norm_at, tap
 from .projections import PARTS, Projections
 from .sequence_rows import SequenceRows
 from .tap_check import TapCheck
@@ -332,9 +332,11 @@ class GradientSketch:
     def _add_folded(self, layer: Layer, rows: SequenceRows, left: torch.Tensor, right: torch.Tensor) -> None:
         """``left`` is folded already, for each part; ``right`` is of the weight's input side."""
         assert self._projections is not None and layer.weight is not None
-        right = self._projections.fold_side(right, "in", layer.weight)
-        place = self._projections.place(layer.weight, left.shape[-1], right.shape[-1])
-        rows.add_outer(left, right, self._projections.side, place)
+        projections, weight = self._projections, layer.weight
+        right = projections.fold_side(right, "in", weight)
+        place = projections.place(weight, left.shape[-1], right.shape[-1])
+        sides = ["in"] if layer.kind in ("head", "embedding") else ["out", "in"]  # words are projected
+        rows.add_outer(left, right, projections.side, place, lambda sums: projections.turn_narrow(sums, weight, sides))
 
     def _embedding(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, ids: torch.Tensor) -> None:
         d = rows.tokens(layer.name, gradient)
@@ -361,13 +363,9 @@ class GradientSketch:
     def _norm(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
         """A norm's output is linear in its weight: the slope is its output at weight 1 less that at weight 0."""
         d = rows.tokens(layer.name, gradient)
-        ones = torch.ones(a.shape[-1], dtype=torch.float32, device=a.device)
-        others = {"bias": torch.zeros_like(ones)} if getattr(layer.module, "bias", None) is not None else {}
-        at_one, at_zero = (
-            torch.func.functional_call(layer.module, {"weight": weight, **others}, (a.float(),))
-            for weight in (ones, 0 * ones)
-        )
-        slope = rows.tokens(layer.name, at_one - at_zero)
+        slope = rows.tokens(layer.name, norm_at(layer.module, 1.0, a.float()))
+        if not layer.zero_at_zero:
+            slope = slope - rows.tokens(layer.name, norm_at(layer.module, 0.0, a.float()))
         if layer.weight is not None:
             self._add_vector(layer.weight, rows, rows.sums(d.float() * slope.float()))
         if layer.bias is not None:

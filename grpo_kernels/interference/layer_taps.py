@@ -60,6 +60,24 @@ class Layer:
     kind: str  # linear, transposed, head, embedding or norm
     weight: int | None
     bias: int | None
+    zero_at_zero: bool = False  # a norm whose output is 0 where its weight is
+
+
+def norm_at(norm: nn.Module, weight: float, values: torch.Tensor) -> torch.Tensor:
+    """What a norm makes of ``values``, were all its weights this number, and its bias, if it has one, 0."""
+    zeros = torch.zeros(values.shape[-1], dtype=values.dtype, device=values.device)
+    others = {"bias": zeros} if getattr(norm, "bias", None) is not None else {}
+    return torch.func.functional_call(norm, {"weight": zeros + weight, **others}, (values,))
+
+
+def is_zero_at_zero(norm: nn.Module, width: int, device: torch.device) -> bool:
+    """Not so of Gemma's, which multiply by 1 + weight. Asked once, with one made-up token: unless it answers, no."""
+    values = torch.linspace(-1, 1, width, device=device)[None, None]
+    try:
+        with torch.no_grad():
+            return not norm_at(norm, 0.0, values).any().item()
+    except Exception:
+        return False
 
 
 def kinds_of(names: Sequence[str], most: int = 6) -> str:
@@ -96,7 +114,8 @@ def find_layers(model: nn.Module, numbers: Mapping[int, int], patterns: Sequence
             kind = "norm"
         else:
             continue
-        found.append(Layer(name, module, kind, trainable.get("weight"), trainable.get("bias")))
+        zero = kind == "norm" and is_zero_at_zero(module, len(module.weight), module.weight.device)
+        found.append(Layer(name, module, kind, trainable.get("weight"), trainable.get("bias"), zero))
     if not found:
         others = [name for name, parameter in model.named_parameters() if id(parameter) in numbers]
         raise ValueError(

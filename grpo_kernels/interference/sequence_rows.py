@@ -6,6 +6,7 @@ Shapes: S sequences of a micro-batch, R rows, T positions, N = R T tokens, P par
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +34,16 @@ class SequenceRows:
         else:
             self.total[key] = values_S.clone()
 
-    def add_outer(self, left: torch.Tensor, right: torch.Tensor, side: int, place: tuple[slice, slice]) -> None:
-        """Adds ``outer(left, right)``, folded sides of a layer, to the entries at this place."""
+    def add_outer(
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        side: int,
+        place: tuple[slice, slice],
+        turn: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Adds ``outer(left, right)``, folded sides of a layer, to the entries at this place, after ``turn`` where a
+        side is narrower than they are."""
         parts, rows, columns = max(len(left), len(right)), *place
         if parts not in self.entries:
             size = (parts, len(self.prompt_S), side, side)
@@ -44,7 +53,7 @@ class SequenceRows:
             left, right = (x.expand(parts, -1, -1, -1).flatten(0, 1).to(entries) for x in (left, right))
             entries.flatten(0, 1).baddbmm_(left.transpose(1, 2), right)
         else:
-            entries[..., rows, columns] += self.outer(left, right).to(entries.device)
+            entries[..., rows, columns] += turn(self.outer(left, right)).to(entries.device)
 
     def tokens(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """(R, tokens of a row, width) of what a layer got or gave, also where it flattened its rows."""
