@@ -101,7 +101,7 @@ def parse_arguments(arguments: list[str]):
 
 def check_arguments(script, training, model) -> None:
     """Raises ``ValueError`` for what can be known to fail before a model or a dataset is loaded."""
-    from trl_ext.tasks.checkpoints import check_output_dir, find_checkpoint
+    from trl_ext.checkpoints import check_output_dir, find_checkpoint
     from trl_ext.tasks.questions import DATASETS, PROMPT_STYLES
 
     if script.dataset_path is None and script.dataset not in DATASETS:
@@ -195,7 +195,7 @@ def build_trainer(script, training, model, say):
     from trl import get_peft_config, get_quantization_config
 
     from trl_ext import CurvatureGRPOTrainer
-    from trl_ext.tasks.checkpoints import StopWithCheckpoint
+    from trl_ext.checkpoints import StopWithCheckpoint
     from trl_ext.tasks.console import ConsoleCallback
     from trl_ext.tasks.correctness import Correctness, MarkedAnswer
     from trl_ext.tasks.questions import NEXT_QUESTION, build_dataset

@@ -48,6 +48,8 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
             ``resample_max_rounds`` times, and take the place of dead ones. ``reward`` and the like are then of all that
             was drawn; ``resampling/`` says how much that was.
 
+        reward_timeout: seconds that one call of a reward function may take; one that takes longer is named with the
+            prompt that it was at, and the run stops with a checkpoint. None: any time.
         interference_every: optimizer steps between two that log how the prompts' gradients interfere, under
             ``interference/``, ``curvature/``, ``theory/`` and ``phase``, and keep a file of it in the run's folder
             (``trl_ext.read_interference``). 0: never.
@@ -57,7 +59,8 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
 
     Raises:
         ValueError: at construction, before a model is loaded: unknown method (lists them) or option, alpha outside
-            [0, 1], an invalid ``scale_rewards`` or ``multi_objective_aggregation``.
+            [0, 1], an invalid ``scale_rewards`` or ``multi_objective_aggregation``, a ``normalization`` that
+            contradicts ``scale_rewards``, ``use_liger_kernel`` without a GPU.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "normalization_kwargs"]
@@ -73,6 +76,10 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         self._choose_device()
         super().__post_init__()
         resolve_normalization(self)
+        check_liger(self)
+        limit = self.reward_timeout
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
+            raise ValueError(f"reward_timeout={limit!r} must be a number of seconds above 0, or None")
         for name in ("interference_every", "interference_dim"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -147,8 +154,23 @@ def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], d
         # TRL ignores scale_rewards when each reward function is normalised by itself
         per_function = args.multi_objective_aggregation == "normalize_then_sum"
         method = "std" if per_function else SCALE_REWARDS_METHOD[args.scale_rewards]
+    elif args.scale_rewards != "group" and SCALE_REWARDS_METHOD[args.scale_rewards] != method:  # "group" is the default
+        raise ValueError(
+            f"normalization={method if isinstance(method, str) else function_name(method)!r} contradicts "
+            f"scale_rewards={args.scale_rewards!r}, which is {SCALE_REWARDS_METHOD[args.scale_rewards]!r}: give one"
+        )
     check_normalization(method, **options)
     return method, options
+
+
+def check_liger(args: Any) -> None:
+    """Raises ``ValueError`` where Liger's kernels would run without a GPU: they patch the model's classes first, so
+    that no later model of this process would run either."""
+    if getattr(args, "use_liger_kernel", False) and (args.use_cpu or not torch.accelerator.is_available()):
+        raise ValueError(
+            "use_liger_kernel=True needs a GPU, and this run has none. This package's own head and loss "
+            "(fused_loss=True) need less memory than Liger's and run on a CPU too"
+        )
 
 
 @dataclass(frozen=True)
@@ -161,6 +183,7 @@ class Options:
     resample_zero_variance: bool
     resample_max_rounds: int
     resample_live_prompts: int | None
+    reward_timeout: float | None
     interference_every: int
     interference_dim: int
     interference_layers: list[str] | None

@@ -17,6 +17,7 @@ GROUPS = {
     "Normalisation": ("normalization", "normalization_kwargs"),
     "Work": ("fused_loss", "skip_zero_advantage", "full_entropy"),
     "Resampling": ("resample_zero_variance", "resample_max_rounds", "resample_live_prompts"),
+    "Rewards": ("reward_timeout",),
     "Interference": ("interference_every", "interference_dim", "interference_layers"),
 }
 
@@ -38,6 +39,10 @@ class CurvatureOptions:
     resample_max_rounds: int = field(default=MOST_ROUNDS, metadata={"help": "Generations for them in a step, at most."})
     resample_live_prompts: int | None = field(
         default=None, metadata={"help": "Prompts with unequal rewards; default: all."}
+    )
+
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds a reward function may take; default: any time."}
     )
 
     interference_every: int = field(default=10, metadata={"help": "Log interference each n-th step; 0: never."})

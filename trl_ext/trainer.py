@@ -19,13 +19,15 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from . import trl_surface
 from .batches import deferred_logprobs, skipping
 from .batches.deferred_logprobs import DeferredLogprobs, logprob_inputs, why_complete
 from .batches.micro_batches import MicroBatches, micro_batch
-from .checkpoint_state import CheckpointState
+from .checkpoints.find import find_checkpoint
+from .checkpoints.saving import RandomStates, checkpoint_folder, saved_when, whole_or_none
+from .checkpoints.state import CheckpointState
 from .config import read_options, resolve_normalization
 from .gloo import let_gloo_finish
 from .interference.log import InterferenceLog
@@ -41,9 +43,10 @@ from .report.run_files import RunFiles, describe_run
 from .rewards.group_columns import add_group_columns
 from .rewards.normalizer import Normalizer
 from .rewards.prompt_keys import prompt_texts
-from .rewards.resampling import GenerationCount, Resampling, check_dataset
-from .rewards.reward_checks import checked_reward
+from .rewards.resampling import GenerationCount, Resampling
+from .rewards.reward_checks import RewardFailed, RewardFailures, checked_rewards, say_if_unscored
 from .rewards.rewarded import gather_rewarded
+from .run_checks import check_before_model, check_context
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
 
@@ -66,16 +69,19 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         """As the parent's. Raises ``ValueError`` before a model is loaded for options that contradict each other."""
         trl_surface.check_class()
-        resolve_normalization(args or GRPOConfig)
-        if read_options(args).resample_zero_variance:
-            check_dataset(kwargs.get("train_dataset", rest[0] if rest else None))
+        trl_surface.say_unscored_once()
+        check_before_model(args, rest, kwargs)
         with trl_surface.head_adapters_allowed() if read_options(args).fused_loss else nullcontext():
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         trl_surface.check_trainer(self)
         keep_trainable(self.model)
-        self.reward_funcs: list[Any] = list(map(checked_reward, self.reward_funcs, self.reward_func_names))
-        self._seconds = StageSeconds()
+        self._seconds, self._random_states = StageSeconds(), RandomStates()
         self._run = run = trl_surface.read_run_settings(self, self._log_metrics, SayOnce(get_logger(__name__)))
+        check_context(self.train_dataset, self.processing_class, self.model, self.args, run.say_once)
+        self._failures = RewardFailures(self.accelerator.num_processes)
+        self.reward_funcs: list[Any] = checked_rewards(
+            self.reward_funcs, self.reward_func_names, self._failures, run.options.reward_timeout
+        )
         self._normalizer = Normalizer(run, *resolve_normalization(self.args), n_functions=len(self.reward_funcs))
         self._generations = GenerationCount()
         self._resampling = Resampling(run) if run.options.resample_zero_variance else None
@@ -88,9 +94,10 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._checkpoint_state = CheckpointState(
             self._normalizer, self._interference, on_start=(self._micro_batches.forget, self._generations.forget)
         )
-        self.add_callback(self._checkpoint_state)
-        self.add_callback(RunFiles(lambda: describe_run(self.args, self.model, type(self), self.reward_func_names)))
-        self.add_callback(LiveImages(self._interference, lambda: self.callback_handler.callbacks))
+        files = RunFiles(lambda: describe_run(self.args, self.model, type(self), self.reward_func_names))
+        images = LiveImages(self._interference, lambda: self.callback_handler.callbacks)
+        for callback in (self._checkpoint_state, self._random_states, files, images):
+            self.add_callback(callback)
         self.is_set_up = True  # else the methods below are the parent's
 
     # ---- rollouts, rewards, advantages
@@ -110,6 +117,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._deferred.ready()
         with self._seconds.stage("rewards", self.model.training):
             rewards_BF = calculate(inputs, prompts, completions, completion_ids_list)
+            self._failures.raise_together(self.accelerator.process_index)
+        say_if_unscored(rewards_BF, self.reward_func_names, self._run.say_once)
         num_generations = self.num_generations if self.model.training else self.num_generations_eval
         self._rewarded = gather_rewarded(
             rewards_BF, self.reward_weights, prompts, completion_ids_list, num_generations, self.accelerator
@@ -239,9 +248,17 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     @ours
+    def train(self, resume_from_checkpoint=None, *rest, **kwargs):
+        """As the parent's; ``resume_from_checkpoint`` may be "auto", and broken checkpoints are passed over."""
+        found = find_checkpoint(resume_from_checkpoint, self.args.output_dir, get_logger(__name__).warning)
+        with saved_when(RewardFailed, self, self._random_states):
+            return super().train(found, *rest, **kwargs)
+
+    @ours
     def _save_checkpoint(self, model, trial):
         self._checkpoint_state.save(self.state)
-        super()._save_checkpoint(model, trial)
+        with whole_or_none(checkpoint_folder(self), self.args.output_dir):
+            super()._save_checkpoint(model, trial)
 
     @ours
     def end(self):

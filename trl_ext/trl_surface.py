@@ -9,6 +9,7 @@ wrong loss. What later stages read of a trainer they get frozen: ``RunSettings``
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ PARAMETERS = {
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
     "_save_checkpoint": ("model", "trial"),
+    "train": ("resume_from_checkpoint",),
 }  # fmt: skip
 
 # Attributes of a built trainer, beside those that the two readers below read
@@ -104,6 +106,28 @@ class ChangedTRL(RuntimeError):  # noqa: N818
 
     def __init__(self, what: str) -> None:
         super().__init__(f"TRL {trl.__version__} isn't as trl_ext knows it: {what}")
+
+
+class _SaidOnce(logging.Filter):
+    """Lets a message of TRL that holds ``part`` pass once."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part, self.said = part, False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if self.part not in record.getMessage():
+            return True
+        said, self.said = self.said, True
+        return not said
+
+
+def say_unscored_once() -> None:
+    """TRL tells of completions without any reward at every step, with all that it knows of the first of them."""
+    logger = logging.getLogger(grpo_trainer.__name__)
+    for earlier in [one for one in logger.filters if isinstance(one, _SaidOnce)]:
+        logger.removeFilter(earlier)
+    logger.addFilter(_SaidOnce("All reward functions returned None"))
 
 
 def check_class() -> None:

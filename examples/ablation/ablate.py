@@ -81,8 +81,8 @@ def check_arguments(options: argparse.Namespace) -> None:
     """Raises ``ValueError`` for what can be known to fail before anything is trained."""
     from ablation_runs import training_config
 
+    from trl_ext.checkpoints import check_output_dir
     from trl_ext.tasks.arithmetic import generate_problems
-    from trl_ext.tasks.checkpoints import check_output_dir
 
     if find_spec("matplotlib") is None:
         raise ValueError("the plot needs matplotlib: pip install -e '.[report]'")

@@ -1,23 +1,60 @@
-"""A reward function that fails says which one it was, and where."""
+"""A reward function that fails says which one it was, and where; and all processes stop together."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
 from torch import nn
 
 from trl_ext.trl_surface import get_callable_name, is_async_callable
 
+from .reward_timeout import TookTooLong, await_limited, call_limited
 
-def _fail(name: str, error: Exception) -> RuntimeError:
-    return RuntimeError(f"reward function {name!r} raised {type(error).__name__}: {error}")
+
+class RewardFailed(Exception):  # noqa: N818
+    """A reward function raised, hung, or returned what can't be used: on every process."""
+
+
+class RewardRaised(RewardFailed, RuntimeError):  # noqa: N818
+    """With what it raised as its cause."""
+
+
+class WrongRewards(RewardFailed, ValueError):  # noqa: N818
+    """Not one finite number, NaN or None for each completion."""
+
+
+class RewardFailures:
+    """With several processes: what failed on this one waits until it is told on all, who would wait for it else."""
+
+    def __init__(self, processes: int) -> None:
+        self._waits = processes > 1
+        self._error: RewardFailed | None = None
+
+    def keep(self, error: RewardFailed, completions: list | None) -> list[float]:
+        """Raises the error, or keeps it and returns rewards in place of the function's."""
+        if not self._waits or completions is None:
+            raise error
+        self._error = self._error or error
+        return [math.nan] * len(completions)
+
+    def raise_together(self, process_index: int) -> None:
+        """On all processes, once the rewards were gathered."""
+        if not self._waits:
+            return
+        error, self._error = self._error, None
+        told = None if error is None else (type(error), f"process {process_index}: {error}")
+        found = next((one for one in gather_object([told]) if one is not None), None)
+        if found is not None:
+            raise found[0](found[1]) from error
 
 
 def _check(name: str, rewards: Any, completions: list | None) -> Any:
-    """Returns ``rewards``; raises ``ValueError`` unless it holds one finite number, NaN or None per completion.
+    """Returns ``rewards``; raises ``WrongRewards`` unless it holds one finite number, NaN or None per completion.
 
     ``completions`` None: called without, as an environment's own reward may be; their number isn't known then.
     """
@@ -25,55 +62,99 @@ def _check(name: str, rewards: Any, completions: list | None) -> Any:
         count = len(rewards)
     except TypeError:
         expected = "rewards" if completions is None else f"{len(completions)} rewards"
-        raise ValueError(
+        raise WrongRewards(
             f"reward function {name!r} returned {type(rewards).__name__}, not a list of {expected}"
         ) from None
     if completions is not None and count != len(completions):
-        raise ValueError(f"reward function {name!r} returned {count} rewards for {len(completions)} completions")
+        raise WrongRewards(f"reward function {name!r} returned {count} rewards for {len(completions)} completions")
     for row, reward in enumerate(rewards):
         if reward is None:
             continue
         try:
+            if isinstance(reward, str | bytes):  # float("1.0") is a number
+                raise TypeError
             value = float(reward)
         except (TypeError, ValueError):
-            raise ValueError(f"reward function {name!r} returned {reward!r} for row {row}, not a number") from None
+            raise WrongRewards(f"reward function {name!r} returned {reward!r} for row {row}, not a number") from None
         if math.isinf(value):
             of = "" if completions is None else f" (completion: {completions[row]!r:.200})"
-            raise ValueError(
+            raise WrongRewards(
                 f"reward function {name!r} returned {value} for row {row}{of}: "
                 "rewards must be finite, or None for a completion that can't be scored"
             )
     return rewards
 
 
-def checked_reward(function: Callable, name: str | None = None) -> Callable:
+def checked_reward(
+    function: Callable,
+    name: str | None = None,
+    failures: RewardFailures | None = None,
+    timeout: float | None = None,
+) -> Callable:
     """``function`` with its name in every error, and its result checked. Models are returned as they are.
 
-    An exception inside becomes a ``RuntimeError`` naming the function, with the original as its cause. A result that
-    isn't one finite number (or None) per completion is a ``ValueError`` naming the function and the row.
+    An exception inside becomes a ``RewardRaised`` (a ``RuntimeError``), with the original as its cause; so does
+    taking more than ``timeout`` seconds. A result that isn't one finite number (or None) per completion is a
+    ``WrongRewards`` (a ``ValueError``) naming the row.
     """
     if isinstance(function, nn.Module):
         return function
     name = name or get_callable_name(function)
+    failures = failures or RewardFailures(1)
+
+    def judged(rewards: Any, error: Exception | None, completions: list | None) -> Any:
+        try:
+            if isinstance(error, TookTooLong):
+                raise RewardRaised(str(error)) from None
+            if error is not None:
+                raise RewardRaised(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
+            return _check(name, rewards, completions)
+        except RewardFailed as failure:
+            return failures.keep(failure, completions)
 
     if is_async_callable(function):
 
         async def checked(*args: Any, **kwargs: Any) -> Any:
+            rewards, failed = None, None
             try:
-                rewards = await function(*args, **kwargs)
+                if timeout is None:
+                    rewards = await function(*args, **kwargs)
+                else:
+                    rewards = await await_limited(function, timeout, name, args, kwargs)
             except Exception as error:
-                raise _fail(name, error) from error
-            return _check(name, rewards, kwargs.get("completions"))
+                failed = error
+            return judged(rewards, failed, kwargs.get("completions"))
 
     else:
 
         def checked(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
+            rewards, failed = None, None
             try:
-                rewards = function(*args, **kwargs)
+                if timeout is None:
+                    rewards = function(*args, **kwargs)
+                else:
+                    rewards = call_limited(function, timeout, name, args, kwargs)
             except Exception as error:
-                raise _fail(name, error) from error
-            return _check(name, rewards, kwargs.get("completions"))
+                failed = error
+            return judged(rewards, failed, kwargs.get("completions"))
 
     functools.update_wrapper(checked, function)
     checked.__name__ = name  # a callable object has none of its own
     return checked
+
+
+def say_if_unscored(rewards_BF: torch.Tensor, names: Sequence[str], say_once: Callable[[str], None]) -> None:
+    """``rewards_BF`` (B, F) of all processes: where no function scored any completion, no step can learn anything."""
+    if rewards_BF.isnan().all():
+        functions = ", ".join(map(repr, names))
+        say_once(
+            f"No completion of a batch was scored: {functions} returned None or NaN for each of the "
+            f"{len(rewards_BF)}. Such a batch has no gradient."
+        )
+
+
+def checked_rewards(
+    functions: Sequence[Callable], names: Sequence[str], failures: RewardFailures, timeout: float | None
+) -> list[Callable]:
+    """``checked_reward`` of each."""
+    return [checked_reward(one, name, failures, timeout) for one, name in zip(functions, names, strict=True)]

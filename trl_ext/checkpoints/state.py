@@ -8,8 +8,8 @@ from typing import Any
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from .interference.log import InterferenceLog
-from .rewards.normalizer import Normalizer
+from trl_ext.interference.log import InterferenceLog
+from trl_ext.rewards.normalizer import Normalizer
 
 logger = get_logger(__name__)
 NAME = "CurvatureGRPOTrainer"  # among the states of callbacks

@@ -1,0 +1,64 @@
+"""Whether a checkpoint was written to its end: each of its files opens, and none is missing.
+
+Headers and tables of contents are read, not the tensors: a checkpoint of gigabytes takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+
+TORCH_FILES = (".pt", ".pth", ".bin")
+WEIGHTS = ("*.safetensors", "*model*.bin", "pytorch_model_fsdp*", "global_step*")
+OPTIMIZERS = ("optimizer*", "global_step*")
+
+
+def what_is_broken(checkpoint: Path) -> str | None:
+    """The first thing that is wrong with it, naming the file; None where the checkpoint is whole."""
+    # the trainer's state is written last: where it is missing, the run was killed while it saved
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        return f"{TRAINER_STATE_NAME} is missing"
+    for file in sorted(checkpoint.rglob("*")):
+        if file.is_file() and (reason := _cannot_open(file)) is not None:
+            return f"{file.relative_to(checkpoint)} {reason}"
+    if not any(any(checkpoint.glob(pattern)) for pattern in WEIGHTS):
+        return "the weights are missing"
+    if (checkpoint / "scheduler.pt").is_file() and not any(any(checkpoint.glob(name)) for name in OPTIMIZERS):
+        return "the optimizer's state is missing"
+    return None
+
+
+def _cannot_open(file: Path) -> str | None:
+    try:
+        if file.suffix == ".json":
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if file.name.endswith(".index.json"):
+                absent = {name for name in content["weight_map"].values() if not (file.parent / name).is_file()}
+                return f"names {min(absent)}, which is missing" if absent else None
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                pass
+        elif file.suffix in TORCH_FILES:
+            return _torch_file(file)
+        elif file.suffix == ".distcp" and not (file.parent / ".metadata").is_file():
+            return "has no .metadata beside it"  # written last
+        elif file.name == "latest" and not (file.parent / file.read_text().strip()).is_dir():
+            return "names a folder that is missing"  # DeepSpeed's
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        return f"can't be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return None
+
+
+def _torch_file(file: Path) -> str | None:
+    """A zip archive, whose table of contents is at its end; torch's older format has none to look at."""
+    with open(file, "rb") as opened:
+        start = opened.read(2)
+    if not start:
+        return "is empty"
+    if start == b"PK" and not zipfile.is_zipfile(file):
+        return "ends too early"
+    return None

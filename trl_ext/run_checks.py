@@ -1,0 +1,113 @@
+"""What can be known to be wrong of a run before its first step, and is said then: options, datasets, long prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from accelerate.logging import get_logger
+
+from .config import CurvatureGRPOConfig, check_liger, read_options, resolve_normalization
+from .rewards.resampling import check_dataset
+
+logger = get_logger(__name__)
+TEMPLATE_TOKENS = 256  # that a chat template may add, at most; a text has no more tokens than bytes
+
+
+def check_before_model(args: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
+    """Raises ``ValueError``, before a model is loaded, for options that contradict each other, and for datasets that
+    can't be trained on. ``positional`` and ``named``: the trainer's arguments after ``args``."""
+    options = args or CurvatureGRPOConfig
+    resolve_normalization(options)
+    check_liger(options)
+    given = {**dict(zip(("train_dataset", "eval_dataset"), positional, strict=False)), **named}
+    train, held_out = given.get("train_dataset"), given.get("eval_dataset")
+    _check_prompts(train, "train_dataset")
+    for name, part in held_out.items() if isinstance(held_out, dict) else [("", held_out)]:
+        _check_prompts(part, f"eval_dataset[{name!r}]" if name else "eval_dataset")
+    if args is not None:
+        _check_rows(train, args)
+    if read_options(args).resample_zero_variance:
+        check_dataset(train)
+
+
+def _check_prompts(dataset: Any, name: str) -> None:
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list):  # none given, or one whose columns only its rows tell
+        return
+    if "prompt" not in columns:
+        raise ValueError(
+            f"{name} has no column 'prompt', only {', '.join(map(repr, columns)) or 'none at all'}: "
+            "rename one, as in dataset.rename_column('question', 'prompt')"
+        )
+    for row, prompt in enumerate(_prompts(dataset)):
+        if prompt is None or len(prompt) == 0:
+            raise ValueError(f"{name}: the prompt of row {row} is empty ({prompt!r}); nothing can be generated from it")
+
+
+def _prompts(dataset: Any) -> Iterator[Any]:
+    """Of a dataset that is at hand; nothing of one that is streamed."""
+    if hasattr(dataset, "__len__") and hasattr(dataset, "select_columns"):
+        for rows in dataset.select_columns(["prompt"]).iter(1000):
+            yield from rows["prompt"]
+
+
+def _check_rows(dataset: Any, args: Any) -> None:
+    """TRL draws whole batches of different prompts: of fewer rows it draws none, and trains no step."""
+    if dataset is None or not hasattr(dataset, "__len__"):
+        return
+    prompts = args.generation_batch_size // args.num_generations
+    if len(dataset) < prompts:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} rows, and a generation takes {prompts} different prompts "
+            f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations}): "
+            "no step would be trained. More rows, or a smaller batch"
+        )
+
+
+def check_context(dataset: Any, processing_class: Any, model: Any, args: Any, say_once: Callable[[str], None]) -> None:
+    """Raises ``ValueError`` for a prompt that leaves no room for an answer in the model's context; says once where an
+    answer of ``max_completion_length`` would go beyond it."""
+    text_config = getattr(model.config, "get_text_config", lambda: model.config)()
+    context = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(context, int) or context <= 0:
+        return
+    beyond = []
+    for row, prompt in enumerate(_prompts(dataset)):
+        if _bytes(prompt) + TEMPLATE_TOKENS + (args.max_completion_length or 0) <= context:
+            continue
+        length = _tokens(prompt, processing_class)
+        if length is not None and length >= context:
+            raise ValueError(
+                f"the prompt of row {row} of train_dataset has {length} tokens, and the model's context "
+                f"(max_position_embeddings) is {context}: no room for an answer. Leave such rows out "
+                "(dataset.filter), or take a model with a longer context"
+            )
+        if length is not None and length + (args.max_completion_length or 0) > context:
+            beyond.append((length, row))
+    if beyond:
+        length, row = max(beyond)
+        say_once(
+            f"{len(beyond)} prompts and an answer of max_completion_length={args.max_completion_length} tokens go "
+            f"beyond the model's context of {context} (max_position_embeddings); the longest, row {row}, has "
+            f"{length} tokens. What a model does there is not what it was trained for."
+        )
+
+
+def _bytes(prompt: Any) -> int:
+    if isinstance(prompt, str):
+        return len(prompt.encode(errors="replace"))
+    return sum(len(str(message).encode(errors="replace")) for message in prompt)
+
+
+def _tokens(prompt: Any, processing_class: Any) -> int | None:
+    """None where it can't be told here (pictures, tools): generation will."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    try:
+        if isinstance(prompt, str):
+            return len(tokenizer(text=prompt)["input_ids"])
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        return len(tokenizer(text=text, add_special_tokens=False)["input_ids"])
+    except Exception as error:
+        logger.debug(f"The length of a prompt isn't known: {type(error).__name__}: {error}")
+        return None
