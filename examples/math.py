@@ -99,7 +99,7 @@ def parse_arguments(arguments: list[str]):
     return parsed
 
 
-def check_arguments(script, training, model) -> None:
+def check_arguments(script, training, model, say) -> None:
     """Raises ``ValueError`` for what can be known to fail before a model or a dataset is loaded."""
     from trl_ext.checkpoints import check_output_dir, find_checkpoint
     from trl_ext.tasks.questions import DATASETS, PROMPT_STYLES
@@ -119,7 +119,7 @@ def check_arguments(script, training, model) -> None:
     if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
         raise ValueError("--load_in_4bit and --load_in_8bit need --use_peft: quantized weights can't be trained")
     check_output_dir(training.output_dir)
-    training.resume_from_checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    training.resume_from_checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir, say)
 
 
 def load_questions(script, seed: int, warn):
@@ -283,26 +283,36 @@ def main(arguments: list[str]) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             print(text, flush=True)
 
+    from trl_ext.checkpoints import CheckpointError
+
     try:
         script, training, model = parse_arguments(arguments)
-        check_arguments(script, training, model)
+        check_arguments(script, training, model, say)
         trainer = build_trainer(script, training, model, say)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     output = training.output_dir
+    try:
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
     stop = next(item for item in trainer.callback_handler.callbacks if type(item).__name__ == "StopWithCheckpoint")
     if stop.stopped:
         say(
             f"\nStopped at step {trainer.state.global_step} with a checkpoint in {output}. To go on, repeat the command"
         )
-        say("with --resume_from_checkpoint latest")
+        say("with --resume_from_checkpoint auto")
     else:
-        if trainer.eval_dataset is not None:
+        last = next((log for log in reversed(trainer.state.log_history) if "eval_accuracy" in log), None)
+        if trainer.eval_dataset is not None and (last is None or last["step"] < trainer.state.global_step):
             trainer.evaluate()
-        trainer.save_model(output)
-        trainer.save_state()
+        try:
+            trainer.save_model(output)
+            trainer.save_state()
+        except Exception as error:  # safetensors, torch and Python each have one of their own for a full disk
+            reason = str(error).strip().splitlines()[0]
+            sys.exit(f"error: the model couldn't be saved in {output}: {reason}. Its checkpoints are there")
         if accuracies := held_out_accuracies(trainer):
             before, after = accuracies[0], accuracies[-1]
             say(f"\nHeld-out accuracy: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")

@@ -221,7 +221,7 @@ def test_few_shot_format_reward_and_best_checkpoint(warm_policy, tmp_path):
 
 
 def resumed_steps(folder, until):
-    run_math(folder, "--resume_from_checkpoint", "latest", "--max_steps", until, "--logging_steps", 1, *SMALL)
+    run_math(folder, "--resume_from_checkpoint", "auto", "--max_steps", until, "--logging_steps", 1, *SMALL)
     return [log["step"] for log in history(folder) if "reward" in log]
 
 
@@ -237,7 +237,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(number, warm_policy, tmp_path)
     os.kill(started.processes[0].pid, number)
     (folder / "go").touch()
     assert started.finish(120) == [0]
-    assert "with --resume_from_checkpoint latest" in started.text(), started.text()[-3000:]
+    assert "with --resume_from_checkpoint auto" in started.text(), started.text()[-3000:]
     assert [saved.name for saved in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     assert resumed_steps(folder, until=6) == list(range(1, 7))
 
@@ -275,7 +275,7 @@ def test_kill_9_and_a_half_written_checkpoint(warm_policy, tmp_path):
         (["--normalization", "power", "--normalization_kwargs", '{"alpha": 2}'], "alpha=2 must be a number in [0, 1]"),
         (["--per_device_train_batch_size", "12"], "(12) must be divisible by num_generations (8)"),
         (["--output_dir", "/dev/null/run"], "--output_dir /dev/null/run can't be written to"),
-        (["--resume_from_checkpoint", "latest"], "--resume_from_checkpoint latest: no checkpoint in"),
+        (["--resume_from_checkpoint", "latest"], "resume_from_checkpoint=latest: no whole checkpoint in"),
         (["--resume_from_checkpoint", "{tmp}"], "no whole checkpoint there"),
         (["--prompt_style", "poem"], "--prompt_style 'poem': choose from auto, chat, few_shot"),
         (["--levels", "7"], "levels=(7,): choose from"),

@@ -1,0 +1,299 @@
+"""Checkpoints that survive: truncated files, a full disk, ``kill -9`` at any moment, reward functions that fail."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import evening_worker
+import pytest
+import torch
+from processes import start
+from test_trainer import build
+
+from trl_ext.checkpoints import CheckpointError, find_checkpoint
+from trl_ext.checkpoints.whole import what_is_broken
+from trl_ext.rewards.reward_checks import RewardRaised, WrongRewards
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "interference_every": 0}
+
+
+@pytest.fixture(scope="module")
+def saved_run(tiny_policy, tmp_path_factory):
+    """A run's folder with checkpoints of steps 1 to 3, AdamW's state among them."""
+    folder = tmp_path_factory.mktemp("saved")
+    build(tiny_policy, folder, max_steps=3, optim="adamw_torch", **SAVING).train()
+    return folder
+
+
+@pytest.fixture
+def run_folder(saved_run, tmp_path):
+    return Path(shutil.copytree(saved_run, tmp_path / "run"))
+
+
+def cut(file, fraction=0.5):
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * fraction)])
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "config.json",
+         "tokenizer.json", "trainer_state.json")  # fmt: skip
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_short_is_named_and_the_checkpoint_before_is_used(name, fraction, run_folder):
+    said = []
+    assert find_checkpoint("auto", run_folder, said.append) == str(run_folder / "checkpoint-3")
+    assert said == [f"Going on from {run_folder / 'checkpoint-3'}."]
+    cut(run_folder / "checkpoint-3" / name, fraction)
+    del said[:]
+    assert find_checkpoint("latest", run_folder, said.append) == str(run_folder / "checkpoint-2")
+    assert f"{run_folder / 'checkpoint-3'} is passed over: {name} " in said[0]
+    assert said[1] == f"Going on from {run_folder / 'checkpoint-2'}."
+    with pytest.raises(ValueError, match=f"no whole checkpoint there \\({name} "):
+        find_checkpoint(str(run_folder / "checkpoint-3"), run_folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["trainer_state.json"], "trainer_state.json is missing"),
+        (["model.safetensors"], "the weights are missing"),
+        (["optimizer.pt"], "the optimizer's state is missing"),
+        (["optimizer.pt", "scheduler.pt", "rng_state.pth"], None),  # save_only_model
+    ],
+)
+def test_what_is_missing(names, reason, run_folder):
+    for name in names:
+        (run_folder / "checkpoint-3" / name).unlink()
+    assert what_is_broken(run_folder / "checkpoint-3") == reason
+
+
+def test_the_forms_of_other_engines(run_folder):
+    """Sharded weights, FSDP's and DeepSpeed's folders: what each writes last."""
+    folder = run_folder / "checkpoint-3"
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors, which is missing" in what_is_broken(folder)
+    shutil.copy(folder / "model.safetensors", folder / "model-00002-of-00002.safetensors")
+    assert what_is_broken(folder) is None
+    (folder / "optimizer_0").mkdir()
+    (folder / "optimizer_0" / "__0_0.distcp").write_bytes(b"...")
+    assert "has no .metadata" in what_is_broken(folder)
+    (folder / "optimizer_0" / ".metadata").write_bytes(b"...")
+    assert what_is_broken(folder) is None
+    (folder / "latest").write_text("global_step3\n")
+    assert what_is_broken(folder) == "latest names a folder that is missing"
+    (folder / "global_step3").mkdir()
+    assert what_is_broken(folder) is None
+    torch.save({"a": torch.ones(1000)}, folder / "global_step3" / "states.pt", _use_new_zipfile_serialization=False)
+    assert what_is_broken(folder) is None  # torch's older form has no table of contents
+
+
+def test_auto_starts_and_restarts(tmp_path):
+    said = []
+    assert find_checkpoint("auto", tmp_path, said.append) is None
+    assert said == [f"No whole checkpoint in {tmp_path}: from the start."]
+    assert find_checkpoint(None, tmp_path) is None and find_checkpoint(False, tmp_path) is None
+    for resume in (True, "latest", "True"):
+        with pytest.raises(ValueError, match="no whole checkpoint in"):
+            find_checkpoint(resume, tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        find_checkpoint(str(tmp_path / "nowhere"), tmp_path)
+
+
+@pytest.mark.parametrize("resume", ["auto", True])
+def test_the_trainer_passes_over_a_broken_checkpoint(resume, tiny_policy, run_folder, monkeypatch):
+    """And writes it anew."""
+    said = []
+    monkeypatch.setattr("trl_ext.trainer.get_logger", lambda name: SimpleNamespace(warning=said.append, info=print))
+    cut(run_folder / "checkpoint-3" / "optimizer.pt")
+    again = build(tiny_policy, run_folder, max_steps=4, optim="adamw_torch", **SAVING)
+    again.train(resume_from_checkpoint=resume)
+    assert any("checkpoint-3 is passed over: optimizer.pt ends too early" in text for text in said)
+    assert f"Going on from {run_folder / 'checkpoint-2'}." in said
+    assert what_is_broken(run_folder / "checkpoint-3") is None and again.state.global_step == 4
+    assert [log["step"] for log in again.state.log_history if "reward" in log] == [1, 2, 3, 4]
+
+
+# ---- no room
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 11 MiB: two checkpoints of the tiny policy, and a part of a third."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=11m", "none", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small file system can't be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk(small_disk, tiny_policy):
+    trainer = build(tiny_policy, small_disk, max_steps=4, **SAVING)
+    with pytest.raises(CheckpointError) as raised:
+        trainer.train()
+    told = str(raised.value)
+    assert told.startswith(f"{small_disk / 'checkpoint-3'} couldn't be saved, ") and "\n" not in told
+    assert "of 11 MiB are free there (" in told and "the newest whole checkpoint is checkpoint-2" in told
+    assert not (small_disk / "checkpoint-3").exists()
+    for number in (1, 2):
+        assert what_is_broken(small_disk / f"checkpoint-{number}") is None
+    # with room, the same command goes on
+    shutil.rmtree(small_disk / "checkpoint-1")
+    again = build(tiny_policy, small_disk, max_steps=4, save_total_limit=1, **SAVING)
+    again.train(resume_from_checkpoint="auto")
+    assert again.state.global_step == 4 and what_is_broken(small_disk / "checkpoint-4") is None
+
+
+@pytest.mark.parametrize("stage", evening_worker.STAGES)
+def test_whatever_can_not_be_written(stage, tiny_policy, tmp_path, monkeypatch):
+    """Each part of a checkpoint, where no small file system can be mounted."""
+    trainer = build(tiny_policy, tmp_path, max_steps=3, **SAVING)
+    owner = trainer.state if stage == "save_to_json" else trainer
+    method, seen = getattr(type(owner), stage), []
+
+    def full(self, where, *rest, **kwargs):
+        seen.append(1)
+        if len(seen) == 2:
+            raise OSError(28, "No space left on device")
+        return method(self, where, *rest, **kwargs)
+
+    monkeypatch.setattr(type(owner), stage, full)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 couldn't be saved.*No space left.*is checkpoint-1"):
+        trainer.train()
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
+    assert what_is_broken(tmp_path / "checkpoint-1") is None
+
+
+def test_two_processes_on_a_full_disk(small_disk, tiny_policy, tmp_path):
+    started = start(
+        2, evening_worker.main, str(tiny_policy), str(small_disk), {"save_steps": 1, "per_device_train_batch_size": 4},
+        {}, folder=tmp_path / "output",
+    )  # fmt: skip
+    started.wait_for(small_disk / "checkpoint-2" / "trainer_state.json")
+    deadline = time.monotonic() + 120
+    while all(process.is_alive() for process in started.processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in started.processes:  # as a launcher ends the others when one has failed
+        process.kill()
+    started.finish()
+    assert "checkpoint-3 couldn't be saved" in started.text(), started.text()[-2000:]
+    assert not (small_disk / "checkpoint-3" / "model.safetensors").exists()
+    assert what_is_broken(small_disk / "checkpoint-2") is None
+
+
+# ---- kill -9
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_policy, tmp_path_factory):
+    """By optimizer and processes: the parameters a run ends with, and the seconds from its first step to its end."""
+    kept = {}
+
+    def run(optimizer, processes):
+        if (optimizer, processes) not in kept:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            started = begin(processes, tiny_policy, folder, optimizer, {})
+            started.wait_for(folder / "began.0")
+            begun = time.monotonic()
+            assert started.finish() == [0] * processes, started.text()[-2000:]
+            kept[optimizer, processes] = torch.load(folder / "end.0.pt"), time.monotonic() - begun
+        return kept[optimizer, processes]
+
+    return run
+
+
+def begin(processes, policy, folder, optimizer, behaviour):
+    options = {"save_steps": 1, "optim": optimizer, "per_device_train_batch_size": 8 // processes}
+    Path(folder).mkdir(exist_ok=True)
+    for marker in Path(folder).glob("began.*"):
+        marker.unlink()
+    return start(
+        processes, evening_worker.main, str(policy), str(folder), options, behaviour, folder=Path(folder) / "output"
+    )
+
+
+KILLS = evening_worker.random_kills(50)
+SHORT = [(1, KILLS[0]), (1, KILLS[3]), (2, ("sgd", 0.6))]
+NIGHTLY = [*((1, kill) for kill in KILLS), *((2, (name, i / 4)) for name in ("sgd", "adamw_torch") for i in range(4))]
+
+
+@pytest.mark.parametrize(
+    ("processes", "kill"),
+    [*SHORT, *(pytest.param(*one, marks=pytest.mark.nightly) for one in NIGHTLY if one not in SHORT)],
+)
+def test_kill_9(processes, kill, undisturbed, tiny_policy, tmp_path):
+    """Killed at a random moment, or in the middle of writing a file; resumed, it ends bit-equal."""
+    optimizer, where = kill
+    want, seconds = undisturbed(optimizer, processes)
+    in_a_save = isinstance(where, tuple)
+    started = begin(processes, tiny_policy, tmp_path, optimizer, {"kill_in": where} if in_a_save else {})
+    if in_a_save:
+        assert started.finish() == [-signal.SIGKILL], started.text()[-2000:]
+    else:
+        started.wait_for(tmp_path / "began.0")
+        evening_worker.kill_after(started.processes, where * seconds).join()
+        ends = started.finish()
+        assert set(ends) <= {-signal.SIGKILL, 0}, started.text()[-2000:]
+    again = begin(processes, tiny_policy, tmp_path, optimizer, {})
+    assert again.finish() == [0] * processes, again.text()[-3000:]
+    got = torch.load(tmp_path / "end.0.pt")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+# ---- rewards
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("misbehave", ["raise", "hang"])
+def test_rewards_that_fail_at_step_3_leave_a_checkpoint_of_step_2(misbehave, processes, tiny_policy, tmp_path):
+    """On one of two processes: both stop. Resumed, the run ends as if nothing had been."""
+    options = {"save_steps": 100, "per_device_train_batch_size": 8 // processes, "reward_timeout": 1.0}
+    arguments = (str(tiny_policy), str(tmp_path), options)
+    behaviour = {"misbehave": misbehave, "rank": processes - 1}
+    started = start(processes, evening_worker.main, *arguments, behaviour, folder=tmp_path / "output")
+    assert started.finish(60) == [1] * processes, started.text()[-2000:]
+    told = "raised KeyError: 'boom'" if misbehave == "raise" else "took more than 1 s (reward_timeout)"
+    assert f"reward function 'reward' {told}" in started.text(), started.text()[-2000:]
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert what_is_broken(tmp_path / "checkpoint-2") is None
+    again = start(processes, evening_worker.main, *arguments, {}, folder=tmp_path / "output")
+    assert again.finish() == [0] * processes, again.text()[-2000:]
+    whole = start(processes, evening_worker.main, str(tiny_policy), str(tmp_path / "whole"), options, {},
+                  folder=tmp_path / "output")  # fmt: skip
+    assert whole.finish() == [0] * processes, whole.text()[-2000:]
+    got, want = (torch.load(folder / "end.0.pt") for folder in (tmp_path, tmp_path / "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_nothing_is_saved_where_nothing_is_to_be(tiny_policy, tmp_path):
+    """At step 1, and in a run that saves nothing."""
+    calls = []
+
+    def failing(completion_ids, **kwargs):
+        calls.append(1)
+        if len(calls) in (1, 4):
+            raise KeyError("boom")
+        return [float(len(ids)) for ids in completion_ids]
+
+    with pytest.raises(RewardRaised, match="raised KeyError: 'boom'") as raised:
+        build(tiny_policy, tmp_path, failing, max_steps=4, **{**SAVING, "save_steps": 100}).train()
+    assert isinstance(raised.value.__cause__, KeyError)
+    with pytest.raises(RewardRaised):
+        build(tiny_policy, tmp_path, failing, max_steps=4, interference_every=0).train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_rewards_that_are_text(tiny_policy, tmp_path):
+    with pytest.raises(WrongRewards, match=r"reward function 'texts' returned '1.0' for row 0, not a number$"):
+        build(tiny_policy, tmp_path, texts).train()
+
+
+def texts(completions, **kwargs):
+    return ["1.0"] * len(completions)
