@@ -154,7 +154,7 @@ def test_logged_at_its_interval_and_read_back(tiny_policy, tmp_path):
     )  # fmt: skip
     trainer.train()
     records = read_interference(tmp_path)
-    assert [record.step for record in records] == [0, 2, 4]
+    assert [record.step for record in records] == [1, 3, 5]
     logs = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert ["interference/coverage" in entry for entry in logs] == [True, False, True, False, True]
     first = records[0]
@@ -302,10 +302,10 @@ def test_a_layer_that_is_followed_wrongly_is_named_and_left_out(rehearsed, tiny_
     trainer = wrongly_followed(tiny_policy, tmp_path, interference_dim=0, gradient_accumulation_steps=2)
     trainer.train()
     records = read_interference(tmp_path)
-    assert [record.step for record in records] == ([0, 1, 2] if rehearsed else [1, 2])
+    assert [record.step for record in records] == ([1, 2, 3] if rehearsed else [2, 3])
     assert "Interference leaves out 1 parameters whose sum over sequences isn't their gradient" in caplog.text
     assert "model.layers.mlp.down_proj.weight" in caplog.text
-    assert ("Interference of optimizer step 0 isn't logged" in caplog.text) is not rehearsed
+    assert ("Interference of optimizer step 1 isn't logged" in caplog.text) is not rehearsed
     for record in records:
         assert record.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-4)
         assert 0.3 < record.metrics["interference/coverage"] < 0.999

@@ -1,6 +1,7 @@
 """``python -m trl_ext report``: from the folders of real runs to a page, figures and numbers; in a real browser."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from test_skipping import build, reward_with_dead
 from grpo_kernels.interference.step_gradients import StepGradients
 from trl_ext.interference.files import write_step
 from trl_ext.report import live
+from trl_ext.report.charts import curves_of_a_run
 from trl_ext.report.command import main
 from trl_ext.report.groups import differences, group_runs, mean_and_band
 from trl_ext.report.numbers import MOST_HEATMAPS, MOST_PROMPTS, cluster_order, extreme_pairs, histogram, report_numbers
@@ -152,7 +154,53 @@ def test_a_run_that_was_killed(run_folder, tmp_path, capsys):
     (folder / LOG_FILE).unlink()
     assert read_run(folder).series("reward")[0] == [1, 2, 3, 4], "the newest checkpoint's"
     (folder / "checkpoint-4" / "trainer_state.json").write_text("{")
-    assert read_run(folder).series("interference/cos_mean")[0] == [0, 1, 3, 4, 5], "the files' own metrics"
+    assert read_run(folder).series("interference/cos_mean")[0] == [1, 3, 4, 5, 6], "the files' own metrics"
+
+
+def test_one_number_for_one_measurement(tiny_policy, tmp_path):
+    """Measured every third step, logged every second: curves, heatmaps, tables and phases say when it was measured."""
+    options = {"per_device_train_batch_size": 8, "interference_every": 3, "interference_dim": 16, "max_steps": 8}
+    build(tiny_policy, tmp_path, reward_with_dead(0.0), logging_steps=2, **options).train()
+    run = read_run(tmp_path)
+    numbers = report_numbers(run)
+    assert [entry["step"] for entry in run.logs if "interference/cos_mean" in entry] == [2, 4, 8]
+    assert numbers["curves"]["interference"]["interference/cos_mean"]["steps"] == [1, 4, 7]
+    assert [one["step"] for one in numbers["heatmaps"]] == [1, 4, 7]
+    assert {pair["step"] for kind in numbers["pairs"].values() for pair in kind} <= {1, 4, 7}
+    assert {point["step"] for point in numbers["sigma_and_curvature"]} <= {1, 4, 7}
+    assert {span[end] for span in numbers["phases"] for end in ("first", "last")} <= {1, 4, 7}
+    assert numbers["curves"]["learning"]["reward"]["steps"] == [2, 4, 6, 8]
+    assert (tmp_path / "interference" / "step_00000007.npz").is_file()
+
+
+def test_missing_values_are_gaps(tmp_path):
+    """A metric that most entries have, NaN in one and not there in another; of a rare one the others aren't gaps."""
+    entries = [{"step": step, "loss": 0.0, "reward": 0.5, "grad_norm": float(step)} for step in range(1, 8)]
+    entries[2]["grad_norm"] = math.nan
+    del entries[4]["grad_norm"]
+    entries[0]["theory/r1"] = entries[5]["theory/r1"] = 2.0
+    entries.insert(3, {"step": 3, "eval_accuracy": 0.5})
+    run = read_run(log_of(tmp_path / "run", entries))
+    curves = report_numbers(run)["curves"]
+    assert curves["learning"]["grad_norm"]["steps"] == [1, 2, 3, 4, 5, 6, 7]
+    assert curves["learning"]["grad_norm"]["values"] == [1, 2, None, 4, None, 6, 7]
+    assert curves["theory"]["theory/r1"] == {"steps": [1, 6], "values": [2, 2]}
+    assert curves["learning"]["eval_accuracy"] == {"steps": [3], "values": [0.5]}
+    assert run.series("grad_norm")[0] == [1, 2, 4, 6, 7] and run.last("grad_norm") == 7
+    figure = curves_of_a_run(["grad_norm"], curves["learning"])
+    assert figure.data[0].y == (1, 2, None, 4, None, 6, 7) and not figure.data[0].connectgaps
+    band = mean_and_band(group_runs([run])[0], "grad_norm")
+    assert [math.isnan(value) for value in band["mean"]] == [False, False, True, False, True, False, False]
+
+
+def test_a_step_evaluated_twice_is_explained(tmp_path):
+    entries = [{"step": 0, "eval_accuracy": 0.4}, {"step": 1, "loss": 0.0, "reward": 0.5}]
+    entries += [{"step": 1, "eval_accuracy": 0.5}, {"step": 1, "eval_accuracy": 0.7}]
+    numbers = report_numbers(read_run(log_of(tmp_path / "run", entries)))
+    assert numbers["curves"]["learning"]["eval_accuracy"] == {"steps": [0, 1], "values": [0.4, pytest.approx(0.6)]}
+    (note,) = numbers["notes"]
+    assert note.startswith("Step 1 was evaluated 2 times (0.500, 0.700): answers are sampled")
+    assert note in page_of(tmp_path / "run", folder=tmp_path)
 
 
 def test_a_resumed_run_has_each_step_once(run_folder, tmp_path):
@@ -502,10 +550,10 @@ def test_in_a_browser(width, browser, run_folder, tmp_path):
     heatmap = next(plot for plot in plots if plot.find_elements(By.CSS_SELECTOR, ".slider-container"))
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", heatmap)
     title = lambda: heatmap.find_element(By.CSS_SELECTOR, ".gtitle").text  # noqa: E731
-    assert title().startswith("step 0:")
+    assert title().startswith("step 1:")
     ticks = heatmap.find_elements(By.CSS_SELECTOR, ".slider-rail-touch-rect")
     ActionChains(browser).move_to_element_with_offset(ticks[0], ticks[0].size["width"] // 2 - 4, 0).click().perform()
-    wait.until(lambda b: title().startswith("step 5:"))
+    wait.until(lambda b: title().startswith("step 6:"))
 
     area = heatmap.find_element(By.CSS_SELECTOR, ".nsewdrag")
     corner = 5 - area.size["width"] // 2, 5 - area.size["height"] // 2

@@ -34,7 +34,7 @@ def build(
         model=str(policy),
         reward_funcs=reward_funcs,
         args=config_class(**{**defaults, **options}),
-        train_dataset=train_dataset or prompts(32),
+        train_dataset=prompts(32) if train_dataset is None else train_dataset,
         processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
         peft_config=peft_config,
     )

@@ -211,15 +211,14 @@ def main(arguments: list[str]) -> None:
     ]
     workers = Workers(options.jobs, total=len(sweep_settings) + len(options.methods) * len(options.seeds))
     try:
-        if options.model_name_or_path == BUILT_IN:
-            workers.warm_up([*options.seeds, *(options.sweep_seeds if swept else [])], options.levels)
-        sweep = workers.run(output, sweep_settings)
+        later = options.seeds if options.model_name_or_path == BUILT_IN else []
+        sweep = workers.run(output, sweep_settings, warm_ups=later) if swept else []
         chosen = {}
         for method in options.methods:
             own = [run for run in sweep if run.method == method]
             if own or not swept:
                 chosen[method] = best_learning_rate(own) if swept else rates[0]
-                print(f"{method}: learning rate {chosen[method]:g}", flush=True)
+                workers.progress.say(f"{method}: learning rate {chosen[method]:g}")
         final = workers.run(
             output,
             [run_settings(options, method, rate, seed) for method, rate in chosen.items() for seed in options.seeds],
@@ -229,7 +228,7 @@ def main(arguments: list[str]) -> None:
         sys.exit("\nStopped. What has finished is kept: repeat the command to go on")
     except RuntimeError as error:
         sys.exit(f"error: {error}")
-    workers.pool.shutdown()
+    workers.close()
 
     finals = {method: [run for run in final if run.method == method] for method in chosen}
     finals = {method: runs for method, runs in finals.items() if runs}

@@ -1,6 +1,7 @@
 """The runs of an ablation: each trained once in a worker process, its result one file; what has a file is done.
 
-Flow: ``run`` finds what isn't done -> ``train`` in a worker -> ``write_whole`` -> ``read_run``.
+Flow: ``run`` finds what isn't done -> ``warm_up`` and ``train`` in workers, as soon as each can begin, telling how far
+they are -> ``write_whole`` -> ``read_run``.
 """
 
 from __future__ import annotations
@@ -15,19 +16,24 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import trl_ext  # noqa: F401 - before transformers: it keeps a start quiet
+
+# isort: split
 import torch
+from ablation_progress import AblationProgress
 from ablation_results import Run, tidy_rows
-from transformers import AutoTokenizer, PrinterCallback
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.tasks.correctness import Correctness
 from trl_ext.tasks.questions import arithmetic_questions, build_dataset
-from trl_ext.tasks.small_policy import small_policy
+from trl_ext.tasks.small_policy import LEARNING_STEPS, small_policy
 
 # All that one run depends on, as JSON can hold it: "method" (as on the command line), "model" (a folder; None: the
 # built-in policy of the run's seed), "levels", "train_size", "eval_size" and "training", the options of the trainer
@@ -37,8 +43,13 @@ Settings = dict[str, Any]
 # One run, in a worker process
 
 
-def start_worker() -> None:
+_reports: Any = None  # of a worker: where it tells (name, done, of how many steps)
+
+
+def start_worker(reports: Any) -> None:
     """One thread, quiet, and no life after the parent's, however that ended."""
+    global _reports
+    _reports = reports
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -58,11 +69,21 @@ def training_config(settings: Settings, output_dir: str) -> CurvatureGRPOConfig:
     return CurvatureGRPOConfig(**settings["training"], output_dir=output_dir)
 
 
-def warm_up(seed: int, levels: list[int]) -> None:
-    small_policy(seed, tuple(levels))
+class Tell(TrainerCallback):
+    """Each optimizer step."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_step_end(self, args, state, control, **kwargs):
+        _reports.put((self.name, state.global_step, state.max_steps))
 
 
-def train(settings: Settings, file: str) -> None:
+def warm_up(name: str, seed: int, levels: list[int]) -> None:
+    small_policy(seed, tuple(levels), lambda step, accuracy: _reports.put((name, step, LEARNING_STEPS)))
+
+
+def train(name: str, settings: Settings, file: str) -> None:
     """Trains once, and writes the settings and the tidy rows to ``file``, whole or not at all."""
     levels, seed, model = tuple(settings["levels"]), settings["training"]["seed"], settings["model"]
     policy = str(small_policy(seed, levels)) if model is None else model
@@ -78,6 +99,7 @@ def train(settings: Settings, file: str) -> None:
             processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Tell(name))
         trainer.train()
     write_whole(Path(file), json.dumps({"settings": settings, "rows": tidy_rows(trainer.state.log_history)}))
 
@@ -109,70 +131,120 @@ def read_run(output_dir: str | Path, settings: Settings) -> Run | None:
     return Run(settings["method"], settings["training"]["learning_rate"], settings["training"]["seed"], rows)
 
 
+@dataclass
+class Task:
+    """A call in a worker. ``needs``: the seed whose policy it starts from; ``gives``: the seed that it warms up."""
+
+    name: str
+    call: Callable[..., None]
+    arguments: tuple[Any, ...]
+    needs: int | None = None
+    gives: int | None = None
+
+
 class Workers:
-    """Worker processes, and how many of the runs are done, for the line that says when it will end."""
+    """Worker processes, and how far they are: a progress bar in a terminal, else a line now and then."""
 
     def __init__(self, jobs: int, total: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker)
-        self.total, self.done, self.trained = total, 0, 0
+        self.reports = context.SimpleQueue()
+        self.pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=(self.reports,))
+        self.jobs, self.total, self.done, self.trained = jobs, total, 0, 0
         self.failed: list[str] = []
+        self.warm: set[int | None] = {None}
         self.started = time.monotonic()
+        self.progress = AblationProgress(total)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            self.progress.tell(*self.reports.get())
 
     def stop(self) -> None:
         """Ends the workers in the middle of what they do."""
+        self.progress.close()
         for worker in multiprocessing.active_children():
             worker.terminate()
 
-    def _each(self, calls: dict[str, tuple[Any, ...]], report: Callable[[str], None]) -> None:
-        """Calls everything in the workers; ``report(name)`` as each ends, a failure is named and kept."""
-        futures = {self.pool.submit(*call): name for name, call in calls.items()}
-        for future in as_completed(futures):
-            try:
-                future.result()
-            except BrokenExecutor:
-                raise RuntimeError(
-                    "a worker process was killed (out of memory?); repeat the command to go on"
-                ) from None
-            except Exception as error:
-                self.failed.append(futures[future])
-                print(f"FAILED {futures[future]}: {type(error).__name__}: {error}", flush=True)
-            else:
-                report(futures[future])
+    def close(self) -> None:
+        """When all is done."""
+        self.pool.shutdown()
+        self.progress.close()
 
-    def warm_up(self, seeds: Iterable[int], levels: list[int]) -> None:
-        calls = {f"policy of seed {seed}": (warm_up, seed, levels) for seed in sorted(set(seeds))}
-        if calls:
-            print(f"The built-in policies of {len(calls)} seeds, about two minutes each unless cached:", flush=True)
-        self._each(calls, lambda name: print(f"  {name} is there", flush=True))
-        self.started = time.monotonic()
+    def _each(self, tasks: list[Task], report: Callable[[str], None]) -> None:
+        """Does everything in the workers, each task as soon as its policy is warm; ``report(name)`` as each ends, a
+        failure is named and kept."""
+        waiting, running = list(tasks), {}
+        while waiting or running:
+            ready = [task for task in waiting if task.needs in self.warm]
+            # a run that can't begin waits for a policy: those are warmed up in the order in which they are needed
+            for task in sorted(ready, key=lambda task: task.gives is not None)[: self.jobs - len(running)]:
+                waiting.remove(task)
+                self.progress.begin(task.name)
+                running[self.pool.submit(task.call, task.name, *task.arguments)] = task
+            if not running:
+                break  # what is left needs a policy that failed, which is said
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                self.progress.end(task.name)
+                try:
+                    future.result()
+                except BrokenExecutor:
+                    self.progress.close()
+                    raise RuntimeError(
+                        "a worker process was killed (out of memory?); repeat the command to go on"
+                    ) from None
+                except Exception as error:
+                    self.failed.append(task.name)
+                    self.progress.say(f"FAILED {task.name}: {type(error).__name__}: {error}")
+                else:
+                    self.warm.add(task.gives)
+                    report(task.name)
 
-    def run(self, output_dir: str, wanted: Sequence[Settings]) -> list[Run]:
-        """The ``Run`` of each of the settings, trained where it isn't there yet; without those that failed."""
-        calls, by_name = {}, {}
+    def run(self, output_dir: str, wanted: Sequence[Settings], warm_ups: Iterable[int] = ()) -> list[Run]:
+        """The ``Run`` of each of the settings, trained where it isn't there yet; without those that failed.
+
+        ``warm_ups``: seeds whose policies are made on the way, where a worker has nothing else to do.
+        """
+        by_name, tasks = {}, []
         for settings in wanted:
             training = settings["training"]
             name = f"{settings['method']} at {training['learning_rate']:g}, seed {training['seed']}"
             by_name[name] = settings
             if read_run(output_dir, settings) is None:
-                calls[name] = (train, settings, str(run_file(output_dir, settings)))
+                needs = training["seed"] if settings["model"] is None else None
+                tasks.append(Task(name, train, (settings, str(run_file(output_dir, settings))), needs))
             else:
                 self.done += 1
-        if len(calls) < len(wanted):
-            print(f"{len(wanted) - len(calls)} of {len(wanted)} runs were done before", flush=True)
+        if len(tasks) < len(wanted):
+            self.progress.say(f"{len(wanted) - len(tasks)} of {len(wanted)} runs were done before")
+            self.progress.runs(self.done)
+        seeds = dict.fromkeys([*(task.needs for task in tasks), *warm_ups])
+        cold = [seed for seed in seeds if seed not in self.warm]
+        if cold:
+            levels = wanted[0]["levels"]
+            self.progress.say(
+                f"The built-in policies of {len(cold)} seeds are warmed up where they aren't cached, {LEARNING_STEPS} "
+                f"steps each (measured: a minute and a half on one core), {self.jobs} at a time; a run begins as soon "
+                "as its policy is there"
+            )
+            tasks += [Task(f"policy of seed {seed}", warm_up, (seed, levels), gives=seed) for seed in cold]
 
         def report(name: str) -> None:
+            if name not in by_name:
+                self.progress.say(f"  {name} is there")
+                return
             self.done += 1
             self.trained += 1
             run = read_run(output_dir, by_name[name])
             assert run is not None
             accuracies = run.curve("held_out_accuracy")[1]
             left = (time.monotonic() - self.started) / self.trained * (self.total - self.done)
-            print(
+            self.progress.runs(self.done)
+            self.progress.say(
                 f"[{self.done}/{self.total}] {name}: held-out accuracy {accuracies[0]:.3f} -> {accuracies[-1]:.3f}, "
-                f"about {left / 60:.0f} min left",
-                flush=True,
+                f"about {left / 60:.0f} min left"
             )
 
-        self._each(calls, report)
+        self._each(tasks, report)
         return [run for settings in wanted if (run := read_run(output_dir, settings))]

@@ -32,7 +32,7 @@ _NAME = re.compile(r"step_(\d{8,})\.npz")
 
 @dataclass(frozen=True)
 class InterferenceRecord:
-    """One logged step, as numpy arrays.
+    """One logged step, as numpy arrays. ``step``: from 1, as TRL's log numbers the optimizer step that is done then.
 
     ``gram_BB`` (None above ``MOST_SEQUENCES``) and ``gram_PP``, float32: inner products of the contributions of
     sequences, and of the gradients of prompts. ``trace_P``: sum of a prompt's squared contributions, float32.

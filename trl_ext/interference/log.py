@@ -103,7 +103,7 @@ class InterferenceLog:
         self._skipped: list[dict[str, torch.Tensor]] = []  # sequences that don't run: their gradient is 0
         self._has_rows = False  # this micro-batch has something to run
         self._opened_at = 0  # TRL's count of micro-batches when the step began
-        self._opened_in = 0  # the optimizer step
+        self._opened_in = 0  # the optimizer step, counted from 1 as the log counts those that are done
         if run.torch_compile and not self._off:
             self._switch_off("torch_compile=True: a compiled model doesn't call the layers' hooks")
         mixed = mixes_rows(self.accelerator.unwrap_model(model))
@@ -161,7 +161,7 @@ class InterferenceLog:
         if self._off or self._is_open or step % self.every:
             return
         self._is_open, self._sequences, self._skipped, self._failure = True, [], [], None
-        self._opened_at, self._opened_in = position.micro_batch, step
+        self._opened_at, self._opened_in = position.micro_batch, step + 1
         try:
             if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
                 model = self._model = self.accelerator.unwrap_model(model)

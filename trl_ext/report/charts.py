@@ -30,7 +30,7 @@ def wrapped(text: str) -> str:
     return "<br>".join(plain(line) for line in textwrap.wrap(text, HOVER_WIDTH))
 
 
-def curves_of_a_run(names: Sequence[str], curves: dict[str, dict[str, list[float]]]) -> go.Figure | None:
+def curves_of_a_run(names: Sequence[str], curves: dict[str, dict[str, list[Any]]]) -> go.Figure | None:
     """A line for each metric that was logged; None where none was."""
     figure = go.Figure()
     if names[0] not in curves:
@@ -39,7 +39,7 @@ def curves_of_a_run(names: Sequence[str], curves: dict[str, dict[str, list[float
         if name in curves:
             steps, values = curves[name]["steps"], curves[name]["values"]
             line = {"color": COLOURS[i % len(COLOURS)], "dash": DASHES[i % len(DASHES)]}
-            mode = "lines+markers" if len(steps) < FEW_POINTS else "lines"
+            mode = "lines+markers" if len(steps) < FEW_POINTS or None in values else "lines"  # points between gaps
             figure.add_scatter(x=steps, y=values, name=name, mode=mode, line=line)
     return _with_axes(figure, names[0] if len(names) == 1 else "")
 
@@ -51,7 +51,7 @@ def curves_of_groups(name: str, groups: Sequence[Group]) -> go.Figure | None:
         band = mean_and_band(group, name)
         if band is None:  # no step in common: each run by itself
             for run in group.runs:
-                steps, values = run.series(name)
+                steps, values = run.curve(name)
                 if steps:
                     line = {"color": COLOURS[i % len(COLOURS)], "dash": DASHES[i % len(DASHES)]}
                     figure.add_scatter(x=steps, y=values, name=plain(run.name), line=line)

@@ -86,12 +86,13 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def mean_and_band(group: Group, name: str) -> dict[str, list[float]] | None:
-    """Mean, lowest and highest over the group's runs at the steps that all of them logged; None where there is none."""
-    by_step = [dict(zip(*run.series(name), strict=True)) for run in group.runs]
+    """Mean, lowest and highest over the group's runs at the steps that all of them logged, NaN where a run has none
+    there; None where no step is in common."""
+    by_step = [dict(zip(*run.curve(name), strict=True)) for run in group.runs]
     steps = sorted(set.intersection(*(set(one) for one in by_step))) if by_step else []
     if not steps:
         return None
-    values = np.array([[one[step] for step in steps] for one in by_step])
+    values = np.array([[one[step] for step in steps] for one in by_step], dtype=float)  # None: NaN
     return {
         "steps": steps,
         "mean": values.mean(0).tolist(),

@@ -77,7 +77,7 @@ PAPER = {
 }
 
 
-def thin(steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS) -> tuple[list[int], list[float]]:
+def thin(steps: Sequence[int], values: Sequence[Any], most: int = MOST_POINTS) -> tuple[list[int], list[Any]]:
     """At most ``most`` points, evenly spaced, the last among them."""
     if len(steps) <= most:
         return list(steps), list(values)
@@ -86,12 +86,12 @@ def thin(steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS)
 
 
 def curves(run: Run) -> dict[str, dict[str, dict[str, list[Any]]]]:
-    """Section -> metric -> ``steps`` and ``values``; metrics that were never logged are left out."""
+    """Section -> metric -> ``steps`` and ``values``, None where one is missing; what was never logged is left out."""
     found: dict[str, dict[str, dict[str, list[Any]]]] = {}
     for section, names in CURVES.items():
         found[section] = {}
         for name in names:
-            steps, values = thin(*run.series(name))
+            steps, values = thin(*run.curve(name))
             if steps:
                 found[section][name] = {"steps": steps, "values": values}
     return found
@@ -245,6 +245,15 @@ def sigma_and_curvature(records: Sequence[InterferenceRecord]) -> list[dict[str,
     return points
 
 
+def notes(run: Run) -> list[str]:
+    """What a reader would stumble over."""
+    return [
+        f"Step {step} was evaluated {len(values)} times ({', '.join(f'{value:.3f}' for value in values)}): answers are "
+        "sampled, so the same model gives different accuracies. The curve has their mean."
+        for step, values in run.evaluated_again().items()
+    ]
+
+
 def report_numbers(run: Run, n_runs: int = 1) -> dict[str, Any]:
     """All of it, of what strict JSON can hold; ``n_runs`` share the page's heatmaps."""
     chosen = chosen_records(run.records, max(2, MOST_HEATMAPS // n_runs))
@@ -255,6 +264,7 @@ def report_numbers(run: Run, n_runs: int = 1) -> dict[str, Any]:
         "most_prompts": MOST_PROMPTS,
         "summary": summary(run),
         "problems": run.problems,
+        "notes": notes(run),
         "config": run.config,
         "phases": phases(run),
         "curves": curves(run),

@@ -135,6 +135,8 @@ def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[d
         parts = _curves(section, numbers, groups)
         for one in numbers:
             whose = f"{one['run']}: " if len(numbers) > 1 else ""
+            if section == "learning":
+                parts += [{"note": whose + note} for note in one["notes"]]
             if section == "interference":
                 parts += _interference(one, whose)
             if section == "curvature":

@@ -30,6 +30,12 @@ def _is_number(value: Any) -> bool:
         return False
 
 
+def _same_kind(entry: dict[str, Any], name: str) -> bool:
+    """Whether the entry is one that such a metric may be in: an evaluation's, or a training step's."""
+    of_evaluation = any(key.startswith("eval_") for key in entry)
+    return name in entry or (of_evaluation if name.startswith("eval_") else "loss" in entry and not of_evaluation)
+
+
 @dataclass(frozen=True)
 class Run:
     """``logs``: TRL's entries in order of step; ``problems``: what was skipped, one sentence each."""
@@ -47,9 +53,38 @@ class Run:
         return max(steps, default=0)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of a metric, where it was logged as a finite number."""
-        points = [(entry["step"], entry[name]) for entry in self.logs if _is_number(entry.get(name))]
-        return [step for step, _ in points], [float(value) for _, value in points]
+        """(steps, values) of a metric, where it is a finite number."""
+        points = [(step, value) for step, value in zip(*self.curve(name), strict=True) if value is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def curve(self, name: str) -> tuple[list[int], list[float | None]]:
+        """(steps, values) of a metric, None where it might have been and isn't; none at all where it never is.
+
+        What interference files hold is of the step that was measured; TRL's log has it at the next step that it logs.
+        Several values of one step (a second evaluation) are their mean.
+        """
+        measured = [(record.step, record.metrics.get(name)) for record in self.records]
+        logged = [(entry["step"], entry.get(name)) for entry in self.logs if _same_kind(entry, name)]
+        of_files, of_log = (sum(_is_number(value) for _, value in points) for points in (measured, logged))
+        if not of_files and not of_log:
+            return [], []
+        if of_files and of_files >= of_log and name != "curvature/sigma_mean":  # which is logged of every batch
+            points = measured
+        else:
+            # of a metric that few entries have, the others aren't gaps
+            points = logged if 2 * of_log >= len(logged) else [(s, value) for s, value in logged if _is_number(value)]
+        by_step: dict[int, list[float]] = {}
+        for step, value in points:
+            by_step.setdefault(step, []).extend([float(value)] if value is not None and _is_number(value) else [])
+        return list(by_step), [sum(values) / len(values) if values else None for values in by_step.values()]
+
+    def evaluated_again(self, name: str = "eval_accuracy") -> dict[int, list[float]]:
+        """Steps that were evaluated more than once, and what came out."""
+        found: dict[int, list[float]] = {}
+        for entry in self.logs:
+            if _is_number(entry.get(name)):
+                found.setdefault(entry["step"], []).append(float(entry[name]))
+        return {step: values for step, values in found.items() if len(values) > 1}
 
     def last(self, name: str) -> float | None:
         """The latest value of a metric."""

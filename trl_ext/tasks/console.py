@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
@@ -27,6 +29,26 @@ LEGEND = (
     "group sum to 0. Its gradient isn't 0: watch reward and grad."
 )
 
+AGAIN = 2  # logged steps in a row, before advice is given
+
+
+def advice(metrics: Mapping[str, float | None], max_completion_length: int) -> dict[str, str]:
+    """What makes learning impossible in this logged step, and what to change."""
+    found = {}
+    if metrics.get("completions/clipped_ratio") == 1:
+        found["cut"] = (
+            f"every answer was cut at max_completion_length={max_completion_length} before it ended, so that none is "
+            "whole. Raise --max_completion_length, or ask for shorter answers (--instruction)."
+        )
+    if metrics.get("accuracy") == 0:
+        found["wrong"] = (
+            "every answer was wrong: all groups are equal, and nothing can be learned from them. Take easier questions "
+            "(--dataset, --levels), a stronger model (--model_name_or_path), more answers a prompt "
+            "(--num_generations); or the model doesn't see what is asked: --log_completions true shows its answers, "
+            "--prompt_style and --instruction change the question."
+        )
+    return found
+
 
 def format_row(metrics: dict[str, float | None]) -> str:
     """One line of the table; a metric that isn't there leaves its cell empty."""
@@ -44,6 +66,7 @@ class ConsoleCallback(TrainerCallback):
         self.console = Console(highlight=False, soft_wrap=True)
         self.progress: Progress | None = None
         self.headed = False
+        self.troubles: dict[str, int] = {}  # of how many logged steps in a row
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -77,6 +100,12 @@ class ConsoleCallback(TrainerCallback):
             self._print("".join(heading.rjust(width) for heading, width, _, _ in COLUMNS))
             self.headed = True
         self._print(format_row({**logs, "step": state.global_step}))
+        if "reward" in logs:
+            found = advice(logs, args.max_completion_length)
+            self.troubles = {name: self.troubles.get(name, 0) + 1 for name in found}
+            for name, text in found.items():
+                if self.troubles[name] == AGAIN:
+                    self._print(f"In {AGAIN} logged steps {text}")
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.progress is not None:

@@ -1,0 +1,249 @@
+"""What is wrong with a run is named before its first step, or as soon as it is known."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from datasets import Dataset, IterableDataset
+from test_trainer import build
+from test_trainer_equality import prompts
+from trl import GRPOConfig
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.rewards.reward_checks import RewardFailures, RewardRaised, checked_reward
+from trl_ext.tasks.console import ConsoleCallback, advice
+
+NOWHERE = "no-model-here"
+
+
+def asked(*texts):
+    return Dataset.from_dict({"prompt": list(texts)})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"train_dataset": Dataset.from_dict({"question": ["a"] * 8, "answer": ["b"] * 8})},
+            r"train_dataset has no column 'prompt', only 'question', 'answer': rename one, as in dataset.rename_column",
+        ),
+        ({"train_dataset": asked("1+1=", "")}, r"train_dataset: the prompt of row 1 is empty \(''\)"),
+        ({"train_dataset": asked([{"role": "user", "content": "a"}], [])}, r"the prompt of row 1 is empty \(\[\]\)"),
+        ({"train_dataset": asked("a").select([])}, "train_dataset has 0 rows, and a generation takes 2 different"),
+        (
+            {"train_dataset": asked("1+1=")},
+            r"train_dataset has 1 rows, and a generation takes 2 different prompts \(generation_batch_size=8 / "
+            r"num_generations=4\): no step would be trained",
+        ),
+        (
+            {"normalization": "std", "scale_rewards": "batch"},
+            r"normalization='std' contradicts scale_rewards='batch', which is 'batch_std': give one",
+        ),
+        ({"normalization": "loo", "scale_rewards": "none"}, r"normalization='loo' contradicts scale_rewards='none'"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=True needs a GPU, and this run has none"),
+        ({"use_liger_kernel": True, "config_class": GRPOConfig}, "use_liger_kernel=True needs a GPU"),
+        ({"reward_timeout": 0}, "reward_timeout=0 must be a number of seconds above 0, or None"),
+        ({"reward_timeout": True}, "reward_timeout=True must be a number of seconds"),
+    ],
+)
+def test_before_a_model_is_loaded(options, message, tmp_path, monkeypatch):
+    options = dict(options)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: None)
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / NOWHERE, tmp_path, **{"train_dataset": prompts(32), **options})
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_held_out_questions_too(named, tmp_path):
+    wrong = Dataset.from_dict({"question": ["a"] * 8})
+    args = CurvatureGRPOConfig(str(tmp_path), report_to="none")
+    name = r"eval_dataset\['sums'\]" if named else "eval_dataset"
+    with pytest.raises(ValueError, match=f"{name} has no column 'prompt'"):
+        CurvatureGRPOTrainer(
+            str(tmp_path / NOWHERE), len, args, prompts(32), eval_dataset={"sums": wrong} if named else wrong
+        )
+
+
+def test_what_agrees_is_let_pass(tiny_policy, tmp_path):
+    """The same method twice, and a stream, of which neither length nor rows are known."""
+    build(tiny_policy, tmp_path, normalization="batch_std", scale_rewards="batch")
+    stream = IterableDataset.from_generator(lambda: ({"prompt": f"{i} + 1 ="} for i in range(64)))
+    build(tiny_policy, tmp_path, train_dataset=stream, accelerator_config={"dispatch_batches": False})
+
+
+def test_liger_without_a_gpu_breaks_nothing(tiny_policy, tmp_path):
+    with pytest.raises(ValueError, match="needs a GPU"):
+        build(tiny_policy, tmp_path, use_liger_kernel=True)
+    trainer = build(tiny_policy, tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_prompts_longer_than_the_context(tiny_policy, tmp_path, caplog):
+    """The built-in architecture has 512 positions."""
+    with pytest.raises(ValueError, match=r"row 2 of train_dataset has \d+ tokens, and the model's context .* is 512"):
+        build(tiny_policy, tmp_path, train_dataset=asked("1 + 1 =", "2 + 2 =", "1 + 1 = " * 200, "3"))
+    with caplog.at_level(logging.WARNING):
+        build(tiny_policy, tmp_path, train_dataset=asked("1 + 1 =", "2 + 2 ="), max_completion_length=508)
+    assert "go beyond the model's context of 512" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        build(tiny_policy, tmp_path, train_dataset=asked("1 + 1 =", "2 + 2 ="), max_completion_length=200)
+    assert "context" not in caplog.text
+
+
+def unscored(completions, **kwargs):
+    return [None, float("nan")] * (len(completions) // 2)
+
+
+def test_rewards_that_are_all_missing_are_said_once(tiny_policy, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        build(tiny_policy, tmp_path, unscored, max_steps=3).train()
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("No completion of a batch was scored: 'unscored' returned None or NaN" in text for text in said) == 1
+    assert sum("All reward functions returned None" in text for text in said) == 1, "TRL's own, with its dump"
+
+
+# ---- reward functions that hang
+
+
+def slow_at(row, seconds=100):
+    def slow(prompts, completions, **kwargs):
+        for place, completion in enumerate(completions):
+            if place == row:
+                wait(completion, seconds)
+        return [0.0] * len(completions)
+
+    return slow
+
+
+def wait(completion, seconds):
+    time.sleep(seconds)
+
+
+def given(count=4):
+    return {
+        "prompts": [f"question {i // 2}" for i in range(count)],
+        "completions": [f"answer {i}" for i in range(count)],
+    }
+
+
+@pytest.mark.parametrize("row", [0, 3])
+def test_a_function_that_sleeps_is_named_with_its_prompt(row):
+    checked = checked_reward(slow_at(row), "slow", timeout=0.2)
+    begun = time.monotonic()
+    with pytest.raises(RewardRaised) as raised:
+        checked(**given())
+    assert time.monotonic() - begun < 20
+    assert str(raised.value) == (
+        "reward function 'slow' took more than 0.2 s (reward_timeout), "
+        f"at completion {row} of 4, of the prompt 'question {row // 2}'"
+    )
+
+
+def test_a_function_that_catches_everything():
+    def stubborn(completions, **kwargs):
+        for _ in range(3):
+            try:
+                while True:
+                    sum(range(1000))
+            except BaseException:
+                pass
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardRaised, match=r"took more than 0\.2 s"):
+        checked_reward(stubborn, timeout=0.2)(**given())
+
+
+def test_functions_in_time_are_left_alone():
+    seen = []
+
+    def quick(completions, **kwargs):
+        seen.append(threading.current_thread() is threading.main_thread())  # math_verify sets signals of its own
+        return [1.0] * len(completions)
+
+    def failing(completions, **kwargs):
+        raise KeyError("boom")
+
+    assert checked_reward(quick, timeout=5)(**given()) == [1.0] * 4 and seen == [True]
+    with pytest.raises(RewardRaised, match="raised KeyError: 'boom'"):
+        checked_reward(failing, timeout=5)(**given())
+
+
+def test_outside_the_main_thread():
+    found = []
+
+    def call():
+        try:
+            checked_reward(slow_at(0), "slow", timeout=0.2)(**given())
+        except RewardRaised as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join(20)
+    assert len(found) == 1 and "the first of the prompt 'question 0'" in found[0]
+
+
+def test_coroutines():
+    async def waits(completions, **kwargs):
+        await asyncio.sleep(100)
+
+    async def quick(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardRaised, match=r"reward function 'waits' took more than 0\.2 s"):
+        asyncio.run(checked_reward(waits, timeout=0.2)(**given()))
+    assert asyncio.run(checked_reward(quick, timeout=5)(**given())) == [1.0] * 4
+
+
+def test_what_can_not_be_interrupted_ends_the_process():
+    """A computation in C, which looks at no signal."""
+    code = (
+        "from trl_ext.rewards import reward_timeout\n"
+        "reward_timeout.GRACE = 1\n"
+        "import hashlib\n"
+        "reward_timeout.call_limited(lambda prompts, completions: hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9), 0.2,"
+        " 'stuck', (), {'prompts': ['q'], 'completions': ['a']})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "reward function 'stuck' took more than 0.2 s (reward_timeout)" in done.stderr
+    assert "it can't be interrupted: this process ends" in done.stderr
+
+
+def test_failures_wait_for_the_other_processes():
+    """Of two: rewards are made up in place of the function's, and the error is the next thing that all do."""
+    failures = RewardFailures(2)
+
+    def failing(completions, **kwargs):
+        raise KeyError("boom")
+
+    rewards = checked_reward(failing, failures=failures)(**given())
+    assert all(value != value for value in rewards) and len(rewards) == 4
+    with pytest.raises(RewardRaised, match="process 1: reward function 'failing' raised KeyError: 'boom'"):
+        failures.raise_together(process_index=1)
+    failures.raise_together(process_index=1)  # told once
+
+
+# ---- the example's console
+
+
+def test_what_to_change_where_nothing_can_be_learned(capsys):
+    callback = ConsoleCallback()
+    args, state = GRPOConfig("x", max_completion_length=64, report_to="none", bf16=False), type("", (), {})()
+    state.is_world_process_zero = True
+    hopeless = {"reward": 0.0, "accuracy": 0.0, "completions/clipped_ratio": 1.0}
+    fine = {"reward": 0.5, "accuracy": 0.5, "completions/clipped_ratio": 0.9}
+    for step, logs in enumerate([hopeless, fine, hopeless, hopeless, hopeless]):
+        state.global_step = step
+        callback.on_log(args, state, None, logs=logs)
+    said = capsys.readouterr().out
+    assert said.count("In 2 logged steps every answer was cut at max_completion_length=64 before it ended") == 1
+    assert said.count("In 2 logged steps every answer was wrong") == 1
+    assert "Raise --max_completion_length" in said and "--num_generations" in said
+    assert advice(fine, 64) == {}
