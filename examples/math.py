@@ -143,7 +143,7 @@ def load_questions(script, seed: int, warn):
         train = drop_bad_gold(hub_questions(script.dataset, held_out=False, **columns), script.dataset, warn)
         held_out = hub_questions(script.dataset, held_out=True, **columns)
         held_out = drop_bad_gold(held_out, f"{script.dataset} (held out)", warn)[: script.eval_size]
-    return train[: script.train_size], held_out
+    return train, held_out
 
 
 def find_model(name: str, seed: int, levels: tuple[int, ...], state, report) -> str:
@@ -190,12 +190,13 @@ def load_tokenizer(path: str, name: str, **options):
 def build_trainer(script, training, model, say):
     """Everything up to the first step: questions, prompts, rewards, the model, the trainer."""
     from accelerate import PartialState
-    from transformers import PrinterCallback, ProgressCallback
+    from transformers import AutoConfig, PrinterCallback, ProgressCallback
     from transformers.utils import logging
     from trl import get_peft_config, get_quantization_config
 
     from trl_ext import CurvatureGRPOTrainer
     from trl_ext.checkpoints import StopWithCheckpoint
+    from trl_ext.run_checks import context_of, rows_within
     from trl_ext.tasks.console import ConsoleCallback
     from trl_ext.tasks.correctness import Correctness, MarkedAnswer
     from trl_ext.tasks.questions import NEXT_QUESTION, build_dataset
@@ -222,11 +223,25 @@ def build_trainer(script, training, model, say):
         raise ValueError(f"--prompt_style chat: the tokenizer of {model.model_name_or_path} has no chat template")
     instruction = script.instruction if script.instruction is not None else ("" if built_in else INSTRUCTION)
     shots = script.num_shots if style == "few_shot" else 0
-    if len(train) <= shots:
-        raise ValueError(f"--num_shots {shots} needs more than the {len(train)} training questions there are")
+    if min(len(train), script.train_size or len(train)) <= shots:
+        raise ValueError(f"--num_shots {shots} needs more training questions than that")
     examples, train = train[:shots], train[shots:]
-    train_dataset = build_dataset(train, style, instruction=instruction, examples=examples)
-    eval_dataset = build_dataset(held_out, style, instruction=instruction, examples=examples)
+    context = context_of(AutoConfig.from_pretrained(path, **loading))
+
+    def prompts_of(questions, whose: str):
+        """The prompts, without those that leave no room for an answer."""
+        dataset = build_dataset(questions, style, instruction=instruction, examples=examples)
+        rows = rows_within(dataset, tokenizer, context)
+        if len(rows) < len(dataset):
+            say(
+                f"{len(dataset) - len(rows)} {whose} questions are left out: longer than the model's context, {context}"
+            )
+        return dataset.select(rows)
+
+    train_dataset = prompts_of(train, "training")
+    if script.train_size is not None:
+        train_dataset = train_dataset.select(range(min(script.train_size - shots, len(train_dataset))))
+    eval_dataset = prompts_of(held_out, "held-out")
 
     stop = NEXT_QUESTION if style == "few_shot" else None
     rewards: list = [Correctness(stop)]
@@ -257,7 +272,8 @@ def build_trainer(script, training, model, say):
     if started_alone(processes):
         say("accelerate was asked for several processes on CPUs and started one, without telling: to have two, add")
         say("--config_file examples/accelerate/cpu_two_processes.yaml after accelerate launch.")
-    say(f"{len(train)} training and {len(held_out)} held-out questions on {count}, prompts as {style}, for example:")
+    sizes = f"{len(train_dataset)} training and {len(eval_dataset)} held-out questions"
+    say(f"{sizes} on {count}, prompts as {style}, for example:")
     say(f"  {train[0].question!r} -> {train[0].answer[-40:]!r}")
     return trainer
 

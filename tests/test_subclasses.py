@@ -231,6 +231,7 @@ WITHOUT_A_CASE = {
     "_tool_call_loop": "as above",
     "_save_checkpoint": "files, no gradient",
     "_load_optimizer_and_scheduler": "as above",
+    "train": "which checkpoint it goes on from; the training is TRL's",
     "end": "after the last gradient",
 }
 

@@ -131,7 +131,15 @@ def end(trainer_class, monkeypatch):
     return trainer.accelerator.end_training.call_count
 
 
+def whole_training(trainer_class, monkeypatch):
+    monkeypatch.setattr(
+        transformers.Trainer, "train", lambda self, resume=None, *rest, **kwargs: (resume, rest, kwargs)
+    )
+    return bare(trainer_class).train("auto", trial=None)  # not looked for
+
+
 CASES = {
+    "train": whole_training,
     "_generate": generate,
     "_generate_and_score_completions": score,
     "_get_per_token_logps_and_entropies": log_probs,

@@ -43,6 +43,11 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
             into few, evenly long micro-batches without needless padding; the gradient is the same. The log says once
             where it can't be done, and why. ``entropy`` is then logged of what runs, as ``entropy_live``.
         full_entropy: log ``entropy`` of all sequences all the same: those that are skipped get a forward pass.
+        share_prompts: answers to one prompt run in one row with the prompt once and no padding, forward and backward:
+            the same gradient, for less work. Where a model or an option doesn't allow it the log says so once. Steps
+            that log interference run without.
+        tokens_per_micro_batch: with ``share_prompts``, packed tokens (and a part of each copied prompt) of a
+            micro-batch. None: as many as the largest micro-batch would hold without, padding included.
         resample_zero_variance: DAPO's dynamic sampling: where fewer than ``resample_live_prompts`` prompts of a batch
             (None: all) have answers with different rewards, other prompts are drawn and answered, at most
             ``resample_max_rounds`` times, and take the place of dead ones. ``reward`` and the like are then of all that
@@ -84,6 +89,9 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
+        budget = self.tokens_per_micro_batch
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+            raise ValueError(f"tokens_per_micro_batch={budget!r} must be a whole number above 0, or None")
         self._check_resampling()
 
     def _choose_device(self) -> None:
@@ -95,7 +103,7 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
             self.bf16 = False
 
     def _check_resampling(self) -> None:
-        for name in ("skip_zero_advantage", "full_entropy", "resample_zero_variance"):
+        for name in ("skip_zero_advantage", "full_entropy", "resample_zero_variance", "share_prompts"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         rounds, wanted = self.resample_max_rounds, self.resample_live_prompts
@@ -180,6 +188,8 @@ class Options:
     fused_loss: bool
     skip_zero_advantage: bool
     full_entropy: bool
+    share_prompts: bool
+    tokens_per_micro_batch: int | None
     resample_zero_variance: bool
     resample_max_rounds: int
     resample_live_prompts: int | None

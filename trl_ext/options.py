@@ -15,7 +15,7 @@ MOST_ROUNDS = 4  # of resampling, by default
 # heading -> options below it, as --help and the documentation group them
 GROUPS = {
     "Normalisation": ("normalization", "normalization_kwargs"),
-    "Work": ("fused_loss", "skip_zero_advantage", "full_entropy"),
+    "Work": ("fused_loss", "skip_zero_advantage", "full_entropy", "share_prompts", "tokens_per_micro_batch"),
     "Resampling": ("resample_zero_variance", "resample_max_rounds", "resample_live_prompts"),
     "Rewards": ("reward_timeout",),
     "Interference": ("interference_every", "interference_dim", "interference_layers"),
@@ -34,6 +34,11 @@ class CurvatureOptions:
     fused_loss: bool = field(default=True, metadata={"help": "Head, loss and gradients in one pass."})
     skip_zero_advantage: bool = field(default=True, metadata={"help": "Don't run what has no gradient."})
     full_entropy: bool = field(default=False, metadata={"help": "Log the entropy of what is skipped too."})
+
+    share_prompts: bool = field(default=False, metadata={"help": "Answers of a prompt in one row, the prompt once."})
+    tokens_per_micro_batch: int | None = field(
+        default=None, metadata={"help": "With share_prompts; default: as many as without."}
+    )
 
     resample_zero_variance: bool = field(default=False, metadata={"help": "Other prompts for those of equal rewards."})
     resample_max_rounds: int = field(default=MOST_ROUNDS, metadata={"help": "Generations for them in a step, at most."})

@@ -68,9 +68,8 @@ def _check_rows(dataset: Any, args: Any) -> None:
 def check_context(dataset: Any, processing_class: Any, model: Any, args: Any, say_once: Callable[[str], None]) -> None:
     """Raises ``ValueError`` for a prompt that leaves no room for an answer in the model's context; says once where an
     answer of ``max_completion_length`` would go beyond it."""
-    text_config = getattr(model.config, "get_text_config", lambda: model.config)()
-    context = getattr(text_config, "max_position_embeddings", None)
-    if not isinstance(context, int) or context <= 0:
+    context = context_of(model.config)
+    if context is None:
         return
     beyond = []
     for row, prompt in enumerate(_prompts(dataset)):
@@ -94,6 +93,24 @@ def check_context(dataset: Any, processing_class: Any, model: Any, args: Any, sa
         )
 
 
+def context_of(config: Any) -> int | None:
+    """Tokens that a model's configuration says it takes, or None."""
+    context = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
+    return context if isinstance(context, int) and context > 0 else None
+
+
+def rows_within(dataset: Any, processing_class: Any, context: int | None) -> list[int]:
+    """Rows whose prompts leave room for an answer."""
+    kept = []
+    for row, prompt in enumerate(_prompts(dataset)):
+        if context is not None and _bytes(prompt) + TEMPLATE_TOKENS > context:
+            length = _tokens(prompt, processing_class)
+            if length is not None and length >= context:
+                continue
+        kept.append(row)
+    return kept
+
+
 def _bytes(prompt: Any) -> int:
     if isinstance(prompt, str):
         return len(prompt.encode(errors="replace"))
@@ -105,9 +122,9 @@ def _tokens(prompt: Any, processing_class: Any) -> int | None:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     try:
         if isinstance(prompt, str):
-            return len(tokenizer(text=prompt)["input_ids"])
+            return len(tokenizer(text=prompt, verbose=False)["input_ids"])
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        return len(tokenizer(text=text, add_special_tokens=False)["input_ids"])
+        return len(tokenizer(text=text, add_special_tokens=False, verbose=False)["input_ids"])
     except Exception as error:
         logger.debug(f"The length of a prompt isn't known: {type(error).__name__}: {error}")
         return None

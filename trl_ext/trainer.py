@@ -33,6 +33,7 @@ from .gloo import let_gloo_finish
 from .interference.log import InterferenceLog
 from .loss.fused_head import CompletionMask, add_fused_heads
 from .loss.fused_loss import one_pass_loss, why_not_one_pass, without_tool_logprobs
+from .loss.shared_prompts import SharedPrompts
 from .loss.statistics import whole_micro_batch_metrics
 from .loss.token_weights import token_weights
 from .overrides import answered_by, ours, overridden
@@ -86,9 +87,11 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._generations = GenerationCount()
         self._resampling = Resampling(run) if run.options.resample_zero_variance else None
         self._interference = InterferenceLog(run, self.model, self._normalizer.baseline_size, observer=self)
-        self._completion_mask, self._deferred = CompletionMask(), DeferredLogprobs(run, self._score)
+        self._completion_mask, self._shared_prompts = CompletionMask(), SharedPrompts()
+        self._deferred = DeferredLogprobs(run, self._score)
         if run.options.fused_loss:
-            add_fused_heads(run, self.model, self.ref_model, self._completion_mask, self._interference.head_sketch)
+            known = self._completion_mask, self._shared_prompts, self._interference.head_sketch
+            add_fused_heads(run, self.model, self.ref_model, *known)
         own = overridden(self, *skipping.OWN_METHODS)
         self._micro_batches = MicroBatches(run, self.model, own=own, score=self._score)
         self._checkpoint_state = CheckpointState(
@@ -184,7 +187,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return inputs
-        return self._micro_batches.next(self._buffered_inputs, trl_surface.read_position(self), self._loss_settings())
+        now, by_sequence = trl_surface.read_position(self), self._interference.is_open
+        return self._micro_batches.next(self._buffered_inputs, now, self._loss_settings(), by_sequence=by_sequence)
 
     @ours
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -221,7 +225,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         # planned sequences keep the weights that they have in TRL's own micro-batches
         weights_B = token_weights(inputs, settings, training=training) if part.whole else inputs["token_weight"]
         accumulation = self.current_gradient_accumulation_steps if training else 1.0
-        one = one_pass_loss(model, inputs, weights_B, settings, accumulation, self.accelerator.autocast())
+        options = {"autocast": self.accelerator.autocast(), "shared": part.packed > 0}
+        one = one_pass_loss(model, inputs, weights_B, settings, accumulation, **options)
         last = training and self.accelerator.sync_gradients
         if part.whole:
             self._log_metrics(whole_micro_batch_metrics(one, settings, self.accelerator, last=last))

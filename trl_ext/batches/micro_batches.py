@@ -28,6 +28,7 @@ from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .batch_rows import even_batches, join, row_lengths, select
 from .columns import trimmed_columns
+from .shared_batches import as_many, can_share, largest, packed_positions, shared_batches, why_not_shared
 from .skipping import EVERYTHING, WhatRuns, has_dropout, live_sequences, what_runs
 from .step_statistics import StepStatistics
 
@@ -42,11 +43,13 @@ class MicroBatch:
     ``runs``: False where nothing is to be run at this call, whose dict holds nothing else. ``row_B``: which of the
     planned sequences these are, None in a micro-batch of TRL's own (also in evaluation). ``last``: of those planned
     together; ``skipped`` is then what is known of the sequences that run in none of them: (B', ...) entries by name.
+    ``packed``: where prompts run once, how many positions that makes; else 0.
     """
 
     runs: bool = True
     row_B: torch.Tensor | None = None
     last: bool = False
+    packed: int = 0
     skipped: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -109,7 +112,7 @@ def tokens(batch: dict[str, Any]) -> int:
 
 def positions(batch: dict[str, Any]) -> int:
     """Token positions that the backbone sees, padding included."""
-    return batch["prompt_ids"].numel() + batch["completion_ids"].numel()
+    return micro_batch(batch).packed or batch["prompt_ids"].numel() + batch["completion_ids"].numel()
 
 
 class MicroBatches:
@@ -132,6 +135,14 @@ class MicroBatches:
         self.score, self._model = score, self.accelerator.unwrap_model(model)
         self.mixed = mixes_rows(self._model)
         self.trim = trimmed_columns(self._model, self.accelerator, run.say_once)
+        self.not_shared = why_not_shared(run, self._model, self.trim[0])
+        if run.options.share_prompts:
+            run.say_once(
+                "Answers to one prompt run in one row, the prompt once."
+                if self.not_shared is None
+                else f"Prompts aren't shared: {self.not_shared}.",
+                level="info" if self.not_shared is None else "warning",
+            )
         self.skipping = False  # whether sequences may be left out of what was planned last
         self._planned: list[dict[str, Any]] = []
         self._expected = -1  # TRL's count of micro-batches at the next call
@@ -140,14 +151,17 @@ class MicroBatches:
         self._counts: list[list[int]] = []  # of this optimizer step, one for each generation it takes from
         self._looked_for_dropout = False
 
-    def next(self, parts: Sequence[dict[str, Any]], position: StepPosition, settings: LossSettings) -> dict[str, Any]:
-        """The micro-batch of TRL's current call; ``parts`` are TRL's own of the generation."""
+    def next(
+        self, parts: Sequence[dict[str, Any]], position: StepPosition, settings: LossSettings, *, by_sequence: bool
+    ) -> dict[str, Any]:
+        """The micro-batch of TRL's current call; ``parts`` are TRL's own of the generation. ``by_sequence``: each
+        sequence's own gradient is wanted, so that prompts aren't shared."""
         if position.micro_batch != self._expected:  # a step broke off
             self.forget()
         if not self._planned:
             start = position.micro_batch % position.steps_per_generation
             count = min(position.accumulation - self._done, position.steps_per_generation - start)
-            self._planned = self._plan(list(parts[start : start + max(count, 1)]), settings)
+            self._planned = self._plan(list(parts[start : start + max(count, 1)]), settings, by_sequence)
         self._expected = position.micro_batch + 1
         self._done += 1
         if position.last:
@@ -167,7 +181,7 @@ class MicroBatches:
         """What was planned for a step that broke off."""
         self._planned, self._done, self._counts, self._live_sums = [], 0, [], [0.0, 0.0]
 
-    def _plan(self, parts: list[dict[str, Any]], settings: LossSettings) -> list[dict[str, Any]]:
+    def _plan(self, parts: list[dict[str, Any]], settings: LossSettings, by_sequence: bool) -> list[dict[str, Any]]:
         for part in parts:
             part["token_weight"] = token_weights(part, settings, training=True)
         runs = self.what_runs(settings, parts[0])
@@ -187,6 +201,11 @@ class MicroBatches:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             n_batches = len(parts)  # its engine counts every backward and expects the model's hooks in each
         indices = even_batches(live_B, row_lengths(rows), n_batches, empty_B=tokens_B == 0)
+        shared = None
+        if self.not_shared is None and not by_sequence and can_share(rows):
+            shared = self._shared(rows, live_B, indices, most=len(parts))
+        if shared is not None:
+            indices, n_batches = shared, len(shared)
         batches = [self._select(rows, row_B) for row_B in indices]
 
         self._statistics = StepStatistics(
@@ -199,14 +218,34 @@ class MicroBatches:
         looked_at = []
         if runs.skipped and self.options.full_entropy and needed[1] > 0:
             looked_at = self._look_at_dead(rows, ~live_B, needed[1])
-        self._count(parts, batches, looked_at)
         left_B = torch.ones_like(live_B)
         left_B[torch.cat(indices)] = False
-        for batch, row_B in zip(batches, indices, strict=True):
-            batch[KEY] = MicroBatch(row_B=row_B)
         skipped = {name: rows[name][left_B] for name in OF_SKIPPED if name in rows}
-        batches[-1][KEY] = MicroBatch(row_B=indices[-1], last=True, skipped=skipped)
+        for batch, row_B in zip(batches, indices, strict=True):
+            last = batch is batches[-1]
+            packed = packed_positions(row_B, rows["prompt_id"], *self._lengths(rows)) if shared else 0
+            batch[KEY] = MicroBatch(row_B=row_B, last=last, packed=packed, skipped=skipped if last else {})
+        self._count(parts, batches, looked_at)
         return [{KEY: NOTHING} for _ in range(len(parts) - n_batches)] + batches
+
+    def _shared(
+        self, rows: dict[str, Any], wanted_B: torch.Tensor, unshared: list[torch.Tensor], most: int
+    ) -> list[torch.Tensor] | None:
+        """The rows of each micro-batch where prompts run once, as many on every process; ``unshared``: without. None:
+        more than ``most``, which TRL calls for."""
+        lengths = self._lengths(rows)
+        budget = self.options.tokens_per_micro_batch or largest(unshared, *lengths)
+        batches = shared_batches(wanted_B, rows["prompt_id"], *lengths, budget)
+        n_batches = max(1, int(self._over_processes([len(batches)]).max()))
+        if n_batches > most:
+            self.run.say_once(f"Prompts aren't shared where that takes more than {most} micro-batches.")
+            return None
+        return as_many(batches, n_batches, wanted_B, row_lengths(rows), live_tokens(rows) == 0)
+
+    @staticmethod
+    def _lengths(rows: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,) tokens of prompts, and of completions."""
+        return rows["prompt_mask"].sum(1), rows["completion_mask"].sum(1)
 
     def _select(self, rows: dict[str, Any], row_B: torch.Tensor) -> dict[str, Any]:
         return select(rows, row_B, self.trim, self.run.pad_to_multiple_of)

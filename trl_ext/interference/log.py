@@ -126,6 +126,11 @@ class InterferenceLog:
                 taps.close()
         self.sketch = self.features = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the step that is going on is logged."""
+        return self._is_open
+
     def abandon(self) -> None:
         """The step is over, or broke off."""
         self._is_open, self._sequences, self._skipped = False, [], []

@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.head.products import HeadSketch
+from trl_ext.loss.shared_prompts import SharedPrompts, pack
 from trl_ext.trl_surface import FusedCausalLMOutput, RunSettings, maybe_gather_lm_head_ctx
 
 
@@ -164,6 +165,7 @@ def add_fused_heads(
     model: Any,
     ref_model: Any,
     completion_mask: CompletionMask,
+    shared_prompts: SharedPrompts,
     head_sketch: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], HeadSketch | None],
 ) -> None:
     """Our head for the policy, with or without adapters around it, and for TRL's ``ref_model`` where there is one.
@@ -177,35 +179,45 @@ def add_fused_heads(
         if settings.cast_to_fp32:
             raise ValueError("cast_lm_head_to_fp32=True can't be used with an adapter on lm_head")
         head_adapter(head, torch.zeros(1, head.get_base_layer().in_features, device=model.device))  # refuses
-    add_fused_head(base, settings, completion_mask, entropy=True, head_sketch=head_sketch)
+    add_fused_head(base, settings, completion_mask, shared_prompts, entropy=True, head_sketch=head_sketch)
     if ref_model is not None:
-        add_fused_head(run.accelerator.unwrap_model(ref_model), settings, completion_mask, entropy=False)
+        reference = run.accelerator.unwrap_model(ref_model)
+        add_fused_head(reference, settings, completion_mask, shared_prompts, entropy=False)
 
 
 def add_fused_head(
     model: torch.nn.Module,
     settings: HeadSettings,
     completion_mask: CompletionMask,
+    shared_prompts: SharedPrompts | None = None,
     *,
     entropy: bool,
     head_sketch: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], HeadSketch | None] = lambda *_: None,
 ) -> None:
     """Patches ``model.forward``, the model without adapters' wrapper around it, as the module's docstring says.
 
+    ``shared_prompts`` says, or ``shared_prompt_width`` of the call, whether prompts run once.
     ``head_sketch`` (head, hidden_NH, sequence_N) gives what the kernels take under that name.
     """
     inner_forward = model.forward
 
     # the signature stays: `generate` checks its arguments against it
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, labels=None, grpo_inputs=None, **kwargs):
+    def forward(self, *args, fused_lm_head=False, labels=None, grpo_inputs=None, shared_prompt_width=None, **kwargs):
         if not fused_lm_head or labels is None:
             if labels is not None:
                 kwargs["labels"] = labels
             return inner_forward(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
         kwargs["use_cache"] = False
+        if shared_prompt_width is None and shared_prompts is not None:
+            shared_prompt_width = shared_prompts.width
+        packed = None
+        if shared_prompt_width is not None:
+            input_ids, mask_BC = kwargs.pop("input_ids"), kwargs.pop("attention_mask")
+            packed = pack(input_ids, mask_BC, shared_prompt_width)
+            kwargs |= packed.inputs(input_ids)
         outputs = backbone(self)(*args, **kwargs)
-        hidden = outputs.last_hidden_state[:, :-1]
+        hidden = outputs.last_hidden_state
         if grpo_inputs is None:
             labels = completion_mask.apply(labels)
         labels = labels[:, 1:].to(hidden.device)
@@ -216,7 +228,9 @@ def add_fused_head(
             aux_loss = hidden.new_zeros(())  # configured without experts, as Doge may be
             if routed:
                 aux_loss = load_balancing_loss_func(routed, settings.n_experts, settings.experts_per_token, mask_RT)
-        hidden_NH, targets_N = hidden[mask], labels[mask]
+        # a token is told by what stands before it
+        hidden_NH = hidden[:, :-1][mask] if packed is None else hidden[0, packed.packed_BC[:, :-1][mask]]
+        targets_N = labels[mask]
         head = self.get_output_embeddings()
         autocast: Any = nullcontext()
         if settings.cast_to_fp32:

@@ -84,11 +84,13 @@ def one_pass_loss(
     settings: LossSettings,
     accumulation: float,
     autocast: Any,
+    *,
+    shared: bool = False,
 ) -> OnePass:
     """TRL's ``_compute_loss`` for losses that are sums over single tokens.
 
     ``weights_B``: of a token of each sequence, ``token_weights.py``. ``accumulation``: micro-batches of this optimizer
-    step, 1 in evaluation. ``autocast``: a context.
+    step, 1 in evaluation. ``autocast``: a context. ``shared``: each prompt runs once (``shared_prompts.py``).
     """
     mask_BT = live_mask(batch)
     sequence_N = mask_BT.nonzero()[:, 0]
@@ -115,6 +117,8 @@ def one_pass_loss(
     extra = {name: batch[name] for name in TOKEN_TYPES if batch.get(name) is not None}
     if settings.aux_loss:
         extra["output_router_logits"] = True
+    if shared:
+        extra["shared_prompt_width"] = batch["prompt_ids"].shape[1]
     with autocast:
         output = model(
             input_ids=input_ids,

@@ -1,0 +1,130 @@
+"""Micro-batches of sequences that share prompts: whole groups together, up to a budget of tokens.
+
+Shapes: B sequences of this process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trl_ext.asked_model import can_be_asked, evaluation_mode
+from trl_ext.loss.shared_prompts import let_share, pack
+from trl_ext.trl_surface import TOKEN_TYPES, RunSettings
+
+from .batch_rows import even_batches
+from .columns import HALF_TOLERANCE, TOLERANCE
+
+# of a position: what a copy of a prompt's keys and values takes in a micro-batch's memory
+COPIED = 0.15
+
+
+def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool) -> str | None:
+    """Why every sequence runs with a prompt of its own, or None; the model is asked, by a few tokens, both ways.
+
+    ``trim_prompts``: whether padding before prompts can be left out (``columns.py``): where it can't, positions aren't
+    relative, or a state runs over the row.
+    """
+    if not run.options.share_prompts:
+        return "share_prompts=False"
+    if not run.options.fused_loss:
+        return "fused_loss=False"
+    if not trim_prompts:
+        return "what the model says of a token depends on what stands before the sequence"
+    if run.torch_compile:
+        return "torch_compile=True"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return "the model is on several devices"
+    if not can_be_asked(model, run.accelerator):
+        return "the parameters are sharded (FSDP, DeepSpeed)"
+    if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
+        return "attention has dropout"
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        let_share(base)
+        moved = moved_by_sharing(base)
+    except Exception as error:
+        return f"the model can't run so ({type(error).__name__}: {error})"
+    if not moved <= TOLERANCE.get(next(model.parameters()).dtype, HALF_TOLERANCE):
+        return f"what the model says changes with it, by {moved:.1e} of its size"
+    return None
+
+
+def moved_by_sharing(model: Any) -> float:
+    """How far hidden states of two prompts' three answers are from those of rows of their own, relative."""
+    embeddings = model.get_input_embeddings()
+    ids = torch.arange(3 * 12, device=embeddings.weight.device).view(3, 12) * 7 % embeddings.weight.shape[0]
+    ids[1, :6] = ids[0, :6]
+    mask = torch.ones_like(ids)
+    mask[2, :2] = mask[0, 10:] = 0  # a shorter prompt, a shorter answer
+    backbone = model.base_model if model.base_model is not model else model.model
+    rows = pack(ids, mask, 6)
+    with evaluation_mode(model), torch.no_grad():
+        own = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        packed = backbone(**rows.inputs(ids), use_cache=False).last_hidden_state[0]
+    shared, own = packed[rows.packed_BC[mask.bool()]].double(), own[mask.bool()].double()
+    return float((shared - own).norm() / own.norm())
+
+
+def can_share(batch: dict[str, Any]) -> bool:
+    """Whether the rows of TRL's dict can: prompts are known, and nothing else travels with their tokens."""
+    return "prompt_id" in batch and all(batch.get(name) is None for name in TOKEN_TYPES)
+
+
+def largest(batches: list[torch.Tensor], prompt_B: torch.Tensor, answer_B: torch.Tensor) -> int:
+    """Positions of the largest of these batches with padding: ``prompt_B`` and ``answer_B`` are lengths."""
+    return max(len(rows) * int(prompt_B[rows].max() + answer_B[rows].max()) for rows in batches)
+
+
+def packed_positions(rows_B: torch.Tensor, id_B: torch.Tensor, prompt_B: torch.Tensor, answer_B: torch.Tensor) -> int:
+    """Tokens of these sequences, each prompt once."""
+    first = {prompt: row for row, prompt in zip(rows_B.tolist(), id_B[rows_B].tolist(), strict=True)}
+    return int(answer_B[rows_B].sum() + prompt_B[list(first.values())].sum())
+
+
+def shared_batches(
+    wanted_B: torch.Tensor, id_B: torch.Tensor, prompt_B: torch.Tensor, answer_B: torch.Tensor, budget: int
+) -> list[list[int]]:
+    """The rows of each micro-batch, of the wanted ones: prompts once, with copies of their keys and values, within the
+    budget; a group that is larger is split. First fit, the largest first."""
+    groups: dict[int, list[int]] = {}
+    for row in wanted_B.nonzero().squeeze(1).tolist():
+        groups.setdefault(int(id_B[row]), []).append(row)
+    pieces: list[tuple[float, list[int]]] = []
+    for rows in groups.values():
+        cost, piece = 0.0, list[int]()
+        for row in sorted(rows, key=lambda row: -int(answer_B[row])):
+            own = int(answer_B[row]) + COPIED * int(prompt_B[row])
+            if piece and cost + own > budget:
+                pieces.append((cost, piece))
+                piece = []
+            cost = cost + own if piece else int(prompt_B[row]) + own
+            piece.append(row)
+        pieces.append((cost, piece))
+    filled: list[float] = []
+    batches: list[list[int]] = []
+    for cost, piece in sorted(pieces, key=lambda piece: -piece[0]):
+        place = next((i for i, full in enumerate(filled) if full + cost <= budget), None)
+        if place is None:
+            filled.append(cost)
+            batches.append(piece)
+        else:
+            filled[place] += cost
+            batches[place] += piece
+    return batches
+
+
+def as_many(
+    batches: list[list[int]], n_batches: int, wanted_B: torch.Tensor, length_B: torch.Tensor, empty_B: torch.Tensor
+) -> list[torch.Tensor]:
+    """``n_batches`` of them, as another process has: the largest are split, and where there aren't as many sequences,
+    others that have no gradient make up for them."""
+    batches = [list(rows) for rows in batches]
+    while len(batches) < n_batches and any(len(rows) > 1 for rows in batches):
+        rows = max(batches, key=len)
+        batches.remove(rows)
+        batches += [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    if len(batches) < n_batches:
+        return even_batches(wanted_B, length_B, n_batches, empty_B=empty_B)
+    return [torch.tensor(rows, device=length_B.device) for rows in batches]
