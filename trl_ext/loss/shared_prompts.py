@@ -3,8 +3,8 @@
 Shapes: B sequences of a micro-batch, W prompt columns (padded on the left), R completion columns, C = W + R, S packed
 tokens, P prompts, H heads, D a head's width.
 
-Every layer but attention sees packed tokens only. Attention is made in two parts: a prompt attends to itself; answers
-are unpacked to (B, R), and attend to their prompt's keys and values and to their own. Positions are those of the
+Every layer but attention sees packed tokens only. Attention is made in two parts (``shared_attention.py``): a
+prompt attends to itself; an answer to its prompt's keys and values and to its own. Positions are those of the
 sequence, an answer's from the end of its prompt on, and so are a sliding window's. The gradient flows back into the
 prompt once, summed over its answers, as the sum over B rows gives it.
 
@@ -20,19 +20,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from .shared_attention import KEYWORD, attention
+
 NAME = "curvature_grpo_shared_prompts"
-KEYWORD = "packed_rows"
 ATTRIBUTE = "_attn_implementation"  # of a configuration
-# what else a model may tell its attention, and that changes nothing here
-HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal",
-            "return_dict", "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k"}  # fmt: skip
 
 
-class NotShared(ValueError):  # noqa: N818
-    """What of a model's attention can't be made in two parts."""
+@dataclass(frozen=True)
+class Block:
+    """A prompt and its answers, as they stand in the row: the prompt from ``start``, answers from ``answers`` to
+    ``end``. ``own_GR``: the place of each answer's token after ``answers``, -1 behind its end."""
+
+    start: int
+    answers: int
+    end: int
+    own_GR: torch.Tensor
 
 
 @dataclass
@@ -46,7 +50,22 @@ class PackedRows:
     prompt_B: torch.Tensor
     row_P: torch.Tensor
     width: int  # W
+    longest: int  # of a prompt with its answer
     _masks: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _blocks: list[Block] = field(default_factory=list)
+
+    def blocks(self) -> list[Block]:
+        """Of each prompt."""
+        if not self._blocks:
+            answers = self.packed_BC[:, self.width :]
+            for prompt, row in enumerate(self.row_P.tolist()):
+                own = answers[self.prompt_B == prompt]
+                start = int(self.packed_BC[row, self.width - 1]) + 1
+                first = start - int((self.packed_BC[row, : self.width] >= 0).sum())
+                own = own[:, : max(1, int((own >= 0).sum(1).max()))]
+                end = start + int((own >= 0).sum())
+                self._blocks.append(Block(first, start, end, torch.where(own >= 0, own - start, -1)))
+        return self._blocks
 
     def inputs(self, input_ids: torch.Tensor) -> dict[str, Any]:
         """What the backbone takes in place of the padded rows."""
@@ -108,52 +127,8 @@ def pack(input_ids_BC: torch.Tensor, mask_BC: torch.Tensor, width: int) -> Packe
     packed_BC = packed.view_as(kept_BC)
     packed_BC[:, :width] = packed_BC[row_P[prompt_B], :width]
     position_BC = (column_C - (width - lengths_B[0])[:, None]).clamp(min=0)
-    return PackedRows(token_S, packed_BC, position_BC, prompt_B, row_P, width)
-
-
-def attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """As transformers calls one: query, key, value (1, heads, S, D); (1, S, H, D). ``NotShared`` for what isn't plain
-    softmax attention (sinks, soft caps, biases)."""
-    rows: PackedRows = others.pop(KEYWORD)
-    odd = [name for name, given in others.items() if name not in HARMLESS and given is not None and given is not False]
-    if odd or dropout:
-        raise NotShared(f"its attention takes {', '.join(odd) or 'dropout'}")
-    prompt_mask, answer_mask = rows.masks(sliding_window, query.dtype)
-    width = rows.width
-    prompt_PW, answer_BR = rows.packed_BC[rows.row_P, :width], rows.packed_BC[:, width:]
-    n_prompts, n_answer = len(prompt_PW), answer_BR.shape[1]
-    repeats = query.shape[1] // key.shape[1]
-
-    def unpack(packed: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """(1, heads, S, D) to (rows, heads, columns, D); what isn't there is the first token, and isn't seen."""
-        flat = packed[0].transpose(0, 1).index_select(0, place.clamp(min=0).flatten())
-        return flat.view(*place.shape, *flat.shape[1:]).transpose(1, 2)
-
-    def softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        k, v = (x.repeat_interleave(repeats, 1) for x in (k, v)) if repeats > 1 else (k, v)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        return out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[-1])
-
-    of_prompt = [unpack(x, prompt_PW) for x in (query, key, value)]
-    of_answer = [unpack(x, answer_BR) for x in (query, key, value)]
-    k, v = (torch.cat([p[rows.prompt_B], a], 2) for p, a in zip(of_prompt[1:], of_answer[1:], strict=True))
-    prompt_q, prompt_k, prompt_v = of_prompt
-    of_prompts = softmax(prompt_q, prompt_k, prompt_v, prompt_mask)
-    out = torch.cat([of_prompts, softmax(of_answer[0], k, v, answer_mask)])
-    row_S, column_S = rows.token_S // (width + n_answer), rows.token_S % (width + n_answer)
-    of_prompts_S = rows.prompt_B[row_S] * width + column_S
-    of_answers_S = n_prompts * width + row_S * n_answer + column_S - width
-    return out.index_select(0, torch.where(column_S < width, of_prompts_S, of_answers_S))[None], None
+    longest = int((lengths_B[0] + lengths_B[1]).max())
+    return PackedRows(token_S, packed_BC, position_BC, prompt_B, row_P, width, longest)
 
 
 AttentionInterface.register(NAME, attention)
