@@ -30,8 +30,9 @@ OPTIONS = {
     "evaluation": [False, True],
     "fused_loss": [True, False],
     "skip_zero_advantage": [True, False],
+    "share_prompts": [False, True],
 }
-OUR_OPTIONS = ("fused_loss", "skip_zero_advantage")
+OUR_OPTIONS = ("fused_loss", "skip_zero_advantage", "share_prompts")
 
 
 DESIGN = [dict(zip(OPTIONS, row, strict=True)) for row in AllPairs(list(OPTIONS.values()))]

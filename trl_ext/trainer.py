@@ -159,7 +159,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if self._deferred.due:
             with self._seconds.stage("log_probs", self.model.training):
                 used_B = self._micro_batches.used(output, self._loss_settings(), training=training)
-                options = {"trim": self._micro_batches.trim, "training": training}
+                options = {"trim": self._micro_batches.trim, "training": training, "share": self._micro_batches.share}
+                options["shared_prompts"] = self._shared_prompts
                 self._deferred.fill(output, used_B, self.model, self.ref_model, **options)
         return output
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from trl_ext.config import Options
+from trl_ext.loss.shared_prompts import SharedPrompts, let_share
 from trl_ext.trl_surface import LossSettings, RunSettings, use_adapter
 
 from .batch_rows import even_batches, row_lengths, select
@@ -49,6 +50,7 @@ class DeferredLogprobs:
         self.run, self.score = run, score
         self._waits = False
         self.due = 0  # calls that got zeros
+        self._reference_shares = False
 
     def begin(self) -> None:
         """A generation begins."""
@@ -78,11 +80,14 @@ class DeferredLogprobs:
         *,
         trim: tuple[bool, bool],
         training: bool,
+        share: Callable[..., list[torch.Tensor] | None],
+        shared_prompts: SharedPrompts,
     ) -> None:
         """Puts the log-probs of the sequences that the loss will use into ``output``; those of others stay 0.
 
         ``used_B`` (B,) bool. ``reference``: TRL's ``ref_model``, None where it is the policy without its adapter. Every
-        process makes as many passes as the one with the most sequences.
+        process makes as many passes as the one with the most sequences. ``share`` (rows, used_B, batches) gives batches
+        in which prompts run once, or None; ``shared_prompts`` tells the models so.
         """
         batch_size = self.run.train_batch_size if training else self.run.eval_batch_size
         needed = torch.tensor([-(-int(used_B.sum()) // batch_size)], device=used_B.device)
@@ -90,6 +95,8 @@ class DeferredLogprobs:
         if n_batches == 0:
             return
         indices = even_batches(used_B, row_lengths(output), n_batches)
+        shared = share(output, used_B, indices)
+        indices = indices if shared is None else shared
         batches = [select(output, index_B, trim, self.run.pad_to_multiple_of) for index_B in indices]
         for name in ("old_per_token_logps", "ref_per_token_logps"):
             if output.get(name) is None:
@@ -97,10 +104,14 @@ class DeferredLogprobs:
             values_BT, model, adapter = output[name], policy, nullcontext()
             if name == "ref_per_token_logps" and reference is not None:
                 model = reference
+                if shared is not None and not self._reference_shares:
+                    let_share(self.run.accelerator.unwrap_model(reference))
+                    self._reference_shares = True
             elif name == "ref_per_token_logps":
                 unwrapped = self.run.accelerator.unwrap_model(policy)
                 adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
             with adapter:
                 for index_B, batch in zip(indices, batches, strict=True):
-                    logprobs_BT = self.score(model, batch)[0]
+                    with shared_prompts.given(None if shared is None else batch["prompt_ids"].shape[1]):
+                        logprobs_BT = self.score(model, batch)[0]
                     values_BT[index_B, : logprobs_BT.shape[1]] = logprobs_BT.to(values_BT)

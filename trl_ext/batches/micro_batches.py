@@ -201,9 +201,7 @@ class MicroBatches:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             n_batches = len(parts)  # its engine counts every backward and expects the model's hooks in each
         indices = even_batches(live_B, row_lengths(rows), n_batches, empty_B=tokens_B == 0)
-        shared = None
-        if self.not_shared is None and not by_sequence and can_share(rows):
-            shared = self._shared(rows, live_B, indices, most=len(parts))
+        shared = None if by_sequence else self.share(rows, live_B, indices, most=len(parts))
         if shared is not None:
             indices, n_batches = shared, len(shared)
         batches = [self._select(rows, row_B) for row_B in indices]
@@ -228,11 +226,13 @@ class MicroBatches:
         self._count(parts, batches, looked_at)
         return [{KEY: NOTHING} for _ in range(len(parts) - n_batches)] + batches
 
-    def _shared(
-        self, rows: dict[str, Any], wanted_B: torch.Tensor, unshared: list[torch.Tensor], most: int
+    def share(
+        self, rows: dict[str, Any], wanted_B: torch.Tensor, unshared: list[torch.Tensor], most: float = math.inf
     ) -> list[torch.Tensor] | None:
         """The rows of each micro-batch where prompts run once, as many on every process; ``unshared``: without. None:
-        more than ``most``, which TRL calls for."""
+        they don't, or it takes more than ``most``, for which TRL calls."""
+        if self.not_shared is not None or not can_share(rows):
+            return None
         lengths = self._lengths(rows)
         budget = self.options.tokens_per_micro_batch or largest(unshared, *lengths)
         batches = shared_batches(wanted_B, rows["prompt_id"], *lengths, budget)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trl_ext.asked_model import can_be_asked, evaluation_mode
+from trl_ext.loss.shared_attention import NotShared
 from trl_ext.loss.shared_prompts import let_share, pack
 from trl_ext.trl_surface import TOKEN_TYPES, RunSettings
 
@@ -63,6 +64,8 @@ def moved_by_sharing(model: Any) -> float:
     with evaluation_mode(model), torch.no_grad():
         own = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         packed = backbone(**rows.inputs(ids), use_cache=False).last_hidden_state[0]
+    if getattr(model.config.get_text_config(), "sliding_window", None) and rows.windows == {None}:
+        raise NotShared("its sliding window is in the mask alone")
     shared, own = packed[rows.packed_BC[mask.bool()]].double(), own[mask.bool()].double()
     return float((shared - own).norm() / own.norm())
 

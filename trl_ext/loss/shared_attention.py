@@ -56,6 +56,7 @@ def attention(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows.windows.add(sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < rows.longest else None
     if window is None and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         return InParts.apply(query, key, value, rows.blocks(), scale).transpose(1, 2), None
@@ -76,12 +77,14 @@ class InParts(torch.autograd.Function):
             if block.end == block.answers:
                 continue
             before, before_lse = _flash(query[:, :, answers], *of_prompt, 0.0, False, scale=scale)
-            own, own_lse = _flash(*(_unpack(x, block) for x in (query, key, value)), 0.0, True, scale=scale)
-            own, own_lse = _pack(own, block), _pack(own_lse[..., None], block)[..., 0]
-            whole = torch.logaddexp(before_lse, own_lse)
+            for place_GR in block.own:
+                own, own_lse = _flash(*(_unpack(x, place_GR) for x in (query, key, value)), 0.0, True, scale=scale)
+                _put(out, own, place_GR)
+                _put(lse[..., None], own_lse[..., None], place_GR)
+            own_lse, whole = lse[:, :, answers], torch.logaddexp(before_lse, lse[:, :, answers])
+            out[:, :, answers] *= (own_lse - whole).exp()[..., None].to(out.dtype)
+            out[:, :, answers] += before * (before_lse - whole).exp()[..., None].to(out.dtype)
             lse[:, :, answers] = whole
-            out[:, :, answers] = before * (before_lse - whole).exp()[..., None].to(before.dtype)
-            out[:, :, answers] += own * (own_lse - whole).exp()[..., None].to(own.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.blocks, ctx.scale = blocks, scale
         return out
@@ -108,25 +111,28 @@ class InParts(torch.autograd.Function):
             if block.end == block.answers:
                 continue
             add(answers, prompt, False)
-            unpacked = [_unpack(x, block) for x in (grad_out, query, key, value, out)]
-            there = (block.own_GR >= 0)[:, None, :, None]
-            unpacked[0] = unpacked[0] * there
-            own_lse = torch.where(there[..., 0], _unpack(lse[..., None], block)[..., 0], NOTHING)
-            for grad, part in zip(grads, _flash_backward(*unpacked, own_lse, 0.0, True, scale=ctx.scale), strict=True):
-                grad[:, :, answers] += _pack(part, block)
+            for place_GR in block.own:
+                unpacked = [_unpack(x, place_GR) for x in (grad_out, query, key, value, out)]
+                there = (place_GR >= 0)[:, None, :]
+                unpacked[0] = unpacked[0] * there[..., None]
+                own_lse = torch.where(there, _unpack(lse[..., None], place_GR)[..., 0], NOTHING)
+                parts = _flash_backward(*unpacked, own_lse, 0.0, True, scale=ctx.scale)
+                for grad, part in zip(grads, parts, strict=True):
+                    _put(grad, part, place_GR, add=True)
         return *grads, None, None
 
 
-def _unpack(packed: torch.Tensor, block: Block) -> torch.Tensor:
-    """(1, H, S, D) to this prompt's answers (G, H, R, D); behind an answer's end stands the first token."""
-    answers = packed[0, :, block.answers : block.end].transpose(0, 1)
-    rows = answers.index_select(0, block.own_GR.clamp(min=0).flatten())
-    return rows.view(*block.own_GR.shape, *rows.shape[1:]).transpose(1, 2)
+def _unpack(packed: torch.Tensor, place_GR: torch.Tensor) -> torch.Tensor:
+    """(1, H, S, D) to answers (G, H, R, D); behind an answer's end stands the first token."""
+    rows = packed[0].transpose(0, 1).index_select(0, place_GR.clamp(min=0).flatten())
+    return rows.view(*place_GR.shape, *rows.shape[1:]).transpose(1, 2)
 
 
-def _pack(rows: torch.Tensor, block: Block) -> torch.Tensor:
-    """(G, H, R, D) to (1, H, tokens of the answers, D)."""
-    return rows.transpose(1, 2)[block.own_GR >= 0].transpose(0, 1)[None]
+def _put(packed: torch.Tensor, rows: torch.Tensor, place_GR: torch.Tensor, *, add: bool = False) -> None:
+    """(G, H, R, D) into their places of (1, H, S, D)."""
+    there, by_place = place_GR >= 0, packed[0].transpose(0, 1)
+    place = place_GR[there]
+    (by_place.index_add_ if add else by_place.index_copy_)(0, place, rows.transpose(1, 2)[there])
 
 
 def by_masks(

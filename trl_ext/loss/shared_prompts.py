@@ -28,15 +28,18 @@ NAME = "curvature_grpo_shared_prompts"
 ATTRIBUTE = "_attn_implementation"  # of a configuration
 
 
+PADDING, SHORT = 1.2, 48  # answers that run together: at most so much padding, or so short
+
+
 @dataclass(frozen=True)
 class Block:
     """A prompt and its answers, as they stand in the row: the prompt from ``start``, answers from ``answers`` to
-    ``end``. ``own_GR``: the place of each answer's token after ``answers``, -1 behind its end."""
+    ``end``. ``own``: (g, R) places in the row of answers of about the same length, -1 behind an answer's end."""
 
     start: int
     answers: int
     end: int
-    own_GR: torch.Tensor
+    own: list[torch.Tensor]
 
 
 @dataclass
@@ -51,6 +54,7 @@ class PackedRows:
     row_P: torch.Tensor
     width: int  # W
     longest: int  # of a prompt with its answer
+    windows: set[int | None] = field(default_factory=set)  # that layers told their attention
     _masks: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _blocks: list[Block] = field(default_factory=list)
 
@@ -58,13 +62,22 @@ class PackedRows:
         """Of each prompt."""
         if not self._blocks:
             answers = self.packed_BC[:, self.width :]
+            length_B = (answers >= 0).sum(1)
             for prompt, row in enumerate(self.row_P.tolist()):
-                own = answers[self.prompt_B == prompt]
-                start = int(self.packed_BC[row, self.width - 1]) + 1
-                first = start - int((self.packed_BC[row, : self.width] >= 0).sum())
-                own = own[:, : max(1, int((own >= 0).sum(1).max()))]
-                end = start + int((own >= 0).sum())
-                self._blocks.append(Block(first, start, end, torch.where(own >= 0, own - start, -1)))
+                members = (self.prompt_B == prompt).nonzero().squeeze(1)
+                members = members[length_B[members].argsort()]
+                lengths = length_B[members].tolist()
+                chunks, begin = [], 0
+                for i in range(1, len(lengths) + 1):
+                    padded = (i + 1 - begin) * lengths[min(i, len(lengths) - 1)]
+                    full = padded > PADDING * sum(lengths[begin : i + 1]) and lengths[min(i, len(lengths) - 1)] > SHORT
+                    if i == len(lengths) or full:
+                        if lengths[i - 1]:
+                            chunks.append(answers[members[begin:i], : lengths[i - 1]])
+                        begin = i
+                end_of_prompt = int(self.packed_BC[row, self.width - 1]) + 1
+                start = end_of_prompt - int((self.packed_BC[row, : self.width] >= 0).sum())
+                self._blocks.append(Block(start, end_of_prompt, end_of_prompt + sum(lengths), chunks))
         return self._blocks
 
     def inputs(self, input_ids: torch.Tensor) -> dict[str, Any]:

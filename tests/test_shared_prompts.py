@@ -1,0 +1,301 @@
+"""A prompt that runs once: its layout, attention in parts and by masks against rows of their own in float64, models
+that may and that may not, and TRL's trainer (test_trainer_equality.py has it among its options)."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from architectures import NAMES
+from architectures import build as build_architecture
+from peft import LoraConfig, get_peft_model
+from test_trainer import build
+from test_trainer_equality import PLAIN, assert_same, run
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.batches.columns import trimmed_columns
+from trl_ext.batches.shared_batches import as_many, packed_positions, shared_batches, why_not_shared
+from trl_ext.loss import shared_attention, shared_prompts
+from trl_ext.loss.shared_prompts import let_share, pack
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 8,
+}  # fmt: skip
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "gemma3, windows": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **WINDOWS)),
+    "llama, eager": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="eager")),
+}
+PROMPT_OF, PROMPTS, ANSWERS, W, R = [0, 0, 1, 1, 1, 2, 0], [4, 6, 1], [9, 3, 1, 5, 9, 2, 4], 6, 9
+
+
+def batch():
+    """Seven answers of three prompts out of order: of lengths 1 to 9, a prompt of one token, one with one answer."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 97, (length,), generator=generator) for length in PROMPTS]
+    ids = torch.zeros(len(ANSWERS), W + R, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, length) in enumerate(zip(PROMPT_OF, ANSWERS, strict=True)):
+        first = W - PROMPTS[prompt]
+        ids[row, first:W], mask[row, first : W + length] = prompts[prompt], 1
+        ids[row, W : W + length] = torch.randint(0, 97, (length,), generator=generator)
+    return ids, mask
+
+
+def test_the_layout():
+    ids, mask = batch()
+    rows = pack(ids, mask, W)
+    assert len(rows.token_S) == sum(PROMPTS) + sum(ANSWERS)
+    packed = ids.flatten()[rows.token_S]
+    positions = rows.inputs(ids)["position_ids"][0]
+    for row, (prompt, length) in enumerate(zip(PROMPT_OF, ANSWERS, strict=True)):
+        first = W - PROMPTS[prompt]
+        place = rows.packed_BC[row]
+        assert (place[:first] == -1).all() and (place[W + length :] == -1).all()
+        assert torch.equal(packed[place[first : W + length]], ids[row, first : W + length])
+        assert positions[place[first : W + length]].tolist() == list(range(PROMPTS[prompt] + length))
+    for block in rows.blocks():
+        places = torch.cat([own[own >= 0] for own in block.own])
+        assert places.sort().values.tolist() == list(range(block.answers, block.end))
+    assert sum(block.end - block.start for block in rows.blocks()) == len(rows.token_S)
+
+
+def test_answers_of_different_lengths_run_apart():
+    """Lengths 50 and 200: together they would be half padding; short ones run together whatever they are."""
+    mask = (torch.arange(202) < torch.tensor([52, 202, 201, 53])[:, None]).long()
+    ids = torch.arange(4 * 202).view(4, 202)
+    ids[:, :2] = 5
+    assert [tuple(own.shape) for own in pack(ids, mask, 2).blocks()[0].own] == [(2, 51), (2, 200)]
+    mask[:, 42:] = 0
+    mask[0, 3:] = 0
+    assert [tuple(own.shape) for own in pack(ids, mask, 2).blocks()[0].own] == [(4, 40)]
+
+
+@pytest.mark.parametrize("wrong", ["gap", "no prompt"])
+def test_rows_that_can_not_be_packed(wrong):
+    ids, mask = batch()
+    mask[0, W + 1 if wrong == "gap" else slice(None, W)] = 0
+    with pytest.raises(ValueError, match="rows with gaps, or without a prompt"):
+        pack(ids, mask, W)
+
+
+def gradients(model, hidden, live):
+    """Of a number that weighs every answer's token differently."""
+    weights = torch.randn(live.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (hidden.sin().sum(-1) * weights[live]).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["kept", "checkpointed", "reentrant"])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_hidden_states_and_gradients(kind, lora, checkpointing):
+    torch.manual_seed(0)
+    whole = MODELS[kind]()
+    if lora:
+        whole = get_peft_model(whole, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        whole.enable_input_require_grads()
+    whole = whole.double().train()
+    if checkpointing is not None:
+        whole.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    base = whole.get_base_model() if lora else whole
+    let_share(base)
+    ids, mask = batch()
+    live = mask[:, 1:].bool()
+    live[:, : W - 1] = False
+    # eager attention of a row of padding is NaN in float64: a mask of its own, where padding sees itself
+    seen = torch.ones(W + R, W + R).tril().bool() & mask.bool()[:, None, :] | torch.eye(W + R).bool()
+    given = mask if "eager" not in kind else torch.where(seen, 0.0, -torch.inf).double()[:, None]
+    places = (torch.arange(W + R) - (W - torch.tensor(PROMPTS)[PROMPT_OF])[:, None]).clamp(min=0)
+    own = base.model(input_ids=ids, attention_mask=given, position_ids=places, use_cache=False).last_hidden_state
+    own = own[:, :-1][live]
+    want = gradients(whole, own, live)
+    rows = pack(ids, mask, W)
+    packed = base.model(**rows.inputs(ids), use_cache=False).last_hidden_state[0]
+    shared = packed[rows.packed_BC[:, :-1][live]]
+    torch.testing.assert_close(shared, own, rtol=1e-5, atol=2e-6)  # norms are float32's
+    got = gradients(whole, shared, live)
+    assert got.keys() == want.keys() and len(got) > 10
+    for name, gradient in want.items():
+        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    assert base.config._attn_implementation == ("eager" if "eager" in kind else "sdpa")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_in_parts_and_by_masks(dtype):
+    ids, mask = batch()
+    rows = pack(ids, mask, W)
+    torch.manual_seed(0)
+    made = [torch.randn(1, 4, len(rows.token_S), 8, dtype=torch.float64) for _ in range(4)]
+
+    def both(dtype, by_masks):
+        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in made[:3])
+        if by_masks:
+            out = shared_attention.by_masks(q, k, v, rows, 0.3, None)
+        else:
+            out = shared_attention.InParts.apply(q, k, v, rows.blocks(), 0.3).transpose(1, 2)
+        (out * made[3].to(dtype).transpose(1, 2)).sum().backward()
+        return out, q.grad, k.grad, v.grad
+
+    rows._masks.clear()
+    truth = both(torch.float64, True)
+    for got, want in zip(both(dtype, False), truth, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_in_parts_against_finite_differences():
+    ids, mask = batch()
+    rows = pack(ids[:3], mask[:3], W)
+    torch.manual_seed(0)
+    made = [torch.randn(1, 2, len(rows.token_S), 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    torch.autograd.gradcheck(lambda q, k, v: shared_attention.InParts.apply(q, k, v, rows.blocks(), 0.5), made)
+
+
+# ---- which models
+
+
+def asked(name):
+    """What a trainer of this architecture would say, and how far its hidden states move."""
+    torch.manual_seed(0)
+    model = build_architecture(name)
+    said = []
+    options = SimpleNamespace(share_prompts=True, fused_loss=True)
+    settings = SimpleNamespace(options=options, accelerator=Accelerator(cpu=True), torch_compile=False)
+    trim = trimmed_columns(model, settings.accelerator, said.append)
+    return why_not_shared(settings, model, trim[0]), model
+
+
+KNOWN = {
+    "llama": None, "qwen2": None, "qwen3": None, "gemma3_text": None, "mistral": None, "olmo2": None, "phi3": None,
+    "qwen3_moe": None, "gpt2": "depends on what stands before", "mamba": "depends on what stands before",
+    "bloom": "depends on what stands before", "gpt_oss": "",
+    "gemma2": "its attention takes softcap", "phimoe": "its sliding window is in the mask alone",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in KNOWN else pytest.param(name, marks=pytest.mark.nightly) for name in NAMES]
+)
+def test_architectures_that_may_and_may_not(name):
+    """Where one may, rows of all lengths are those of its own, sliding windows (16 here) and all."""
+    not_shared, model = asked(name)
+    if name in KNOWN:
+        assert (not_shared is None) == (KNOWN[name] is None), not_shared
+        assert KNOWN[name] is None or KNOWN[name] in str(not_shared)
+    if not_shared is not None:
+        return
+    model = model.eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 96, (4, 40), generator=generator)
+    ids[1:3, :10] = ids[0, :10]
+    mask = (torch.arange(40) < torch.tensor([[40], [25], [12], [33]])).long()
+    mask[3, :4] = 0
+    backbone = model.base_model if model.base_model is not model else model.model
+    rows = pack(ids, mask, 10)
+    with torch.no_grad():
+        own = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
+        packed = backbone(**rows.inputs(ids), use_cache=False).last_hidden_state[0]
+    assert (packed[rows.packed_BC[mask.bool()]] - own).norm() <= 1e-5 * own.norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"share_prompts": False}, "share_prompts=False"), ({"fused_loss": False}, "fused_loss=False"),
+        ({"attention_dropout": 0.1}, "attention has dropout"), ({"torch_compile": True}, "torch_compile=True"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_allow_it(options, reason):
+    model = MODELS["llama"]()
+    model.config.attention_dropout = options.pop("attention_dropout", 0.0)
+    settings = SimpleNamespace(
+        options=SimpleNamespace(**{"share_prompts": True, "fused_loss": True, **options}),
+        accelerator=Accelerator(cpu=True),
+        torch_compile=options.get("torch_compile", False),
+    )
+    assert why_not_shared(settings, model, True) == reason
+
+
+# ---- micro-batches
+
+
+def test_whole_groups_within_a_budget():
+    wanted = torch.tensor([True] * 6 + [False] * 2)
+    prompt_of = torch.tensor([0, 1, 0, 1, 2, 0, 2, 1])
+    prompt_B, answer_B = torch.tensor([10, 20, 10, 20, 5, 10, 5, 20]), torch.tensor([7, 5, 8, 6, 3, 9, 100, 100])
+    together = shared_batches(wanted, prompt_of, prompt_B, answer_B, budget=1000)
+    assert [sorted(rows) for rows in together] == [[0, 1, 2, 3, 4, 5]]
+    # costs: 10 + 24 + 3 * 1.5, 20 + 11 + 2 * 3, 5 + 3 + 0.75
+    apart = shared_batches(wanted, prompt_of, prompt_B, answer_B, budget=50)
+    assert [sorted(rows) for rows in apart] == [[0, 2, 5, 4], [1, 3]] or [sorted(r) for r in apart] == [
+        [0, 2, 4, 5], [1, 3],
+    ]  # fmt: skip
+    split = shared_batches(wanted, prompt_of, prompt_B, answer_B, budget=30)
+    assert sorted(row for rows in split for row in rows) == [0, 1, 2, 3, 4, 5] and len(split) == 4
+    assert packed_positions(torch.tensor([0, 2, 4]), prompt_of, prompt_B, answer_B) == 10 + 7 + 8 + 5 + 3
+
+
+def test_as_many_as_another_process():
+    wanted, lengths = torch.tensor([True, True, True, False]), torch.tensor([9, 8, 7, 3])
+    empty = torch.zeros(4, dtype=torch.bool)
+    assert [rows.tolist() for rows in as_many([[0, 1, 2]], 1, wanted, lengths, empty)] == [[0, 1, 2]]
+    two = as_many([[0, 1, 2]], 2, wanted, lengths, empty)
+    assert sorted(row for rows in two for row in rows.tolist()) == [0, 1, 2]
+    four = as_many([[0, 1, 2]], 4, wanted, lengths, empty)
+    assert [len(rows) for rows in four] == [1] * 4  # a dead one makes up
+
+
+# ---- the trainer
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo", "sapo"])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_the_trainer_against_trl(loss_type, iterations, tiny_policy, tmp_path):
+    """Plain steps share, so do old and reference log-probs; the first step logs interference, and doesn't."""
+    setting = {**PLAIN, "loss_type": loss_type, "num_iterations": iterations, "accumulation": (2, 2),
+               "beta": 0.05 if loss_type == "grpo" else 0.0, "lora": loss_type == "dapo"}  # fmt: skip
+    theirs = run(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "trl", setting)
+    packed = []
+    pack_rows = shared_prompts.pack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trl_ext.loss.fused_head.pack", lambda *args: packed.append(pack_rows(*args)) or packed[-1])
+        setting["share_prompts"] = True
+        ours = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", setting)
+    assert_same(ours, theirs)
+    assert packed and ours[0]._micro_batches.not_shared is None
+    assert ours[1].logs[1]["compute/flops_saved_frac"] > 0.2
+
+
+def test_it_says_why_not(tiny_policy, tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        build(tiny_policy, tmp_path, share_prompts=True, fused_loss=False)
+    assert "Prompts aren't shared: fused_loss=False." in caplog.text
+
+
+def test_options_are_checked(tiny_policy, tmp_path):
+    for options in ({"share_prompts": 1}, {"tokens_per_micro_batch": 0}, {"tokens_per_micro_batch": True}):
+        with pytest.raises(ValueError, match="must be"):
+            build(tiny_policy, tmp_path, **options)
+
+
+def test_more_micro_batches_than_trl_calls_for(tiny_policy, tmp_path, caplog):
+    """A budget of a token a micro-batch: it runs unshared, and says so."""
+    with caplog.at_level("WARNING"):
+        trainer = build(tiny_policy, tmp_path, share_prompts=True, tokens_per_micro_batch=1, interference_every=0)
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert "Prompts aren't shared where that takes more than 1 micro-batches" in caplog.text
