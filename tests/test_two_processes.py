@@ -83,6 +83,16 @@ def test_the_same_as_trl_on_two_processes(loss_type, skip, tiny_policy, tmp_path
     assert_same_run(ours, theirs)
 
 
+@pytest.mark.parametrize("dead", [0.0, 0.5])
+def test_shared_prompts_on_two_processes(dead, tiny_policy, tmp_path):
+    """Of different live counts: both make as many passes, and the parameters are TRL's."""
+    options = {"gradient_accumulation_steps": 2, "dead": dead, "num_iterations": 2}
+    theirs = run(2, tiny_policy, tmp_path / "trl", trainer="trl", **options)[0]
+    ours = run(2, tiny_policy, tmp_path / "ours", share_prompts=True, interference_every=0, **options)[0]
+    assert_same_run(ours, theirs)
+    assert all(log["compute/flops_saved_frac"] > 0.2 for log in ours["logs"] if "reward" in log)
+
+
 def test_both_processes_leave_out_a_layer_that_is_followed_wrongly(tiny_policy, tmp_path):
     """Found by the first step's own check: it isn't logged, and later ones are as on one process."""
     wrong = {"wrong_layer": "model.layers.0.mlp.down_proj", "interference_every": 1, "learning_rate": 0.0}
