@@ -24,8 +24,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.batches.columns import trimmed_columns
 from trl_ext.batches.shared_batches import as_many, packed_positions, shared_batches, why_not_shared
-from trl_ext.loss import shared_attention, shared_prompts
-from trl_ext.loss.shared_prompts import let_share, pack
+from trl_ext.loss import packed_rows, shared_attention
+from trl_ext.loss.packed_rows import pack
+from trl_ext.loss.shared_prompts import let_share
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -270,7 +271,7 @@ def test_the_trainer_against_trl(loss_type, iterations, tiny_policy, tmp_path):
                "beta": 0.05 if loss_type == "grpo" else 0.0, "lora": loss_type == "dapo"}  # fmt: skip
     theirs = run(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "trl", setting)
     packed = []
-    pack_rows = shared_prompts.pack
+    pack_rows = packed_rows.pack
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trl_ext.loss.fused_head.pack", lambda *args: packed.append(pack_rows(*args)) or packed[-1])
         setting["share_prompts"] = True

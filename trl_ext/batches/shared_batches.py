@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from trl_ext.asked_model import can_be_asked, evaluation_mode
+from trl_ext.loss.packed_rows import pack
 from trl_ext.loss.shared_attention import NotShared
-from trl_ext.loss.shared_prompts import let_share, pack
+from trl_ext.loss.shared_prompts import let_share
 from trl_ext.trl_surface import TOKEN_TYPES, RunSettings
 
 from .batch_rows import even_batches

@@ -28,7 +28,8 @@ from transformers.utils import ModelOutput
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.head.products import HeadSketch
-from trl_ext.loss.shared_prompts import SharedPrompts, pack
+from trl_ext.loss.packed_rows import pack
+from trl_ext.loss.shared_prompts import SharedPrompts
 from trl_ext.trl_surface import FusedCausalLMOutput, RunSettings, maybe_gather_lm_head_ctx
 
 

@@ -1,4 +1,4 @@
-"""Attention in a row of prompts, each followed by its answers (``shared_prompts.py``), in two ways that are both exact.
+"""Attention in a row of prompts, each followed by its answers (``packed_rows.py``), in two ways that are both exact.
 
 In parts: prompts attend to themselves, all answers of a prompt at once to its keys, and each answer to its own; the two
 softmaxes of an answer become one by their log-sum-exps. Nothing is masked and no key is copied. The gradient of each
@@ -14,15 +14,13 @@ Shapes: S packed tokens, H heads, D a head's width; B sequences, R answer column
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-if TYPE_CHECKING:
-    from .shared_prompts import Block, PackedRows
+from .packed_rows import KEYWORD, Block, PackedRows
 
-KEYWORD = "packed_rows"
 # what else a model may tell its attention, and that changes nothing here
 HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal",
             "return_dict", "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k"}  # fmt: skip
