@@ -81,7 +81,7 @@ def test_a_step_that_logs(benchmark, record, full, lora, tmp_path):
         train_dataset=Dataset.from_dict({"prompt": [f"Question {i}" for i in range(64)]}),
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
         rollout_func=stored_rollouts,
-        peft_config=LoraConfig(r=16, target_modules="all-linear") if lora else None,
+        peft_config=LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False) if lora else None,
     )  # fmt: skip
     clock = StepSeconds()
     trainer.add_callback(clock)
