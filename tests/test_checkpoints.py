@@ -171,6 +171,16 @@ def test_whatever_can_not_be_written(stage, tiny_policy, tmp_path, monkeypatch):
     assert what_is_broken(tmp_path / "checkpoint-1") is None
 
 
+def test_what_fails_after_a_checkpoint_leaves_it(tiny_policy, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise ConnectionError("the hub can't be reached")
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", no_network)
+    with pytest.raises(ConnectionError, match="the hub"):
+        build(tiny_policy, tmp_path, max_steps=2, **SAVING).train()
+    assert what_is_broken(tmp_path / "checkpoint-1") is None
+
+
 def test_two_processes_on_a_full_disk(small_disk, tiny_policy, tmp_path):
     started = start(
         2, evening_worker.main, str(tiny_policy), str(small_disk), {"save_steps": 1, "per_device_train_batch_size": 4},

@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.batches.columns import trimmed_columns
-from trl_ext.batches.shared_batches import as_many, packed_positions, shared_batches, why_not_shared
+from trl_ext.batches.shared_batches import as_many, can_share, packed_positions, shared_batches, why_not_shared
 from trl_ext.loss import packed_rows, shared_attention
 from trl_ext.loss.packed_rows import pack
 from trl_ext.loss.shared_prompts import let_share
@@ -248,6 +248,21 @@ def test_whole_groups_within_a_budget():
     split = shared_batches(wanted, prompt_of, prompt_B, answer_B, budget=30)
     assert sorted(row for rows in split for row in rows) == [0, 1, 2, 3, 4, 5] and len(split) == 4
     assert packed_positions(torch.tensor([0, 2, 4]), prompt_of, prompt_B, answer_B) == 10 + 7 + 8 + 5 + 3
+
+
+def test_batches_that_can_not_share():
+    ids, mask = batch()
+    rows = {"prompt_id": torch.tensor(PROMPT_OF), "prompt_mask": mask[:, :W], "completion_mask": mask[:, W:]}
+    assert can_share(rows)
+    assert not can_share({name: value for name, value in rows.items() if name != "prompt_id"})
+    assert not can_share({**rows, "token_type_ids": ids})
+    for name, place in (("prompt_mask", (1, 3)), ("prompt_mask", (0, W - 1)), ("completion_mask", (0, 4))):
+        gap = rows[name].clone()
+        gap[place] = 0
+        assert not can_share({**rows, name: gap}), (name, place)
+    empty = rows["completion_mask"].clone()
+    empty[0] = 0
+    assert can_share({**rows, "completion_mask": empty})
 
 
 def test_as_many_as_another_process():

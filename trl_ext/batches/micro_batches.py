@@ -28,7 +28,7 @@ from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .batch_rows import even_batches, join, row_lengths, select
 from .columns import trimmed_columns
-from .shared_batches import as_many, can_share, largest, packed_positions, shared_batches, why_not_shared
+from .shared_batches import CAN_NOT, as_many, can_share, largest, packed_positions, shared_batches, why_not_shared
 from .skipping import EVERYTHING, WhatRuns, has_dropout, live_sequences, what_runs
 from .step_statistics import StepStatistics
 
@@ -231,12 +231,17 @@ class MicroBatches:
     ) -> list[torch.Tensor] | None:
         """The rows of each micro-batch where prompts run once, as many on every process; ``unshared``: without. None:
         they don't, or it takes more than ``most``, for which TRL calls."""
-        if self.not_shared is not None or not can_share(rows):
+        if self.not_shared is not None:
             return None
-        lengths = self._lengths(rows)
-        budget = self.options.tokens_per_micro_batch or largest(unshared, *lengths)
-        batches = shared_batches(wanted_B, rows["prompt_id"], *lengths, budget)
-        n_batches = max(1, int(self._over_processes([len(batches)]).max()))
+        lengths, batches = self._lengths(rows), []
+        can = can_share(rows)
+        if can:
+            budget = self.options.tokens_per_micro_batch or largest(unshared, *lengths)
+            batches = shared_batches(wanted_B, rows["prompt_id"], *lengths, budget)
+        n_batches = max(1, int(self._over_processes([len(batches) if can else CAN_NOT]).max()))
+        if n_batches >= CAN_NOT:
+            self.run.say_once("Prompts aren't shared in a batch whose rows have gaps, or more than token ids.")
+            return None
         if n_batches > most:
             self.run.say_once(f"Prompts aren't shared where that takes more than {most} micro-batches.")
             return None

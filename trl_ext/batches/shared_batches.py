@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trl_ext.asked_model import can_be_asked, evaluation_mode
+from trl_ext.loss.fused_head import backbone
 from trl_ext.loss.packed_rows import pack
 from trl_ext.loss.shared_attention import NotShared
 from trl_ext.loss.shared_prompts import let_share
@@ -18,6 +19,7 @@ from trl_ext.trl_surface import TOKEN_TYPES, RunSettings
 from .batch_rows import even_batches
 from .columns import HALF_TOLERANCE, TOLERANCE
 
+CAN_NOT = 1 << 40  # micro-batches, of a process whose rows can't
 # of a position: what a copy of a prompt's keys and values takes in a micro-batch's memory
 COPIED = 0.15
 
@@ -60,11 +62,10 @@ def moved_by_sharing(model: Any) -> float:
     ids[1, :6] = ids[0, :6]
     mask = torch.ones_like(ids)
     mask[2, :2] = mask[0, 10:] = 0  # a shorter prompt, a shorter answer
-    backbone = model.base_model if model.base_model is not model else model.model
     rows = pack(ids, mask, 6)
     with evaluation_mode(model), torch.no_grad():
-        own = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        packed = backbone(**rows.inputs(ids), use_cache=False).last_hidden_state[0]
+        own = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        packed = backbone(model)(**rows.inputs(ids), use_cache=False).last_hidden_state[0]
     if getattr(model.config.get_text_config(), "sliding_window", None) and rows.windows == {None}:
         raise NotShared("its sliding window is in the mask alone")
     shared, own = packed[rows.packed_BC[mask.bool()]].double(), own[mask.bool()].double()
@@ -72,8 +73,13 @@ def moved_by_sharing(model: Any) -> float:
 
 
 def can_share(batch: dict[str, Any]) -> bool:
-    """Whether the rows of TRL's dict can: prompts are known, and nothing else travels with their tokens."""
-    return "prompt_id" in batch and all(batch.get(name) is None for name in TOKEN_TYPES)
+    """Whether the rows of TRL's dict can: prompts are known, there and without gaps, and nothing else travels with
+    their tokens."""
+    if "prompt_id" not in batch or any(batch.get(name) is not None for name in TOKEN_TYPES):
+        return False
+    prompt, answer = batch["prompt_mask"], batch["completion_mask"]
+    gaps = (prompt.diff(dim=1) < 0).any() | (answer.diff(dim=1) > 0).any()
+    return not bool(gaps | (prompt[:, -1] == 0).any())
 
 
 def largest(batches: list[torch.Tensor], prompt_B: torch.Tensor, answer_B: torch.Tensor) -> int:

@@ -32,10 +32,15 @@ def _size(n_bytes: int) -> str:
 
 @contextmanager
 def whole_or_none(folder: Path, output_dir: str) -> Iterator[None]:
-    """What is half written into ``folder`` when saving fails is removed. Raises ``CheckpointError``, one sentence."""
+    """What is half written into ``folder`` when saving fails is removed. Raises ``CheckpointError``, one sentence.
+
+    A checkpoint that is whole stays: what failed came after it (an upload, the removal of older ones).
+    """
     try:
         yield
     except Exception as error:
+        if what_is_broken(folder) is None:
+            raise
         room = shutil.disk_usage(output_dir)  # before anything is removed
         shutil.rmtree(folder, ignore_errors=True)
         left = newest_whole(output_dir)
@@ -80,7 +85,7 @@ def saved_when(failure: type[Exception], trainer: Any, states: RandomStates) -> 
     except failure:
         folder = checkpoint_folder(trainer)
         saves = trainer.args.save_strategy != "no" and trainer.state.global_step > 0
-        if saves and trainer.model.training and what_is_broken(folder) is not None:
+        if saves and what_is_broken(folder) is not None:
             states.restore()
             trainer._save_checkpoint(trainer.model, trial=None)
             logger.warning(f"The run stops, and {folder} holds its latest step.")

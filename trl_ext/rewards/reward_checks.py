@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import gather, gather_object
 from torch import nn
 
 from trl_ext.trl_surface import get_callable_name, is_async_callable
@@ -47,6 +48,8 @@ class RewardFailures:
         if not self._waits:
             return
         error, self._error = self._error, None
+        if not gather(torch.tensor([error is not None], device=PartialState().device)).any():
+            return
         told = None if error is None else (type(error), f"process {process_index}: {error}")
         found = next((one for one in gather_object([told]) if one is not None), None)
         if found is not None:
