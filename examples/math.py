@@ -223,8 +223,8 @@ def build_trainer(script, training, model, say):
         raise ValueError(f"--prompt_style chat: the tokenizer of {model.model_name_or_path} has no chat template")
     instruction = script.instruction if script.instruction is not None else ("" if built_in else INSTRUCTION)
     shots = script.num_shots if style == "few_shot" else 0
-    if min(len(train), script.train_size or len(train)) <= shots:
-        raise ValueError(f"--num_shots {shots} needs more training questions than that")
+    if (there := min(len(train), script.train_size or len(train))) <= shots:
+        raise ValueError(f"--num_shots {shots} needs more than the {there} training questions there are")
     examples, train = train[:shots], train[shots:]
     context = context_of(AutoConfig.from_pretrained(path, **loading))
 
@@ -320,8 +320,11 @@ def main(arguments: list[str]) -> None:
         )
         say("with --resume_from_checkpoint auto")
     else:
-        last = next((log for log in reversed(trainer.state.log_history) if "eval_accuracy" in log), None)
-        if trainer.eval_dataset is not None and (last is None or last["step"] < trainer.state.global_step):
+        evaluated = [log["step"] for log in trainer.state.log_history if "eval_accuracy" in log][-1:]
+        # the best checkpoint's model isn't the one that the last step was evaluated with
+        if trainer.eval_dataset is not None and (
+            evaluated != [trainer.state.global_step] or training.load_best_model_at_end
+        ):
             trainer.evaluate()
         try:
             trainer.save_model(output)
