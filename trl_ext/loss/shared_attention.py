@@ -26,8 +26,9 @@ HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_sta
             "return_dict", "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k"}  # fmt: skip
 NOTHING = 1e4  # log-sum-exp where no token is: a probability of 0
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# torch's own, of no documented interface; None in a torch without: by masks then
+_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 class NotShared(ValueError):  # noqa: N818
@@ -56,7 +57,8 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows.windows.add(sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < rows.longest else None
-    if window is None and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+    on_cpu = query.device.type == "cpu" and _flash is not None and _flash_backward is not None
+    if window is None and on_cpu and query.shape[-1] == value.shape[-1]:
         return InParts.apply(query, key, value, rows.blocks(), scale).transpose(1, 2), None
     return by_masks(query, key, value, rows, scale, window), None
 
