@@ -31,6 +31,7 @@ def main(policy, folder, options, behaviour):
         return [float(sum(ids) % 5) for ids in completion_ids]
 
     trainer = build(policy, folder, reward, max_steps=STEPS, save_strategy="steps", interference_every=2, **options)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / f"began.{rank}").touch()
     if "kill_in" in behaviour:
         stage, number, fraction = behaviour["kill_in"]

@@ -194,10 +194,11 @@ def test_real_data(source, real_data, warm_policy, tmp_path):
     columns = ["--question_column", "input", "--answer_column", "target"] if "mawps" in source else []
     output = run_math(tmp_path / "run", "--dataset_path", real_data / source, *columns, "--max_steps", 2,
                       "--logging_steps", 1, "--save_strategy", "no", *SMALL)  # fmt: skip
-    # two of MATH-500's are longer than the built-in policy's context
+    # one of MATH-500's is longer than the built-in policy's context
     held_out = 7 if "math500" in source else 8
     assert f"64 training and {held_out} held-out questions" in output
-    assert ("questions are left out: longer than the model's context, 512" in output) == (held_out == 7)
+    if "mawps" not in source:
+        assert "questions are left out: longer than the model's context, 512" in output
     logs = [log for log in history(tmp_path / "run") if "reward" in log]
     assert len(logs) == 2 and all(0 <= log["accuracy"] <= 1 for log in logs)
 

@@ -92,7 +92,7 @@ def run(trainer_class, config_class, policy, folder, setting, *, steps=3, resume
         report_to="none",
         disable_tqdm=True,
         seed=7,
-        **({name: setting[name] for name in OUR_OPTIONS} if config_class is CurvatureGRPOConfig else {}),
+        **{name: setting[name] for name in OUR_OPTIONS if name in setting and config_class is CurvatureGRPOConfig},
         **{
             "use_cpu": True,
             "learning_rate": 0.02,
