@@ -249,7 +249,7 @@ def notes(run: Run) -> list[str]:
     """What a reader would stumble over."""
     return [
         f"Step {step} was evaluated {len(values)} times ({', '.join(f'{value:.3f}' for value in values)}): answers are "
-        "sampled, so the same model gives different accuracies. The curve has their mean."
+        "sampled, so even the same model gives different accuracies. The curve has their mean."
         for step, values in run.evaluated_again().items()
     ]
 
