@@ -15,6 +15,7 @@ from processes import start
 from test_trainer import build
 
 from trl_ext.checkpoints import CheckpointError, find_checkpoint
+from trl_ext.checkpoints.saving import whole_or_none
 from trl_ext.checkpoints.whole import what_is_broken
 from trl_ext.rewards.reward_checks import RewardRaised, WrongRewards
 
@@ -169,6 +170,34 @@ def test_whatever_can_not_be_written(stage, tiny_policy, tmp_path, monkeypatch):
         trainer.train()
     assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
     assert what_is_broken(tmp_path / "checkpoint-1") is None
+
+
+def test_a_folder_that_is_gone(tmp_path):
+    """The room is told of what is there of its path."""
+    with pytest.raises(CheckpointError, match=r"OSError: gone.*no earlier checkpoint is there"):
+        with whole_or_none(tmp_path / "run" / "checkpoint-1", str(tmp_path / "run")):
+            raise OSError("gone")
+
+
+def test_a_reward_that_fails_is_told_though_nothing_can_be_saved(tiny_policy, tmp_path, monkeypatch):
+    calls = []
+
+    def failing(completion_ids, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyError("boom")
+        return [float(len(ids)) for ids in completion_ids]
+
+    def full(self, where):
+        raise OSError(28, "No space left on device")
+
+    said = []
+    monkeypatch.setattr("trl_ext.checkpoints.saving.logger.warning", said.append)
+    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", full)
+    with pytest.raises(RewardRaised, match="raised KeyError: 'boom'"):
+        build(tiny_policy, tmp_path, failing, max_steps=3, **{**SAVING, "save_steps": 100}).train()
+    assert len(said) == 1 and "its latest step is lost" in said[0] and "No space left" in said[0]
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_what_fails_after_a_checkpoint_leaves_it(tiny_policy, tmp_path, monkeypatch):

@@ -46,8 +46,14 @@ def asked(*texts):
         ({"normalization": "loo", "scale_rewards": "none"}, r"normalization='loo' contradicts scale_rewards='none'"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True needs a GPU, and this run has none"),
         ({"use_liger_kernel": True, "config_class": GRPOConfig}, "use_liger_kernel=True needs a GPU"),
-        ({"reward_timeout": 0}, "reward_timeout=0 must be a number of seconds above 0, or None"),
-        ({"reward_timeout": True}, "reward_timeout=True must be a number of seconds"),
+        ({"reward_timeout": 0}, "reward_timeout=0 must be a finite number of seconds above 0, or None"),
+        ({"reward_timeout": True}, "reward_timeout=True must be a finite number of seconds"),
+        ({"reward_timeout": float("inf")}, "reward_timeout=inf must be a finite number of seconds"),
+        ({"tokens_per_micro_batch": 100}, "tokens_per_micro_batch=100 contradicts share_prompts=False"),
+        (
+            {"train_dataset": Dataset.from_dict({"prompt": [1, 2]})},
+            "train_dataset: the prompt of row 0 is 1, neither a text nor a list of messages",
+        ),
     ],
 )
 def test_before_a_model_is_loaded(options, message, tmp_path, monkeypatch):

@@ -92,6 +92,20 @@ def test_rows_that_can_not_be_packed(wrong):
         pack(ids, mask, W)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "width", "message"),
+    [
+        (((2, 4), (2, 5)), 2, r"must both be \(B, C\) with a row or more, got \(2, 4\) and \(2, 5\)"),
+        (((0, 4), (0, 4)), 2, r"got \(0, 4\) and \(0, 4\)"),
+        (((2, 4), (2, 4)), 0, r"width=0 must be in \[1, 4\]"),
+        (((2, 4), (2, 4)), 5, r"width=5 must be in \[1, 4\]"),
+    ],
+)
+def test_what_can_not_be_rows(shapes, width, message):
+    with pytest.raises(ValueError, match=message):
+        pack(torch.zeros(shapes[0], dtype=torch.long), torch.ones(shapes[1]), width)
+
+
 def gradients(model, hidden, live):
     """Of a number that weighs every answer's token differently."""
     weights = torch.randn(live.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

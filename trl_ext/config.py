@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -83,8 +84,10 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         resolve_normalization(self)
         check_liger(self)
         limit = self.reward_timeout
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
-            raise ValueError(f"reward_timeout={limit!r} must be a number of seconds above 0, or None")
+        if limit is not None and (
+            isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= threading.TIMEOUT_MAX
+        ):
+            raise ValueError(f"reward_timeout={limit!r} must be a finite number of seconds above 0, or None")
         for name in ("interference_every", "interference_dim"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -92,6 +95,8 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         budget = self.tokens_per_micro_batch
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
             raise ValueError(f"tokens_per_micro_batch={budget!r} must be a whole number above 0, or None")
+        if budget is not None and not self.share_prompts:
+            raise ValueError(f"tokens_per_micro_batch={budget!r} contradicts share_prompts=False")
         self._check_resampling()
 
     def _choose_device(self) -> None:

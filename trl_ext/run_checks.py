@@ -41,7 +41,9 @@ def _check_prompts(dataset: Any, name: str) -> None:
             "rename one, as in dataset.rename_column('question', 'prompt')"
         )
     for row, prompt in enumerate(_prompts(dataset)):
-        if prompt is None or len(prompt) == 0:
+        if isinstance(prompt, int | float):  # a rollout_func may take what isn't text
+            raise ValueError(f"{name}: the prompt of row {row} is {prompt!r}, neither a text nor a list of messages")
+        if not prompt:
             raise ValueError(f"{name}: the prompt of row {row} is empty ({prompt!r}); nothing can be generated from it")
 
 

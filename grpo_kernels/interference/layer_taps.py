@@ -71,7 +71,11 @@ def norm_at(norm: nn.Module, weight: float, values: torch.Tensor) -> torch.Tenso
 
 
 def is_zero_at_zero(norm: nn.Module, width: int, device: torch.device) -> bool:
-    """Not so of Gemma's, which multiply by 1 + weight. Asked once, with one made-up token: unless it answers, no."""
+    """Not so of Gemma's, which multiply by 1 + weight. Asked once, with one made-up token.
+
+    Where that can't be asked the answer is no, which is always right and costs a call more: the tap makes the same
+    call of what the layer really gets, and where that fails too the layer is named and left out.
+    """
     values = torch.linspace(-1, 1, width, device=device)[None, None]
     try:
         with torch.no_grad():

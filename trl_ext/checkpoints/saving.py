@@ -41,7 +41,8 @@ def whole_or_none(folder: Path, output_dir: str) -> Iterator[None]:
     except Exception as error:
         if what_is_broken(folder) is None:
             raise
-        room = shutil.disk_usage(output_dir)  # before anything is removed
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        room = shutil.disk_usage(there)  # before anything is removed
         shutil.rmtree(folder, ignore_errors=True)
         left = newest_whole(output_dir)
         first_line = (str(error).strip().splitlines() or [""])[0]
@@ -87,8 +88,11 @@ def saved_when(failure: type[Exception], trainer: Any, states: RandomStates) -> 
         saves = trainer.args.save_strategy != "no" and trainer.state.global_step > 0
         if saves and what_is_broken(folder) is not None:
             states.restore()
-            trainer._save_checkpoint(trainer.model, trial=None)
-            logger.warning(f"The run stops, and {folder} holds its latest step.")
+            try:
+                trainer._save_checkpoint(trainer.model, trial=None)
+                logger.warning(f"The run stops, and {folder} holds its latest step.")
+            except CheckpointError as error:
+                logger.warning(f"The run stops, and its latest step is lost: {error}.")
         raise
 
 

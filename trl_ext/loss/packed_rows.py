@@ -99,8 +99,17 @@ def _may_see(query: torch.Tensor, key: torch.Tensor, there: torch.Tensor, window
 
 
 def pack(input_ids_BC: torch.Tensor, mask_BC: torch.Tensor, width: int) -> PackedRows:
-    """Rows with the same first ``width`` columns share them. ``mask_BC``: prompts padded on the left, answers on the
-    right; ``ValueError`` for gaps between."""
+    """Rows with the same first ``width`` columns share them. ``input_ids_BC`` and ``mask_BC`` (B, C): prompts padded on
+    the left, answers on the right.
+
+    Raises:
+        ValueError: no rows, another shape of the mask, a width outside [1, C]; a gap, or a row without a prompt.
+    """
+    if input_ids_BC.ndim != 2 or mask_BC.shape != input_ids_BC.shape or len(mask_BC) == 0:
+        shapes = f"{tuple(input_ids_BC.shape)} and {tuple(mask_BC.shape)}"
+        raise ValueError(f"token ids and mask must both be (B, C) with a row or more, got {shapes}")
+    if not 1 <= width <= mask_BC.shape[1]:
+        raise ValueError(f"width={width} must be in [1, {mask_BC.shape[1]}], the columns of the prompts")
     there_BC = mask_BC.bool()
     n_columns = there_BC.shape[1]
     column_C = torch.arange(n_columns, device=there_BC.device)
