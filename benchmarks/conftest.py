@@ -20,7 +20,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--full",
         action="store_true",
-        help="run every benchmark case, over 40 minutes on two cores; by default a choice of four",
+        help="run every benchmark case, over two hours on two cores; by default a choice of four",
     )
     group.addoption(
         "--ratios-dir",
@@ -80,7 +80,7 @@ class Reporter:
         return self.what_is_left_out()
 
     def what_is_left_out(self) -> list[str]:
-        told = f"{self.left_out} longer cases left out; with --full they run too (over 40 minutes on two cores)"
+        told = f"{self.left_out} longer cases left out; with --full they run too (over two hours on two cores)"
         return [told] if self.left_out else []
 
     def pytest_report_teststatus(self, report):

@@ -1,12 +1,16 @@
 """The optimizer step of TRL's trainer and of ours on the same stored rollouts; peak memory of one of them.
 
-``step_contenders.py trl|ours LORA DEAD_SHARE...`` prints peak bytes beyond the model of a step with each share, in a
-fresh process, after a first step that leaves AdamW's state.
+``step_contenders.py trl|before|ours LORA PROMPT_TOKENS DEAD_SHARE...`` prints peak bytes beyond the model of a step
+with each share, in a fresh process, after a first step that leaves AdamW's state. ``before``: ours, with every sequence
+in a row of its own.
 
-The rollouts: 4 prompts x 4 answers of made-up tokens. Lengths have the spread of GSM8K's in SmolLM2's tokens (log-std
-0.36 of questions, 0.45 of answers), but a median of 30 tokens, so that the benchmark ends in time on a CPU, in float32.
-On a GPU: a model of Qwen2.5-1.5B's shape with random weights, in bf16 and with gradient checkpointing as TRL has it by
-default, 8 prompts x 8 answers, medians of 90 and 148 tokens.
+The rollouts (PROMPT_TOKENS 0): 4 prompts x 4 answers of made-up tokens. Lengths have the spread of GSM8K's in
+SmolLM2's tokens (log-std 0.36 of questions, 0.45 of answers), but a median of 30 tokens, so that the benchmark ends in
+time on a CPU, in float32. On a GPU: a model of Qwen2.5-1.5B's shape with random weights, in bf16 and with gradient
+checkpointing as TRL has it by default, 8 prompts x 8 answers, medians of 90 and 148 tokens.
+
+With PROMPT_TOKENS: prompts of that length, 100 as GSM8K's or 400 as a few examples before each make them, 8 answers to
+each, of 125 tokens on average.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -39,16 +44,28 @@ def lengths(generator: torch.Generator, count: int, log_mean: float, log_std: fl
     return (torch.randn(count, generator=generator) * log_std + log_mean).exp().round().int().clamp(8).tolist()
 
 
-def make_rollouts() -> dict[str, list[list[int]]]:
-    """Token ids by prompt: ``prompts`` (PROMPTS), ``completions`` (PROMPTS * GENERATIONS)."""
+@dataclass(frozen=True)
+class Rollouts:
+    """Token ids by prompt."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+
+    @property
+    def generations(self) -> int:
+        return len(self.completions) // len(self.prompts)
+
+
+def make_rollouts(prompt_tokens: int = 0) -> Rollouts:
     generator = torch.Generator().manual_seed(1)
 
     def ids(n: int) -> list[int]:
         return torch.randint(1000, 40000, (n,), generator=generator).tolist()
 
-    questions = lengths(generator, PROMPTS, PROMPT_LOG_MEAN, 0.36)
-    answers = lengths(generator, PROMPTS * GENERATIONS, ANSWER_LOG_MEAN, 0.45)
-    return {"prompts": [ids(n) for n in questions], "completions": [ids(n) for n in answers]}
+    generations, answer_log_mean = (8, 4.75) if prompt_tokens else (GENERATIONS, ANSWER_LOG_MEAN)
+    questions = [prompt_tokens] * PROMPTS if prompt_tokens else lengths(generator, PROMPTS, PROMPT_LOG_MEAN, 0.36)
+    answers = lengths(generator, PROMPTS * generations, answer_log_mean, 0.45)
+    return Rollouts([ids(n) for n in questions], [ids(n) for n in answers])
 
 
 def make_model():
@@ -67,6 +84,11 @@ def make_model():
     return model, tokenizer
 
 
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Clock(TrainerCallback):
     """Seconds of the optimizer steps of a ``train()``, from the first one's begin to the last one's end."""
 
@@ -79,35 +101,38 @@ class Clock(TrainerCallback):
         self.start = self.start or time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait()
         self.seconds = time.perf_counter() - self.start
 
 
 class Contender:
     """One trainer; ``step()`` trains on the stored rollouts, for as many optimizer steps as they are used for."""
 
-    def __init__(self, name: str, lora: bool, **options) -> None:
+    def __init__(self, name: str, lora: bool, prompt_tokens: int = 0, **options) -> None:
         from peft import LoraConfig
 
         trainer_class, config_class = {
             "trl": (GRPOTrainer, GRPOConfig),
+            "before": (CurvatureGRPOTrainer, CurvatureGRPOConfig),
             "ours": (CurvatureGRPOTrainer, CurvatureGRPOConfig),
         }[name]
         self.dead_share = 0.0
-        self.rollouts = make_rollouts()
+        self.rollouts = make_rollouts(prompt_tokens)
+        generations = self.rollouts.generations
         self.clock = Clock()
-        if name == "ours":
-            options = {"interference_every": 0, **options}  # it has a benchmark of its own
+        if name != "trl":  # interference has a benchmark of its own
+            options = {"interference_every": 0, "share_prompts": name == "ours", **options}
         self.options = {"num_iterations": 1, **options}
+        accumulation = self.options.pop("gradient_accumulation_steps", MICRO_BATCHES)
         model, tokenizer = make_model()
         self.trainer = trainer_class(
             model=model,
             reward_funcs=self.reward,
             args=config_class(
-                output_dir=tempfile.mkdtemp(), num_generations=GENERATIONS,
-                per_device_train_batch_size=PROMPTS * GENERATIONS // MICRO_BATCHES,
-                gradient_accumulation_steps=MICRO_BATCHES, max_steps=self.options["num_iterations"],
+                output_dir=tempfile.mkdtemp(), num_generations=generations,
+                per_device_train_batch_size=PROMPTS * generations // MICRO_BATCHES,
+                gradient_accumulation_steps=accumulation,
+                max_steps=self.options["num_iterations"] * MICRO_BATCHES // accumulation,
                 max_completion_length=512,
                 learning_rate=0.0,  # nothing moves: all measure the same parameters, and gradients can be compared
                 bf16=DEVICE == "cuda", gradient_checkpointing=DEVICE == "cuda",
@@ -122,10 +147,11 @@ class Contender:
         )  # fmt: skip
 
     def rollout(self, prompts, trainer):
-        row = {i: list(range(i * GENERATIONS, (i + 1) * GENERATIONS)) for i in range(PROMPTS)}
+        of_prompt = self.rollouts.generations
+        row = {i: list(range(i * of_prompt, (i + 1) * of_prompt)) for i in range(PROMPTS)}
         return {
-            "prompt_ids": [self.rollouts["prompts"][int(prompt)] for prompt in prompts],
-            "completion_ids": [self.rollouts["completions"][row[int(prompt)].pop(0)] for prompt in prompts],
+            "prompt_ids": [self.rollouts.prompts[int(prompt)] for prompt in prompts],
+            "completion_ids": [self.rollouts.completions[row[int(prompt)].pop(0)] for prompt in prompts],
             "logprobs": None,
         }
 
@@ -144,13 +170,40 @@ class Contender:
         """Of the latest ``train()``'s first step."""
         return next(log[name] for log in self.trainer.state.log_history if name in log)
 
+    def floor_seconds(self) -> float:
+        """The matrix products of packed tokens alone, each prompt once, of what has a gradient: of the backbone's
+        layers forward and backward, and of the head for answers."""
+        first = round(self.dead_share * PROMPTS)
+        answers = self.rollouts.completions[first * self.rollouts.generations :]
+        live = sum(map(len, answers))
+        packed = live + sum(map(len, self.rollouts.prompts[first:]))
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+        dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+        shapes = {(layer.in_features, layer.out_features, layer.weight.requires_grad) for layer in layers}
+        tensors = {}
+        for n_in, n_out, _ in shapes:
+            tokens = live if n_out == model.config.vocab_size else packed
+            sizes = (tokens, n_in), (tokens, n_out), (n_out, n_in)
+            tensors[n_in, n_out] = [torch.randn(*size, device=DEVICE, dtype=dtype) for size in sizes]
+        wait()
+        start = time.perf_counter()
+        for layer in layers:
+            x, y, weight = tensors[layer.in_features, layer.out_features]
+            x @ weight.T
+            y @ weight
+            if layer.weight.requires_grad:
+                y.T @ x
+        wait()
+        return time.perf_counter() - start
+
     @property
     def gradient_norm(self) -> float:
         return self.logged("grad_norm")
 
 
-def main(name: str, lora: bool, dead_shares: list[float]) -> None:
-    contender = Contender(name, lora)
+def main(name: str, lora: bool, prompt_tokens: int, dead_shares: list[float]) -> None:
+    contender = Contender(name, lora, prompt_tokens)
     model_alone = in_use()
     contender.dead_share = max(dead_shares)
     contender.step()
@@ -160,4 +213,4 @@ def main(name: str, lora: bool, dead_shares: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], bool(int(sys.argv[2])), [float(share) for share in sys.argv[3:]])
+    main(sys.argv[1], bool(int(sys.argv[2])), int(sys.argv[3]), [float(share) for share in sys.argv[4:]])

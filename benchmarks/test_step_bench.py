@@ -5,11 +5,11 @@ micro-batches (``step_contenders.py`` says how many, and in which precision); re
 AdamW; generation costs nothing. The shares of dead groups are 0, 1/4, 1/2 and 3/4. The trainers take turns; what is
 printed is the median of the ratios of neighbours.
 
-Predicted at share d: the backbone runs (1 - d) of the sequences, and no padding but what one micro-batch needs; the
-head (1 - d) of the completions, at 6 (frozen 4) products in place of 8 (6). So ours / TRL's is about (1 - d) times the
-share of positions that aren't padding, 1 - ``compute/flops_saved_frac`` of the log.
+Predicted at share d: the backbone runs (1 - d) of the sequences, each prompt once, no padding; the head (1 - d) of the
+completions, at 6 (frozen 4) products in place of 8 (6). So ours / TRL's is about the share of positions that run, 1 -
+``compute/flops_saved_frac`` of the log.
 
-Floor: forward and backward of the backbone alone, on as many rows without any padding as have a gradient.
+Floor: the matrix products of these tokens alone.
 
 Without ``--full``: LoRA, with none and half of the groups dead.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_contenders import DEVICE, GENERATIONS, MODEL, PROMPTS, Contender
+from step_contenders import DEVICE, MODEL, Contender
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
 SHORT = (0.0, 0.5)  # without --full
@@ -42,28 +42,6 @@ def pair(request):
     return request.param, both
 
 
-def floor_seconds(contender: Contender, dead_share: float) -> float:
-    """The backbone alone, on rows of the mean length."""
-    first = round(dead_share * PROMPTS)
-    prompts, completions = contender.rollouts["prompts"], contender.rollouts["completions"]
-    tokens = sum(map(len, prompts[first:])) * GENERATIONS + sum(map(len, completions[first * GENERATIONS :]))
-    rows = (PROMPTS - first) * GENERATIONS
-    ids = torch.randint(1000, 40000, (rows, round(tokens / rows)), device=DEVICE)
-    model = contender.trainer.accelerator.unwrap_model(contender.trainer.model)
-    backbone = model.base_model.model.model if hasattr(model, "peft_config") else model.model
-    backbone.train()
-    start = time.perf_counter()
-    for part in ids.tensor_split(max(1, rows // GENERATIONS)):
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-            total = backbone(input_ids=part, use_cache=False).last_hidden_state.sum()
-        total.backward()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    model.zero_grad()
-    return seconds
-
-
 @pytest.mark.parametrize(
     "share", [share if share in SHORT else pytest.param(share, marks=pytest.mark.full) for share in SHARES]
 )
@@ -77,7 +55,7 @@ def test_optimizer_step(benchmark, record, pair, share):
         for _ in range(ROUNDS):
             for name, contender in both.items():
                 seconds[name].append(contender.step())
-            seconds["floor"].append(floor_seconds(both["ours"], share))
+            seconds["floor"].append(both["ours"].floor_seconds())
 
     benchmark.pedantic(take_turns, rounds=1)
     assert both["ours"].gradient_norm == pytest.approx(both["trl"].gradient_norm, rel=TOLERANCE)
@@ -122,7 +100,7 @@ def test_peak_memory(benchmark, record, kind):
         found = {}
         # TRL runs every sequence, whatever the share: it is measured once
         for name, shares in (("trl", SHARES[:1]), ("ours", SHARES)):
-            command = [sys.executable, script, name, str(int(KINDS[kind])), *map(str, shares)]
+            command = [sys.executable, script, name, str(int(KINDS[kind])), "0", *map(str, shares)]
             done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
             found[name] = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
         return found

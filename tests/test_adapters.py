@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 from test_trainer_equality import Recorder, digits, prompts
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
@@ -24,6 +24,13 @@ ADAPTERS = {
     "p-tuning": peft.PromptEncoderConfig(**CAUSAL, num_virtual_tokens=3, encoder_hidden_size=16),
     "prefix tuning": peft.PrefixTuningConfig(**CAUSAL, num_virtual_tokens=3),
 }
+
+
+class Seeded(TrainerCallback):
+    """LoHa draws a number in every forward: as many as there are micro-batches."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(state.global_step)
 
 
 def gradients(trainer_class, config_class, policy, folder, adapter, **options):
@@ -46,6 +53,7 @@ def gradients(trainer_class, config_class, policy, folder, adapter, **options):
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
     recorder = Recorder()
     trainer.add_callback(recorder)
+    trainer.add_callback(Seeded())
     trainer.train()
     return recorder.gradients
 

@@ -8,12 +8,16 @@ import os
 import pytest
 import torch
 from test_odd_tensors import CALLS, LAYOUTS, inputs
+from test_shared_prompts import W
+from test_shared_prompts import batch as shared_batch
 from test_trainer import build
 from test_trainer_equality import run
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_kernels import use_backend
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
+from trl_ext.loss import flash, shared_attention
+from trl_ext.loss.packed_rows import pack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,6 +84,52 @@ def test_bf16_is_as_near_to_float32_as_trls(setting, tiny_policy, tmp_path):
         pytest.fail("the rollouts differ")
     print(f"\nbf16 against float32, {setting}: ours {error(ours, truth):.4f}, TRL's {error(theirs, truth):.4f}")
     assert error(ours, truth) < 1.5 * error(theirs, truth) + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_shared_attention_in_parts(dtype, repeats):
+    """As near to float64 as with masks, whose attention is torch's own."""
+    ids, mask = (tensor.cuda() for tensor in shared_batch())
+    rows = pack(ids, mask, W)
+    torch.manual_seed(0)
+    sizes = (4, 4 // repeats, 4 // repeats, 4)
+    made = [torch.randn(1, heads, len(rows.token_S), 16, dtype=torch.float64, device="cuda") for heads in sizes]
+
+    def found(dtype, in_parts):
+        q, k, v = (tensor.to(dtype, copy=True).requires_grad_() for tensor in made[:3])
+        assert in_parts == (flash.can(q, k, v) and dtype != torch.float64)
+        if in_parts:
+            out = shared_attention.InParts.apply(q, k, v, rows.spans(), 0.3).transpose(1, 2)
+        else:
+            out = shared_attention.by_masks(
+                q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), rows, 0.3, None
+            )
+        (out * made[3].transpose(1, 2)).sum().backward()
+        return [tensor.double() for tensor in (out, q.grad, k.grad, v.grad)]
+
+    truth, parts = found(torch.float64, False), found(dtype, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash, "can", lambda *_: False)
+        masked = found(dtype, False)
+    for exact, one, other in zip(truth, parts, masked, strict=True):
+        assert (one - exact).norm() < 1.5 * (other - exact).norm() + 1e-3 * exact.norm()
+        assert (one - exact).norm() < 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_shared_prompts_for_each_attention(implementation, bf16, tiny_policy, tmp_path):
+    """Sharing is by an attention of our own; without, by the model's."""
+    options = {"model_init_kwargs": {"attn_implementation": implementation}, "bf16": bf16, "steps": 1}
+    both = {
+        share: gradients(
+            CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / str(share), "dapo",
+            share_prompts=share, interference_every=0, **options,
+        )[0]
+        for share in (False, True)
+    }  # fmt: skip
+    assert error(both[True], both[False]) < (3e-2 if bf16 else 1e-4)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])

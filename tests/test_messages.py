@@ -49,7 +49,10 @@ def asked(*texts):
         ({"reward_timeout": 0}, "reward_timeout=0 must be a finite number of seconds above 0, or None"),
         ({"reward_timeout": True}, "reward_timeout=True must be a finite number of seconds"),
         ({"reward_timeout": float("inf")}, "reward_timeout=inf must be a finite number of seconds"),
-        ({"tokens_per_micro_batch": 100}, "tokens_per_micro_batch=100 contradicts share_prompts=False"),
+        (
+            {"tokens_per_micro_batch": 100, "share_prompts": False},
+            "tokens_per_micro_batch=100 contradicts share_prompts=False",
+        ),
         (
             {"train_dataset": Dataset.from_dict({"prompt": [1, 2]})},
             "train_dataset: the prompt of row 0 is 1, neither a text nor a list of messages",

@@ -22,10 +22,11 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.batches import shared_batches as shared_batches_module
 from trl_ext.batches.columns import trimmed_columns
 from trl_ext.batches.shared_batches import as_many, can_share, packed_positions, shared_batches, why_not_shared
-from trl_ext.loss import packed_rows, shared_attention
-from trl_ext.loss.packed_rows import pack
+from trl_ext.loss import flash, packed_rows, shared_attention
+from trl_ext.loss.packed_rows import Spans, pack
 from trl_ext.loss.shared_prompts import let_share
 
 SIZES = {
@@ -67,21 +68,27 @@ def test_the_layout():
         assert (place[:first] == -1).all() and (place[W + length :] == -1).all()
         assert torch.equal(packed[place[first : W + length]], ids[row, first : W + length])
         assert positions[place[first : W + length]].tolist() == list(range(PROMPTS[prompt] + length))
-    for block in rows.blocks():
-        places = torch.cat([own[own >= 0] for own in block.own])
-        assert places.sort().values.tolist() == list(range(block.answers, block.end))
-    assert sum(block.end - block.start for block in rows.blocks()) == len(rows.token_S)
+    of_prompts, to_prompts, of_answers = rows.spans()
+    prompt = [rows.row_P.tolist().index(PROMPT_OF.index(p)) for p in range(3)]  # packed in the order of their tokens
+    assert [of_prompts.query_lengths[i] for i in prompt] == PROMPTS
+    assert [to_prompts.query_lengths[i] for i in prompt] == [9 + 3 + 4, 1 + 5 + 9, 2]
+    assert to_prompts.key_lengths == of_prompts.key_lengths and not to_prompts.causal
+    assert sorted(of_answers.query_lengths) == sorted(ANSWERS) and of_answers.causal
+    starts = torch.tensor(of_answers.query_lengths).cumsum(0) - torch.tensor(of_answers.query_lengths)
+    first = [int(rows.packed_BC[row, W]) for row in range(len(ANSWERS))]
+    assert sorted(first) == (starts + sum(PROMPTS)).tolist()
+    assert (of_answers.queries.start, of_answers.queries.stop) == (sum(PROMPTS), len(rows.token_S))
 
 
-def test_answers_of_different_lengths_run_apart():
-    """Lengths 50 and 200: together they would be half padding; short ones run together whatever they are."""
-    mask = (torch.arange(202) < torch.tensor([52, 202, 201, 53])[:, None]).long()
-    ids = torch.arange(4 * 202).view(4, 202)
-    ids[:, :2] = 5
-    assert [tuple(own.shape) for own in pack(ids, mask, 2).blocks()[0].own] == [(2, 51), (2, 200)]
-    mask[:, 42:] = 0
-    mask[0, 3:] = 0
-    assert [tuple(own.shape) for own in pack(ids, mask, 2).blocks()[0].own] == [(4, 40)]
+def test_short_spans_run_together():
+    """On a CPU; a span of no token nowhere."""
+    spans = Spans(slice(0, 103), slice(0, 103), [50, 2, 0, 48, 3], [50, 2, 0, 48, 3], causal=True)
+    together, alone = flash._short(spans, torch.device("cpu"))
+    assert alone == [(slice(0, 50), slice(0, 50))]
+    assert together.shape == (4, 48) and together[together >= 0].tolist() == list(range(50, 103))
+    assert together[0].tolist() == [50, 51, *[-1] * 46]
+    seen = Spans(slice(0, 5), slice(0, 9), [5, 0], [3, 6], causal=False)
+    assert flash._short(seen, torch.device("cpu")) == (None, [(slice(0, 5), slice(0, 3))])
 
 
 @pytest.mark.parametrize("wrong", ["gap", "no prompt"])
@@ -150,8 +157,10 @@ def test_hidden_states_and_gradients(kind, lora, checkpointing):
     assert base.config._attn_implementation == ("eager" if "eager" in kind else "sdpa")
 
 
+@pytest.mark.parametrize("short", [0, 5, 48])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_in_parts_and_by_masks(dtype):
+def test_in_parts_and_by_masks(dtype, short, monkeypatch):
+    monkeypatch.setattr(flash, "SHORT", short)
     ids, mask = batch()
     rows = pack(ids, mask, W)
     torch.manual_seed(0)
@@ -162,7 +171,7 @@ def test_in_parts_and_by_masks(dtype):
         if by_masks:
             out = shared_attention.by_masks(q, k, v, rows, 0.3, None)
         else:
-            out = shared_attention.InParts.apply(q, k, v, rows.blocks(), 0.3).transpose(1, 2)
+            out = shared_attention.InParts.apply(q, k, v, rows.spans(), 0.3).transpose(1, 2)
         (out * made[3].to(dtype).transpose(1, 2)).sum().backward()
         return out, q.grad, k.grad, v.grad
 
@@ -177,7 +186,7 @@ def test_in_parts_against_finite_differences():
     rows = pack(ids[:3], mask[:3], W)
     torch.manual_seed(0)
     made = [torch.randn(1, 2, len(rows.token_S), 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    torch.autograd.gradcheck(lambda q, k, v: shared_attention.InParts.apply(q, k, v, rows.blocks(), 0.5), made)
+    torch.autograd.gradcheck(lambda q, k, v: shared_attention.InParts.apply(q, k, v, rows.spans(), 0.5), made)
 
 
 # ---- which models
@@ -231,12 +240,11 @@ def test_architectures_that_may_and_may_not(name):
     ("options", "reason"),
     [
         ({"share_prompts": False}, "share_prompts=False"), ({"fused_loss": False}, "fused_loss=False"),
-        ({"attention_dropout": 0.1}, "attention has dropout"), ({"torch_compile": True}, "torch_compile=True"),
+        ({"torch_compile": True}, "torch_compile=True"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_allow_it(options, reason):
     model = MODELS["llama"]()
-    model.config.attention_dropout = options.pop("attention_dropout", 0.0)
     settings = SimpleNamespace(
         options=SimpleNamespace(**{"share_prompts": True, "fused_loss": True, **options}),
         accelerator=Accelerator(cpu=True),
@@ -310,10 +318,56 @@ def test_the_trainer_against_trl(loss_type, iterations, tiny_policy, tmp_path):
     assert ours[1].logs[1]["compute/flops_saved_frac"] > 0.2
 
 
-def test_it_says_why_not(tiny_policy, tmp_path, caplog):
-    with caplog.at_level("WARNING"):
-        build(tiny_policy, tmp_path, share_prompts=True, fused_loss=False)
-    assert "Prompts aren't shared: fused_loss=False." in caplog.text
+@pytest.mark.parametrize(
+    ("options", "why", "level"),
+    [
+        ({}, "Answers to one prompt run in one row, the prompt once (in steps that log", "INFO"),
+        ({"fused_loss": False}, "Prompts aren't shared: every sequence runs in TRL's own micro-batches.", "INFO"),
+        ({"skip_zero_advantage": False}, "Prompts aren't shared: every sequence runs in TRL's own", "INFO"),
+        ({"moved": 1.0}, "Prompts aren't shared: what the model says changes with it, by 1.0e+00 of its", "WARNING"),
+        ({"share_prompts": False}, None, None),
+    ],
+)
+def test_it_says_whether_it_shares(options, why, level, tiny_policy, tmp_path, caplog, monkeypatch):
+    moved = options.pop("moved", None)
+    if moved is not None:
+        monkeypatch.setattr(shared_batches_module, "moved_by_sharing", lambda _: moved)
+    with caplog.at_level("INFO"):
+        build(tiny_policy, tmp_path, **options).train()
+    said = [record for record in caplog.records if "shared" in record.message or "in one row" in record.message]
+    assert [record.levelname for record in said] == ([] if why is None else [level])
+    assert why is None or why in said[0].message
+
+
+def test_mixed_precision_on_a_cpu(tiny_policy, tmp_path):
+    """Under autocast a rotation leaves float32 queries beside values in bfloat16."""
+    found = []
+    for share in (False, True):
+        setting = {**PLAIN, "accumulation": (2, 2), "share_prompts": share}
+        options = {"steps": 1, "bf16": True, "interference_every": 0}
+        trained = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / str(share), setting, **options)
+        found.append(trained[1].gradients[0])
+    square = sum((found[0][name] - found[1][name]).square().sum() for name in found[0])
+    assert square.sqrt() < 2e-2 * sum(one.square().sum() for one in found[0].values()).sqrt()
+
+
+def test_dropout_in_attention(tiny_policy, tmp_path):
+    """Shares it, by masks: as many tokens, a loss of about the size."""
+    trainer = build(tiny_policy, tmp_path, interference_every=0)
+    for layer in trainer.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer._micro_batches.not_shared is None
+
+
+def test_logging_changes_no_more_than_rounding(tiny_policy, tmp_path):
+    """Steps that log run in rows of their own."""
+    found = []
+    for every in (0, 1):
+        trainer = build(tiny_policy, tmp_path / str(every), interference_every=every, max_steps=1, learning_rate=0.1)
+        trainer.train()
+        found.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert 0 < (found[0] - found[1]).norm() < 1e-6 * found[0].norm()
 
 
 def test_options_are_checked(tiny_policy, tmp_path):

@@ -35,7 +35,7 @@ class CurvatureOptions:
     skip_zero_advantage: bool = field(default=True, metadata={"help": "Don't run what has no gradient."})
     full_entropy: bool = field(default=False, metadata={"help": "Log the entropy of what is skipped too."})
 
-    share_prompts: bool = field(default=False, metadata={"help": "Answers of a prompt in one row, the prompt once."})
+    share_prompts: bool = field(default=True, metadata={"help": "Answers of a prompt in one row, the prompt once."})
     tokens_per_micro_batch: int | None = field(
         default=None, metadata={"help": "With share_prompts; default: as many as without."}
     )

@@ -136,13 +136,6 @@ class MicroBatches:
         self.mixed = mixes_rows(self._model)
         self.trim = trimmed_columns(self._model, self.accelerator, run.say_once)
         self.not_shared = why_not_shared(run, self._model, self.trim[0])
-        if run.options.share_prompts:
-            run.say_once(
-                "Answers to one prompt run in one row, the prompt once."
-                if self.not_shared is None
-                else f"Prompts aren't shared: {self.not_shared}.",
-                level="info" if self.not_shared is None else "warning",
-            )
         self.skipping = False  # whether sequences may be left out of what was planned last
         self._planned: list[dict[str, Any]] = []
         self._expected = -1  # TRL's count of micro-batches at the next call
@@ -188,6 +181,7 @@ class MicroBatches:
         wanted_but_not = self.options.skip_zero_advantage and not runs.skipped
         self.run.say_once(runs.why, level="warning" if wanted_but_not else "info")
         self.skipping = runs.skipped
+        self._say_whether_shared(runs)
         if not runs.regrouped:
             self._count(parts, parts)
             return parts
@@ -225,6 +219,18 @@ class MicroBatches:
             batch[KEY] = MicroBatch(row_B=row_B, last=last, packed=packed, skipped=skipped if last else {})
         self._count(parts, batches, looked_at)
         return [{KEY: NOTHING} for _ in range(len(parts) - n_batches)] + batches
+
+    def _say_whether_shared(self, runs: WhatRuns) -> None:
+        if not self.options.share_prompts:
+            return
+        reason = self.not_shared if runs.regrouped else "every sequence runs in TRL's own micro-batches"
+        chosen = not runs.regrouped or not self.options.fused_loss or self.run.torch_compile  # the user knows
+        self.run.say_once(
+            "Answers to one prompt run in one row, the prompt once (in steps that log interference, in their own)."
+            if reason is None
+            else f"Prompts aren't shared: {reason}.",
+            level="info" if reason is None or chosen else "warning",
+        )
 
     def share(
         self, rows: dict[str, Any], wanted_B: torch.Tensor, unshared: list[torch.Tensor], most: float = math.inf

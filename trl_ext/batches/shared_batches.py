@@ -43,8 +43,6 @@ def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool) -> str | No
         return "the model is on several devices"
     if not can_be_asked(model, run.accelerator):
         return "the parameters are sharded (FSDP, DeepSpeed)"
-    if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
-        return "attention has dropout"
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
         let_share(base)

@@ -1,4 +1,4 @@
-"""The layout of rows that share prompts: ``[prompt][answer 1]...[answer G]`` one prompt after the other, no padding.
+"""The layout of rows that share prompts: all prompts, then all answers, in the order of their prompts, no padding.
 
 Shapes: B sequences of a micro-batch, W prompt columns (padded on the left), R completion columns, C = W + R, S packed
 tokens, P prompts.
@@ -12,18 +12,20 @@ from typing import Any
 import torch
 
 KEYWORD = "packed_rows"  # under which layers hand it down
-PADDING, SHORT = 1.2, 48  # answers that run together: at most so much padding, or so short
 
 
 @dataclass(frozen=True)
-class Block:
-    """A prompt and its answers, as they stand in the row: the prompt from ``start``, answers from ``answers`` to
-    ``end``. ``own``: (g, R) places in the row of answers of about the same length, -1 behind an answer's end."""
+class Spans:
+    """Which keys queries see: of the row's ``queries`` the first ``query_lengths[0]`` those that are the first
+    ``key_lengths[0]`` of ``keys``, and so on. ``causal``: of these, as far as they stand themselves (lengths are the
+    same)."""
 
-    start: int
-    answers: int
-    end: int
-    own: list[torch.Tensor]
+    queries: slice
+    keys: slice
+    query_lengths: list[int]
+    key_lengths: list[int]
+    causal: bool
+    known: dict[str, Any] = field(default_factory=dict)  # what attention makes of it once for all layers
 
 
 @dataclass
@@ -40,29 +42,25 @@ class PackedRows:
     longest: int  # of a prompt with its answer
     windows: set[int | None] = field(default_factory=set)  # that layers told their attention
     _masks: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    _blocks: list[Block] = field(default_factory=list)
+    _spans: tuple[Spans, ...] = ()
 
-    def blocks(self) -> list[Block]:
-        """Of each prompt."""
-        if not self._blocks:
-            answers = self.packed_BC[:, self.width :]
-            length_B = (answers >= 0).sum(1)
-            for prompt, row in enumerate(self.row_P.tolist()):
-                members = (self.prompt_B == prompt).nonzero().squeeze(1)
-                members = members[length_B[members].argsort()]
-                lengths = length_B[members].tolist()
-                chunks, begin = [], 0
-                for i in range(1, len(lengths) + 1):
-                    padded = (i + 1 - begin) * lengths[min(i, len(lengths) - 1)]
-                    full = padded > PADDING * sum(lengths[begin : i + 1]) and lengths[min(i, len(lengths) - 1)] > SHORT
-                    if i == len(lengths) or full:
-                        if lengths[i - 1]:
-                            chunks.append(answers[members[begin:i], : lengths[i - 1]])
-                        begin = i
-                end_of_prompt = int(self.packed_BC[row, self.width - 1]) + 1
-                start = end_of_prompt - int((self.packed_BC[row, : self.width] >= 0).sum())
-                self._blocks.append(Block(start, end_of_prompt, end_of_prompt + sum(lengths), chunks))
-        return self._blocks
+    def spans(self) -> tuple[Spans, ...]:
+        """Prompts of themselves, answers of their prompts, answers of themselves; the last two have the same
+        queries."""
+        if not self._spans:
+            there_BC = self.packed_BC >= 0
+            prompts = there_BC[self.row_P, : self.width].sum(1).tolist()
+            by_prompt = self.prompt_B.argsort(stable=True)
+            answers_B = there_BC[:, self.width :].sum(1)
+            answers = answers_B[by_prompt].tolist()
+            of_prompts = answers_B.new_zeros(len(prompts)).index_add_(0, self.prompt_B, answers_B).tolist()
+            first, last = slice(0, sum(prompts)), slice(sum(prompts), len(self.token_S))
+            self._spans = (
+                Spans(first, first, prompts, prompts, causal=True),
+                Spans(last, first, of_prompts, prompts, causal=False),
+                Spans(last, last, answers, answers, causal=True),
+            )
+        return self._spans
 
     def inputs(self, input_ids: torch.Tensor) -> dict[str, Any]:
         """What the backbone takes in place of the padded rows."""
@@ -126,8 +124,9 @@ def pack(input_ids_BC: torch.Tensor, mask_BC: torch.Tensor, width: int) -> Packe
 
     kept_BC = there_BC.clone()
     kept_BC[:, :width] &= (row_P[prompt_B] == row_B)[:, None]
-    token_S = kept_BC.flatten().nonzero().squeeze(1)  # by row, a prompt before its first answer
-    token_S = token_S[prompt_B[token_S // n_columns].argsort(stable=True)]  # by prompt
+    token_S = kept_BC.flatten().nonzero().squeeze(1)  # by row
+    of_answer_S = token_S % n_columns >= width
+    token_S = token_S[(prompt_B[token_S // n_columns] + n_prompts * of_answer_S).argsort(stable=True)]
     packed = token_S.new_full((kept_BC.numel(),), -1)
     packed[token_S] = torch.arange(len(token_S), device=packed.device)
     packed_BC = packed.view_as(kept_BC)

@@ -1,13 +1,13 @@
-"""Attention in a row of prompts, each followed by its answers (``packed_rows.py``), in two ways that are both exact.
+"""Attention in a row of prompts and their answers (``packed_rows.py``), in two ways that are both exact.
 
 In parts: prompts attend to themselves, all answers of a prompt at once to its keys, and each answer to its own; the two
 softmaxes of an answer become one by their log-sum-exps. Nothing is masked and no key is copied. The gradient of each
 part is flash attention's own, given the output and the log-sum-exp of the whole: ``dS = P (dP - rowsum(dO O))`` with
-``P = exp(S - lse)`` needs nothing else (Dao et al. 2022, algorithm 4). For CPUs, whose flash attention is the one
-that is called here.
+``P = exp(S - lse)`` needs nothing else (Dao et al. 2022, algorithm 4). Where ``flash.py`` has such an attention: on a
+CPU, and on a GPU in half precision.
 
 By masks: answers unpacked to rows, with copies of their prompt's keys and values. For everything else, and for windows
-that are shorter than a sequence.
+that are shorter than a sequence and dropout (whose masks a prompt's answers have in common: right on average).
 
 Shapes: S packed tokens, H heads, D a head's width; B sequences, R answer columns, W prompt columns, P prompts.
 """
@@ -19,20 +19,16 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .packed_rows import KEYWORD, Block, PackedRows
+from . import flash
+from .packed_rows import KEYWORD, PackedRows, Spans
 
 # what else a model may tell its attention, and that changes nothing here
 HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal",
             "return_dict", "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k"}  # fmt: skip
-NOTHING = 1e4  # log-sum-exp where no token is: a probability of 0
-
-# torch's own, of no documented interface; None in a torch without: by masks then
-_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 class NotShared(ValueError):  # noqa: N818
-    """What of a model's attention isn't plain softmax attention (sinks, soft caps, biases, dropout)."""
+    """What of a model's attention isn't plain softmax attention (sinks, soft caps, biases)."""
 
 
 def attention(
@@ -49,94 +45,68 @@ def attention(
     """As transformers calls one: query, key, value (1, heads, S, D); (1, S, H, D). Raises ``NotShared``."""
     rows: PackedRows = others.pop(KEYWORD)
     odd = [name for name, given in others.items() if name not in HARMLESS and given is not None and given is not False]
-    if odd or dropout:
-        raise NotShared(f"its attention takes {', '.join(odd) or 'dropout'}")
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if odd:
+        raise NotShared(f"its attention takes {', '.join(odd)}")
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # rotations can leave float32
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows.windows.add(sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < rows.longest else None
-    on_cpu = query.device.type == "cpu" and _flash is not None and _flash_backward is not None
-    if window is None and on_cpu and query.shape[-1] == value.shape[-1]:
-        return InParts.apply(query, key, value, rows.blocks(), scale).transpose(1, 2), None
-    return by_masks(query, key, value, rows, scale, window), None
+    if window is None and not dropout and flash.can(query, key, value):
+        return InParts.apply(query, key, value, rows.spans(), scale).transpose(1, 2), None
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    return by_masks(query, key, value, rows, scale, window, dropout), None
 
 
 class InParts(torch.autograd.Function):
-    """(1, H, S, D), of as many heads of keys and values."""
+    """Query (1, H, S, D), key and value (1, H or a part of them, S, D); (1, H, S, D)."""
 
     @staticmethod
-    def forward(ctx, query, key, value, blocks: list[Block], scale: float):
+    def forward(ctx, query, key, value, spans: tuple[Spans, Spans, Spans], scale: float):
+        of_prompts, to_prompts, of_answers = spans
+        given = query, key, value
+        key, value = flash.per_head(query, key, value)
         out = torch.empty_like(query)
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        for block in blocks:
-            prompt, answers = slice(block.start, block.answers), slice(block.answers, block.end)
-            of_prompt = key[:, :, prompt], value[:, :, prompt]
-            out[:, :, prompt], lse[:, :, prompt] = _flash(query[:, :, prompt], *of_prompt, 0.0, True, scale=scale)
-            if block.end == block.answers:
-                continue
-            before, before_lse = _flash(query[:, :, answers], *of_prompt, 0.0, False, scale=scale)
-            for place_GR in block.own:
-                own, own_lse = _flash(*(_unpack(x, place_GR) for x in (query, key, value)), 0.0, True, scale=scale)
-                _put(out, own, place_GR)
-                _put(lse[..., None], own_lse[..., None], place_GR)
-            own_lse, whole = lse[:, :, answers], torch.logaddexp(before_lse, lse[:, :, answers])
-            out[:, :, answers] *= (own_lse - whole).exp()[..., None].to(out.dtype)
-            out[:, :, answers] += before * (before_lse - whole).exp()[..., None].to(out.dtype)
+        prompts, answers = of_prompts.queries, of_answers.queries
+        out[:, :, prompts], lse[:, :, prompts] = flash.forward(query, key, value, of_prompts, scale)
+        if answers.stop > answers.start:
+            before, before_lse = flash.forward(query, key, value, to_prompts, scale)
+            own, own_lse = flash.forward(query, key, value, of_answers, scale)
+            whole = torch.logaddexp(before_lse, own_lse)
+            before.mul_((before_lse - whole).exp_()[..., None])
+            torch.addcmul(before, own, (own_lse - whole).exp_()[..., None].to(own), out=out[:, :, answers])
             lse[:, :, answers] = whole
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.save_for_backward(*given, out, lse)
+        ctx.spans, ctx.scale = spans, scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         query, key, value, out, lse = ctx.saved_tensors
+        heads = key.shape[1]
+        key, value = flash.per_head(query, key, value)
         grads = tuple(torch.zeros_like(x) for x in (query, key, value))
-        grad_out = grad_out.contiguous()
-
-        def add(queries: slice, keys: slice, causal: bool) -> None:
-            of_queries = [x[:, :, queries] for x in (grad_out, query)]
-            parts = _flash_backward(
-                *of_queries, key[:, :, keys], value[:, :, keys], out[:, :, queries], lse[:, :, queries],
-                0.0, causal, scale=ctx.scale,
-            )  # fmt: skip
-            for grad, part, where in zip(grads, parts, (queries, keys, keys), strict=True):
-                grad[:, :, where] += part
-
-        for block in ctx.blocks:
-            prompt, answers = slice(block.start, block.answers), slice(block.answers, block.end)
-            add(prompt, prompt, True)
-            if block.end == block.answers:
-                continue
-            add(answers, prompt, False)
-            for place_GR in block.own:
-                unpacked = [_unpack(x, place_GR) for x in (grad_out, query, key, value, out)]
-                there = (place_GR >= 0)[:, None, :]
-                unpacked[0] = unpacked[0] * there[..., None]
-                own_lse = torch.where(there, _unpack(lse[..., None], place_GR)[..., 0], NOTHING)
-                parts = _flash_backward(*unpacked, own_lse, 0.0, True, scale=ctx.scale)
-                for grad, part in zip(grads, parts, strict=True):
-                    _put(grad, part, place_GR, add=True)
-        return *grads, None, None
-
-
-def _unpack(packed: torch.Tensor, place_GR: torch.Tensor) -> torch.Tensor:
-    """(1, H, S, D) to answers (G, H, R, D); behind an answer's end stands the first token."""
-    rows = packed[0].transpose(0, 1).index_select(0, place_GR.clamp(min=0).flatten())
-    return rows.view(*place_GR.shape, *rows.shape[1:]).transpose(1, 2)
-
-
-def _put(packed: torch.Tensor, rows: torch.Tensor, place_GR: torch.Tensor, *, add: bool = False) -> None:
-    """(G, H, R, D) into their places of (1, H, S, D)."""
-    there, by_place = place_GR >= 0, packed[0].transpose(0, 1)
-    place = place_GR[there]
-    (by_place.index_add_ if add else by_place.index_copy_)(0, place, rows.transpose(1, 2)[there])
+        for spans in ctx.spans:
+            if spans.queries.stop > spans.queries.start:
+                parts = flash.backward(grad_out, query, key, value, out, lse, spans, ctx.scale)
+                for grad, part, where in zip(grads, parts, (spans.queries, spans.keys, spans.keys), strict=True):
+                    grad[:, :, where] += part
+        return grads[0], *(grad.unflatten(1, (heads, -1)).sum(2) for grad in grads[1:]), None, None
 
 
 def by_masks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: PackedRows, scale: float, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: PackedRows,
+    scale: float,
+    window: int | None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """(1, S, H, D)."""
     prompt_mask, answer_mask = rows.masks(window, query.dtype)
@@ -150,7 +120,7 @@ def by_masks(
         return flat.view(*place.shape, *flat.shape[1:]).transpose(1, 2)
 
     def softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         return out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[-1])
 
     prompt_q, prompt_k, prompt_v = (unpack(x, prompt_PW) for x in (query, key, value))
