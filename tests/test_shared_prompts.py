@@ -315,7 +315,8 @@ def test_the_trainer_against_trl(loss_type, iterations, tiny_policy, tmp_path):
         ours = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", setting)
     assert_same(ours, theirs)
     assert packed and ours[0]._micro_batches.not_shared is None
-    assert ours[1].logs[1]["compute/flops_saved_frac"] > 0.2
+    log = ours[1].logs[1]
+    assert log["compute/flops_saved_frac"] > 0.2 and log["compute/padding_removed_frac"] == 1
 
 
 @pytest.mark.parametrize(

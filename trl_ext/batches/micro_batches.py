@@ -83,8 +83,8 @@ class StepCounts:
 def compute_metrics(counts: StepCounts) -> dict[str, float]:
     """What is logged under ``compute/``.
 
-    ``sequences_skipped_frac``, ``tokens_skipped_frac``: shares that don't run. ``tokens_run``: prompt and completion
-    tokens, of all processes. ``padding_removed_frac``: of the padding that TRL would run. ``micro_batches``: forward
+    ``sequences_skipped_frac``, ``tokens_skipped_frac``: shares that don't run (of a shared prompt's tokens, all but
+    once). ``tokens_run``: prompt and completion tokens, of all processes. ``padding_removed_frac``: of the padding that TRL would run. ``micro_batches``: forward
     and backward passes of each process. ``flops_saved_frac``: of the backbone's matrix products, the same for every
     position, padding or not (a forward alone, for ``full_entropy``, counts a third); attention, which grows with the
     length, saves a little more than this.
@@ -106,8 +106,8 @@ def sequences(batch: dict[str, Any]) -> int:
 
 
 def tokens(batch: dict[str, Any]) -> int:
-    """Of prompts and completions, padding left out."""
-    return int(row_lengths(batch).sum())
+    """Of prompts and completions, padding left out, and prompts that are shared once."""
+    return micro_batch(batch).packed or int(row_lengths(batch).sum())
 
 
 def positions(batch: dict[str, Any]) -> int:

@@ -1,0 +1,140 @@
+"""Where a step's noise comes from, and how many prompts and answers are best for it.
+
+Shapes: B sequences, P prompts, G completions of one prompt.
+
+On raw gradients g_p = (1 / (G - 1)) sum_i (r_i - mean) s_i, whose expectation is the gradient of prompt p's mean
+reward, whatever the normalisation trained with. g_p is the mean over pairs of answers of h_ij = (r_i - r_j)
+(s_i - s_j) / 2, a U-statistic, so that its variance over answers is (Hoeffding 1948, squared lengths for squares)::
+
+    v(G) = (4 zeta_1 + A / (G - 1)) / G,   A = 2 zeta_2 - 4 zeta_1
+    zeta_1 = E <h_12, h_13> - |E h|^2,     zeta_2 = E |h_12|^2 - |E h|^2,     |E h|^2 = E <h_12, h_34>
+
+each E the mean over all such pairs of pairs of a prompt's answers. With B the variance of E g_p over prompts, all-equal
+groups as zeros, a step of P' prompts with G' answers has variance (B + v(G')) / P', and with P' G' rollouts in all it
+is least at G* = 1 + sqrt(A / B): what the answers add one by one, 4 zeta_1, is the same for every G'. (One number W for
+all G', v = W / (G - 1), is zeta_1 = zeta_2 / 4; in a simulation it was 15 % off where this is right.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .what_if import StepScores, objective
+
+DRAWS = 200  # of the bootstrap
+INTERVAL = (0.05, 0.95)
+LEAST = 4  # answers to a prompt, for two pairs that have none in common
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """``between`` B; ``within`` v(G) at the run's G; ``pairs`` A, all in squared units of the gradient. ``advised``
+    G*, within [2, P G], and its interval of 90 % by resampling prompts."""
+
+    between: float
+    within: float
+    pairs: float
+    advised: float
+    low: float
+    high: float
+
+    def variance(self, prompts: int, generations: int, at: int) -> float:
+        """Predicted of a step of ``prompts`` with ``generations`` answers each, from ``at``, the run's G."""
+        one_by_one = at * self.within - self.pairs / (at - 1)
+        return (self.between + (one_by_one + self.pairs / (generations - 1)) / generations) / prompts
+
+
+def gradient_noise(scores: StepScores, seed: int = 0) -> GradientNoise | None:
+    """None where it can't be told: scores that aren't known, a single prompt or answer, parts of groups."""
+    gamma_B, unknown = objective(scores)
+    n_prompts, n_answers = scores.rewards_PG.shape
+    if unknown is not None or n_prompts < 2 or n_answers < 2:
+        return None
+    own_BP = torch.zeros(len(gamma_B), n_prompts, dtype=torch.float64, device=gamma_B.device)
+    own_BP[torch.arange(len(gamma_B), device=gamma_B.device), scores.prompt_B] = 1.0
+    gram_PP = own_BP.T @ (gamma_B[:, None] * scores.gram_BB.double() * gamma_B) @ own_BP
+    signal_P, one_P, pair_P = _pairs_of_pairs(scores)
+    pairs_P = 2 * (pair_P - signal_P) - 4 * (one_P - signal_P)
+    within_P = (4 * (one_P - signal_P) + pairs_P / (n_answers - 1)) / n_answers
+
+    def parts(times_NP: torch.Tensor) -> tuple[list[float], list[float], list[float]]:
+        """B, v and A where prompt p is there ``times`` times; pairs of one prompt with itself aren't pairs."""
+        inner_N = ((times_NP @ gram_PP) * times_NP).sum(1) - times_NP.square() @ gram_PP.diagonal()
+        n_pairs_N = times_NP.sum(1).square() - times_NP.square().sum(1)
+        between_N = times_NP @ signal_P / n_prompts - inner_N / n_pairs_N.clamp(min=1)
+        return between_N.tolist(), *((times_NP @ one / n_prompts).tolist() for one in (within_P, pairs_P))
+
+    (between,), (within,), (pairs,) = parts(torch.ones_like(gram_PP[:1]))
+    if not math.isfinite(between + within + pairs) or between == within == 0:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    drawn_NP = torch.randint(n_prompts, (DRAWS, n_prompts), generator=generator)
+    times_NP = torch.zeros(DRAWS, n_prompts).scatter_add_(1, drawn_NP, torch.ones(DRAWS, n_prompts)).to(gram_PP)
+    most = n_prompts * n_answers
+    resampled_between, _, resampled_pairs = parts(times_NP)
+    advised = [advised_generations(a, b, most) for a, b in zip(resampled_pairs, resampled_between, strict=True)]
+    low, high = torch.tensor(advised).quantile(torch.tensor(INTERVAL)).tolist()
+    return GradientNoise(between, within, pairs, advised_generations(pairs, between, most), low, high)
+
+
+def advised_generations(pairs: float, between: float, most: int) -> float:
+    """G* = 1 + sqrt(A / B), within [2, most]; ``most`` where the prompts can't be told apart (B not above 0)."""
+    if pairs <= 0:
+        return 2.0
+    return min(max(1 + math.sqrt(pairs / between), 2.0), float(most)) if between > 0 else float(most)
+
+
+def _pairs_of_pairs(scores: StepScores) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(P,) means over a prompt's pairs of pairs of answers: <h_12, h_34>, <h_12, h_13> and |h_12|^2.
+
+    Below four answers, or where a score of a group's isn't known (a reward that is its mean), one number for all G:
+    |E h|^2 by ``metrics.signal``, zeta_1 = zeta_2 / 4. Sums over pairs are made of e_i = sum_j h_ij, so that no list of
+    pairs of pairs is needed.
+    """
+    rewards_PG = scores.rewards_PG.double()
+    n_prompts, n_answers = rewards_PG.shape
+    scorable_PG = ~rewards_PG.isnan()
+    place_PG = torch.full((n_prompts, n_answers), -1, dtype=torch.int64, device=rewards_PG.device)
+    place_PG[scores.prompt_B, scores.position_B] = torch.arange(len(scores.prompt_B), device=rewards_PG.device)
+    row_PG = place_PG.clamp(min=0)
+    there_PG = scorable_PG & (place_PG >= 0)
+    coefficient_PG = scores.coefficient_B.double()[row_PG]
+    known_PG = there_PG & (coefficient_PG != 0)
+    inverse_PG = torch.where(known_PG, 1 / torch.where(known_PG, coefficient_PG, 1.0), 0.0)
+    gram_PGG = scores.gram_BB.double()[row_PG[:, :, None], row_PG[:, None, :]]
+    score_PGG = gram_PGG * inverse_PG[:, :, None] * inverse_PG[:, None, :]  # <s_i, s_j>
+
+    reward_PG = torch.where(there_PG, rewards_PG, 0.0)
+    both_PGG = there_PG[:, :, None] & there_PG[:, None, :]
+    apart_PGG = torch.where(both_PGG, reward_PG[:, :, None] - reward_PG[:, None, :], 0.0)
+    square_PG = score_PGG.diagonal(dim1=1, dim2=2)
+    length_PGG = square_PG[:, :, None] + square_PG[:, None, :] - 2 * score_PGG
+    of_pairs_P = (apart_PGG.square() * length_PGG).sum((1, 2)) / 8  # sum over i < j of |h_ij|^2
+    sums_PGG = torch.diag_embed(apart_PGG.sum(2)) - apart_PGG  # 2 e_i, in terms of the scores
+    inner_PGG = sums_PGG @ score_PGG @ sums_PGG.transpose(1, 2) / 4
+    with_one_P = inner_PGG.diagonal(dim1=1, dim2=2).sum(1) - 2 * of_pairs_P
+    all_P = inner_PGG.sum((1, 2)) / 4
+    n_P = there_PG.sum(1).double()
+    n_pairs_P, n_one_P = n_P * (n_P - 1) / 2, n_P * (n_P - 1) * (n_P - 2)
+    n_apart_P = n_pairs_P * (n_P - 2) * (n_P - 3) / 2
+    pair_P = of_pairs_P / n_pairs_P.clamp(min=1)
+    one_P = with_one_P / n_one_P.clamp(min=1)
+    signal_P = (all_P - with_one_P - of_pairs_P) / n_apart_P.clamp(min=1)
+
+    live_PG = there_PG & (apart_PGG.abs().amax(2) > 0).any(1, keepdim=True)
+    rough_P = (n_P < LEAST) | (live_PG & ~known_PG).any(1)
+    if rough_P.any():
+        gamma_B, _ = objective(scores)
+        gamma_PG = torch.where(there_PG, gamma_B[row_PG], 0.0)
+        raw_PGG = gram_PGG * gamma_PG[:, :, None] * gamma_PG[:, None, :]
+        whole_P, trace_P = raw_PGG.sum((1, 2)), raw_PGG.diagonal(dim1=1, dim2=2).sum(1)
+        more_P = (n_P - 1).clamp(min=1)
+        rough_signal_P = n_P / more_P * (whole_P - trace_P) / (1 + 1 / more_P**2)
+        variance_P = more_P * (whole_P - rough_signal_P)  # zeta_2
+        signal_P = torch.where(rough_P, rough_signal_P, signal_P)
+        one_P = torch.where(rough_P, rough_signal_P + variance_P / 4, one_P)
+        pair_P = torch.where(rough_P, rough_signal_P + variance_P, pair_P)
+    return signal_P, one_P, pair_P

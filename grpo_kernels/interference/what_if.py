@@ -1,0 +1,306 @@
+"""What every other normalisation would have made of a step that was trained with one, without training anything.
+
+Shapes: B sequences, P prompts, G completions of one prompt, M normalisations.
+
+On policy a sequence contributes u_i = c_i s_i to the gradient of the loss, c_i = -A_i w_i: advantage A_i, weight w_i,
+score s_i = grad log pi(o_i | q_p). Another normalisation m changes A_i alone, so u_m,i = (A_m,i / A_i) u_i, and
+everything below follows from the inner products of the u_i:
+
+* cos_m = <u_m, u> / (|u_m| |u|), u_m the sum over sequences: how much of m is another direction.
+* factor_m = <u_m, u> / |u|^2: the factor on the learning rate that the rest of it is. One that is the same at every
+  step is a learning rate, one that moves is a schedule.
+* gain_m, per unit of step length, in units of reward: mean over all prompts q of
+  -<sum_{p != q} u_m,p, g_q> / |sum_{p != q} u_m,p|, with g_q = (1 / (G - 1)) sum_j (r_j - mean) s_j, an unbiased
+  estimate of the gradient of q's mean reward, 0 where all rewards are equal. A step is judged by prompts that it isn't
+  made of: judged by its own, it would be praised for their rollout noise. Methods that look at the whole batch are
+  computed again without q. It estimates the gain of a step of P - 1 prompts. Errors: jackknife over prompts, the
+  advantages of the others kept.
+* share_P: <u_m,p, u_m> / |u_m|^2, who is heard; sums to 1, below 0 for a prompt that the step goes against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grpo_kernels.normalize.methods import METHODS, function_name
+from grpo_kernels.normalize.rewards import normalize_rewards
+
+LEAST_PROMPTS = 3  # live ones, for a gain
+ROUNDING = 1e-6  # of a group's spread: a centred reward below it is 0
+VANISHED = 1e-7  # a squared length below this share of what was summed is rounding
+ALPHA = 0.5  # of power, where none is given
+BY_PROMPT = ("lengths", "function_rewards", "curvature_scale", "prompt_keys")  # entries of a context
+
+Normalise = Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """A step's scores, as far as they are known, and the rewards that advantages are made of.
+
+    ``gram_BB``: inner products of z_i = c_i s_i. ``coefficient_B``: c_i, 0 where the score isn't known.
+    ``made_at_B``: the advantage within c_i, so that c_i / -made_at_i is the weight; in a row of the step itself that
+    is ``advantage_B``, what was trained with, which is 0 where a sequence was scored beside the step. ``prompt_B`` in
+    [0, P) and ``position_B`` in [0, G): the place in ``rewards_PG``, whole groups, NaN where unscorable; the step may
+    hold a part of them.
+    """
+
+    gram_BB: torch.Tensor
+    coefficient_B: torch.Tensor
+    made_at_B: torch.Tensor
+    advantage_B: torch.Tensor
+    prompt_B: torch.Tensor
+    position_B: torch.Tensor
+    rewards_PG: torch.Tensor
+
+    def __post_init__(self) -> None:
+        size = len(self.gram_BB)
+        if tuple(self.gram_BB.shape) != (size, size):
+            raise ValueError(f"gram_BB has shape {tuple(self.gram_BB.shape)}: expected a square (B, B)")
+        for name in ("coefficient_B", "made_at_B", "advantage_B", "prompt_B", "position_B"):
+            value = getattr(self, name)
+            if tuple(value.shape) != (size,):
+                raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({size},)")
+        if self.rewards_PG.ndim != 2:
+            raise ValueError(f"rewards_PG has shape {tuple(self.rewards_PG.shape)}: expected (P, G)")
+        for name, most in (("prompt_B", self.rewards_PG.shape[0]), ("position_B", self.rewards_PG.shape[1])):
+            value = getattr(self, name)
+            if size and (int(value.min()) < 0 or int(value.max()) >= most):
+                raise ValueError(f"{name} holds {int(value.min())} to {int(value.max())}: expected 0 to {most - 1}")
+        if ((self.coefficient_B != 0) & (self.made_at_B == 0)).any():
+            raise ValueError("coefficient_B isn't 0 where made_at_B is: a coefficient is advantage times weight")
+
+    @property
+    def known(self) -> torch.Tensor:
+        """(B,) whose score is known."""
+        return self.coefficient_B != 0
+
+    @property
+    def silent(self) -> torch.Tensor:
+        """(B,) of no token that counts (masked for its length, say): nothing under any normalisation."""
+        return ~self.known & (self.advantage_B != 0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A normalisation: ``advantages(rewards_PG, context)`` gives (P, G). ``of_batch``: a group's depend on others'."""
+
+    name: str
+    advantages: Normalise
+    of_batch: bool
+
+
+def candidates(methods: Sequence[str | Callable[..., torch.Tensor]], **options: Any) -> list[Candidate]:
+    """Of names in ``METHODS`` and functions as ``normalize_rewards`` takes them. ``options``: ``eps``, ``alpha``."""
+    made = []
+    for method in methods:
+        own = {name: options[name] for name in ("eps",) if name in options and not callable(method)}
+        if isinstance(method, str) and "alpha" in METHODS[method].options:
+            own["alpha"] = options.get("alpha", ALPHA)
+
+        def advantages(rewards_PG, context, method=method, own=own):
+            return normalize_rewards(rewards_PG, method, context=context, **own)
+
+        name = method if isinstance(method, str) else function_name(method)
+        made.append(Candidate(name, advantages, callable(method) or METHODS[method].kind != "group"))
+    return made
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of one normalisation; the module's docstring says what. ``ahead``: its gain less that of the one in use. None:
+    can't be told, ``WhatIf.no_gain`` says why."""
+
+    cos: float
+    factor: float
+    share_P: torch.Tensor
+    gain: float | None = None
+    gain_error: float | None = None
+    ahead: float | None = None
+    ahead_error: float | None = None
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """``rows`` by name; ``absent``: why a normalisation isn't among them. ``mutual_MM``: cosines of the rows' steps
+    with one another, ``factor_MM``: |u_row| / |u_column|. ``no_gain``: why no row has a gain."""
+
+    rows: dict[str, Row]
+    absent: dict[str, str]
+    mutual_MM: torch.Tensor
+    factor_MM: torch.Tensor
+    no_gain: str | None = None
+
+
+def what_if(
+    scores: StepScores,
+    methods: Sequence[Candidate],
+    *,
+    used: str | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> WhatIf:
+    """The table of a step. ``used``: the name of the normalisation it was trained with, where it is among ``methods``.
+    ``context``: as ``normalize_rewards`` takes it, (P, ...) tensors among it."""
+    context = context or {}
+    gram_BB = scores.gram_BB.double()
+    now_B = _factors(scores, scores.advantage_B)
+    square_now = _square(gram_BB, now_B)
+    if square_now == 0:
+        return WhatIf({}, {one.name: "the step's gradient is 0" for one in methods}, *_empty(), None)
+    gamma_B, no_gain = objective(scores)
+    n_live = len(scores.prompt_B[now_B != 0].unique())
+    if no_gain is None and n_live < LEAST_PROMPTS:
+        no_gain = f"{n_live} prompts with a gradient, of {LEAST_PROMPTS} that it takes"
+
+    factors: dict[str, torch.Tensor] = {}
+    absent: dict[str, str] = {}
+    for one in methods:
+        try:
+            advantages_PG = one.advantages(scores.rewards_PG, context)
+        except ValueError as error:
+            absent[one.name] = str(error)
+            continue
+        advantage_B = advantages_PG[scores.prompt_B, scores.position_B].to(gram_BB)
+        unknown = int(((advantage_B != 0) & ~scores.known & ~scores.silent).sum())
+        if unknown:
+            absent[one.name] = f"{unknown} sequences without a score would have an advantage"
+        elif _square(gram_BB, _factors(scores, advantage_B)) == 0:
+            absent[one.name] = "its gradient is 0"
+        else:
+            factors[one.name] = _factors(scores, advantage_B)
+    chosen = [one for one in methods if one.name in factors]
+    gains: dict[str, tuple[float, torch.Tensor]] = {}
+    if no_gain is None:
+        now = next((one for one in chosen if one.name == used), None)
+        left_out = _without_each(scores, now, now_B, context)
+        of_now = gain_without_each(gram_BB, left_out, gamma_B, scores.prompt_B)
+        for one in chosen:
+            left_out = _without_each(scores, one, factors[one.name], context)
+            gains[one.name] = gain_without_each(gram_BB, left_out, gamma_B, scores.prompt_B)
+
+    rows = {}
+    for name, factor_B in factors.items():
+        towards_B = gram_BB @ factor_B
+        square = float(factor_B @ towards_B)
+        with_now = float(now_B @ towards_B)
+        share_P = torch.zeros(len(scores.rewards_PG), dtype=gram_BB.dtype, device=gram_BB.device)
+        share_P.index_add_(0, scores.prompt_B, factor_B * towards_B / square)
+        cos = max(-1.0, min(1.0, with_now / (square * square_now) ** 0.5))
+        told = {}
+        if name in gains:
+            gain, gain_R = gains[name]
+            ahead_R = gain_R - of_now[1]
+            told = {"gain": gain, "gain_error": jackknife(gain_R)}
+            told |= {"ahead": gain - of_now[0], "ahead_error": jackknife(ahead_R)}
+        rows[name] = Row(cos, with_now / square_now, share_P, **told)
+    return WhatIf(rows, absent, *_mutual(gram_BB, list(factors.values())), no_gain)
+
+
+def objective(scores: StepScores) -> tuple[torch.Tensor, str | None]:
+    """(B,) gamma with g_q = sum over q's sequences of gamma_j z_j, and why it isn't known, or None.
+
+    gamma_j = (r_j - mean) / (c_j (n - 1)), n the group's scorable rewards; 0 in all-equal groups."""
+    rewards_PG = scores.rewards_PG.double()
+    count_P1 = (~rewards_PG.isnan()).sum(1, keepdim=True)
+    centred_PG = (rewards_PG - rewards_PG.nanmean(1, keepdim=True)).nan_to_num(0.0)
+    spread_P1 = centred_PG.abs().amax(1, keepdim=True)
+    centred_PG = torch.where(centred_PG.abs() > ROUNDING * spread_P1, centred_PG, 0.0)
+    equal_P1 = rewards_PG.nan_to_num(-torch.inf).amax(1, keepdim=True) == rewards_PG.nan_to_num(torch.inf).amin(
+        1, keepdim=True
+    )
+    centred_PG = torch.where(equal_P1 | (count_P1 < 2), 0.0, centred_PG / (count_P1 - 1).clamp(min=1))
+    a_B = centred_PG[scores.prompt_B, scores.position_B]
+    known_B = scores.known
+    unknown = int(((a_B != 0) & ~known_B & ~scores.silent).sum())
+    here_P = torch.zeros(len(rewards_PG), dtype=torch.int64, device=rewards_PG.device)
+    here_P.index_add_(0, scores.prompt_B, torch.ones_like(scores.prompt_B))
+    if unknown:
+        reason = f"{unknown} sequences without a score have a reward that differs from their group's mean"
+    elif (here_P < rewards_PG.shape[1]).any():
+        reason = "the step holds parts of groups"
+    else:
+        reason = None
+    coefficient_B = torch.where(known_B, scores.coefficient_B.double(), 1.0)
+    return torch.where(known_B, a_B.to(coefficient_B) / coefficient_B, 0.0), reason
+
+
+def gain_without_each(
+    gram_BB: torch.Tensor, factor_PB: torch.Tensor, gamma_B: torch.Tensor, prompt_B: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """The gain, and (P,) the same with each prompt left out of everything.
+
+    ``factor_PB``: row q has the factors of the step without prompt q, 0 at q's own sequences."""
+    n_prompts = len(factor_PB)
+    own_PB = (prompt_B == torch.arange(n_prompts, device=prompt_B.device)[:, None]).to(gram_BB)
+    towards_PB = factor_PB @ gram_BB
+    judged_PB = (own_PB * gamma_B) @ gram_BB  # row q: inner products with g_q
+    along_P = -(factor_PB * judged_PB).sum(1)
+    square_P = (factor_PB * towards_PB).sum(1)
+    # without r, too
+    along_PR = along_P[:, None] + (factor_PB * judged_PB) @ own_PB.T
+    within_PB = factor_PB @ (gram_BB * (own_PB.T @ own_PB))
+    square_PR = square_P[:, None] - (2 * factor_PB * towards_PB - factor_PB * within_PB) @ own_PB.T
+    summed_P = (factor_PB.square() * gram_BB.diagonal()).sum(1)
+
+    def per_length(along: torch.Tensor, square: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
+        there = square > VANISHED * summed
+        return torch.where(there, along / torch.where(there, square, 1.0).sqrt(), 0.0)
+
+    gain = float(per_length(along_P, square_P, summed_P).mean())
+    without_PR = per_length(along_PR, square_PR, summed_P[:, None])
+    others_PR = 1 - torch.eye(n_prompts, dtype=gram_BB.dtype, device=gram_BB.device)
+    return gain, (without_PR * others_PR).sum(0) / (n_prompts - 1)
+
+
+def jackknife(without_R: torch.Tensor) -> float:
+    """Standard error from the values with each of R parts left out."""
+    n = len(without_R)
+    return float((without_R - without_R.mean()).square().sum() * (n - 1) / n) ** 0.5
+
+
+def _factors(scores: StepScores, advantage_B: torch.Tensor) -> torch.Tensor:
+    """(B,) f with u_m = sum f_i z_i."""
+    made_at_B = torch.where(scores.known, scores.made_at_B.double(), 1.0)
+    return torch.where(scores.known, advantage_B.double() / made_at_B, 0.0)
+
+
+def _square(gram_BB: torch.Tensor, factor_B: torch.Tensor) -> float:
+    """|u_m|^2, 0 where it is rounding."""
+    square = float(factor_B @ gram_BB @ factor_B)
+    return square if square > VANISHED * float(factor_B.square() @ gram_BB.diagonal()) else 0.0
+
+
+def _without_each(
+    scores: StepScores, one: Candidate | None, factor_B: torch.Tensor, context: Mapping[str, Any]
+) -> torch.Tensor:
+    """(P, B): row q is the step without prompt q; by a method of the batch made again without it."""
+    n_prompts = len(scores.rewards_PG)
+    place_P = torch.arange(n_prompts, device=scores.prompt_B.device)
+    others_PB = scores.prompt_B != place_P[:, None]
+    if one is None or not one.of_batch:
+        return others_PB * factor_B
+    rows = []
+    for q in range(n_prompts):
+        kept = place_P != q
+        rest = {name: value[kept] if name in BY_PROMPT else value for name, value in context.items()}
+        advantages_PG = torch.zeros_like(scores.rewards_PG)
+        advantages_PG[kept] = one.advantages(scores.rewards_PG[kept], rest).to(advantages_PG)
+        rows.append(_factors(scores, advantages_PG[scores.prompt_B, scores.position_B]))
+    return others_PB * torch.stack(rows)
+
+
+def _mutual(gram_BB: torch.Tensor, factors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    if not factors:
+        return _empty()
+    factor_MB = torch.stack(factors)
+    inner_MM = factor_MB @ gram_BB @ factor_MB.T
+    length_M = inner_MM.diagonal().sqrt()
+    return (inner_MM / length_M[:, None] / length_M).clamp(-1, 1), length_M[:, None] / length_M
+
+
+def _empty() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(0, 0), torch.empty(0, 0)

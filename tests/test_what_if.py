@@ -1,0 +1,326 @@
+"""What other normalisations would have done, and where noise comes from: by hand, by brute force, and in a simulation
+whose true gradients are known.
+
+Shapes: P prompts, K possible answers, G drawn ones, D parameters.
+"""
+
+from dataclasses import astuple
+
+import pytest
+import torch
+
+from grpo_kernels import normalize_rewards
+from grpo_kernels.interference.noise import GradientNoise, _pairs_of_pairs, advised_generations, gradient_noise
+from grpo_kernels.interference.what_if import StepScores, candidates, gain_without_each, jackknife, what_if
+
+METHODS = ("none", "mean", "std", "max_rl", "power", "batch_std", "global", "rank", "median_mad")
+
+
+class Toy:
+    """A log-linear policy: logits of prompt p's answers are features_PKD @ theta, theta = 0; rewards 0 or 1, by a
+    direction that all prompts have in common."""
+
+    def __init__(self, prompts=6, answers=8, size=12, seed=0, common=0.3):
+        generator = torch.Generator().manual_seed(seed)
+        own = torch.randn(prompts, answers, size, generator=generator, dtype=torch.float64)
+        self.features_PKD = own + common * torch.randn(1, answers, size, generator=generator, dtype=torch.float64)
+        liked_PK = self.features_PKD[:, :, 0] + torch.randn(prompts, answers, generator=generator, dtype=torch.float64)
+        self.reward_PK = (liked_PK > 0.5).double()
+        self.reward_PK[:, 0], self.reward_PK[:, 1] = 0.0, 1.0  # none is all equal in truth
+        self.score_PKD = self.features_PKD - self.features_PKD.mean(1, keepdim=True)
+        self.gradient_PD = (self.reward_PK[:, :, None] * self.score_PKD).mean(1)  # of each prompt's mean reward
+
+    def draw(self, generator, count):
+        """Scores (P, G, D) and rewards (P, G) of ``count`` answers to each prompt."""
+        answer_PG = torch.randint(self.reward_PK.shape[1], (len(self.reward_PK), count), generator=generator)
+        score_PGD = self.score_PKD.gather(1, answer_PG[:, :, None].expand(-1, -1, self.score_PKD.shape[2]))
+        return score_PGD, self.reward_PK.gather(1, answer_PG)
+
+
+def make_scores(score_PGD, reward_PG, method="std", weight=0.25, chosen=None, **options):
+    """As a step trained with ``method`` leaves them; ``chosen``: which of the P G sequences it holds."""
+    n_prompts, count = reward_PG.shape
+    advantage = normalize_rewards(reward_PG, method, **options)
+    coefficient = -advantage * weight
+    contribution = (coefficient[:, :, None] * score_PGD).flatten(0, 1)
+    row = torch.arange(n_prompts * count)
+    if chosen is not None:
+        row = row[chosen]
+    return StepScores(
+        gram_BB=(contribution @ contribution.T)[row][:, row],
+        coefficient_B=coefficient.flatten()[row],
+        made_at_B=advantage.flatten()[row],
+        advantage_B=advantage.flatten()[row],
+        prompt_B=row // count,
+        position_B=row % count,
+        rewards_PG=reward_PG,
+    )
+
+
+@pytest.fixture
+def drawn():
+    score, reward = Toy().draw(torch.Generator().manual_seed(4), 6)
+    reward[2] = 1.0  # an all-equal one
+    return score, reward
+
+
+def step_of(score_PGD, reward_PG, method, weight=0.25, **options):
+    advantage = normalize_rewards(reward_PG, method, **options)
+    return -(weight * advantage[:, :, None] * score_PGD).sum((0, 1))
+
+
+@pytest.mark.parametrize("trained", ["std", "mean", "rank"])
+def test_cosine_factor_and_share_are_of_the_methods_own_steps(drawn, trained):
+    score, reward = drawn
+    table = what_if(make_scores(score, reward, trained), candidates(METHODS), used=trained)
+    now = step_of(score, reward, trained)
+    assert {"mean", "std", "max_rl", "power", "batch_std", "rank"} <= set(table.rows)
+    steps = {}
+    for name, row in table.rows.items():
+        steps[name] = its = step_of(score, reward, name, **({"alpha": 0.5} if name == "power" else {}))
+        assert row.cos == pytest.approx(float(its @ now / its.norm() / now.norm()), abs=1e-10)
+        assert row.factor == pytest.approx(float(its @ now / now.square().sum()), rel=1e-8)
+        advantage = normalize_rewards(reward, name, **({"alpha": 0.5} if name == "power" else {}))
+        of_prompts = -(0.25 * advantage[:, :, None] * score).sum(1)
+        torch.testing.assert_close(row.share_P, of_prompts @ its / its.square().sum(), rtol=1e-8, atol=1e-10)
+        assert float(row.share_P.sum()) == pytest.approx(1)
+    assert table.rows[trained].cos == pytest.approx(1) and table.rows[trained].factor == pytest.approx(1)
+    assert table.rows[trained].ahead == pytest.approx(0) and table.rows[trained].ahead_error == pytest.approx(0)
+    assert "2 prompts" not in str(table.no_gain) and table.no_gain is None
+    names = list(table.rows)
+    for i, one in enumerate(names):
+        for j, other in enumerate(names):
+            a, b = steps[one], steps[other]
+            assert float(table.mutual_MM[i, j]) == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-10)
+            assert float(table.factor_MM[i, j]) == pytest.approx(float(a.norm() / b.norm()), rel=1e-8)
+
+
+@pytest.mark.parametrize("name", ["mean", "max_rl", "batch_std"])
+def test_the_gain_by_brute_force(drawn, name):
+    """Each prompt left out in turn, by loops; and two at once for the error, the advantages kept."""
+    score, reward = drawn
+    n = len(reward)
+
+    def one_out(q, also=None):
+        kept = [p for p in range(n) if p != q]
+        advantage = normalize_rewards(reward[kept], name)
+        rows = [i for i, p in enumerate(kept) if p != also]
+        step = -(0.25 * advantage[rows][:, :, None] * score[kept][rows]).sum((0, 1))
+        centred = reward[q] - reward[q].mean()
+        gradient = (centred[:, None] * score[q]).sum(0) / (reward.shape[1] - 1)
+        return float(-step @ gradient / step.norm())
+
+    row = what_if(make_scores(score, reward), candidates([name]), used="std").rows[name]
+    assert row.gain == pytest.approx(sum(one_out(q) for q in range(n)) / n, rel=1e-8)
+    without = torch.tensor([sum(one_out(q, r) for q in range(n) if q != r) / (n - 1) for r in range(n)])
+    assert row.gain_error == pytest.approx(jackknife(without), rel=1e-5)
+
+
+def population_gain(toy, score, reward, method):
+    """Of the steps without each prompt, on true gradients."""
+    total = 0.0
+    for q in range(len(reward)):
+        kept = [p for p in range(len(reward)) if p != q]
+        step = step_of(score[kept], reward[kept], method)
+        length = float(step.norm())
+        total += float(-step @ toy.gradient_PD[q]) / length if length else 0.0
+    return total / len(reward)
+
+
+def test_the_gain_is_that_on_the_population_and_one_by_its_own_samples_is_not():
+    """The mean over 300 steps within 3 standard errors of the truth; judged by its own samples 10 errors above."""
+    toy, generator = Toy(prompts=6, size=12), torch.Generator().manual_seed(0)
+    found, own, truth = {"mean": [], "std": []}, {"mean": [], "std": []}, {"mean": [], "std": []}
+    for _ in range(300):
+        score, reward = toy.draw(generator, 4)
+        scores = make_scores(score, reward, "mean")
+        table = what_if(scores, candidates(["mean", "std"]), used="mean")
+        if table.no_gain is not None:
+            continue
+        centred = reward - reward.mean(1, keepdim=True)
+        sampled = (centred[:, :, None] * score).sum(1) / 3
+        for name, row in table.rows.items():
+            found[name].append(row.gain)
+            truth[name].append(population_gain(toy, score, reward, name))
+            step = step_of(score, reward, name)
+            own[name].append(float(-(sampled @ step).mean() / step.norm()))
+    for name in found:
+        difference = torch.tensor(found[name]) - torch.tensor(truth[name])
+        error = float(difference.std() / len(difference) ** 0.5)
+        assert abs(float(difference.mean())) < 3 * error
+        biased = torch.tensor(own[name]) - torch.tensor(truth[name])
+        assert float(biased.mean()) > 10 * error and float(torch.tensor(truth[name]).mean()) > 10 * error
+
+
+def test_scores_that_are_missing(drawn):
+    """Trained with ``none``, wrong answers have no score: ``mean`` and the gain need them, ``none`` doesn't."""
+    score, reward = drawn
+    table = what_if(make_scores(score, reward, "none"), candidates(["none", "mean", "global"]), used="none")
+    assert set(table.rows) == {"none"} and table.rows["none"].gain is None
+    wrong = int((reward == 0).sum())
+    assert table.absent["mean"] == f"{wrong} sequences without a score would have an advantage"
+    assert table.no_gain == f"{wrong} sequences without a score have a reward that differs from their group's mean"
+    assert gradient_noise(make_scores(score, reward, "none")) is None
+
+    table = what_if(make_scores(score, reward, "std"), candidates(["none", "std"]), used="std")
+    assert table.absent == {"none": "6 sequences without a score would have an advantage"}  # the all-equal group's
+
+
+def test_scored_beside_the_step(drawn):
+    """Sequences of advantage 0 scored at advantage 1: every method is there, and as if it had been trained with."""
+    score, reward = drawn
+    scores = make_scores(score, reward, "std")
+    dead = scores.advantage_B == 0
+    coefficient = torch.where(dead, -0.25, scores.coefficient_B)
+    contribution = coefficient[:, None] * score.flatten(0, 1)
+    whole = StepScores(
+        contribution @ contribution.T, coefficient, torch.where(dead, 1.0, scores.made_at_B), scores.advantage_B,
+        scores.prompt_B, scores.position_B, reward,
+    )  # fmt: skip
+    table = what_if(whole, candidates(METHODS), used="std")
+    assert set(table.rows) == set(METHODS) and table.no_gain is None
+    now = step_of(score, reward, "std")
+    for name in ("none", "global"):
+        its = step_of(score, reward, name)
+        assert table.rows[name].cos == pytest.approx(float(its @ now / its.norm() / now.norm()), abs=1e-10)
+
+
+def test_sequences_of_no_token_are_nothing_under_any(drawn):
+    score, reward = drawn
+    scores = make_scores(score, reward)
+    cut = (scores.prompt_B == 0) & (scores.position_B == 0)
+    masked = StepScores(
+        torch.where(cut | cut[:, None], 0.0, scores.gram_BB), torch.where(cut, 0.0, scores.coefficient_B),
+        scores.made_at_B, scores.advantage_B, scores.prompt_B, scores.position_B, reward,
+    )  # fmt: skip
+    row = what_if(masked, candidates(["mean"]), used="std").rows["mean"]
+    score = score.clone()
+    score[0, 0] = 0.0
+    its, now = step_of(score, reward, "mean"), step_of(score, reward, "std")
+    assert row.cos == pytest.approx(float(its @ now / its.norm() / now.norm()), abs=1e-10)
+
+
+def test_what_can_not_be_told(drawn):
+    score, reward = drawn
+    part = what_if(make_scores(score, reward, chosen=torch.arange(36) % 5 > 0), candidates(["mean"]))
+    assert part.no_gain == "the step holds parts of groups" and part.rows["mean"].gain is None
+    few = what_if(make_scores(score[1:3], reward[1:3]), candidates(["mean"]))
+    assert few.no_gain == "1 prompts with a gradient, of 3 that it takes"
+    graded = what_if(make_scores(score, 2 * reward), candidates(["max_rl"]))
+    assert "needs rewards in [0, 1]" in graded.absent["max_rl"]
+    nothing = what_if(make_scores(score, torch.ones_like(reward)), candidates(["mean"]))
+    assert nothing.absent == {"mean": "the step's gradient is 0"} and not nothing.rows
+
+
+def test_a_function_of_ones_own(drawn):
+    score, reward = drawn
+
+    def best_only(rewards_PG, context):
+        return torch.where(rewards_PG == rewards_PG.amax(1, keepdim=True), 1.0, 0.0) * (context["lengths"] > 0)
+
+    lengths = torch.ones_like(reward)
+    table = what_if(
+        make_scores(score, reward), candidates([best_only, "std"]), used="std", context={"lengths": lengths}
+    )
+    name = next(iter(table.absent))
+    assert name.endswith("best_only") and "without a score" in table.absent[name]
+    reward[2, 0] = 0.0
+    table = what_if(
+        make_scores(score, reward), candidates([best_only, "std"]), used="std", context={"lengths": lengths}
+    )
+    assert len(table.rows) == 2 and 0 < table.rows[name].cos < 1 and table.rows[name].gain is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gram_BB": torch.zeros(3, 2)}, "expected a square"),
+        ({"advantage_B": torch.zeros(3)}, r"advantage_B has shape \(3,\): expected \(36,\)"),
+        ({"rewards_PG": torch.zeros(5, 6)}, "prompt_B holds 0 to 5: expected 0 to 4"),
+        ({"rewards_PG": torch.zeros(6)}, r"rewards_PG has shape \(6,\)"),
+        ({"made_at_B": torch.zeros(36)}, "coefficient_B isn't 0 where made_at_B is"),
+    ],
+)
+def test_what_can_not_be_scores(drawn, change, message):
+    given = vars(make_scores(*drawn))
+    with pytest.raises(ValueError, match=message):
+        StepScores(**{**given, **change})
+
+
+# ---- noise
+
+
+def all_scored(score, reward):
+    """Of every sequence, whatever its reward."""
+    ones = torch.ones(reward.numel(), dtype=torch.float64)
+    flat, row, count = score.flatten(0, 1), torch.arange(reward.numel()), reward.shape[1]
+    return StepScores(flat @ flat.T, ones, ones, ones, row // count, row % count, reward)
+
+
+def test_pairs_of_pairs_by_loops(drawn):
+    score, reward = drawn
+    reward = reward + torch.arange(6.0) / 7
+    found = _pairs_of_pairs(all_scored(score, reward))
+    for p in range(3):
+        h = {
+            (i, j): (reward[p, i] - reward[p, j]) * (score[p, i] - score[p, j]) / 2
+            for i in range(6) for j in range(6) if i < j
+        }  # fmt: skip
+        inner = {n: [] for n in (0, 1, 2)}
+        for a in h:
+            for b in h:
+                inner[len({*a} & {*b})].append(float(h[a] @ h[b]))
+        for n, values in zip((0, 1, 2), found, strict=True):
+            assert float(values[p]) == pytest.approx(sum(inner[n]) / len(inner[n]), rel=1e-9)
+
+
+def test_unscorable_answers_are_left_out(drawn):
+    score, reward = drawn
+    whole = _pairs_of_pairs(all_scored(score[:, :5], reward[:, :5]))
+    reward = reward.clone()
+    reward[:, 5] = torch.nan
+    for one, other in zip(_pairs_of_pairs(all_scored(score, reward)), whole, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_noise_predicts_the_variance_of_steps(count):
+    """Prompts from a population of 200; the variance of a step's mean gradient, measured, at three sizes. From 2 or 3
+    answers one number is taken for all sizes: right at its own."""
+    toy, generator = Toy(prompts=200, answers=6, size=5, common=1.0), torch.Generator().manual_seed(1)
+    mean_D = toy.gradient_PD.mean(0)
+
+    def step(prompts, count):
+        chosen = torch.randint(200, (prompts,), generator=generator)
+        return (tensor[chosen] for tensor in toy.draw(generator, count))
+
+    found = [gradient_noise(all_scored(*step(12, count))) for _ in range(600)]
+    mean = GradientNoise(*(sum(values) / len(found) for values in zip(*map(astuple, found), strict=True)))
+    for prompts, generations in ((12, 2), (6, 4), (3, 8)) if count == 6 else ((12, count),):
+        squares = []
+        for _ in range(2000):
+            score, reward = step(prompts, generations)
+            centred = reward - reward.mean(1, keepdim=True)
+            gradient = (centred[:, :, None] * score).sum(1).mean(0) / (generations - 1)
+            squares.append(float((gradient - mean_D).square().sum()))
+        squares = torch.tensor(squares)
+        predicted = torch.tensor([one.variance(prompts, generations, at=count) for one in found])
+        error = float((squares.var() / len(squares) + predicted.var() / len(predicted)).sqrt())
+        assert float(predicted.mean()) == pytest.approx(mean.variance(prompts, generations, at=count), rel=1e-4)
+        assert abs(float(squares.mean() - predicted.mean())) < 3 * error < 0.2 * float(squares.mean())
+    assert all(one.low <= one.high for one in found)
+
+
+def test_advice_at_its_ends():
+    assert advised_generations(9.0, 1.0, 100) == pytest.approx(4.0)
+    assert advised_generations(1.0, 0.0, 64) == 64 and advised_generations(1.0, -1.0, 64) == 64
+    assert advised_generations(0.0, 1.0, 64) == 2 and advised_generations(1e9, 1.0, 64) == 64
+
+
+def test_a_gain_of_a_step_that_cancels_is_nothing():
+    gram = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    factors = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 0.0]], dtype=torch.float64)
+    gain, without = gain_without_each(gram, factors, torch.ones(3, dtype=torch.float64), torch.arange(3))
+    # q = 0: -<u1 + u2, g0> / sqrt(2) = 1 / sqrt(2); q = 1 the same; q = 2: u0 + u1 = 0
+    assert gain == pytest.approx(2 * 0.5**0.5 / 3)
+    assert without.isfinite().all()
