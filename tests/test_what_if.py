@@ -30,11 +30,11 @@ class Toy:
         self.score_PKD = self.features_PKD - self.features_PKD.mean(1, keepdim=True)
         self.gradient_PD = (self.reward_PK[:, :, None] * self.score_PKD).mean(1)  # of each prompt's mean reward
 
-    def draw(self, generator, count):
-        """Scores (P, G, D) and rewards (P, G) of ``count`` answers to each prompt."""
-        answer_PG = torch.randint(self.reward_PK.shape[1], (len(self.reward_PK), count), generator=generator)
-        score_PGD = self.score_PKD.gather(1, answer_PG[:, :, None].expand(-1, -1, self.score_PKD.shape[2]))
-        return score_PGD, self.reward_PK.gather(1, answer_PG)
+    def draw(self, generator, count, chosen_P=None):
+        """Scores (P, G, D) and rewards (P, G) of ``count`` answers to each prompt, or to each of the chosen ones."""
+        prompt_P1 = (torch.arange(len(self.reward_PK)) if chosen_P is None else chosen_P)[:, None]
+        answer_PG = torch.randint(self.reward_PK.shape[1], (len(prompt_P1), count), generator=generator)
+        return self.score_PKD[prompt_P1, answer_PG], self.reward_PK[prompt_P1, answer_PG]
 
 
 def make_scores(score_PGD, reward_PG, method="std", weight=0.25, chosen=None, **options):
@@ -291,8 +291,7 @@ def test_noise_predicts_the_variance_of_steps(count):
     mean_D = toy.gradient_PD.mean(0)
 
     def step(prompts, count):
-        chosen = torch.randint(200, (prompts,), generator=generator)
-        return (tensor[chosen] for tensor in toy.draw(generator, count))
+        return toy.draw(generator, count, torch.randint(200, (prompts,), generator=generator))
 
     found = [gradient_noise(all_scored(*step(12, count))) for _ in range(600)]
     mean = GradientNoise(*(sum(values) / len(found) for values in zip(*map(astuple, found), strict=True)))

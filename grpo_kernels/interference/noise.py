@@ -65,7 +65,8 @@ def gradient_noise(scores: StepScores, seed: int = 0) -> GradientNoise | None:
         inner_N = ((times_NP @ gram_PP) * times_NP).sum(1) - times_NP.square() @ gram_PP.diagonal()
         n_pairs_N = times_NP.sum(1).square() - times_NP.square().sum(1)
         between_N = times_NP @ signal_P / n_prompts - inner_N / n_pairs_N.clamp(min=1)
-        return between_N.tolist(), *((times_NP @ one / n_prompts).tolist() for one in (within_P, pairs_P))
+        within_N, pairs_N = times_NP @ within_P / n_prompts, times_NP @ pairs_P / n_prompts
+        return between_N.tolist(), within_N.tolist(), pairs_N.tolist()
 
     (between,), (within,), (pairs,) = parts(torch.ones_like(gram_PP[:1]))
     if not math.isfinite(between + within + pairs) or between == within == 0:
