@@ -11,7 +11,15 @@ import torch
 
 from grpo_kernels import normalize_rewards
 from grpo_kernels.interference.noise import GradientNoise, _pairs_of_pairs, advised_generations, gradient_noise
-from grpo_kernels.interference.what_if import StepScores, candidates, gain_without_each, jackknife, what_if
+from grpo_kernels.interference.what_if import (
+    StepScores,
+    candidates,
+    gain_of_fixed,
+    gain_without_each,
+    jackknife,
+    objective,
+    what_if,
+)
 
 METHODS = ("none", "mean", "std", "max_rl", "power", "batch_std", "global", "rank", "median_mad")
 
@@ -114,6 +122,17 @@ def test_the_gain_by_brute_force(drawn, name):
     assert row.gain == pytest.approx(sum(one_out(q) for q in range(n)) / n, rel=1e-8)
     without = torch.tensor([sum(one_out(q, r) for q in range(n) if q != r) / (n - 1) for r in range(n)])
     assert row.gain_error == pytest.approx(jackknife(without), rel=1e-5)
+
+
+def test_the_gain_by_prompts_is_that_by_sequences(drawn):
+    scores = make_scores(*drawn)
+    gamma, _ = objective(scores)
+    own = (scores.prompt_B == torch.arange(6)[:, None]).double()
+    factors = torch.rand(36, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one = gain_of_fixed(scores.gram_BB, factors, gamma, own)
+    other = gain_without_each(scores.gram_BB, (1 - own) * factors, gamma, scores.prompt_B)
+    assert one[0] == pytest.approx(other[0]) and one[0] != 0
+    torch.testing.assert_close(one[1], other[1])
 
 
 def population_gain(toy, score, reward, method):

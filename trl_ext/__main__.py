@@ -1,8 +1,13 @@
-"""``python -m trl_ext report RUN``: looks at runs."""
+"""``python -m trl_ext report RUN`` and ``python -m trl_ext what-if RUN``: looks at runs."""
 
 import sys
 
-from trl_ext.report.command import main
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:2] == ["what-if"]:
+        from trl_ext.report.what_if_command import main
+
+        main(sys.argv[2:])
+    else:
+        from trl_ext.report.command import main
+
+        main(sys.argv[1:])

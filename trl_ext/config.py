@@ -62,6 +62,8 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         interference_dim: k, a sequence's gradient is sketched to k * k numbers (RMSE of a cosine 0.9 to 1.3 / k). 0:
             exact, which holds a gradient of the whole model for each sequence: for small models.
         interference_layers: patterns (``fnmatch``) of layer names; None: every trainable layer that can be tapped.
+        what_if: names in ``grpo_kernels.METHODS`` of which a logged step says what they would have made of it, under
+            ``what_if/``; None: all that need no state (``power`` with alpha 0.5, unless it is the run's). []: none.
 
     Raises:
         ValueError: at construction, before a model is loaded: unknown method (lists them) or option, alpha outside
@@ -97,7 +99,20 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
             raise ValueError(f"tokens_per_micro_batch={budget!r} must be a whole number above 0, or None")
         if budget is not None and not self.share_prompts:
             raise ValueError(f"tokens_per_micro_batch={budget!r} contradicts share_prompts=False")
+        self._check_what_if()
         self._check_resampling()
+
+    def _check_what_if(self) -> None:
+        names = self.what_if
+        if names is not None and (not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names)):
+            raise ValueError(f"what_if={names!r} must be a list of names of normalisations, or None")
+        for name in names or []:
+            try:
+                check_normalization(name, **({"alpha": 1.0} if name == "power" else {}))
+            except ValueError as error:
+                raise ValueError(f"what_if={names!r}: {error}") from None
+            if METHODS[name].kind == "state":
+                raise ValueError(f"what_if={names!r}: {name!r} depends on what earlier steps of its own run left")
 
     def _choose_device(self) -> None:
         """TRL's default is bf16 wherever it runs, and it stops where there is none; most CPUs only emulate it."""
@@ -202,6 +217,8 @@ class Options:
     interference_every: int
     interference_dim: int
     interference_layers: list[str] | None
+    what_if: list[str] | None
+    normalization_kwargs: dict[str, Any] | None
 
 
 def read_options(args: Any) -> Options:

@@ -18,7 +18,7 @@ GROUPS = {
     "Work": ("fused_loss", "skip_zero_advantage", "full_entropy", "share_prompts", "tokens_per_micro_batch"),
     "Resampling": ("resample_zero_variance", "resample_max_rounds", "resample_live_prompts"),
     "Rewards": ("reward_timeout",),
-    "Interference": ("interference_every", "interference_dim", "interference_layers"),
+    "Interference": ("interference_every", "interference_dim", "interference_layers", "what_if"),
 }
 
 
@@ -54,4 +54,7 @@ class CurvatureOptions:
     interference_dim: int = field(default=64, metadata={"help": "A gradient's sketch: n x n numbers; 0: exact."})
     interference_layers: list[str] | None = field(
         default=None, metadata={"help": "Patterns of layer names; default: all trained."}
+    )
+    what_if: list[str] | None = field(
+        default=None, metadata={"help": "Normalisations to compare a logged step with; default: all without a state."}
     )

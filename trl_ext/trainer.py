@@ -86,7 +86,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._normalizer = Normalizer(run, *resolve_normalization(self.args), n_functions=len(self.reward_funcs))
         self._generations = GenerationCount()
         self._resampling = Resampling(run) if run.options.resample_zero_variance else None
-        self._interference = InterferenceLog(run, self.model, self._normalizer.baseline_size, observer=self)
+        baseline, used = self._normalizer.baseline_size, self._normalizer.name
+        self._interference = InterferenceLog(run, self.model, baseline, observer=self, used=used)
         self._completion_mask, self._shared_prompts = CompletionMask(), SharedPrompts()
         self._deferred = DeferredLogprobs(run, self._score)
         if run.options.fused_loss:

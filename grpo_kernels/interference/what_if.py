@@ -13,8 +13,8 @@ everything below follows from the inner products of the u_i:
   -<sum_{p != q} u_m,p, g_q> / |sum_{p != q} u_m,p|, with g_q = (1 / (G - 1)) sum_j (r_j - mean) s_j, an unbiased
   estimate of the gradient of q's mean reward, 0 where all rewards are equal. A step is judged by prompts that it isn't
   made of: judged by its own, it would be praised for their rollout noise. Methods that look at the whole batch are
-  computed again without q. It estimates the gain of a step of P - 1 prompts. Errors: jackknife over prompts, the
-  advantages of the others kept.
+  computed again without q (up to ``MOST_ANEW`` sequences). It estimates the gain of a step of P - 1 prompts. Errors:
+  jackknife over prompts, the advantages of the others kept.
 * share_P: <u_m,p, u_m> / |u_m|^2, who is heard; sums to 1, below 0 for a prompt that the step goes against.
 """
 
@@ -31,6 +31,7 @@ from grpo_kernels.normalize.rewards import normalize_rewards
 
 LEAST_PROMPTS = 3  # live ones, for a gain
 ROUNDING = 1e-6  # of a group's spread: a centred reward below it is 0
+MOST_ANEW = 1024  # sequences up to which methods of the batch are made again without each prompt
 VANISHED = 1e-7  # a squared length below this share of what was summed is rounding
 ALPHA = 0.5  # of power, where none is given
 BY_PROMPT = ("lengths", "function_rewards", "curvature_scale", "prompt_keys")  # entries of a context
@@ -175,12 +176,9 @@ def what_if(
     chosen = [one for one in methods if one.name in factors]
     gains: dict[str, tuple[float, torch.Tensor]] = {}
     if no_gain is None:
-        now = next((one for one in chosen if one.name == used), None)
-        left_out = _without_each(scores, now, now_B, context)
-        of_now = gain_without_each(gram_BB, left_out, gamma_B, scores.prompt_B)
         for one in chosen:
-            left_out = _without_each(scores, one, factors[one.name], context)
-            gains[one.name] = gain_without_each(gram_BB, left_out, gamma_B, scores.prompt_B)
+            gains[one.name] = _gain(scores, one, factors[one.name], gamma_B, context)
+        of_now = gains[used] if used in gains else _gain(scores, None, now_B, gamma_B, context)
 
     rows = {}
     for name, factor_B in factors.items():
@@ -228,6 +226,21 @@ def objective(scores: StepScores) -> tuple[torch.Tensor, str | None]:
     return torch.where(known_B, a_B.to(coefficient_B) / coefficient_B, 0.0), reason
 
 
+def gain_of_fixed(
+    gram_BB: torch.Tensor, factor_B: torch.Tensor, gamma_B: torch.Tensor, own_PB: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """As ``gain_without_each``, where the others' factors don't change when a prompt is left out: of prompts' sums."""
+    towards_PB = (own_PB * factor_B) @ gram_BB
+    inner_PP = towards_PB @ (own_PB * factor_B).T
+    judged_PP = towards_PB @ (own_PB * gamma_B).T  # <u_p, g_q>
+    along_P = judged_PP.diagonal() - judged_PP.sum(0)
+    square_P = inner_PP.sum() - 2 * inner_PP.sum(1) + inner_PP.diagonal()
+    summed_P = (factor_B.square() * gram_BB.diagonal()).sum().expand(len(own_PB))
+    along_PR = along_P[:, None] + judged_PP.T
+    square_PR = square_P[:, None] + (inner_PP.diagonal() - 2 * inner_PP.sum(0))[None, :] + 2 * inner_PP
+    return _mean_gain(along_P, square_P, along_PR, square_PR, summed_P)
+
+
 def gain_without_each(
     gram_BB: torch.Tensor, factor_PB: torch.Tensor, gamma_B: torch.Tensor, prompt_B: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
@@ -246,14 +259,20 @@ def gain_without_each(
     square_PR = square_P[:, None] - (2 * factor_PB * towards_PB - factor_PB * within_PB) @ own_PB.T
     summed_P = (factor_PB.square() * gram_BB.diagonal()).sum(1)
 
+    return _mean_gain(along_P, square_P, along_PR, square_PR, summed_P)
+
+
+def _mean_gain(along_P, square_P, along_PR, square_PR, summed_P) -> tuple[float, torch.Tensor]:
+    """Row q is judged by prompt q; column r is without prompt r too."""
+
     def per_length(along: torch.Tensor, square: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
         there = square > VANISHED * summed
         return torch.where(there, along / torch.where(there, square, 1.0).sqrt(), 0.0)
 
-    gain = float(per_length(along_P, square_P, summed_P).mean())
-    without_PR = per_length(along_PR, square_PR, summed_P[:, None])
-    others_PR = 1 - torch.eye(n_prompts, dtype=gram_BB.dtype, device=gram_BB.device)
-    return gain, (without_PR * others_PR).sum(0) / (n_prompts - 1)
+    n_prompts = len(along_P)
+    others_PR = 1 - torch.eye(n_prompts, dtype=along_P.dtype, device=along_P.device)
+    without_PR = per_length(along_PR, square_PR, summed_P[:, None]) * others_PR
+    return float(per_length(along_P, square_P, summed_P).mean()), without_PR.sum(0) / (n_prompts - 1)
 
 
 def jackknife(without_R: torch.Tensor) -> float:
@@ -274,15 +293,14 @@ def _square(gram_BB: torch.Tensor, factor_B: torch.Tensor) -> float:
     return square if square > VANISHED * float(factor_B.square() @ gram_BB.diagonal()) else 0.0
 
 
-def _without_each(
-    scores: StepScores, one: Candidate | None, factor_B: torch.Tensor, context: Mapping[str, Any]
-) -> torch.Tensor:
-    """(P, B): row q is the step without prompt q; by a method of the batch made again without it."""
-    n_prompts = len(scores.rewards_PG)
+def _gain(
+    scores: StepScores, one: Candidate | None, factor_B: torch.Tensor, gamma_B: torch.Tensor, context: Mapping[str, Any]
+) -> tuple[float, torch.Tensor]:
+    gram_BB, n_prompts = scores.gram_BB.double(), len(scores.rewards_PG)
     place_P = torch.arange(n_prompts, device=scores.prompt_B.device)
-    others_PB = scores.prompt_B != place_P[:, None]
-    if one is None or not one.of_batch:
-        return others_PB * factor_B
+    own_PB = (scores.prompt_B == place_P[:, None]).to(gram_BB)
+    if one is None or not one.of_batch or len(gram_BB) > MOST_ANEW:
+        return gain_of_fixed(gram_BB, factor_B, gamma_B, own_PB)
     rows = []
     for q in range(n_prompts):
         kept = place_P != q
@@ -290,7 +308,7 @@ def _without_each(
         advantages_PG = torch.zeros_like(scores.rewards_PG)
         advantages_PG[kept] = one.advantages(scores.rewards_PG[kept], rest).to(advantages_PG)
         rows.append(_factors(scores, advantages_PG[scores.prompt_B, scores.position_B]))
-    return others_PB * torch.stack(rows)
+    return gain_without_each(gram_BB, (1 - own_PB) * torch.stack(rows), gamma_B, scores.prompt_B)
 
 
 def _mutual(gram_BB: torch.Tensor, factors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,7 +33,11 @@ from .skipping import EVERYTHING, WhatRuns, has_dropout, live_sequences, what_ru
 from .step_statistics import StepStatistics
 
 KEY = "micro_batch"  # in TRL's dict
-OF_SKIPPED = ("prompt_id", "prompt_key", "group_rewards", "group_position")  # a subclass's batch may not have them
+# a subclass's batch may not have them
+OF_SKIPPED = (
+    "prompt_id", "prompt_key", "group_rewards", "group_position", "function_rewards", "generated", "advantages",
+    "token_weight",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,10 @@ def compute_metrics(counts: StepCounts) -> dict[str, float]:
     """What is logged under ``compute/``.
 
     ``sequences_skipped_frac``, ``tokens_skipped_frac``: shares that don't run (of a shared prompt's tokens, all but
-    once). ``tokens_run``: prompt and completion tokens, of all processes. ``padding_removed_frac``: of the padding that TRL would run. ``micro_batches``: forward
-    and backward passes of each process. ``flops_saved_frac``: of the backbone's matrix products, the same for every
-    position, padding or not (a forward alone, for ``full_entropy``, counts a third); attention, which grows with the
-    length, saves a little more than this.
+    once). ``tokens_run``: prompt and completion tokens, of all processes. ``padding_removed_frac``: of the padding that
+    TRL would run. ``micro_batches``: forward and backward passes of each process. ``flops_saved_frac``: of the
+    backbone's matrix products, the same for every position, padding or not (a forward alone, for ``full_entropy``,
+    counts a third); attention, which grows with the length, saves a little more than this.
     """
     padding, padding_run = counts.positions - counts.tokens, counts.positions_run - counts.tokens_run
     return {

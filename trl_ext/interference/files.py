@@ -19,10 +19,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
+
+from .sequences import Known
 
 FOLDER = "interference"
 MOST_SEQUENCES = 512
@@ -37,9 +40,11 @@ class InterferenceRecord:
     ``gram_BB`` (None above ``MOST_SEQUENCES``) and ``gram_PP``, float32: inner products of the contributions of
     sequences, and of the gradients of prompts. ``trace_P``: sum of a prompt's squared contributions, float32.
     ``prompt_id_P`` int64, ``prompt_B`` int64, ``reward_B`` (NaN: unscorable) and ``coefficient_B`` (or None) float64:
-    as in ``StepGradients``. ``sigma_P``: population std of a prompt's rewards, NaN where none is scorable.
-    ``prompt_key_P``: int64, the same for the same prompt in every step. ``prompt_text_P``: its first 200 characters, or
-    None.
+    as in ``StepGradients``. ``position_B`` int64, ``advantage_B``, ``weight_B``, ``length_B``, ``rewards_PG`` (whole
+    groups) and ``function_rewards_BF``: as in ``sequences.Known``, None in files of earlier versions. ``what_if``: the
+    step's table (``what_if_log.as_plain``), or None. ``sigma_P``: population std of a prompt's rewards, NaN where none
+    is scorable. ``prompt_key_P``: int64, the same for the same prompt in every step. ``prompt_text_P``: its first 200
+    characters, or None.
     """
 
     step: int
@@ -54,6 +59,29 @@ class InterferenceRecord:
     reward_B: np.ndarray
     coefficient_B: np.ndarray | None
     metrics: dict[str, float]
+    position_B: np.ndarray | None = None
+    advantage_B: np.ndarray | None = None
+    weight_B: np.ndarray | None = None
+    length_B: np.ndarray | None = None
+    rewards_PG: np.ndarray | None = None
+    function_rewards_BF: np.ndarray | None = None
+    what_if: dict[str, Any] | None = None
+
+
+# in a file: float32, or int64
+OF_SEQUENCES = {
+    "position": "position_B", "advantage": "advantage_B", "weight": "weight_B", "length": "length_B",
+    "group_rewards": "rewards_PG", "function_rewards": "function_rewards_BF",
+}  # fmt: skip
+
+
+def sequence_columns(known: Known) -> dict[str, np.ndarray]:
+    """What a file keeps of a step's sequences; of rewards of whole groups a row for each prompt."""
+    prompts, row_B = known.prompt_id.unique(return_inverse=True)
+    rewards_PG = known.group_rewards.new_empty(len(prompts), known.group_rewards.shape[1])
+    rewards_PG[row_B] = known.group_rewards
+    found = {name: getattr(known, name) for name in OF_SEQUENCES} | {"group_rewards": rewards_PG}
+    return {name: value.cpu().numpy() for name, value in found.items()}
 
 
 def write_step(
@@ -63,10 +91,14 @@ def write_step(
     metrics: Mapping[str, float],
     prompt_keys: Sequence[int],
     prompt_texts: Sequence[str] | None = None,
+    *,
+    sequences: Mapping[str, np.ndarray] | None = None,
+    what_if: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes one step's file, over one of the same step (a resumed run), and returns its path.
 
-    ``prompt_keys`` and ``prompt_texts``: one for each prompt, in ascending order of prompt id.
+    ``prompt_keys`` and ``prompt_texts``: one for each prompt, in ascending order of prompt id. ``sequences``: as
+    ``sequence_columns`` gives them. ``what_if``: for JSON.
     """
     if step < 0:
         raise ValueError(f"step={step} must not be negative")
@@ -89,6 +121,9 @@ def write_step(
     }
     if groups.coefficient_B is not None:
         arrays["coefficient"] = groups.coefficient_B.cpu().numpy()
+    arrays.update(sequences or {})
+    if what_if is not None:
+        arrays["what_if"] = _as_json(what_if)
     if prompt_texts is not None:
         arrays["texts"] = _as_json([text[:TEXT_LENGTH] for text in prompt_texts])
     if len(gradients.gram_BB) <= MOST_SEQUENCES:
@@ -157,6 +192,8 @@ def _read(path: Path) -> InterferenceRecord:
         reward_B=arrays["reward"],
         coefficient_B=arrays.get("coefficient"),
         metrics=metrics,
+        what_if=_from_json(arrays["what_if"]) if "what_if" in arrays else None,
+        **{field: arrays[name] for name, field in OF_SEQUENCES.items() if name in arrays},
     )
 
 
@@ -167,6 +204,11 @@ def _check(arrays: dict[str, np.ndarray], prompt_id_P: np.ndarray, gram_PP: np.n
                         ("prompt_key", n_prompts), ("trace", n_prompts), ("sigma", n_prompts)):  # fmt: skip
         if name in arrays and (arrays[name].shape != (count,) or arrays[name].dtype.kind not in "iuf"):
             raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}: expected {count} numbers")
+    sizes = {"group_rewards": n_prompts, "function_rewards": n_sequences}
+    for name in OF_SEQUENCES:
+        size, ndim = (sizes[name], 2) if name in sizes else (n_sequences, 1)
+        if name in arrays and (len(arrays[name]) != size or arrays[name].ndim != ndim):
+            raise ValueError(f"{name} is {arrays[name].shape}: expected {size} {'rows' if ndim == 2 else 'numbers'}")
     if not np.array_equal(arrays["prompt_id"], prompt_id_P):
         raise ValueError("prompt_id isn't that of its sequences")
     if not np.isfinite(gram_PP).all() or (np.diag(gram_PP) < 0).any():

@@ -29,10 +29,11 @@ from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPh
 from trl_ext.mixed_rows import mixes_rows
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
-from .files import write_step
+from .files import sequence_columns, write_step
 from .followed import leave_out_wrong, name_wrong, rehearse
 from .prompt_features import PromptFeatures, mean_by_prompt
-from .sequences import ids_and_rewards, join_sequences, sequence_coefficients
+from .sequences import Known, join_sequences, of_sequences, pack_known, sequence_coefficients, unpack_known
+from .what_if_log import WhatIfLog
 
 logger = get_logger(__name__)
 
@@ -73,8 +74,9 @@ class InterferenceLog:
     """What happens around the forward and backward of a step that is logged.
 
     The projections of a step are drawn from the seed and the step's number, so that a resumed run draws the same.
-    ``baseline_size``: rewards in a sequence's baseline. ``observer`` is told what was measured. ``keeps_latest`` may be
-    set: whether the latest step's cosines are wanted, for images.
+    ``baseline_size``: rewards in a sequence's baseline. ``observer`` is told what was measured. ``used``: the
+    normalisation's name in ``METHODS``, where it is one. ``keeps_latest`` may be set: whether the latest step's cosines
+    are wanted, for images.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class InterferenceLog:
         baseline_size: int,
         *,
         observer: Observer,
+        used: str | None,
     ) -> None:
         self.run, self.accelerator, self.baseline_size, self.keeps_latest = run, run.accelerator, baseline_size, False
         self.every, self.dim = run.options.interference_every, run.options.interference_dim
@@ -93,6 +96,7 @@ class InterferenceLog:
         self._model = model
         self.features: PromptFeatures | None = None
         self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
+        self.what_if = WhatIfLog(run, used)
         self.prompt_texts: dict[int, str] = {}
         self.latest: np.ndarray | None = None  # cosines of the live prompts of the latest logged step, (L, L)
         self._off = self.every == 0
@@ -103,6 +107,7 @@ class InterferenceLog:
         self._skipped: list[dict[str, torch.Tensor]] = []  # sequences that don't run: their gradient is 0
         self._has_rows = False  # this micro-batch has something to run
         self._opened_at = 0  # TRL's count of micro-batches when the step began
+        self._n_functions = 1
         self._opened_in = 0  # the optimizer step, counted from 1 as the log counts those that are done
         if run.torch_compile and not self._off:
             self._switch_off("torch_compile=True: a compiled model doesn't call the layers' hooks")
@@ -199,9 +204,9 @@ class InterferenceLog:
             self.features.set_rows(batch["prompt_mask"])
             self._has_rows = True
             coefficient_B = sequence_coefficients(batch, loss_settings, position.accumulation)
-            self._sequences.append({**ids_and_rewards(batch, first), "coefficient": coefficient_B})
+            self._sequences.append({**of_sequences(batch, first), "coefficient": coefficient_B})
             if skipped:
-                self._skipped.append(ids_and_rewards(skipped, first))
+                self._skipped.append(of_sequences(skipped, first))
         except Exception as error:
             self._fail(error)
 
@@ -259,25 +264,22 @@ class InterferenceLog:
         return scaler.get_scale() if scaler is not None else 1.0
 
     def _take(self) -> tuple[torch.Tensor, ...]:
-        """This process's (B, ...) sketch, (B, 2) prompt ids and keys, (B, 2) rewards and coefficients or (B, 1), and
-        (B, H) features of the prompts or (B, 0)."""
+        """This process's (B, ...) sketch, what is known of the sequences (``pack_known``), and (B, H) features of the
+        prompts or (B, 0)."""
         assert self.sketch is not None
         recorded = self.sketch.take()
         processes = self.accelerator.num_processes
         sketch_B = recorded.sketch
-        n_skipped = sum(len(one["reward"]) for one in self._skipped)
+        n_skipped = sum(len(one["prompt_id"]) for one in self._skipped)
         if n_skipped:
             sketch_B = torch.cat([sketch_B, sketch_B.new_zeros(n_skipped, *sketch_B.shape[1:])])
         known = join_sequences(self._sequences, self._skipped)
-        ids = torch.stack([known["prompt_id"], known["prompt_key"]], dim=1)  # type: ignore[list-item]
-        numbers = [known["reward"]]
-        if known["coefficient"] is not None:
-            numbers.append(known["coefficient"] / processes)
+        ids, numbers = pack_known(known, processes)
+        self._n_functions = known["function_rewards"].shape[1]  # type: ignore[union-attr]
         feature_BH = known["feature"]
         if feature_BH is None:
             feature_BH = torch.empty(len(ids), 0)
-        scale = processes * self._loss_scale()
-        return sketch_B / scale, ids, torch.stack(numbers, dim=1).float(), feature_BH  # type: ignore[arg-type]
+        return sketch_B / (processes * self._loss_scale()), ids, numbers, feature_BH
 
     def _all_have(self, local: tuple[torch.Tensor, ...] | None) -> bool:
         """Whether every process has a sketch, all of one shape."""
@@ -293,7 +295,7 @@ class InterferenceLog:
     def _log(
         self,
         sketch_B: torch.Tensor,
-        ids_B2: torch.Tensor,
+        ids_B4: torch.Tensor,
         numbers_BN: torch.Tensor,
         feature_BH: torch.Tensor,
         *,
@@ -305,15 +307,16 @@ class InterferenceLog:
         if any(error != math.inf for error in wrong.values()):  # what was recorded holds them: the next step won't
             self.run.say_once(f"Interference of optimizer step {self._opened_in} isn't logged.")
             return
-        sketch_B, ids_B2, numbers_BN = (self._gather(tensor) for tensor in (sketch_B, ids_B2, numbers_BN))
+        sketch_B, ids_B4, numbers_BN = (self._gather(tensor) for tensor in (sketch_B, ids_B4, numbers_BN))
         feature_BH = self._gather(feature_BH) if feature_BH.shape[1] else feature_BH
-        prompt_B, key_B = ids_B2.unbind(1)
+        known = unpack_known(ids_B4, numbers_BN, self.run.num_generations, self._n_functions)
+        prompt_B = known.prompt_id
         flat = sketch_B.flatten(1).double()
         step = StepGradients(
             gram_BB=flat @ flat.T,
             prompt_B=prompt_B,
-            reward_B=numbers_BN[:, 0],
-            coefficient_B=numbers_BN[:, 1] if numbers_BN.shape[1] == 2 else None,
+            reward_B=known.reward,
+            coefficient_B=known.coefficient,
             baseline_size=self.baseline_size,
         )
         error = predicted_rmse(sketch_B, prompt_B) if self.dim else 0.0
@@ -332,6 +335,7 @@ class InterferenceLog:
         if measured is not None:
             metrics["interference/orthogonality"] = measured
             self.observer.observe_orthogonality(measured)
+        metrics |= self.what_if.observe(step.gram_BB, known)
         # curvature/sigma_mean is logged of every batch already
         self.run.log({name: value for name, value in metrics.items() if name != "curvature/sigma_mean"})
 
@@ -342,7 +346,7 @@ class InterferenceLog:
         if self.accelerator.is_main_process:
             self._keep_latest(step)
             if self._writes:
-                self._write(step, metrics, prompt_B, key_B)
+                self._write(step, metrics, known)
 
     def _keep_latest(self, step: StepGradients) -> None:
         """For the images; of this process alone, so that nothing of it may end the others' step."""
@@ -352,12 +356,13 @@ class InterferenceLog:
         except Exception as error:
             logger.warning(f"Images of interference aren't drawn of this step: {type(error).__name__}: {error}")
 
-    def _write(self, step: StepGradients, metrics: dict[str, float], prompt_B, key_B) -> None:
+    def _write(self, step: StepGradients, metrics: dict[str, float], known: Known) -> None:
         try:
-            prompts, first = prompt_B.unique(return_inverse=True)
-            keys = key_B.new_zeros(len(prompts)).scatter_(0, first, key_B).tolist()
+            prompts, first = known.prompt_id.unique(return_inverse=True)
+            keys = known.prompt_key.new_zeros(len(prompts)).scatter_(0, first, known.prompt_key).tolist()
             texts = [self.prompt_texts.get(key, "") for key in keys]
-            write_step(self.run.output_dir, self._opened_in, step, metrics, keys, texts)
+            more = {"sequences": sequence_columns(known), "what_if": self.what_if.latest}
+            write_step(self.run.output_dir, self._opened_in, step, metrics, keys, texts, **more)
         except Exception as error:  # of this process alone: the others go on as it does
             self._writes = False
             logger.warning(f"Interference is logged without its files from here on: {type(error).__name__}: {error}")

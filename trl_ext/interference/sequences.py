@@ -1,10 +1,12 @@
-"""What a logged step knows of each sequence beside its gradient: prompt, reward, coefficient, features.
+"""What a logged step knows of each sequence beside its gradient: prompt, rewards, advantage, coefficient, features.
 
-Shapes: B sequences of a micro-batch, or of the step on this process.
+Shapes: B sequences of a micro-batch, of the step on this process, or of all processes; G completions of one prompt, F
+reward functions.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,14 +39,23 @@ def sequence_coefficients(batch: dict[str, Any], settings: LossSettings, accumul
     return torch.where(alive_B, -batch["advantages"] * batch["token_weight"] * (clamp / accumulation), 0.0)
 
 
-def ids_and_rewards(batch: dict[str, Any], first: int) -> dict[str, torch.Tensor]:
-    """``prompt_id`` (counted from ``first``), ``prompt_key`` and ``reward`` of each sequence, all (B,)."""
-    reward_B1 = batch["group_rewards"].gather(1, batch["group_position"][:, None])
+def of_sequences(batch: dict[str, Any], first: int) -> dict[str, torch.Tensor]:
+    """Of each sequence, by name as in ``Known``; prompt ids are counted from ``first``."""
+    advantage_B = batch["advantages"]
     return {
         "prompt_id": batch["prompt_id"] + first,
         "prompt_key": batch["prompt_key"],
-        "reward": reward_B1.squeeze(1),
+        "position": batch["group_position"],
+        "length": batch["generated"],
+        "advantage": advantage_B if advantage_B.dim() == 1 else torch.full_like(advantage_B[:, 0], torch.nan),
+        "weight": batch["token_weight"],
+        "group_rewards": batch["group_rewards"],
+        "function_rewards": batch["function_rewards"],
     }
+
+
+WHOLE = ("prompt_id", "prompt_key", "position", "length")
+NUMBERS = ("advantage", "weight", "group_rewards", "function_rewards", "coefficient")
 
 
 def join_sequences(
@@ -55,14 +66,61 @@ def join_sequences(
     None where a micro-batch has None. Sequences that didn't run have coefficient 0 and NaN features.
     """
     joined: dict[str, torch.Tensor | None] = {}
-    for name in ("prompt_id", "prompt_key", "reward", "coefficient", "feature"):
+    for name in (*WHOLE, *NUMBERS, "feature"):
         parts: list[Any] = [one[name] for one in run]
         if any(part is None for part in parts):
             joined[name] = None
             continue
         for one in skipped:
             unknown = 0.0 if name == "coefficient" else torch.nan
-            count = len(one["reward"])
+            count = len(one["prompt_id"])
             parts.append(one[name] if name in one else parts[0].new_full((count, *parts[0].shape[1:]), unknown))
         joined[name] = torch.cat(parts)
     return joined
+
+
+@dataclass(frozen=True)
+class Known:
+    """Of the sequences of a step. ``prompt_id``, ``prompt_key``, ``position`` (in the group) and ``length`` (generated
+    tokens): int64 (B,). ``advantage``, ``weight`` (of a token in the loss) and ``coefficient`` (None: unknown), float32
+    (B,); ``group_rewards`` (B, G) of the whole group, ``function_rewards`` (B, F), NaN where unscorable."""
+
+    prompt_id: torch.Tensor
+    prompt_key: torch.Tensor
+    position: torch.Tensor
+    length: torch.Tensor
+    advantage: torch.Tensor
+    weight: torch.Tensor
+    group_rewards: torch.Tensor
+    function_rewards: torch.Tensor
+    coefficient: torch.Tensor | None
+
+    @property
+    def reward(self) -> torch.Tensor:
+        """(B,) weighted, NaN where unscorable."""
+        return self.group_rewards.gather(1, self.position[:, None]).squeeze(1)
+
+
+def pack_known(joined: dict[str, torch.Tensor | None], processes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """To be gathered: (B, 4) int64 and (B, N) float32; coefficients are those of all ``processes``."""
+    numbers = {name: joined[name] for name in NUMBERS}
+    if numbers["coefficient"] is not None:
+        numbers["coefficient"] = numbers["coefficient"] / processes
+    columns = [value.float().reshape(len(value), -1) for value in numbers.values() if value is not None]
+    whole: list[Any] = [joined[name] for name in WHOLE]
+    return torch.stack(whole, dim=1), torch.cat(columns, dim=1)
+
+
+def unpack_known(ids_B4: torch.Tensor, numbers_BN: torch.Tensor, num_generations: int, n_functions: int) -> Known:
+    """What ``pack_known`` packed."""
+    sizes = [1, 1, num_generations, n_functions]
+    sizes += [1] * (numbers_BN.shape[1] - sum(sizes))
+    advantage, weight, group, function, *coefficient = numbers_BN.split(sizes, dim=1)
+    return Known(
+        **dict(zip(WHOLE, ids_B4.unbind(1), strict=True)),
+        advantage=advantage.squeeze(1),
+        weight=weight.squeeze(1),
+        group_rewards=group,
+        function_rewards=function,
+        coefficient=coefficient[0].squeeze(1) if coefficient else None,
+    )

@@ -2,8 +2,9 @@
 
 ``prompt_id`` (B,) int64, the group's number in the generation batch, the same on every process; ``group_position`` (B,)
 int64, in [0, G); ``prompt_key`` (B,) int64, the same whenever the prompt comes back; ``group_rewards`` (B, G), the
-weighted rewards of the sequence's whole group, NaN where unscorable; ``advantages`` (B,), in place of TRL's, and
-``made_advantages``, a copy, by which a subclass's own are noticed. B: the sequences of one process.
+weighted rewards of the sequence's whole group, NaN where unscorable; ``function_rewards`` (B, F), its own by function;
+``generated`` (B,) int64, its tokens; ``advantages`` (B,), in place of TRL's, and ``made_advantages``, a copy, by which
+a subclass's own are noticed. B: the sequences of one process.
 """
 
 from __future__ import annotations
@@ -31,3 +32,5 @@ def add_group_columns(
     output["group_position"] = (position_B % batch.num_generations)[local]
     output["group_rewards"] = batch.rewards[output["prompt_id"]]
     output["prompt_key"] = batch.keys_B[local]
+    output["function_rewards"] = batch.rewards_BF[local]
+    output["generated"] = batch.lengths_B[local]

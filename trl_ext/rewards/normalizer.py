@@ -32,6 +32,11 @@ class Normalizer:
         self.states = [make_state(method, options) for _ in range(number_of_states(n_functions, run.aggregation))]
 
     @property
+    def name(self) -> str | None:
+        """In ``METHODS``; None for a user's function."""
+        return self.method if isinstance(self.method, str) else None
+
+    @property
     def own_group(self) -> tuple[str, Mapping[str, Any]] | None:
         """Method and options where a group's advantages depend on its own summed rewards alone, else None."""
         if self.aggregation != "sum_then_normalize" or not isinstance(self.method, str):

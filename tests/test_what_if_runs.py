@@ -1,0 +1,191 @@
+"""What-if tables of real runs: against each normalisation's own gradient, in the log, in files, by the command."""
+
+import json
+import math
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import build
+from test_trainer_equality import PLAIN, run
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
+from trl_ext.interference.files import FOLDER
+from trl_ext.report.what_if_command import main as what_if_command
+
+
+def by_length(completion_ids, **kwargs):
+    """Of every group some are right and some aren't, mostly."""
+    return [float(len(ids) % 2) for ids in completion_ids]
+
+
+def graded(completion_ids, **kwargs):
+    return [(sum(ids) % 7) / 6 for ids in completion_ids]
+
+
+def trained(policy, folder, method, lora, **options):
+    """One step on the same rollouts, in exact mode, whatever the normalisation."""
+    setting = {**PLAIN, "accumulation": (2, 2), "lora": lora}
+    options = {
+        "reward": graded, "per_device_train_batch_size": 16, "interference_every": 1, "interference_dim": 0, "learning_rate": 0.0, "max_grad_norm": 0.0,
+        "normalization": method, **options,
+    }  # fmt: skip
+    recorder = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, policy, folder, setting, steps=1, **options)[1]
+    gradient = recorder.gradients[0]
+    return torch.cat([gradient[name].double().flatten() for name in sorted(gradient)]), recorder.logs[0]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_against_separate_backward_passes(lora, tiny_policy, tmp_path):
+    """In exact mode to 1e-5; in the sketch's to its error: 64 x 64 numbers, squared lengths to 1/64."""
+    methods = ("mean", "loo", "max_rl", "batch_std", "rank", "mean_abs")
+    now, log = trained(tiny_policy, tmp_path / "std", "std", lora)
+    _, sketched = trained(tiny_policy, tmp_path / "sketch", "std", lora, interference_dim=64)
+    assert log["what_if/std/cos"] == pytest.approx(1) and log["what_if/std/factor"] == pytest.approx(1)
+    seen = 0
+    for method in methods:
+        its, _ = trained(tiny_policy, tmp_path / method, method, lora)
+        cos, factor = float(its @ now / its.norm() / now.norm()), float(its @ now / now.square().sum())
+        assert log[f"what_if/{method}/cos"] == pytest.approx(cos, abs=1e-5)
+        assert log[f"what_if/{method}/factor"] == pytest.approx(factor, rel=1e-4)
+        assert sketched[f"what_if/{method}/cos"] == pytest.approx(cos, abs=5 / 64 * math.sqrt(max(1 - cos**2, 1e-4)))
+        assert sketched[f"what_if/{method}/factor"] == pytest.approx(factor, rel=0.1)
+        seen += cos < 0.9999
+    assert seen >= 2  # not all are a factor
+
+
+def test_the_log_and_the_file(tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path, by_length, interference_every=1, per_device_train_batch_size=16)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    records = read_interference(tmp_path)
+    assert len(records) == len(logs) == 2
+    for entry, record in zip(logs, records, strict=True):
+        names = {name.split("/")[1] for name in entry if name.startswith("what_if/")}
+        assert {"mean", "std", "power"} <= names and "decoupled" not in names
+        table = record.what_if
+        assert set(table["rows"]) == names and table["used"] == "std"
+        assert table["rows"]["mean"]["cos"] == pytest.approx(entry["what_if/mean/cos"])
+        n_prompts = len(record.prompt_id_P)
+        assert len(table["rows"]["mean"]["share"]) == n_prompts and len(table["mutual"]) == len(names)
+        size = len(record.prompt_B)
+        for values in (record.position_B, record.advantage_B, record.weight_B, record.length_B):
+            assert values.shape == (size,)
+        assert record.function_rewards_BF.shape == (size, 1) and record.rewards_PG.shape == (n_prompts, 4)
+        place = np.searchsorted(record.prompt_id_P, record.prompt_B)
+        np.testing.assert_allclose(record.rewards_PG[place, record.position_B], record.reward_B)
+        live = record.coefficient_B != 0
+        expected = -record.advantage_B * record.weight_B
+        np.testing.assert_allclose(record.coefficient_B[live], expected[live], rtol=1e-5)
+        assert (record.length_B > 0).all()
+        if table["noise"] is not None:
+            assert entry["noise/within"] == pytest.approx(table["noise"]["within"])
+            assert 2 <= entry["noise/advised_generations"] <= size
+
+
+@pytest.mark.parametrize(
+    ("options", "absent"),
+    [
+        ({"what_if": []}, "mean"), ({"what_if": ["std"]}, "mean"), ({"beta": 0.1}, "std"),
+        ({"steps_per_generation": 2, "per_device_train_batch_size": 8}, "batch_std"),
+    ],
+)  # fmt: skip
+def test_what_is_not_logged(options, absent, tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path, by_length, **{"interference_every": 1, **options})
+    trainer.train()
+    logged = [name for entry in trainer.state.log_history for name in entry if name.startswith(f"what_if/{absent}/")]
+    assert not logged and trainer.state.global_step == 2
+    assert all("interference/live_prompts" in entry for entry in trainer.state.log_history if "reward" in entry)
+
+
+def test_a_failure_leaves_the_rest(tiny_policy, tmp_path, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("trl_ext.interference.what_if_log.step_table", broken)
+    with caplog.at_level("WARNING"):
+        trainer = build(tiny_policy, tmp_path, by_length, interference_every=1)
+        trainer.train()
+    said = [record.message for record in caplog.records if "isn't logged from here on" in record.message]
+    assert len(said) == 1 and "What other normalisations would have done" in said[0] and "no room" in said[0]
+    assert len(read_interference(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["maen"], "unknown normalization 'maen'.*Did you mean 'mean'"),
+        (["adaptive"], "'adaptive' depends on what earlier steps of its own run left"),
+        ("mean", "must be a list of names"),
+    ],
+)
+def test_wrong_names(names, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        CurvatureGRPOConfig(output_dir=str(tmp_path), what_if=names)
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_policy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    options = {"interference_every": 1, "per_device_train_batch_size": 16, "max_steps": 6, "learning_rate": 0.01}
+    build(tiny_policy, folder, by_length, **options).train()
+    return folder
+
+
+def test_the_command(run_folder, tmp_path, capsys):
+    file = tmp_path / "table.json"
+    what_if_command([str(run_folder), "--json", str(file)])
+    printed = capsys.readouterr().out
+    assert "trained with std" in printed and "batch_std" in printed and "6 steps" in printed
+    table = json.loads(file.read_text())
+    assert table["used"] == "std" and table["methods"]["std"]["cos"] == pytest.approx(1)
+    one = table["methods"]["mean"]
+    assert one["steps"] >= 1 and one["kind"] in ("rate", "schedule") and 0 < one["factor"] < 1
+    assert any({"std"} <= set(group) for group in table["same"])
+
+
+def test_a_function_and_files_without_its_columns(run_folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text("def half(rewards_PG, context):\n    return (rewards_PG - 0.5) * 2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    old = tmp_path / "old"
+    (old / FOLDER).mkdir(parents=True)
+    for path in (run_folder / FOLDER).glob("*.npz"):
+        with np.load(path) as file:
+            kept = {n: file[n] for n in file.files if n not in ("advantage", "position", "weight", "what_if", "length")}
+        np.savez_compressed(old / FOLDER / path.name, **kept)
+    (old / "run_config.json").write_text((run_folder / "run_config.json").read_text())
+    for folder in (run_folder, old):
+        what_if_command([str(folder), "--function", "mine:half", "--methods", "mean", "std"])
+        printed = capsys.readouterr().out
+        assert "half" in printed and "mean" in printed and "max_rl" not in printed
+    what_if_command([str(run_folder), "--methods", "mean"])
+    want = capsys.readouterr().out.split("mean")[1].split()[:3]
+    what_if_command([str(old), "--methods", "mean"])
+    assert capsys.readouterr().out.split("mean")[1].split()[:3] == want
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "no such folder"), (["RUN", "--methods", "maen"], "Did you mean 'mean'"),
+        (["RUN", "--function", "mine"], "module:name"), (["RUN", "--function", "no_such_module:f"], "no_such_module"),
+        (["RUN", "--function", "math:no_such"], "no_such"),
+    ],
+)  # fmt: skip
+def test_wrong_calls(arguments, message, run_folder, monkeypatch):
+    arguments = [str(run_folder) if one == "RUN" else one for one in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        monkeypatch.setattr(sys, "argv", ["trl_ext", "what-if", *arguments])
+        runpy.run_module("trl_ext", run_name="__main__")
+    assert message in str(stopped.value)
+
+
+def test_a_run_without_anything_to_compare(tiny_policy, tmp_path):
+    build(tiny_policy, tmp_path, by_length, interference_every=1, beta=0.1).train()
+    with pytest.raises(SystemExit, match="coefficient"):
+        what_if_command([str(tmp_path)])

@@ -1,0 +1,127 @@
+"""A logged step's sequences -> what other normalisations would have done, and its noise: for the log and the file.
+
+Shapes: B sequences of all processes, P prompts, G completions of one prompt, F reward functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from grpo_kernels.interference.noise import GradientNoise, gradient_noise
+from grpo_kernels.interference.what_if import Candidate, StepScores, WhatIf, candidates, what_if
+from grpo_kernels.normalize.methods import METHODS
+from trl_ext.trl_surface import RunSettings
+
+from .sequences import Known
+
+# of the catalogue, those that need nothing of earlier steps; decoupled, where there are several functions
+STATELESS = tuple(name for name, method in METHODS.items() if method.kind != "state")
+PART = "the step holds a part of the batch"
+
+
+def step_scores(gram_BB: torch.Tensor, known: Known) -> StepScores | None:
+    """Of the step as it was trained; None where its sequences have no coefficients, or no advantages of their own."""
+    if known.coefficient is None or known.advantage.isnan().any():
+        return None
+    _, prompt_B = known.prompt_id.unique(return_inverse=True)
+    rewards_PG = known.group_rewards.new_full((int(prompt_B.max()) + 1, known.group_rewards.shape[1]), torch.nan)
+    rewards_PG[prompt_B] = known.group_rewards
+    return StepScores(
+        gram_BB=gram_BB,
+        coefficient_B=known.coefficient,
+        made_at_B=known.advantage,
+        advantage_B=known.advantage,
+        prompt_B=prompt_B,
+        position_B=known.position,
+        rewards_PG=rewards_PG,
+    )
+
+
+def step_context(scores: StepScores, length_B: torch.Tensor, function_rewards_BF: torch.Tensor) -> dict[str, Any]:
+    """What normalisations may need beside rewards, where the step holds whole groups."""
+    n_prompts, n_answers = scores.rewards_PG.shape
+    if len(scores.prompt_B) < n_prompts * n_answers:
+        return {}
+    lengths_PG = torch.zeros_like(scores.rewards_PG)
+    lengths_PG[scores.prompt_B, scores.position_B] = length_B.to(lengths_PG)
+    function_PGF = lengths_PG.new_zeros(n_prompts, n_answers, function_rewards_BF.shape[1])
+    function_PGF[scores.prompt_B, scores.position_B] = function_rewards_BF.to(lengths_PG)
+    return {"lengths": lengths_PG, "function_rewards": function_PGF}
+
+
+def step_table(
+    scores: StepScores, methods: Sequence[Candidate], used: str | None, context: Mapping[str, Any], *, whole_batch: bool
+) -> WhatIf:
+    """``whole_batch``: the step's prompts are those that advantages were made of; else methods of the batch are out."""
+    left_out = {} if whole_batch else {one.name: PART for one in methods if one.of_batch}
+    table = what_if(scores, [one for one in methods if one.name not in left_out], used=used, context=context)
+    table.absent.update(left_out)
+    return table
+
+
+def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None) -> dict[str, Any]:
+    """For a file, as JSON holds it."""
+    rows = {}
+    for name, row in table.rows.items():
+        rows[name] = {key: value for key, value in vars(row).items() if key != "share_P" and value is not None}
+        rows[name]["share"] = [round(share, 5) for share in row.share_P.tolist()]
+    return {
+        "used": used, "rows": rows, "absent": table.absent, "no_gain": table.no_gain,
+        "mutual": table.mutual_MM.tolist(), "factors": table.factor_MM.tolist(),
+        "noise": None if noise is None else vars(noise),
+    }  # fmt: skip
+
+
+class WhatIfLog:
+    """Of a run whose normalisation is ``used``, a name in ``METHODS``, or None. ``latest``: the latest step's table."""
+
+    def __init__(self, run: RunSettings, used: str | None) -> None:
+        self.run = run
+        names = STATELESS if run.options.what_if is None else tuple(run.options.what_if)
+        options = run.options.normalization_kwargs or {}
+        self.methods = candidates(names, **{name: options[name] for name in ("eps", "alpha") if name in options})
+        self.used = used if used in STATELESS and run.aggregation == "sum_then_normalize" else None
+        self.latest: dict[str, Any] | None = None
+
+    def observe(self, gram_BB: torch.Tensor, known: Known) -> dict[str, float]:
+        """What is logged: ``what_if/<method>/cos``, ``factor`` and ``gain``; ``noise/``."""
+        self.latest = None
+        if not self.methods:
+            return {}
+        try:
+            return self._observe(gram_BB, known)
+        except Exception as error:  # of what was gathered: the same on every process
+            self.methods = []
+            self.run.say_once(
+                f"What other normalisations would have done isn't logged from here on: {type(error).__name__}: {error}."
+            )
+            return {}
+
+    def _observe(self, gram_BB: torch.Tensor, known: Known) -> dict[str, float]:
+        scores = step_scores(gram_BB, known)
+        if scores is None:
+            self.run.say_once(
+                "What other normalisations would have done isn't logged: a sequence's tokens don't share one "
+                "coefficient (off policy, KL, an entropy bonus or mask, an auxiliary loss).", level="info",
+            )  # fmt: skip
+            return {}
+        methods = self.methods
+        if known.function_rewards.shape[1] == 1:
+            methods = [one for one in methods if one.name != "decoupled"]
+        context = step_context(scores, known.length, known.function_rewards)
+        whole = len(scores.rewards_PG) == self.run.prompts_per_generation
+        table = step_table(scores, methods, self.used, context, whole_batch=whole)
+        noise = gradient_noise(scores)
+        self.latest = as_plain(table, noise, self.used)
+        metrics: dict[str, float] = {}
+        for name, row in table.rows.items():
+            metrics |= {f"what_if/{name}/cos": row.cos, f"what_if/{name}/factor": row.factor}
+            if row.gain is not None:
+                metrics[f"what_if/{name}/gain"] = row.gain
+        if noise is not None:
+            metrics |= {"noise/within": noise.within, "noise/between": noise.between}
+            metrics["noise/advised_generations"] = noise.advised
+        return metrics

@@ -1,0 +1,112 @@
+"""``python -m trl_ext what-if RUN``: what every normalisation would have made of a run's steps, as a table."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m trl_ext what-if",
+        description="What every normalisation would have made of a run's logged steps, without training anything.",
+    )
+    parser.add_argument("run", metavar="RUN", help="the run's output_dir; it may still be going")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="of grpo_kernels.METHODS; default: all stateless")
+    parser.add_argument("--function", metavar="MODULE:NAME", help="and one of your own, f(rewards_PG, context)")
+    parser.add_argument("--json", metavar="FILE", help="also the same numbers, as JSON")
+    return parser.parse_args(arguments)
+
+
+def load_function(place: str) -> Callable[..., Any]:
+    """``module:name``, also of the folder that one is in. Raises ``ValueError`` saying what is wrong."""
+    module_name, colon, name = place.partition(":")
+    if not colon or not module_name or not name:
+        raise ValueError(f"--function {place!r} must be module:name")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--function {place}: {error}") from None
+    if not callable(function):
+        raise ValueError(f"--function {place} is not a function")
+    return function
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Significant digits; - for none."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def with_error(one: dict[str, Any], key: str) -> str:
+    """value +- error, over steps."""
+    return f"{number(one.get(key))} +- {number(one.get(f'{key}_error'), 2)}" if key in one else "-"
+
+
+def lines(table: dict[str, Any]) -> list[str]:
+    """What is printed."""
+    steps, used = table["steps"], table["used"] or "a normalisation that can't be made again"
+    told = [f"{table['run']}: {len(steps)} steps ({steps[0]} to {steps[-1]}), trained with {used}", ""]
+    header = ("", "cosine", "factor", "over steps", "spread", "gain", f"more than {table['used'] or 'used'}", "steps")
+    rows = [header]
+    for name, one in sorted(table["methods"].items(), key=lambda item: -item[1]["cos"]):
+        over = f"{number(one['factor_low'])} to {number(one['factor_high'])}"
+        spread = f"{number(one['spread'], 2)} {one['kind']}"
+        both = with_error(one, "gain"), with_error(one, "ahead")
+        rows.append((name, f"{one['cos']:.3f}", number(one["factor"]), over, spread, *both, str(one["steps"])))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    for row in rows:
+        told.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    told += ["", "cosine: with the step that was taken. factor: on its learning rate (median). spread: std of its log;"]
+    told.append(
+        "up to 0.15 it is a learning rate, above a schedule. gain: in reward, per unit of step length, over steps."
+    )
+    if (table["optimizer"] or "").startswith(("adam", "paged_adam", "lion")):
+        told.append(f"{table['optimizer']} takes no notice of a factor that stays the same.")
+    told += [f"One and the same here: {', '.join(group)}." for group in table["same"]]
+    told += [f"{name}: not told in {count} steps ({reason})." for name, (count, reason) in table["absent"].items()]
+    told += [f"{count} steps left out: {reason}." for reason, count in table["skipped"].items()]
+    noise = table["noise"]
+    if noise is not None:
+        told += [
+            "",
+            f"Noise, of {noise['steps']} steps: between prompts {number(noise['between'])}, within (answers) "
+            f"{number(noise['within'])}, of a prompt's squared gradient; with as many rollouts it is least at",
+            f"{noise['advised']:.1f} answers to a prompt ({noise['low']:.1f} to {noise['high']:.1f}, 90 %).",
+        ]
+    return told
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse(arguments)
+    from grpo_kernels.normalize.methods import check_normalization
+
+    from .command import writable
+    from .read_run import read_run
+    from .what_if_table import what_if_table
+
+    try:
+        for name in options.methods or []:
+            check_normalization(name, **({"alpha": 1.0} if name == "power" else {}))
+        file = writable(Path(options.json), ".json") if options.json else None
+        methods: list[Any] | None = list(options.methods) if options.methods else None
+        if options.function:
+            from .what_if_table import STATELESS
+
+            methods = [*(methods or STATELESS), load_function(options.function)]
+        run = read_run(options.run)
+        table = what_if_table(run, methods)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    for problem in run.problems:
+        print(f"skipped: {problem}")
+    print("\n".join(lines(table)))
+    if file is not None:
+        file.write_text(json.dumps(table, indent=1))
+        print(f"Numbers: {file}")

@@ -1,0 +1,195 @@
+"""A run's interference files -> what every normalisation would have made of its steps, pooled over steps.
+
+Shapes: B sequences, P prompts, G completions of one prompt; M normalisations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from grpo_kernels.interference.noise import advised_generations, gradient_noise
+from grpo_kernels.interference.what_if import Candidate, StepScores, candidates
+from grpo_kernels.normalize.methods import METHODS
+from trl_ext.config import SCALE_REWARDS_METHOD
+from trl_ext.interference.files import InterferenceRecord
+from trl_ext.interference.what_if_log import STATELESS, as_plain, step_context, step_table
+
+from .read_run import Run
+
+SAME_COSINE, SAME_SPREAD = 0.99, 0.1  # methods are one where steps are so alike, and their lengths' ratio so steady
+STEADY = 0.15  # std of the log of a factor up to which it is a learning rate
+DRAWS = 500  # of steps, for the interval of the advised G
+
+
+def used_normalization(config: Mapping[str, Any]) -> str | None:
+    """The run's, where it is in the catalogue and needs no state and no more than the summed rewards."""
+    if config.get("multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
+        return None
+    name = config.get("normalization") or SCALE_REWARDS_METHOD.get(config.get("scale_rewards", "group"))
+    return name if name in STATELESS else None
+
+
+def given_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the run's normalisation."""
+    options = config.get("normalization_kwargs")
+    return {name: options[name] for name in ("eps", "alpha") if name in options} if isinstance(options, dict) else {}
+
+
+def record_scores(record: InterferenceRecord, used: Candidate | None) -> StepScores | str:
+    """The scores that a file holds, or why it has none. Earlier versions' lack advantages: ``used`` makes them."""
+    if record.coefficient_B is None:
+        return "its sequences have no single coefficient (off policy, KL, an entropy bonus or mask)"
+    if record.gram_BB is None:
+        return "only products of prompts are kept"
+    place_B = torch.from_numpy(np.searchsorted(record.prompt_id_P, record.prompt_B))
+    if record.position_B is not None and record.rewards_PG is not None:
+        position_B, rewards_PG = torch.from_numpy(record.position_B), torch.from_numpy(record.rewards_PG).double()
+    else:
+        sizes = torch.bincount(place_B)
+        if not bool((sizes == sizes[0]).all()):
+            return "it holds parts of groups, and its file is an earlier version's"
+        order_B = place_B.argsort(stable=True)
+        position_B = torch.empty_like(place_B)
+        position_B[order_B] = torch.arange(len(place_B)) % int(sizes[0])
+        rewards_PG = torch.empty(len(sizes), int(sizes[0]), dtype=torch.float64)
+        rewards_PG[place_B, position_B] = torch.from_numpy(record.reward_B).double()
+    if record.advantage_B is not None:
+        advantage_B = torch.from_numpy(record.advantage_B).double()
+    elif used is None:
+        return "its file is an earlier version's, and the run's normalisation can't be made again from rewards"
+    else:
+        try:
+            advantage_B = used.advantages(rewards_PG, {})[place_B, position_B].double()
+        except ValueError as error:
+            return str(error)
+    coefficient_B = torch.from_numpy(record.coefficient_B).double()
+    coefficient_B = torch.where(advantage_B == 0, 0.0, coefficient_B)
+    gram_BB = torch.from_numpy(record.gram_BB)
+    return StepScores(gram_BB, coefficient_B, advantage_B, advantage_B, place_B, position_B, rewards_PG)
+
+
+def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Everything that the command prints, as JSON holds it.
+
+    ``methods``: names and functions; None: what the run logged, else all without a state. Raises ``ValueError`` where
+    no step can be compared, with the reason.
+    """
+    used, options = used_normalization(run.config), given_options(run.config)
+    own = candidates([used], **options)[0] if used is not None else None
+    chosen = candidates(list(STATELESS if methods is None else methods), **options)
+    rollouts, generations = (int(run.config.get(key) or 0) for key in ("generation_batch_size", "num_generations"))
+    n_prompts = rollouts // generations if rollouts and generations else None
+    steps: list[tuple[int, dict[str, Any]]] = []
+    skipped: dict[str, int] = {}
+    for record in run.records:
+        scores = record_scores(record, own)
+        if isinstance(scores, str):
+            if record.what_if is not None and methods is None:  # a large step's was kept
+                steps.append((record.step, record.what_if))
+            else:
+                skipped[scores] = skipped.get(scores, 0) + 1
+            continue
+        context: dict[str, Any] = {}
+        if record.length_B is not None and record.function_rewards_BF is not None:
+            both = torch.from_numpy(record.length_B), torch.from_numpy(record.function_rewards_BF)
+            context = step_context(scores, *both)
+        here = chosen
+        if record.function_rewards_BF is None or record.function_rewards_BF.shape[1] == 1:
+            here = [one for one in chosen if one.name != "decoupled" or methods is not None]
+        whole = n_prompts is None or len(scores.rewards_PG) == n_prompts
+        table = step_table(scores, here, used, context, whole_batch=whole)
+        steps.append((record.step, as_plain(table, gradient_noise(scores), used)))
+    if not any(table["rows"] for _, table in steps):
+        reasons = "; ".join(skipped) or "; ".join({r for _, table in steps for r in table["absent"].values()})
+        raise ValueError(f"no step of {run.name} can be compared: {reasons or 'it logged no interference'}")
+    return {
+        "run": run.name, "used": used, "steps": [step for step, _ in steps], "skipped": skipped,
+        "optimizer": run.config.get("optim"), "methods": _pooled([table for _, table in steps]),
+        "same": _same([table for _, table in steps]), "absent": _absent([table for _, table in steps]),
+        "noise": _noise([table["noise"] for _, table in steps if table["noise"]], run.config),
+    }  # fmt: skip
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """Over steps; the error is None for one."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(np.mean(values)), error
+
+
+def _pooled(tables: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    pooled: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for table in tables for name in table["rows"]):
+        rows = [table["rows"][name] for table in tables if name in table["rows"]]
+        factors = [row["factor"] for row in rows]
+        spread = float(np.std(np.log(factors), ddof=1)) if len(rows) > 1 and min(factors) > 0 else None
+        one: dict[str, Any] = {
+            "steps": len(rows), "cos": float(np.mean([row["cos"] for row in rows])),
+            "factor": float(np.median(factors)), "factor_low": min(factors), "factor_high": max(factors),
+            "spread": spread, "kind": "rate" if spread is None or spread <= STEADY else "schedule",
+        }  # fmt: skip
+        for key in ("gain", "ahead"):
+            values = [row[key] for row in rows if key in row]
+            if values:
+                one[key], one[f"{key}_error"] = _mean_and_error(values)
+        pooled[name] = one
+    return pooled
+
+
+def _same(tables: list[dict[str, Any]]) -> list[list[str]]:
+    """Groups of methods that are one here: single links of steps alike, with a steady ratio of lengths."""
+    names = list(dict.fromkeys(name for table in tables for name in table["rows"]))
+    group = {name: {name} for name in names}
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            cosines, ratios = [], []
+            for table in tables:
+                order = list(table["rows"])
+                if one in order and other in order:
+                    a, b = order.index(one), order.index(other)
+                    cosines.append(table["mutual"][a][b])
+                    ratios.append(math.log(table["factors"][a][b]))
+            if cosines and np.mean(cosines) >= SAME_COSINE and np.std(ratios) <= SAME_SPREAD:
+                joined = group[one] | group[other]
+                for name in joined:
+                    group[name] = joined
+    found: list[list[str]] = []
+    for name in names:
+        members = [other for other in names if other in group[name]]
+        if len(members) > 1 and members not in found:
+            found.append(members)
+    return found
+
+
+def _absent(tables: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """By method: in how many steps it can't be told, and the latest reason."""
+    found: dict[str, list[Any]] = {}
+    for table in tables:
+        for name, reason in table["absent"].items():
+            found[name] = [found.get(name, [0])[0] + 1, reason]
+    return found
+
+
+def _noise(steps: list[dict[str, float]], config: Mapping[str, Any]) -> dict[str, float] | None:
+    """Pooled: means over steps; the advised G's interval of 90 % by resampling steps."""
+    if not steps:
+        return None
+    values = np.array([[one["between"], one["within"], one["pairs"]] for one in steps])
+    most = int(config.get("generation_batch_size") or 0) or 10**6
+    drawn = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
+    advised = [advised_generations(pairs, between, most) for between, _, pairs in values[drawn].mean(1)]
+    between, within, pairs = values.mean(0)
+    low, high = np.quantile(advised, [0.05, 0.95])
+    return {
+        "steps": len(values), "between": float(between), "within": float(within), "pairs": float(pairs),
+        "advised": advised_generations(float(pairs), float(between), most), "low": float(low), "high": float(high),
+    }  # fmt: skip
+
+
+def formula(name: str) -> str:
+    """Of a method in the catalogue."""
+    return METHODS[name].formula if name in METHODS else "yours"
