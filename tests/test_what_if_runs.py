@@ -29,8 +29,8 @@ def trained(policy, folder, method, lora, **options):
     """One step on the same rollouts, in exact mode, whatever the normalisation."""
     setting = {**PLAIN, "accumulation": (2, 2), "lora": lora}
     options = {
-        "reward": graded, "per_device_train_batch_size": 16, "interference_every": 1, "interference_dim": 0, "learning_rate": 0.0, "max_grad_norm": 0.0,
-        "normalization": method, **options,
+        "reward": graded, "per_device_train_batch_size": 16, "interference_every": 1, "interference_dim": 0,
+        "learning_rate": 0.0, "max_grad_norm": 0.0, "normalization": method, **options,
     }  # fmt: skip
     recorder = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, policy, folder, setting, steps=1, **options)[1]
     gradient = recorder.gradients[0]

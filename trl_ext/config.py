@@ -16,10 +16,7 @@ from trl import GRPOConfig
 
 from grpo_kernels.normalize.methods import METHODS, check_normalization, function_name
 
-from .options import MOST_ROUNDS, CurvatureOptions
-
-# what TRL's scale_rewards does, by our name
-SCALE_REWARDS_METHOD = {"group": "std", "batch": "batch_std", "none": "mean"}
+from .options import MOST_ROUNDS, SCALE_REWARDS_METHOD, CurvatureOptions
 
 
 @dataclass

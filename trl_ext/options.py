@@ -11,6 +11,8 @@ from typing import Any
 from grpo_kernels.normalize.methods import METHODS
 
 MOST_ROUNDS = 4  # of resampling, by default
+# what TRL's scale_rewards does, by our name
+SCALE_REWARDS_METHOD = {"group": "std", "batch": "batch_std", "none": "mean"}
 
 # heading -> options below it, as --help and the documentation group them
 GROUPS = {

@@ -19,13 +19,14 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
 
-from .sequences import Known
+if TYPE_CHECKING:
+    from .sequences import Known
 
 FOLDER = "interference"
 MOST_SEQUENCES = 512

@@ -6,16 +6,18 @@ Shapes: B sequences of all processes, P prompts, G completions of one prompt, F 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from grpo_kernels.interference.noise import GradientNoise, gradient_noise
 from grpo_kernels.interference.what_if import Candidate, StepScores, WhatIf, candidates, what_if
 from grpo_kernels.normalize.methods import METHODS
-from trl_ext.trl_surface import RunSettings
 
-from .sequences import Known
+if TYPE_CHECKING:
+    from trl_ext.trl_surface import RunSettings
+
+    from .sequences import Known
 
 # of the catalogue, those that need nothing of earlier steps; decoupled, where there are several functions
 STATELESS = tuple(name for name, method in METHODS.items() if method.kind != "state")
