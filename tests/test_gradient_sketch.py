@@ -244,7 +244,7 @@ def test_memory_does_not_grow_with_depth():
         sketch.open(0)
         sketch.set_rows(torch.arange(ROWS))
         loss_of(model, ids, mask, WEIGHTS).backward()
-        assert {p: tuple(x.shape) for p, x in sketch._rows.entries.items()} == {PARTS: (PARTS, ROWS, 24, 24)}
+        assert {p: tuple(x.shape) for (_, p), x in sketch._rows.entries.items()} == {PARTS: (PARTS, ROWS, 24, 24)}
         sketch._fold()
         assert not sketch._rows.entries
         assert [tuple(x.shape) for x in sketch._rows.total.values()] == [(ROWS, PARTS, 64 // PARTS)]

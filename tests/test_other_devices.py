@@ -294,12 +294,13 @@ def test_sketches_of_a_layer(device):
         for rows in (SequenceRows(prompt_S[:2], None, 2), SequenceRows(prompt_S, sequence_RT, 2)):
             left, right = projections.fold_side(d, "out", 0), projections.fold_side(a, "in", 0)
             place = projections.place(0, left.shape[-1], right.shape[-1])
-            rows.add_outer(left, right, projections.side, place, lambda sums: projections.turn_narrow(sums, 0))
-            rows.add(None, projections.fold_vector(rows.sums(d), 1))
+            turn = lambda sums: projections.turn_narrow(sums, 0)  # noqa: E731
+            rows.add_outer("model", left, right, projections.side, place, turn)
+            rows.add("model", projections.fold_vector(rows.sums(d), 1))
             for entries in rows.entries.values():
-                rows.add(None, projections.fold_entries(entries))
+                rows.add("model", projections.fold_entries(entries))
             projected = words @ projections.vocabulary(V, 2, words.dtype)
-            found += [rows.total[None], *projections.split_vocabulary(projected)]
+            found += [rows.total["model"], *projections.split_vocabulary(projected)]
         return found
 
     given = (d, a, words, sequence_RT, torch.tensor([7, 7, 8]))

@@ -59,6 +59,8 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         interference_dim: k, a sequence's gradient is sketched to k * k numbers (RMSE of a cosine 0.9 to 1.3 / k). 0:
             exact, which holds a gradient of the whole model for each sequence: for small models.
         interference_layers: patterns (``fnmatch``) of layer names; None: every trainable layer that can be tapped.
+        interference_parts: also for each part of the model, under ``parts/``: attention and MLP by thirds of the depth,
+            norms, embedding with head. A sketch for each, so that a logged step costs more.
         what_if: names in ``grpo_kernels.METHODS`` of which a logged step says what they would have made of it, under
             ``what_if/``; None: all that need no state (``power`` with alpha 0.5, unless it is the run's). []: none.
 
@@ -120,7 +122,13 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
             self.bf16 = False
 
     def _check_resampling(self) -> None:
-        for name in ("skip_zero_advantage", "full_entropy", "resample_zero_variance", "share_prompts"):
+        for name in (
+            "skip_zero_advantage",
+            "full_entropy",
+            "resample_zero_variance",
+            "share_prompts",
+            "interference_parts",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         rounds, wanted = self.resample_max_rounds, self.resample_live_prompts
@@ -214,6 +222,7 @@ class Options:
     interference_every: int
     interference_dim: int
     interference_layers: list[str] | None
+    interference_parts: bool
     what_if: list[str] | None
     normalization_kwargs: dict[str, Any] | None
 

@@ -20,7 +20,7 @@ GROUPS = {
     "Work": ("fused_loss", "skip_zero_advantage", "full_entropy", "share_prompts", "tokens_per_micro_batch"),
     "Resampling": ("resample_zero_variance", "resample_max_rounds", "resample_live_prompts"),
     "Rewards": ("reward_timeout",),
-    "Interference": ("interference_every", "interference_dim", "interference_layers", "what_if"),
+    "Interference": ("interference_every", "interference_dim", "interference_layers", "interference_parts", "what_if"),
 }
 
 
@@ -57,6 +57,7 @@ class CurvatureOptions:
     interference_layers: list[str] | None = field(
         default=None, metadata={"help": "Patterns of layer names; default: all trained."}
     )
+    interference_parts: bool = field(default=False, metadata={"help": "Also by part of the model, eight of them."})
     what_if: list[str] | None = field(
         default=None, metadata={"help": "Normalisations to compare a logged step with; default: all without a state."}
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,19 +20,26 @@ from torch import nn
 from grpo_kernels.head.products import HeadSketch
 
 from .layer_taps import Layer, find_layers, norm_at, tap
+from .model_parts import PARTS_OF_MODEL, block_of, part_of
 from .projections import PARTS, Projections
 from .sequence_rows import SequenceRows
 from .tap_check import TapCheck
 
 CHECK_EVERY = 8  # steps, of a parameter that was found right before
+WHOLE = "model"  # the only section, unless by parts
 
 
 @dataclass(frozen=True)
 class StepSketch:
-    """One step's sequences: ``sketch`` (B, parts, slots) or, exact, (B, parameters), float32, and ``prompt_B``."""
+    """One step's sequences: ``sketch`` (B, parts, numbers) or, exact, (B, parameters), float32, and ``prompt_B``.
+
+    ``sections``: of the model, by name: which of the last dimension's numbers are of it. Inner products of sections
+    sum to the whole's.
+    """
 
     sketch: torch.Tensor
     prompt_B: torch.Tensor
+    sections: dict[str, slice | list[int]] = field(default_factory=dict)
 
     def gram(self) -> torch.Tensor:
         """(B, B) float64 inner products of the sequences' contributions: ``K = U U^T``."""
@@ -61,6 +68,7 @@ class GradientSketch:
         model: any torch module.
         dim: k. 0: exact, nothing is projected, for small models and tests: B times the parameters' number in memory.
         layers: patterns (``fnmatch``) of layer names to tap; None: all that can be.
+        by_part: a sketch for each part of the model (``model_parts.py``), of ``dim`` squared numbers each.
         strict: False: a layer that can't be followed is left out and handed to ``on_error``, instead of an error.
         on_error: called with (layer name, exception).
 
@@ -74,6 +82,7 @@ class GradientSketch:
         dim: int = 64,
         layers: Sequence[str] | None = None,
         *,
+        by_part: bool = False,
         strict: bool = True,
         on_error: Callable[[str, Exception], None] | None = None,
     ) -> None:
@@ -87,6 +96,12 @@ class GradientSketch:
         self._numbers = {id(parameter): number for number, parameter in enumerate(self._parameters)}
         self.layers = find_layers(model, self._numbers, layers)
         self._by_module = {layer.module: layer for layer in self.layers}
+        blocks = [block_of(layer.name) for layer in self.layers]
+        n_blocks = max((block + 1 for block in blocks if block is not None), default=0)
+        for layer in self.layers:
+            layer.section = part_of(layer.name, layer.kind, n_blocks) if by_part else WHOLE
+        known = {layer.section for layer in self.layers}
+        self.sections = [name for name in (WHOLE, *PARTS_OF_MODEL) if name in known]
         self._projections: Projections | None = None
         self._rows: SequenceRows | None = None
         self._seen: list[SequenceRows] = []
@@ -249,40 +264,54 @@ class GradientSketch:
             raise ValueError("no step is open")
         self._fold()
         device = self._projections.device
-        keys = sorted({key for rows in self._seen for key in rows.total}, key=str)
-        parts = [
-            torch.cat(
-                [
-                    rows.total[key].flatten(1).to(device)
-                    if key in rows.total
-                    else torch.zeros(len(rows.prompt_S), self._size(key), device=device)
-                    for key in keys
-                ],
-                dim=1,
-            )
-            if keys
-            else torch.zeros(len(rows.prompt_S), self._size(None), device=device)
+        # the same on every process, whichever layers were used there
+        keys = self.sections if self.dim else sorted({key for rows in self._seen for key in rows.total})
+        of_rows = [
+            [
+                rows.total[key].flatten(1).to(device)
+                if key in rows.total
+                else torch.zeros(len(rows.prompt_S), self._size(key), device=device)
+                for key in keys
+            ]
             for rows in self._seen
         ]
         prompts = [rows.prompt_S.to(device) for rows in self._seen]
+        sizes, empty = [self._size(key) for key in keys], self._size(None)
         self._projections, self._rows, self._seen = None, None, []  # the check stays
-        if not parts:
+        if not of_rows:
             raise ValueError("no rows were told in this step")
-        sketch = torch.cat(parts)
-        return StepSketch(sketch.view(len(sketch), PARTS, -1) if self.dim else sketch, torch.cat(prompts))
+        prompt_B = torch.cat(prompts)
+        if not keys:
+            return StepSketch(torch.zeros(len(prompt_B), empty, device=device), prompt_B)
+        columns = [torch.cat(of_key) for of_key in zip(*of_rows, strict=True)]
+        if not self.dim:
+            return StepSketch(torch.cat(columns, dim=1), prompt_B, self._exact_sections(keys, sizes))
+        sketch = torch.cat([column.view(len(column), PARTS, -1) for column in columns], dim=2)
+        slots = sketch.shape[2] // len(keys)
+        sections = {key: slice(i * slots, (i + 1) * slots) for i, key in enumerate(keys)}
+        return StepSketch(sketch, prompt_B, sections)  # type: ignore[arg-type]
+
+    def _exact_sections(self, numbers: list[Any], sizes: list[int]) -> dict[str, slice | list[int]]:
+        section_of = {n: layer.section for layer in reversed(self.layers) for n in (layer.weight, layer.bias)}
+        found: dict[str, list[int]] = {name: [] for name in self.sections}
+        first = 0
+        for number, size in zip(numbers, sizes, strict=True):
+            found[section_of[number]] += range(first, first + size)
+            first += size
+        return dict(found)
 
     def _fold(self) -> None:
         """Makes numbers of the sketch of the layers that were added up."""
         assert self._projections is not None
         for rows in self._seen:
-            for entries in rows.entries.values():
-                rows.add(None, self._projections.fold_entries(entries))
+            for (section, _), entries in rows.entries.items():
+                rows.add(section, self._projections.fold_entries(entries))
             rows.entries.clear()
 
     def _size(self, key: Any) -> int:
         """The numbers of a sequence under this key, in an open step."""
         assert self._projections is not None
-        return PARTS * self._projections.slots if key is None else self._parameters[key].numel()
+        return self._parameters[key].numel() if isinstance(key, int) else PARTS * self._projections.slots
 
     # ---- what a layer adds
 
@@ -327,7 +356,7 @@ class GradientSketch:
                 folded = self._projections.fold_side(left, "out", layer.weight)
             self._add_folded(layer, rows, folded, right)
         if layer.bias is not None:
-            self._add_vector(layer.bias, rows, rows.sums(d))
+            self._add_vector(layer, layer.bias, rows, rows.sums(d))
 
     def _add_folded(self, layer: Layer, rows: SequenceRows, left: torch.Tensor, right: torch.Tensor) -> None:
         """``left`` is folded already, for each part; ``right`` is of the weight's input side."""
@@ -336,7 +365,11 @@ class GradientSketch:
         right = projections.fold_side(right, "in", weight)
         place = projections.place(weight, left.shape[-1], right.shape[-1])
         sides = ["in"] if layer.kind in ("head", "embedding") else ["out", "in"]  # words are projected
-        rows.add_outer(left, right, projections.side, place, lambda sums: projections.turn_narrow(sums, weight, sides))
+
+        def turn(sums: torch.Tensor) -> torch.Tensor:
+            return projections.turn_narrow(sums, weight, sides)
+
+        rows.add_outer(layer.section, left, right, projections.side, place, turn)
 
     def _embedding(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, ids: torch.Tensor) -> None:
         d = rows.tokens(layer.name, gradient)
@@ -367,9 +400,9 @@ class GradientSketch:
         if not layer.zero_at_zero:
             slope = slope - rows.tokens(layer.name, norm_at(layer.module, 0.0, a.float()))
         if layer.weight is not None:
-            self._add_vector(layer.weight, rows, rows.sums(d.float() * slope.float()))
+            self._add_vector(layer, layer.weight, rows, rows.sums(d.float() * slope.float()))
         if layer.bias is not None:
-            self._add_vector(layer.bias, rows, rows.sums(d))
+            self._add_vector(layer, layer.bias, rows, rows.sums(d))
 
     def _signs_of(self, layer: Layer, width: int) -> torch.Tensor:
         """(width, PROBES): by what the check projects the weight's left side. Where its rows are words, made from the
@@ -382,7 +415,7 @@ class GradientSketch:
             self._word_signs[layer.weight] = words @ self._check.signs(words.shape[1], 0, words)
         return self._word_signs[layer.weight]
 
-    def _add_vector(self, number: int, rows: SequenceRows, vector_SD: torch.Tensor) -> None:
+    def _add_vector(self, layer: Layer, number: int, rows: SequenceRows, vector_SD: torch.Tensor) -> None:
         assert self._check is not None
         if self._due(number):
             self._check.vector(number, vector_SD)
@@ -390,7 +423,7 @@ class GradientSketch:
             rows.add(number, vector_SD)
             return
         assert self._projections is not None
-        rows.add(None, self._projections.fold_vector(vector_SD, number))
+        rows.add(layer.section, self._projections.fold_vector(vector_SD, number))
 
     # ---- the LM head, when a fused loss takes its place
 

@@ -61,6 +61,7 @@ class Layer:
     weight: int | None
     bias: int | None
     zero_at_zero: bool = False  # a norm whose output is 0 where its weight is
+    section: str = ""  # of the model, whose sketch it adds to
 
 
 def norm_at(norm: nn.Module, weight: float, values: torch.Tensor) -> torch.Tensor:

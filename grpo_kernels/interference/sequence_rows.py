@@ -23,8 +23,10 @@ class SequenceRows:
     prompt_S: torch.Tensor
     sequence_RT: torch.Tensor | None  # the sequence of each position, -1 for none; None: each row is one
     n_rows: int
-    total: dict[Any, torch.Tensor] = field(default_factory=dict)  # key None: the (S, parts, slots) sketch
-    entries: dict[int, torch.Tensor] = field(default_factory=dict)  # by P: (P, S, side, side), yet to be folded
+    # a section's (S, parts, slots) sketch; exact, a parameter's
+    total: dict[Any, torch.Tensor] = field(default_factory=dict)
+    # by section and P: (P, S, side, side), yet to be folded
+    entries: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     _pieces: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, key: Any, values_S: torch.Tensor) -> None:
@@ -36,19 +38,20 @@ class SequenceRows:
 
     def add_outer(
         self,
+        section: str,
         left: torch.Tensor,
         right: torch.Tensor,
         side: int,
         place: tuple[slice, slice],
         turn: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """Adds ``outer(left, right)``, folded sides of a layer, to the entries at this place, after ``turn`` where a
-        side is narrower than they are."""
+        """Adds ``outer(left, right)``, folded sides of a layer, to the section's entries at this place, after ``turn``
+        where a side is narrower than they are."""
         parts, rows, columns = max(len(left), len(right)), *place
-        if parts not in self.entries:
+        if (section, parts) not in self.entries:
             size = (parts, len(self.prompt_S), side, side)
-            self.entries[parts] = left.new_zeros(size, dtype=torch.promote_types(left.dtype, right.dtype))
-        entries = self.entries[parts]
+            self.entries[section, parts] = left.new_zeros(size, dtype=torch.promote_types(left.dtype, right.dtype))
+        entries = self.entries[section, parts]
         if self.sequence_RT is None and rows == columns == slice(0, side):  # no block of its own, of (side, side) each
             left, right = (x.expand(parts, -1, -1, -1).flatten(0, 1).to(entries) for x in (left, right))
             entries.flatten(0, 1).baddbmm_(left.transpose(1, 2), right)

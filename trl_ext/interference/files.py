@@ -43,8 +43,9 @@ class InterferenceRecord:
     ``prompt_id_P`` int64, ``prompt_B`` int64, ``reward_B`` (NaN: unscorable) and ``coefficient_B`` (or None) float64:
     as in ``StepGradients``. ``position_B`` int64, ``advantage_B``, ``weight_B``, ``length_B``, ``rewards_PG`` (whole
     groups) and ``function_rewards_BF``: as in ``sequences.Known``, None in files of earlier versions. ``what_if``: the
-    step's table (``what_if_log.as_plain``), or None. ``sigma_P``: population std of a prompt's rewards, NaN where none
-    is scorable. ``prompt_key_P``: int64, the same for the same prompt in every step. ``prompt_text_P``: its first 200
+    step's table (``what_if_log.as_plain``), or None. ``gram_parts``: by part of the model, as ``gram_PP``, which is
+    their sum; None where parts weren't asked for. ``sigma_P``: population std of a prompt's rewards, NaN where none is
+    scorable. ``prompt_key_P``: int64, the same for the same prompt in every step. ``prompt_text_P``: its first 200
     characters, or None.
     """
 
@@ -67,6 +68,7 @@ class InterferenceRecord:
     rewards_PG: np.ndarray | None = None
     function_rewards_BF: np.ndarray | None = None
     what_if: dict[str, Any] | None = None
+    gram_parts: dict[str, np.ndarray] | None = None
 
 
 # in a file: float32, or int64
@@ -95,11 +97,12 @@ def write_step(
     *,
     sequences: Mapping[str, np.ndarray] | None = None,
     what_if: Mapping[str, Any] | None = None,
+    parts: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Writes one step's file, over one of the same step (a resumed run), and returns its path.
 
     ``prompt_keys`` and ``prompt_texts``: one for each prompt, in ascending order of prompt id. ``sequences``: as
-    ``sequence_columns`` gives them. ``what_if``: for JSON.
+    ``sequence_columns`` gives them. ``what_if``: for JSON. ``parts``: (P, P) inner products by part of the model.
     """
     if step < 0:
         raise ValueError(f"step={step} must not be negative")
@@ -123,6 +126,9 @@ def write_step(
     if groups.coefficient_B is not None:
         arrays["coefficient"] = groups.coefficient_B.cpu().numpy()
     arrays.update(sequences or {})
+    if parts:
+        arrays["part_names"] = _as_json(list(parts))
+        arrays["parts"] = np.stack([_upper_triangle(gram_PP) for gram_PP in parts.values()])
     if what_if is not None:
         arrays["what_if"] = _as_json(what_if)
     if prompt_texts is not None:
@@ -194,6 +200,12 @@ def _read(path: Path) -> InterferenceRecord:
         coefficient_B=arrays.get("coefficient"),
         metrics=metrics,
         what_if=_from_json(arrays["what_if"]) if "what_if" in arrays else None,
+        gram_parts={
+            name: _from_upper_triangle(values, len(prompt_id_P))
+            for name, values in zip(_from_json(arrays["part_names"]), arrays["parts"], strict=True)
+        }
+        if "parts" in arrays
+        else None,
         **{field: arrays[name] for name, field in OF_SEQUENCES.items() if name in arrays},
     )
 

@@ -23,6 +23,7 @@ from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.curvature import directional_curvature
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.metrics import interference_metrics, orthogonality
+from grpo_kernels.interference.model_parts import part_metrics
 from grpo_kernels.interference.sketch_error import predicted_rmse
 from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
 from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
@@ -108,6 +109,7 @@ class InterferenceLog:
         self._has_rows = False  # this micro-batch has something to run
         self._opened_at = 0  # TRL's count of micro-batches when the step began
         self._n_functions = 1
+        self._sections: dict[str, Any] = {}
         self._opened_in = 0  # the optimizer step, counted from 1 as the log counts those that are done
         if run.torch_compile and not self._off:
             self._switch_off("torch_compile=True: a compiled model doesn't call the layers' hooks")
@@ -175,7 +177,9 @@ class InterferenceLog:
         try:
             if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
                 model = self._model = self.accelerator.unwrap_model(model)
-                self.sketch = GradientSketch(model, self.dim, self.layers, strict=False, on_error=self._layer_failed)
+                options: dict[str, Any] = {"by_part": self.run.options.interference_parts}
+                options["on_error"] = self._layer_failed
+                self.sketch = GradientSketch(model, self.dim, self.layers, strict=False, **options)
                 self.features = PromptFeatures(model, on_error=self._fail)
                 rehearse(self.sketch, model, self.accelerator, self.run.say_once)
             self.sketch.open(self.run.seed * 1_000_003 + step)
@@ -275,6 +279,7 @@ class InterferenceLog:
             sketch_B = torch.cat([sketch_B, sketch_B.new_zeros(n_skipped, *sketch_B.shape[1:])])
         known = join_sequences(self._sequences, self._skipped)
         ids, numbers = pack_known(known, processes)
+        self._sections = recorded.sections
         self._n_functions = known["function_rewards"].shape[1]  # type: ignore[union-attr]
         feature_BH = known["feature"]
         if feature_BH is None:
@@ -325,6 +330,8 @@ class InterferenceLog:
         if some_skipped and "interference/feature_cos_abs_mean" in metrics:  # of what ran
             metrics["interference/feature_cos_abs_mean_live"] = metrics.pop("interference/feature_cos_abs_mean")
         metrics |= self._checks(step.gram_BB)
+        grams_PP = self._by_part(sketch_B, prompt_B)
+        metrics |= part_metrics(grams_PP, self._part_errors)
         constant = self.speedup.observe(metrics, step.reward_B)
         if constant is not None:
             metrics["curvature/speedup_constant"] = constant
@@ -346,7 +353,22 @@ class InterferenceLog:
         if self.accelerator.is_main_process:
             self._keep_latest(step)
             if self._writes:
-                self._write(step, metrics, known)
+                self._write(step, metrics, known, grams_PP)
+
+    def _by_part(self, sketch_B: torch.Tensor, prompt_B: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(P, P) inner products of the prompts' gradients in each part of the model, where parts are asked for."""
+        grams_PP: dict[str, torch.Tensor] = {}
+        self._part_errors: dict[str, float] = {}
+        if not self.run.options.interference_parts:
+            return grams_PP
+        prompt_P, row_B = prompt_B.unique(return_inverse=True)
+        for name, columns in self._sections.items():
+            part_B = sketch_B[..., columns]
+            flat_P = part_B.new_zeros(len(prompt_P), part_B[0].numel(), dtype=torch.float64)
+            flat_P.index_add_(0, row_B, part_B.flatten(1).double())
+            grams_PP[name] = flat_P @ flat_P.T
+            self._part_errors[name] = predicted_rmse(part_B, prompt_B) if self.dim else 0.0
+        return grams_PP
 
     def _keep_latest(self, step: StepGradients) -> None:
         """For the images; of this process alone, so that nothing of it may end the others' step."""
@@ -356,12 +378,15 @@ class InterferenceLog:
         except Exception as error:
             logger.warning(f"Images of interference aren't drawn of this step: {type(error).__name__}: {error}")
 
-    def _write(self, step: StepGradients, metrics: dict[str, float], known: Known) -> None:
+    def _write(
+        self, step: StepGradients, metrics: dict[str, float], known: Known, grams_PP: dict[str, torch.Tensor]
+    ) -> None:
         try:
             prompts, first = known.prompt_id.unique(return_inverse=True)
             keys = known.prompt_key.new_zeros(len(prompts)).scatter_(0, first, known.prompt_key).tolist()
             texts = [self.prompt_texts.get(key, "") for key in keys]
-            more = {"sequences": sequence_columns(known), "what_if": self.what_if.latest}
+            more: dict[str, Any] = {"sequences": sequence_columns(known), "what_if": self.what_if.latest}
+            more["parts"] = {name: gram_PP.cpu().numpy() for name, gram_PP in grams_PP.items()}
             write_step(self.run.output_dir, self._opened_in, step, metrics, keys, texts, **more)
         except Exception as error:  # of this process alone: the others go on as it does
             self._writes = False

@@ -1,0 +1,62 @@
+"""Eight parts of a language model, by the names of its layers: where in it prompts interfere.
+
+Attention and MLP by thirds of the depth, norms, and embedding with head (whose weights may be tied).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+THIRDS = ("early", "middle", "late")
+PARTS_OF_MODEL = (
+    *(f"attention_{third}" for third in THIRDS), *(f"mlp_{third}" for third in THIRDS), "norms", "embedding_head",
+)  # fmt: skip
+_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+_ATTENTION = re.compile(r"attn|attention|(?:^|\.)[qkvo]_proj|c_attn|query_key_value")
+
+
+def block_of(name: str) -> int | None:
+    """The number of the block that a layer is in, the first number of its name; None outside of all."""
+    found = _BLOCK.search(name)
+    return None if found is None else int(found.group(1))
+
+
+def part_of(name: str, kind: str, n_blocks: int) -> str:
+    """One of ``PARTS_OF_MODEL``. ``kind``: as ``layer_taps.Layer`` has it. What is neither attention nor a norm nor of
+    words counts with the MLPs (experts, mixers of a state-space model); outside of all blocks, as of the last."""
+    if kind in ("embedding", "head"):
+        return "embedding_head"
+    if kind == "norm":
+        return "norms"
+    block = block_of(name)
+    third = THIRDS[-1 if block is None or n_blocks == 0 else min(2, 3 * block // n_blocks)]
+    return f"{'attention' if _ATTENTION.search(name) else 'mlp'}_{third}"
+
+
+def part_metrics(grams_PP: Mapping[str, torch.Tensor], errors: Mapping[str, float]) -> dict[str, float]:
+    """What is logged, under ``parts/<part>/``: ``share``, of the prompts' summed squared gradients; ``cos_mean`` and
+    ``cos_abs_mean`` over pairs of prompts that have a gradient there; ``sketch_rmse``, the error of one such cosine.
+
+    ``grams_PP``: (P, P) inner products of the prompts' gradients in each part, which sum to the whole's.
+    """
+    whole = sum(float(gram_PP.diagonal().sum()) for gram_PP in grams_PP.values())
+    metrics: dict[str, float] = {}
+    if whole <= 0:
+        return metrics
+    for part, gram_PP in grams_PP.items():
+        square_P = gram_PP.diagonal()
+        metrics[f"parts/{part}/share"] = float(square_P.sum()) / whole
+        live_P = square_P > 0
+        if int(live_P.sum()) < 2:
+            continue
+        norm_L = square_P[live_P].sqrt()
+        cosine_LL = gram_PP[live_P][:, live_P] / norm_L[:, None] / norm_L
+        row_N, column_N = torch.triu_indices(len(norm_L), len(norm_L), offset=1, device=gram_PP.device)
+        cosine_N = cosine_LL[row_N, column_N]
+        metrics[f"parts/{part}/cos_mean"] = float(cosine_N.mean())
+        metrics[f"parts/{part}/cos_abs_mean"] = float(cosine_N.abs().mean())
+        metrics[f"parts/{part}/sketch_rmse"] = errors[part]
+    return metrics
