@@ -86,8 +86,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._normalizer = Normalizer(run, *resolve_normalization(self.args), n_functions=len(self.reward_funcs))
         self._generations = GenerationCount()
         self._resampling = Resampling(run) if run.options.resample_zero_variance else None
-        baseline, used = self._normalizer.baseline_size, self._normalizer.name
-        self._interference = InterferenceLog(run, self.model, baseline, observer=self, used=used)
+        of_run = {"used": self._normalizer.name, "function_weights": self.reward_weights.tolist()}
+        self._interference = InterferenceLog(run, self.model, self._normalizer.baseline_size, observer=self, **of_run)
         self._completion_mask, self._shared_prompts = CompletionMask(), SharedPrompts()
         self._deferred = DeferredLogprobs(run, self._score)
         if run.options.fused_loss:

@@ -10,7 +10,7 @@ Nothing here changes what is trained, and a failure is said once and switches it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -76,8 +76,8 @@ class InterferenceLog:
 
     The projections of a step are drawn from the seed and the step's number, so that a resumed run draws the same.
     ``baseline_size``: rewards in a sequence's baseline. ``observer`` is told what was measured. ``used``: the
-    normalisation's name in ``METHODS``, where it is one. ``keeps_latest`` may be set: whether the latest step's cosines
-    are wanted, for images.
+    normalisation's name in ``METHODS``, where it is one; ``function_weights`` of the reward functions. ``keeps_latest``
+    may be set: whether the latest step's cosines are wanted, for images.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class InterferenceLog:
         *,
         observer: Observer,
         used: str | None,
+        function_weights: Sequence[float],
     ) -> None:
         self.run, self.accelerator, self.baseline_size, self.keeps_latest = run, run.accelerator, baseline_size, False
         self.every, self.dim = run.options.interference_every, run.options.interference_dim
@@ -97,7 +98,7 @@ class InterferenceLog:
         self._model = model
         self.features: PromptFeatures | None = None
         self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
-        self.what_if = WhatIfLog(run, used)
+        self.what_if = WhatIfLog(run, used, function_weights)
         self.prompt_texts: dict[int, str] = {}
         self.latest: np.ndarray | None = None  # cosines of the live prompts of the latest logged step, (L, L)
         self._off = self.every == 0

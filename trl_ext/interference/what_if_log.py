@@ -42,8 +42,15 @@ def step_scores(gram_BB: torch.Tensor, known: Known) -> StepScores | None:
     )
 
 
-def step_context(scores: StepScores, length_B: torch.Tensor, function_rewards_BF: torch.Tensor) -> dict[str, Any]:
-    """What normalisations may need beside rewards, where the step holds whole groups."""
+def step_context(
+    scores: StepScores,
+    length_B: torch.Tensor,
+    function_rewards_BF: torch.Tensor,
+    function_weights: Sequence[float] | None,
+    prompt_keys: torch.Tensor,
+) -> dict[str, Any]:
+    """What normalisations may need beside rewards, where the step holds whole groups. ``function_weights``: None: 1
+    each. ``prompt_keys`` (P,) int64."""
     n_prompts, n_answers = scores.rewards_PG.shape
     if len(scores.prompt_B) < n_prompts * n_answers:
         return {}
@@ -51,7 +58,11 @@ def step_context(scores: StepScores, length_B: torch.Tensor, function_rewards_BF
     lengths_PG[scores.prompt_B, scores.position_B] = length_B.to(lengths_PG)
     function_PGF = lengths_PG.new_zeros(n_prompts, n_answers, function_rewards_BF.shape[1])
     function_PGF[scores.prompt_B, scores.position_B] = function_rewards_BF.to(lengths_PG)
-    return {"lengths": lengths_PG, "function_rewards": function_PGF}
+    weights_F = (
+        torch.ones_like(function_PGF[0, 0]) if function_weights is None else lengths_PG.new_tensor(function_weights)
+    )
+    context = {"lengths": lengths_PG, "function_rewards": function_PGF, "prompt_keys": prompt_keys}
+    return {**context, "function_weights": weights_F}
 
 
 def step_table(
@@ -78,10 +89,11 @@ def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None) -> di
 
 
 class WhatIfLog:
-    """Of a run whose normalisation is ``used``, a name in ``METHODS``, or None. ``latest``: the latest step's table."""
+    """Of a run whose normalisation is ``used``, a name in ``METHODS``, or None; ``function_weights`` of its reward
+    functions. ``latest``: the latest step's table."""
 
-    def __init__(self, run: RunSettings, used: str | None) -> None:
-        self.run = run
+    def __init__(self, run: RunSettings, used: str | None, function_weights: Sequence[float]) -> None:
+        self.run, self.function_weights = run, list(function_weights)
         names = STATELESS if run.options.what_if is None else tuple(run.options.what_if)
         options = run.options.normalization_kwargs or {}
         self.methods = candidates(names, **{name: options[name] for name in ("eps", "alpha") if name in options})
@@ -113,7 +125,8 @@ class WhatIfLog:
         methods = self.methods
         if known.function_rewards.shape[1] == 1:
             methods = [one for one in methods if one.name != "decoupled"]
-        context = step_context(scores, known.length, known.function_rewards)
+        keys_P = known.prompt_key.new_zeros(len(scores.rewards_PG)).scatter_(0, scores.prompt_B, known.prompt_key)
+        context = step_context(scores, known.length, known.function_rewards, self.function_weights, keys_P)
         whole = len(scores.rewards_PG) == self.run.prompts_per_generation
         table = step_table(scores, methods, self.used, context, whole_batch=whole)
         noise = gradient_noise(scores)

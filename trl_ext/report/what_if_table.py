@@ -97,7 +97,8 @@ def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, A
         context: dict[str, Any] = {}
         if record.length_B is not None and record.function_rewards_BF is not None:
             both = torch.from_numpy(record.length_B), torch.from_numpy(record.function_rewards_BF)
-            context = step_context(scores, *both)
+            weights, keys_P = run.config.get("reward_weights"), torch.from_numpy(record.prompt_key_P)
+            context = step_context(scores, *both, weights if isinstance(weights, list) else None, keys_P)
         here = chosen
         if record.function_rewards_BF is None or record.function_rewards_BF.shape[1] == 1:
             here = [one for one in chosen if one.name != "decoupled" or methods is not None]
