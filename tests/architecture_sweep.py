@@ -41,7 +41,8 @@ HEADER = """# Architectures
 
 Every causal architecture of transformers that one set of tiny sizes builds (`tests/architectures.py`), with random
 weights: three SGD steps of stock TRL and of `CurvatureGRPOTrainer` on the same stored rollouts, of which a quarter has
-no gradient. *right*: with skipping on and off each step's whole gradient is TRL's to 1e-5; the number is the largest
+no gradient. *right*: with skipping on and off, and with prompts that run once where the model allows it (*prompts
+shared*), each step's whole gradient is TRL's to 1e-5; the number is the largest
 relative distance (where TRL's own gradient moves further when it is padded otherwise, to three times that). *neither
 trains it*: TRL and we end with the error in brackets. *followed*: the share of the squared gradient that interference
 logging follows, each sequence's part of each parameter compared with a backward of its own; and what it left out by
@@ -152,7 +153,8 @@ def distance(found: list[dict[str, torch.Tensor]], expected: list[dict[str, torc
 
 @dataclass
 class Row:
-    """What came of an architecture: ``errors`` of the gradient with skipping on and off, against TRL's.
+    """What came of an architecture: ``errors`` of the gradient with skipping on, on and prompts shared where they may
+    be, and off, against TRL's.
 
     ``rounding``: where they aren't within ``TOLERANCE``, how far TRL's own gradient moves with padding that changes
     nothing but the order of its sums. ``trl_fails``, ``ours_fails``: the error's type, or None. ``runs``: what of a
@@ -196,7 +198,7 @@ def what_runs(trainer: CurvatureGRPOTrainer) -> str:
 
 
 def examine(name: str, adapter: Callable[[], PeftConfig | None]) -> Row:
-    """Trains both, ours with skipping on and off, and sketches; ``name`` of an architecture."""
+    """Trains both, ours in three ways, and sketches; ``name`` of an architecture."""
     row, model, tokenizer = Row(name), build(name), build_tokenizer((1, 4))
     tokenizer.padding_side = "left"
     theirs = None
@@ -205,23 +207,26 @@ def examine(name: str, adapter: Callable[[], PeftConfig | None]) -> Row:
     except Exception as error:
         row.trl_fails = type(error).__name__
     errors, coverages = [], []
-    for skip in (True, False):
+    for skip, every in ((True, 1), (True, 0), (False, 0)):  # a step that logs runs without sharing prompts
         try:
-            options = {"interference_every": int(skip), "interference_dim": 0, "skip_zero_advantage": skip}
+            options = {"interference_every": every, "interference_dim": 0, "skip_zero_advantage": skip}
             trainer, ours = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, model, tokenizer, adapter(), **options)
         except Exception as error:
             row.ours_fails = type(error).__name__
             break
         if theirs is not None:
             errors.append(distance(ours, theirs))
-        if skip:
+        if skip and not every and trainer._micro_batches.not_shared is None and trainer._micro_batches.skipping:
+            row.runs += "; prompts shared"
+        if every:
             row.runs = what_runs(trainer)
             coverages = [coverage for coverage in trainer.coverages if coverage == coverage]
             row.check = max(trainer.checks, key=lambda check: abs(check - 1), default=float("nan"))
     row.errors = tuple(errors)
     if errors and not max(errors) <= TOLERANCE:
-        _, padded = train(GRPOTrainer, GRPOConfig, model, tokenizer, adapter(), pad_to_multiple_of=16)
-        row.rounding = distance(padded, theirs)
+        for multiple in (16, 24):
+            _, padded = train(GRPOTrainer, GRPOConfig, model, tokenizer, adapter(), pad_to_multiple_of=multiple)
+            row.rounding = max(row.rounding, distance(padded, theirs))
     try:
         row.coverage, found, row.left_out, row.untapped = sketch_errors(model, adapter())
         row.coverage = min([row.coverage, *coverages[-1:]])  # in training the fused head is in the model's place

@@ -12,7 +12,7 @@ reward, whatever the normalisation trained with. g_p is the mean over pairs of a
 each E the mean over all such pairs of pairs of a prompt's answers. With B the variance of E g_p over prompts, all-equal
 groups as zeros, a step of P' prompts with G' answers has variance (B + v(G')) / P', and with P' G' rollouts in all it
 is least at G* = 1 + sqrt(A / B): what the answers add one by one, 4 zeta_1, is the same for every G'. (One number W for
-all G', v = W / (G - 1), is zeta_1 = zeta_2 / 4; in a simulation it was 15 % off where this is right.)
+all G', v = W / (G - 1), is zeta_1 = zeta_2 / 4; in a simulation it was 14 % off where this is right.)
 """
 
 from __future__ import annotations
