@@ -1,7 +1,8 @@
 """The whole optimizer step with each prompt once: TRL's GRPOTrainer, ours with rows of their own ("before"), and ours.
 
-Counted: as in ``test_step_bench.py``, but 8 answers to a prompt, of a median of 115 tokens (107 on average in the draw for a CPU), to
-prompts of 100 and of 400 tokens. The trainers take turns, TRL in the rounds without dead groups (it runs every sequence, whatever their share).
+Counted: as in ``test_step_bench.py``, but 8 answers to a prompt, of a median of 115 tokens (107 on average in the draw
+for a CPU), to prompts of 100 and of 400 tokens. The trainers take turns, TRL in the rounds without dead groups (it runs
+every sequence, whatever their share).
 
 Predicted: the floating-point operations of the backbone's and the head's matrix products and of attention, from the
 lengths alone; nothing of what grows with neither.

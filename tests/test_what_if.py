@@ -13,6 +13,7 @@ from grpo_kernels import normalize_rewards
 from grpo_kernels.interference.noise import GradientNoise, _pairs_of_pairs, advised_generations, gradient_noise
 from grpo_kernels.interference.what_if import (
     StepScores,
+    by_prompt,
     candidates,
     gain_of_fixed,
     gain_without_each,
@@ -125,14 +126,30 @@ def test_the_gain_by_brute_force(drawn, name):
 
 
 def test_the_gain_by_prompts_is_that_by_sequences(drawn):
-    scores = make_scores(*drawn)
+    """And sequences may come in any order."""
+    score, reward = drawn
+    scores = make_scores(score, reward)
     gamma, _ = objective(scores)
-    own = (scores.prompt_B == torch.arange(6)[:, None]).double()
+    judged = by_prompt(scores.gram_BB, gamma, 6)
     factors = torch.rand(36, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    one = gain_of_fixed(scores.gram_BB, factors, gamma, own)
-    other = gain_without_each(scores.gram_BB, (1 - own) * factors, gamma, scores.prompt_B)
+    others = (scores.prompt_B != torch.arange(6)[:, None]).double()
+    one, other = (
+        gain_of_fixed(scores.gram_BB, factors, judged),
+        gain_without_each(scores.gram_BB, others * factors, judged),
+    )
     assert one[0] == pytest.approx(other[0]) and one[0] != 0
     torch.testing.assert_close(one[1], other[1])
+
+    order = torch.randperm(36, generator=torch.Generator().manual_seed(3))
+    shuffled = make_scores(score, reward, chosen=order)
+    want, found = (what_if(one, candidates(METHODS), used="std").rows for one in (scores, shuffled))
+    assert found.keys() == want.keys()
+    for name, row in found.items():
+        expected = want[name]
+        assert (row.cos, row.factor, row.gain) == pytest.approx((expected.cos, expected.factor, expected.gain))
+        assert (row.gain_error, row.ahead) == pytest.approx((expected.gain_error, expected.ahead), abs=1e-9)
+        torch.testing.assert_close(row.share_P, expected.share_P)
+    assert astuple(gradient_noise(shuffled)) == pytest.approx(astuple(gradient_noise(scores)))
 
 
 def population_gain(toy, score, reward, method):
@@ -338,7 +355,7 @@ def test_advice_at_its_ends():
 def test_a_gain_of_a_step_that_cancels_is_nothing():
     gram = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     factors = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 0.0]], dtype=torch.float64)
-    gain, without = gain_without_each(gram, factors, torch.ones(3, dtype=torch.float64), torch.arange(3))
+    gain, without = gain_without_each(gram, factors, gram)
     # q = 0: -<u1 + u2, g0> / sqrt(2) = 1 / sqrt(2); q = 1 the same; q = 2: u0 + u1 = 0
     assert gain == pytest.approx(2 * 0.5**0.5 / 3)
     assert without.isfinite().all()

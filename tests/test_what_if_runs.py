@@ -169,6 +169,18 @@ def test_a_function_and_files_without_its_columns(run_folder, tmp_path, capsys, 
     assert capsys.readouterr().out.split("mean")[1].split()[:3] == want
 
 
+def test_a_function_that_fails_and_a_run_of_one_step(run_folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "fails.py").write_text("def half(rewards_PG, context):\n    return rewards_PG / context['no such']\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "one" / FOLDER).mkdir(parents=True)
+    path = next(iter(sorted((run_folder / FOLDER).glob("*.npz"))))
+    (tmp_path / "one" / FOLDER / path.name).write_bytes(path.read_bytes())
+    what_if_command([str(tmp_path / "one"), "--function", "fails:half", "--methods", "mean"])
+    printed = capsys.readouterr().out
+    assert "half: not told in 1 step (fails:half raised KeyError: 'no such')" in printed
+    assert "1 step (" in printed and "schedule " not in printed.split("cosine: ")[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .what_if import StepScores, objective
+from .what_if import StepScores, by_prompt, in_order, objective
 
 DRAWS = 200  # of the bootstrap
 INTERVAL = (0.05, 0.95)
@@ -53,9 +53,10 @@ def gradient_noise(scores: StepScores, seed: int = 0) -> GradientNoise | None:
     n_prompts, n_answers = scores.rewards_PG.shape
     if unknown is not None or n_prompts < 2 or n_answers < 2:
         return None
-    own_BP = torch.zeros(len(gamma_B), n_prompts, dtype=torch.float64, device=gamma_B.device)
-    own_BP[torch.arange(len(gamma_B), device=gamma_B.device), scores.prompt_B] = 1.0
-    gram_PP = own_BP.T @ (gamma_B[:, None] * scores.gram_BB.double() * gamma_B) @ own_BP
+    scores = in_order(scores)
+    gamma_B, _ = objective(scores)
+    judged_BP = gamma_B[:, None] * by_prompt(scores.gram_BB.double(), gamma_B, n_prompts)
+    gram_PP = judged_BP.view(n_prompts, n_answers, n_prompts).sum(1)
     signal_P, one_P, pair_P = _pairs_of_pairs(scores)
     pairs_P = 2 * (pair_P - signal_P) - 4 * (one_P - signal_P)
     within_P = (4 * (one_P - signal_P) + pairs_P / (n_answers - 1)) / n_answers

@@ -86,13 +86,34 @@ class StepScores:
         return ~self.known & (self.advantage_B != 0)
 
 
+def in_order(scores: StepScores) -> StepScores:
+    """Of whole groups: the same with its sequences by prompt and position, so that B is P times G."""
+    order_B = (scores.prompt_B * scores.rewards_PG.shape[1] + scores.position_B).argsort()
+    if bool((order_B[1:] > order_B[:-1]).all()):
+        return scores
+    gram_BB = scores.gram_BB[order_B][:, order_B]
+    columns = ("coefficient_B", "made_at_B", "advantage_B", "prompt_B", "position_B")
+    return StepScores(
+        gram_BB, **{name: getattr(scores, name)[order_B] for name in columns}, rewards_PG=scores.rewards_PG
+    )
+
+
+def by_prompt(gram_BB: torch.Tensor, factor_B: torch.Tensor, n_prompts: int) -> torch.Tensor:
+    """(B, P): inner products of each z_i with each prompt's sum of factor_j z_j; sequences in order."""
+    size = len(gram_BB) // n_prompts
+    columns = [block @ factor for block, factor in zip(gram_BB.split(size, 1), factor_B.split(size), strict=True)]
+    return torch.stack(columns, dim=1)  # einsum would copy the matrix
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A normalisation: ``advantages(rewards_PG, context)`` gives (P, G). ``of_batch``: a group's depend on others'."""
+    """A normalisation: ``advantages(rewards_PG, context)`` gives (P, G). ``of_batch``: a group's depend on others';
+    ``one_scale``: by a factor that all groups have in common, which no gain per unit of length sees."""
 
     name: str
     advantages: Normalise
     of_batch: bool
+    one_scale: bool = False
 
 
 def candidates(methods: Sequence[str | Callable[..., torch.Tensor]], **options: Any) -> list[Candidate]:
@@ -107,7 +128,8 @@ def candidates(methods: Sequence[str | Callable[..., torch.Tensor]], **options: 
             return normalize_rewards(rewards_PG, method, context=context, **own)
 
         name = method if isinstance(method, str) else function_name(method)
-        made.append(Candidate(name, advantages, callable(method) or METHODS[method].kind != "group"))
+        of_batch = callable(method) or METHODS[method].kind != "group"
+        made.append(Candidate(name, advantages, of_batch, one_scale=method == "batch_std"))
     return made
 
 
@@ -147,12 +169,15 @@ def what_if(
     """The table of a step. ``used``: the name of the normalisation it was trained with, where it is among ``methods``.
     ``context``: as ``normalize_rewards`` takes it, (P, ...) tensors among it."""
     context = context or {}
+    gamma_B, no_gain = objective(scores)
+    if no_gain is None:
+        scores = in_order(scores)
+        gamma_B, _ = objective(scores)
     gram_BB = scores.gram_BB.double()
     now_B = _factors(scores, scores.advantage_B)
     square_now = _square(gram_BB, now_B)
     if square_now == 0:
         return WhatIf({}, {one.name: "the step's gradient is 0" for one in methods}, *_empty(), None)
-    gamma_B, no_gain = objective(scores)
     n_live = len(scores.prompt_B[now_B != 0].unique())
     if no_gain is None and n_live < LEAST_PROMPTS:
         no_gain = f"{n_live} prompts with a gradient, of {LEAST_PROMPTS} that it takes"
@@ -176,9 +201,10 @@ def what_if(
     chosen = [one for one in methods if one.name in factors]
     gains: dict[str, tuple[float, torch.Tensor]] = {}
     if no_gain is None:
+        judged_BP = by_prompt(gram_BB, gamma_B, len(scores.rewards_PG))
         for one in chosen:
-            gains[one.name] = _gain(scores, one, factors[one.name], gamma_B, context)
-        of_now = gains[used] if used in gains else _gain(scores, None, now_B, gamma_B, context)
+            gains[one.name] = _gain(scores, gram_BB, one, factors[one.name], judged_BP, context)
+        of_now = gains[used] if used in gains else gain_of_fixed(gram_BB, now_B, judged_BP)
 
     rows = {}
     for name, factor_B in factors.items():
@@ -226,39 +252,41 @@ def objective(scores: StepScores) -> tuple[torch.Tensor, str | None]:
     return torch.where(known_B, a_B.to(coefficient_B) / coefficient_B, 0.0), reason
 
 
-def gain_of_fixed(
-    gram_BB: torch.Tensor, factor_B: torch.Tensor, gamma_B: torch.Tensor, own_PB: torch.Tensor
-) -> tuple[float, torch.Tensor]:
+def gain_of_fixed(gram_BB: torch.Tensor, factor_B: torch.Tensor, judged_BP: torch.Tensor) -> tuple[float, torch.Tensor]:
     """As ``gain_without_each``, where the others' factors don't change when a prompt is left out: of prompts' sums."""
-    towards_PB = (own_PB * factor_B) @ gram_BB
-    inner_PP = towards_PB @ (own_PB * factor_B).T
-    judged_PP = towards_PB @ (own_PB * gamma_B).T  # <u_p, g_q>
+    n_prompts = judged_BP.shape[1]
+    towards_BP = factor_B[:, None] * by_prompt(gram_BB, factor_B, n_prompts)
+    inner_PP = towards_BP.view(n_prompts, -1, n_prompts).sum(1)
+    judged_PP = (factor_B[:, None] * judged_BP).view(n_prompts, -1, n_prompts).sum(1)  # <u_p, g_q>
     along_P = judged_PP.diagonal() - judged_PP.sum(0)
     square_P = inner_PP.sum() - 2 * inner_PP.sum(1) + inner_PP.diagonal()
-    summed_P = (factor_B.square() * gram_BB.diagonal()).sum().expand(len(own_PB))
+    summed_P = (factor_B.square() * gram_BB.diagonal()).sum().expand(n_prompts)
     along_PR = along_P[:, None] + judged_PP.T
     square_PR = square_P[:, None] + (inner_PP.diagonal() - 2 * inner_PP.sum(0))[None, :] + 2 * inner_PP
     return _mean_gain(along_P, square_P, along_PR, square_PR, summed_P)
 
 
 def gain_without_each(
-    gram_BB: torch.Tensor, factor_PB: torch.Tensor, gamma_B: torch.Tensor, prompt_B: torch.Tensor
+    gram_BB: torch.Tensor, factor_PB: torch.Tensor, judged_BP: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
     """The gain, and (P,) the same with each prompt left out of everything.
 
-    ``factor_PB``: row q has the factors of the step without prompt q, 0 at q's own sequences."""
+    ``factor_PB``: row q has the factors of the step without prompt q, 0 at q's own sequences. ``judged_BP``: inner
+    products of z_i with g_q. Sequences in order."""
     n_prompts = len(factor_PB)
-    own_PB = (prompt_B == torch.arange(n_prompts, device=prompt_B.device)[:, None]).to(gram_BB)
-    towards_PB = factor_PB @ gram_BB
-    judged_PB = (own_PB * gamma_B) @ gram_BB  # row q: inner products with g_q
-    along_P = -(factor_PB * judged_PB).sum(1)
-    square_P = (factor_PB * towards_PB).sum(1)
-    # without r, too
-    along_PR = along_P[:, None] + (factor_PB * judged_PB) @ own_PB.T
-    within_PB = factor_PB @ (gram_BB * (own_PB.T @ own_PB))
-    square_PR = square_P[:, None] - (2 * factor_PB * towards_PB - factor_PB * within_PB) @ own_PB.T
-    summed_P = (factor_PB.square() * gram_BB.diagonal()).sum(1)
 
+    def sums(values_PB: torch.Tensor) -> torch.Tensor:
+        return values_PB.view(n_prompts, n_prompts, -1).sum(2)
+
+    towards_PB = factor_PB @ gram_BB
+    blocks_PGG = gram_BB.view(n_prompts, -1, n_prompts, gram_BB.shape[0] // n_prompts).diagonal(dim1=0, dim2=2)
+    factor_QPG = factor_PB.view(n_prompts, n_prompts, -1)
+    within_QP = torch.einsum("qpg,ghp,qph->qp", factor_QPG, blocks_PGG, factor_QPG)
+    along_QP, square_QP = sums(factor_PB * judged_BP.T), sums(factor_PB * towards_PB)
+    along_P, square_P = -along_QP.sum(1), square_QP.sum(1)
+    along_PR = along_P[:, None] + along_QP  # without r, too
+    square_PR = square_P[:, None] - 2 * square_QP + within_QP
+    summed_P = (factor_PB.square() * gram_BB.diagonal()).sum(1)
     return _mean_gain(along_P, square_P, along_PR, square_PR, summed_P)
 
 
@@ -282,7 +310,7 @@ def jackknife(without_R: torch.Tensor) -> float:
 
 
 def _factors(scores: StepScores, advantage_B: torch.Tensor) -> torch.Tensor:
-    """(B,) f with u_m = sum f_i z_i."""
+    """(..., B) f with u_m = sum f_i z_i."""
     made_at_B = torch.where(scores.known, scores.made_at_B.double(), 1.0)
     return torch.where(scores.known, advantage_B.double() / made_at_B, 0.0)
 
@@ -294,21 +322,24 @@ def _square(gram_BB: torch.Tensor, factor_B: torch.Tensor) -> float:
 
 
 def _gain(
-    scores: StepScores, one: Candidate | None, factor_B: torch.Tensor, gamma_B: torch.Tensor, context: Mapping[str, Any]
+    scores: StepScores,
+    gram_BB: torch.Tensor,
+    one: Candidate,
+    factor_B: torch.Tensor,
+    judged_BP: torch.Tensor,
+    context: Mapping[str, Any],
 ) -> tuple[float, torch.Tensor]:
-    gram_BB, n_prompts = scores.gram_BB.double(), len(scores.rewards_PG)
+    if not one.of_batch or one.one_scale or len(gram_BB) > MOST_ANEW:
+        return gain_of_fixed(gram_BB, factor_B, judged_BP)
+    rows, n_prompts = [], len(scores.rewards_PG)
     place_P = torch.arange(n_prompts, device=scores.prompt_B.device)
-    own_PB = (scores.prompt_B == place_P[:, None]).to(gram_BB)
-    if one is None or not one.of_batch or len(gram_BB) > MOST_ANEW:
-        return gain_of_fixed(gram_BB, factor_B, gamma_B, own_PB)
-    rows = []
     for q in range(n_prompts):
         kept = place_P != q
         rest = {name: value[kept] if name in BY_PROMPT else value for name, value in context.items()}
         advantages_PG = torch.zeros_like(scores.rewards_PG)
         advantages_PG[kept] = one.advantages(scores.rewards_PG[kept], rest).to(advantages_PG)
-        rows.append(_factors(scores, advantages_PG[scores.prompt_B, scores.position_B]))
-    return gain_without_each(gram_BB, (1 - own_PB) * torch.stack(rows), gamma_B, scores.prompt_B)
+        rows.append(advantages_PG.flatten())
+    return gain_without_each(gram_BB, _factors(scores, torch.stack(rows)), judged_BP)
 
 
 def _mutual(gram_BB: torch.Tensor, factors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

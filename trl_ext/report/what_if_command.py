@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import sys
@@ -24,7 +25,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def load_function(place: str) -> Callable[..., Any]:
-    """``module:name``, also of the folder that one is in. Raises ``ValueError`` saying what is wrong."""
+    """``module:name``, also of the folder that one is in. Raises ``ValueError`` saying what is wrong, also for whatever
+    the function raises later."""
     module_name, colon, name = place.partition(":")
     if not colon or not module_name or not name:
         raise ValueError(f"--function {place!r} must be module:name")
@@ -36,12 +38,25 @@ def load_function(place: str) -> Callable[..., Any]:
         raise ValueError(f"--function {place}: {error}") from None
     if not callable(function):
         raise ValueError(f"--function {place} is not a function")
-    return function
+
+    @functools.wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
+
+    return named
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """Significant digits; - for none."""
     return "-" if value is None else f"{value:.{digits}g}"
+
+
+def counted(steps: int) -> str:
+    """1 step, 2 steps."""
+    return f"{steps} step{'' if steps == 1 else 's'}"
 
 
 def with_error(one: dict[str, Any], key: str) -> str:
@@ -52,12 +67,12 @@ def with_error(one: dict[str, Any], key: str) -> str:
 def lines(table: dict[str, Any]) -> list[str]:
     """What is printed."""
     steps, used = table["steps"], table["used"] or "a normalisation that can't be made again"
-    told = [f"{table['run']}: {len(steps)} steps ({steps[0]} to {steps[-1]}), trained with {used}", ""]
+    told = [f"{table['run']}: {counted(len(steps))} ({steps[0]} to {steps[-1]}), trained with {used}", ""]
     header = ("", "cosine", "factor", "over steps", "spread", "gain", f"more than {table['used'] or 'used'}", "steps")
     rows = [header]
     for name, one in sorted(table["methods"].items(), key=lambda item: -item[1]["cos"]):
         over = f"{number(one['factor_low'])} to {number(one['factor_high'])}"
-        spread = f"{number(one['spread'], 2)} {one['kind']}"
+        spread = f"{number(one['spread'], 2)} {one['kind'] or ''}".rstrip()
         both = with_error(one, "gain"), with_error(one, "ahead")
         rows.append((name, f"{one['cos']:.3f}", number(one["factor"]), over, spread, *both, str(one["steps"])))
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -70,13 +85,13 @@ def lines(table: dict[str, Any]) -> list[str]:
     if (table["optimizer"] or "").startswith(("adam", "paged_adam", "lion")):
         told.append(f"{table['optimizer']} takes no notice of a factor that stays the same.")
     told += [f"One and the same here: {', '.join(group)}." for group in table["same"]]
-    told += [f"{name}: not told in {count} steps ({reason})." for name, (count, reason) in table["absent"].items()]
-    told += [f"{count} steps left out: {reason}." for reason, count in table["skipped"].items()]
+    told += [f"{name}: not told in {counted(count)} ({reason})." for name, (count, reason) in table["absent"].items()]
+    told += [f"{counted(count)} left out: {reason}." for reason, count in table["skipped"].items()]
     noise = table["noise"]
     if noise is not None:
         told += [
             "",
-            f"Noise, of {noise['steps']} steps: between prompts {number(noise['between'])}, within (answers) "
+            f"Noise, of {counted(noise['steps'])}: between prompts {number(noise['between'])}, within (answers) "
             f"{number(noise['within'])}, of a prompt's squared gradient; with as many rollouts it is least at",
             f"{noise['advised']:.1f} answers to a prompt ({noise['low']:.1f} to {noise['high']:.1f}, 90 %).",
         ]

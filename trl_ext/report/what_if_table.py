@@ -76,8 +76,8 @@ def record_scores(record: InterferenceRecord, used: Candidate | None) -> StepSco
 def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, Any]:
     """Everything that the command prints, as JSON holds it.
 
-    ``methods``: names and functions; None: what the run logged, else all without a state. Raises ``ValueError`` where
-    no step can be compared, with the reason.
+    ``methods``: names and functions; None: all in the catalogue that need no state. Raises ``ValueError`` where no step
+    can be compared, with the reason.
     """
     used, options = used_normalization(run.config), given_options(run.config)
     own = candidates([used], **options)[0] if used is not None else None
@@ -131,8 +131,10 @@ def _pooled(tables: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         one: dict[str, Any] = {
             "steps": len(rows), "cos": float(np.mean([row["cos"] for row in rows])),
             "factor": float(np.median(factors)), "factor_low": min(factors), "factor_high": max(factors),
-            "spread": spread, "kind": "rate" if spread is None or spread <= STEADY else "schedule",
+            "spread": spread, "kind": None,
         }  # fmt: skip
+        if len(rows) > 1:
+            one["kind"] = "rate" if spread is not None and spread <= STEADY else "schedule"
         for key in ("gain", "ahead"):
             values = [row[key] for row in rows if key in row]
             if values:
