@@ -49,7 +49,7 @@ class CurvatureOptions:
     )
 
     reward_timeout: float | None = field(
-        default=None, metadata={"help": "Seconds a reward function may take; default: any time."}
+        default=None, metadata={"help": "Seconds a reward function may take; default: any."}
     )
 
     interference_every: int = field(default=10, metadata={"help": "Log interference each n-th step; 0: never."})
@@ -57,7 +57,5 @@ class CurvatureOptions:
     interference_layers: list[str] | None = field(
         default=None, metadata={"help": "Patterns of layer names; default: all trained."}
     )
-    interference_parts: bool = field(default=False, metadata={"help": "Also by part of the model, eight of them."})
-    what_if: list[str] | None = field(
-        default=None, metadata={"help": "Normalisations to compare a logged step with; default: all without a state."}
-    )
+    interference_parts: bool = field(default=False, metadata={"help": "Also by part of the model."})
+    what_if: list[str] | None = field(default=None, metadata={"help": "Normalisations to compare with; default: all."})
