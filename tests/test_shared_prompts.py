@@ -352,13 +352,16 @@ def test_mixed_precision_on_a_cpu(tiny_policy, tmp_path):
     assert square.sqrt() < 2e-2 * sum(one.square().sum() for one in found[0].values()).sqrt()
 
 
-def test_dropout_in_attention(tiny_policy, tmp_path):
-    """Shares it, by masks: as many tokens, a loss of about the size."""
+def test_dropout_in_attention(tiny_policy, tmp_path, monkeypatch):
+    """Shares it, by masks, and drops what it would drop."""
+    dropped, by_masks = [], shared_attention.by_masks
+    monkeypatch.setattr(shared_attention, "by_masks", lambda *given: dropped.append(given[-1]) or by_masks(*given))
     trainer = build(tiny_policy, tmp_path, interference_every=0)
     for layer in trainer.model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     trainer.train()
     assert trainer.state.global_step == 2 and trainer._micro_batches.not_shared is None
+    assert dropped and set(dropped) == {0.5}
 
 
 def test_logging_changes_no_more_than_rounding(tiny_policy, tmp_path):

@@ -283,6 +283,13 @@ def test_what_can_not_be_scores(drawn, change, message):
         StepScores(**{**given, **change})
 
 
+def test_a_normalisation_that_there_is_not():
+    with pytest.raises(ValueError, match="Did you mean 'mean'"):
+        candidates(["maen"])
+    with pytest.raises(ValueError, match="alpha=3"):
+        candidates(["power"], alpha=3)
+
+
 # ---- noise
 
 

@@ -100,6 +100,17 @@ def test_what_is_not_logged(options, absent, tiny_policy, tmp_path):
     assert all("interference/live_prompts" in entry for entry in trainer.state.log_history if "reward" in entry)
 
 
+def test_options_of_a_function_are_its_own(tiny_policy, tmp_path):
+    def scaled(rewards_PG, context, alpha):
+        return alpha * (rewards_PG - rewards_PG.mean(1, keepdim=True))
+
+    options = {"normalization": scaled, "normalization_kwargs": {"alpha": 3.0}}
+    trainer = build(tiny_policy, tmp_path, graded, interference_every=1, per_device_train_batch_size=16, **options)
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    assert log["what_if/mean/factor"] == pytest.approx(1 / 3, rel=1e-4) and "what_if/power/cos" in log
+
+
 def test_a_failure_leaves_the_rest(tiny_policy, tmp_path, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise MemoryError("no room")

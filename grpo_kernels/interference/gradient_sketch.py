@@ -39,7 +39,7 @@ class StepSketch:
 
     sketch: torch.Tensor
     prompt_B: torch.Tensor
-    sections: dict[str, slice | list[int]] = field(default_factory=dict)
+    sections: dict[str, slice] = field(default_factory=dict)
 
     def gram(self) -> torch.Tensor:
         """(B, B) float64 inner products of the sequences' contributions: ``K = U U^T``."""
@@ -102,6 +102,7 @@ class GradientSketch:
             layer.section = part_of(layer.name, layer.kind, n_blocks) if by_part else WHOLE
         known = {layer.section for layer in self.layers}
         self.sections = [name for name in (WHOLE, *PARTS_OF_MODEL) if name in known]
+        self._section_of = {n: layer.section for layer in self.layers for n in (layer.weight, layer.bias)}
         self._projections: Projections | None = None
         self._rows: SequenceRows | None = None
         self._seen: list[SequenceRows] = []
@@ -265,7 +266,10 @@ class GradientSketch:
         self._fold()
         device = self._projections.device
         # the same on every process, whichever layers were used there
-        keys = self.sections if self.dim else sorted({key for rows in self._seen for key in rows.total})
+        keys: list[Any] = self.sections
+        if not self.dim:  # parameters, those of a section after one another
+            keys = sorted({key for rows in self._seen for key in rows.total})
+            keys.sort(key=lambda number: self.sections.index(self._section_of[number]))
         of_rows = [
             [
                 rows.total[key].flatten(1).to(device)
@@ -276,7 +280,7 @@ class GradientSketch:
             for rows in self._seen
         ]
         prompts = [rows.prompt_S.to(device) for rows in self._seen]
-        sizes, empty = [self._size(key) for key in keys], self._size(None)
+        empty = self._size(None)
         self._projections, self._rows, self._seen = None, None, []  # the check stays
         if not of_rows:
             raise ValueError("no rows were told in this step")
@@ -284,21 +288,15 @@ class GradientSketch:
         if not keys:
             return StepSketch(torch.zeros(len(prompt_B), empty, device=device), prompt_B)
         columns = [torch.cat(of_key) for of_key in zip(*of_rows, strict=True)]
-        if not self.dim:
-            return StepSketch(torch.cat(columns, dim=1), prompt_B, self._exact_sections(keys, sizes))
-        sketch = torch.cat([column.view(len(column), PARTS, -1) for column in columns], dim=2)
-        slots = sketch.shape[2] // len(keys)
-        sections = {key: slice(i * slots, (i + 1) * slots) for i, key in enumerate(keys)}
-        return StepSketch(sketch, prompt_B, sections)  # type: ignore[arg-type]
-
-    def _exact_sections(self, numbers: list[Any], sizes: list[int]) -> dict[str, slice | list[int]]:
-        section_of = {n: layer.section for layer in reversed(self.layers) for n in (layer.weight, layer.bias)}
-        found: dict[str, list[int]] = {name: [] for name in self.sections}
+        if self.dim:
+            columns = [column.view(len(column), PARTS, -1) for column in columns]
+        sections: dict[str, slice] = {}
         first = 0
-        for number, size in zip(numbers, sizes, strict=True):
-            found[section_of[number]] += range(first, first + size)
-            first += size
-        return dict(found)
+        for key, column in zip(keys, columns, strict=True):
+            name, last = key if self.dim else self._section_of[key], first + column.shape[-1]
+            sections[name] = slice(sections[name].start if name in sections else first, last)
+            first = last
+        return StepSketch(torch.cat(columns, dim=-1), prompt_B, sections)
 
     def _fold(self) -> None:
         """Makes numbers of the sketch of the layers that were added up."""

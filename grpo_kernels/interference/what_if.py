@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from grpo_kernels.normalize.methods import METHODS, function_name
+from grpo_kernels.normalize.methods import METHODS, check_normalization, function_name
 from grpo_kernels.normalize.rewards import normalize_rewards
 
 LEAST_PROMPTS = 3  # live ones, for a gain
@@ -117,12 +117,14 @@ class Candidate:
 
 
 def candidates(methods: Sequence[str | Callable[..., torch.Tensor]], **options: Any) -> list[Candidate]:
-    """Of names in ``METHODS`` and functions as ``normalize_rewards`` takes them. ``options``: ``eps``, ``alpha``."""
+    """Of names in ``METHODS`` and functions as ``normalize_rewards`` takes them. ``options``: ``eps``, ``alpha``.
+    Raises ``ValueError`` for others, as ``check_normalization``."""
     made = []
     for method in methods:
         own = {name: options[name] for name in ("eps",) if name in options and not callable(method)}
-        if isinstance(method, str) and "alpha" in METHODS[method].options:
+        if method == "power":
             own["alpha"] = options.get("alpha", ALPHA)
+        check_normalization(method, **own)
 
         def advantages(rewards_PG, context, method=method, own=own):
             return normalize_rewards(rewards_PG, method, context=context, **own)

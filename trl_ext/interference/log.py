@@ -110,7 +110,7 @@ class InterferenceLog:
         self._has_rows = False  # this micro-batch has something to run
         self._opened_at = 0  # TRL's count of micro-batches when the step began
         self._n_functions = 1
-        self._sections: dict[str, Any] = {}
+        self._sections: dict[str, slice] = {}
         self._opened_in = 0  # the optimizer step, counted from 1 as the log counts those that are done
         if run.torch_compile and not self._off:
             self._switch_off("torch_compile=True: a compiled model doesn't call the layers' hooks")
@@ -331,8 +331,8 @@ class InterferenceLog:
         if some_skipped and "interference/feature_cos_abs_mean" in metrics:  # of what ran
             metrics["interference/feature_cos_abs_mean_live"] = metrics.pop("interference/feature_cos_abs_mean")
         metrics |= self._checks(step.gram_BB)
-        grams_PP = self._by_part(sketch_B, prompt_B)
-        metrics |= part_metrics(grams_PP, self._part_errors)
+        grams_PP, errors = self._by_part(sketch_B, prompt_B)
+        metrics |= part_metrics(grams_PP, errors)
         constant = self.speedup.observe(metrics, step.reward_B)
         if constant is not None:
             metrics["curvature/speedup_constant"] = constant
@@ -356,20 +356,23 @@ class InterferenceLog:
             if self._writes:
                 self._write(step, metrics, known, grams_PP)
 
-    def _by_part(self, sketch_B: torch.Tensor, prompt_B: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(P, P) inner products of the prompts' gradients in each part of the model, where parts are asked for."""
+    def _by_part(
+        self, sketch_B: torch.Tensor, prompt_B: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """(P, P) inner products of the prompts' gradients in each part of the model, and a cosine's error there; none
+        where parts aren't asked for."""
         grams_PP: dict[str, torch.Tensor] = {}
-        self._part_errors: dict[str, float] = {}
+        errors: dict[str, float] = {}
         if not self.run.options.interference_parts:
-            return grams_PP
+            return grams_PP, errors
         prompt_P, row_B = prompt_B.unique(return_inverse=True)
         for name, columns in self._sections.items():
             part_B = sketch_B[..., columns]
             flat_P = part_B.new_zeros(len(prompt_P), part_B[0].numel(), dtype=torch.float64)
             flat_P.index_add_(0, row_B, part_B.flatten(1).double())
             grams_PP[name] = flat_P @ flat_P.T
-            self._part_errors[name] = predicted_rmse(part_B, prompt_B) if self.dim else 0.0
-        return grams_PP
+            errors[name] = predicted_rmse(part_B, prompt_B) if self.dim else 0.0
+        return grams_PP, errors
 
     def _keep_latest(self, step: StepGradients) -> None:
         """For the images; of this process alone, so that nothing of it may end the others' step."""

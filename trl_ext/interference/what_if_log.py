@@ -95,7 +95,7 @@ class WhatIfLog:
     def __init__(self, run: RunSettings, used: str | None, function_weights: Sequence[float]) -> None:
         self.run, self.function_weights = run, list(function_weights)
         names = STATELESS if run.options.what_if is None else tuple(run.options.what_if)
-        options = run.options.normalization_kwargs or {}
+        options = (run.options.normalization_kwargs or {}) if used is not None else {}  # a function's are its own
         self.methods = candidates(names, **{name: options[name] for name in ("eps", "alpha") if name in options})
         self.used = used if used in STATELESS and run.aggregation == "sum_then_normalize" else None
         self.latest: dict[str, Any] | None = None

@@ -35,8 +35,8 @@ def used_normalization(config: Mapping[str, Any]) -> str | None:
 
 
 def given_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the run's normalisation."""
-    options = config.get("normalization_kwargs")
+    """Of the run's normalisation; a function's are its own."""
+    options = config.get("normalization_kwargs") if (config.get("normalization") or "std") in METHODS else None
     return {name: options[name] for name in ("eps", "alpha") if name in options} if isinstance(options, dict) else {}
 
 
@@ -70,7 +70,10 @@ def record_scores(record: InterferenceRecord, used: Candidate | None) -> StepSco
     coefficient_B = torch.from_numpy(record.coefficient_B).double()
     coefficient_B = torch.where(advantage_B == 0, 0.0, coefficient_B)
     gram_BB = torch.from_numpy(record.gram_BB)
-    return StepScores(gram_BB, coefficient_B, advantage_B, advantage_B, place_B, position_B, rewards_PG)
+    try:
+        return StepScores(gram_BB, coefficient_B, advantage_B, advantage_B, place_B, position_B, rewards_PG)
+    except ValueError as error:
+        return f"its file doesn't fit together: {error}"
 
 
 def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, Any]:
