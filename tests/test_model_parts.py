@@ -91,6 +91,11 @@ def test_without_parts_nothing_of_them_is_logged(tiny_policy, tmp_path):
     assert all(record.gram_parts is None for record in read_interference(tmp_path))
 
 
+def test_by_part_is_yes_or_no():
+    with pytest.raises(ValueError, match="by_part='norms' must be True or False"):
+        GradientSketch(torch.nn.Linear(2, 2), 4, by_part="norms")
+
+
 def test_metrics_by_hand():
     gram = torch.tensor([[4.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     other = torch.diag(torch.tensor([5.0, 0.0, 0.0], dtype=torch.float64))

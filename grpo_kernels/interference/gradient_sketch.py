@@ -73,7 +73,8 @@ class GradientSketch:
         on_error: called with (layer name, exception).
 
     Raises:
-        ValueError: dim negative; a pattern that matches no layer (lists what there is); nothing trainable to tap.
+        ValueError: dim negative; by_part neither True nor False; a pattern that matches no layer (lists what there is);
+            nothing trainable to tap.
     """
 
     def __init__(
@@ -90,6 +91,8 @@ class GradientSketch:
             raise ValueError(f"dim={dim!r} must be a whole number, 0 (exact) or more")
         if layers is not None and (not isinstance(layers, list | tuple) or not all(isinstance(x, str) for x in layers)):
             raise ValueError(f"layers={layers!r} must be a list of patterns of layer names, or None")
+        if not isinstance(by_part, bool):
+            raise ValueError(f"by_part={by_part!r} must be True or False")
         self.dim, self.strict, self._on_error = dim, strict, on_error
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._parameter_names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]

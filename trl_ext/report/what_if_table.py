@@ -130,7 +130,9 @@ def _pooled(tables: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name in dict.fromkeys(name for table in tables for name in table["rows"]):
         rows = [table["rows"][name] for table in tables if name in table["rows"]]
         factors = [row["factor"] for row in rows]
-        spread = float(np.std(np.log(factors), ddof=1)) if len(rows) > 1 and min(factors) > 0 else None
+        spread = None  # to four places: the factor of what was trained with is 1 to rounding
+        if len(rows) > 1 and min(factors) > 0:
+            spread = round(float(np.std(np.log(factors), ddof=1)), 4)
         one: dict[str, Any] = {
             "steps": len(rows), "cos": float(np.mean([row["cos"] for row in rows])),
             "factor": float(np.median(factors)), "factor_low": min(factors), "factor_high": max(factors),
