@@ -63,6 +63,9 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
             norms, embedding with head. A sketch for each, so that a logged step costs more.
         what_if: names in ``grpo_kernels.METHODS`` of which a logged step says what they would have made of it, under
             ``what_if/``; None: all that need no state (``power`` with alpha 0.5, unless it is the run's). []: none.
+        what_if_dead: a logged step scores sequences of advantage 0 by a pass of their own, so that normalisations that
+            give groups of equal rewards an advantage (``none``, ``global``, ...) can be told too. Training is the
+            same; such a step takes about as long as if everything ran.
 
     Raises:
         ValueError: at construction, before a model is loaded: unknown method (lists them) or option, alpha outside
@@ -128,6 +131,7 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
             "resample_zero_variance",
             "share_prompts",
             "interference_parts",
+            "what_if_dead",
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
@@ -224,6 +228,7 @@ class Options:
     interference_layers: list[str] | None
     interference_parts: bool
     what_if: list[str] | None
+    what_if_dead: bool
     normalization_kwargs: dict[str, Any] | None
 
 

@@ -20,7 +20,10 @@ GROUPS = {
     "Work": ("fused_loss", "skip_zero_advantage", "full_entropy", "share_prompts", "tokens_per_micro_batch"),
     "Resampling": ("resample_zero_variance", "resample_max_rounds", "resample_live_prompts"),
     "Rewards": ("reward_timeout",),
-    "Interference": ("interference_every", "interference_dim", "interference_layers", "interference_parts", "what_if"),
+    "Interference": (
+        *("interference_every", "interference_dim", "interference_layers", "interference_parts"),
+        *("what_if", "what_if_dead"),
+    ),
 }
 
 
@@ -37,7 +40,7 @@ class CurvatureOptions:
     skip_zero_advantage: bool = field(default=True, metadata={"help": "Don't run what has no gradient."})
     full_entropy: bool = field(default=False, metadata={"help": "Log the entropy of what is skipped too."})
 
-    share_prompts: bool = field(default=True, metadata={"help": "Answers of a prompt in one row, the prompt once."})
+    share_prompts: bool = field(default=True, metadata={"help": "A prompt and its answers in one row."})
     tokens_per_micro_batch: int | None = field(
         default=None, metadata={"help": "With share_prompts; default: as many as without."}
     )
@@ -59,3 +62,4 @@ class CurvatureOptions:
     )
     interference_parts: bool = field(default=False, metadata={"help": "Also by part of the model."})
     what_if: list[str] | None = field(default=None, metadata={"help": "Normalisations to compare with; default: all."})
+    what_if_dead: bool = field(default=False, metadata={"help": "Score what has no gradient for it too."})

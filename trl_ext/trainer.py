@@ -87,6 +87,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._generations = GenerationCount()
         self._resampling = Resampling(run) if run.options.resample_zero_variance else None
         of_run = {"used": self._normalizer.name, "function_weights": self.reward_weights.tolist()}
+        of_run["score"] = self._score_with_graph
         self._interference = InterferenceLog(run, self.model, self._normalizer.baseline_size, observer=self, **of_run)
         self._completion_mask, self._shared_prompts = CompletionMask(), SharedPrompts()
         self._deferred = DeferredLogprobs(run, self._score)
@@ -172,6 +173,11 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         with torch.no_grad(), ungraded, self._completion_mask.given(batch.get("tool_mask")):
             return self._get_per_token_logps_and_entropies(model, *logprob_inputs(batch), **options)
 
+    def _score_with_graph(self, batch):
+        """The policy's log-probs (B, T) of a batch's completions, as its loss makes them; tool output is 0."""
+        with self.accelerator.autocast(), self._completion_mask.given(batch.get("tool_mask")):
+            return self._get_per_token_logps_and_entropies(self.model, *logprob_inputs(batch))[0]
+
     @ours
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *rest, **kwargs):
         zeros = self._deferred.answer(input_ids, logits_to_keep, kwargs)
@@ -207,7 +213,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if not part.runs:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         if self.model.training:
-            self._interference.rows(inputs, part.skipped, trl_surface.read_position(self), self._loss_settings())
+            position, not_run = trl_surface.read_position(self), part.not_run
+            self._interference.rows(inputs, part.skipped, position, self._loss_settings(), not_run)
         return super().compute_loss(model, inputs, *rest, **kwargs)
 
     @ours

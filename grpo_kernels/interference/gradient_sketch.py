@@ -108,6 +108,7 @@ class GradientSketch:
         self._section_of = {n: layer.section for layer in self.layers for n in (layer.weight, layer.bias)}
         self._projections: Projections | None = None
         self._rows: SequenceRows | None = None
+        self._checked = True  # whether these rows are of the gradient that is checked
         self._seen: list[SequenceRows] = []
         self._check: TapCheck | None = None
         self._right: set[int] = set()  # parameters that were found right
@@ -154,7 +155,7 @@ class GradientSketch:
         device = self._parameters[0].device
         shapes = [parameter.shape for parameter in self._parameters]
         self._projections = Projections(self.dim, seed, device, shapes)
-        self._seen, self._rows = [], None
+        self._seen, self._rows, self._checked = [], None, True
         self._check, self._word_signs = TapCheck(device), {}
         self._opened += 1
 
@@ -163,12 +164,15 @@ class GradientSketch:
         self._projections, self._rows, self._seen = None, None, []
         self._check, self._word_signs = None, {}
 
-    def set_rows(self, prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None = None) -> None:
+    def set_rows(
+        self, prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None = None, *, checked: bool = True
+    ) -> None:
         """From here on the forward and backward passes are of these rows.
 
         Args:
             prompt_S: (S,) integers, the prompt of each of the micro-batch's sequences.
             sequence_RT: where a row isn't a sequence: (R, T), each position's sequence in [0, S), -1 for none.
+            checked: False: of a pass that the step's gradient isn't made of, so that ``leave_out_wrong`` ignores it.
         """
         if self._projections is None:
             raise ValueError("rows are told outside a step: open one first")
@@ -186,10 +190,11 @@ class GradientSketch:
         n_rows = len(prompt_S) if sequence_RT is None else len(sequence_RT)
         self._rows = SequenceRows(prompt_S.clone(), sequence_RT, n_rows)
         self._seen.append(self._rows)
+        self._checked = checked
 
     def end_rows(self) -> None:
         """What follows is of no row: not recorded."""
-        self._rows = None
+        self._rows, self._checked = None, True
 
     @contextmanager
     def rows(self, prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None = None) -> Iterator[None]:
@@ -245,7 +250,7 @@ class GradientSketch:
 
     def _due(self, number: int) -> bool:
         """Whether this step checks the parameter: until it was found right once, then in every eighth step."""
-        return number not in self._right or (self._opened + number) % CHECK_EVERY == 0
+        return self._checked and (number not in self._right or (self._opened + number) % CHECK_EVERY == 0)
 
     @property
     def untapped(self) -> list[str]:

@@ -46,7 +46,8 @@ class MicroBatch:
 
     ``runs``: False where nothing is to be run at this call, whose dict holds nothing else. ``row_B``: which of the
     planned sequences these are, None in a micro-batch of TRL's own (also in evaluation). ``last``: of those planned
-    together; ``skipped`` is then what is known of the sequences that run in none of them: (B', ...) entries by name.
+    together; ``skipped`` is then what is known of the sequences that run in none of them: (B', ...) entries by name,
+    and ``not_run`` the same as batches, in steps that score what doesn't run.
     ``packed``: where prompts run once, how many positions that makes; else 0.
     """
 
@@ -55,6 +56,7 @@ class MicroBatch:
     last: bool = False
     packed: int = 0
     skipped: dict[str, torch.Tensor] = field(default_factory=dict)
+    not_run: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
@@ -217,10 +219,16 @@ class MicroBatches:
         left_B = torch.ones_like(live_B)
         left_B[torch.cat(indices)] = False
         skipped = {name: rows[name][left_B] for name in OF_SKIPPED if name in rows}
+        not_run: list[dict[str, Any]] = []
+        silent_B = left_B & (tokens_B > 0)
+        if by_sequence and self.options.what_if_dead and silent_B.any():
+            needed_here = -(-int(silent_B.sum()) // most)
+            not_run = [self._select(rows, row_B) for row_B in even_batches(silent_B, row_lengths(rows), needed_here)]
         for batch, row_B in zip(batches, indices, strict=True):
             last = batch is batches[-1]
             packed = packed_positions(row_B, rows["prompt_id"], *self._lengths(rows)) if shared else 0
-            batch[KEY] = MicroBatch(row_B=row_B, last=last, packed=packed, skipped=skipped if last else {})
+            of_last = {"skipped": skipped, "not_run": not_run} if last else {}
+            batch[KEY] = MicroBatch(row_B=row_B, last=last, packed=packed, **of_last)
         self._count(parts, batches, looked_at)
         return [{KEY: NOTHING} for _ in range(len(parts) - n_batches)] + batches
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
 
@@ -44,9 +45,10 @@ class InterferenceRecord:
     as in ``StepGradients``. ``position_B`` int64, ``advantage_B``, ``weight_B``, ``length_B``, ``rewards_PG`` (whole
     groups) and ``function_rewards_BF``: as in ``sequences.Known``, None in files of earlier versions. ``what_if``: the
     step's table (``what_if_log.as_plain``), or None. ``gram_parts``: by part of the model, as ``gram_PP``, which is
-    their sum; None where parts weren't asked for. ``sigma_P``: population std of a prompt's rewards, NaN where none is
-    scorable. ``prompt_key_P``: int64, the same for the same prompt in every step. ``prompt_text_P``: its first 200
-    characters, or None.
+    their sum; None where parts weren't asked for. ``scores_BB``, ``score_coefficient_B`` and ``made_at_B``: as
+    ``gram_BB``, ``coefficient_B`` and ``advantage_B``, with what was scored beside the step (``what_if_dead``); None
+    where nothing was. ``sigma_P``: population std of a prompt's rewards, NaN where none is scorable. ``prompt_key_P``:
+    int64, the same for the same prompt in every step. ``prompt_text_P``: its first 200 characters, or None.
     """
 
     step: int
@@ -69,6 +71,9 @@ class InterferenceRecord:
     function_rewards_BF: np.ndarray | None = None
     what_if: dict[str, Any] | None = None
     gram_parts: dict[str, np.ndarray] | None = None
+    scores_BB: np.ndarray | None = None
+    score_coefficient_B: np.ndarray | None = None
+    made_at_B: np.ndarray | None = None
 
 
 # in a file: float32, or int64
@@ -87,6 +92,16 @@ def sequence_columns(known: Known) -> dict[str, np.ndarray]:
     return {name: value.cpu().numpy() for name, value in found.items()}
 
 
+def score_columns(scores_BB: torch.Tensor, known: Known) -> dict[str, np.ndarray]:
+    """What a file keeps of a step of which sequences of advantage 0 were scored beside it; none beyond
+    ``MOST_SEQUENCES``."""
+    assert known.coefficient is not None
+    if len(scores_BB) > MOST_SEQUENCES:
+        return {}
+    columns = {"score_coefficient": known.coefficient.cpu().numpy(), "made_at": known.made_at.cpu().numpy()}
+    return {"scores": _upper_triangle(scores_BB.cpu().numpy()), **columns}
+
+
 def write_step(
     run_folder: str | os.PathLike[str],
     step: int,
@@ -98,11 +113,13 @@ def write_step(
     sequences: Mapping[str, np.ndarray] | None = None,
     what_if: Mapping[str, Any] | None = None,
     parts: Mapping[str, np.ndarray] | None = None,
+    scores: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Writes one step's file, over one of the same step (a resumed run), and returns its path.
 
     ``prompt_keys`` and ``prompt_texts``: one for each prompt, in ascending order of prompt id. ``sequences``: as
-    ``sequence_columns`` gives them. ``what_if``: for JSON. ``parts``: (P, P) inner products by part of the model.
+    ``sequence_columns`` gives them, ``scores`` as ``score_columns`` does. ``what_if``: for JSON. ``parts``: (P, P)
+    inner products by part of the model.
     """
     if step < 0:
         raise ValueError(f"step={step} must not be negative")
@@ -126,6 +143,7 @@ def write_step(
     if groups.coefficient_B is not None:
         arrays["coefficient"] = groups.coefficient_B.cpu().numpy()
     arrays.update(sequences or {})
+    arrays.update(scores or {})
     if parts:
         arrays["part_names"] = _as_json(list(parts))
         arrays["parts"] = np.stack([_upper_triangle(gram_PP) for gram_PP in parts.values()])
@@ -185,6 +203,10 @@ def _read(path: Path) -> InterferenceRecord:
         gram_PP = _from_upper_triangle(arrays["prompts"], len(prompt_id_P))
     texts = _from_json(arrays["texts"]) if "texts" in arrays else None
     metrics = _from_json(arrays["metrics"])
+    beside: dict[str, np.ndarray] = {}
+    if "scores" in arrays:
+        beside = {"score_coefficient_B": arrays["score_coefficient"], "made_at_B": arrays["made_at"]}
+        beside["scores_BB"] = _from_upper_triangle(arrays["scores"], len(prompt_B))
     _check(arrays, prompt_id_P, gram_PP, texts, metrics)
     return InterferenceRecord(
         step=int(arrays["step"]),
@@ -207,6 +229,7 @@ def _read(path: Path) -> InterferenceRecord:
         if "parts" in arrays
         else None,
         **{field: arrays[name] for name, field in OF_SEQUENCES.items() if name in arrays},
+        **beside,
     )
 
 
@@ -214,6 +237,7 @@ def _check(arrays: dict[str, np.ndarray], prompt_id_P: np.ndarray, gram_PP: np.n
     """Raises ``ValueError`` for a file whose parts don't fit one another."""
     n_sequences, n_prompts = len(arrays["prompt"]), len(prompt_id_P)
     for name, count in (("reward", n_sequences), ("coefficient", n_sequences), ("prompt_id", n_prompts),
+                        ("score_coefficient", n_sequences), ("made_at", n_sequences),
                         ("prompt_key", n_prompts), ("trace", n_prompts), ("sigma", n_prompts)):  # fmt: skip
         if name in arrays and (arrays[name].shape != (count,) or arrays[name].dtype.kind not in "iuf"):
             raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}: expected {count} numbers")

@@ -30,7 +30,8 @@ from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPh
 from trl_ext.mixed_rows import mixes_rows
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
-from .files import sequence_columns, write_step
+from .beside import Beside, place_scores
+from .files import score_columns, sequence_columns, write_step
 from .followed import leave_out_wrong, name_wrong, rehearse
 from .prompt_features import PromptFeatures, mean_by_prompt
 from .sequences import Known, join_sequences, of_sequences, pack_known, sequence_coefficients, unpack_known
@@ -76,8 +77,9 @@ class InterferenceLog:
 
     The projections of a step are drawn from the seed and the step's number, so that a resumed run draws the same.
     ``baseline_size``: rewards in a sequence's baseline. ``observer`` is told what was measured. ``used``: the
-    normalisation's name in ``METHODS``, where it is one; ``function_weights`` of the reward functions. ``keeps_latest``
-    may be set: whether the latest step's cosines are wanted, for images.
+    normalisation's name in ``METHODS``, where it is one; ``function_weights`` of the reward functions. ``score``: a
+    batch's log-probs (B, T) with their graph. ``keeps_latest`` may be set: whether the latest step's cosines are
+    wanted, for images.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class InterferenceLog:
         observer: Observer,
         used: str | None,
         function_weights: Sequence[float],
+        score: Callable[[dict[str, Any]], torch.Tensor],
     ) -> None:
         self.run, self.accelerator, self.baseline_size, self.keeps_latest = run, run.accelerator, baseline_size, False
         self.every, self.dim = run.options.interference_every, run.options.interference_dim
@@ -98,7 +101,7 @@ class InterferenceLog:
         self._model = model
         self.features: PromptFeatures | None = None
         self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
-        self.what_if = WhatIfLog(run, used, function_weights)
+        self.what_if, self.beside = WhatIfLog(run, used, function_weights), Beside(run, score)
         self.prompt_texts: dict[int, str] = {}
         self.latest: np.ndarray | None = None  # cosines of the live prompts of the latest logged step, (L, L)
         self._off = self.every == 0
@@ -142,6 +145,7 @@ class InterferenceLog:
     def abandon(self) -> None:
         """The step is over, or broke off."""
         self._is_open, self._sequences, self._skipped = False, [], []
+        self.beside.forget()
         if self.features is not None:
             self.features.end_rows()
         if self.sketch is not None:
@@ -199,8 +203,10 @@ class InterferenceLog:
         skipped: dict[str, torch.Tensor],
         position: StepPosition,
         loss_settings: LossSettings,
+        not_run: list[dict[str, Any]],
     ) -> None:
-        """The forward and backward to come are of this micro-batch; ``skipped`` are of sequences that don't run."""
+        """The forward and backward to come are of this micro-batch; ``skipped`` are of sequences that don't run,
+        ``not_run`` the same as batches, where they are to be scored beside the step."""
         if not self._is_open or self._failure is not None or self.sketch is None or self.features is None:
             return
         try:
@@ -212,6 +218,7 @@ class InterferenceLog:
             self._sequences.append({**of_sequences(batch, first), "coefficient": coefficient_B})
             if skipped:
                 self._skipped.append(of_sequences(skipped, first))
+            self.beside.keep(batch, not_run, loss_settings, position.accumulation, first)
         except Exception as error:
             self._fail(error)
 
@@ -272,13 +279,16 @@ class InterferenceLog:
         """This process's (B, ...) sketch, what is known of the sequences (``pack_known``), and (B, H) features of the
         prompts or (B, 0)."""
         assert self.sketch is not None
+        scored = self.beside.sketched(self.sketch, self._loss_scale())
         recorded = self.sketch.take()
         processes = self.accelerator.num_processes
-        sketch_B = recorded.sketch
-        n_skipped = sum(len(one["prompt_id"]) for one in self._skipped)
+        n_run, n_skipped = (sum(len(one["prompt_id"]) for one in of) for of in (self._sequences, self._skipped))
+        sketch_B, beside_B = recorded.sketch[:n_run], recorded.sketch[n_run:]
         if n_skipped:
             sketch_B = torch.cat([sketch_B, sketch_B.new_zeros(n_skipped, *sketch_B.shape[1:])])
         known = join_sequences(self._sequences, self._skipped)
+        if scored is not None and known["coefficient"] is not None:
+            place_scores(known, sketch_B, beside_B, scored, self.run.num_generations)
         ids, numbers = pack_known(known, processes)
         self._sections = recorded.sections
         self._n_functions = known["function_rewards"].shape[1]  # type: ignore[union-attr]
@@ -316,13 +326,20 @@ class InterferenceLog:
         sketch_B, ids_B4, numbers_BN = (self._gather(tensor) for tensor in (sketch_B, ids_B4, numbers_BN))
         feature_BH = self._gather(feature_BH) if feature_BH.shape[1] else feature_BH
         known = unpack_known(ids_B4, numbers_BN, self.run.num_generations, self._n_functions)
-        prompt_B = known.prompt_id
+        prompt_B, beside_B = known.prompt_id, known.beside
         flat = sketch_B.flatten(1).double()
+        scores_BB = gram_BB = flat @ flat.T
+        coefficient_B = known.coefficient
+        if beside_B.any():
+            assert coefficient_B is not None
+            gram_BB = scores_BB.masked_fill(beside_B | beside_B[:, None], 0.0)
+            coefficient_B = coefficient_B.masked_fill(beside_B, 0.0)
+            sketch_B = sketch_B.masked_fill(beside_B.view(-1, *[1] * (sketch_B.ndim - 1)), 0.0)
         step = StepGradients(
-            gram_BB=flat @ flat.T,
+            gram_BB=gram_BB,
             prompt_B=prompt_B,
             reward_B=known.reward,
-            coefficient_B=known.coefficient,
+            coefficient_B=coefficient_B,
             baseline_size=self.baseline_size,
         )
         error = predicted_rmse(sketch_B, prompt_B) if self.dim else 0.0
@@ -343,7 +360,7 @@ class InterferenceLog:
         if measured is not None:
             metrics["interference/orthogonality"] = measured
             self.observer.observe_orthogonality(measured)
-        metrics |= self.what_if.observe(step.gram_BB, known)
+        metrics |= self.what_if.observe(scores_BB, known)
         # curvature/sigma_mean is logged of every batch already
         self.run.log({name: value for name, value in metrics.items() if name != "curvature/sigma_mean"})
 
@@ -354,7 +371,7 @@ class InterferenceLog:
         if self.accelerator.is_main_process:
             self._keep_latest(step)
             if self._writes:
-                self._write(step, metrics, known, grams_PP)
+                self._write(step, metrics, known, grams_PP, scores_BB)
 
     def _by_part(
         self, sketch_B: torch.Tensor, prompt_B: torch.Tensor
@@ -383,13 +400,20 @@ class InterferenceLog:
             logger.warning(f"Images of interference aren't drawn of this step: {type(error).__name__}: {error}")
 
     def _write(
-        self, step: StepGradients, metrics: dict[str, float], known: Known, grams_PP: dict[str, torch.Tensor]
+        self,
+        step: StepGradients,
+        metrics: dict[str, float],
+        known: Known,
+        grams_PP: dict[str, torch.Tensor],
+        scores_BB: torch.Tensor,
     ) -> None:
         try:
             prompts, first = known.prompt_id.unique(return_inverse=True)
             keys = known.prompt_key.new_zeros(len(prompts)).scatter_(0, first, known.prompt_key).tolist()
             texts = [self.prompt_texts.get(key, "") for key in keys]
             more: dict[str, Any] = {"sequences": sequence_columns(known), "what_if": self.what_if.latest}
+            if scores_BB is not step.gram_BB:
+                more["scores"] = score_columns(scores_BB, known)
             more["parts"] = {name: gram_PP.cpu().numpy() for name, gram_PP in grams_PP.items()}
             write_step(self.run.output_dir, self._opened_in, step, metrics, keys, texts, **more)
         except Exception as error:  # of this process alone: the others go on as it does

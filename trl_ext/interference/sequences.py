@@ -42,12 +42,15 @@ def sequence_coefficients(batch: dict[str, Any], settings: LossSettings, accumul
 def of_sequences(batch: dict[str, Any], first: int) -> dict[str, torch.Tensor]:
     """Of each sequence, by name as in ``Known``; prompt ids are counted from ``first``."""
     advantage_B = batch["advantages"]
+    if advantage_B.dim() != 1:
+        advantage_B = torch.full_like(advantage_B[:, 0], torch.nan)
     return {
         "prompt_id": batch["prompt_id"] + first,
         "prompt_key": batch["prompt_key"],
         "position": batch["group_position"],
         "length": batch["generated"],
-        "advantage": advantage_B if advantage_B.dim() == 1 else torch.full_like(advantage_B[:, 0], torch.nan),
+        "advantage": advantage_B,
+        "made_at": advantage_B.clone(),
         "weight": batch["token_weight"],
         "group_rewards": batch["group_rewards"],
         "function_rewards": batch["function_rewards"],
@@ -55,7 +58,7 @@ def of_sequences(batch: dict[str, Any], first: int) -> dict[str, torch.Tensor]:
 
 
 WHOLE = ("prompt_id", "prompt_key", "position", "length")
-NUMBERS = ("advantage", "weight", "group_rewards", "function_rewards", "coefficient")
+NUMBERS = ("advantage", "made_at", "weight", "group_rewards", "function_rewards", "coefficient")
 
 
 def join_sequences(
@@ -82,18 +85,25 @@ def join_sequences(
 @dataclass(frozen=True)
 class Known:
     """Of the sequences of a step. ``prompt_id``, ``prompt_key``, ``position`` (in the group) and ``length`` (generated
-    tokens): int64 (B,). ``advantage``, ``weight`` (of a token in the loss) and ``coefficient`` (None: unknown), float32
-    (B,); ``group_rewards`` (B, G) of the whole group, ``function_rewards`` (B, F), NaN where unscorable."""
+    tokens): int64 (B,). ``advantage``, ``made_at`` (the one within the coefficient: 1 where a sequence of advantage 0
+    was scored beside the step), ``weight`` (of a token in the loss) and ``coefficient`` (None: unknown), float32 (B,);
+    ``group_rewards`` (B, G) of the whole group, ``function_rewards`` (B, F), NaN where unscorable."""
 
     prompt_id: torch.Tensor
     prompt_key: torch.Tensor
     position: torch.Tensor
     length: torch.Tensor
     advantage: torch.Tensor
+    made_at: torch.Tensor
     weight: torch.Tensor
     group_rewards: torch.Tensor
     function_rewards: torch.Tensor
     coefficient: torch.Tensor | None
+
+    @property
+    def beside(self) -> torch.Tensor:
+        """(B,) bool: scored beside the step, to whose gradient they contribute nothing."""
+        return (self.made_at != self.advantage) & ~self.advantage.isnan()
 
     @property
     def reward(self) -> torch.Tensor:
@@ -113,12 +123,13 @@ def pack_known(joined: dict[str, torch.Tensor | None], processes: int) -> tuple[
 
 def unpack_known(ids_B4: torch.Tensor, numbers_BN: torch.Tensor, num_generations: int, n_functions: int) -> Known:
     """What ``pack_known`` packed."""
-    sizes = [1, 1, num_generations, n_functions]
+    sizes = [1, 1, 1, num_generations, n_functions]
     sizes += [1] * (numbers_BN.shape[1] - sum(sizes))
-    advantage, weight, group, function, *coefficient = numbers_BN.split(sizes, dim=1)
+    advantage, made_at, weight, group, function, *coefficient = numbers_BN.split(sizes, dim=1)
     return Known(
         **dict(zip(WHOLE, ids_B4.unbind(1), strict=True)),
         advantage=advantage.squeeze(1),
+        made_at=made_at.squeeze(1),
         weight=weight.squeeze(1),
         group_rewards=group,
         function_rewards=function,

@@ -25,7 +25,8 @@ PART = "the step holds a part of the batch"
 
 
 def step_scores(gram_BB: torch.Tensor, known: Known) -> StepScores | None:
-    """Of the step as it was trained; None where its sequences have no coefficients, or no advantages of their own."""
+    """Of the step as it was trained, and of what was scored beside it; None where its sequences have no coefficients,
+    or no advantages of their own."""
     if known.coefficient is None or known.advantage.isnan().any():
         return None
     _, prompt_B = known.prompt_id.unique(return_inverse=True)
@@ -34,7 +35,7 @@ def step_scores(gram_BB: torch.Tensor, known: Known) -> StepScores | None:
     return StepScores(
         gram_BB=gram_BB,
         coefficient_B=known.coefficient,
-        made_at_B=known.advantage,
+        made_at_B=known.made_at,
         advantage_B=known.advantage,
         prompt_B=prompt_B,
         position_B=known.position,

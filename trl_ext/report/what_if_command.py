@@ -85,7 +85,11 @@ def lines(table: dict[str, Any]) -> list[str]:
     if (table["optimizer"] or "").startswith(("adam", "paged_adam", "lion")):
         told.append(f"{table['optimizer']} takes no notice of a factor that stays the same.")
     told += [f"One and the same here: {', '.join(group)}." for group in table["same"]]
-    told += [f"{name}: not told in {counted(count)} ({reason})." for name, (count, reason) in table["absent"].items()]
+    absent: dict[tuple[int, str], list[str]] = {}
+    for name, (count, reason) in table["absent"].items():
+        absent.setdefault((count, reason), []).append(name)
+    for (count, reason), names in absent.items():
+        told.append(f"{', '.join(names)}: not told in {counted(count)} ({reason}).")
     told += [f"{counted(count)} left out: {reason}." for reason, count in table["skipped"].items()]
     noise = table["noise"]
     if noise is not None:

@@ -69,9 +69,12 @@ def record_scores(record: InterferenceRecord, used: Candidate | None) -> StepSco
             return str(error)
     coefficient_B = torch.from_numpy(record.coefficient_B).double()
     coefficient_B = torch.where(advantage_B == 0, 0.0, coefficient_B)
-    gram_BB = torch.from_numpy(record.gram_BB)
+    gram_BB, made_at_B = torch.from_numpy(record.gram_BB), advantage_B
+    if record.scores_BB is not None and record.made_at_B is not None and record.score_coefficient_B is not None:
+        gram_BB, made_at_B = torch.from_numpy(record.scores_BB), torch.from_numpy(record.made_at_B).double()
+        coefficient_B = torch.from_numpy(record.score_coefficient_B).double()
     try:
-        return StepScores(gram_BB, coefficient_B, advantage_B, advantage_B, place_B, position_B, rewards_PG)
+        return StepScores(gram_BB, coefficient_B, made_at_B, advantage_B, place_B, position_B, rewards_PG)
     except ValueError as error:
         return f"its file doesn't fit together: {error}"
 
