@@ -212,3 +212,89 @@ def test_a_run_without_anything_to_compare(tiny_policy, tmp_path):
     build(tiny_policy, tmp_path, by_length, interference_every=1, beta=0.1).train()
     with pytest.raises(SystemExit, match="coefficient"):
         what_if_command([str(tmp_path)])
+
+
+# ---- what becomes of a factor
+
+
+def three_times(rewards_PG, context):
+    return 3 * (rewards_PG - rewards_PG.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("how", ["plain", "clip", "adamw"])
+def test_a_factor_is_a_learning_rate_but_under_adamw_and_a_clip(how, tiny_policy, tmp_path):
+    """What-if says factor 3 and cosine 1 of ``three_times`` in a run of ``mean``. Plain SGD steps three times as far;
+    AdamW, and a clip that bites at every step, take no notice."""
+    options = {
+        "plain": {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1e-3},
+        "clip": {"optim": "sgd", "max_grad_norm": 1e-3, "learning_rate": 1e-1},
+        "adamw": {"optim": "adamw_torch", "max_grad_norm": 0.0, "learning_rate": 1e-4, "adam_epsilon": 1e-12},
+    }[how]
+    moved = {}
+    for name, method in (("mean", "mean"), ("three", three_times)):
+        chosen = {"interference_every": 1, "per_device_train_batch_size": 16, "max_steps": 1, **options}
+        trainer = build(tiny_policy, tmp_path / name, graded, normalization=method, **chosen)
+        trainer.train()
+        before = type(trainer.model).from_pretrained(tiny_policy).state_dict()
+        after = trainer.model.state_dict()
+        moved[name] = torch.cat([(after[key] - before[key]).double().flatten() for key in sorted(before)])
+        if name == "three":
+            assert trainer.state.log_history[0]["what_if/mean/factor"] == pytest.approx(1 / 3, rel=1e-4)
+    longer = float(moved["three"] @ moved["mean"] / moved["mean"].square().sum())
+    assert longer == pytest.approx(3 if how == "plain" else 1, rel=2e-2)
+    assert moved["mean"].norm() > 1e-6
+
+
+def test_off_policy_is_left_out(tiny_policy, tmp_path):
+    """Of two iterations on the same rollouts the second, whose ratios aren't 1, isn't told."""
+    options = {"interference_every": 1, "num_iterations": 2, "max_steps": 4, "per_device_train_batch_size": 16}
+    trainer = build(tiny_policy, tmp_path, graded, **options)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry or "interference/live_prompts" in entry]
+    assert len(read_interference(tmp_path)) == 4
+    assert not any(record.what_if for record in read_interference(tmp_path)), "old log-probs are kept in all of them"
+    assert not any(name.startswith(("what_if/", "noise/")) for entry in logs for name in entry)
+
+
+def test_sketched_tables_of_twenty_draws_are_within_their_error():
+    """Same gradients, twenty projections: cosine and factor scatter by no more than 1 / dim, times how far the method's
+    step leans from the step taken, and their mean is the exact one's."""
+    from grpo_kernels import normalize_rewards
+    from grpo_kernels.interference.gradient_sketch import GradientSketch
+    from grpo_kernels.interference.what_if import StepScores, candidates, what_if
+    from trl_ext.tasks.small_policy import build_model, build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer((1,))
+    model = build_model(tokenizer)
+    n_prompts, count, dim = 12, 4, 32
+    size = n_prompts * count
+    reward_PG = torch.randint(0, 5, (n_prompts, count)) / 4.0
+    reward_PG[0], reward_PG[1] = torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    advantage_B = normalize_rewards(reward_PG, "std").flatten()
+    ids = torch.randint(4, len(tokenizer), (size, 10))
+    prompt_B = torch.arange(n_prompts).repeat_interleave(count)
+
+    def table(width, seed):
+        sketch = GradientSketch(model, width)
+        with sketch.step(seed) as recorded, sketch.rows(prompt_B):
+            logp = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+            (-logp.gather(2, ids[:, 1:, None]).squeeze(2).sum(1) @ advantage_B).backward()
+        sketch.close()
+        scores = StepScores(
+            recorded[0].gram(), -advantage_B, advantage_B, advantage_B, prompt_B,
+            torch.arange(count).repeat(n_prompts), reward_PG,
+        )  # fmt: skip
+        return what_if(scores, candidates(["mean", "max_rl", "rank", "power"]), used="std").rows
+
+    exact, drawn = table(0, 0), [table(dim, seed) for seed in range(20)]
+    for name, row in exact.items():
+        cosines = torch.tensor([rows[name].cos for rows in drawn], dtype=torch.float64)
+        factors = torch.tensor([rows[name].factor for rows in drawn], dtype=torch.float64) / row.factor
+        leaning = math.sqrt(1 - row.cos**2)
+        assert leaning > 0.01, name
+        for values, truth in ((cosines, row.cos), (factors, 1.0)):
+            rmse = float((values - truth).square().mean().sqrt())
+            assert rmse < 1.3 / dim * leaning / row.cos, (name, rmse)
+            assert abs(float(values.mean()) - truth) < 4 * float(values.std()) / math.sqrt(20) + 1 / dim**2, name
+        assert float(factors.std()) > 0  # drawn anew

@@ -45,6 +45,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--eval_every", type=int, default=10, help="steps between measurements of the held-out accuracy")
     add("--eval_size", type=int, default=128, help="held-out questions, four sampled answers each")
     add("--target_accuracy", type=float, default=0.7, help="held-out accuracy to count the steps to")
+    add("--num_generations", type=int, default=8, help="answers to a prompt, of the 128 of a step")
     add("--levels", nargs="+", type=int, default=[1, 4], help="arithmetic levels 1 to 5, see examples/math.py")
     add("--optim", default="adamw_torch", help="as transformers names it; sgd: plain gradient steps, as in the theory")
     add("--max_grad_norm", type=float, default=1.0, help="clipping, which hides a method's scale; 0: none")
@@ -105,6 +106,8 @@ def check_arguments(options: argparse.Namespace) -> None:
             f"--max_steps {options.max_steps} must be a multiple of --eval_every {options.eval_every}, so that the "
             "last step is measured"
         )
+    if options.num_generations < 2 or 128 % options.num_generations:
+        raise ValueError(f"--num_generations {options.num_generations} must be at least 2 and divide a step's 128")
     if not 0 <= options.max_grad_norm < float("inf"):
         raise ValueError(f"--max_grad_norm {options.max_grad_norm} must be a finite number that is not negative")
     if not 0 < options.target_accuracy <= 1:
@@ -131,6 +134,7 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
         "normalization_kwargs": kwargs,
         "learning_rate": learning_rate,
         "seed": seed,
+        "num_generations": options.num_generations,
         "optim": options.optim,
         "max_grad_norm": options.max_grad_norm,
         "interference_every": options.interference_every,
