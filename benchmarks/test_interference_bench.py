@@ -234,3 +234,116 @@ def test_against_gradients_of_each_sequence(benchmark, record):
         },
     )
     benchmark.pedantic(contenders["sketch"], rounds=1)
+
+
+def half_dead(completion_ids, **kwargs):
+    """Every other group of eight is all wrong."""
+    return [float(place % 2 and (place // 8) % 2) for place in range(len(completion_ids))]
+
+
+@pytest.mark.full
+def test_options_of_a_step_that_logs(benchmark, record, tmp_path):
+    """The built-in policy, 16 x 8 sequences of 12 tokens, half of the groups dead, k = 32: a step that logs, by what it
+    logs, over the same run's steps that don't. Floor: the logged step without what-if."""
+    tokenizer = build_tokenizer((1, 4))
+    torch.manual_seed(0)
+    build_model(tokenizer).save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+
+    def rollouts(prompts, trainer):
+        generator = torch.Generator().manual_seed(trainer.state.global_step)
+        ids = torch.randint(4, len(tokenizer), (len(prompts), 12), generator=generator).tolist()
+        return {"prompt_ids": [row[:8] for row in ids], "completion_ids": [row[8:] for row in ids], "logprobs": None}
+
+    def ratio(name: str, **options) -> float:
+        trainer = CurvatureGRPOTrainer(
+            model=str(tmp_path / "policy"),
+            reward_funcs=half_dead,
+            args=CurvatureGRPOConfig(
+                output_dir=str(tmp_path / name), interference_every=2, interference_dim=32, max_steps=32,
+                learning_rate=1e-6, num_generations=8, per_device_train_batch_size=128, bf16=False,
+                gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
+                disable_tqdm=True, use_cpu=DEVICE == "cpu", share_prompts=False, **options,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": [f"Question {i}" for i in range(64)]}),
+            processing_class=tokenizer,
+            rollout_func=rollouts,
+        )  # fmt: skip
+        clock = StepSeconds()
+        trainer.add_callback(clock)
+        trainer.train()
+        pairs = zip(clock.seconds[2::2], clock.seconds[3::2], strict=True)
+        return statistics.median(logged / plain for logged, plain in pairs)
+
+    kinds = {
+        "without what-if": {"what_if": []}, "what-if and noise": {}, "by part": {"interference_parts": True},
+        "what_if_dead": {"what_if_dead": True},
+    }  # fmt: skip
+    rounds = [{kind: ratio(f"{kind}{i}", **options) for kind, options in kinds.items()} for i in range(3)]
+    found = {kind: statistics.median(one[kind] for one in rounds) for kind in kinds}
+    benchmark.pedantic(lambda: ratio("last"), rounds=1)
+    benchmark.extra_info.update(found)
+    floor = found.pop("without what-if")
+    shown = {"ours / floor": found["what-if and noise"] / floor, "without what-if / a plain step": floor}
+    record(
+        "interference",
+        "a step that logs, built-in policy, by what it logs",
+        {**shown, **{f"{kind} / floor": value / floor for kind, value in found.items() if kind != "what-if and noise"}},
+    )
+
+
+def test_what_if_against_a_backward_for_each(benchmark, record):
+    """Eleven normalisations' steps: from one sketch and its inner products, and by a backward of its own for each."""
+    from grpo_kernels import normalize_rewards
+    from grpo_kernels.interference.noise import gradient_noise
+    from grpo_kernels.interference.what_if import StepScores, candidates, what_if
+
+    tokenizer = build_tokenizer((1, 4))
+    torch.manual_seed(0)
+    model = build_model(tokenizer).to(DEVICE)
+    methods = ["mean", "loo", "std", "batch_std", "power", "mean_abs", "rank", "max_rl", "median_mad", "iqr", "global"]
+    n_prompts, count = 16, 8
+    ids = torch.randint(4, len(tokenizer), (n_prompts * count, 12), device=DEVICE)
+    reward_PG = (torch.rand(n_prompts, count, device=DEVICE) > 0.5).float()
+    prompt_B = torch.arange(n_prompts, device=DEVICE).repeat_interleave(count)
+    own = {"power": {"alpha": 0.5}}
+    advantages = {name: normalize_rewards(reward_PG, name, **own.get(name, {})).flatten() for name in methods}
+    sketch, chosen = GradientSketch(model, 32), candidates(methods)
+    position_B = torch.arange(count, device=DEVICE).repeat(n_prompts)
+
+    def step(advantage_B: torch.Tensor) -> None:
+        model.zero_grad(set_to_none=True)
+        logp = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        (-logp.gather(2, ids[:, 1:, None]).squeeze(2).sum(1) @ advantage_B).backward()
+
+    def by_sketch() -> dict[str, float]:
+        with sketch.step(0) as recorded, sketch.rows(prompt_B):
+            step(advantages["std"])
+        a = advantages["std"]
+        scores = StepScores(recorded[0].gram(), -a, a, a, prompt_B, position_B, reward_PG)
+        gradient_noise(scores)
+        return {name: row.cos for name, row in what_if(scores, chosen, used="std").rows.items()}
+
+    def by_backward() -> dict[str, float]:
+        flat = {}
+        for name, advantage_B in advantages.items():
+            step(advantage_B)
+            flat[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return {
+            name: float(torch.nn.functional.cosine_similarity(one, flat["std"], dim=0)) for name, one in flat.items()
+        }
+
+    ours, theirs = by_sketch(), by_backward()
+    assert all(abs(ours[name] - theirs[name]) < 0.1 for name in ours)
+    medians = alternate({"plain": lambda: step(advantages["std"]), "ours": by_sketch, "peer": by_backward}, rounds=7)
+    benchmark.extra_info.update(medians)
+    record(
+        "interference",
+        "eleven normalisations' steps, built-in policy 16 x 8",
+        {
+            "ours / floor": medians["ours"] / medians["plain"],
+            "a backward for each / floor": medians["peer"] / medians["plain"],
+        },
+    )
+    benchmark.pedantic(by_sketch, rounds=1)
+    sketch.close()
