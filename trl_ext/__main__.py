@@ -1,13 +1,12 @@
-"""``python -m trl_ext report RUN`` and ``python -m trl_ext what-if RUN``: looks at runs."""
+"""``python -m trl_ext report RUN``, ``check RUN`` and ``what-if RUN``: looks at runs."""
 
 import sys
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["what-if"]:
         from trl_ext.report.what_if_command import main
-
-        main(sys.argv[2:])
+    elif sys.argv[1:2] == ["check"]:
+        from trl_ext.report.check_command import main
     else:
         from trl_ext.report.command import main
-
-        main(sys.argv[1:])
+    main(sys.argv[2:] if sys.argv[1:2] in (["what-if"], ["check"]) else sys.argv[1:])

@@ -43,10 +43,10 @@ from .report.live import LiveImages
 from .report.run_files import RunFiles, describe_run
 from .rewards.group_columns import add_group_columns
 from .rewards.normalizer import Normalizer
-from .rewards.prompt_keys import prompt_texts
+from .rewards.prompt_keys import prompt_tasks, prompt_texts
 from .rewards.resampling import GenerationCount, Resampling
 from .rewards.reward_checks import RewardFailed, RewardFailures, checked_rewards, say_if_unscored
-from .rewards.rewarded import gather_rewarded
+from .rewards.rewarded import gather_rewarded, mean_repetition
 from .run_checks import check_before_model, check_context
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
@@ -123,6 +123,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         with self._seconds.stage("rewards", self.model.training):
             rewards_BF = calculate(inputs, prompts, completions, completion_ids_list)
             self._failures.raise_together(self.accelerator.process_index)
+        self._log_metrics({"completions/repetition": mean_repetition(completion_ids_list, self.accelerator)})
         say_if_unscored(rewards_BF, self.reward_func_names, self._run.say_once)
         num_generations = self.num_generations if self.model.training else self.num_generations_eval
         self._rewarded = gather_rewarded(
@@ -133,6 +134,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def _generate_and_reward(self, inputs):
         """TRL's dict, its log-probs zeros where they can wait until it is known which sequences are used; rewards."""
         self._deferred.begin()
+        self._tasks |= prompt_tasks(inputs)
         if self._resampling is not None:
             self._resampling.begin(self._logs)
         try:
@@ -147,6 +149,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     @ours
     def _generate_and_score_completions(self, inputs):
         training, step = self.model.training, self.state.global_step
+        self._tasks: dict[int, str] = {}
         generation = self._generations.next(step) if training else 0
         output, rewarded = self._generate_and_reward(inputs)
         if training and self._resampling is not None:
@@ -157,7 +160,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         trl_surface.replace_latest(self._logs["advantages"], normalized.advantages.flatten().tolist())
         add_group_columns(output, rewarded, normalized, process_index=self.accelerator.process_index)
         if training:
-            self._interference.see_prompts(prompt_texts(self._logs["prompt"], rewarded.keys_B), anew=generation == 0)
+            texts = prompt_texts(self._logs["prompt"], rewarded.keys_B)
+            self._interference.see_prompts(texts, self._tasks, anew=generation == 0)
         if self._deferred.due:
             with self._seconds.stage("log_probs", self.model.training):
                 used_B = self._micro_batches.used(output, self._loss_settings(), training=training)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -227,8 +227,8 @@ class MicroBatches:
         for batch, row_B in zip(batches, indices, strict=True):
             last = batch is batches[-1]
             packed = packed_positions(row_B, rows["prompt_id"], *self._lengths(rows)) if shared else 0
-            of_last = {"skipped": skipped, "not_run": not_run} if last else {}
-            batch[KEY] = MicroBatch(row_B=row_B, last=last, packed=packed, **of_last)
+            one = MicroBatch(row_B=row_B, last=last, packed=packed)
+            batch[KEY] = replace(one, skipped=skipped, not_run=not_run) if last else one
         self._count(parts, batches, looked_at)
         return [{KEY: NOTHING} for _ in range(len(parts) - n_batches)] + batches
 

@@ -48,7 +48,8 @@ class InterferenceRecord:
     their sum; None where parts weren't asked for. ``scores_BB``, ``score_coefficient_B`` and ``made_at_B``: as
     ``gram_BB``, ``coefficient_B`` and ``advantage_B``, with what was scored beside the step (``what_if_dead``); None
     where nothing was. ``sigma_P``: population std of a prompt's rewards, NaN where none is scorable. ``prompt_key_P``:
-    int64, the same for the same prompt in every step. ``prompt_text_P``: its first 200 characters, or None.
+    int64, the same for the same prompt in every step. ``prompt_text_P``: its first 200 characters, or None. ``task_P``:
+    what the dataset's column ``task`` says of it, None without one.
     """
 
     step: int
@@ -74,6 +75,7 @@ class InterferenceRecord:
     scores_BB: np.ndarray | None = None
     score_coefficient_B: np.ndarray | None = None
     made_at_B: np.ndarray | None = None
+    task_P: list[str] | None = None
 
 
 # in a file: float32, or int64
@@ -114,18 +116,19 @@ def write_step(
     what_if: Mapping[str, Any] | None = None,
     parts: Mapping[str, np.ndarray] | None = None,
     scores: Mapping[str, np.ndarray] | None = None,
+    tasks: Sequence[str] | None = None,
 ) -> Path:
     """Writes one step's file, over one of the same step (a resumed run), and returns its path.
 
     ``prompt_keys`` and ``prompt_texts``: one for each prompt, in ascending order of prompt id. ``sequences``: as
     ``sequence_columns`` gives them, ``scores`` as ``score_columns`` does. ``what_if``: for JSON. ``parts``: (P, P)
-    inner products by part of the model.
+    inner products by part of the model. ``tasks``: one for each prompt, as ``prompt_keys``.
     """
     if step < 0:
         raise ValueError(f"step={step} must not be negative")
     groups = group_by_prompt(gradients)
     n_prompts = len(groups.prompt_P)
-    for name, values in (("prompt_keys", prompt_keys), ("prompt_texts", prompt_texts)):
+    for name, values in (("prompt_keys", prompt_keys), ("prompt_texts", prompt_texts), ("tasks", tasks)):
         if values is not None and len(values) != n_prompts:
             raise ValueError(
                 f"{name} has {len(values)} entries: expected one for each of the step's {n_prompts} prompts"
@@ -151,6 +154,8 @@ def write_step(
         arrays["what_if"] = _as_json(what_if)
     if prompt_texts is not None:
         arrays["texts"] = _as_json([text[:TEXT_LENGTH] for text in prompt_texts])
+    if tasks is not None:
+        arrays["tasks"] = _as_json([task[:TEXT_LENGTH] for task in tasks])
     if len(gradients.gram_BB) <= MOST_SEQUENCES:
         arrays["sequences"] = _upper_triangle(groups.gram_BB.cpu().numpy())
     else:
@@ -201,13 +206,13 @@ def _read(path: Path) -> InterferenceRecord:
         gram_PP = (belongs_BP.T @ gram_BB.astype(np.float64) @ belongs_BP).astype(np.float32)
     else:
         gram_PP = _from_upper_triangle(arrays["prompts"], len(prompt_id_P))
-    texts = _from_json(arrays["texts"]) if "texts" in arrays else None
+    texts = _texts(arrays, "texts", len(prompt_id_P))
     metrics = _from_json(arrays["metrics"])
     beside: dict[str, np.ndarray] = {}
     if "scores" in arrays:
         beside = {"score_coefficient_B": arrays["score_coefficient"], "made_at_B": arrays["made_at"]}
         beside["scores_BB"] = _from_upper_triangle(arrays["scores"], len(prompt_B))
-    _check(arrays, prompt_id_P, gram_PP, texts, metrics)
+    _check(arrays, prompt_id_P, gram_PP, metrics)
     return InterferenceRecord(
         step=int(arrays["step"]),
         prompt_id_P=arrays["prompt_id"],
@@ -230,10 +235,18 @@ def _read(path: Path) -> InterferenceRecord:
         else None,
         **{field: arrays[name] for name, field in OF_SEQUENCES.items() if name in arrays},
         **beside,
+        task_P=_texts(arrays, "tasks", len(prompt_id_P)),
     )
 
 
-def _check(arrays: dict[str, np.ndarray], prompt_id_P: np.ndarray, gram_PP: np.ndarray, texts, metrics) -> None:
+def _texts(arrays: dict[str, np.ndarray], name: str, count: int) -> list[str] | None:
+    texts = _from_json(arrays[name]) if name in arrays else None
+    if texts is not None and (len(texts) != count or not all(isinstance(text, str) for text in texts)):
+        raise ValueError(f"{name} has {len(texts)} entries: expected {count} texts")
+    return texts
+
+
+def _check(arrays: dict[str, np.ndarray], prompt_id_P: np.ndarray, gram_PP: np.ndarray, metrics) -> None:
     """Raises ``ValueError`` for a file whose parts don't fit one another."""
     n_sequences, n_prompts = len(arrays["prompt"]), len(prompt_id_P)
     for name, count in (("reward", n_sequences), ("coefficient", n_sequences), ("prompt_id", n_prompts),
@@ -250,8 +263,6 @@ def _check(arrays: dict[str, np.ndarray], prompt_id_P: np.ndarray, gram_PP: np.n
         raise ValueError("prompt_id isn't that of its sequences")
     if not np.isfinite(gram_PP).all() or (np.diag(gram_PP) < 0).any():
         raise ValueError("the inner products aren't finite, or a squared norm is negative")
-    if texts is not None and (len(texts) != n_prompts or not all(isinstance(text, str) for text in texts)):
-        raise ValueError(f"texts has {len(texts)} entries: expected {n_prompts} texts")
     if not isinstance(metrics, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
         raise ValueError("metrics aren't numbers by name")
 

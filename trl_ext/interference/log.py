@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 
 from grpo_kernels.head.products import HeadSketch
@@ -103,6 +104,7 @@ class InterferenceLog:
         self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
         self.what_if, self.beside = WhatIfLog(run, used, function_weights), Beside(run, score)
         self.prompt_texts: dict[int, str] = {}
+        self.prompt_tasks: dict[int, str] = {}  # of this process's prompts; none without a column of that name
         self.latest: np.ndarray | None = None  # cosines of the live prompts of the latest logged step, (L, L)
         self._off = self.every == 0
         self._is_open = False
@@ -151,9 +153,11 @@ class InterferenceLog:
         if self.sketch is not None:
             self.sketch.abandon()
 
-    def see_prompts(self, texts: Mapping[int, str], *, anew: bool) -> None:
-        """The texts of a generation batch's prompts, by key; ``anew``: those of an earlier step are forgotten."""
+    def see_prompts(self, texts: Mapping[int, str], tasks: Mapping[int, str], *, anew: bool) -> None:
+        """The texts of a generation batch's prompts, by key, and the tasks of this process's; ``anew``: those of an
+        earlier step are forgotten."""
         self.prompt_texts = {**({} if anew else self.prompt_texts), **texts}
+        self.prompt_tasks = {**({} if anew else self.prompt_tasks), **tasks}
 
     # ---- around each micro-batch of a step that is logged
 
@@ -282,7 +286,8 @@ class InterferenceLog:
         scored = self.beside.sketched(self.sketch, self._loss_scale())
         recorded = self.sketch.take()
         processes = self.accelerator.num_processes
-        n_run, n_skipped = (sum(len(one["prompt_id"]) for one in of) for of in (self._sequences, self._skipped))
+        run: list[Any] = self._sequences
+        n_run, n_skipped = (sum(len(one["prompt_id"]) for one in of) for of in (run, self._skipped))
         sketch_B, beside_B = recorded.sketch[:n_run], recorded.sketch[n_run:]
         if n_skipped:
             sketch_B = torch.cat([sketch_B, sketch_B.new_zeros(n_skipped, *sketch_B.shape[1:])])
@@ -364,6 +369,7 @@ class InterferenceLog:
         # curvature/sigma_mean is logged of every batch already
         self.run.log({name: value for name, value in metrics.items() if name != "curvature/sigma_mean"})
 
+        tasks = self._all_tasks()
         prompt_P, curvature_P = directional_curvature(step)
         # of the last generation alone, which is the one that the normalisation's state has seen last
         first = int(prompt_B.max()) // self.run.prompts_per_generation * self.run.prompts_per_generation
@@ -371,7 +377,7 @@ class InterferenceLog:
         if self.accelerator.is_main_process:
             self._keep_latest(step)
             if self._writes:
-                self._write(step, metrics, known, grams_PP, scores_BB)
+                self._write(step, metrics, known, grams_PP, scores_BB, tasks)
 
     def _by_part(
         self, sketch_B: torch.Tensor, prompt_B: torch.Tensor
@@ -391,6 +397,12 @@ class InterferenceLog:
             errors[name] = predicted_rmse(part_B, prompt_B) if self.dim else 0.0
         return grams_PP, errors
 
+    def _all_tasks(self) -> dict[int, str]:
+        """By key, of the prompts of all processes; some may have none."""
+        if self.accelerator.num_processes == 1:
+            return self.prompt_tasks
+        return {key: task for one in gather_object([self.prompt_tasks]) for key, task in one.items()}
+
     def _keep_latest(self, step: StepGradients) -> None:
         """For the images; of this process alone, so that nothing of it may end the others' step."""
         try:
@@ -406,12 +418,15 @@ class InterferenceLog:
         known: Known,
         grams_PP: dict[str, torch.Tensor],
         scores_BB: torch.Tensor,
+        tasks: Mapping[int, str],
     ) -> None:
         try:
             prompts, first = known.prompt_id.unique(return_inverse=True)
             keys = known.prompt_key.new_zeros(len(prompts)).scatter_(0, first, known.prompt_key).tolist()
             texts = [self.prompt_texts.get(key, "") for key in keys]
             more: dict[str, Any] = {"sequences": sequence_columns(known), "what_if": self.what_if.latest}
+            if tasks:
+                more["tasks"] = [tasks.get(key, "") for key in keys]
             if scores_BB is not step.gram_BB:
                 more["scores"] = score_columns(scores_BB, known)
             more["parts"] = {name: gram_PP.cpu().numpy() for name, gram_PP in grams_PP.items()}

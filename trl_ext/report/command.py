@@ -24,6 +24,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     report.add_argument("-o", "--output", default="report.html", help="the page (default: report.html)")
     report.add_argument("--figures", metavar="DIR", help="also figures for a paper, as PDF and PNG")
     report.add_argument("--json", metavar="FILE", help="also the same numbers, as JSON")
+    commands.add_parser("check", help="verdicts: what is wrong, since when, what to do; exits 1 on a critical one")
     commands.add_parser("what-if", help="what every normalisation would have made of a run's steps")
     return parser.parse_args(arguments)
 

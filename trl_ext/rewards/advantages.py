@@ -94,6 +94,20 @@ def zero_variance_groups(rewards_BF: torch.Tensor, weights_F: torch.Tensor, num_
     return ~live_FP.any(dim=0)
 
 
+def _right_and_wrong(rewards_PG: torch.Tensor, dead_P: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Shares of the groups whose answers are all right, and all wrong: of dead groups, by the batch's rewards."""
+    scored = rewards_PG[~rewards_PG.isnan()]
+    if len(scored) == 0:
+        return {}
+    low, high = scored.min(), scored.max()
+    middle = torch.where(high > low, (low + high) / 2, torch.zeros_like(low))
+    mean_P = rewards_PG.nanmean(dim=1)  # NaN, neither, where none is scorable
+    return {
+        "normalization/all_right_frac": (dead_P & (mean_P > middle)).float().mean(),
+        "normalization/all_wrong_frac": (dead_P & (mean_P <= middle)).float().mean(),
+    }
+
+
 def normalization_metrics(
     rewards_BF: torch.Tensor,
     weights_F: torch.Tensor,
@@ -105,9 +119,11 @@ def normalization_metrics(
 
     ``normalization/zero_variance_frac``: share of groups that give no advantage under a group baseline, counted per
     group for every method. (TRL's ``frac_reward_zero_std`` looks at whatever std it divides by, for ``batch`` the
-    whole batch's.) ``unscorable_frac``: share of completions that no reward function scored. ``scale_mean``, ``_min``,
-    ``_max`` and ``centre_mean``, ``_max``: of the groups that have different rewards, in units of reward (where each
-    reward function is normalised by itself, over all functions' groups); left out for methods that have none.
+    whole batch's.) Of these, ``all_right_frac`` and ``all_wrong_frac``: rewards above and up to the middle of the
+    batch's range (of one reward alone: 0), of all groups. ``unscorable_frac``: share of completions that no reward
+    function scored. ``scale_mean``, ``_min``, ``_max`` and ``centre_mean``, ``_max``: of the groups that have
+    different rewards, in units of reward (where each reward function is normalised by itself, over all functions'
+    groups); left out for methods that have none.
     ``advantage_mean``; ``advantage_abs_mean`` and ``advantage_max``, of absolute values.
     ``curvature/sigma_mean``: mean over the groups of the population std of their rewards, arXiv 2601.23135's sigma.
     """
@@ -117,6 +133,7 @@ def normalization_metrics(
     sigma_P1 = std_P1 * ((count_P1 - 1).clamp(min=0) / count_P1.clamp(min=1)).sqrt()
     metrics = {
         "normalization/zero_variance_frac": dead_P.float().mean(),
+        **_right_and_wrong(rewards_PG, dead_P),
         "normalization/unscorable_frac": rewards_BF.isnan().all(dim=1).float().mean(),
         "normalization/advantage_mean": normalized.advantages.mean(),
         "normalization/advantage_abs_mean": normalized.advantages.abs().mean(),

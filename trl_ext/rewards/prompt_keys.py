@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,13 @@ def prompt_text(prompt: Any) -> str:
         return "" if content is None else str(content)
     parts = [part if isinstance(part, dict) else {"text": part} for part in content]
     return " ".join(str(part["text"]) if "text" in part else f"[{part.get('type', '?')}]" for part in parts)
+
+
+def prompt_tasks(rows: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """By key, what a dataset's column ``task`` says of these prompts; none without one."""
+    return {
+        prompt_key(row["prompt"]): str(row["task"]) for row in rows if row.get("task") is not None and "prompt" in row
+    }
 
 
 def prompt_texts(logged: Iterable[Any], keys_B: Any) -> dict[int, str]:

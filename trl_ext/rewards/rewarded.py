@@ -34,6 +34,20 @@ class RewardedBatch:
         return weighted_rewards(self.rewards_BF, self.weights_F).view(-1, self.num_generations)
 
 
+def repetition(ids: list[int], length: int = 4) -> float:
+    """Share of an answer's runs of ``length`` tokens that occurred in it before; 0 where it has fewer tokens."""
+    count = len(ids) - length + 1
+    if count < 1:
+        return 0.0
+    return 1 - len(set(zip(*(ids[i:] for i in range(length)), strict=False))) / count
+
+
+def mean_repetition(completion_ids: list[list[int]], accelerator: Any) -> float:
+    """Over the answers of all processes."""
+    values = torch.tensor([repetition(ids) for ids in completion_ids], device=accelerator.device)
+    return float(accelerator.gather(values).mean())
+
+
 def gather_rewarded(
     rewards_BF: torch.Tensor,
     weights_F: torch.Tensor,

@@ -1,0 +1,99 @@
+"""Of answers: their length, their words, their entropy."""
+
+from __future__ import annotations
+
+from trl_ext.report.evidence import above, ends, state
+from trl_ext.report.read_run import Run
+
+from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, either, missing
+
+CUT, ALL_CUT = 0.5, 0.95  # of answers, at the length limit
+REPEATED = 0.5  # of an answer's runs of four tokens
+COLLAPSED = (0.1, 0.02)  # of the entropy at the start, and nats
+RISEN = (2.0, 0.5)
+LONGER, SHORTER, TOKENS = 2.0, 0.5, 8  # times the length at the start, and tokens at least
+
+
+def length_limit(run: Run) -> Finding | Unknown | None:
+    name = "completions/clipped_ratio"
+    steps, values = run.series(name)
+    if not steps:
+        return missing(name)
+    for level, border in ((CRITICAL, ALL_CUT), (WARNING, CUT)):
+        found = state(steps, values, above(border))
+        if found is not None:
+            evidence = f"{found.mean:.0%} of the answers are cut off at max_completion_length"
+            remedy = (
+                "A larger max_completion_length, mask_truncated_completions=True, or shorter answers asked for; does "
+                "the model know its end token?"
+            )
+            return Finding(level, found.onset, evidence, found.confidence, remedy)
+    return None
+
+
+def repetition(run: Run) -> Finding | Unknown | None:
+    name = "completions/repetition"
+    steps, values = run.series(name)
+    if not steps:
+        return missing(name)
+    found = state(steps, values, lambda share: share > REPEATED)
+    if found is None:
+        return None
+    evidence = f"{found.mean:.0%} of the answers' runs of four tokens occurred before in the same answer"
+    remedy = "repetition_penalty, a lower temperature; a lower learning_rate or beta > 0 where it began while training."
+    return Finding(WARNING, found.onset, evidence, found.confidence, remedy)
+
+
+def entropy_collapse(run: Run) -> Finding | Unknown | None:
+    name, steps, values = either(run, "entropy", "entropy_live")
+    if len(values) < 2:
+        return missing("entropy")
+    start = ends(values)[0]
+    found = state(steps, values, lambda nats: nats < COLLAPSED[0] * start and nats < COLLAPSED[1], low=True)
+    if found is None:
+        return None
+    evidence = f"{name} went from {start:.3f} to {found.mean:.4f} nats a token: all answers are the same"
+    remedy = "A higher temperature, an entropy bonus (entropy_coef), epsilon_high = 0.28, a lower learning_rate."
+    return Finding(WARNING, found.onset, evidence, found.confidence, remedy)
+
+
+def entropy_rise(run: Run) -> Finding | Unknown | None:
+    name, steps, values = either(run, "entropy", "entropy_live")
+    if len(values) < 2:
+        return missing("entropy")
+    start = values[0]
+    found = state(steps, values, lambda nats: nats > RISEN[0] * start and nats > start + RISEN[1])
+    if found is None:
+        return None
+    evidence = f"{name} went from {start:.2f} to {found.mean:.2f} nats a token: answers become random"
+    remedy = "A lower learning_rate, max_grad_norm, beta > 0; rewards that are drawn at random do this too."
+    return Finding(WARNING, found.onset, evidence, found.confidence, remedy)
+
+
+def length_hacking(run: Run) -> Finding | Unknown | None:
+    """Answers grow (or shrink) by much, the reward rises, and held-out problems say nothing of it."""
+    steps, values = run.series("completions/mean_length")
+    rewards = run.series("reward")[1]
+    held_out = either(run, "eval_accuracy", "eval_reward")[2]
+    if len(values) < 5 or len(rewards) < 5:
+        return missing("completions/mean_length")
+    start = ends(values)[0]
+    longer = state(steps, values, lambda length: length > LONGER * start and length > start + TOKENS)
+    shorter = state(steps, values, lambda length: length < SHORTER * start and length < start - TOKENS, low=True)
+    found = longer or shorter
+    before, after = ends(rewards)
+    if found is None or after <= before + 0.01 * max(abs(before), 0.1):
+        return None
+    if len(held_out) > 1 and held_out[-1] > held_out[0] + 0.02:
+        return None  # what is learned helps
+    known = len(held_out) > 1
+    seen = f"the held-out score does not ({held_out[0]:.2f} to {held_out[-1]:.2f})" if known else "nothing is held out"
+    evidence = (
+        f"answers went from {start:.0f} to {found.mean:.0f} tokens while the reward rose from {before:.2f} "
+        f"to {after:.2f}; {seen}"
+    )
+    remedy = (
+        "Does the reward pay for length? loss_type='dr_grpo' or 'dapo', a penalty on length "
+        "(get_soft_overlong_punishment), a held-out evaluation."
+    )
+    return Finding(WARNING if known else ADVICE, found.onset, evidence, found.confidence, remedy)

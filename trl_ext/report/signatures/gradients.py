@@ -1,0 +1,131 @@
+"""Of the prompts' gradients: what can be trusted, and who opposes whom."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from trl_ext.report.evidence import interval, state
+from trl_ext.report.read_run import Run
+
+from .finding import ADVICE, WARNING, Finding, Unknown, missing
+
+UNCOVERED, UNCHECKED, UNRELIABLE = 0.9, 0.15, 0.1
+DOMINATED, PROMPTS = 0.5, 5  # of the step, by one of so many live prompts
+AGAINST = -0.02  # mean cosine of two tasks, upper end
+
+
+def uncovered(run: Run) -> Finding | Unknown | None:
+    steps, values = run.series("interference/coverage")
+    if not steps:
+        return missing("interference/coverage")
+    found = state(steps, values, lambda share: share < UNCOVERED, low=True)
+    checks = run.series("interference/sketch_check")
+    errors = run.last("interference/sketch_rmse") or 0.0
+    off = state(*checks, lambda ratio: abs(ratio - 1) > UNCHECKED + 3 * errors)
+    if found is not None:
+        evidence = f"the sketch sees {found.mean:.0%} of the squared gradient: what interference says is of that part"
+        remedy = "The log names the parameters that are left out; interference_layers; fused_loss=True covers the head."
+        return Finding(WARNING, found.onset, evidence, found.confidence, remedy)
+    if off is not None:
+        evidence = f"the sketch's norm is {off.mean:.2f} of the gradient's: its figures are off"
+        return Finding(
+            WARNING, off.onset, evidence, off.confidence, "A larger interference_dim; please report the model."
+        )
+    return None
+
+
+def unreliable(run: Run) -> Finding | Unknown | None:
+    steps, values = run.series("interference/reliability")
+    if not steps:
+        return missing("interference/reliability")
+    found = state(steps, values, lambda share: share < UNRELIABLE, low=True)
+    if found is None:
+        return None
+    evidence = f"{found.mean:.0%} of a prompt's squared gradient is signal: cosines are near 0 by chance"
+    remedy = "More answers to a prompt (num_generations); read interference over many steps, not at one."
+    return Finding(ADVICE, found.onset, evidence, found.confidence, remedy)
+
+
+def contradicts_theory(run: Run) -> Finding | Unknown | None:
+    """The theory says that sigma follows curvature, and that below C = 1 dividing by it helps."""
+    steps, values = run.series("curvature/directional_corr")
+    constant = run.last("curvature/speedup_constant")
+    if len(values) < 3 or constant is None:
+        return missing("curvature/directional_corr, at three steps, and C")
+    mean, low, high = interval(values)
+    if high >= 0:
+        return None
+    evidence = (
+        f"C = {constant:.2f} predicts that std helps as sigma tracks curvature; measured, their correlation is "
+        f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] over {len(values)} steps"
+    )
+    remedy = (
+        "python -m trl_ext what-if RUN: is std more than a learning rate here? If not, normalization='mean' "
+        "at its factor."
+    )
+    return Finding(ADVICE, steps[0], evidence, 0.95, remedy)
+
+
+def dominated(run: Run) -> Finding | Unknown | None:
+    """One prompt that makes up most of the step, where several have a gradient."""
+    steps, shares, texts = [], [], []
+    for record in run.records:
+        gram = record.gram_PP.astype(float)
+        live = np.flatnonzero(np.diag(gram) > 1e-12 * max(np.diag(gram).max(initial=0.0), 1e-300))
+        whole = gram.sum()
+        if len(live) < PROMPTS or whole <= 0:
+            continue
+        share = gram.sum(1) / whole
+        most = int(np.argmax(share))
+        steps.append(record.step)
+        shares.append(float(share[most]))
+        texts.append((record.prompt_text_P or [""] * len(share))[most])
+    if not steps:
+        return Unknown(f"no logged step with {PROMPTS} live prompts")
+    found = state(steps, shares, lambda share: share > DOMINATED)
+    if found is None:
+        return None
+    text = " ".join(texts[int(np.argmax(shares))].split())[:60]
+    evidence = f"one prompt makes up {found.mean:.0%} of the step on average, up to {found.worst:.0%} ({text!r})"
+    remedy = "normalization='std' or 'rank' levels the prompts; does its reward have another scale?"
+    return Finding(WARNING, found.onset, evidence, found.confidence, remedy)
+
+
+def task_conflict(run: Run) -> Finding | Unknown | None:
+    """Two tasks, the dataset's column ``task``, whose gradients oppose one another."""
+    pairs = task_cosines(run)
+    if not pairs:
+        return Unknown("fewer than two tasks (a column 'task' in the dataset) in three logged steps")
+    against = {}
+    for names, (steps, values) in pairs.items():
+        mean, low, high = interval(values)
+        if len(values) >= 3 and high < AGAINST:
+            against[names] = (mean, low, high, steps)
+    if not against:
+        return None
+    names, (mean, low, high, steps) = min(against.items(), key=lambda item: item[1][0])
+    evidence = f"{names[0]} and {names[1]}: cosine {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {len(steps)} steps"
+    evidence += f", and {len(against) - 1} other pairs" if len(against) > 1 else ""
+    remedy = "Train them one after the other, or weigh them; does one's reward punish what the other's asks for?"
+    return Finding(WARNING, steps[0], evidence, 0.95, remedy)
+
+
+def task_cosines(run: Run) -> dict[tuple[str, str], tuple[list[int], list[float]]]:
+    """(task, task) -> steps and cosines of the two tasks' summed gradients, in logged steps that have both."""
+    found: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+    for record in run.records:
+        if record.task_P is None:
+            continue
+        tasks = sorted(set(record.task_P) - {""})
+        of = {task: np.array([one == task for one in record.task_P]) for task in tasks}
+        gram = record.gram_PP.astype(float)
+        for i, one in enumerate(tasks):
+            for other in tasks[i + 1 :]:
+                a, b = (gram[np.ix_(of[t], of[t])].sum() for t in (one, other))
+                if a > 0 and b > 0:
+                    steps, values = found.setdefault((one, other), ([], []))
+                    steps.append(record.step)
+                    values.append(float(gram[np.ix_(of[one], of[other])].sum() / math.sqrt(a * b)))
+    return found

@@ -1,0 +1,82 @@
+"""Of groups: those that teach nothing, and why."""
+
+from __future__ import annotations
+
+from trl_ext.report.evidence import above, state
+from trl_ext.report.read_run import Run
+
+from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, missing
+
+HEALTHY_LIVE = 0.2  # share of groups with different rewards, the floor of a healthy run
+ALL_DEAD, MOSTLY_DEAD, SOME_DEAD = 0.95, 1 - HEALTHY_LIVE, 0.5  # of groups
+UNSCORED = 0.1  # of answers
+
+
+def _all_dead(run: Run, name: str, kind: str, remedy: str) -> Finding | Unknown | None:
+    steps, values = run.series(name)
+    if not steps:
+        return missing(name)
+    found = state(steps, values, lambda share: share >= ALL_DEAD)
+    if found is None:
+        return None
+    evidence = f"{found.mean:.0%} of the groups have answers that are all {kind}: no gradient is left"
+    return Finding(CRITICAL, found.onset, evidence, found.confidence, remedy)
+
+
+def all_wrong(run: Run) -> Finding | Unknown | None:
+    remedy = (
+        "Too hard, or misjudged: look at some answers and their rewards (log_completions=True); then easier problems, "
+        "rewards for parts of an answer, a better start (supervised), or more answers (num_generations)."
+    )
+    return _all_dead(run, "normalization/all_wrong_frac", "wrong", remedy)
+
+
+def all_right(run: Run) -> Finding | Unknown | None:
+    remedy = (
+        "Too easy by now: stop here, or go on with harder problems; resample_zero_variance=True finds what is left."
+    )
+    return _all_dead(run, "normalization/all_right_frac", "right", remedy)
+
+
+def mostly_dead(run: Run) -> Finding | Unknown | None:
+    name = "normalization/zero_variance_frac"
+    steps, values = run.series(name)
+    if not steps:
+        return missing(name)
+    for level, border in ((WARNING, MOSTLY_DEAD), (ADVICE, SOME_DEAD)):
+        found = state(steps, values, above(border))
+        if found is not None:
+            right, wrong = (run.last(f"normalization/all_{kind}_frac") for kind in ("right", "wrong"))
+            which = f" (at the end {right:.0%} all right, {wrong:.0%} all wrong)" if None not in (right, wrong) else ""
+            evidence = f"{found.mean:.0%} of the groups have answers of equal reward and teach nothing{which}"
+            remedy = "resample_zero_variance=True draws other prompts for them; or problems of another difficulty."
+            return Finding(level, found.onset, evidence, found.confidence, remedy)
+    return None
+
+
+def few_live_prompts(run: Run) -> Finding | Unknown | None:
+    name = "interference/live_prompts"
+    steps, values = run.series(name)
+    if not steps:
+        return missing(name)
+    found = state(steps, values, lambda count: count < 3, low=True)
+    if found is None:
+        return None
+    evidence = f"on average {found.mean:.1f} prompts of a logged step have a gradient: no phase and no gain can be told"
+    remedy = (
+        "More prompts in a step (per_device_train_batch_size, gradient_accumulation_steps), or "
+        "resample_zero_variance=True."
+    )
+    return Finding(ADVICE, found.onset, evidence, found.confidence, remedy)
+
+
+def unscored(run: Run) -> Finding | Unknown | None:
+    name = "normalization/unscorable_frac"
+    steps, values = run.series(name)
+    if not steps:
+        return missing(name)
+    found = state(steps, values, lambda share: share > UNSCORED)
+    if found is None:
+        return None
+    evidence = f"{found.mean:.0%} of the answers get no reward at all (None)"
+    return Finding(WARNING, found.onset, evidence, found.confidence, "See which reward function returns None, and why.")

@@ -1,0 +1,75 @@
+"""What is wrong with a run, since when, how sure, and what to do: every signature asked once.
+
+Three levels. *critical*: nothing is learned, or what was learned is being lost; the run is better stopped. *warning*:
+something is wrong that costs. *advice*: something could be had. A healthy run (fresh prompts, a live share of at least
+``signatures.HEALTHY_LIVE``) gets nothing above advice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .read_run import Run
+from .signatures import SIGNATURES, Finding, Unknown
+
+LEVELS = ("critical", "warning", "advice")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``name`` of the signature, ``title`` for people; ``onset``: the step since when; ``confidence`` in [0, 1]:
+    ``evidence.State``'s, or of a 95 % interval; ``remedy`` names options."""
+
+    name: str
+    title: str
+    level: str
+    onset: int
+    evidence: str
+    confidence: float
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """``verdicts``, the gravest first; ``unknown``: signature -> what isn't logged; ``clear``: what was looked at and
+    not found."""
+
+    verdicts: list[Verdict]
+    unknown: dict[str, str]
+    clear: list[str]
+
+    @property
+    def worst(self) -> str | None:
+        """The gravest level, None where nothing was found."""
+        return self.verdicts[0].level if self.verdicts else None
+
+    def as_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"verdicts": [asdict(one) for one in self.verdicts], "unknown": self.unknown, "clear": self.clear}
+
+
+def diagnose(run: Run) -> Diagnosis:
+    """Every signature of a run. One that fails on odd numbers is among the unknown, with the error."""
+    verdicts, unknown, clear = [], {}, []
+    for name, signature in SIGNATURES.items():
+        try:
+            found = signature.find(run)
+        except Exception as error:  # of one signature: the others are told all the same
+            found = Unknown(f"it can't be told of these numbers ({type(error).__name__}: {error})")
+        if isinstance(found, Unknown):
+            unknown[name] = found.reason
+        elif found is None:
+            clear.append(name)
+        else:
+            verdicts.append(_verdict(name, signature.title, found))
+    superseded = {other for one in verdicts for other in SIGNATURES[one.name].explains}
+    verdicts = [one for one in verdicts if one.name not in superseded]
+    verdicts.sort(key=lambda one: (LEVELS.index(one.level), one.onset))
+    return Diagnosis(verdicts, unknown, clear)
+
+
+def _verdict(name: str, title: str, found: Finding) -> Verdict:
+    return Verdict(
+        name, title, found.level, found.onset, found.evidence, round(min(found.confidence, 0.99), 2), found.remedy
+    )
