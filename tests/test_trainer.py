@@ -22,6 +22,8 @@ def build(
     train_dataset=None,
     config_class=CurvatureGRPOConfig,
     peft_config=None,
+    rollout_func=None,
+    eval_dataset=None,
     **options,
 ):
     defaults = dict(
@@ -37,6 +39,8 @@ def build(
         train_dataset=prompts(32) if train_dataset is None else train_dataset,
         processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
         peft_config=peft_config,
+        rollout_func=rollout_func,
+        eval_dataset=eval_dataset,
     )
 
 

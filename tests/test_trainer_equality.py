@@ -123,7 +123,10 @@ def run(trainer_class, config_class, policy, folder, setting, *, steps=3, resume
 TIMINGS = ("runtime", "per_second", "step_time", "total_flos", "epoch", "profiling")
 
 
-OURS = ("normalization/", "interference/", "what_if/", "noise/", "curvature/", "theory/", "compute/", "phase")
+OURS = (
+    *("normalization/", "interference/", "what_if/", "noise/", "curvature/", "theory/", "compute/", "phase"),
+    *("verdicts/", "completions/repetition"),
+)
 
 
 def norm_of(gradients):

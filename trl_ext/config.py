@@ -66,6 +66,8 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         what_if_dead: a logged step scores sequences of advantage 0 by a pass of their own, so that normalisations that
             give groups of equal rewards an advantage (``none``, ``global``, ...) can be told too. Training is the
             same; such a step takes about as long as if everything ran.
+        stop_on: "critical" (or "warning"): a verdict of that level (``python -m trl_ext check`` has all of them) stops
+            training with a checkpoint. None: it is said once, and training goes on.
 
     Raises:
         ValueError: at construction, before a model is loaded: unknown method (lists them) or option, alpha outside
@@ -101,6 +103,8 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
             raise ValueError(f"tokens_per_micro_batch={budget!r} must be a whole number above 0, or None")
         if budget is not None and not self.share_prompts:
             raise ValueError(f"tokens_per_micro_batch={budget!r} contradicts share_prompts=False")
+        if self.stop_on not in (None, "critical", "warning"):
+            raise ValueError(f"stop_on={self.stop_on!r} must be 'critical', 'warning' or None")
         self._check_what_if()
         self._check_resampling()
 
@@ -229,6 +233,7 @@ class Options:
     interference_parts: bool
     what_if: list[str] | None
     what_if_dead: bool
+    stop_on: str | None
     normalization_kwargs: dict[str, Any] | None
 
 

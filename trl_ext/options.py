@@ -17,13 +17,15 @@ SCALE_REWARDS_METHOD = {"group": "std", "batch": "batch_std", "none": "mean"}
 # heading -> options below it, as --help and the documentation group them
 GROUPS = {
     "Normalisation": ("normalization", "normalization_kwargs"),
-    "Work": ("fused_loss", "skip_zero_advantage", "full_entropy", "share_prompts", "tokens_per_micro_batch"),
-    "Resampling": ("resample_zero_variance", "resample_max_rounds", "resample_live_prompts"),
-    "Rewards": ("reward_timeout",),
+    "Work": (
+        *("fused_loss", "skip_zero_advantage", "full_entropy", "share_prompts", "tokens_per_micro_batch"),
+        *("resample_zero_variance", "resample_max_rounds", "resample_live_prompts"),
+    ),
     "Interference": (
         *("interference_every", "interference_dim", "interference_layers", "interference_parts"),
         *("what_if", "what_if_dead"),
     ),
+    "Safeguards": ("reward_timeout", "stop_on"),
 }
 
 
@@ -63,3 +65,5 @@ class CurvatureOptions:
     interference_parts: bool = field(default=False, metadata={"help": "Also by part of the model."})
     what_if: list[str] | None = field(default=None, metadata={"help": "Normalisations to compare with; default: all."})
     what_if_dead: bool = field(default=False, metadata={"help": "Score what has no gradient for it too."})
+
+    stop_on: str | None = field(default=None, metadata={"help": "A verdict that ends a run: critical, or warning."})

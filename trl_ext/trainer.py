@@ -8,7 +8,7 @@ old and reference log-probs of what is used   batches/deferred_logprobs.py
 micro-batches of what has a gradient          batches/micro_batches.py, batches/skipping.py
 backbone, head and loss in one pass           loss/fused_loss.py, loss/fused_head.py
 backward: each sequence's gradient            interference/log.py
-the log, the run's folder, images             interference/files.py, report/run_files.py, report/live.py
+the log, the run's folder, images, verdicts   interference/files.py, report/run_files.py, live.py, watch.py
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from .paper import PAPER
 from .quantized import keep_trainable
 from .report.live import LiveImages
 from .report.run_files import RunFiles, describe_run
+from .report.watch import Watch
 from .rewards.group_columns import add_group_columns
 from .rewards.normalizer import Normalizer
 from .rewards.prompt_keys import prompt_tasks, prompt_texts
@@ -101,7 +102,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         )
         files = RunFiles(lambda: describe_run(self.args, self.model, type(self), self.reward_func_names))
         images = LiveImages(self._interference, lambda: self.callback_handler.callbacks)
-        for callback in (self._checkpoint_state, self._random_states, files, images):
+        watch = Watch(run, self._log_metrics)
+        for callback in (self._checkpoint_state, self._random_states, files, images, watch):
             self.add_callback(callback)
         self.is_set_up = True  # else the methods below are the parent's
 

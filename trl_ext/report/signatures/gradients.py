@@ -43,7 +43,7 @@ def unreliable(run: Run) -> Finding | Unknown | None:
     found = state(steps, values, lambda share: share < UNRELIABLE, low=True)
     if found is None:
         return None
-    evidence = f"{found.mean:.0%} of a prompt's squared gradient is signal: cosines are near 0 by chance"
+    evidence = f"{max(found.mean, 0.0):.0%} of a prompt's squared gradient is signal: cosines are near 0 by chance"
     remedy = "More answers to a prompt (num_generations); read interference over many steps, not at one."
     return Finding(ADVICE, found.onset, evidence, found.confidence, remedy)
 

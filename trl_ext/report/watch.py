@@ -1,0 +1,82 @@
+"""While a run goes: verdicts on its log so far, said once each, and a stop where that is asked for.
+
+Advice isn't said here: ``python -m trl_ext check`` has it, and what takes the interference files. A failure is said
+once and ends the watch, not the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+
+from trl_ext.trl_surface import RunSettings
+
+from .read_run import Run
+from .verdicts import LEVELS, Verdict, diagnose
+
+logger = get_logger(__name__)
+OFTEN = 1.02  # the log grows by so much between two looks at all of it
+
+
+class Watch(TrainerCallback):
+    """Of ``run``; ``log`` takes metrics for TRL's next log. ``stop_on`` of the options: "critical", "warning" or None.
+
+    Every process looks, at the same log; where a run may be stopped they decide together.
+    """
+
+    def __init__(self, run: RunSettings, log: Callable[[Mapping[str, float]], None]) -> None:
+        self.run, self.log = run, log
+        self._said: set[str] = set()
+        self._counts: dict[str, float] = {}
+        self._next, self._on = 0.0, True
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.log(self._counts)  # TRL drops what comes while it logs
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not self._on or not logs or any(name.startswith("eval_") for name in logs) or "train_runtime" in logs:
+            return
+        found: list[Verdict] = []
+        try:
+            found = self._look(state)
+        except Exception as error:
+            logger.warning(f"The run isn't watched from here on: {type(error).__name__}: {error}. Training goes on.")
+            self._on = False
+        if self.run.options.stop_on is not None and self._stop([one.level for one in found]):
+            control.should_save = control.should_training_stop = True
+            asked = f"stop_on={self.run.options.stop_on!r}"
+            logger.warning(f"Training stops at step {state.global_step}, with a checkpoint: {asked}.")
+
+    def _look(self, state: Any) -> list[Verdict]:
+        history = state.log_history
+        if len(history) < self._next:
+            return []
+        self._next = len(history) * OFTEN
+        config = {"num_generations": self.run.num_generations}
+        so_far = Run(Path(self.run.output_dir), "", list(history), [], config)
+        found = [one for one in diagnose(so_far).verdicts if one.level != "advice"]
+        for one in found:
+            if one.name not in self._said:
+                self._said.add(one.name)
+                self._say(one)
+        counts = {f"verdicts/{level}": float(sum(one.level == level for one in found)) for level in LEVELS[:2]}
+        self._counts = {name: count for name, count in counts.items() if count}
+        return found
+
+    def _say(self, one: Verdict) -> None:
+        logger.warning(f"{one.level}: {one.title}, since step {one.onset}. {one.evidence}. {one.remedy}")
+        if "wandb" in self.run.report_to and self.run.accelerator.is_main_process:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.run.alert(title=one.title, text=f"Since step {one.onset}: {one.evidence}. {one.remedy}")
+
+    def _stop(self, levels: list[str]) -> bool:
+        worse = LEVELS[: LEVELS.index(self.run.options.stop_on) + 1]
+        mine = torch.tensor([any(level in worse for level in levels)], device=self.run.accelerator.device)
+        return bool(self.run.accelerator.gather(mine).any())
