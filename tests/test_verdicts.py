@@ -300,7 +300,7 @@ def test_healthy_runs_raise_nothing_above_advice(tmp_path):
         {"normalization": "loo", "optim": "sgd", "learning_rate": 0.01, "beta": 0.02, "loss_type": "dr_grpo"},
     ]  # fmt: skip
     alarms, looked, alive = {}, 0, []
-    for seed in range(5):
+    for seed in range(5, 10):  # with those of 0 to 4 a threshold was moved
         policy = str(small_policy(seed, (1, 4)))
         train, held_out = (
             build_dataset(arithmetic_questions(n, held_out=held, levels=(1, 4), seed=seed), "chat")

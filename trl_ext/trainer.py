@@ -39,6 +39,7 @@ from .loss.token_weights import token_weights
 from .overrides import answered_by, ours, overridden
 from .paper import PAPER
 from .quantized import keep_trainable
+from .report.completions import KeptCompletions
 from .report.live import LiveImages
 from .report.run_files import RunFiles, describe_run
 from .report.watch import Watch
@@ -103,7 +104,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         files = RunFiles(lambda: describe_run(self.args, self.model, type(self), self.reward_func_names))
         images = LiveImages(self._interference, lambda: self.callback_handler.callbacks)
         watch = Watch(run, self._log_metrics)
-        for callback in (self._checkpoint_state, self._random_states, files, images, watch):
+        kept = KeptCompletions(lambda: self._logs, run.options.interference_every, run.num_generations)
+        for callback in (self._checkpoint_state, self._random_states, files, images, watch, kept):
             self.add_callback(callback)
         self.is_set_up = True  # else the methods below are the parent's
 

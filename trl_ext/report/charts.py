@@ -1,8 +1,10 @@
-"""The page's interactive charts, drawn by plotly from ``numbers.py``'s numbers."""
+"""The page's interactive charts, drawn by plotly from ``numbers.py``'s numbers; told apart without colours, too."""
 
 from __future__ import annotations
 
 import html
+import json
+import math
 import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,13 +13,17 @@ from typing import Any
 import plotly.graph_objects as go
 
 from .groups import Group, mean_and_band
+from .sections import Curves
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot")
-PHASE_COLOURS = {1: "#d9ead3", 2: "#fff2cc", 3: "#f4cccc"}
-RELIABILITY = "interference/reliability"
+PHASES = {1: ("#eef5ee", "phase 1: near-orthogonal"), 2: ("#ebe2c8", "phase 2: they begin to interfere"),
+          3: ("#dfc9c9", "phase 3: they interfere")}  # fmt: skip
 HOVER_WIDTH = 36  # characters
 FEW_POINTS = 60  # curves of fewer have markers
+SHORT, MOST_LABELS = 18, 24  # characters of a prompt's label, and prompts up to which there are labels
+HEIGHT = 205
+GRID, TEXT = "#e3e6ea", "#4a5056"
 
 
 def plain(text: str) -> str:
@@ -30,21 +36,44 @@ def wrapped(text: str) -> str:
     return "<br>".join(plain(line) for line in textwrap.wrap(text, HOVER_WIDTH))
 
 
-def curves_of_a_run(names: Sequence[str], curves: dict[str, dict[str, list[Any]]]) -> go.Figure | None:
-    """A line for each metric that was logged; None where none was."""
+def curves_of_a_run(
+    chart: Curves, curves: dict[str, dict[str, list[Any]]], paper: dict[str, dict[str, float]]
+) -> go.Figure | None:
+    """A line for each metric that was logged, once where two are the same; None where none was."""
     figure = go.Figure()
-    if names[0] not in curves:
-        names = [name for name in names if name != RELIABILITY]  # which stands beside others alone
-    for i, name in enumerate(names):
-        if name in curves:
-            steps, values = curves[name]["steps"], curves[name]["values"]
-            line = {"color": COLOURS[i % len(COLOURS)], "dash": DASHES[i % len(DASHES)]}
-            mode = "lines+markers" if len(steps) < FEW_POINTS or None in values else "lines"  # points between gaps
-            figure.add_scatter(x=steps, y=values, name=name, mode=mode, line=line)
-    return _with_axes(figure, names[0] if len(names) == 1 else "")
+    steps: list[int] = []
+    drawn: list[list[Any]] = []
+    for i, (name, label) in enumerate(chart.metrics.items()):
+        if name not in curves or curves[name]["values"] in drawn:  # a reward that is the accuracy
+            continue
+        steps, values = curves[name]["steps"], curves[name]["values"]
+        drawn.append(values)
+        line = {"color": COLOURS[i % len(COLOURS)], "dash": DASHES[i % len(DASHES)], "width": 1.8}
+        mode = "lines+markers" if len(steps) < FEW_POINTS or None in values else "lines"  # points between gaps
+        more: dict[str, Any] = {"stackgroup": "all"} if chart.stacked else {}
+        figure.add_scatter(x=steps, y=values, name=label, mode=mode, line=line, marker={"size": 4}, **more)
+    if not figure.data:
+        return None
+    for value, label in chart.reference:
+        _reference(figure, steps, value, label, 0)
+    for name in chart.metrics:
+        told = paper.get(name, {})
+        label = "paper: " + ", ".join(f"{value:g} ({where})" for where, value in told.items())
+        for i, value in enumerate(told.values()):
+            _reference(figure, steps, value, label, i)
+    return _with_axes(figure, chart)
 
 
-def curves_of_groups(name: str, groups: Sequence[Group]) -> go.Figure | None:
+def _reference(figure: go.Figure, steps: Sequence[int], value: float, label: str, i: int) -> None:
+    """A dotted line that the legend names: labels in the figure would lie over one another."""
+    ends = [min(steps), max(steps)] if len(steps) > 1 else [steps[0] - 1, steps[0] + 1]
+    grey = ("#555555", "#888888", "#aaaaaa")[i % 3]
+    line = {"dash": "dot", "color": grey, "width": 1.2}
+    shown = {"showlegend": i == 0, "legendgroup": label, "hoverinfo": "name"}
+    figure.add_scatter(x=ends, y=[value, value], name=label, mode="lines", line=line, **shown)
+
+
+def curves_of_groups(chart: Curves, name: str, groups: Sequence[Group]) -> go.Figure | None:
     """A line for each group of runs, and a band from its lowest to its highest run."""
     figure = go.Figure()
     for i, group in enumerate(groups):
@@ -65,62 +94,85 @@ def curves_of_groups(name: str, groups: Sequence[Group]) -> go.Figure | None:
         label = f"{group.name} (mean and range of {len(group.runs)} runs)" if several else group.name
         line = {"color": colour, "dash": DASHES[i % len(DASHES)]}
         figure.add_scatter(x=band["steps"], y=band["mean"], name=plain(label), line=line)
-    return _with_axes(figure, name)
+    return _with_axes(figure, chart) if figure.data else None
 
 
-def _with_axes(figure: go.Figure, name: str) -> go.Figure | None:
-    if not figure.data:
-        return None
+def _with_axes(figure: go.Figure, chart: Curves) -> go.Figure:
     figure.update_xaxes(title="optimizer step")
-    figure.update_yaxes(title=name)
+    figure.update_yaxes(title=chart.unit)
+    values = [value for trace in figure.data for value in trace.y if value is not None]
+    if chart.log and values and min(values) > 0:
+        figure.update_yaxes(type="log", dtick="D2" if max(values) < 30 * min(values) else 1)
     return figure
 
 
+def always_zero(chart: Curves, curves: dict[str, dict[str, list[Any]]]) -> bool:
+    """Whether all that was logged of it is 0."""
+    values = [value for name in chart.metrics if name in curves for value in curves[name]["values"]]
+    return bool(values) and not any(values)
+
+
 def shade_phases(figure: go.Figure, phases: Sequence[dict[str, int]]) -> None:
-    """Behind the curves, with their numbers."""
+    """Behind the curves, lighter to darker; the legend says which is which."""
     for span in phases:
         figure.add_vrect(
-            x0=span["first"], x1=max(span["last"], span["first"] + 1), fillcolor=PHASE_COLOURS[span["phase"]],
-            opacity=0.5, layer="below", line_width=0, annotation_text=f"phase {span['phase']}",
-            annotation_position="top left",
+            x0=span["first"], x1=max(span["last"], span["first"] + 1), fillcolor=PHASES[span["phase"]][0],
+            layer="below", line_width=0,
         )  # fmt: skip
-
-
-def reference_line(figure: go.Figure, value: float, label: str) -> None:
-    """A value to compare with."""
-    figure.add_hline(y=value, line={"dash": "dash", "color": "#888"}, annotation_text=label)
+    for number in sorted({span["phase"] for span in phases}):
+        colour, label = PHASES[number]
+        marker = {"symbol": "square", "size": 10, "color": colour, "line": {"width": 1, "color": "#888"}}
+        figure.add_scatter(x=[None], y=[None], mode="markers", name=label, marker=marker)
 
 
 def heatmap(maps: Sequence[dict[str, Any]]) -> go.Figure:
-    """Cosines of a logged step, with a slider over the steps; the prompts' texts on hover."""
+    """Cosines of a logged step, square, with a slider over the steps; the prompts' texts on hover. Cells that are below
+    0 by more than twice the sketch's error are hatched."""
 
-    def trace(one: dict[str, Any]) -> go.Heatmap:
-        names = [
+    def hover(one: dict[str, Any]) -> list[str]:
+        return [
             f"{i + 1}. {wrapped(text)}" + ("" if reward is None else f" (reward {reward:g})")
             for i, (text, reward) in enumerate(zip(one["prompts"], one["rewards"], strict=True))
         ]
-        return go.Heatmap(
-            z=one["cosines"], x=names, y=names, zmin=-1, zmax=1, colorscale="RdBu",
-            colorbar={"title": "cosine", "thickness": 12},
-            hovertemplate="%{x}<br>%{y}<br>cosine %{z:.2f}<extra></extra>",
-        )  # fmt: skip
+
+    def traces(one: dict[str, Any]) -> list[Any]:
+        names, count = hover(one), len(one["prompts"])
+        texts = [[f"{row}<br>{column}" for column in names] for row in names]
+        border = -2 * (one["sketch_rmse"] or 0.0)
+        below = [(i, j) for i, row in enumerate(one["cosines"]) for j, value in enumerate(row) if value < border]
+        size = max(2.0, min(16.0, 240 / count))
+        marker = {"symbol": "line-ne-open", "size": size, "color": "rgba(0,0,0,.55)"}
+        return [
+            go.Heatmap(
+                z=one["cosines"], zmin=-1, zmax=1, colorscale="RdBu", customdata=texts,
+                colorbar={"title": {"text": "cosine", "font": {"size": 11}}, "thickness": 10},
+                hovertemplate="%{customdata}<br>cosine %{z:.2f}<extra></extra>",
+            ),
+            go.Scatter(
+                x=[j for _, j in below], y=[i for i, _ in below], mode="markers", marker=marker, hoverinfo="skip",
+                showlegend=False,
+            ),
+        ]  # fmt: skip
 
     def layout(one: dict[str, Any]) -> dict[str, Any]:
-        n, reliability = len(one["prompts"]), one["reliability"]
+        count, reliability = len(one["prompts"]), one["reliability"]
         told = "reliability unknown" if reliability is None else f"reliability {reliability:.2f}"
         title = f"step {one['step']}: {one['live']} live prompts, {told}"
+        labels = [plain(textwrap.shorten(text, SHORT, placeholder="…") or text[:SHORT]) for text in one["prompts"]]
+        ticks = {"tickvals": list(range(count)), "ticktext": labels, "showticklabels": count <= MOST_LABELS}
+        common = {"showgrid": False, "zeroline": False, "tickfont": {"size": 9}, **ticks}
         return {
-            "title": {"text": title, "font": {"size": 14}},
-            "xaxis": {"range": [-0.5, n - 0.5], "showticklabels": False},
-            "yaxis": {"range": [n - 0.5, -0.5], "showticklabels": False},
+            "title": {"text": title, "font": {"size": 12}, "x": 0.02, "y": 0.98, "yanchor": "top"},
+            "xaxis": {**common, "range": [-0.5, count - 0.5], "tickangle": 90, "constrain": "domain"},
+            "yaxis": {**common, "range": [count - 0.5, -0.5], "scaleanchor": "x", "constrain": "domain"},
         }
 
-    frames = [go.Frame(data=[trace(one)], name=str(one["step"]), layout=layout(one)) for one in maps]
-    figure = go.Figure(data=[trace(maps[0])], frames=frames)
+    frames = [go.Frame(data=traces(one), name=str(one["step"]), layout=layout(one)) for one in maps]
+    figure = go.Figure(data=traces(maps[0]), frames=frames)
     move = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     steps = [{"label": frame.name, "method": "animate", "args": [[frame.name], move]} for frame in frames]
-    sliders = [{"steps": steps, "currentvalue": {"prefix": "step "}, "pad": {"t": 24}}]
-    figure.update_layout(**layout(maps[0]), sliders=sliders)
+    sliders = [{"steps": steps, "currentvalue": {"prefix": "step ", "font": {"size": 11}}, "pad": {"t": 90}}]
+    figure.update_layout(**layout(maps[0]), sliders=sliders if len(maps) > 1 else [])
     return figure
 
 
@@ -130,39 +182,130 @@ def histogram(numbers: dict[str, Any]) -> go.Figure:
     figure = go.Figure()
     for i, (name, counts) in enumerate(numbers["counts"].items()):
         shares = [count / max(sum(counts), 1) for count in counts]
-        figure.add_bar(x=middles, y=shares, name=name, opacity=0.6, marker_color=COLOURS[i])
-    figure.update_layout(barmode="overlay")
+        pattern = {"shape": "/", "solidity": 0.3} if i else {}
+        figure.add_bar(x=middles, y=shares, name=name, opacity=0.65, marker={"color": COLOURS[i], "pattern": pattern})
+    figure.update_layout(barmode="overlay", bargap=0)
     figure.update_xaxes(title="cosine of two prompts' gradients", range=[-1, 1])
     figure.update_yaxes(title="share of pairs")
     error = numbers["sketch_rmse"]
     if error:
+        figure.add_vrect(x0=-2 * error, x1=2 * error, fillcolor="#999", opacity=0.25, line_width=0)
+        marker = {"symbol": "square", "size": 10, "color": "#cfcfcf"}
         label = f"within 2 errors of the sketch ({error:.3f})"
-        figure.add_vrect(
-            x0=-2 * error, x1=2 * error, fillcolor="#999", opacity=0.25, line_width=0, annotation_text=label
-        )
+        figure.add_scatter(x=[None], y=[None], mode="markers", name=label, marker=marker)
     return figure
 
 
 def sigma_and_curvature(points: Sequence[dict[str, Any]]) -> go.Figure:
-    """A point for each prompt and logged step, coloured by step."""
-    colour = {"color": [point["step"] for point in points], "colorscale": "Viridis", "size": 6}
+    """A point for each prompt and logged step, darker the later."""
+    colour = {"color": [point["step"] for point in points], "colorscale": "Viridis", "reversescale": True, "size": 5}
     figure = go.Figure(
         go.Scatter(
             x=[point["sigma"] for point in points], y=[point["curvature"] for point in points], mode="markers",
-            marker={**colour, "colorbar": {"title": "step", "thickness": 12}},
+            marker={**colour, "colorbar": {"title": {"text": "step", "font": {"size": 11}}, "thickness": 10}},
             hovertemplate="sigma %{x:.3f}<br>curvature %{y:.3g}<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_xaxes(title="sigma: population std of the prompt's rewards")
-    figure.update_yaxes(title="measured curvature along its gradient")
+    figure.update_xaxes(title="sigma, std of the prompt's rewards")
+    figure.update_yaxes(title="curvature along its gradient")
     return figure
 
 
-def as_html(figure: go.Figure, height: int = 380) -> str:
-    """A ``div`` for a page that holds plotly's script."""
-    figure.update_layout(
-        template="plotly_white", height=height, autosize=True, margin={"l": 48, "r": 16, "t": 48, "b": 48},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+def what_if(table: dict[str, Any]) -> go.Figure:
+    """Each normalisation's cosine with the step taken, and its factor on the learning rate; colour: gain."""
+    figure = go.Figure()
+    methods = table["methods"]
+    gains = [one.get("gain") for one in methods.values()]
+    known = [gain for gain in gains if gain is not None]
+    marker: dict[str, Any] = {"size": 10, "line": {"width": 1, "color": "#333"}}
+    if known:
+        marker |= {
+            "color": [gain if gain is not None else min(known) for gain in gains], "colorscale": "Viridis",
+            "colorbar": {"title": {"text": "gain", "font": {"size": 11}}, "thickness": 10},
+        }  # fmt: skip
+    spreads = [one["spread"] for one in methods.values()]
+    told = [
+        f"{name}<br>cosine {one['cos']:.3f}<br>factor {one['factor']:.3g}, spread "
+        f"{'-' if spread is None else format(spread, '.2g')}<br>gain "
+        + ("-" if one.get("gain") is None else f"{one['gain']:.3g} ± {one.get('gain_error') or 0:.2g}")
+        for (name, one), spread in zip(methods.items(), spreads, strict=True)
+    ]
+    low = [one["factor"] - one["factor_low"] for one in methods.values()]
+    high = [one["factor_high"] - one["factor"] for one in methods.values()]
+    figure.add_scatter(
+        x=[one["cos"] for one in methods.values()], y=[one["factor"] for one in methods.values()],
+        text=_labels(methods), mode="markers+text", textposition="middle left", textfont={"size": 10},
+        marker=marker, hovertext=told, hoverinfo="text", showlegend=False,
+        error_y={"type": "data", "array": high, "arrayminus": low, "thickness": 0.8, "width": 2, "color": "#999"},
     )  # fmt: skip
-    settings = {"responsive": True, "displayModeBar": False}
-    return figure.to_html(full_html=False, include_plotlyjs=False, auto_play=False, config=settings)
+    least = min(one["cos"] for one in methods.values())
+    figure.update_xaxes(title="cosine with the step that was taken", range=[min(least, 0.98) - 0.03, 1.02])
+    figure.update_yaxes(title="factor on the learning rate")
+    if all(one["factor_low"] > 0 for one in methods.values()):
+        figure.update_yaxes(type="log", dtick="D2")
+    return figure
+
+
+def _labels(methods: dict[str, dict[str, Any]]) -> list[str]:
+    """One for points that lie on one another: the first has all their names."""
+    labels, names = [""] * len(methods), list(methods)
+    width = max(1 - min(one["cos"] for one in methods.values()), 0.02)
+    taken: set[int] = set()
+    for i, name in enumerate(names):
+        if i in taken:
+            continue
+        near = [
+            j
+            for j, other in enumerate(names)
+            if j not in taken
+            and abs(methods[other]["cos"] - methods[name]["cos"]) < 0.15 * width
+            and abs(math.log(max(methods[other]["factor"], 1e-9) / max(methods[name]["factor"], 1e-9))) < 0.16
+        ]
+        taken |= set(near)
+        labels[i] = ", ".join(names[j] for j in near[:3]) + (f" +{len(near) - 3}" if len(near) > 3 else "") + "  "
+    return labels
+
+
+def parts(numbers: dict[str, Any]) -> go.Figure:
+    """Share of the squared gradients and mean cosine, by part of the model, with the cosine's error."""
+    figure = go.Figure()
+    names = [name.replace("_", " ") for name in numbers]
+    shares = [one["share"] for one in numbers.values()]
+    figure.add_bar(x=names, y=shares, name="share of the squared gradients", marker={"color": "#b9c6d3"})
+    cosines, errors = ([one[key] for one in numbers.values()] for key in ("cos_mean", "sketch_rmse"))
+    marker = {"size": 8, "color": COLOURS[1], "symbol": "diamond"}
+    error_y = {"type": "data", "array": [2 * (error or 0.0) for error in errors]}
+    figure.add_scatter(
+        x=names, y=cosines, mode="markers", name="mean cosine of two prompts", marker=marker, error_y=error_y
+    )
+    figure.update_yaxes(title="share; cosine")
+    return figure
+
+
+def tasks(numbers: dict[str, Any]) -> go.Figure:
+    """Task against task: mean cosine over steps, with its 95 % interval as text."""
+    names = [plain(name) for name in numbers["names"]]
+    figure = go.Figure(
+        go.Heatmap(
+            z=numbers["cosines"], x=names, y=names, zmin=-1, zmax=1, colorscale="RdBu", text=numbers["texts"],
+            texttemplate="%{text}", colorbar={"title": "cosine", "thickness": 10},
+        )
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def as_json(figure: go.Figure, height: int = HEIGHT) -> str:
+    """For a ``<script type="application/json">``: nothing of it can end the script."""
+    axis = {"gridcolor": GRID, "linecolor": GRID, "zerolinecolor": "#b8bec4", "automargin": True}
+    title = {"font": {"size": 11, "color": TEXT}, "standoff": 6}
+    figure.update_xaxes(**axis, title=title)
+    figure.update_yaxes(**axis, title=title)
+    figure.update_layout(
+        template=None, height=height, autosize=True, margin={"l": 48, "r": 12, "t": 26, "b": 36},
+        font={"size": 11, "color": TEXT, "family": "system-ui, sans-serif"}, paper_bgcolor="white",
+        plot_bgcolor="white", hoverlabel={"font": {"size": 11}},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0, "font": {"size": 10}},
+    )  # fmt: skip
+    plotted = json.loads(figure.to_json())
+    return json.dumps(plotted, separators=(",", ":")).replace("<", "\\u003c").replace("\u2028", "\\u2028")

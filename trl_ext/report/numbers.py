@@ -10,6 +10,7 @@ than ``MOST_POINTS`` are thinned evenly.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,60 +18,31 @@ import numpy as np
 import torch
 
 from grpo_kernels.interference.curvature import directional_curvature
+from grpo_kernels.interference.model_parts import PARTS_OF_MODEL
 from grpo_kernels.interference.step_gradients import StepGradients
 from trl_ext.interference.files import InterferenceRecord
 
+from .completions import read_completions
+from .evidence import interval
 from .read_run import Run
-from .summary import phases, summary
+from .sections import SECTIONS
+from .signatures.gradients import task_cosines
+from .summary import phases, summary, tiles
+from .verdicts import diagnose
+from .what_if_table import what_if_table
 
 MOST_HEATMAPS, MOST_PROMPTS, MOST_POINTS, MOST_PAIRS = 40, 64, 2000, 5
+MORE = {  # numbers without a chart of their own, by section
+    "interference": ("interference/live_prompts", "interference/sketch_rmse", "interference/coverage",
+                     "interference/sketch_check"),
+    "curvature": ("curvature/sigma_mean",),
+    "compute": ("compute/tokens_run", "compute/padding_removed_frac", "step_time"),
+}  # fmt: skip
 TEXT = 120  # characters of a prompt that are shown
 
-# the curves of each section, by the names under which they are logged
-CURVES = {
-    "learning": ("reward", "eval_accuracy", "eval_reward", "completions/mean_length", "grad_norm"),
-    "normalisation": (
-        "normalization/scale_mean",
-        "normalization/scale_min",
-        "normalization/scale_max",
-        "normalization/zero_variance_frac",
-        "normalization/advantage_abs_mean",
-        "normalization/advantage_max",
-    ),
-    "interference": (
-        "interference/cos_mean",
-        "interference/cos_std",
-        "interference/near_orthogonal_frac",
-        "interference/conflict_frac",
-        "interference/reliability",
-        "interference/live_prompts",
-        "interference/sketch_rmse",
-        "interference/coverage",
-        "interference/sketch_check",
-    ),
-    "curvature": (
-        "curvature/sigma_mean",
-        "curvature/speedup_constant",
-        "curvature/directional_corr",
-        "curvature/fisher_variance_corr",
-    ),
-    "theory": ("theory/m_bound_p95", "theory/negative_pairs_frac", "theory/r1", "theory/r2"),
-    "compute": (
-        "compute/tokens_run",
-        "compute/sequences_skipped_frac",
-        "compute/tokens_skipped_frac",
-        "compute/padding_removed_frac",
-        "compute/flops_saved_frac",
-        "compute/seconds_generation",
-        "compute/seconds_rewards",
-        "compute/seconds_log_probs",
-        "compute/seconds_training",
-        "step_time",
-    ),
-}
 # arXiv 2601.23135: Table 1 (correlations), Table 3 (its steps 0, 260, 500)
 PAPER = {
-    "curvature/fisher_variance_corr": {"same iteration": 0.342, "across iterations": -0.028},
+    "curvature/fisher_variance_corr": {"same step": 0.342, "across": -0.028},
     "interference/cos_std": {"step 0": 0.045, "step 260": 0.066, "step 500": 0.130},
     "interference/near_orthogonal_frac": {"step 0": 0.977, "step 260": 0.803, "step 500": 0.524},
     "theory/m_bound_p95": {"step 0": 89, "step 260": 250, "step 500": 418},
@@ -88,13 +60,59 @@ def thin(steps: Sequence[int], values: Sequence[Any], most: int = MOST_POINTS) -
 def curves(run: Run) -> dict[str, dict[str, dict[str, list[Any]]]]:
     """Section -> metric -> ``steps`` and ``values``, None where one is missing; what was never logged is left out."""
     found: dict[str, dict[str, dict[str, list[Any]]]] = {}
-    for section, names in CURVES.items():
+    for section, one in SECTIONS.items():
         found[section] = {}
-        for name in names:
+        for name in [*(name for chart in one.curves for name in chart.metrics), *MORE.get(section, ())]:
             steps, values = thin(*run.curve(name))
             if steps:
                 found[section][name] = {"steps": steps, "values": values}
+    for name in reward_functions(run):
+        steps, values = thin(*run.curve(f"rewards/{name}/mean"))
+        found["learning"][f"rewards/{name}/mean"] = {"steps": steps, "values": values}
     return found
+
+
+def reward_functions(run: Run) -> list[str]:
+    """Names of those whose rewards were logged."""
+    found = {
+        match[1]: None for entry in run.logs for name in entry if (match := re.fullmatch(r"rewards/(.+)/mean", name))
+    }
+    return list(found)
+
+
+def parts(records: Sequence[InterferenceRecord]) -> dict[str, dict[str, float]]:
+    """By part of the model, means over the logged steps: share, mean cosine and its error."""
+    found: dict[str, dict[str, float]] = {}
+    for name in PARTS_OF_MODEL:
+        for key in ("share", "cos_mean", "sketch_rmse"):
+            values = [r.metrics[f"parts/{name}/{key}"] for r in records if f"parts/{name}/{key}" in r.metrics]
+            if values:
+                found.setdefault(name, {"cos_mean": math.nan, "sketch_rmse": 0.0})[key] = float(np.mean(values))
+    return found
+
+
+def tasks(run: Run) -> dict[str, Any] | None:
+    """Task against task: mean cosines over steps, and their intervals as text; None with fewer than two tasks."""
+    pairs = task_cosines(run)
+    names = sorted({name for pair in pairs for name in pair})
+    if len(names) < 2:
+        return None
+    cosines: list[list[float | None]] = [[1.0 if a == b else None for b in names] for a in names]
+    texts = [["" for _ in names] for _ in names]
+    for (a, b), (_, values) in pairs.items():
+        mean, low, high = interval(values)
+        told = f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
+        for i, j in ((names.index(a), names.index(b)), (names.index(b), names.index(a))):
+            cosines[i][j], texts[i][j] = mean, told
+    return {"names": names, "cosines": cosines, "texts": texts}
+
+
+def what_if(run: Run) -> dict[str, Any] | None:
+    """The run's table, or None where no step can be compared."""
+    try:
+        return what_if_table(run)
+    except ValueError:
+        return None
 
 
 def cosines(record: InterferenceRecord) -> tuple[np.ndarray, np.ndarray]:
@@ -156,6 +174,7 @@ def heatmap(record: InterferenceRecord) -> dict[str, Any] | None:
         "step": record.step,
         "live": len(live),
         "reliability": record.metrics.get("interference/reliability"),
+        "sketch_rmse": record.metrics.get("interference/sketch_rmse"),
         "prompts": prompt_labels(record, live[shown[order]]),
         "rewards": [None if math.isnan(r) else round(float(r), 3) for r in rewards],
         "cosines": part[np.ix_(order, order)].round(2).tolist(),
@@ -257,12 +276,15 @@ def notes(run: Run) -> list[str]:
 def report_numbers(run: Run, n_runs: int = 1) -> dict[str, Any]:
     """All of it, of what strict JSON can hold; ``n_runs`` share the page's heatmaps."""
     chosen = chosen_records(run.records, max(2, MOST_HEATMAPS // n_runs))
+    compared = what_if(run)
     found: dict[str, Any] = {
         "run": run.name,
         "last_step": run.last_step,
         "logged_interference_steps": len(run.records),
         "most_prompts": MOST_PROMPTS,
         "summary": summary(run),
+        "tiles": tiles(run, compared),
+        "diagnosis": diagnose(run).as_plain(),
         "problems": run.problems,
         "notes": notes(run),
         "config": run.config,
@@ -271,6 +293,10 @@ def report_numbers(run: Run, n_runs: int = 1) -> dict[str, Any]:
         "heatmaps": [one for one in map(heatmap, chosen) if one is not None],
         "histogram": histogram(run.records) if chosen else None,
         "pairs": extreme_pairs(run.records),
+        "what_if": compared,
+        "parts": parts(run.records),
+        "tasks": tasks(run),
+        "completions": read_completions(run.folder),
         "sigma_and_curvature": sigma_and_curvature(run.records),
         "paper": PAPER,
     }

@@ -1,7 +1,12 @@
-"""The page: numbers -> charts (``charts.py``) -> one HTML file with everything in it (``page.html.jinja``)."""
+"""The page: numbers -> charts (``charts.py``) -> one HTML file with everything in it (``page.html.jinja``).
+
+plotly's script is in it gzipped, and the page unpacks it: 2 MB in place of 5.
+"""
 
 from __future__ import annotations
 
+import base64
+import gzip
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -10,150 +15,179 @@ from jinja2 import Environment
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from trl_ext.options import SCALE_REWARDS_METHOD
+
 from . import charts
 from .definitions import DEFINITIONS, PAPER
 from .groups import Group, differences
 from .read_run import Run
+from .sections import FROM_INTERFERENCE, SECTIONS, Curves
 
 HOW_TO_LOG = "Not in this run's folder. CurvatureGRPOConfig(interference_every=10), the default, logs it."
-NOT_LOGGED = "Nothing of it is in this run's log."
-
-# id -> heading, a sentence for a newcomer, the metrics of each chart
-SECTIONS: dict[str, tuple[str, str, list[tuple[str, ...]]]] = {
-    "learning": (
-        "Did it learn?",
-        "Reward of the sampled answers, and accuracy on problems never trained on, against optimizer steps. The shade "
-        "behind is the training phase: green 1, yellow 2, red 3.",
-        [("reward", "eval_accuracy"), ("grad_norm",)],
-    ),
-    "normalisation": (
-        "What the normalisation did",
-        "A group's rewards are divided by its scale. A group whose answers all got the same reward is dead and teaches "
-        "nothing. Advantages are what is left to learn from.",
-        [
-            ("normalization/scale_mean", "normalization/scale_min", "normalization/scale_max"),
-            ("normalization/zero_variance_frac",),
-            ("normalization/advantage_abs_mean", "normalization/advantage_max"),
-        ],
-    ),
-    "interference": (
-        "Do the prompts get in one another's way?",
-        "The cosine of two prompts' gradients: near 0 they leave one another alone, below 0 one undoes the other. "
-        "Reliability says how much of a prompt's gradient is signal: where it is low, chance pulls cosines to 0.",
-        [
-            ("interference/cos_mean", "interference/conflict_frac", "interference/reliability"),
-            ("interference/cos_std", "interference/reliability"),
-            ("interference/near_orthogonal_frac", "interference/reliability"),
-        ],
-    ),
-    "curvature": (
-        "Does the std follow the curvature?",
-        "The theory says that the std of a group's rewards, sigma, tracks the curvature of its objective, and that "
-        "below C = 1 dividing by it converges faster.",
-        [("curvature/speedup_constant",), ("curvature/directional_corr", "curvature/fisher_variance_corr")],
-    ),
-    "theory": (
-        "The theory's constants",
-        "How far the theorem's assumptions hold: the bound M, the share of pairs for which no M does, and how unlike "
-        "the prompts are. Dashed: what the paper reports.",
-        [("theory/m_bound_p95",), ("theory/negative_pairs_frac",), ("theory/r1", "theory/r2")],
-    ),
-    "compute": (
-        "Where the work went",
-        "Sequences without a gradient don't run. Tokens that did, the share of the backbone's work that was saved, and "
-        "the seconds of each stage of a step.",
-        [
-            ("compute/tokens_run",),
-            ("compute/sequences_skipped_frac", "compute/tokens_skipped_frac", "compute/flops_saved_frac"),
-            (
-                "compute/seconds_generation",
-                "compute/seconds_rewards",
-                "compute/seconds_log_probs",
-                "compute/seconds_training",
-            ),
-        ],
-    ),
+HOW_TO = {
+    "parts": "Not in this run's folder. CurvatureGRPOConfig(interference_parts=True) logs it.",
+    "tasks": "Of datasets with a column task, of two tasks or more.",
+    "completions": "No answers were kept in this run's folder.",
 }
-FROM_INTERFERENCE = ("interference", "curvature", "theory")
+NOT_LOGGED = "Nothing of it is in this run's log."
+# what a reader asks of a configuration first
+CONFIGURATION = (
+    ("model", "model_name_or_path"), ("adapter", "adapter"), ("normalization", "normalization"),
+    ("answers to a prompt", "num_generations"),
+    ("answers a step", "generation_batch_size"), ("learning rate", "learning_rate"), ("optimizer", "optim"),
+    ("clipped at", "max_grad_norm"), ("loss", "loss_type"), ("beta", "beta"), ("iterations", "num_iterations"),
+    ("tokens of an answer", "max_completion_length"), ("steps", "max_steps"), ("seed", "seed"),
+    ("processes", "num_processes"),
+)  # fmt: skip
 
 Part = dict[str, Any]
 
 
-def _chart(figure: Any, height: int = 380, **more: Any) -> Part:
-    return {"chart": Markup(charts.as_html(figure, height)), **more}
+class Page:
+    """The figures of a page, numbered as they are placed."""
+
+    def __init__(self) -> None:
+        self.figures: list[Markup] = []
+
+    def place(self, figure: Any, title: str, height: int = charts.HEIGHT, **more: Any) -> Part:
+        self.figures.append(Markup(charts.as_json(figure, height)))
+        return {"chart": len(self.figures) - 1, "title": title, "height": height, **more}
 
 
-def _curves(section: str, numbers: Sequence[dict[str, Any]], groups: Sequence[Group]) -> list[Part]:
+def _curves(page: Page, section: str, numbers: Sequence[dict[str, Any]], groups: Sequence[Group]) -> list[Part]:
     parts: list[Part] = []
-    drawn: set[tuple[str, ...]] = set()  # reliability stands beside several curves, and is drawn once for several runs
-    for names in SECTIONS[section][2]:
-        one = len(numbers) == 1
-        for shown in [names] if one else [(name,) for name in names if (name,) not in drawn]:
-            drawn.add(shown)
-            if one:
-                figure = charts.curves_of_a_run(shown, numbers[0]["curves"][section])
-            else:
-                figure = charts.curves_of_groups(shown[0], groups)
-            if figure is None:
-                continue
-            if one and section == "learning":
-                charts.shade_phases(figure, numbers[0]["phases"])
-            if "curvature/speedup_constant" in shown:
-                charts.reference_line(figure, 1.0, "C = 1")
-            for name in shown:
-                for where, value in numbers[0]["paper"].get(name, {}).items():
-                    charts.reference_line(figure, value, f"paper, {where}: {value:g}")
-            parts.append(_chart(figure))
-    return parts
+    chosen = list(SECTIONS[section].curves)
+    if section == "learning":
+        functions = [name for one in numbers for name in one["curves"]["learning"] if name.startswith("rewards/")]
+        named = {name: charts.plain(name.split("/")[1]) for name in functions}
+        chosen += [Curves("Rewards by function", "mean reward", named)] if len(named) > 1 else []
+    zero: list[str] = []
+    for chart in chosen:
+        if len(numbers) == 1 and charts.always_zero(chart, numbers[0]["curves"][section]):
+            zero.append(chart.title)
+        elif len(numbers) == 1:
+            figure = charts.curves_of_a_run(chart, numbers[0]["curves"][section], numbers[0]["paper"])
+            if figure is not None:
+                if section == "learning" and "reward" in chart.metrics:
+                    charts.shade_phases(figure, numbers[0]["phases"])
+                parts.append(page.place(figure, chart.title))
+        else:
+            for name, label in chart.metrics.items():
+                figure = charts.curves_of_groups(chart, name, groups)
+                if figure is not None:
+                    parts.append(page.place(figure, f"{chart.title}: {label}"))
+    if len(parts) % 3 == 0:
+        for part in parts:
+            part["third"] = True
+    return [*parts, {"note": f"0 throughout: {', '.join(zero)}.", "wide": True}] if zero else parts
 
 
-def _interference(numbers: dict[str, Any], whose: str) -> list[Part]:
+def _interference(page: Page, numbers: dict[str, Any], whose: str) -> list[Part]:
     maps, logged = numbers["heatmaps"], numbers["logged_interference_steps"]
     if not maps:
         return []
     note = f"{len(maps)} of {logged} logged steps have a heatmap here"
     note += " (the others have fewer than two live prompts, or were left out evenly)" if logged > len(maps) else ""
-    note += f"; of a step at most {numbers['most_prompts']} prompts, those with the largest gradients."
+    note += (
+        f"; of a step at most {numbers['most_prompts']} prompts, those with the largest gradients. Hatched: below 0 "
+    )
+    note += "by more than twice the sketch's error."
     pairs = [(kind, pair) for kind in ("conflict", "agree") for pair in numbers["pairs"][kind]]
     return [
-        _chart(charts.heatmap(maps), 620, heading=f"{whose}Cosines of a logged step", note=note),
-        _chart(charts.histogram(numbers["histogram"]), heading=f"{whose}How cosines are spread"),
-        {"heading": f"{whose}Pairs that conflict and that agree most", "pairs": pairs},
+        page.place(charts.heatmap(maps), f"{whose}Cosines of a logged step", 500, note=note, tall=True),
+        page.place(charts.histogram(numbers["histogram"]), f"{whose}How cosines are spread"),
+        {"title": f"{whose}Pairs that conflict and that agree most", "pairs": pairs},
     ]
 
 
-def _sigma_and_curvature(numbers: dict[str, Any], whose: str) -> list[Part]:
-    points = numbers["sigma_and_curvature"]
-    heading = f"{whose}Sigma against measured curvature, each prompt of each logged step"
-    return [_chart(charts.sigma_and_curvature(points), heading=heading)] if points else []
+def _what_if(page: Page, numbers: dict[str, Any], whose: str) -> list[Part]:
+    table = numbers["what_if"]
+    if not table or not table["methods"]:
+        return []
+    rows = sorted(table["methods"].items(), key=lambda item: -item[1]["cos"])
+    told = [f"One and the same here: {', '.join(group)}." for group in table["same"]]
+    absent: dict[str, list[str]] = {}
+    for name, (_, reason) in table["absent"].items():
+        absent.setdefault(reason, []).append(name)
+    told += [f"Not told: {', '.join(names)} ({reason})." for reason, names in absent.items()]
+    return [
+        page.place(charts.what_if(table), f"{whose}Direction and length", 340, tall=True),
+        {"title": f"{whose}Against {table['used'] or 'the step taken'}", "methods": rows, "told": told, "tall": True},
+    ]
+
+
+def _noise(numbers: dict[str, Any], whose: str) -> list[Part]:
+    noise = (numbers["what_if"] or {}).get("noise")
+    if not noise:
+        return []
+    note = (
+        f"{whose}With as many rollouts, noise is least at {noise['advised']:.1f} answers to a prompt "
+        f"({noise['low']:.1f} to {noise['high']:.1f}, 90 %), over {noise['steps']} steps."
+    )
+    return [{"note": note, "wide": True}]
+
+
+def _own(page: Page, section: str, numbers: dict[str, Any], whose: str) -> list[Part]:
+    """What a section has beside curves."""
+    if section == "learning":
+        return [{"note": whose + note, "wide": True} for note in numbers["notes"]]
+    if section == "interference":
+        return _interference(page, numbers, whose)
+    if section == "what_if":
+        return _what_if(page, numbers, whose)
+    if section == "noise":
+        return _noise(numbers, whose)
+    if section == "parts" and numbers["parts"]:
+        return [page.place(charts.parts(numbers["parts"]), f"{whose}Share and cosine by part", 280)]
+    if section == "tasks" and numbers["tasks"]:
+        return [page.place(charts.tasks(numbers["tasks"]), f"{whose}Task against task", 340)]
+    if section == "curvature" and numbers["sigma_and_curvature"]:
+        figure = charts.sigma_and_curvature(numbers["sigma_and_curvature"])
+        return [page.place(figure, f"{whose}Sigma and curvature of each prompt")]
+    if section == "completions" and numbers["completions"]:
+        by_step: dict[int, list[dict[str, Any]]] = {}
+        for row in numbers["completions"]:
+            by_step.setdefault(row["step"], []).append(row)
+        return [{"title": f"{whose}Sampled answers", "completions": by_step, "wide": True}]
+    return []
+
+
+def configuration(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is shown in the box, where the run has it."""
+    shown = {**config, "model_name_or_path": str(config.get("model_name_or_path") or "").rstrip("/").split("/")[-1]}
+    shown["normalization"] = config.get("normalization") or SCALE_REWARDS_METHOD.get(config.get("scale_rewards", ""))
+    return [(label, f"{shown[name]}") for label, name in CONFIGURATION if shown.get(name) not in (None, "")]
 
 
 def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[dict[str, Any]], command: str) -> str:
     """The whole file. ``numbers`` are ``report_numbers`` of the runs."""
-    sections = []
-    for section, (heading, sentence, _) in SECTIONS.items():
-        parts = _curves(section, numbers, groups)
+    page, sections = Page(), []
+    for name, section in SECTIONS.items():
+        own: list[Part] = []
         for one in numbers:
-            whose = f"{one['run']}: " if len(numbers) > 1 else ""
-            if section == "learning":
-                parts += [{"note": whose + note} for note in one["notes"]]
-            if section == "interference":
-                parts += _interference(one, whose)
-            if section == "curvature":
-                parts += _sigma_and_curvature(one, whose)
+            own += _own(page, name, one, f"{one['run']}: " if len(numbers) > 1 else "")
+        first = name in ("interference", "what_if")  # what is most looked at stands before the curves
+        curves = _curves(page, name, numbers, groups)
+        parts = own + curves if first else curves + own
+        if name == "curvature" and len(parts) == 3 and len(numbers) == 1:
+            parts = [{**part, "third": True} for part in parts]
         if not parts:
-            parts = [{"note": HOW_TO_LOG if section in FROM_INTERFERENCE else NOT_LOGGED}]
-        sections.append({"id": section, "heading": heading, "sentence": sentence, "parts": parts})
+            parts = [{"note": HOW_TO.get(name, HOW_TO_LOG if name in FROM_INTERFERENCE else NOT_LOGGED)}]
+        small = len([part for part in parts if "note" not in part or "chart" in part]) <= 1 and not own[1:]
+        more = {"small": small and name not in ("completions",), "empty": "note" in parts[0] and len(parts) == 1}
+        sections.append({"id": name, "heading": section.heading, "sentence": section.sentence, "parts": parts, **more})
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
     )
     return template.render(
         title=", ".join(run.name for run in runs),
         numbers=numbers,
+        configurations=[configuration(run.config) for run in runs],
         differences=differences(runs),
         sections=sections,
         definitions=DEFINITIONS,
         paper=PAPER,
-        plotly_script=Markup(get_plotlyjs()),
+        figures=page.figures,
+        plotly_gzip=Markup(base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()),
         command=command,
     )

@@ -1,17 +1,16 @@
-"""A run in five lines, and its training phases."""
+"""A run in four lines, its tiles, and its training phases; what is wrong with it is ``verdicts.py``'s."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
 
+from .evidence import ends, interval
 from .read_run import Run
 
-# where something is said to be wrong
-LOW_COVERAGE, LOW_RELIABILITY, MOSTLY_DEAD, HIGH_ADVANTAGE = 0.9, 0.1, 0.9, 10.0
-SPIKE, FALLEN = 100, 0.1  # of gradient norms over their median; of accuracy below its best
 SMALL_CHANGE = 0.02  # of accuracy or reward, no change worth a word
+OTHER_DIRECTION = 0.98  # mean cosine below which std is more than a learning rate
 
 
 def phases(run: Run) -> list[dict[str, int]]:
@@ -29,8 +28,8 @@ def phases(run: Run) -> list[dict[str, int]]:
 
 
 def summary(run: Run) -> list[str]:
-    """Did it learn, which phase, does normalising help here by theory, what was saved, is anything wrong."""
-    return [_learned(run), _phase(run), _theory(run), _compute(run), _wrong(run)]
+    """Did it learn, which phase, does normalising help here by theory and as measured, what was saved."""
+    return [_learned(run), _phase(run), _theory(run), _compute(run)]
 
 
 def _learned(run: Run) -> str:
@@ -41,8 +40,7 @@ def _learned(run: Run) -> str:
     values = run.series("reward")[1]
     if len(values) < 2:
         return "Whether it learned can't be told: fewer than two rewards are in the log."
-    tenth = max(1, len(values) // 10)
-    before, after = float(np.mean(values[:tenth])), float(np.mean(values[-tenth:]))
+    before, after = ends(values)
     change = f"from {before:.3f} to {after:.3f}, first and last tenth of the log"
     return f"By its reward it {_moved(before, after)}: {change}; held-out accuracy isn't logged."
 
@@ -62,11 +60,21 @@ def _phase(run: Run) -> str:
 
 
 def _theory(run: Run) -> str:
+    """What the theorem predicts of this run, and whether what it rests on was measured here."""
     constant = run.last("curvature/speedup_constant")
     if constant is None:
         return "Theory can't tell whether normalising helps: no C (rewards outside [0, 1], or no interference logged)."
     helps = "converges faster with" if constant < 1 else "gains nothing from"
-    return f"By theory (Theorem 3.2) this run {helps} division by the std: C = {constant:.2f}, and 1 is the border."
+    predicted = f"By theory (Theorem 3.2) this run {helps} division by the std (C = {constant:.2f}, border 1)"
+    values = run.series("curvature/directional_corr")[1]
+    if len(values) < 3:
+        return f"{predicted}; whether sigma follows the curvature wasn't measured often enough."
+    mean, low, high = interval(values)
+    verdict = "it follows it" if low > 0 else "it doesn't, against the theory" if high < 0 else "can't tell"
+    return (
+        f"{predicted}, if sigma follows the curvature. Measured, they correlate by {mean:+.2f} [{low:+.2f}, "
+        f"{high:+.2f}] over {len(values)} steps: {verdict}."
+    )
 
 
 def _compute(run: Run) -> str:
@@ -77,30 +85,43 @@ def _compute(run: Run) -> str:
     return f"{skipped}; {np.mean(saved):.0%} of the backbone's work was saved."
 
 
-def _wrong(run: Run) -> str:
-    found = []
-    coverage = run.series("interference/coverage")[1]
-    if low := sum(value < LOW_COVERAGE for value in coverage):
-        found.append(f"at {low} of {len(coverage)} logged steps the sketch sees less than {LOW_COVERAGE:.0%} of it all")
+def tiles(run: Run, what_if: dict[str, Any] | None) -> list[dict[str, str]]:
+    """``label``, ``value`` and ``note`` of the numbers that are looked at first; "-" where one isn't logged."""
+    name = "eval_accuracy" if run.series("eval_accuracy")[0] else "eval_reward"
+    values, rewards = run.series(name)[1], run.series("reward")[1]
+    label = "Held-out accuracy" if name == "eval_accuracy" else "Held-out reward"
+    shown, note = "-", "not logged"
+    if len(values) > 1:
+        shown, note = f"{values[0]:.2f} → {values[-1]:.2f}", "before and after"
+    elif len(rewards) > 1:
+        label, (before, after) = "Reward", ends(rewards)
+        shown, note = f"{before:.2f} → {after:.2f}", "first and last tenth of the log"
+    found = [{"label": label, "value": shown, "note": note}]
+    dead = run.series("normalization/zero_variance_frac")[1]
+    live = f"{1 - np.mean(dead):.0%}" if dead else "-"
+    found.append({"label": "Live groups", "value": live, "note": "answers of different reward, mean over the run"})
+    found.append({"label": "Dividing by the std is", **_what_std_is(what_if)})
     reliability = run.series("interference/reliability")[1]
-    if 2 * (low := sum(value < LOW_RELIABILITY for value in reliability)) > len(reliability):
-        found.append(
-            f"at {low} of {len(reliability)} logged steps reliability is below {LOW_RELIABILITY}: mostly noise"
-        )
-    dead = run.series("normalization/zero_variance_frac")[1][-10:]
-    if dead and np.mean(dead) > MOSTLY_DEAD:
-        found.append(f"{np.mean(dead):.0%} of the groups have equal rewards: nothing is left to learn from")
-    if spikes := sum(value > HIGH_ADVANTAGE for value in run.series("normalization/advantage_max")[1]):
-        found.append(f"{spikes} logged steps have an advantage above {HIGH_ADVANTAGE:g}")
-    norms = run.series("grad_norm")[1]
-    if norms and (spikes := sum(value > SPIKE * max(float(np.median(norms)), 1e-12) for value in norms)):
-        found.append(f"{spikes} logged steps have a gradient norm above {SPIKE} times the median")
-    steps, accuracy = run.series("eval_accuracy")
-    if accuracy and max(accuracy) - accuracy[-1] > FALLEN:
-        best = steps[accuracy.index(max(accuracy))]
-        found.append(f"held-out accuracy has fallen from its best, {max(accuracy):.3f} at step {best}")
-    odd = [e["step"] for e in run.logs if any(isinstance(v, float) and not math.isfinite(v) for v in e.values())]
-    if odd:
-        found.append(f"NaN or infinity in the log, first at step {odd[0]}")
-    found += run.problems
-    return f"Wrong: {'; '.join(found)}." if found else "Nothing looks wrong."
+    shown = f"{max(float(np.median(reliability)), 0):.0%}" if reliability else "-"
+    found.append({"label": "Reliability", "value": shown, "note": "signal in a prompt's squared gradient, median"})
+    saved = run.series("compute/flops_saved_frac")[1]
+    shown = f"{np.mean(saved):.0%}" if saved else "-"
+    found.append({"label": "Work saved", "value": shown, "note": "of the backbone's token positions"})
+    return found
+
+
+def _what_std_is(what_if: dict[str, Any] | None) -> dict[str, str]:
+    rows = (what_if or {}).get("methods", {})
+    if "std" not in rows or "mean" not in rows:
+        return {"value": "-", "note": "not told in this run"}
+    used = what_if["used"] if what_if is not None else None
+    other = "mean" if used == "std" else "std"
+    if used not in ("std", "mean"):
+        return {"value": "-", "note": f"the run used {used or 'a function'}"}
+    row = rows[other]
+    factor = 1 / row["factor"] if other == "mean" else row["factor"]
+    against = f"against mean; cosine {row['cos']:.3f}"
+    if row["cos"] < OTHER_DIRECTION:
+        return {"value": "another direction", "note": f"{against}, length × {factor:.2g}"}
+    kind = "learning rate" if row["kind"] == "rate" else "schedule"
+    return {"value": f"a {kind} × {factor:.2g}", "note": against}

@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 
-from trl_ext.report.evidence import interval, state
+from trl_ext.report.evidence import above, interval, state
 from trl_ext.report.read_run import Run
 
 from .finding import ADVICE, WARNING, Finding, Unknown, missing
 
 UNCOVERED, UNCHECKED, UNRELIABLE = 0.9, 0.15, 0.1
-DOMINATED, PROMPTS = 0.5, 5  # of the step, by one of so many live prompts
+DOMINATED, ALMOST_ALL, PROMPTS = 0.5, 0.9, 5  # of the step, by one of so many live prompts
 AGAINST = -0.02  # mean cosine of two tasks, upper end
 
 
@@ -84,13 +84,14 @@ def dominated(run: Run) -> Finding | Unknown | None:
         texts.append((record.prompt_text_P or [""] * len(share))[most])
     if not steps:
         return Unknown(f"no logged step with {PROMPTS} live prompts")
-    found = state(steps, shares, lambda share: share > DOMINATED)
+    found = state(steps, shares, above(DOMINATED))
     if found is None:
         return None
+    level = WARNING if found.mean > ALMOST_ALL else ADVICE
     text = " ".join(texts[int(np.argmax(shares))].split())[:60]
     evidence = f"one prompt makes up {found.mean:.0%} of the step on average, up to {found.worst:.0%} ({text!r})"
     remedy = "normalization='std' or 'rank' levels the prompts; does its reward have another scale?"
-    return Finding(WARNING, found.onset, evidence, found.confidence, remedy)
+    return Finding(level, found.onset, evidence, found.confidence, remedy)
 
 
 def task_conflict(run: Run) -> Finding | Unknown | None:

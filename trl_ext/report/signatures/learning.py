@@ -11,7 +11,7 @@ from trl_ext.report.read_run import Run
 
 from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, either, missing
 
-GAP = {False: 0.15, True: 0.05}  # of reward, more than at the start; on fresh and on repeated problems
+GAP = {False: 0.15, True: 0.04}  # of reward, more than at the start; on fresh and on repeated problems
 FALLEN = 0.1  # of held-out accuracy, below its best
 COLLAPSE = 0.5  # of the best reward
 STEPS = 30  # logged, before a run that doesn't move is said not to
@@ -42,8 +42,8 @@ def gap(run: Run) -> Finding | Unknown | None:
         return None
     now = changes[-1] + begun
     evidence = (
-        f"training {train} is {now:.2f} above {held_out} ({eval_values[-1]:.2f}), {changes[-1]:.2f} more "
-        "than at the start; "
+        f"in training the {train} is {now:.2f} above the held-out one ({eval_values[-1]:.2f}), {changes[-1]:.2f} "
+        "more than at the start; "
         + (f"the training problems were seen {epochs:.1f} times" if repeated else "on problems that are seen once")
     )
     remedy = (

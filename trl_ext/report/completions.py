@@ -1,0 +1,93 @@
+"""A few hundred of a run's answers, for the report: ``<run folder>/sampled_completions.json``.
+
+At the steps that log interference (every ``EVERY``-th without) two prompts of the batch, one whose answers' rewards
+differ and one whose don't, with at most ``ANSWERS`` answers each. Beyond ``MOST`` rows every other step is dropped, and
+from there on as rarely kept. On the main process; a failure is said once, and training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+
+from trl_ext.rewards.prompt_keys import prompt_text
+
+logger = get_logger(__name__)
+FILE = "sampled_completions.json"
+EVERY, ANSWERS, MOST, TEXT = 10, 4, 240, 1500  # steps, answers of a prompt, rows, characters of a text
+
+
+def answer_text(completion: Any) -> str:
+    """Of a completion as TRL logs it: a string, or messages."""
+    if isinstance(completion, str):
+        return completion
+    if isinstance(completion, list):
+        return "\n".join(str(message.get("content")) for message in completion if isinstance(message, dict))
+    return str(completion)
+
+
+def rows_of(logs: Mapping[str, Any], step: int, num_generations: int) -> list[dict[str, Any]]:
+    """Of TRL's table of the latest batch, whose groups stand one after another."""
+    prompts, answers = list(logs["prompt"]), list(logs["completion"])
+    advantages = list(logs["advantages"])
+    rewards = {name: list(values) for name, values in logs["rewards"].items()}
+    count = min(len(prompts), len(answers), len(advantages), *(len(values) for values in rewards.values()))
+    starts = range(0, count - num_generations + 1, num_generations)
+    alive = {start: any(advantages[start : start + num_generations]) for start in starts}
+    chosen = [next((start for start in starts if alive[start] is kind), None) for kind in (True, False)]
+    rows = []
+    for start in chosen:
+        if start is None:
+            continue
+        for i in range(start, start + min(ANSWERS, num_generations)):
+            row = {"step": step, "prompt": prompt_text(prompts[i])[:TEXT], "answer": answer_text(answers[i])[:TEXT]}
+            row["rewards"] = {name: values[i] for name, values in rewards.items()}
+            rows.append({**row, "advantage": advantages[i]})
+    return rows
+
+
+def read_completions(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's folder; none where there is no file, or none that can be read."""
+    try:
+        rows = json.loads((folder / FILE).read_text())
+    except (OSError, ValueError):
+        return []
+    return [row for row in rows if isinstance(row, dict) and {"step", "prompt", "answer"} <= set(row)]
+
+
+class KeptCompletions(TrainerCallback):
+    """``logs``: gives TRL's table of the latest batch. ``every``: steps, 0 for ``EVERY``."""
+
+    def __init__(self, logs: Callable[[], Mapping[str, Any]], every: int, num_generations: int) -> None:
+        self.logs, self.every, self.num_generations = logs, every or EVERY, num_generations
+        self.rows: list[dict[str, Any]] = []
+        self._on = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = read_completions(Path(args.output_dir)) if state.global_step else []
+        self.rows = [row for row in kept if row["step"] <= state.global_step]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self._on or not state.is_world_process_zero or (state.global_step - 1) % self.every:
+            return
+        try:
+            self.rows += rows_of(self.logs(), state.global_step, self.num_generations)
+            while len(self.rows) > MOST:
+                steps = sorted({row["step"] for row in self.rows})
+                self.every *= 2
+                self.rows = [row for row in self.rows if row["step"] in steps[::2]]
+            self._write(Path(args.output_dir))
+        except Exception as error:
+            self._on = False
+            logger.warning(f"Answers aren't kept for the report: {type(error).__name__}: {error}. Training goes on.")
+
+    def _write(self, folder: Path) -> None:
+        scratch = folder / f".{FILE}.{os.getpid()}"
+        scratch.write_text(json.dumps(self.rows, ensure_ascii=False), errors="replace")
+        scratch.replace(folder / FILE)
