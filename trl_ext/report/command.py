@@ -100,6 +100,8 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{one['run']}, up to step {one['last_step']}:")
         for line in one["summary"]:
             print(f"  {line}")
+        for found in one["diagnosis"]["verdicts"]:
+            print(f"  {found['level']}: {found['title']}, since step {found['onset']}: {found['evidence']}.")
     command = shlex.join(["python", "-m", "trl_ext", *arguments])
     try:
         page = build_page(runs, groups, numbers, command).encode("utf-8", "replace")
