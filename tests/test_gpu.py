@@ -194,3 +194,25 @@ def test_taps_never_wait_for_the_gpu(packed, tiny_policy):
                 torch.cuda.set_sync_debug_mode("default")
         assert recorded[0].gram().diagonal().min() > 0
         model.zero_grad()
+
+
+def test_scores_beside_a_step_change_no_parameter_on_a_gpu(tiny_policy, tmp_path):
+    """``what_if_dead`` with dropout, in bf16 and with checkpointing: parameters and random numbers as without it."""
+    from peft import LoraConfig
+
+    def half_dead(completion_ids, **kwargs):
+        return [(len(ids) % 5) / 4 if (place // 4) % 2 else 1.0 for place, ids in enumerate(completion_ids)]
+
+    seen = []
+    for dead in (False, True):
+        options = {"interference_every": 1, "what_if_dead": dead, "per_device_train_batch_size": 16, "max_steps": 3}
+        options |= {"use_cpu": False, "bf16": True, "gradient_checkpointing": True}
+        lora = LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"])
+        trainer = build(tiny_policy, tmp_path / str(dead), half_dead, peft_config=lora, **options)
+        trainer.train()
+        values = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+        seen.append((torch.rand(4, device="cuda"), values))
+        told = [name for log in trainer.state.log_history for name in log if name == "what_if/global/cos"]
+        assert bool(told) == dead
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][1], seen[1][1], strict=True))

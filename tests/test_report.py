@@ -595,12 +595,18 @@ def test_in_a_browser(width, browser, run_folder, tmp_path):
     ActionChains(browser).move_to_element_with_offset(ticks[0], ticks[0].size["width"] // 2 - 4, 0).click().perform()
     wait.until(lambda b: title().startswith("step 6:"))
 
-    area = heatmap.find_element(By.CSS_SELECTOR, ".nsewdrag")
-    corner = 5 - area.size["width"] // 2, 5 - area.size["height"] // 2
-    ActionChains(browser).move_to_element_with_offset(area, *corner).perform()
-    wait.until(lambda b: heatmap.find_elements(By.CSS_SELECTOR, ".hoverlayer .hovertext"))
-    hovered = "".join(heatmap.find_element(By.CSS_SELECTOR, ".hoverlayer").text.split())
     shown = report_numbers(read_run(run_folder))["heatmaps"][-1]
+
+    def hover(browser):
+        """Over the cell at the top left, wherever it is by now: margins follow the labels."""
+        area = heatmap.find_element(By.CSS_SELECTOR, ".nsewdrag")
+        half = 0.5 / len(shown["prompts"]) - 0.5  # the middle of the cell
+        corner = round(half * area.size["width"]), round(half * area.size["height"])
+        ActionChains(browser).move_to_element(area).move_to_element_with_offset(area, *corner).perform()
+        return heatmap.find_elements(By.CSS_SELECTOR, ".hoverlayer .hovertext")
+
+    wait.until(hover)
+    hovered = "".join(heatmap.find_element(By.CSS_SELECTOR, ".hoverlayer").text.split())
     # the cell at the top left: its row's and its column's prompt are the first
     first = "".join(f"1. {shown['prompts'][0]}".split())
     assert hovered.count(first) == 2 and "cosine1.00" in hovered
