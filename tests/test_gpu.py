@@ -153,7 +153,9 @@ def test_interference_on_a_gpu(lora, tiny_policy, tmp_path):
 
 def test_logging_changes_no_parameter_on_a_gpu(tiny_policy, tmp_path):
     def parameters(every):
-        trainer = build(tiny_policy, tmp_path / str(every), by_length, interference_every=every, use_cpu=False)
+        trainer = build(
+            tiny_policy, tmp_path / str(every), by_length, interference_every=every, use_cpu=False, share_prompts=False
+        )
         trainer.train()
         return [p.detach().clone() for p in trainer.model.parameters()]
 

@@ -6,7 +6,7 @@ reward functions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,6 +99,10 @@ class Known:
     group_rewards: torch.Tensor
     function_rewards: torch.Tensor
     coefficient: torch.Tensor | None
+
+    def cpu(self) -> Known:
+        """The same on the CPU."""
+        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if value is not None})
 
     @property
     def beside(self) -> torch.Tensor:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # of the catalogue, those that need nothing of earlier steps; decoupled, where there are several functions
 STATELESS = tuple(name for name, method in METHODS.items() if method.kind != "state")
+ON_THE_CPU = 1024  # sequences up to which tables are made there
 PART = "the step holds a part of the batch"
 
 
@@ -116,6 +117,8 @@ class WhatIfLog:
             return {}
 
     def _observe(self, gram_BB: torch.Tensor, known: Known) -> dict[str, float]:
+        if len(gram_BB) <= ON_THE_CPU:  # thousands of small calls, which on a GPU are launches alone
+            gram_BB, known = gram_BB.cpu(), known.cpu()
         scores = step_scores(gram_BB, known)
         if scores is None:
             self.run.say_once(
