@@ -162,7 +162,7 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
 
 def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, list]) -> None:
     from ablation_plot import draw_ablation, draw_alpha
-    from ablation_results import markdown_tables, summarize
+    from ablation_results import markdown_tables, rates_table, summarize
 
     folder = Path(options.output_dir)
     tidy = [
@@ -177,7 +177,7 @@ def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, li
             writer = csv.DictWriter(stream, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    text = markdown_tables(table, options.target_accuracy, options.max_steps)
+    text = markdown_tables(table, options.target_accuracy, options.max_steps) + rates_table(sweep)
     (folder / "table.md").write_text(text)
     clipping = f"clipped at {options.max_grad_norm:g}" if options.max_grad_norm else "not clipped"
     title = (

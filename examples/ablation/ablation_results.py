@@ -112,6 +112,55 @@ def best_learning_rate(runs: Sequence[Run]) -> float:
     return max(sorted(rate for rate in scores if len(scores[rate]) == most), key=lambda rate: sum(scores[rate]))
 
 
+def interpolated_rate(scores: Mapping[float, float]) -> float:
+    """Learning rate -> score: the vertex of the parabola, in the rate's logarithm, through the best and its two
+    neighbours; the best itself where it is at an edge, or no parabola has a highest point there."""
+    rates = sorted(scores)
+    best = max(range(len(rates)), key=lambda i: scores[rates[i]])
+    if best in (0, len(rates) - 1):
+        return rates[best]
+    x = np.log(rates[best - 1 : best + 2])
+    bend, slope, _ = np.polyfit(x, [scores[rate] for rate in rates[best - 1 : best + 2]], 2)
+    if bend >= 0:
+        return rates[best]
+    return float(np.exp(np.clip(-slope / (2 * bend), x[0], x[2])))
+
+
+def rate_ratios(sweep: Sequence[Run], reference: str = REFERENCE) -> dict[str, Interval]:
+    """Of each method, its best rate over the reference's, and a 95% bootstrap over seeds drawn for all together."""
+    scores: dict[str, dict[float, dict[int, float]]] = {}
+    for run in sweep:
+        by_rate = scores.setdefault(run.method, {}).setdefault(run.learning_rate, {})
+        by_rate[run.seed] = mean_over_training(*run.curve("held_out_accuracy"))
+    seeds = sorted(set.intersection(*(set(one) for rates in scores.values() for one in rates.values())))
+
+    def ratios(chosen: Sequence[int]) -> dict[str, float]:
+        best = {
+            method: interpolated_rate({rate: statistics.fmean(one[s] for s in chosen) for rate, one in rates.items()})
+            for method, rates in scores.items()
+        }
+        return {method: rate / best[reference] for method, rate in best.items()}
+
+    drawn = np.random.default_rng(0).choice(seeds, size=(RESAMPLES // 10, len(seeds)))
+    resampled = [ratios(row.tolist()) for row in drawn]
+    found = {}
+    for method, estimate in ratios(seeds).items():
+        low, high = np.quantile([one[method] for one in resampled], [0.025, 0.975])
+        found[method] = Interval(estimate, float(low), float(high))
+    return found
+
+
+def rates_table(sweep: Sequence[Run]) -> str:
+    """``rate_ratios`` for people; empty without a sweep over rates, seeds and the reference."""
+    if len({run.learning_rate for run in sweep}) < 2 or REFERENCE not in {run.method for run in sweep}:
+        return ""
+    lines = ["", f"| method | best learning rate / `{REFERENCE}`'s |", "|---|---|"]
+    for method, one in rate_ratios(sweep).items():
+        lines.append(f"| `{method}` | {one.estimate:.2f} [{one.low:.2f}, {one.high:.2f}] |")
+    told = "By the area under the held-out curve, interpolated between rates; 95% bootstrap over the sweep's seeds"
+    return "\n".join([*lines, "", f"{told}.", ""])
+
+
 def at_edge(learning_rate: float, grid: Sequence[float]) -> bool:
     """Whether a better rate may lie outside the grid: the rate is its smallest or largest. False without a sweep."""
     return len(grid) > 1 and learning_rate in (min(grid), max(grid))
