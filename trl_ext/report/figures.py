@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .groups import Group, mean_and_band
 
 WIDTH, HEIGHT = 3.4, 2.3  # inches: one column of a two-column page
@@ -96,6 +98,10 @@ def _draw_cosines(numbers: dict[str, Any], folder: Path, suffix: str) -> list[Pa
     last = numbers["heatmaps"][-1]
     figure, axes = _figure()
     image = axes.imshow(last["cosines"], vmin=-1, vmax=1, cmap="gray", interpolation="nearest")
+    border = -2 * (last["sketch_rmse"] or 0.0)
+    below = np.ma.masked_greater_equal(np.array(last["cosines"]), border)  # told apart in print, too
+    places = np.arange(len(below) + 1) - 0.5
+    axes.pcolor(places, places, below, hatch="////", alpha=0.0)
     figure.colorbar(image, ax=axes, label="cosine").ax.tick_params(labelsize=7)
     told = "" if last["reliability"] is None else f", reliability {last['reliability']:.2f}"
     axes.set_title(f"step {last['step']}, {last['live']} live prompts{told}", fontsize=8)
