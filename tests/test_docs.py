@@ -137,6 +137,12 @@ def test_the_glossary_lists_what_runs_log(tiny_policy, warm_policy, tmp_path):
     for number, options in enumerate(RUNS):
         trainers.append(build(tiny_policy, tmp_path / str(number), [length_reward], **options))
         trainers[-1].train()
+
+    def wrong_or_unscored(completion_ids, **columns):
+        return [0.0 if place % 4 else None for place in range(len(completion_ids))]
+
+    trainers.append(build(tiny_policy, tmp_path / "sick", [wrong_or_unscored], max_steps=5, interference_every=0))
+    trainers[-1].train()
     logged = {general(name) for one in trainers for entry in one.state.log_history for name in entry} - {"step"}
     listed = glossary()
     assert logged - set(listed) == set(), "logged, and not in the glossary"

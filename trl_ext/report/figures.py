@@ -93,15 +93,17 @@ def draw_figures(groups: Sequence[Group], numbers: Sequence[dict[str, Any]], fol
 
 
 def _draw_cosines(numbers: dict[str, Any], folder: Path, suffix: str) -> list[Path]:
+    from matplotlib.patches import Rectangle
+
     if not numbers["heatmaps"]:
         return []
     last = numbers["heatmaps"][-1]
     figure, axes = _figure()
     image = axes.imshow(last["cosines"], vmin=-1, vmax=1, cmap="gray", interpolation="nearest")
     border = -2 * (last["sketch_rmse"] or 0.0)
-    below = np.ma.masked_greater_equal(np.array(last["cosines"]), border)  # told apart in print, too
-    places = np.arange(len(below) + 1) - 0.5
-    axes.pcolor(places, places, below, hatch="////", alpha=0.0)
+    for row, column in np.argwhere(np.array(last["cosines"]) < border):  # told apart in print, too
+        place = (column - 0.5, row - 0.5)
+        axes.add_patch(Rectangle(place, 1, 1, fill=False, hatch="////", linewidth=0, edgecolor="white"))
     figure.colorbar(image, ax=axes, label="cosine").ax.tick_params(labelsize=7)
     told = "" if last["reliability"] is None else f", reliability {last['reliability']:.2f}"
     axes.set_title(f"step {last['step']}, {last['live']} live prompts{told}", fontsize=8)
