@@ -340,6 +340,7 @@ def test_a_state_is_what_lasts():
     assert state(steps, [0, 0, 0, 9, 9, 9, 9, 9, 9, 9], lambda v: v > 1).onset == 4
     assert state(steps, [9, 9, 9, 9, 0, 0, 0, 0, 0, 0], lambda v: v > 1) is None  # it is over
     assert state(steps, [0, 0, 0, 0, 0, 0, 0, 0, 9, 9], lambda v: v > 1) is None  # twice is an accident
+    assert state(steps, [0, 9, 9, 9, 9, 9, 9, 9, 9, 0], lambda v: v > 1).onset == 2  # one good number ends nothing
     found = state(steps, [0, 9, 9, 0, 9, 9, 9, 9, 9, 8], lambda v: v > 1)
     assert (found.onset, found.count, found.of, found.worst) == (2, 8, 9, 9) and found.confidence == pytest.approx(
         9 / 11

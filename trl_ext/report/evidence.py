@@ -40,15 +40,18 @@ def state(
     least: int = LEAST,
     low: bool = False,
 ) -> State | None:
-    """The longest state that is still going on at the end, or None. ``low``: the worst is the smallest."""
+    """The longest state that goes on to the end, or None. ``low``: the worst is the smallest."""
     flags = [bad(value) for value in values]
-    for first, flag in enumerate(flags):
-        rest = flags[first:]
-        if flag and flags[-1] and sum(rest) >= least and sum(rest) >= MOSTLY * len(rest):
-            chosen = [value for value, one in zip(values[first:], rest, strict=True) if one]
-            worst = min(chosen) if low else max(chosen)
-            return State(steps[first], sum(rest), len(rest), float(np.mean(chosen)), worst)
-    return None
+    onset, count, of = None, 0, 0
+    for back, first in enumerate(reversed(range(len(flags))), start=1):
+        count += flags[first]
+        if flags[first] and count >= max(least, MOSTLY * back):
+            onset, of = first, count
+    if onset is None:
+        return None
+    chosen = [value for value, flag in zip(values[onset:], flags[onset:], strict=True) if flag]
+    worst = min(chosen) if low else max(chosen)
+    return State(steps[onset], of, len(flags) - onset, float(np.mean(chosen)), worst)
 
 
 def above(border: float) -> Callable[[float], bool]:
