@@ -83,6 +83,7 @@ def test_the_log_and_the_file(tiny_policy, tmp_path):
         if table["noise"] is not None:
             assert entry["noise/within"] == pytest.approx(table["noise"]["within"])
             assert 2 <= entry["noise/advised_generations"] <= size
+            assert 2 <= entry["noise/advised_low"] <= entry["noise/advised_high"] <= size
 
 
 @pytest.mark.parametrize(

@@ -143,4 +143,5 @@ class WhatIfLog:
         if noise is not None:
             metrics |= {"noise/within": noise.within, "noise/between": noise.between}
             metrics["noise/advised_generations"] = noise.advised
+            metrics |= {"noise/advised_low": noise.low, "noise/advised_high": noise.high}
         return metrics
