@@ -47,6 +47,8 @@ def test_several_rewards_by_hand():
     assert metrics == pytest.approx(
         {
             "normalization/zero_variance_frac": 0.0,
+            "normalization/all_right_frac": 0.0,
+            "normalization/all_wrong_frac": 0.0,
             "normalization/unscorable_frac": 0.125,
             "normalization/scale_mean": 1.0,
             "normalization/scale_min": 1.0,
@@ -59,6 +61,20 @@ def test_several_rewards_by_hand():
             "curvature/sigma_mean": (math.sqrt(2 / 3) + math.sqrt(5)) / 2,
         }
     )
+
+
+def test_dead_groups_are_right_or_wrong():
+    """By the middle of the batch's range; of a batch with one reward by its sign; unscored groups are neither."""
+    rewards = torch.tensor([0.0, 0, 1, 1, 0.25, 0.25, 0, 1, NAN, NAN, 2, 2])[:, None]
+
+    def shares(rewards):
+        made = compute_advantages(rewards, torch.ones(1), 2, "mean", {}, "sum_then_normalize")
+        metrics = normalization_metrics(rewards, torch.ones(1), 2, "sum_then_normalize", made)
+        return [metrics.get(f"normalization/all_{kind}_frac") for kind in ("right", "wrong")]
+
+    assert shares(rewards) == pytest.approx([1 / 6, 3 / 6])  # the middle is 1: only 2 is above it
+    assert shares(torch.full((4, 1), 0.5)) == [1.0, 0.0] and shares(torch.zeros(4, 1)) == [0.0, 1.0]
+    assert shares(torch.full((4, 1), NAN)) == [None, None]
 
 
 def test_tiny_denominators_are_seen_and_dead_groups_are_not():

@@ -17,6 +17,8 @@ import pytest
 import torch
 from test_resampling import live_or_not
 from test_skipping import build, reward_with_dead
+from test_trainer import build as build_plain
+from test_trainer_equality import prompts
 
 from grpo_kernels.interference.step_gradients import StepGradients
 from trl_ext.interference.files import read_interference, write_step
@@ -334,7 +336,7 @@ RUNS = {
     "helps": ([{"curvature/speedup_constant": 0.5}], 2, "converges faster with division by the std (C = 0.50"),
     "doesn't": ([{"curvature/speedup_constant": 1.5}], 2, "gains nothing from division by the std (C = 1.50"),
     "measured": ([{"curvature/speedup_constant": 0.5, "curvature/directional_corr": c} for c in (0.5, 0.6, 0.7)], 2,
-                 "+0.60 [+0.49, +0.71] over 3 steps: it follows it"),
+                 "+0.60 [+0.35, +0.85] over 3 steps: it follows it"),
     "against": ([{"curvature/speedup_constant": 0.5, "curvature/directional_corr": c} for c in (-0.5, -0.6, -0.7)], 2,
                 "it doesn't, against the theory"),
     "not told": ([{"curvature/speedup_constant": 0.5, "curvature/directional_corr": c} for c in (-0.5, 0.6, 0.1)], 2,
@@ -534,9 +536,45 @@ def test_answers_that_can_not_be_kept_stop_nothing(tiny_policy, tmp_path, monkey
     said = []
     monkeypatch.setattr("trl_ext.report.completions.logger.warning", said.append)
     monkeypatch.setattr("trl_ext.report.completions.rows_of", lambda *_: 1 / 0)
+    (tmp_path / "sampled_completions.json").write_text("null")
     trainer = build(tiny_policy, tmp_path, max_steps=3, interference_every=1)
     trainer.train()
     assert trainer.state.global_step == 3 and len(said) == 1 and "ZeroDivisionError" in said[0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["null", "5", "[" * 5000, '[{"step": 1, "prompt": "p", "answer": "a"}]',
+     '[{"step": [1], "prompt": "p", "answer": "a"}]',
+     '[{"step": 1, "prompt": "p", "answer": "a", "rewards": {"r": "x"}, "advantage": 0}]'],
+)  # fmt: skip
+def test_a_file_of_answers_that_is_odd(content, run_folder, tmp_path):
+    folder = copy(run_folder, tmp_path / "odd")
+    (folder / "sampled_completions.json").write_text(content)
+    assert read_completions(folder) == []
+    assert "No answers were kept" in page_of(folder, folder=tmp_path)
+
+
+def test_an_evaluations_answers_are_not_the_steps(tiny_policy, tmp_path):
+    """TRL keeps both in one table, and a step on older rollouts follows an evaluation."""
+    held = type(prompts(8)).from_dict({"prompt": [[{"role": "user", "content": f"held out {i}"}] for i in range(8)]})
+    options = {
+        "num_iterations": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "num_generations_eval": 4,
+        "max_steps": 6,
+    }
+    build_plain(tiny_policy, tmp_path, interference_every=1, eval_dataset=held, **options).train()
+    rows = read_completions(tmp_path)
+    assert rows and not any("held out" in row["prompt"] for row in rows)
+
+
+def test_odd_options_in_a_configuration(run_folder, tmp_path):
+    folder = copy(run_folder, tmp_path / "odd")
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, "normalization": ["a"], "reward_weights": ["a"]}))
+    page_of(folder, folder=tmp_path)
 
 
 # ---- in a browser

@@ -7,6 +7,7 @@ import runpy
 import sys
 import time
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from transformers import TrainerCallback
 from grpo_kernels.interference.step_gradients import StepGradients
 from trl_ext import CurvatureGRPOConfig
 from trl_ext.interference.files import write_step
-from trl_ext.report.evidence import interval, state
+from trl_ext.report.evidence import interval, state, student
 from trl_ext.report.read_run import Run, read_run
 from trl_ext.report.signatures import SIGNATURES
 from trl_ext.report.verdicts import diagnose
@@ -119,8 +120,9 @@ def tiny(completion_ids, **kwargs):
     return [value * (1e-3 if place < 4 else 1.0) for place, value in enumerate(some(completion_ids))]
 
 
-def outlier(completion_ids, **kwargs):
-    return [100.0 if place == 0 else value for place, value in enumerate(some(completion_ids))]
+def one_of_sixteen(completion_ids, **kwargs):
+    """A single right answer, which ``max_rl`` weighs fifteen times."""
+    return [float(place % 16 == 0) for place in range(len(completion_ids))]
 
 
 class Burst:
@@ -161,6 +163,7 @@ def of_tasks():
     return dataset.add_column("task", ["up" if i % 2 else "down" for i in range(32)])
 
 
+WIDE = {"per_device_train_batch_size": 32}  # eight groups a step: four steps are enough of them
 LOGGED = {"interference_every": 1, "interference_dim": 16}
 MANY = {"per_device_train_batch_size": 32, **LOGGED}
 GROWING = Answers(length=lambda step: 4 + 3 * step)
@@ -168,8 +171,8 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "
 
 # signature -> reward, options, answers, what is done to the model, level, and what may be told beside it
 SICK = {
-    "all_wrong": (lambda completion_ids, **_: [0.0] * len(completion_ids), {}, Answers(), None, "critical", ()),
-    "all_right": (lambda completion_ids, **_: [1.0] * len(completion_ids), {}, Answers(), None, "critical", ()),
+    "all_wrong": (lambda completion_ids, **_: [0.0] * len(completion_ids), WIDE, Answers(), None, "critical", ()),
+    "all_right": (lambda completion_ids, **_: [1.0] * len(completion_ids), WIDE, Answers(), None, "critical", ()),
     "mostly_dead": (by_prompt(0.9), {"per_device_train_batch_size": 32}, Answers(), None, "warning", ("no_progress",)),
     "few_live_prompts": (some, LOGGED, Answers(), None, "advice", ("unreliable",)),
     "unscored": (unscored, {}, Answers(), None, "warning", ("mostly_dead",)),
@@ -186,8 +189,9 @@ SICK = {
     "length_hacking": (ByStep(lambda call: min(0.3 + 0.05 * call, 0.8), 0.3),
                        {**EVALUATED, "max_completion_length": 64}, GROWING, None, "warning", ("gap",)),
     "tiny_denominators": (tiny, {"learning_rate": 1e-4}, Answers(), None, "warning", ()),
-    "coefficient_spikes": (outlier, {"normalization": "none", "learning_rate": 1e-6}, Answers(), None, "warning",
-                           ("tiny_denominators",)),
+    "coefficient_spikes": (one_of_sixteen, {"normalization": "max_rl", "num_generations": 16, **WIDE}, Answers(), None,
+                           "warning",
+                           ("tiny_denominators", "mostly_dead")),
     "gradient_spikes": (Burst(), {"normalization": "mean", "max_steps": 20, "learning_rate": 1e-6}, Answers(), None,
                         "warning", ("coefficient_spikes",)),
     "clip_share": (some, {"num_iterations": 8, "learning_rate": 0.3, "max_steps": 16, "max_grad_norm": 100.0},
@@ -348,8 +352,84 @@ def test_a_state_is_what_lasts():
 
 
 def test_an_interval_by_hand():
-    assert interval([1.0, 3.0]) == pytest.approx((2.0, 2 - 1.96, 2 + 1.96))
-    assert interval([1.0])[1:] == (-math.inf, math.inf)
+    """t-quantiles of the tables: 4.303 at 2 degrees, 2.776 at 4, 2.042 at 30; 97.5 %."""
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), rel=1e-3)
+    assert student(3, 0.025) == pytest.approx(3.182, rel=6e-3)
+    assert student(4, 0.025) == pytest.approx(2.776, rel=5e-3) and student(30, 0.025) == pytest.approx(2.042, rel=1e-3)
+    assert interval([1.0, 3.0])[1:] == (-math.inf, math.inf)
+    assert interval([1.0, 2.0, 4.0, 5.0], looks=8)[1] < interval([1.0, 2.0, 4.0, 5.0])[1]
+
+
+def test_false_alarms_that_a_fresh_reader_found(tmp_path):
+    """None of them says anything above advice: chance with few groups, flat noisy accuracies, another unit, an old
+    accident, no gap but a late first evaluation."""
+    rng = np.random.default_rng(0)
+
+    def told(name, logs, **config):
+        folder = tmp_path / name
+        folder.mkdir()
+        found = diagnose(
+            made_up(folder, [{"step": i + 1, "loss": 0.0, **entry} for i, entry in enumerate(logs)], **config)
+        )
+        return {one.name: one.level for one in found.verdicts}
+
+    one_prompt = {"generation_batch_size": 8, "num_generations": 8}
+    for seed in range(20):
+        dead = np.random.default_rng(seed).random(200) < 0.7
+        entries = [
+            {"normalization/all_wrong_frac": float(d), "normalization/zero_variance_frac": float(d)} for d in dead
+        ]
+        assert "all_wrong" not in told(f"few{seed}", entries, **one_prompt)
+        flat = [
+            {"eval_accuracy": a, "step": i}
+            for i, a in enumerate(np.random.default_rng(seed).binomial(64, 0.5, 20) / 64)
+        ]
+        assert "fell" not in told(f"flat{seed}", [{}] * 3 + flat)
+        unit = [{"eval_reward": 50 + v, "reward": 50 + v} for v in rng.normal(size=40)]
+        assert not {"fell", "gap"} & set(told(f"unit{seed}", unit))
+    always = [{"normalization/all_wrong_frac": 1.0}] * 60
+    assert told("always", always, **one_prompt) == {"all_wrong": "critical"}
+    hundred = [{"normalization/advantage_max": 60.0, "reward": float(v)} for v in rng.normal(50, 5, 40)]
+    assert told("hundred", hundred).keys() <= {"no_progress"}
+    old = [
+        {"normalization/advantage_max": 12.0 if i == 1 else 2.0, "normalization/scale_mean": 0.4} for i in range(200)
+    ]
+    assert told("old", old) == {}
+    nan = [{"reward": math.nan if i == 3 else 0.5 + i / 300} for i in range(200)]
+    assert told("nan", nan) == {"not_finite": "warning"}
+    learned = [min(1.0, 0.3 + 0.005 * step) for step in range(1, 201)]
+    late = [{"reward": v, **({"eval_reward": v} if step % 50 == 0 else {})} for step, v in enumerate(learned, 1)]
+    assert not {"gap"} & set(told("late", late))
+
+
+def test_what_a_fresh_reader_missed(tmp_path):
+    """TRL's own runs, and rewards below 0."""
+    (tmp_path / "trl").mkdir()
+    logs = [
+        {"step": s, "loss": 0.0, "frac_reward_zero_std": 1.0, "reward": 0.0, "grad_norm": 0.0} for s in range(1, 40)
+    ]
+    (found,) = [one for one in diagnose(made_up(tmp_path / "trl", logs)).verdicts if one.name == "mostly_dead"]
+    assert found.level == "critical"
+    (tmp_path / "negative").mkdir()
+    values = [*np.linspace(-5, -1, 30), *np.linspace(-1, -6, 20)]
+    noisy = np.array(values) + 0.1 * np.random.default_rng(0).normal(size=50)
+    logs = [{"step": s, "loss": 0.0, "reward": float(v)} for s, v in enumerate(noisy, 1)]
+    found = {one.name: one.level for one in diagnose(made_up(tmp_path / "negative", logs)).verdicts}
+    assert found == {"fell": "critical"}
+
+
+def test_an_alert_that_fails_keeps_the_watch(tiny_policy, tmp_path, monkeypatch, caplog):
+    import wandb
+
+    monkeypatch.setattr(wandb, "run", type("Run", (), {"alert": lambda self, **_: 1 / 0, "url": None})())
+    reward = SICK["all_wrong"][0]
+    trainer = build(tiny_policy, tmp_path, reward, rollout_func=Answers(), stop_on="critical", max_steps=12,
+                    interference_every=0, **WIDE)  # fmt: skip
+    watch = next(one for one in trainer.callback_handler.callbacks if isinstance(one, Watch))
+    watch.run = replace(watch.run, report_to=("wandb",))
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert trainer.state.global_step == 6 and "don't go to wandb: ZeroDivisionError" in caplog.text
 
 
 def test_a_signature_that_fails_leaves_the_others(tmp_path, monkeypatch):
@@ -403,23 +483,18 @@ def test_it_is_said_once_and_logged(tiny_policy, tmp_path, caplog):
     said = [record.message for record in caplog.records if "Every answer is wrong" in record.message]
     assert len(said) == 1 and "since step 1" in said[0] and "num_generations" in said[0]
     counts = [entry["verdicts/critical"] for entry in trainer.state.log_history if "verdicts/critical" in entry]
-    assert counts == [1.0] * len(counts) and len(counts) >= 5 and trainer.state.global_step == 10
+    assert counts == [1.0] * len(counts) and len(counts) == 4 and trainer.state.global_step == 10
 
 
 def test_it_stops_where_that_is_asked_for(tiny_policy, tmp_path, caplog):
-    options = {
-        "stop_on": "critical",
-        "max_steps": 10,
-        "interference_every": 0,
-        "save_strategy": "steps",
-        "save_steps": 100,
-    }
+    options = {"stop_on": "critical", "max_steps": 10, "interference_every": 0, **WIDE}
+    options |= {"save_strategy": "steps", "save_steps": 100}
     reward = SICK["all_wrong"][0]
     with caplog.at_level("WARNING"):
         trainer = build(tiny_policy, tmp_path, reward, rollout_func=Answers(), **options)
         trainer.train()
-    assert trainer.state.global_step == 3 and (tmp_path / "checkpoint-3").is_dir()
-    assert any("stops at step 3" in record.message for record in caplog.records)
+    assert trainer.state.global_step == 6 and (tmp_path / "checkpoint-6").is_dir()
+    assert any("stops at step 6" in record.message for record in caplog.records)
     healthy = build(tiny_policy, tmp_path / "other", some, rollout_func=Answers(), **options)
     healthy.train()
     assert healthy.state.global_step == 10
@@ -447,7 +522,7 @@ def test_a_long_log_is_looked_at_less_often(monkeypatch):
         "trl_ext.report.watch.diagnose", lambda run: looked.append(len(run.logs)) or type("D", (), {"verdicts": []})
     )
     watch = Never()
-    watch._said, watch.run = set(), type("R", (), {"output_dir": "", "num_generations": 4})
+    watch._said, watch.run = set(), type("R", (), {"output_dir": "", "num_generations": 4, "generation_batch_size": 8})
     history = []
     for step in range(2000):
         history.append({"step": step})
@@ -458,3 +533,16 @@ def test_a_long_log_is_looked_at_less_often(monkeypatch):
 def test_a_wrong_level(tmp_path):
     with pytest.raises(ValueError, match="stop_on='advice' must be 'critical', 'warning' or None"):
         CurvatureGRPOConfig(output_dir=str(tmp_path), stop_on="advice")
+
+
+def test_two_processes_stop_together(tiny_policy, tmp_path):
+    """Also where one of them can't look."""
+    from test_two_processes import start_worker
+
+    started = start_worker(2, tiny_policy, tmp_path / "run", dead=1.0, stop_on="critical", max_steps=16,
+                           interference_every=0, blind=1)  # fmt: skip
+    assert started.finish() == [0, 0], started.text()[-3000:]
+    logs = [torch.load(tmp_path / "run" / f"result.{rank}.pt")["logs"] for rank in range(2)]
+    steps = [max(entry["step"] for entry in log) for log in logs]
+    assert "stops at step 12" in started.text() and "Every answer is right" in started.text()
+    assert steps == [12, 12]

@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.interference import log as interference_log
+from trl_ext.report import watch
 from trl_ext.tasks.arithmetic import generate_problems
 
 GENERATIONS = 8
@@ -136,6 +137,8 @@ def main(spec):
         interference_log.rehearse = lambda *args: None
         layer = trainer.model.get_submodule(spec["wrong_layer"])
         layer.forward = lambda x, forward=layer.forward: forward(3 * x)
+    if spec["blind"] == trainer.accelerator.process_index:  # a process that can't look at its log
+        watch.diagnose = lambda run: 1 / 0
     batches, live_by_step = [], {}
     prepare = trainer._prepare_inputs
 

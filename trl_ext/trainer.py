@@ -104,8 +104,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         files = RunFiles(lambda: describe_run(self.args, self.model, type(self), self.reward_func_names))
         images = LiveImages(self._interference, lambda: self.callback_handler.callbacks)
         watch = Watch(run, self._log_metrics)
-        kept = KeptCompletions(lambda: self._logs, run.options.interference_every, run.num_generations)
-        for callback in (self._checkpoint_state, self._random_states, files, images, watch, kept):
+        self._kept = KeptCompletions(run.options.interference_every, run.num_generations)
+        for callback in (self._checkpoint_state, self._random_states, files, images, watch, self._kept):
             self.add_callback(callback)
         self.is_set_up = True  # else the methods below are the parent's
 
@@ -166,6 +166,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if training:
             texts = prompt_texts(self._logs["prompt"], rewarded.keys_B)
             self._interference.see_prompts(texts, self._tasks, anew=generation == 0)
+            self._kept.see(self._logs)
         if self._deferred.due:
             with self._seconds.stage("log_probs", self.model.training):
                 used_B = self._micro_batches.used(output, self._loss_settings(), training=training)

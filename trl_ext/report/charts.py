@@ -102,8 +102,16 @@ def _with_axes(figure: go.Figure, chart: Curves) -> go.Figure:
     figure.update_yaxes(title=chart.unit)
     values = [value for trace in figure.data for value in trace.y if value is not None]
     if chart.log and values and min(values) > 0:
-        figure.update_yaxes(type="log", dtick="D2" if max(values) < 30 * min(values) else 1)
+        _log_axis(figure, values)
     return figure
+
+
+def _log_axis(figure: go.Figure, values: Sequence[float]) -> None:
+    """With whole numbers at its ticks, where plotly would write their first digit."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    steps = (1, 2, 5) if max(values) < 30 * min(values) else (1,)
+    ticks = [digit * 10.0**power for power in range(low, high + 1) for digit in steps]
+    figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
 
 
 def always_zero(chart: Curves, curves: dict[str, dict[str, list[Any]]]) -> bool:
@@ -239,10 +247,10 @@ def what_if(table: dict[str, Any]) -> go.Figure:
         error_y={"type": "data", "array": high, "arrayminus": low, "thickness": 0.8, "width": 2, "color": "#999"},
     )  # fmt: skip
     least = min(one["cos"] for one in methods.values())
-    figure.update_xaxes(title="cosine with the step that was taken", range=[min(least, 0.98) - 0.03, 1.02])
+    figure.update_xaxes(title="cosine with the step that was taken", range=[min(least, 0.98) - 0.03, 1.005])
     figure.update_yaxes(title="factor on the learning rate")
     if all(one["factor_low"] > 0 for one in methods.values()):
-        figure.update_yaxes(type="log", dtick="D2")
+        _log_axis(figure, [one[key] for one in methods.values() for key in ("factor_low", "factor_high")])
     return figure
 
 

@@ -65,9 +65,12 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
 
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
+    longer = [
+        f"{run.folder.resolve().parent.name}/{run.name}" if names.count(run.name) > 1 else run.name for run in runs
+    ]
     return [
-        replace(run, name=f"{run.folder.resolve().parent.name}/{run.name}") if names.count(run.name) > 1 else run
-        for run in runs
+        replace(run, name=str(run.folder) if longer.count(name) > 1 else name)
+        for run, name in zip(runs, longer, strict=True)
     ]
 
 

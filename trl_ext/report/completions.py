@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +56,51 @@ def read_completions(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's folder; none where there is no file, or none that can be read."""
     try:
         rows = json.loads((folder / FILE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
-    return [row for row in rows if isinstance(row, dict) and {"step", "prompt", "answer"} <= set(row)]
+    return [row for row in rows if _is_row(row)] if isinstance(rows, list) else []
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it has what ``rows_of`` gives."""
+
+    def number(value: Any) -> bool:
+        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("step"), int)
+        and all(isinstance(row.get(name), str) for name in ("prompt", "answer"))
+        and isinstance(row.get("rewards"), dict)
+        and all(map(number, [*row["rewards"].values(), row.get("advantage")]))
+        and "advantage" in row
+    )
 
 
 class KeptCompletions(TrainerCallback):
-    """``logs``: gives TRL's table of the latest batch. ``every``: steps, 0 for ``EVERY``."""
+    """``every``: steps, 0 for ``EVERY``."""
 
-    def __init__(self, logs: Callable[[], Mapping[str, Any]], every: int, num_generations: int) -> None:
-        self.logs, self.every, self.num_generations = logs, every or EVERY, num_generations
+    def __init__(self, every: int, num_generations: int) -> None:
+        self.every, self.num_generations = every or EVERY, num_generations
+        self._logs: dict[str, Any] | None = None  # of the latest training batch: evaluation fills the same table
         self.rows: list[dict[str, Any]] = []
         self._on = True
+
+    def see(self, logs: Mapping[str, Any]) -> None:
+        """TRL's table, when it has the rewards of a training batch."""
+        self._logs = {name: list(logs[name]) for name in ("prompt", "completion", "advantages")}
+        self._logs["rewards"] = {name: list(values) for name, values in logs["rewards"].items()}
 
     def on_train_begin(self, args, state, control, **kwargs):
         kept = read_completions(Path(args.output_dir)) if state.global_step else []
         self.rows = [row for row in kept if row["step"] <= state.global_step]
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self._on or not state.is_world_process_zero or (state.global_step - 1) % self.every:
+        due = (state.global_step - 1) % self.every == 0
+        if not self._on or not state.is_world_process_zero or not due or self._logs is None:
             return
         try:
-            self.rows += rows_of(self.logs(), state.global_step, self.num_generations)
+            self.rows += rows_of(self._logs, state.global_step, self.num_generations)
             while len(self.rows) > MOST:
                 steps = sorted({row["step"] for row in self.rows})
                 self.every *= 2

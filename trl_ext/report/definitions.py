@@ -18,6 +18,21 @@ DEFINITIONS = {
         "normalization/zero_variance_frac": "share of groups whose answers all got the same reward",
         "normalization/advantage_abs_mean, advantage_max": "mean and largest absolute advantage",
     },
+    "what_if": {
+        "cosine": "of the step that the normalisation would have taken with the one that was taken",
+        "factor": "on the learning rate that its length amounts to, median over steps; bars from the least to the largest",
+        "spread": "std of the factor's logarithm over steps: up to 0.15 a rate, above a schedule",
+        "gain": "first-order gain in the mean reward per unit of step length, each prompt judging the step of the others",
+    },
+    "noise": {
+        "noise/between": "variance of the prompts' true gradients, estimated without bias, so that it may be below 0",
+        "noise/within": "variance of one prompt's gradient over its answers",
+        "noise/advised_generations": "answers to a prompt at which as many rollouts give the least noise",
+    },
+    "answers": {
+        "completions/repetition": "share of an answer's runs of four tokens that occurred in it before",
+        "entropy_live": "entropy over the answers that were run, those of live prompts",
+    },
     "interference": {
         "interference/cos_mean, cos_std": "over pairs of live prompts; the sketch's own variance is taken out of the std",
         "interference/near_orthogonal_frac": "share of pairs with an absolute cosine below 0.1",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import gzip
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -22,6 +23,7 @@ from .definitions import DEFINITIONS, PAPER
 from .groups import Group, differences
 from .read_run import Run
 from .sections import FROM_INTERFERENCE, SECTIONS, Curves
+from .summary import STEADY_BLIND
 
 HOW_TO_LOG = "Not in this run's folder. CurvatureGRPOConfig(interference_every=10), the default, logs it."
 HOW_TO = {
@@ -29,6 +31,7 @@ HOW_TO = {
     "tasks": "Of datasets with a column task, of two tasks or more.",
     "completions": "No answers were kept in this run's folder.",
 }
+SHOWN_PAIRS = 3  # of each kind
 NOT_LOGGED = "Nothing of it is in this run's log."
 # what a reader asks of a configuration first
 CONFIGURATION = (
@@ -57,6 +60,9 @@ class Page:
 def _curves(page: Page, section: str, numbers: Sequence[dict[str, Any]], groups: Sequence[Group]) -> list[Part]:
     parts: list[Part] = []
     chosen = list(SECTIONS[section].curves)
+    clip = numbers[0]["config"].get("max_grad_norm")
+    if section == "learning" and len(numbers) == 1 and isinstance(clip, int | float) and clip > 0:
+        chosen[1] = replace(chosen[1], reference=((float(clip), f"clipped at {clip:g}"),))
     if section == "learning":
         functions = [name for one in numbers for name in one["curves"]["learning"] if name.startswith("rewards/")]
         named = {name: charts.plain(name.split("/")[1]) for name in functions}
@@ -92,7 +98,7 @@ def _interference(page: Page, numbers: dict[str, Any], whose: str) -> list[Part]
         f"; of a step at most {numbers['most_prompts']} prompts, those with the largest gradients. Hatched: below 0 "
     )
     note += "by more than twice the sketch's error."
-    pairs = [(kind, pair) for kind in ("conflict", "agree") for pair in numbers["pairs"][kind]]
+    pairs = [(kind, pair) for kind in ("conflict", "agree") for pair in numbers["pairs"][kind][:SHOWN_PAIRS]]
     return [
         page.place(charts.heatmap(maps), f"{whose}Cosines of a logged step", 500, note=note, tall=True),
         page.place(charts.histogram(numbers["histogram"]), f"{whose}How cosines are spread"),
@@ -105,7 +111,10 @@ def _what_if(page: Page, numbers: dict[str, Any], whose: str) -> list[Part]:
     if not table or not table["methods"]:
         return []
     rows = sorted(table["methods"].items(), key=lambda item: -item[1]["cos"])
-    told = [f"One and the same here: {', '.join(group)}." for group in table["same"]]
+    told = ["Gain: in reward, per unit of step length, mean over steps and its error; paired with the step taken."]
+    if str(table["optimizer"] or "").startswith(STEADY_BLIND):
+        told.append(f"{table['optimizer']} takes no notice of a factor that stays the same.")
+    told += [f"One and the same here, but for a learning rate: {', '.join(group)}." for group in table["same"]]
     absent: dict[str, list[str]] = {}
     for name, (_, reason) in table["absent"].items():
         absent.setdefault(reason, []).append(name)
@@ -122,7 +131,8 @@ def _noise(numbers: dict[str, Any], whose: str) -> list[Part]:
         return []
     note = (
         f"{whose}With as many rollouts, noise is least at {noise['advised']:.1f} answers to a prompt "
-        f"({noise['low']:.1f} to {noise['high']:.1f}, 90 %), over {noise['steps']} steps."
+        f"({noise['low']:.1f} to {noise['high']:.1f}, 90 % by resampling the {noise['steps']} steps). That is noise "
+        "alone: fewer answers also make more groups whose answers are all alike."
     )
     return [{"note": note, "wide": True}]
 
@@ -183,7 +193,7 @@ def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[d
         title=", ".join(run.name for run in runs),
         numbers=numbers,
         configurations=[configuration(run.config) for run in runs],
-        differences=differences(runs),
+        differences=differences(runs) if all(run.config for run in runs) else [],
         sections=sections,
         definitions=DEFINITIONS,
         paper=PAPER,

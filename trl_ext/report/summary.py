@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,18 +12,22 @@ from .evidence import ends, interval
 from .read_run import Run
 
 SMALL_CHANGE = 0.02  # of accuracy or reward, no change worth a word
+STEADY_BLIND = ("adam", "paged_adam", "lion")  # optimizers that take no notice of a steady factor
 OTHER_DIRECTION = 0.98  # mean cosine below which std is more than a learning rate
 
 
 def phases(run: Run) -> list[dict[str, int]]:
     """Spans of steps in which the same phase was told: ``phase``, ``first``, ``last``."""
     spans: list[dict[str, int]] = []
-    for step, value in zip(*run.series("phase"), strict=True):
-        if round(value) not in (1, 2, 3):
+    going = False  # through every measurement since: where it can't be told there is a gap
+    for step, value in zip(*run.curve("phase"), strict=True):
+        if value is None or round(value) not in (1, 2, 3):
+            going = False
             continue
-        if not spans or spans[-1]["phase"] != round(value):
-            if spans:
+        if not going or spans[-1]["phase"] != round(value):
+            if going:
                 spans[-1]["last"] = step
+            going = True
             spans.append({"phase": round(value), "first": step, "last": step})
         spans[-1]["last"] = step
     return spans
@@ -33,21 +39,42 @@ def summary(run: Run) -> list[str]:
 
 
 def _learned(run: Run) -> str:
-    steps, values = run.series("eval_accuracy")
-    if len(values) > 1:
+    for name, label in (("eval_accuracy", "held-out accuracy"), ("eval_reward", "held-out reward")):
+        steps, values = run.series(name)
+        if len(values) < 2:
+            continue
+        error = _accuracy_error(run, values) if name == "eval_accuracy" else _scatter(values)
         first, last = f"{values[0]:.3f} at step {steps[0]}", f"{values[-1]:.3f} at step {steps[-1]}"
-        return f"It {_moved(values[0], values[-1])}: held-out accuracy {first}, {last}."
+        told = f" (a difference has an error of about {error:.3f})" if error else ""
+        return f"It {_moved(values[0], values[-1], error)}: {label} {first}, {last}{told}."
     values = run.series("reward")[1]
     if len(values) < 2:
         return "Whether it learned can't be told: fewer than two rewards are in the log."
     before, after = ends(values)
+    error = _scatter(values) / math.sqrt(max(1, round(len(values) / 10)))
     change = f"from {before:.3f} to {after:.3f}, first and last tenth of the log"
-    return f"By its reward it {_moved(before, after)}: {change}; held-out accuracy isn't logged."
+    return f"By its reward it {_moved(before, after, error)}: {change}; held-out accuracy isn't logged."
 
 
-def _moved(before: float, after: float) -> str:
+def _accuracy_error(run: Run, values: Sequence[float]) -> float:
+    """Of the difference of two accuracies, by how many questions TRL's log says were evaluated; 0: it doesn't."""
+    seconds, speed = run.last("eval_runtime"), run.last("eval_samples_per_second")
+    questions = (seconds or 0.0) * (speed or 0.0)
+    if questions < 1:
+        return 0.0
+    return math.sqrt(sum(value * (1 - value) / questions for value in (values[0], values[-1]) if 0 <= value <= 1))
+
+
+def _scatter(values: Sequence[float]) -> float:
+    """Std of the difference of two neighbours, so without a trend; 0 of fewer than four."""
+    return float(np.std(np.diff(values))) if len(values) > 3 else 0.0
+
+
+def _moved(before: float, after: float, error: float) -> str:
     change = after - before
-    return "learned" if change > SMALL_CHANGE else "got worse" if change < -SMALL_CHANGE else "did not change"
+    if abs(change) < max(SMALL_CHANGE, 2 * error):
+        return "did not change" if abs(change) < SMALL_CHANGE else "did not change by more than its noise"
+    return "learned" if change > 0 else "got worse"
 
 
 def _phase(run: Run) -> str:
@@ -92,7 +119,8 @@ def tiles(run: Run, what_if: dict[str, Any] | None) -> list[dict[str, str]]:
     label = "Held-out accuracy" if name == "eval_accuracy" else "Held-out reward"
     shown, note = "-", "not logged"
     if len(values) > 1:
-        shown, note = f"{values[0]:.2f} → {values[-1]:.2f}", "before and after"
+        steps = run.series(name)[0]
+        shown, note = f"{values[0]:.2f} → {values[-1]:.2f}", f"at steps {steps[0]} and {steps[-1]}"
     elif len(rewards) > 1:
         label, (before, after) = "Reward", ends(rewards)
         shown, note = f"{before:.2f} → {after:.2f}", "first and last tenth of the log"
@@ -121,6 +149,9 @@ def _what_std_is(what_if: dict[str, Any] | None) -> dict[str, str]:
     row = rows[other]
     factor = 1 / row["factor"] if other == "mean" else row["factor"]
     against = f"against mean; cosine {row['cos']:.3f}"
+    optimizer = str((what_if or {}).get("optimizer") or "")
+    if optimizer.startswith(STEADY_BLIND):
+        against += f"; {optimizer.split('_')[0]} takes no notice of a steady one"
     if row["cos"] < OTHER_DIRECTION:
         return {"value": "another direction", "note": f"{against}, length × {factor:.2g}"}
     kind = "learning rate" if row["kind"] == "rate" else "schedule"

@@ -39,14 +39,15 @@ class Watch(TrainerCallback):
         self.log(self._counts)  # TRL drops what comes while it logs
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self._on or not logs or any(name.startswith("eval_") for name in logs) or "train_runtime" in logs:
+        if not logs or any(name.startswith("eval_") for name in logs) or "train_runtime" in logs:
             return
         found: list[Verdict] = []
         try:
-            found = self._look(state)
+            found = self._look(state) if self._on else []
         except Exception as error:
             logger.warning(f"The run isn't watched from here on: {type(error).__name__}: {error}. Training goes on.")
             self._on = False
+        # also a process that can't look takes part: the others would wait for it
         if self.run.options.stop_on is not None and self._stop([one.level for one in found]):
             control.should_save = control.should_training_stop = True
             asked = f"stop_on={self.run.options.stop_on!r}"
@@ -57,7 +58,7 @@ class Watch(TrainerCallback):
         if len(history) < self._next:
             return []
         self._next = len(history) * OFTEN
-        config = {"num_generations": self.run.num_generations}
+        config = {name: getattr(self.run, name) for name in ("num_generations", "generation_batch_size")}
         so_far = Run(Path(self.run.output_dir), "", list(history), [], config)
         found = [one for one in diagnose(so_far).verdicts if one.level != "advice"]
         for one in found:
@@ -70,11 +71,15 @@ class Watch(TrainerCallback):
 
     def _say(self, one: Verdict) -> None:
         logger.warning(f"{one.level}: {one.title}, since step {one.onset}. {one.evidence}. {one.remedy}")
-        if "wandb" in self.run.report_to and self.run.accelerator.is_main_process:
+        if "wandb" not in self.run.report_to or not self.run.accelerator.is_main_process:
+            return
+        try:
             import wandb
 
             if wandb.run is not None:
                 wandb.run.alert(title=one.title, text=f"Since step {one.onset}: {one.evidence}. {one.remedy}")
+        except Exception as error:
+            self.run.say_once(f"Verdicts don't go to wandb: {type(error).__name__}: {error}.")
 
     def _stop(self, levels: list[str]) -> bool:
         worse = LEVELS[: LEVELS.index(self.run.options.stop_on) + 1]

@@ -66,6 +66,8 @@ def with_error(one: dict[str, Any], key: str) -> str:
 
 def lines(table: dict[str, Any]) -> list[str]:
     """What is printed."""
+    from .summary import STEADY_BLIND
+
     steps, used = table["steps"], table["used"] or "a normalisation that can't be made again"
     told = [f"{table['run']}: {counted(len(steps))} ({steps[0]} to {steps[-1]}), trained with {used}", ""]
     header = ("", "cosine", "factor", "over steps", "spread", "gain", f"more than {table['used'] or 'used'}", "steps")
@@ -82,9 +84,9 @@ def lines(table: dict[str, Any]) -> list[str]:
     told.append(
         "up to 0.15 it is a learning rate, above a schedule. gain: in reward, per unit of step length, over steps."
     )
-    if (table["optimizer"] or "").startswith(("adam", "paged_adam", "lion")):
+    if (table["optimizer"] or "").startswith(STEADY_BLIND):
         told.append(f"{table['optimizer']} takes no notice of a factor that stays the same.")
-    told += [f"One and the same here: {', '.join(group)}." for group in table["same"]]
+    told += [f"One and the same here, but for a learning rate: {', '.join(group)}." for group in table["same"]]
     absent: dict[tuple[int, str], list[str]] = {}
     for name, (count, reason) in table["absent"].items():
         absent.setdefault((count, reason), []).append(name)

@@ -28,15 +28,18 @@ DRAWS = 500  # of steps, for the interval of the advised G
 
 def used_normalization(config: Mapping[str, Any]) -> str | None:
     """The run's, where it is in the catalogue and needs no state and no more than the summed rewards."""
+    if not config:
+        return None  # nobody knows
     if config.get("multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
         return None
     name = config.get("normalization") or SCALE_REWARDS_METHOD.get(config.get("scale_rewards", "group"))
-    return name if name in STATELESS else None
+    return name if isinstance(name, str) and name in STATELESS else None
 
 
 def given_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of the run's normalisation; a function's are its own."""
-    options = config.get("normalization_kwargs") if (config.get("normalization") or "std") in METHODS else None
+    name = config.get("normalization") or "std"
+    options = config.get("normalization_kwargs") if isinstance(name, str) and name in METHODS else None
     return {name: options[name] for name in ("eps", "alpha") if name in options} if isinstance(options, dict) else {}
 
 
@@ -104,7 +107,7 @@ def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, A
         if record.length_B is not None and record.function_rewards_BF is not None:
             both = torch.from_numpy(record.length_B), torch.from_numpy(record.function_rewards_BF)
             weights, keys_P = run.config.get("reward_weights"), torch.from_numpy(record.prompt_key_P)
-            context = step_context(scores, *both, weights if isinstance(weights, list) else None, keys_P)
+            context = step_context(scores, *both, weights if _are_numbers(weights) else None, keys_P)
         here = chosen
         if record.function_rewards_BF is None or record.function_rewards_BF.shape[1] == 1:
             here = [one for one in chosen if one.name != "decoupled" or methods is not None]
@@ -120,6 +123,10 @@ def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, A
         "same": _same([table for _, table in steps]), "absent": _absent([table for _, table in steps]),
         "noise": _noise([table["noise"] for _, table in steps if table["noise"]], run.config),
     }  # fmt: skip
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
 
 
 def _mean_and_error(values: list[float]) -> tuple[float, float | None]:

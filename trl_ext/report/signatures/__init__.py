@@ -17,7 +17,7 @@ SIGNATURES: dict[str, Signature] = {
     "mostly_dead": Signature("Most groups teach nothing", groups.mostly_dead),
     "few_live_prompts": Signature("Too few live prompts", groups.few_live_prompts),
     "unscored": Signature("Answers without a reward", groups.unscored),
-    "fell": Signature("What was learned is being lost", learning.fell),
+    "fell": Signature("What was learned is being lost", learning.fell, explains=("no_progress",)),
     "no_progress": Signature("The reward doesn't move", learning.no_progress),
     "gap": Signature("Training and held-out score apart", learning.gap),
     "length_limit": Signature("Answers cut off at the limit", answers.length_limit),

@@ -8,6 +8,7 @@ from trl_ext.report.read_run import Run
 from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, either, missing
 
 CUT, ALL_CUT = 0.5, 0.95  # of answers, at the length limit
+SAME_LENGTH = 0.9  # of the longest answer: all that are cut off have it
 REPEATED = 0.5  # of an answer's runs of four tokens
 COLLAPSED = (0.1, 0.02)  # of the entropy at the start, and nats
 RISEN = (2.0, 0.5)
@@ -19,6 +20,9 @@ def length_limit(run: Run) -> Finding | Unknown | None:
     steps, values = run.series(name)
     if not steps:
         return missing(name)
+    mean, longest = run.last("completions/mean_length"), run.last("completions/max_length")
+    if mean is not None and longest is not None and mean < SAME_LENGTH * longest and values[-1] >= ALL_CUT:
+        return None  # of many lengths: they end by themselves, without an end token
     for level, border in ((CRITICAL, ALL_CUT), (WARNING, CUT)):
         found = state(steps, values, above(border))
         if found is not None:

@@ -12,7 +12,8 @@ from trl_ext.report.read_run import Run
 from .finding import ADVICE, WARNING, Finding, Unknown, missing
 
 UNCOVERED, UNCHECKED, UNRELIABLE = 0.9, 0.15, 0.1
-DOMINATED, ALMOST_ALL, PROMPTS = 0.5, 0.9, 5  # of the step, by one of so many live prompts
+DOMINATED, ALMOST_ALL, PROMPTS = 0.5, 0.9, 5  # of the squared gradients, by one of so many live prompts
+LEAST_STEPS = 4
 AGAINST = -0.02  # mean cosine of two tasks, upper end
 
 
@@ -72,12 +73,10 @@ def dominated(run: Run) -> Finding | Unknown | None:
     """One prompt that makes up most of the step, where several have a gradient."""
     steps, shares, texts = [], [], []
     for record in run.records:
-        gram = record.gram_PP.astype(float)
-        live = np.flatnonzero(np.diag(gram) > 1e-12 * max(np.diag(gram).max(initial=0.0), 1e-300))
-        whole = gram.sum()
-        if len(live) < PROMPTS or whole <= 0:
+        square = np.diag(record.gram_PP).astype(float)
+        if np.count_nonzero(square > 1e-12 * max(square.max(initial=0.0), 1e-300)) < PROMPTS:
             continue
-        share = gram.sum(1) / whole
+        share = square / square.sum()
         most = int(np.argmax(share))
         steps.append(record.step)
         shares.append(float(share[most]))
@@ -89,7 +88,7 @@ def dominated(run: Run) -> Finding | Unknown | None:
         return None
     level = WARNING if found.mean > ALMOST_ALL else ADVICE
     text = " ".join(texts[int(np.argmax(shares))].split())[:60]
-    evidence = f"one prompt makes up {found.mean:.0%} of the step on average, up to {found.worst:.0%} ({text!r})"
+    evidence = f"one prompt has {found.mean:.0%} of the squared gradients of a step, up to {found.worst:.0%} ({text!r})"
     remedy = "normalization='std' or 'rank' levels the prompts; does its reward have another scale?"
     return Finding(level, found.onset, evidence, found.confidence, remedy)
 
@@ -101,8 +100,8 @@ def task_conflict(run: Run) -> Finding | Unknown | None:
         return Unknown("fewer than two tasks (a column 'task' in the dataset) in three logged steps")
     against = {}
     for names, (steps, values) in pairs.items():
-        mean, low, high = interval(values)
-        if len(values) >= 3 and high < AGAINST:
+        mean, low, high = interval(values, looks=len(pairs))
+        if len(values) >= LEAST_STEPS and high < AGAINST:
             against[names] = (mean, low, high, steps)
     if not against:
         return None

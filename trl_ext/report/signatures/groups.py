@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from trl_ext.report.evidence import above, state
+import math
+
+from trl_ext.report.evidence import above, state, trailing
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, missing
+from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, either, missing
 
 HEALTHY_LIVE = 0.2  # share of groups with different rewards, the floor of a healthy run
+GROUPS = 30  # that a share is of: as many dead ones have probability 0.001 where a fifth is live
 ALL_DEAD, MOSTLY_DEAD, SOME_DEAD = 0.95, 1 - HEALTHY_LIVE, 0.5  # of groups
 UNSCORED = 0.1  # of answers
 
 
-def _all_dead(run: Run, name: str, kind: str, remedy: str) -> Finding | Unknown | None:
+def of_groups(run: Run, name: str) -> tuple[list[int], list[float]]:
+    """A share of the groups, over as many logged numbers as have ``GROUPS`` of them: of one prompt it is 0 or 1."""
     steps, values = run.series(name)
+    batch, generations = (run.config.get(key) for key in ("generation_batch_size", "num_generations"))
+    if not isinstance(batch, int) or not isinstance(generations, int) or not 0 < generations <= batch:
+        return steps, values
+    return trailing(steps, values, math.ceil(GROUPS / (batch // generations)))
+
+
+def _all_dead(run: Run, name: str, kind: str, remedy: str) -> Finding | Unknown | None:
+    steps, values = of_groups(run, name)
     if not steps:
-        return missing(name)
-    found = state(steps, values, lambda share: share >= ALL_DEAD)
+        return missing(name, "of enough groups")
+    found = state(steps, values, above(ALL_DEAD))
     if found is None:
         return None
     evidence = f"{found.mean:.0%} of the groups have answers that are all {kind}: no gradient is left"
@@ -39,11 +51,11 @@ def all_right(run: Run) -> Finding | Unknown | None:
 
 
 def mostly_dead(run: Run) -> Finding | Unknown | None:
-    name = "normalization/zero_variance_frac"
-    steps, values = run.series(name)
+    name = either(run, "normalization/zero_variance_frac", "frac_reward_zero_std")[0]  # of TRL's own trainer
+    steps, values = of_groups(run, name)
     if not steps:
-        return missing(name)
-    for level, border in ((WARNING, MOSTLY_DEAD), (ADVICE, SOME_DEAD)):
+        return missing(name, "of enough groups")
+    for level, border in ((CRITICAL, ALL_DEAD), (WARNING, MOSTLY_DEAD), (ADVICE, SOME_DEAD)):
         found = state(steps, values, above(border))
         if found is not None:
             right, wrong = (run.last(f"normalization/all_{kind}_frac") for kind in ("right", "wrong"))

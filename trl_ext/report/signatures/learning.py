@@ -9,9 +9,11 @@ import numpy as np
 from trl_ext.report.evidence import above, state
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, either, missing
+from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, missing
 
 GAP = {False: 0.15, True: 0.04}  # of reward, more than at the start; on fresh and on repeated problems
+WINDOW, SOON = 50, 5  # steps before an evaluation that stand beside it; of the first logged step, for one at 0
+OVER = 10  # logged numbers after the last odd one, from which on it is over
 FALLEN = 0.1  # of held-out accuracy, below its best
 COLLAPSE = 0.5  # of the best reward
 STEPS = 30  # logged, before a run that doesn't move is said not to
@@ -19,31 +21,40 @@ STEPS = 30  # logged, before a run that doesn't move is said not to
 
 def gap(run: Run) -> Finding | Unknown | None:
     """Training and held-out reward apart, by more than at the first evaluation."""
-    for train, held_out in (("accuracy", "eval_accuracy"), ("reward", "eval_reward"), ("reward", "eval_accuracy")):
+    for train, held_out in (("accuracy", "eval_accuracy"), ("reward", "eval_reward")):
         (steps, values), (eval_steps, eval_values) = run.series(train), run.series(held_out)
         if steps and len(eval_steps) > 1:
             break
     else:
         return missing("eval_accuracy or eval_reward, at two steps,")
-    first = next((r for r in run.records if r.step <= 1), None)
-    start = values[0]
-    if (first is not None and train == "reward") or (first is not None and np.isin(first.reward_B, (0.0, 1.0)).all()):
-        start = float(np.nanmean(first.reward_B))
-    begun = start - eval_values[0]
-    changes = []
-    for step, value in zip(eval_steps[1:], eval_values[1:], strict=True):
-        last = max((step - before for before in eval_steps if before < step), default=step)
-        near = [v for s, v in zip(steps, values, strict=True) if step - min(last, 50) < s <= step]
-        changes.append((float(np.mean(near)) if near else values[-1]) - value - begun)
+    apart: list[tuple[int, float]] = []  # of each evaluation that training rewards stand beside
+    for i, (step, value) in enumerate(zip(eval_steps, eval_values, strict=True)):
+        since = max(eval_steps[i - 1] if i else 0, step - WINDOW)
+        near = [v for s, v in zip(steps, values, strict=True) if since < s <= step]
+        first = next((r for r in run.records if r.step <= 1), None)
+        if (
+            not near
+            and first is not None
+            and not i
+            and (train == "reward" or np.isin(first.reward_B, (0.0, 1.0)).all())
+        ):
+            near = [float(np.nanmean(first.reward_B))]  # the first step's, where the log has means of several
+        elif not near and not i and steps[0] <= SOON:
+            near = values[:1]
+        if near:
+            apart.append((step, float(np.mean(near)) - value))
+    if len(apart) < 2:
+        return missing(f"{train} beside {held_out}, at two steps,")
+    begun = apart[0][1]
+    changes = [value - begun for _, value in apart[1:]]
     epochs = max(run.series("epoch")[1], default=0.0)
     repeated = epochs > 1
-    found = state(eval_steps[1:], changes, above(GAP[repeated]), least=min(2, len(changes)))
-    if found is None:
+    found = state([step for step, _ in apart[1:]], changes, above(GAP[repeated]), least=min(2, len(changes)))
+    if found is None or changes[-1] < GAP[repeated]:
         return None
-    now = changes[-1] + begun
     evidence = (
-        f"in training the {train} is {now:.2f} above the held-out one ({eval_values[-1]:.2f}), {changes[-1]:.2f} "
-        "more than at the start; "
+        f"in training the {train} is {apart[-1][1]:.2f} above the held-out one ({eval_values[-1]:.2f}), "
+        f"{changes[-1]:.2f} more than at the first evaluation; "
         + (f"the training problems were seen {epochs:.1f} times" if repeated else "on problems that are seen once")
     )
     remedy = (
@@ -56,41 +67,43 @@ def gap(run: Run) -> Finding | Unknown | None:
 
 
 def fell(run: Run) -> Finding | Unknown | None:
-    """Held-out accuracy, or the reward, far below its best."""
-    name, steps, values = either(run, "eval_accuracy", "eval_reward")
+    """The reward has lost half of its range, or held-out accuracy is far below its best, both beyond their noise."""
+    steps, values = run.series("eval_accuracy")
     reward_steps, rewards = run.series("reward")
     if len(rewards) >= 10:
         smooth = np.convolve(rewards, np.ones(5) / 5, mode="valid")
         best = int(np.argmax(smooth))
-        low = min(rewards)
-        if smooth[best] > low and smooth[-1] - low < (1 - COLLAPSE) * (smooth[best] - low) and smooth[best] > 0:
-            drop = smooth[best] - smooth[-1]
-            noise = float(np.std(np.diff(rewards))) / math.sqrt(2) / math.sqrt(5)
-            if drop > 4 * math.sqrt(2) * noise and drop > FALLEN * abs(smooth[best]):
-                around = reward_steps[best + 2]
-                evidence = f"the reward has fallen from {smooth[best]:.3f} (about step {around}) to {smooth[-1]:.3f}"
-                remedy = "A lower learning_rate, max_grad_norm, beta > 0; go on from an earlier checkpoint."
-                return Finding(CRITICAL, reward_steps[best + 4], evidence, 0.95, remedy)
-    if len(values) < 2:
-        return missing(name) if len(rewards) < 10 else None
-    best = int(np.argmax(values))
-    if values[best] - values[-1] <= FALLEN:
+        drop, range_ = float(smooth[best] - smooth[-1]), float(smooth[best] - smooth.min())
+        noise = float(np.std(np.diff(rewards))) / math.sqrt(2 * 5)
+        gained = float(smooth[best] - smooth[0])
+        if drop > COLLAPSE * max(range_, gained) and drop > 4 * math.sqrt(2) * noise:
+            around = reward_steps[best + 2]
+            evidence = f"the reward has fallen from {smooth[best]:.3f} (about step {around}) to {smooth[-1]:.3f}"
+            remedy = "A lower learning_rate, max_grad_norm, beta > 0; go on from an earlier checkpoint."
+            return Finding(CRITICAL, reward_steps[best + 4], evidence, 0.95, remedy)
+    if len(values) < 4:
+        return missing("eval_accuracy, at four steps,") if len(rewards) < 10 else None
+    pairs = np.convolve(values, np.ones(2) / 2, mode="valid")  # the best of many single ones is best by chance
+    best = int(np.argmax(pairs))
+    drop, noise = float(pairs[best] - pairs[-1]), float(np.std(np.diff(values))) / 2
+    if drop <= FALLEN or drop <= 5 * noise:
         return None
-    evidence = f"{name} has fallen from its best, {values[best]:.3f} at step {steps[best]}, to {values[-1]:.3f}"
+    evidence = f"held-out accuracy has fallen from {pairs[best]:.3f} (steps {steps[best]} and {steps[best + 1]}) to "
+    evidence += f"{pairs[-1]:.3f} (the last two)"
     remedy = "load_best_model_at_end with metric_for_best_model; a lower learning_rate; fewer epochs."
-    return Finding(WARNING, steps[min(best + 1, len(steps) - 1)], evidence, 0.8, remedy)
+    return Finding(WARNING, steps[min(best + 2, len(steps) - 1)], evidence, 0.95, remedy)
 
 
 def no_progress(run: Run) -> Finding | Unknown | None:
     steps, values = run.series("reward")
     if len(values) < STEPS:
-        return Unknown(f"fewer than {STEPS} logged rewards")
+        return Unknown(f"fewer than {STEPS} rewards in the log (logging_steps)")
     third = len(values) // 3
     before, after = np.array(values[:third]), np.array(values[-third:])
     error = math.sqrt(before.var(ddof=1) / third + after.var(ddof=1) / third)
     change = float(after.mean() - before.mean())
     spread = max(values) - min(values)
-    if spread == 0 or abs(change) > error or after.mean() > 0.95 * max(values):
+    if spread == 0 or abs(change) > error or max(values) - after.mean() < 0.05 * spread:
         return None
     evidence = f"the reward of the last third, {after.mean():.3f}, is that of the first ({change:+.3f} +- {error:.3f})"
     remedy = "A higher learning_rate (several times), or more steps; is grad_norm above 0?"
@@ -107,9 +120,10 @@ def not_finite(run: Run) -> Finding | Unknown | None:
     if not odd:
         return None if run.logs else missing("anything")
     step, name = odd[0]
+    over = sum(1 for entry in run.logs if entry["step"] > odd[-1][0] and "loss" in entry) >= OVER
     evidence = f"{name} is NaN or infinite, first at step {step}, {len(odd)} times in all"
     remedy = (
         "Go on from a checkpoint before it with a lower learning_rate; bf16 in place of fp16; look at the "
         "rewards of that step."
     )
-    return Finding(CRITICAL, step, evidence, 0.99, remedy)
+    return Finding(WARNING if over else CRITICAL, step, evidence, 0.99, remedy)

@@ -46,15 +46,19 @@ def coefficient_spikes(run: Run) -> Finding | Unknown | None:
     steps, values = run.series(name)
     if not steps:
         return missing(name)
+    if not run.series("normalization/scale_mean")[0]:
+        return Unknown("the normalisation doesn't divide: advantages have the reward's unit")
     generations = run.config.get("num_generations")
     border = max(HUGE, 1.5 * math.sqrt(generations)) if isinstance(generations, int) else HUGE
     spikes = [(step, value) for step, value in zip(steps, values, strict=True) if value > border]
-    if not spikes:
+    if len(spikes) < SPIKES:
         return None
+    lately = sum(step > steps[len(steps) // 2] for step, _ in spikes) > 0
     largest = max(value for _, value in spikes)
     evidence = f"{len(spikes)} of {len(values)} logged steps have an advantage above {border:g}, up to {largest:.3g}"
     remedy = "Scale or clip the rewards; normalization='std' bounds an advantage by the root of num_generations."
-    return Finding(WARNING, spikes[0][0], evidence, (len(spikes) + 1) / (len(spikes) + 2), remedy)
+    level = WARNING if lately else ADVICE
+    return Finding(level, spikes[0][0], evidence, (len(spikes) + 1) / (len(spikes) + 2), remedy)
 
 
 def gradient_spikes(run: Run) -> Finding | Unknown | None:
@@ -70,7 +74,8 @@ def gradient_spikes(run: Run) -> Finding | Unknown | None:
     large = [one for one in spikes if one[1] > LARGE_SPIKE]
     if not spikes:
         return None
-    level = WARNING if large or len(spikes) >= SPIKES else ADVICE
+    lately = spikes[-1][0] > steps[len(steps) // 2]
+    level = WARNING if lately and (large or len(spikes) >= SPIKES) else ADVICE
     evidence = (
         f"the gradient's norm is up to {max(r for _, r in spikes):.0f} times the median before it, {len(spikes)} times"
     )
