@@ -66,7 +66,7 @@ def ends(values: Sequence[float], share: float = 0.1) -> tuple[float, float]:
 
 def student(degrees: int, tail: float) -> float:
     """Quantile of Student's t that leaves ``tail`` above it: exact at 2 degrees, from there on by an expansion from the
-    normal's quantile (Abramowitz and Stegun 26.7.5; at 97.5 % within 0.6 % of the table)."""
+    normal's quantile (Abramowitz and Stegun 26.7.5; at 97.5 % within 0.8 % of the table)."""
     if degrees == 2:
         return (1 - 2 * tail) * math.sqrt(2 / (4 * tail * (1 - tail)))
     z = statistics.NormalDist().inv_cdf(1 - tail)
