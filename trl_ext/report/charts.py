@@ -22,7 +22,7 @@ PHASES = {1: ("#eef5ee", "phase 1: near-orthogonal"), 2: ("#ebe2c8", "phase 2: t
 HOVER_WIDTH = 36  # characters
 FEW_POINTS = 60  # curves of fewer have markers
 SHORT, MOST_LABELS = 18, 24  # characters of a prompt's label, and prompts up to which there are labels
-HEIGHT = 205
+HEIGHT = 198
 GRID, TEXT = "#e3e6ea", "#4a5056"
 
 

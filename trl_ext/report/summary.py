@@ -148,10 +148,10 @@ def _what_std_is(what_if: dict[str, Any] | None) -> dict[str, str]:
         return {"value": "-", "note": f"the run used {used or 'a function'}"}
     row = rows[other]
     factor = 1 / row["factor"] if other == "mean" else row["factor"]
-    against = f"against mean; cosine {row['cos']:.3f}"
+    against = f"against mean, cosine {row['cos']:.3f}"
     optimizer = str((what_if or {}).get("optimizer") or "")
     if optimizer.startswith(STEADY_BLIND):
-        against += f"; {optimizer.split('_')[0]} takes no notice of a steady one"
+        against += f"; {optimizer.split('_')[0]} ignores a steady one"
     if row["cos"] < OTHER_DIRECTION:
         return {"value": "another direction", "note": f"{against}, length × {factor:.2g}"}
     kind = "learning rate" if row["kind"] == "rate" else "schedule"
