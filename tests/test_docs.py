@@ -141,7 +141,8 @@ def test_the_glossary_lists_what_runs_log(tiny_policy, warm_policy, tmp_path):
     def wrong_or_unscored(completion_ids, **columns):
         return [0.0 if place % 4 else None for place in range(len(completion_ids))]
 
-    trainers.append(build(tiny_policy, tmp_path / "sick", [wrong_or_unscored], max_steps=5, interference_every=0))
+    many = {"per_device_train_batch_size": 32, "interference_every": 0}  # groups enough for a verdict
+    trainers.append(build(tiny_policy, tmp_path / "sick", [wrong_or_unscored], max_steps=9, **many))
     trainers[-1].train()
     logged = {general(name) for one in trainers for entry in one.state.log_history for name in entry} - {"step"}
     listed = glossary()
