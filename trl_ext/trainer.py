@@ -23,6 +23,7 @@ from trl import GRPOTrainer
 
 from . import trl_surface
 from .batches import deferred_logprobs, skipping
+from .batches.batch_rows import dead_rows
 from .batches.deferred_logprobs import DeferredLogprobs, logprob_inputs, why_complete
 from .batches.micro_batches import MicroBatches, micro_batch
 from .checkpoints.find import find_checkpoint
@@ -222,8 +223,10 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if not part.runs:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         if self.model.training:
-            position, not_run = trl_surface.read_position(self), part.not_run
-            self._interference.rows(inputs, part.skipped, position, self._loss_settings(), not_run)
+            wanted = self._run.options.what_if_dead and self._interference.is_open
+            dead = [*dead_rows(inputs), *part.not_run] if wanted else []
+            position = trl_surface.read_position(self)
+            self._interference.rows(inputs, part.skipped, position, self._loss_settings(), dead)
         return super().compute_loss(model, inputs, *rest, **kwargs)
 
     @ours

@@ -80,5 +80,15 @@ def select(
     return chosen
 
 
+def dead_rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of advantage 0 that have a token that counts, as a batch; none where there is none, or tokens have
+    advantages of their own."""
+    if batch["advantages"].dim() != 1:
+        return []
+    mask_BT = batch["completion_mask"] * batch.get("tool_mask", 1)
+    dead_B = ((batch["advantages"] == 0) & mask_BT.bool().any(dim=1)).nonzero().squeeze(1)
+    return [select(batch, dead_B, (False, False))] if len(dead_B) else []
+
+
 def _up_to_multiple(width: int, multiple_of: int | None, most: int) -> int:
     return width if multiple_of is None else min(most, -(-width // multiple_of) * multiple_of)

@@ -14,7 +14,6 @@ import torch
 from accelerate.utils import DistributedType
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from trl_ext.batches.batch_rows import select
 from trl_ext.loss.token_weights import live_mask
 from trl_ext.trl_surface import IMAGES, LossSettings, RunSettings
 
@@ -45,25 +44,22 @@ class Beside:
     def keep(
         self,
         batch: dict[str, Any],
-        not_run: list[dict[str, Any]],
+        dead: list[dict[str, Any]],
         settings: LossSettings,
         accumulation: int,
         first: int,
     ) -> None:
-        """Of this micro-batch the rows of advantage 0, and batches of others that don't run; prompt ids from ``first``.
-
-        Nothing where the step's sequences have no coefficients, or an image."""
+        """``dead``: batches of sequences of advantage 0, of this micro-batch and of those that don't run; prompt ids from
+        ``first``. Nothing is kept where the step's sequences have no coefficients, or an image."""
         if not self.wanted or sequence_coefficients(batch, settings, accumulation) is None:
             return
         if any(batch.get(name) is not None for name in IMAGES):
             self._off("images travel with the rows")
             return
-        dead_B = ((batch["advantages"] == 0) & live_mask(batch).any(dim=1)).nonzero().squeeze(1)
-        own = [select(batch, dead_B, (False, False))] if len(dead_B) else []
-        for dead in [*own, *not_run]:
-            at_1 = {**dead, "advantages": torch.ones_like(dead["advantages"])}
+        for one in dead:
+            at_1 = {**one, "advantages": torch.ones_like(one["advantages"])}
             weight_B = sequence_coefficients(at_1, settings, accumulation)
-            self._batches.append({**dead, "prompt_id": dead["prompt_id"] + first, "coefficient": weight_B})
+            self._batches.append({**one, "prompt_id": one["prompt_id"] + first, "coefficient": weight_B})
 
     def sketched(self, sketch: GradientSketch, loss_scale: float) -> dict[str, torch.Tensor] | None:
         """The passes; ``prompt_id``, ``position`` and ``coefficient`` of the rows that they added to the sketch, in

@@ -207,10 +207,10 @@ class InterferenceLog:
         skipped: dict[str, torch.Tensor],
         position: StepPosition,
         loss_settings: LossSettings,
-        not_run: list[dict[str, Any]],
+        dead: list[dict[str, Any]],
     ) -> None:
         """The forward and backward to come are of this micro-batch; ``skipped`` are of sequences that don't run,
-        ``not_run`` the same as batches, where they are to be scored beside the step."""
+        ``dead`` all of advantage 0 as batches, where they are to be scored beside the step."""
         if not self._is_open or self._failure is not None or self.sketch is None or self.features is None:
             return
         try:
@@ -222,7 +222,7 @@ class InterferenceLog:
             self._sequences.append({**of_sequences(batch, first), "coefficient": coefficient_B})
             if skipped:
                 self._skipped.append(of_sequences(skipped, first))
-            self.beside.keep(batch, not_run, loss_settings, position.accumulation, first)
+            self.beside.keep(batch, dead, loss_settings, position.accumulation, first)
         except Exception as error:
             self._fail(error)
 
