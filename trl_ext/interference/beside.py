@@ -49,8 +49,8 @@ class Beside:
         accumulation: int,
         first: int,
     ) -> None:
-        """``dead``: batches of sequences of advantage 0, of this micro-batch and of those that don't run; prompt ids from
-        ``first``. Nothing is kept where the step's sequences have no coefficients, or an image."""
+        """``dead``: batches of sequences of advantage 0, of this micro-batch and of those that don't run; prompt ids
+        from ``first``. Nothing is kept where the step's sequences have no coefficients, or an image."""
         if not self.wanted or sequence_coefficients(batch, settings, accumulation) is None:
             return
         if any(batch.get(name) is not None for name in IMAGES):
