@@ -43,7 +43,7 @@ class Watch(TrainerCallback):
             return
         found: list[Verdict] = []
         try:
-            found = self._look(state) if self._on else []
+            found = self._look(state, args.logging_steps) if self._on else []
         except Exception as error:
             logger.warning(f"The run isn't watched from here on: {type(error).__name__}: {error}. Training goes on.")
             self._on = False
@@ -53,12 +53,13 @@ class Watch(TrainerCallback):
             asked = f"stop_on={self.run.options.stop_on!r}"
             logger.warning(f"Training stops at step {state.global_step}, with a checkpoint: {asked}.")
 
-    def _look(self, state: Any) -> list[Verdict]:
+    def _look(self, state: Any, logging_steps: float = 1) -> list[Verdict]:
         history = state.log_history
         if len(history) < self._next:
             return []
         self._next = len(history) * OFTEN
         config = {name: getattr(self.run, name) for name in ("num_generations", "generation_batch_size")}
+        config["logging_steps"] = logging_steps
         so_far = Run(Path(self.run.output_dir), "", list(history), [], config)
         found = [one for one in diagnose(so_far).verdicts if one.level != "advice"]
         for one in found:

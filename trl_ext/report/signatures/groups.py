@@ -21,13 +21,19 @@ def of_groups(run: Run, name: str) -> tuple[list[int], list[float]]:
     batch, generations = (run.config.get(key) for key in ("generation_batch_size", "num_generations"))
     if not isinstance(batch, int) or not isinstance(generations, int) or not 0 < generations <= batch:
         return steps, values
-    return trailing(steps, values, math.ceil(GROUPS / (batch // generations)))
+    every = run.config.get("logging_steps")
+    groups = batch // generations * max(1, int(every) if isinstance(every, int | float) else 1)  # of a logged mean
+    return trailing(steps, values, math.ceil(GROUPS / groups))
+
+
+def _too_few(run: Run, name: str) -> Unknown:
+    return Unknown(f"fewer than {GROUPS} groups in the log") if run.series(name)[0] else missing(name)
 
 
 def _all_dead(run: Run, name: str, kind: str, remedy: str) -> Finding | Unknown | None:
     steps, values = of_groups(run, name)
     if not steps:
-        return missing(name, "of enough groups")
+        return _too_few(run, name)
     found = state(steps, values, above(ALL_DEAD))
     if found is None:
         return None
@@ -54,7 +60,7 @@ def mostly_dead(run: Run) -> Finding | Unknown | None:
     name = either(run, "normalization/zero_variance_frac", "frac_reward_zero_std")[0]  # of TRL's own trainer
     steps, values = of_groups(run, name)
     if not steps:
-        return missing(name, "of enough groups")
+        return _too_few(run, name)
     for level, border in ((CRITICAL, ALL_DEAD), (WARNING, MOSTLY_DEAD), (ADVICE, SOME_DEAD)):
         found = state(steps, values, above(border))
         if found is not None:

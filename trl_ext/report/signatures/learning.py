@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
 
@@ -16,6 +17,7 @@ WINDOW, SOON = 50, 5  # steps before an evaluation that stand beside it; of the 
 OVER = 10  # logged numbers after the last odd one, from which on it is over
 FALLEN = 0.1  # of held-out accuracy, below its best
 COLLAPSE = 0.5  # of the best reward
+ERRORS = 0.67  # of the change: as large ones, or larger, are half of what nothing but noise gives
 STEPS = 30  # logged, before a run that doesn't move is said not to
 
 
@@ -80,7 +82,8 @@ def fell(run: Run) -> Finding | Unknown | None:
             around = reward_steps[best + 2]
             evidence = f"the reward has fallen from {smooth[best]:.3f} (about step {around}) to {smooth[-1]:.3f}"
             remedy = "A lower learning_rate, max_grad_norm, beta > 0; go on from an earlier checkpoint."
-            return Finding(CRITICAL, reward_steps[best + 4], evidence, 0.95, remedy)
+            sure = _normal(drop / (math.sqrt(2) * noise)) if noise else 1.0
+            return Finding(CRITICAL, reward_steps[best + 4], evidence, sure, remedy)
     if len(values) < 4:
         return missing("eval_accuracy, at four steps,") if len(rewards) < 10 else None
     pairs = np.convolve(values, np.ones(2) / 2, mode="valid")  # the best of many single ones is best by chance
@@ -91,7 +94,13 @@ def fell(run: Run) -> Finding | Unknown | None:
     evidence = f"held-out accuracy has fallen from {pairs[best]:.3f} (steps {steps[best]} and {steps[best + 1]}) to "
     evidence += f"{pairs[-1]:.3f} (the last two)"
     remedy = "load_best_model_at_end with metric_for_best_model; a lower learning_rate; fewer epochs."
-    return Finding(WARNING, steps[min(best + 2, len(steps) - 1)], evidence, 0.95, remedy)
+    sure = _normal(drop / (math.sqrt(2) * noise)) if noise else 1.0
+    return Finding(WARNING, steps[min(best + 2, len(steps) - 1)], evidence, sure, remedy)
+
+
+def _normal(errors: float) -> float:
+    """That a normal variable is less than so many of its errors above 0."""
+    return statistics.NormalDist().cdf(errors)
 
 
 def no_progress(run: Run) -> Finding | Unknown | None:
@@ -103,11 +112,11 @@ def no_progress(run: Run) -> Finding | Unknown | None:
     error = math.sqrt(before.var(ddof=1) / third + after.var(ddof=1) / third)
     change = float(after.mean() - before.mean())
     spread = max(values) - min(values)
-    if spread == 0 or abs(change) > error or max(values) - after.mean() < 0.05 * spread:
+    if spread == 0 or abs(change) > ERRORS * error or max(values) - after.mean() < 0.05 * spread:
         return None
     evidence = f"the reward of the last third, {after.mean():.3f}, is that of the first ({change:+.3f} +- {error:.3f})"
     remedy = "A higher learning_rate (several times), or more steps; is grad_norm above 0?"
-    return Finding(ADVICE, steps[0], evidence, 0.7, remedy)
+    return Finding(ADVICE, steps[0], evidence, 2 * (1 - _normal(abs(change) / error)), remedy)
 
 
 def not_finite(run: Run) -> Finding | Unknown | None:

@@ -137,4 +137,6 @@ def slow_rewards(run: Run) -> Finding | Unknown | None:
         "Reward functions that work in parallel (async ones run together), or are cheaper; reward_timeout "
         "names a slow one."
     )
-    return Finding(ADVICE, run.series("compute/seconds_rewards")[0][0], evidence, 0.9, remedy)
+    found = state(*run.series("compute/seconds_rewards"), above(0.0))
+    sure = found.confidence if found is not None else 0.5
+    return Finding(ADVICE, run.series("compute/seconds_rewards")[0][0], evidence, sure, remedy)
