@@ -88,8 +88,13 @@ class KeptCompletions(TrainerCallback):
 
     def see(self, logs: Mapping[str, Any]) -> None:
         """TRL's table, when it has the rewards of a training batch."""
-        self._logs = {name: list(logs[name]) for name in ("prompt", "completion", "advantages")}
-        self._logs["rewards"] = {name: list(values) for name, values in logs["rewards"].items()}
+        if not self._on:
+            return
+        try:
+            self._logs = {name: list(logs[name]) for name in ("prompt", "completion", "advantages")}
+            self._logs["rewards"] = {name: list(values) for name, values in logs["rewards"].items()}
+        except Exception as error:
+            self._fail(error)
 
     def on_train_begin(self, args, state, control, **kwargs):
         kept = read_completions(Path(args.output_dir)) if state.global_step else []
@@ -107,8 +112,11 @@ class KeptCompletions(TrainerCallback):
                 self.rows = [row for row in self.rows if row["step"] in steps[::2]]
             self._write(Path(args.output_dir))
         except Exception as error:
-            self._on = False
-            logger.warning(f"Answers aren't kept for the report: {type(error).__name__}: {error}. Training goes on.")
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._on = False
+        logger.warning(f"Answers aren't kept for the report: {type(error).__name__}: {error}. Training goes on.")
 
     def _write(self, folder: Path) -> None:
         scratch = folder / f".{FILE}.{os.getpid()}"
