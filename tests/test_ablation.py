@@ -15,13 +15,17 @@ import pytest
 from ablation_plot import draw_alpha, mean_curve
 from ablation_results import (
     STUDENT_T,
+    Interval,
     Run,
     at_edge,
     best_learning_rate,
     block_means,
+    interpolated_rate,
     markdown_tables,
     mean_interval,
     mean_over_training,
+    rate_ratios,
+    rates_table,
     speed_up,
     speedup_constant,
     steps_to_target,
@@ -122,6 +126,36 @@ def test_best_learning_rate_is_of_the_whole_curve_over_all_seeds():
 def test_equal_learning_rates_give_the_smaller():
     runs = [run_of("std", [0.4, 0.5, 0.6], learning_rate=rate) for rate in (4e-4, 1e-4, 2e-4)]
     assert best_learning_rate(runs) == 1e-4
+
+
+def test_the_interpolated_rate_by_hand():
+    """Scores on a parabola in log2 of the rate, whose highest point is at 2 ** 0.5; edges and plateaus stay."""
+    parabola = {2.0**x: 1 - (x - 0.5) ** 2 for x in (-2, -1, 0, 1, 2)}
+    assert interpolated_rate(parabola) == pytest.approx(2**0.5)
+    assert interpolated_rate({1.0: 0.9, 2.0: 0.5, 4.0: 0.1}) == 1.0
+    assert interpolated_rate({1.0: 0.5, 2.0: 0.5, 4.0: 0.5}) == 1.0
+    assert interpolated_rate({1.0: 0.5}) == 1.0
+
+
+def test_ratios_of_best_rates():
+    """``mean`` is best at twice ``std``'s rate for every seed: so is every resampling. With seeds that differ the
+    interval is as wide as they are."""
+
+    def sweep(best_of_mean):
+        best = {("std", seed): 1e-4 for seed in range(3)} | {("mean", s): r for s, r in enumerate(best_of_mean)}
+        return [
+            run_of(method, [0.4, 0.4, 0.9 - 0.1 * abs(math.log2(rate / peak))], learning_rate=rate, seed=seed)
+            for (method, seed), peak in best.items()
+            for rate in (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+        ]
+
+    found = rate_ratios(sweep([2e-4, 2e-4, 2e-4]))
+    assert found["std"] == Interval(1, 1, 1)
+    assert [found["mean"].estimate, found["mean"].low, found["mean"].high] == pytest.approx([2, 2, 2])
+    apart = rate_ratios(sweep([1e-4, 2e-4, 4e-4]))["mean"]
+    assert apart.low == pytest.approx(1, rel=0.05) and apart.high == pytest.approx(4, rel=0.05)
+    assert "| `mean` | 2.00 [2.00, 2.00] |" in rates_table(sweep([2e-4, 2e-4, 2e-4]))
+    assert rates_table([run for run in sweep([2e-4] * 3) if run.learning_rate == 1e-4]) == ""
 
 
 @pytest.mark.parametrize(
@@ -260,6 +294,8 @@ def test_mean_curve():
         (["--max_steps", "25"], "--max_steps 25 must be a multiple of --eval_every 10"),
         (["--eval_every", "0"], "--eval_every 0 must be at least 1"),
         (["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["--num_generations", "1"], "--num_generations 1 must be at least 2 and divide a step's 128"),
+        (["--num_generations", "6"], "--num_generations 6 must be at least 2 and divide"),
         (["--max_grad_norm", "-1"], "--max_grad_norm -1.0 must be a finite number that is not negative"),
         (["--target_accuracy", "70"], "--target_accuracy 70.0 must be in (0, 1]"),
         (["--levels", "7"], "levels=(7,): choose from"),

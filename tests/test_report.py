@@ -466,7 +466,16 @@ def test_images_go_to_wandb_and_trackio(tiny_policy, tmp_path):
     kept = {name: tmp_path / name for name in ("wandb", "trackio")}
     for folder in kept.values():
         folder.mkdir()
-    places = {"WANDB_MODE": "offline", "WANDB_DIR": str(kept["wandb"]), "TRACKIO_DIR": str(kept["trackio"])}
+    path = [
+        str(Path(__file__).parent),
+        os.environ.get("PYTHONPATH", ""),
+    ]  # an ablation in this process hides the folder
+    places = {
+        "PYTHONPATH": os.pathsep.join(path),
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(kept["wandb"]),
+        "TRACKIO_DIR": str(kept["trackio"]),
+    }
     code = (
         "import sys, pathlib, test_report; policy, folder = map(pathlib.Path, sys.argv[1:])\n"
         "test_report.watched(policy, folder, report_to=['wandb', 'trackio']).train()"
@@ -508,6 +517,19 @@ def test_the_runs_files_never_stop_a_run(tiny_policy, tmp_path, monkeypatch):
     (tmp_path / "run" / LOG_FILE).mkdir()  # can't be written
     trainer.train()
     assert trainer.state.global_step == 2 and len(said) == 1 and "Training goes on" in said[0]
+
+
+def test_parts_and_tasks_where_they_are_logged(tiny_policy, tmp_path):
+    dataset = prompts(32).add_column("task", ["up" if i % 2 else "down" for i in range(32)])
+    options = {"interference_parts": True, "interference_every": 1, "per_device_train_batch_size": 32, "max_steps": 3}
+    build_plain(tiny_policy, tmp_path / "run", train_dataset=dataset, **options).train()
+    numbers = report_numbers(read_run(tmp_path / "run"))
+    shares = [one["share"] for one in numbers["parts"].values()]
+    assert sum(shares) == pytest.approx(1, abs=0.02) and len(shares) > 4
+    assert numbers["tasks"]["names"] == ["down", "up"]
+    assert numbers["tasks"]["cosines"][0][1] == numbers["tasks"]["cosines"][1][0]
+    page = page_of(tmp_path / "run", folder=tmp_path)
+    assert "Share and cosine by part" in page and "Task against task" in page
 
 
 # ---- answers that are kept

@@ -170,6 +170,9 @@ def test_two_processes(tiny_policy, tmp_path):
     one = run_processes(1, tiny_policy, tmp_path / "one", what_if_dead=True, **options)[0]
     two = run_processes(2, tiny_policy, tmp_path / "two", what_if_dead=True, **options)
     without = run_processes(2, tiny_policy, tmp_path / "without", **options)
+    for record in read_interference(tmp_path / "two"):  # each process knows the tasks of its own prompts alone
+        assert record.task_P is not None and set(record.task_P) <= {"even", "odd"}
+        assert record.task_P == next(r for r in read_interference(tmp_path / "one") if r.step == record.step).task_P
     told = [name for log in one["logs"] for name in log if name.startswith("what_if/global/")]
     assert len(told) >= 3 and not any("what_if/global/cos" in log for log in without[0]["logs"])
     for log, expected in zip(two[0]["logs"], one["logs"], strict=True):

@@ -126,7 +126,10 @@ def main(spec):
         reward_funcs=reward_with_dead(spec["dead"]) if spec["dead"] else reward,
         args=config,
         train_dataset=Dataset.from_dict(
-            {"prompt": [[{"role": "user", "content": problem.question}] for problem in problems]}
+            {
+                "prompt": [[{"role": "user", "content": problem.question}] for problem in problems],
+                "task": ["even" if i % 2 == 0 else "odd" for i in range(len(problems))],
+            }
         ),
         processing_class=AutoTokenizer.from_pretrained(spec["model"], padding_side="left"),
         rollout_func=rollout,

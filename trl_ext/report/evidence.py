@@ -1,4 +1,4 @@
-"""Since when is something so, and how sure is that: what the signatures of ``signatures.py`` are made of.
+"""Since when is something so, and how sure is that: what the signatures of ``signatures/`` are made of.
 
 A signature looks at numbers as they were logged. One bad number is an accident; a *state* is what holds in most of
 the numbers from its onset to the end of the run.

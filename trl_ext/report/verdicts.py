@@ -2,12 +2,12 @@
 
 Three levels. *critical*: nothing is learned, or what was learned is being lost; the run is better stopped. *warning*:
 something is wrong that costs. *advice*: something could be had. A healthy run (fresh prompts, a live share of at least
-``signatures.HEALTHY_LIVE``) gets nothing above advice.
+``signatures.groups.HEALTHY_LIVE``) gets nothing above advice.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .read_run import Run
@@ -16,18 +16,12 @@ from .signatures import SIGNATURES, Finding, Unknown
 LEVELS = ("critical", "warning", "advice")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """``name`` of the signature, ``title`` for people; ``onset``: the step since when; ``confidence`` in [0, 1]:
-    ``evidence.State``'s, or of a 95 % interval; ``remedy`` names options."""
+@dataclass(frozen=True, kw_only=True)
+class Verdict(Finding):
+    """What a signature found, with its ``name`` and a ``title`` for people."""
 
     name: str
     title: str
-    level: str
-    onset: int
-    evidence: str
-    confidence: float
-    remedy: str
 
 
 @dataclass(frozen=True)
@@ -62,14 +56,9 @@ def diagnose(run: Run) -> Diagnosis:
         elif found is None:
             clear.append(name)
         else:
-            verdicts.append(_verdict(name, signature.title, found))
+            found = replace(found, confidence=round(min(found.confidence, 0.99), 2))
+            verdicts.append(Verdict(**vars(found), name=name, title=signature.title))
     superseded = {other for one in verdicts for other in SIGNATURES[one.name].explains}
     verdicts = [one for one in verdicts if one.name not in superseded]
     verdicts.sort(key=lambda one: (LEVELS.index(one.level), one.onset))
     return Diagnosis(verdicts, unknown, clear)
-
-
-def _verdict(name: str, title: str, found: Finding) -> Verdict:
-    return Verdict(
-        name, title, found.level, found.onset, found.evidence, round(min(found.confidence, 0.99), 2), found.remedy
-    )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from trl_ext.report.evidence import above, ends, state
+from trl_ext.report.evidence import State, ends, state
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, either, missing
+from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, either, graded, lasting, missing
 
 CUT, ALL_CUT = 0.5, 0.95  # of answers, at the length limit
 SAME_LENGTH = 0.9  # of the longest answer: all that are cut off have it
@@ -23,55 +23,51 @@ def length_limit(run: Run) -> Finding | Unknown | None:
     mean, longest = run.last("completions/mean_length"), run.last("completions/max_length")
     if mean is not None and longest is not None and mean < SAME_LENGTH * longest and values[-1] >= ALL_CUT:
         return None  # of many lengths: they end by themselves, without an end token
-    for level, border in ((CRITICAL, ALL_CUT), (WARNING, CUT)):
-        found = state(steps, values, above(border))
-        if found is not None:
-            evidence = f"{found.mean:.0%} of the answers are cut off at max_completion_length"
-            remedy = (
-                "A larger max_completion_length, mask_truncated_completions=True, or shorter answers asked for; does "
-                "the model know its end token?"
-            )
-            return Finding(level, found.onset, evidence, found.confidence, remedy)
-    return None
+    level, found = graded(steps, values, {CRITICAL: ALL_CUT, WARNING: CUT})
+    if level is None or found is None:
+        return None
+    evidence = f"{found.mean:.0%} of the answers are cut off at max_completion_length"
+    remedy = (
+        "A larger max_completion_length, mask_truncated_completions=True, or shorter answers asked for; does the model "
+        "know its end token?"
+    )
+    return Finding(level, found.onset, evidence, found.confidence, remedy)
 
 
 def repetition(run: Run) -> Finding | Unknown | None:
-    name = "completions/repetition"
-    steps, values = run.series(name)
-    if not steps:
-        return missing(name)
-    found = state(steps, values, lambda share: share > REPEATED)
-    if found is None:
-        return None
-    evidence = f"{found.mean:.0%} of the answers' runs of four tokens occurred before in the same answer"
+    def told(found: State) -> str:
+        return f"{found.mean:.0%} of the answers' runs of four tokens occurred before in the same answer"
+
     remedy = "repetition_penalty, a lower temperature; a lower learning_rate or beta > 0 where it began while training."
-    return Finding(WARNING, found.onset, evidence, found.confidence, remedy)
+    return lasting(run, "completions/repetition", lambda share: share > REPEATED, WARNING, told, remedy)
 
 
 def entropy_collapse(run: Run) -> Finding | Unknown | None:
-    name, steps, values = either(run, "entropy", "entropy_live")
-    if len(values) < 2:
-        return missing("entropy")
-    start = ends(values)[0]
-    found = state(steps, values, lambda nats: nats < COLLAPSED[0] * start and nats < COLLAPSED[1], low=True)
-    if found is None:
-        return None
-    evidence = f"{name} went from {start:.3f} to {found.mean:.4f} nats a token: all answers are the same"
+    name, _, values = either(run, "entropy", "entropy_live")
+    start = ends(values)[0] if values else 0.0
+
+    def collapsed(nats: float) -> bool:
+        return nats < COLLAPSED[0] * start and nats < COLLAPSED[1]
+
+    def told(found: State) -> str:
+        return f"{name} went from {start:.3f} to {found.mean:.4f} nats a token: all answers are the same"
+
     remedy = "A higher temperature, an entropy bonus (entropy_coef), epsilon_high = 0.28, a lower learning_rate."
-    return Finding(WARNING, found.onset, evidence, found.confidence, remedy)
+    return lasting(run, name, collapsed, WARNING, told, remedy, low=True)
 
 
 def entropy_rise(run: Run) -> Finding | Unknown | None:
-    name, steps, values = either(run, "entropy", "entropy_live")
-    if len(values) < 2:
-        return missing("entropy")
-    start = values[0]
-    found = state(steps, values, lambda nats: nats > RISEN[0] * start and nats > start + RISEN[1])
-    if found is None:
-        return None
-    evidence = f"{name} went from {start:.2f} to {found.mean:.2f} nats a token: answers become random"
+    name, _, values = either(run, "entropy", "entropy_live")
+    start = values[0] if values else 0.0
+
+    def risen(nats: float) -> bool:
+        return nats > RISEN[0] * start and nats > start + RISEN[1]
+
+    def told(found: State) -> str:
+        return f"{name} went from {start:.2f} to {found.mean:.2f} nats a token: answers become random"
+
     remedy = "A lower learning_rate, max_grad_norm, beta > 0; rewards that are drawn at random do this too."
-    return Finding(WARNING, found.onset, evidence, found.confidence, remedy)
+    return lasting(run, name, risen, WARNING, told, remedy)
 
 
 def length_hacking(run: Run) -> Finding | Unknown | None:

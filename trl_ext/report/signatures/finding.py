@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from trl_ext.report.evidence import State, above, state
 from trl_ext.report.read_run import Run
 
 CRITICAL, WARNING, ADVICE = "critical", "warning", "advice"
@@ -12,7 +13,8 @@ CRITICAL, WARNING, ADVICE = "critical", "warning", "advice"
 
 @dataclass(frozen=True)
 class Finding:
-    """What a signature found; the fields are ``Verdict``'s."""
+    """What a signature found. ``onset``: the step since when; ``confidence`` in [0, 1]: ``evidence.State``'s, of a 95 %
+    interval, or what the signature says; ``remedy`` names options."""
 
     level: str
     onset: int
@@ -48,3 +50,32 @@ def either(run: Run, *names: str) -> tuple[str, list[int], list[float]]:
         if steps:
             return name, steps, values
     return names[0], [], []
+
+
+def lasting(
+    run: Run,
+    name: str,
+    bad: Callable[[float], bool],
+    level: str,
+    evidence: Callable[[State], str],
+    remedy: str,
+    *,
+    low: bool = False,
+) -> Finding | Unknown | None:
+    """Of the usual signature: a state of one metric. ``low``: the worst is the smallest."""
+    steps, values = run.series(name)
+    if not steps:
+        return missing(name)
+    found = state(steps, values, bad, low=low)
+    return None if found is None else Finding(level, found.onset, evidence(found), found.confidence, remedy)
+
+
+def graded(
+    steps: Sequence[int], values: Sequence[float], borders: Mapping[str, float]
+) -> tuple[str, State] | tuple[None, None]:
+    """The gravest level whose border is passed, and the state; ``borders`` from the gravest on."""
+    for level, border in borders.items():
+        found = state(steps, values, above(border))
+        if found is not None:
+            return level, found
+    return None, None

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from trl_ext.report.evidence import above, interval, state
+from trl_ext.report.evidence import State, above, interval, state
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, WARNING, Finding, Unknown, missing
+from .finding import ADVICE, WARNING, Finding, Unknown, lasting, missing
 
 UNCOVERED, UNCHECKED, UNRELIABLE = 0.9, 0.15, 0.1
 DOMINATED, ALMOST_ALL, PROMPTS = 0.5, 0.9, 5  # of the squared gradients, by one of so many live prompts
@@ -38,15 +38,11 @@ def uncovered(run: Run) -> Finding | Unknown | None:
 
 
 def unreliable(run: Run) -> Finding | Unknown | None:
-    steps, values = run.series("interference/reliability")
-    if not steps:
-        return missing("interference/reliability")
-    found = state(steps, values, lambda share: share < UNRELIABLE, low=True)
-    if found is None:
-        return None
-    evidence = f"{max(found.mean, 0.0):.0%} of a prompt's squared gradient is signal: cosines are near 0 by chance"
+    def told(found: State) -> str:
+        return f"{max(found.mean, 0.0):.0%} of a prompt's squared gradient is signal: cosines are near 0 by chance"
+
     remedy = "More answers to a prompt (num_generations); read interference over many steps, not at one."
-    return Finding(ADVICE, found.onset, evidence, found.confidence, remedy)
+    return lasting(run, "interference/reliability", lambda share: share < UNRELIABLE, ADVICE, told, remedy, low=True)
 
 
 def contradicts_theory(run: Run) -> Finding | Unknown | None:

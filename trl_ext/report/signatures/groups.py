@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from trl_ext.report.evidence import above, state, trailing
+from trl_ext.report.evidence import State, above, state, trailing
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, either, missing
+from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, either, graded, lasting, missing
 
 HEALTHY_LIVE = 0.2  # share of groups with different rewards, the floor of a healthy run
 GROUPS = 30  # that a share is of: as many dead ones have probability 0.001 where a fifth is live
@@ -61,40 +61,31 @@ def mostly_dead(run: Run) -> Finding | Unknown | None:
     steps, values = of_groups(run, name)
     if not steps:
         return _too_few(run, name)
-    for level, border in ((CRITICAL, ALL_DEAD), (WARNING, MOSTLY_DEAD), (ADVICE, SOME_DEAD)):
-        found = state(steps, values, above(border))
-        if found is not None:
-            right, wrong = (run.last(f"normalization/all_{kind}_frac") for kind in ("right", "wrong"))
-            which = f" (at the end {right:.0%} all right, {wrong:.0%} all wrong)" if None not in (right, wrong) else ""
-            evidence = f"{found.mean:.0%} of the groups have answers of equal reward and teach nothing{which}"
-            remedy = "resample_zero_variance=True draws other prompts for them; or problems of another difficulty."
-            return Finding(level, found.onset, evidence, found.confidence, remedy)
-    return None
+    level, found = graded(steps, values, {CRITICAL: ALL_DEAD, WARNING: MOSTLY_DEAD, ADVICE: SOME_DEAD})
+    if level is None or found is None:
+        return None
+    right, wrong = (run.last(f"normalization/all_{kind}_frac") for kind in ("right", "wrong"))
+    which = f" (at the end {right:.0%} all right, {wrong:.0%} all wrong)" if None not in (right, wrong) else ""
+    evidence = f"{found.mean:.0%} of the groups have answers of equal reward and teach nothing{which}"
+    remedy = "resample_zero_variance=True draws other prompts for them; or problems of another difficulty."
+    return Finding(level, found.onset, evidence, found.confidence, remedy)
 
 
 def few_live_prompts(run: Run) -> Finding | Unknown | None:
-    name = "interference/live_prompts"
-    steps, values = run.series(name)
-    if not steps:
-        return missing(name)
-    found = state(steps, values, lambda count: count < 3, low=True)
-    if found is None:
-        return None
-    evidence = f"on average {found.mean:.1f} prompts of a logged step have a gradient: no phase and no gain can be told"
     remedy = (
         "More prompts in a step (per_device_train_batch_size, gradient_accumulation_steps), or "
         "resample_zero_variance=True."
     )
-    return Finding(ADVICE, found.onset, evidence, found.confidence, remedy)
+
+    def told(found: State) -> str:
+        return f"on average {found.mean:.1f} prompts of a logged step have a gradient: no phase and no gain can be told"
+
+    return lasting(run, "interference/live_prompts", lambda count: count < 3, ADVICE, told, remedy, low=True)
 
 
 def unscored(run: Run) -> Finding | Unknown | None:
-    name = "normalization/unscorable_frac"
-    steps, values = run.series(name)
-    if not steps:
-        return missing(name)
-    found = state(steps, values, lambda share: share > UNSCORED)
-    if found is None:
-        return None
-    evidence = f"{found.mean:.0%} of the answers get no reward at all (None)"
-    return Finding(WARNING, found.onset, evidence, found.confidence, "See which reward function returns None, and why.")
+    def told(found: State) -> str:
+        return f"{found.mean:.0%} of the answers get no reward at all (None)"
+
+    remedy = "See which reward function returns None, and why."
+    return lasting(run, "normalization/unscorable_frac", lambda share: share > UNSCORED, WARNING, told, remedy)

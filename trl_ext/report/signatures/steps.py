@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from trl_ext.report.evidence import above, state
+from trl_ext.report.evidence import State, above, state
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, missing
+from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, graded, lasting, missing
 
 TINY = 0.05  # of the mean denominator
 HUGE = 10.0  # advantage
@@ -84,44 +84,37 @@ def gradient_spikes(run: Run) -> Finding | Unknown | None:
 
 
 def clip_share(run: Run) -> Finding | Unknown | None:
-    name = "clip_ratio/region_mean"
-    steps, values = run.series(name)
-    if not steps:
-        return missing(name)
-    found = state(steps, values, lambda share: share > CLIPPED)
-    if found is None:
-        return None
-    evidence = f"{found.mean:.0%} of the tokens are clipped: the policy has moved far from the one that answered"
+    def told(found: State) -> str:
+        return f"{found.mean:.0%} of the tokens are clipped: the policy has moved far from the one that answered"
+
     remedy = "Fewer num_iterations or steps_per_generation, or a lower learning_rate; epsilon_high above 0.2."
-    return Finding(WARNING, found.onset, evidence, found.confidence, remedy)
+    return lasting(run, "clip_ratio/region_mean", lambda share: share > CLIPPED, WARNING, told, remedy)
 
 
 def divergence(run: Run) -> Finding | Unknown | None:
     steps, values = run.series("kl")
     if not steps:
         return Unknown("kl is not in the log (beta=0)")
-    for level, border in ((CRITICAL, LARGE_KL), (WARNING, KL)):
-        found = state(steps, values, above(border))
-        if found is not None:
-            evidence = f"the policy is {found.mean:.2g} nats a token from its reference"
-            return Finding(level, found.onset, evidence, found.confidence, "A larger beta, or a lower learning_rate.")
-    return None
+    level, found = graded(steps, values, {CRITICAL: LARGE_KL, WARNING: KL})
+    if level is None or found is None:
+        return None
+    evidence = f"the policy is {found.mean:.2g} nats a token from its reference"
+    return Finding(level, found.onset, evidence, found.confidence, "A larger beta, or a lower learning_rate.")
 
 
 def sampler_mismatch(run: Run) -> Finding | Unknown | None:
     name = "sampling/sampling_logp_difference/mean"
-    steps, values = run.series(name)
-    if not steps:
+    if not run.series(name)[0]:
         return Unknown("no sampler of its own (use_vllm=False)")
-    found = state(steps, values, lambda nats: nats > MISMATCH)
-    if found is None:
-        return None
-    evidence = f"sampler and trainer differ by {found.mean:.3f} nats a token in what they sampled"
+
+    def told(found: State) -> str:
+        return f"sampler and trainer differ by {found.mean:.3f} nats a token in what they sampled"
+
     remedy = (
         "The same precision in both, no top_p, top_k or min_p (they bias the ratio), "
         "vllm_importance_sampling_correction=True."
     )
-    return Finding(WARNING, found.onset, evidence, found.confidence, remedy)
+    return lasting(run, name, lambda nats: nats > MISMATCH, WARNING, told, remedy)
 
 
 def slow_rewards(run: Run) -> Finding | Unknown | None:
