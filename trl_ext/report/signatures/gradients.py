@@ -93,7 +93,7 @@ def task_conflict(run: Run) -> Finding | Unknown | None:
     """Two tasks, the dataset's column ``task``, whose gradients oppose one another."""
     pairs = task_cosines(run)
     if not pairs:
-        return Unknown("fewer than two tasks (a column 'task' in the dataset) in three logged steps")
+        return Unknown("no logged step has two tasks (a column 'task' in the dataset)")
     against = {}
     for names, (steps, values) in pairs.items():
         mean, low, high = interval(values, looks=len(pairs))
