@@ -1,4 +1,4 @@
-"""One training run with stored rollouts, for test_two_processes.py: ``main`` of each process.
+"""One training run with stored rollouts, for test_two_processes.py: ``main`` of each process; and for test_engines.py.
 
 The completion of every row is a function of its prompt, its place in the group and the step alone, so that one process
 with the whole batch and two processes with half of it each see the same groups.
@@ -11,7 +11,10 @@ import signal
 import zlib
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
+from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -91,10 +94,23 @@ def shard(trainer):
 
 
 def whole(parameter):
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    """From FSDP2's shards or ZeRO-3's."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.data.clone()
+    return parameter.clone()
 
 
 def main(spec):
+    train(spec).end()
+
+
+def train(spec):
+    """The run, and what it left behind in ``spec["out"]``; the trainer."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trainer_class, config_class = {
         "ours": (CurvatureGRPOTrainer, CurvatureGRPOConfig),
@@ -107,11 +123,11 @@ def main(spec):
         lr_scheduler_type="constant",
         logging_steps=1,
         bf16=False,
-        gradient_checkpointing=False,
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=spec.get("engine") != "fsdp2",  # accelerate has that for what it takes for GPUs
         **{
+            "gradient_checkpointing": False,
             "learning_rate": 0.5,
             "max_steps": 3,
             "save_strategy": "no",
@@ -120,6 +136,9 @@ def main(spec):
             **spec["options"],
         },
     )
+    if spec.get("engine") == "fsdp2":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    torch.manual_seed(1)  # adapters are drawn
     problems = generate_problems(24)
     trainer = trainer_class(
         model=spec["model"],
@@ -133,6 +152,7 @@ def main(spec):
         ),
         processing_class=AutoTokenizer.from_pretrained(spec["model"], padding_side="left"),
         rollout_func=rollout,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **spec["lora"]) if spec.get("lora") else None,
     )
     if spec["fsdp"]:
         shard(trainer)
@@ -161,7 +181,7 @@ def main(spec):
     model = trainer.accelerator.unwrap_model(trainer.model)
     torch.save(
         {
-            "parameters": {name: whole(p.detach()) for name, p in model.named_parameters()},
+            "parameters": {name: whole(p).detach() for name, p in model.named_parameters()},
             "logs": trainer.state.log_history,
             "advantages": list(trainer._logs["advantages"]),
             "batches": batches,
@@ -170,4 +190,4 @@ def main(spec):
         },
         f"{spec['out']}.{rank}.pt",
     )
-    trainer.end()
+    return trainer
