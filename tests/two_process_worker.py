@@ -125,7 +125,7 @@ def train(spec):
         bf16=False,
         report_to="none",
         disable_tqdm=True,
-        use_cpu=spec.get("engine") != "fsdp2",  # accelerate has that for what it takes for GPUs
+        use_cpu=True,
         **{
             "gradient_checkpointing": False,
             "learning_rate": 0.5,

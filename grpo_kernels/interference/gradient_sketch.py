@@ -19,7 +19,7 @@ from torch import nn
 
 from grpo_kernels.head.products import HeadSketch
 
-from .layer_taps import Layer, find_layers, norm_at, tap
+from .layer_taps import Layer, find_layers, norm_at, tap, whole_shape
 from .model_parts import PARTS_OF_MODEL, block_of, part_of
 from .projections import PARTS, Projections
 from .sequence_rows import SequenceRows
@@ -153,7 +153,7 @@ class GradientSketch:
         if self._projections is not None:
             raise ValueError("a step is open already")
         device = self._parameters[0].device
-        shapes = [parameter.shape for parameter in self._parameters]
+        shapes = [whole_shape(parameter) for parameter in self._parameters]
         self._projections = Projections(self.dim, seed, device, shapes)
         self._seen, self._rows, self._checked = [], None, True
         self._check, self._word_signs = TapCheck(device), {}
@@ -219,7 +219,7 @@ class GradientSketch:
 
         Args:
             gradients: of ``trainable_parameters``, whole, over the whole step, the mean over ``processes``; None where
-                there is none, or none to be had.
+                there is none, or none to be had. Asked for one by one, and not all in every step.
             half: whether products were made in half precision.
             rehearsal: what is right here may not be so in training, which may call other parts (the fused head).
             reduce: the sum of a tensor over processes.
@@ -234,13 +234,15 @@ class GradientSketch:
             raise ValueError("no step was opened")
         if len(gradients) != len(self._parameters):
             raise ValueError(f"got {len(gradients)} gradients for {len(self._parameters)} trainable parameters")
-        for name, parameter, gradient in zip(self._parameter_names, self._parameters, gradients, strict=True):
-            if gradient is not None and gradient.shape != parameter.shape:
-                raise ValueError(f"the gradient of {name} is {tuple(gradient.shape)}, not {tuple(parameter.shape)}")
         names = self._names(failed=True)  # what failed on one process alone is wrong on all
-        due = {number: gradients[number] for number in names if self._due(number)}
-        options: dict[str, Any] = {"half": half, "reduce": reduce, "processes": processes}
-        wrong, right = self._check.errors(due, projected=self._word_signs, **options)
+        due = sorted(number for number in names if self._due(number))
+        for number in due:
+            gradient, shape = gradients[number], whole_shape(self._parameters[number])
+            if gradient is not None and gradient.shape != shape:
+                name = self._parameter_names[number]
+                raise ValueError(f"the gradient of {name} is {tuple(gradient.shape)}, not {tuple(shape)}")
+            self._check.expect(number, gradient, self._word_signs.get(number))
+        wrong, right = self._check.errors(due, half=half, reduce=reduce, processes=processes)
         if not rehearsal:
             self._right.update(right)
         for layer in self.layers:
@@ -317,7 +319,7 @@ class GradientSketch:
     def _size(self, key: Any) -> int:
         """The numbers of a sequence under this key, in an open step."""
         assert self._projections is not None
-        return self._parameters[key].numel() if isinstance(key, int) else PARTS * self._projections.slots
+        return whole_shape(self._parameters[key]).numel() if isinstance(key, int) else PARTS * self._projections.slots
 
     # ---- what a layer adds
 
@@ -465,7 +467,7 @@ class GradientSketch:
             except Exception as error:
                 self._fail(layer, error)
 
-        n_words = int(self._parameters[weight].size(0))
+        n_words = whole_shape(self._parameters[weight])[0]
         projection = projections.vocabulary(n_words, weight, hidden_NH.dtype) if self.dim else None
         return HeadSketch(projection, add)
 

@@ -64,11 +64,24 @@ class Layer:
     section: str = ""  # of the model, whose sketch it adds to
 
 
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """Also where DeepSpeed's ZeRO-3 has taken the parameter apart and left an empty tensor in its place."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def norm_at(norm: nn.Module, weight: float, values: torch.Tensor) -> torch.Tensor:
-    """What a norm makes of ``values``, were all its weights this number, and its bias, if it has one, 0."""
+    """What a norm makes of ``values``, were all its weights this number, and its bias, if it has one, 0.
+
+    By its forward without hooks, which may look after the parameters that this puts others in place of (DeepSpeed's).
+    """
     zeros = torch.zeros(values.shape[-1], dtype=values.dtype, device=values.device)
-    others = {"bias": zeros} if getattr(norm, "bias", None) is not None else {}
-    return torch.func.functional_call(norm, {"weight": zeros + weight, **others}, (values,))
+    own = norm._parameters
+    others = {name: None if parameter is None else zeros for name, parameter in own.items()}
+    norm._parameters = {**others, "weight": zeros + weight}  # type: ignore[dict-item]
+    try:
+        return norm.forward(values)
+    finally:
+        norm._parameters = own
 
 
 def is_zero_at_zero(norm: nn.Module, width: int, device: torch.device) -> bool:
@@ -111,15 +124,15 @@ def find_layers(model: nn.Module, numbers: Mapping[int, int], patterns: Sequence
         if isinstance(module, nn.Linear):
             # a head's rows are words, projected as an embedding's: their weights may be tied
             kind = "head" if id(module.weight) in of_words else "linear"
-        elif type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2:
+        elif type(module).__name__ == "Conv1D" and weight is not None and len(whole_shape(weight)) == 2:
             kind = "transposed"  # GPT-2's Linear: its weight is (in, out)
         elif isinstance(module, nn.Embedding):
             kind = "embedding"
-        elif weight is not None and weight.ndim == 1 and "norm" in type(module).__name__.lower():
+        elif weight is not None and len(whole_shape(weight)) == 1 and "norm" in type(module).__name__.lower():
             kind = "norm"
         else:
             continue
-        zero = kind == "norm" and is_zero_at_zero(module, len(module.weight), module.weight.device)
+        zero = kind == "norm" and is_zero_at_zero(module, whole_shape(module.weight)[0], module.weight.device)
         found.append(Layer(name, module, kind, trainable.get("weight"), trainable.get("bias"), zero))
     if not found:
         others = [name for name, parameter in model.named_parameters() if id(parameter) in numbers]

@@ -12,7 +12,7 @@ A sum can't see tokens given to the wrong sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -36,6 +36,7 @@ class TapCheck:
         self._signs: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
         self._sums: dict[int, torch.Tensor] = {}
         self._squares: dict[int, torch.Tensor] = {}
+        self._expected: dict[int, torch.Tensor] = {}
 
     def signs(self, width: int, side: int, like: torch.Tensor | None = None) -> torch.Tensor:
         """(width, PROBES) of +-1, the same on every process; ``side`` 0 or 1. Exact in every dtype."""
@@ -61,11 +62,24 @@ class TapCheck:
             total, square = total + self._sums[number].to(total.device), square + self._squares[number]
         self._sums[number], self._squares[number] = total, square
 
+    def expect(self, number: int, gradient: torch.Tensor | None, left: torch.Tensor | None = None) -> None:
+        """What the parameter's gradient, whole, is projected to; None counts as 0.
+
+        ``left`` (rows of the gradient, PROBES): what the left side was projected with, where it isn't ``signs``.
+        """
+        if gradient is None:
+            return
+        gradient = gradient.detach().float()
+        probe = gradient @ self.signs(gradient.shape[-1], 1, gradient)
+        if gradient.ndim == 2:
+            left = self.signs(len(gradient), 0, gradient) if left is None else left
+            probe = left.to(probe).T @ probe
+        self._expected[number] = probe.flatten()
+
     def errors(
         self,
-        gradients: Mapping[int, torch.Tensor | None],
+        numbers: Sequence[int],
         *,
-        projected: Mapping[int, torch.Tensor],
         half: bool = False,
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
         processes: int = 1,
@@ -76,28 +90,19 @@ class TapCheck:
         Of a parameter without a gradient nothing can be said (LoRA's A at B = 0, an idle expert): it is in neither.
 
         Args:
-            gradients: by number, whole, the mean over ``processes``; None counts as 0. On every process of the same
-                parameters.
-            projected: by number, (rows of the gradient, PROBES): what the left side was projected with, where it isn't
-                this object's own signs.
+            numbers: of parameters whose gradients were expected, the mean over ``processes``; on every process the same.
             half: whether products were made in half precision.
             reduce: the sum over processes of a tensor.
         """
-        numbers = sorted(gradients)
         if not numbers:
             return {}, []
         size = PROBES * PROBES
         seen = torch.zeros(len(numbers), size + 1, device=self._device)
         expected = torch.zeros(len(numbers), size, device=self._device)
         for place, number in enumerate(numbers):
-            gradient = gradients[number]
-            if gradient is not None:
-                gradient = gradient.detach().float()
-                probe = gradient @ self.signs(gradient.shape[-1], 1, gradient)
-                if gradient.ndim == 2:
-                    left = projected.get(number, self.signs(len(gradient), 0, gradient))
-                    probe = left.to(probe).T @ probe
-                expected[place, : probe.numel()] = probe.flatten()
+            if number in self._expected:
+                flat = self._expected[number]
+                expected[place, : flat.numel()] = flat
             if number in self._sums:
                 flat = self._sums[number].flatten()
                 seen[place, : flat.numel()] = flat

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.distributed.tensor import DTensor
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
 from trl_ext.asked_model import can_be_asked, evaluation_mode, rounds_float32
 from trl_ext.say_once import SayOnce
+
+from .gradients import WholeGradients
 
 ROWS, TOKENS, PADDING = 2, 12, 5
 HALF = (torch.bfloat16, torch.float16, torch.uint8, torch.int8)  # quantized weights are multiplied in half precision
@@ -64,9 +65,10 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
     name_wrong(wrong, say_once)
 
 
-def leave_out_wrong(sketch: GradientSketch, model: torch.nn.Module, accelerator: Accelerator) -> dict[str, float]:
-    """Of a step that was just recorded, against ``.grad`` before clipping; the same on every process."""
-    gradients = [_whole(parameter.grad) for parameter in sketch.trainable_parameters]
+def leave_out_wrong(
+    sketch: GradientSketch, gradients: WholeGradients, model: torch.nn.Module, accelerator: Accelerator
+) -> dict[str, float]:
+    """Of a step that was just recorded, against its gradient before clipping; the same on every process."""
 
     def total(seen: torch.Tensor) -> torch.Tensor:
         return accelerator.reduce(seen.to(accelerator.device), "sum").to(seen.device)
@@ -88,8 +90,3 @@ def name_wrong(wrong: dict[str, float], say_once: SayOnce) -> None:
             f"Interference leaves out {len(wrong)} parameters whose sum over sequences isn't their gradient{off}: "
             f"{kinds_of(list(wrong))}. They aren't in interference/coverage."
         )
-
-
-def _whole(gradient: torch.Tensor | None) -> torch.Tensor | None:
-    """Of all of FSDP2's shards."""
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient

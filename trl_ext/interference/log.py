@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from torch.distributed.tensor import DTensor
 
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.curvature import directional_curvature
@@ -34,6 +33,7 @@ from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 from .beside import Beside, place_scores
 from .files import score_columns, sequence_columns, write_step
 from .followed import leave_out_wrong, name_wrong, rehearse
+from .gradients import WholeGradients, before_deepspeed_steps, squared_gradient_norms
 from .prompt_features import PromptFeatures, mean_by_prompt
 from .sequences import Known, join_sequences, of_sequences, pack_known, sequence_coefficients, unpack_known
 from .what_if_log import WhatIfLog
@@ -47,22 +47,6 @@ def live_cosines(step: StepGradients) -> np.ndarray:
     gram_LL = groups.gram_PP[groups.live_P][:, groups.live_P]
     norm_L = gram_LL.diagonal().sqrt()
     return (gram_LL / norm_L[:, None] / norm_L).clamp(-1, 1).cpu().numpy()
-
-
-def squared_gradient_norms(parameters: list[torch.nn.Parameter]) -> list[float]:
-    """Of what is in each parameter's ``.grad`` now, over all of FSDP2's shards; 0.0 where there is none.
-
-    The rows' norms first: no copy of a gradient is made, and float32 sums stay short. One wait for the device in all.
-    """
-    squares = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            squares.append(torch.zeros((), dtype=torch.float64, device=parameter.device))
-            continue
-        norms = torch.linalg.vector_norm(parameter.grad.detach(), dim=-1, dtype=torch.float32)
-        square = norms.double().square().sum()
-        squares.append(square.full_tensor() if isinstance(square, DTensor) else square)
-    return torch.stack([square.to(squares[0].device) for square in squares]).tolist()
 
 
 class Observer(Protocol):
@@ -109,6 +93,8 @@ class InterferenceLog:
         self._off = self.every == 0
         self._is_open = False
         self._failure: str | None = None
+        self._wrong: dict[str, float] = {}  # parameters that the open step followed wrongly
+        self._squares: list[float] | None = None  # of the open step's gradient, by parameter; None: not looked at yet
         self._writes = True
         self._sequences: list[dict[str, torch.Tensor | None]] = []
         self._skipped: list[dict[str, torch.Tensor]] = []  # sequences that don't run: their gradient is 0
@@ -169,7 +155,8 @@ class InterferenceLog:
         have been left out of the step, so that features are of those that ran."""
         self._before_micro_batch(position, model)
         try:
-            yield
+            with before_deepspeed_steps(self.accelerator, self._look) if self._is_open else nullcontext():
+                yield
         except BaseException:
             self.abandon()
             raise
@@ -182,6 +169,7 @@ class InterferenceLog:
         if self._off or self._is_open or step % self.every:
             return
         self._is_open, self._sequences, self._skipped, self._failure = True, [], [], None
+        self._wrong, self._squares = {}, None
         self._opened_at, self._opened_in = position.micro_batch, step + 1
         try:
             if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
@@ -279,6 +267,16 @@ class InterferenceLog:
         scaler = getattr(self.accelerator, "scaler", None)
         return scaler.get_scale() if scaler is not None else 1.0
 
+    def _look(self) -> None:
+        """What is to be compared with the gradient, while it is there: on every process, or on none."""
+        shared = self.accelerator.gather(torch.tensor([self._failure is None], device=self.accelerator.device))
+        if not shared.all():
+            return
+        assert self.sketch is not None
+        gradients = WholeGradients(self.sketch.trainable_parameters, self.accelerator)
+        self._wrong = leave_out_wrong(self.sketch, gradients, self._model, self.accelerator)
+        self._squares = squared_gradient_norms(gradients.parameters, self.accelerator)
+
     def _take(self) -> tuple[torch.Tensor, ...]:
         """This process's (B, ...) sketch, what is known of the sequences (``pack_known``), and (B, H) features of the
         prompts or (B, 0)."""
@@ -323,7 +321,9 @@ class InterferenceLog:
         some_skipped: bool,
     ) -> None:
         assert self.sketch is not None
-        wrong = leave_out_wrong(self.sketch, self._model, self.accelerator)
+        if self._squares is None:
+            self._look()
+        wrong = self._wrong
         name_wrong(wrong, self.run.say_once)
         if any(error != math.inf for error in wrong.values()):  # what was recorded holds them: the next step won't
             self.run.say_once(f"Interference of optimizer step {self._opened_in} isn't logged.")
@@ -438,8 +438,9 @@ class InterferenceLog:
     def _checks(self, gram_BB: torch.Tensor) -> dict[str, float]:
         """The taps against the gradients that the optimizer gets: how much of it they see, and whether rightly."""
         assert self.sketch is not None
+        assert self._squares is not None
         parameters, followed = self.sketch.trainable_parameters, set(map(id, self.sketch.tapped_parameters))
-        squares = squared_gradient_norms(parameters)
+        squares = self._squares
         everything = sum(squares)
         tapped = sum(square for square, parameter in zip(squares, parameters, strict=True) if id(parameter) in followed)
         if tapped == 0:

@@ -337,8 +337,10 @@ def head_adapter(head: BaseTunerLayer, hidden_NH: torch.Tensor) -> tuple[torch.T
         a, b = head.lora_A[name], head.lora_B[name]
         if b.bias is not None:
             raise ValueError(f"adapter {name!r} on the LM head has lora_bias, which isn't supported there")
-        inputs.append(a(head.lora_dropout[name](hidden_NH.to(a.weight.dtype))) * head.scaling[name])
-        matrices.append(b.weight)
+        own = {"weight": _whole(a.weight)}  # FSDP2 gathers it with the head's, before a forward that isn't called
+        hidden = head.lora_dropout[name](hidden_NH.to(a.weight.dtype))
+        inputs.append(torch.func.functional_call(a, own, (hidden,)) * head.scaling[name])
+        matrices.append(_whole(b.weight))
     if not inputs:
         return None
     return torch.cat(inputs, dim=1), torch.cat(matrices, dim=1)
