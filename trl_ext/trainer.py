@@ -157,6 +157,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._tasks: dict[int, str] = {}
         generation = self._generations.next(step) if training else 0
         output, rewarded = self._generate_and_reward(inputs)
+        if training:
+            self._micro_batches.ask(self.model)
         if training and self._resampling is not None:
             drawn = {"dataset": self.train_dataset, "step": step, "generation": generation}
             output, rewarded = self._resampling.fill(output, rewarded, self._logs, self._generate_and_reward, **drawn)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from trl_ext.asked_model import can_be_asked, evaluation_mode
+from trl_ext.asked_model import can_be_asked, evaluation_mode, some_ids
 from trl_ext.say_once import SayOnce
 
 TOKENS, LEFT, RIGHT = 8, 24, 8  # of the row that asks, and the padding around it
@@ -22,13 +22,16 @@ HALF_TOLERANCE = 5e-2
 NORM_AFTER_ROTATION = ("hunyuan_v1_dense", "hunyuan_v1_moe")
 
 
-def trimmed_columns(model: Any, accelerator: Accelerator, say_once: SayOnce) -> tuple[bool, bool]:
+def trimmed_columns(
+    model: Any, accelerator: Accelerator, say_once: SayOnce, *, prepared: bool = False
+) -> tuple[bool, bool]:
     """Whether columns of padding can be cut before prompts, and after completions; said where the model objects.
 
     By the rule alone where the model can't be run yet: its parameters on other processes, or not loaded.
+    ``prepared``: the engine has the model.
     """
     left, right = columns_by_rule(model)
-    if not left or not can_be_asked(model, accelerator):
+    if not left or not can_be_asked(model, accelerator, prepared=prepared):
         return left, right
     try:
         moved = moved_by_padding(model)
@@ -44,8 +47,7 @@ def trimmed_columns(model: Any, accelerator: Accelerator, say_once: SayOnce) -> 
 
 def moved_by_padding(model: Any) -> float:
     """How far logits of some tokens are from those of the same tokens after and before padding, relative."""
-    embeddings = model.get_input_embeddings()
-    ids = torch.arange(TOKENS, device=embeddings.weight.device)[None] * 7 % embeddings.weight.shape[0]
+    ids = some_ids(model, 1, TOKENS)
     mask = torch.ones_like(ids)
     with evaluation_mode(model), torch.no_grad():
         bare = model(input_ids=ids, attention_mask=mask, use_cache=False).logits

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 
+from trl_ext.asked_model import is_sharded
 from trl_ext.loss.token_weights import live_mask, live_tokens, token_weights
 from trl_ext.mixed_rows import mixes_rows
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
@@ -140,8 +141,10 @@ class MicroBatches:
         self.run, self.accelerator, self.options, self.own = run, run.accelerator, run.options, own
         self.score, self._model = score, self.accelerator.unwrap_model(model)
         self.mixed = mixes_rows(self._model)
-        self.trim = trimmed_columns(self._model, self.accelerator, run.say_once)
-        self.not_shared = why_not_shared(run, self._model, self.trim[0])
+        self.trim, self.not_shared = (False, False), None
+        self._asked = False
+        if not is_sharded(self.accelerator):
+            self.ask(self._model)
         self.skipping = False  # whether sequences may be left out of what was planned last
         self._planned: list[dict[str, Any]] = []
         self._expected = -1  # TRL's count of micro-batches at the next call
@@ -149,6 +152,18 @@ class MicroBatches:
         self._live_sums = [0.0, 0.0]  # of this optimizer step: entropy, tokens
         self._counts: list[list[int]] = []  # of this optimizer step, one for each generation it takes from
         self._looked_for_dropout = False
+
+    def ask(self, model: torch.nn.Module) -> None:
+        """Asks the model, once, what may be left out of its rows; a sharded one when its engine has it, on every
+        process at once."""
+        if self._asked:
+            return
+        self._asked, model = True, self.accelerator.unwrap_model(model)
+        trim = trimmed_columns(model, self.accelerator, self.run.say_once, prepared=True)
+        reason = why_not_shared(self.run, model, trim[0], prepared=True)
+        answers = self._over_processes([*trim, reason is None]).amin(0).bool().tolist()
+        self.trim = (answers[0], answers[1])
+        self.not_shared = reason or (None if answers[2] else "the model can't run so on another process")
 
     def next(
         self, parts: Sequence[dict[str, Any]], position: StepPosition, settings: LossSettings, *, by_sequence: bool
@@ -158,6 +173,7 @@ class MicroBatches:
         if position.micro_batch != self._expected:  # a step broke off
             self.forget()
         if not self._planned:
+            self.ask(self._model)
             start = position.micro_batch % position.steps_per_generation
             count = min(position.accumulation - self._done, position.steps_per_generation - start)
             self._planned = self._plan(list(parts[start : start + max(count, 1)]), settings, by_sequence)
@@ -197,11 +213,11 @@ class MicroBatches:
         live_B = live_sequences(rows, runs)
         n_live = int(live_B.sum())
         needed = self._over_processes([-(-n_live // most), -(-(len(live_B) - n_live) // most)]).amax(0).tolist()
-        n_batches = max(1, needed[0])
+        n_batches, least = max(1, needed[0]), 1
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            n_batches = len(parts)  # its engine counts every backward and expects the model's hooks in each
+            n_batches = least = len(parts)  # its engine counts every backward and expects the model's hooks in each
         indices = even_batches(live_B, row_lengths(rows), n_batches, empty_B=tokens_B == 0)
-        shared = None if by_sequence else self.share(rows, live_B, indices, most=len(parts))
+        shared = None if by_sequence else self.share(rows, live_B, indices, least=least, most=len(parts))
         if shared is not None:
             indices, n_batches = shared, len(shared)
         batches = [self._select(rows, row_B) for row_B in indices]
@@ -245,7 +261,13 @@ class MicroBatches:
         )
 
     def share(
-        self, rows: dict[str, Any], wanted_B: torch.Tensor, unshared: list[torch.Tensor], most: float = math.inf
+        self,
+        rows: dict[str, Any],
+        wanted_B: torch.Tensor,
+        unshared: list[torch.Tensor],
+        *,
+        least: int = 1,
+        most: float = math.inf,
     ) -> list[torch.Tensor] | None:
         """The rows of each micro-batch where prompts run once, as many on every process; ``unshared``: without. None:
         they don't, or it takes more than ``most``, for which TRL calls."""
@@ -256,7 +278,7 @@ class MicroBatches:
         if can:
             budget = self.options.tokens_per_micro_batch or largest(unshared, *lengths)
             batches = shared_batches(wanted_B, rows["prompt_id"], *lengths, budget)
-        n_batches = max(1, int(self._over_processes([len(batches) if can else CAN_NOT]).max()))
+        n_batches = max(least, int(self._over_processes([len(batches) if can else CAN_NOT]).max()))
         if n_batches >= CAN_NOT:
             self.run.say_once("Prompts aren't shared in a batch whose rows have gaps, or more than token ids.")
             return None

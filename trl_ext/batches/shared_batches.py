@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from trl_ext.asked_model import can_be_asked, evaluation_mode
+from trl_ext.asked_model import can_be_asked, evaluation_mode, some_ids
 from trl_ext.loss.fused_head import backbone
-from trl_ext.loss.packed_rows import pack
+from trl_ext.loss.packed_rows import KEYWORD
 from trl_ext.loss.shared_attention import NotShared
 from trl_ext.loss.shared_prompts import let_share
 from trl_ext.trl_surface import TOKEN_TYPES, RunSettings
@@ -25,11 +25,12 @@ CAN_NOT = 1 << 40  # micro-batches, of a process whose rows can't
 COPIED = 0.15
 
 
-def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool) -> str | None:
-    """Why every sequence runs with a prompt of its own, or None; the model is asked, by a few tokens, both ways.
+def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool, *, prepared: bool = False) -> str | None:
+    """Why every sequence runs with a prompt of its own, or None; the model, with our head, is asked, by a few tokens,
+    both ways.
 
     ``trim_prompts``: whether padding before prompts can be left out (``columns.py``): where it can't, positions aren't
-    relative, or a state runs over the row.
+    relative, or a state runs over the row. ``prepared``: the engine has the model.
     """
     if not run.options.share_prompts:
         return "share_prompts=False"
@@ -41,12 +42,11 @@ def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool) -> str | No
         return "torch_compile=True"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "the model is on several devices"
-    if not can_be_asked(model, run.accelerator):
-        return "the parameters are sharded (FSDP, DeepSpeed)"
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not can_be_asked(model, run.accelerator, prepared=prepared):
+        return "the model's parameters aren't loaded"
     try:
-        let_share(base)
-        moved = moved_by_sharing(base)
+        let_share(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        moved = moved_by_sharing(model)
     except Exception as error:
         return f"the model can't run so ({type(error).__name__}: {error})"
     if not moved <= TOLERANCE.get(next(model.parameters()).dtype, HALF_TOLERANCE):
@@ -56,15 +56,25 @@ def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool) -> str | No
 
 def moved_by_sharing(model: Any) -> float:
     """How far hidden states of two prompts' three answers are from those of rows of their own, relative."""
-    embeddings = model.get_input_embeddings()
-    ids = torch.arange(3 * 12, device=embeddings.weight.device).view(3, 12) * 7 % embeddings.weight.shape[0]
+    ids = some_ids(model, 3, 12)
     ids[1, :6] = ids[0, :6]
     mask = torch.ones_like(ids)
     mask[2, :2] = mask[0, 10:] = 0  # a shorter prompt, a shorter answer
-    rows = pack(ids, mask, 6)
-    with evaluation_mode(model), torch.no_grad():
-        own = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        packed = backbone(model)(**rows.inputs(ids), use_cache=False).last_hidden_state[0]
+    seen: list[tuple[Any, torch.Tensor]] = []
+
+    def see(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        seen.append((kwargs.get(KEYWORD), output.last_hidden_state))
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hook = backbone(base).register_forward_hook(see, with_kwargs=True)
+    try:  # the whole model is called, before which FSDP and ZeRO gather what it is made of
+        with evaluation_mode(model), torch.no_grad():
+            for width in (None, 6):
+                options = {"labels": ids, "fused_lm_head": True, "shared_prompt_width": width}
+                model(input_ids=ids, attention_mask=mask, **options)
+    finally:
+        hook.remove()
+    (_, own), (rows, (packed,)) = seen
     if getattr(model.config.get_text_config(), "sliding_window", None) and rows.windows == {None}:
         raise NotShared("its sliding window is in the mask alone")
     shared, own = packed[rows.packed_BC[mask.bool()]].double(), own[mask.bool()].double()

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
-from trl_ext.asked_model import can_be_asked, evaluation_mode, rounds_float32
+from trl_ext.asked_model import can_be_asked, evaluation_mode, rounds_float32, some_ids
 from trl_ext.say_once import SayOnce
 
 from .gradients import WholeGradients
@@ -43,12 +43,10 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
         return
     sketch.open(0)
     try:
-        embeddings = model.get_input_embeddings()
-        n_words, device = embeddings.weight.shape[0], embeddings.weight.device
-        ids = (torch.arange(ROWS * TOKENS, device=device) * 7 % n_words).view(ROWS, TOKENS)
+        ids = some_ids(model, ROWS, TOKENS)
         mask = torch.ones_like(ids)
         mask[0, :PADDING] = 0
-        sketch.set_rows(torch.arange(ROWS, device=device))
+        sketch.set_rows(torch.arange(ROWS, device=ids.device))
         with evaluation_mode(model), torch.enable_grad():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             signs = 1.0 - 2.0 * (torch.arange(logits.shape[-1], device=logits.device) * 5 % 7 % 2)
