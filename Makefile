@@ -7,8 +7,10 @@ BIN = $(VENV)/bin
 # what runs for long, part by part: docs/testing.md
 PARTS ?=
 TRL115 ?= .venv-trl115
+ENGINES ?= .venv-engines
+CASES ?= -m engines
 
-.PHONY: demo test nightly test-trl115 bench bench-full gpu check docs package
+.PHONY: demo test nightly test-trl115 test-engines bench bench-full gpu check docs package
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +44,15 @@ test-trl115: $(TRL115)/.installed
 		tests/test_fused_trainer.py tests/test_skipping.py tests/test_resampling.py tests/test_two_processes.py \
 		tests/test_interference.py tests/test_normalization_state.py tests/test_trl_surface.py \
 		tests/test_subclasses.py tests/test_adapters.py tests/test_without_init.py tests/test_environments.py
+
+# its ops aren't compiled: none is used here
+$(ENGINES)/.installed-engines: pyproject.toml constraints.txt
+	$(MAKE) $(ENGINES)/.installed-dev VENV=$(ENGINES)
+	DS_BUILD_OPS=0 $(ENGINES)/bin/pip install -q -c constraints.txt -e ".[engines]"
+	touch $@
+
+test-engines: $(ENGINES)/.installed-engines
+	DS_ACCELERATOR=cpu $(ENGINES)/bin/python -m pytest $(CASES) tests/test_engines.py tests/test_elastic.py
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only

@@ -695,14 +695,13 @@ def test_a_filler_without_tokens_takes_no_layer_away(tiny_policy, tmp_path, capl
 TWO = {
     "DDP": {"full_entropy": True},
     "KL": {"beta": 0.02, "num_iterations": 2},
-    "FSDP2": {"fsdp": True, "num_iterations": 2, "loss_type": "bnpo"},
 }
 
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes_with_different_live_counts(name, tiny_policy, tmp_path):
     """24 rows a process in four micro-batches, most groups dead, unevenly split: TRL's run, in fewer passes."""
-    ours_alone = {n: value for n, value in TWO[name].items() if n in ("fsdp", "full_entropy")}
+    ours_alone = {n: value for n, value in TWO[name].items() if n == "full_entropy"}
     options = {
         "gradient_accumulation_steps": 4, "per_device_train_batch_size": 6, "steps_per_generation": 4, "max_steps": 4,
         **{n: value for n, value in TWO[name].items() if n not in ours_alone},

@@ -9,12 +9,11 @@ KEEP = ["advantages", "prompt_id", "group_position", "group_rewards", "token_wei
 
 
 def start_worker(processes, policy, folder, trainer="ours", signals=False, kill_at=None, resume=None, dead=0.0,
-                 fsdp=False, wrong_layer=None, blind=None, **options):  # fmt: skip
+                 wrong_layer=None, blind=None, **options):  # fmt: skip
     folder.mkdir(exist_ok=resume is not None)
     spec = {
         "signals": signals,
         "dead": dead,
-        "fsdp": fsdp,
         "wrong_layer": wrong_layer,
         "blind": blind,
         "kill_at": kill_at,

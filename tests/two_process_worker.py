@@ -11,12 +11,9 @@ import signal
 import zlib
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from datasets import Dataset
+from fsdp2_on_cpu import take_processes_for_gpus
 from peft import LoraConfig
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -78,21 +75,6 @@ class Signals(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def shard(trainer):
-    """FSDP2, which accelerate has for GPUs alone: the model sharded before the optimizer is made, and left as it is."""
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in trainer.model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(trainer.model, mesh=mesh)
-    prepare = trainer.accelerator.prepare
-
-    def prepare_others(*objects, **kwargs):
-        prepared = tuple(o if isinstance(o, torch.nn.Module) else prepare(o, **kwargs) for o in objects)
-        return prepared[0] if len(prepared) == 1 else prepared
-
-    trainer.accelerator.prepare = prepare_others
-
-
 def whole(parameter):
     """From FSDP2's shards or ZeRO-3's."""
     if isinstance(parameter, DTensor):
@@ -111,6 +93,7 @@ def main(spec):
 
 def train(spec):
     """The run, and what it left behind in ``spec["out"]``; the trainer."""
+    os.environ.update(spec.get("environment", {}))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trainer_class, config_class = {
         "ours": (CurvatureGRPOTrainer, CurvatureGRPOConfig),
@@ -137,7 +120,7 @@ def train(spec):
         },
     )
     if spec.get("engine") == "fsdp2":
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        take_processes_for_gpus()
     torch.manual_seed(1)  # adapters are drawn
     problems = generate_problems(24)
     trainer = trainer_class(
@@ -154,8 +137,6 @@ def train(spec):
         rollout_func=rollout,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **spec["lora"]) if spec.get("lora") else None,
     )
-    if spec["fsdp"]:
-        shard(trainer)
     if spec["wrong_layer"]:  # multiplies what it is given by three, which its tap can't know, and isn't rehearsed
         interference_log.rehearse = lambda *args: None
         layer = trainer.model.get_submodule(spec["wrong_layer"])

@@ -17,6 +17,7 @@ from trl import GRPOConfig
 from grpo_kernels.normalize.methods import METHODS, check_normalization, function_name
 
 from .options import MOST_ROUNDS, SCALE_REWARDS_METHOD, CurvatureOptions
+from .rejoin import rejoined_in_time
 
 
 @dataclass
@@ -86,7 +87,8 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
                     f"normalization_kwargs={self.normalization_kwargs!r} isn't a JSON object: {error}"
                 ) from None
         self._choose_device()
-        super().__post_init__()
+        with rejoined_in_time():
+            super().__post_init__()
         resolve_normalization(self)
         check_liger(self)
         limit = self.reward_timeout

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
 
 from .config import CurvatureGRPOConfig, check_liger, read_options, resolve_normalization
+from .rejoin import OWN_STORE, lacks_own_store
 from .rewards.resampling import check_dataset
 
 logger = get_logger(__name__)
@@ -29,6 +32,30 @@ def check_before_model(args: Any, positional: Sequence[Any], named: Mapping[str,
         _check_rows(train, args)
     if read_options(args).resample_zero_variance:
         check_dataset(train)
+
+
+def check_engine(model: Any, args: Any, accelerator: Any, say_once: Callable[[str], None]) -> None:
+    """Raises ``ValueError`` for a model whose layers are split over processes (tensor parallelism); says once where
+    FSDP was asked for and isn't what runs."""
+    asked = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1")), getattr(args.parallelism_config, "tp_size", 1)
+    size = max(getattr(model, "tp_size", None) or 1, *(size or 1 for size in asked))
+    if size > 1:
+        raise ValueError(
+            f"tensor parallelism (tp_size={size}) isn't supported: each process has a part of every layer, and the "
+            "loss and the sketches would be summed as if it had part of the batch. Use FSDP2 or DeepSpeed to split a "
+            "model over GPUs (docs/engines.md)"
+        )
+    if lacks_own_store() and accelerator.num_processes > 1:
+        say_once(
+            f"torchrun may restart this run, and restarted processes may not find each other: set {OWN_STORE}=1 for "
+            "torchrun (docs/engines.md)."
+        )
+    fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        say_once(
+            f"FSDP was asked for, and {accelerator.distributed_type.value} is what runs: accelerate has FSDP for GPUs "
+            "alone, with several processes. Every process holds the whole model."
+        )
 
 
 def _check_prompts(dataset: Any, name: str) -> None:

@@ -50,7 +50,7 @@ from .rewards.prompt_keys import prompt_tasks, prompt_texts
 from .rewards.resampling import GenerationCount, Resampling
 from .rewards.reward_checks import RewardFailed, RewardFailures, checked_rewards, say_if_unscored
 from .rewards.rewarded import gather_rewarded, mean_repetition
-from .run_checks import check_before_model, check_context
+from .run_checks import check_before_model, check_context, check_engine
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
 
@@ -81,6 +81,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         keep_trainable(self.model)
         self._seconds, self._random_states = StageSeconds(), RandomStates()
         self._run = run = trl_surface.read_run_settings(self, self._log_metrics, SayOnce(get_logger(__name__)))
+        check_engine(self.model, self.args, self.accelerator, run.say_once)
         check_context(self.train_dataset, self.processing_class, self.model, self.args, run.say_once)
         self._failures = RewardFailures(self.accelerator.num_processes)
         self.reward_funcs: list[Any] = checked_rewards(

@@ -29,6 +29,7 @@ class CheckpointState(TrainerCallback):
     def save(self, state: Any) -> None:
         """Into the trainer's state, whose file is the last of a checkpoint."""
         state.stateful_callbacks[NAME] = {
+            "processes": self.interference.accelerator.num_processes,
             "normalization": self.normalizer.state_dict(),
             "interference": self.interference.state_dict(),
         }

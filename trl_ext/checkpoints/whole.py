@@ -22,6 +22,8 @@ def what_is_broken(checkpoint: Path) -> str | None:
     # the trainer's state is written last: where it is missing, the run was killed while it saved
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"{TRAINER_STATE_NAME} is missing"
+    if (missing := _random_states_missing(checkpoint)) is not None:
+        return f"{missing} is missing"
     for file in sorted(checkpoint.rglob("*")):
         if file.is_file() and (reason := _cannot_open(file)) is not None:
             return f"{file.relative_to(checkpoint)} {reason}"
@@ -30,6 +32,18 @@ def what_is_broken(checkpoint: Path) -> str | None:
     if (checkpoint / "scheduler.pt").is_file() and not any(any(checkpoint.glob(name)) for name in OPTIMIZERS):
         return "the optimizer's state is missing"
     return None
+
+
+def _random_states_missing(checkpoint: Path) -> str | None:
+    """Each process saves its own, and the one that writes the trainer's state doesn't wait for the others."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        processes = state["stateful_callbacks"]["CurvatureGRPOTrainer"]["processes"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # a checkpoint of TRL's trainer, or of an earlier version; or one that can't be read, said below
+    names = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
+    weights_alone = not (checkpoint / "scheduler.pt").is_file()
+    return None if weights_alone else next((name for name in names if not (checkpoint / name).is_file()), None)
 
 
 def _cannot_open(file: Path) -> str | None:

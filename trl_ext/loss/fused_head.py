@@ -181,9 +181,25 @@ def add_fused_heads(
             raise ValueError("cast_lm_head_to_fp32=True can't be used with an adapter on lm_head")
         head_adapter(head, torch.zeros(1, head.get_base_layer().in_features, device=model.device))  # refuses
     add_fused_head(base, settings, completion_mask, shared_prompts, entropy=True, head_sketch=head_sketch)
+    tell_zero3_of_head(model, base)
     if ref_model is not None:
         reference = run.accelerator.unwrap_model(ref_model)
+        tell_zero3_of_head(reference, reference)
         add_fused_head(reference, settings, completion_mask, shared_prompts, entropy=False)
+
+
+def tell_zero3_of_head(outermost: torch.nn.Module, model: Any) -> None:
+    """ZeRO-3 gathers what a module is made of before its forward and its backward. The head's isn't called: its weights
+    are told as the outermost module's, before the first forward, of which ZeRO-3 remembers what it gathered when."""
+
+    def tell(module: torch.nn.Module, args: Any) -> None:
+        for parameter in model.get_output_embeddings().parameters():
+            if hasattr(parameter, "ds_id"):
+                import deepspeed
+
+                deepspeed.zero.register_external_parameter(module, parameter)
+
+    outermost.register_forward_pre_hook(tell, prepend=True)
 
 
 def add_fused_head(
@@ -288,7 +304,7 @@ def trained_copy(head: torch.nn.Module) -> torch.nn.Module:
 def gathered_head(head: torch.nn.Module, hidden_NH: torch.Tensor, *, keep: bool):
     """The head's whole weight, bias and low-rank adapter: from FSDP2's shards or ZeRO-3's, tied or not.
 
-    ``keep``: the weight is needed again in the backward, when ZeRO-3 has taken its parts away: a copy then.
+    ``model``: whose forward is going on. ``keep``: the weight is needed again in the backward, when ZeRO-3 has taken its parts away: a copy then.
     """
     low_rank = None
     if isinstance(head, BaseTunerLayer):
@@ -297,9 +313,8 @@ def gathered_head(head: torch.nn.Module, hidden_NH: torch.Tensor, *, keep: bool)
     weight: Any = head.weight
     bias: Any = getattr(head, "bias", None)
     weight, bias = _whole(weight), _whole(bias)
-    sharded = hasattr(weight, "ds_id")
     with maybe_gather_lm_head_ctx(weight, bias):
-        if sharded and keep and torch.is_grad_enabled():
+        if hasattr(weight, "ds_id") and keep and torch.is_grad_enabled():
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         yield weight, bias, low_rank
 
