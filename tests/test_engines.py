@@ -33,7 +33,11 @@ ROUNDING = 6e-8  # of a weight near 1 in float32: differences below are one roun
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 # a rank at which DeepSpeed takes the head's adapter apart too: smaller tensors stay whole on every process
 ON_HEAD = {"r": 16, "lora_alpha": 16, "target_modules": ["q_proj", "lm_head"]}
-SAVED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "normalization": "ema", "interference_every": 2}
+# torch can't load a full state dict of an optimizer without a state, as plain SGD's
+SAVED = {
+    "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
+    "normalization": "running_std", "interference_every": 2,
+}  # fmt: skip
 CASES = {
     "full": {},
     "untied": {"model": "untied"},
@@ -85,7 +89,8 @@ def specification(policies, folder, engine, name, trainer, *, resume=None, envir
     else:
         options = {key: value for key, value in options.items() if key not in OURS_ALONE}
     return {
-        "name": f"{name}-{trainer}", "trainer": trainer, "engine": engine, "model": str(policies / case.get("model", "tied")),
+        "name": f"{name}-{trainer}", "trainer": trainer, "engine": engine,
+        "model": str(policies / case.get("model", "tied")),
         "folder": str(folder), "out": str(folder / ("result" if resume is None else "resumed")), "options": options,
         "lora": case.get("lora"), "dead": case.get("dead", 0.0), "resume": resume, "environment": environment or {},
         "keep": [], "signals": False, "wrong_layer": None, "blind": None, "kill_at": None,
@@ -222,7 +227,6 @@ def test_saved_and_resumed(engine, runs):
         folder = runs(engine) / f"saved{kind}"
         whole, resumed = (torch.load(folder / f"{name}.0.pt") for name in ("result", "resumed"))
         assert distance(resumed["parameters"], whole["parameters"]) == 0
-        assert distance(whole["parameters"], torch.load(runs("one") / "saved" / "result.0.pt")["parameters"]) < 1e-6
         last = [run["logs"][-2] for run in (whole, resumed)]
         for key in ("loss", "grad_norm", "normalization/scale_mean"):
             assert last[0][key] == last[1][key], key
@@ -233,11 +237,12 @@ def test_saved_and_resumed(engine, runs):
 
 @pytest.mark.engines
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_script(engine, policies, tmp_path):
-    """``examples/math.py`` by ``accelerate launch`` with our configuration: trains, says what it does, saves a model."""
+def test_the_script(engine, warm_policy, tmp_path):
+    """``examples/math.py`` by ``accelerate launch`` with our configuration trains, says what it does, saves a model."""
     script = ["examples/math.py"] if engine != "fsdp2" else ["tests/fsdp2_on_cpu.py", "examples/math.py"]
     output = launch(
-        engine, *script, "--model_name_or_path", policies / "tied", "--max_steps", 2, "--eval_size", 16,
+        engine, *script, "--model_name_or_path", warm_policy, "--max_steps", 2, "--eval_size", 16,
+        "--eval_strategy", "steps",
         "--max_completion_length", 8, "--interference_every", 1, "--learning_rate", "1e-3", "--use_cpu", "true",
         "--per_device_train_batch_size", 16, "--num_generations", 8, "--output_dir", tmp_path / "run",
     )  # fmt: skip
@@ -246,7 +251,7 @@ def test_the_script(engine, policies, tmp_path):
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [log["interference/coverage"] for log in history if "interference/coverage" in log]
     saved = load_file(tmp_path / "run" / "model.safetensors")
-    before = load_file(policies / "tied" / "model.safetensors")
+    before = load_file(warm_policy / "model.safetensors")
     assert {name: value.shape for name, value in saved.items()} == {name: value.shape for name, value in before.items()}
     assert all(torch.isfinite(value).all() for value in saved.values())
 

@@ -23,7 +23,7 @@ from trl_ext.report.evidence import interval, state, student
 from trl_ext.report.read_run import Run, read_run
 from trl_ext.report.signatures import SIGNATURES
 from trl_ext.report.verdicts import diagnose
-from trl_ext.report.watch import Watch
+from trl_ext.report.watch import Watch, looked_at
 
 WORDS = 4  # the first token id that is a word
 
@@ -514,7 +514,7 @@ def test_a_long_log_is_looked_at_less_often(monkeypatch):
 
     class Never(Watch):
         def __init__(self):
-            self._next = 0.0
+            self._seen = 0
 
         def log(self, metrics): ...
 
@@ -528,6 +528,8 @@ def test_a_long_log_is_looked_at_less_often(monkeypatch):
         history.append({"step": step})
         watch._look(type("S", (), {"log_history": history}))
     assert looked[:5] == [1, 2, 3, 4, 5] and len(looked) < 300
+    for length in (1, 7, 60, 61, 1999):  # a run that is resumed there sees what the other saw last
+        assert looked_at(length) == max(look for look in looked if look <= length)
 
 
 def test_a_wrong_level(tmp_path):

@@ -102,7 +102,6 @@ def train(spec):
     config = config_class(
         output_dir=spec["folder"],
         num_generations=GENERATIONS,
-        optim="sgd",
         lr_scheduler_type="constant",
         logging_steps=1,
         bf16=False,
@@ -110,6 +109,7 @@ def train(spec):
         disable_tqdm=True,
         use_cpu=True,
         **{
+            "optim": "sgd",
             "gradient_checkpointing": False,
             "learning_rate": 0.5,
             "max_steps": 3,

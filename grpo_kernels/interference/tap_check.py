@@ -90,7 +90,8 @@ class TapCheck:
         Of a parameter without a gradient nothing can be said (LoRA's A at B = 0, an idle expert): it is in neither.
 
         Args:
-            numbers: of parameters whose gradients were expected, the mean over ``processes``; on every process the same.
+            numbers: of parameters whose gradients were expected, the mean over ``processes``; on every process the
+                same.
             half: whether products were made in half precision.
             reduce: the sum over processes of a tensor.
         """

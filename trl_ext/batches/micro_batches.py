@@ -141,7 +141,8 @@ class MicroBatches:
         self.run, self.accelerator, self.options, self.own = run, run.accelerator, run.options, own
         self.score, self._model = score, self.accelerator.unwrap_model(model)
         self.mixed = mixes_rows(self._model)
-        self.trim, self.not_shared = (False, False), None
+        self.trim: tuple[bool, bool] = (False, False)
+        self.not_shared: str | None = None
         self._asked = False
         if not is_sharded(self.accelerator):
             self.ask(self._model)

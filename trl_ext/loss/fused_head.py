@@ -304,7 +304,7 @@ def trained_copy(head: torch.nn.Module) -> torch.nn.Module:
 def gathered_head(head: torch.nn.Module, hidden_NH: torch.Tensor, *, keep: bool):
     """The head's whole weight, bias and low-rank adapter: from FSDP2's shards or ZeRO-3's, tied or not.
 
-    ``model``: whose forward is going on. ``keep``: the weight is needed again in the backward, when ZeRO-3 has taken its parts away: a copy then.
+    ``keep``: the weight is needed again in the backward, when ZeRO-3 has taken its parts away: a copy then.
     """
     low_rank = None
     if isinstance(head, BaseTunerLayer):

@@ -6,6 +6,7 @@ once and ends the watch, not the run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ logger = get_logger(__name__)
 OFTEN = 1.02  # the log grows by so much between two looks at all of it
 
 
+def looked_at(length: int) -> int:
+    """How much of a log of this length the latest look is of: a run that is resumed looks at what it would have."""
+    if length < 1:
+        return 0
+    look = 1
+    while (after := max(look + 1, math.ceil(look * OFTEN))) <= length:
+        look = after
+    return look
+
+
 class Watch(TrainerCallback):
     """Of ``run``; ``log`` takes metrics for TRL's next log. ``stop_on`` of the options: "critical", "warning" or None.
 
@@ -33,7 +44,11 @@ class Watch(TrainerCallback):
         self.run, self.log = run, log
         self._said: set[str] = set()
         self._counts: dict[str, float] = {}
-        self._next, self._on = 0.0, True
+        self._seen, self._on = 0, True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.log_history:  # resumed
+            self._guarded_look(state, args.logging_steps)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.log(self._counts)  # TRL drops what comes while it logs
@@ -41,23 +56,26 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or any(name.startswith("eval_") for name in logs) or "train_runtime" in logs:
             return
-        found: list[Verdict] = []
-        try:
-            found = self._look(state, args.logging_steps) if self._on else []
-        except Exception as error:
-            logger.warning(f"The run isn't watched from here on: {type(error).__name__}: {error}. Training goes on.")
-            self._on = False
+        found = self._guarded_look(state, args.logging_steps)
         # also a process that can't look takes part: the others would wait for it
         if self.run.options.stop_on is not None and self._stop([one.level for one in found]):
             control.should_save = control.should_training_stop = True
             asked = f"stop_on={self.run.options.stop_on!r}"
             logger.warning(f"Training stops at step {state.global_step}, with a checkpoint: {asked}.")
 
-    def _look(self, state: Any, logging_steps: float = 1) -> list[Verdict]:
-        history = state.log_history
-        if len(history) < self._next:
+    def _guarded_look(self, state: Any, logging_steps: float) -> list[Verdict]:
+        try:
+            return self._look(state, logging_steps) if self._on else []
+        except Exception as error:
+            logger.warning(f"The run isn't watched from here on: {type(error).__name__}: {error}. Training goes on.")
+            self._on = False
             return []
-        self._next = len(history) * OFTEN
+
+    def _look(self, state: Any, logging_steps: float = 1) -> list[Verdict]:
+        length = looked_at(len(state.log_history))
+        if length == self._seen:
+            return []
+        self._seen, history = length, state.log_history[:length]
         config = {name: getattr(self.run, name) for name in ("num_generations", "generation_batch_size")}
         config["logging_steps"] = logging_steps
         so_far = Run(Path(self.run.output_dir), "", list(history), [], config)
