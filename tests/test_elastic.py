@@ -33,7 +33,8 @@ class Run:
             "--model_name_or_path", policy, "--max_steps", STEPS, "--save_steps", 3, "--eval_strategy", "no",
             "--max_completion_length", 12, "--per_device_train_batch_size", 16, "--num_generations", 8,
             "--learning_rate", "1e-3", "--logging_steps", 1, "--interference_every", 4,
-            "--normalization", "running_std", "--output_dir", folder, "--resume_from_checkpoint", "auto", "--use_cpu", "true",
+            "--normalization", "running_std", "--output_dir", folder, "--resume_from_checkpoint", "auto",
+            "--use_cpu", "true",
         ]  # fmt: skip
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),

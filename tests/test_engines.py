@@ -243,8 +243,9 @@ def test_the_script(engine, warm_policy, tmp_path):
     output = launch(
         engine, *script, "--model_name_or_path", warm_policy, "--max_steps", 2, "--eval_size", 16,
         "--eval_strategy", "steps",
-        "--max_completion_length", 8, "--interference_every", 1, "--learning_rate", "1e-3", "--use_cpu", "true",
-        "--per_device_train_batch_size", 16, "--num_generations", 8, "--output_dir", tmp_path / "run",
+        "--max_completion_length", 8, "--interference_every", 1, "--logging_steps", 1, "--learning_rate", "1e-3",
+        "--per_device_train_batch_size", 16, "--num_generations", 8, "--use_cpu", "true",
+        "--output_dir", tmp_path / "run",
     )  # fmt: skip
     assert "on 2 processes" in output and "Held-out accuracy" in output
     assert "Interference doesn't follow" not in output and "FSDP was asked for" not in output
