@@ -102,8 +102,9 @@ def undisturbed(warm_policy, tmp_path_factory):
 def kills(policy, folder, count, first=0):
     rng = random.Random(count)
     run = Run(policy, folder, restarts=count, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    for kill in range(count):
-        run.wait_for_a_step(least=first if kill == 0 else 0)
+    step = first
+    for _ in range(count):
+        step = run.wait_for_a_step(least=step + rng.randrange(4))
         time.sleep(rng.random() * 0.6)
         run.kill(rng.randrange(2))
     assert run.finish() == 0, run.text()[-6000:]

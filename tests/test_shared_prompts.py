@@ -26,6 +26,7 @@ from trl_ext.batches import shared_batches as shared_batches_module
 from trl_ext.batches.columns import trimmed_columns
 from trl_ext.batches.shared_batches import as_many, can_share, packed_positions, shared_batches, why_not_shared
 from trl_ext.loss import flash, packed_rows, shared_attention
+from trl_ext.loss.fused_head import CompletionMask, add_fused_head, read_settings
 from trl_ext.loss.packed_rows import Spans, pack
 from trl_ext.loss.shared_prompts import let_share
 
@@ -200,6 +201,7 @@ def asked(name):
     options = SimpleNamespace(share_prompts=True, fused_loss=True)
     settings = SimpleNamespace(options=options, accelerator=Accelerator(cpu=True), torch_compile=False)
     trim = trimmed_columns(model, settings.accelerator, said.append)
+    add_fused_head(model, read_settings(model), CompletionMask(), entropy=True)
     return why_not_shared(settings, model, trim[0]), model
 
 

@@ -234,7 +234,7 @@ def test_a_model_that_moves_with_padding_is_found_out(monkeypatch):
         assert trimmed_columns(model, alone, said.append) == (not moves, True)
         assert model.model.training and not model.lm_head.training
     assert len(said) == 1 and "Padding before prompts stays: what the model says changes with it" in said[0]
-    sharded = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)  # its parameters are elsewhere: by rule
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)  # its parameters are elsewhere: by rule
     assert trimmed_columns(architecture("hunyuan_v1_dense"), sharded, said.append) == (True, True)
     monster = architecture("llama")
     monster.forward = lambda **kwargs: 1 / 0
