@@ -64,6 +64,7 @@ def test_a_file_cut_short_is_named_and_the_checkpoint_before_is_used(name, fract
         (["trainer_state.json"], "trainer_state.json is missing"),
         (["model.safetensors"], "the weights are missing"),
         (["optimizer.pt"], "the optimizer's state is missing"),
+        (["rng_state.pth"], "rng_state.pth is missing"),
         (["optimizer.pt", "scheduler.pt", "rng_state.pth"], None),  # save_only_model
     ],
 )
@@ -71,6 +72,19 @@ def test_what_is_missing(names, reason, run_folder):
     for name in names:
         (run_folder / "checkpoint-3" / name).unlink()
     assert what_is_broken(run_folder / "checkpoint-3") == reason
+
+
+def test_another_processs_random_state_is_missing(run_folder):
+    """The process that writes the trainer's state last doesn't wait for the others."""
+    folder = run_folder / "checkpoint-3"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["CurvatureGRPOTrainer"]["processes"] == 1
+    state["stateful_callbacks"]["CurvatureGRPOTrainer"]["processes"] = 2
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    assert what_is_broken(folder) == "rng_state_1.pth is missing"
+    shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
+    assert what_is_broken(folder) is None
 
 
 def test_the_forms_of_other_engines(run_folder):

@@ -6,15 +6,19 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from test_trainer import build
 from test_trainer_equality import prompts
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.rewards.reward_checks import RewardFailures, RewardRaised, checked_reward
+from trl_ext.run_checks import say_engine
 from trl_ext.tasks.console import ConsoleCallback, advice
 
 NOWHERE = "no-model-here"
@@ -107,6 +111,39 @@ def test_prompts_longer_than_the_context(tiny_policy, tmp_path, caplog):
 
 def unscored(completions, **kwargs):
     return [None, float("nan")] * (len(completions) // 2)
+
+
+@pytest.mark.parametrize("by", ["the model", "the environment"])
+def test_tensor_parallelism_is_refused(by, tiny_policy, tmp_path, monkeypatch):
+    """It would be summed over processes like parts of the batch."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    if by == "the model":
+        model._tp_size = 2  # as transformers' own loading leaves it
+    else:
+        monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    with pytest.raises(ValueError, match=r"tensor parallelism \(tp_size=2\) isn't supported: .* Use FSDP2 or Deep"):
+        CurvatureGRPOTrainer(
+            model,
+            lambda completions, **kwargs: [0.0] * len(completions),
+            CurvatureGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+            train_dataset=prompts(8),
+            processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+        )
+
+
+def test_restarts_with_the_store_of_those_that_are_gone(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    args = SimpleNamespace(fsdp=None)
+    two = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)
+    said = []
+    say_engine(args, two, said.append)
+    assert len(said) == 1 and "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun" in said[0]
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    say_engine(args, two, said.append)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert len(said) == 1
+    say_engine(args, two, said.append)
+    assert "FSDP was asked for, and MULTI_CPU is what runs" in said[1]
 
 
 def test_rewards_that_are_all_missing_are_said_once(tiny_policy, tmp_path, caplog):

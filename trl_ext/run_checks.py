@@ -34,17 +34,23 @@ def check_before_model(args: Any, positional: Sequence[Any], named: Mapping[str,
         check_dataset(train)
 
 
-def check_engine(model: Any, args: Any, accelerator: Any, say_once: Callable[[str], None]) -> None:
-    """Raises ``ValueError`` for a model whose layers are split over processes (tensor parallelism); says once where
-    FSDP was asked for and isn't what runs."""
-    asked = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1")), getattr(args.parallelism_config, "tp_size", 1)
-    size = max(getattr(model, "tp_size", None) or 1, *(size or 1 for size in asked))
+def refuse_tensor_parallelism(model: Any, args: Any) -> None:
+    """Raises ``ValueError`` for a model whose layers are split over processes, or are to be. ``model``: or its name."""
+    asked = (
+        os.environ.get("PARALLELISM_CONFIG_TP_SIZE"),
+        getattr(getattr(args, "parallelism_config", None), "tp_size", 1),
+    )
+    size = max(int(number or 1) for number in (*asked, getattr(model, "tp_size", None)))
     if size > 1:
         raise ValueError(
             f"tensor parallelism (tp_size={size}) isn't supported: each process has a part of every layer, and the "
             "loss and the sketches would be summed as if it had part of the batch. Use FSDP2 or DeepSpeed to split a "
             "model over GPUs (docs/engines.md)"
         )
+
+
+def say_engine(args: Any, accelerator: Accelerator, say_once: Callable[[str], None]) -> None:
+    """Says where FSDP was asked for and isn't what runs, and where restarts may not find each other."""
     if lacks_own_store() and accelerator.num_processes > 1:
         say_once(
             f"torchrun may restart this run, and restarted processes may not find each other: set {OWN_STORE}=1 for "

@@ -50,7 +50,7 @@ from .rewards.prompt_keys import prompt_tasks, prompt_texts
 from .rewards.resampling import GenerationCount, Resampling
 from .rewards.reward_checks import RewardFailed, RewardFailures, checked_rewards, say_if_unscored
 from .rewards.rewarded import gather_rewarded, mean_repetition
-from .run_checks import check_before_model, check_context, check_engine
+from .run_checks import check_before_model, check_context, refuse_tensor_parallelism, say_engine
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
 
@@ -75,13 +75,15 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         trl_surface.check_class()
         trl_surface.say_unscored_once()
         check_before_model(args, rest, kwargs)
+        refuse_tensor_parallelism(model, args)
         with trl_surface.head_adapters_allowed() if read_options(args).fused_loss else nullcontext():
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         trl_surface.check_trainer(self)
         keep_trainable(self.model)
         self._seconds, self._random_states = StageSeconds(), RandomStates()
         self._run = run = trl_surface.read_run_settings(self, self._log_metrics, SayOnce(get_logger(__name__)))
-        check_engine(self.model, self.args, self.accelerator, run.say_once)
+        refuse_tensor_parallelism(self.model, self.args)
+        say_engine(self.args, self.accelerator, run.say_once)
         check_context(self.train_dataset, self.processing_class, self.model, self.args, run.say_once)
         self._failures = RewardFailures(self.accelerator.num_processes)
         self.reward_funcs: list[Any] = checked_rewards(

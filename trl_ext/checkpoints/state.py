@@ -11,8 +11,9 @@ from transformers import TrainerCallback
 from trl_ext.interference.log import InterferenceLog
 from trl_ext.rewards.normalizer import Normalizer
 
+from .whole import OUR_STATE
+
 logger = get_logger(__name__)
-NAME = "CurvatureGRPOTrainer"  # among the states of callbacks
 
 
 class CheckpointState(TrainerCallback):
@@ -28,7 +29,7 @@ class CheckpointState(TrainerCallback):
 
     def save(self, state: Any) -> None:
         """Into the trainer's state, whose file is the last of a checkpoint."""
-        state.stateful_callbacks[NAME] = {
+        state.stateful_callbacks[OUR_STATE] = {
             "processes": self.interference.accelerator.num_processes,
             "normalization": self.normalizer.state_dict(),
             "interference": self.interference.state_dict(),
@@ -37,7 +38,7 @@ class CheckpointState(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         for forget in self.on_start:
             forget()
-        saved = state.stateful_callbacks.get(NAME)
+        saved = state.stateful_callbacks.get(OUR_STATE)
         if saved is None:
             return
         self.interference.load_state_dict(saved["interference"])

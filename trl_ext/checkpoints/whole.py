@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 TORCH_FILES = (".pt", ".pth", ".bin")
 WEIGHTS = ("*.safetensors", "*model*.bin", "pytorch_model_fsdp*", "global_step*")
 OPTIMIZERS = ("optimizer*", "global_step*")
+OUR_STATE = "CurvatureGRPOTrainer"  # among the states of callbacks
 
 
 def what_is_broken(checkpoint: Path) -> str | None:
@@ -38,7 +39,7 @@ def _random_states_missing(checkpoint: Path) -> str | None:
     """Each process saves its own, and the one that writes the trainer's state doesn't wait for the others."""
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        processes = state["stateful_callbacks"]["CurvatureGRPOTrainer"]["processes"]
+        processes = state["stateful_callbacks"][OUR_STATE]["processes"]
     except (OSError, ValueError, LookupError, TypeError):
         return None  # a checkpoint of TRL's trainer, or of an earlier version; or one that can't be read, said below
     names = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]

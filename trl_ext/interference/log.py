@@ -155,7 +155,7 @@ class InterferenceLog:
         have been left out of the step, so that features are of those that ran."""
         self._before_micro_batch(position, model)
         try:
-            with before_deepspeed_steps(self.accelerator, self._look) if self._is_open else nullcontext():
+            with before_deepspeed_steps(self.accelerator, self._look_early) if self._is_open else nullcontext():
                 yield
         except BaseException:
             self.abandon()
@@ -266,6 +266,13 @@ class InterferenceLog:
     def _loss_scale(self) -> float:
         scaler = getattr(self.accelerator, "scaler", None)
         return scaler.get_scale() if scaler is not None else 1.0
+
+    def _look_early(self) -> None:
+        """Before the optimizer's step, which goes on whatever happens here."""
+        try:
+            self._look()
+        except Exception as error:
+            self._fail(error)
 
     def _look(self) -> None:
         """What is to be compared with the gradient, while it is there: on every process, or on none."""
