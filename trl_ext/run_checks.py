@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 
@@ -36,11 +37,9 @@ def check_before_model(args: Any, positional: Sequence[Any], named: Mapping[str,
 
 def refuse_tensor_parallelism(model: Any, args: Any) -> None:
     """Raises ``ValueError`` for a model whose layers are split over processes, or are to be. ``model``: or its name."""
-    asked = (
-        os.environ.get("PARALLELISM_CONFIG_TP_SIZE"),
-        getattr(getattr(args, "parallelism_config", None), "tp_size", 1),
-    )
-    size = max(int(number or 1) for number in (*asked, getattr(model, "tp_size", None)))
+    by_environment = os.environ.get("PARALLELISM_CONFIG_TP_SIZE")  # accelerate launch's
+    by_option = getattr(getattr(args, "parallelism_config", None), "tp_size", None)
+    size = max(int(number or 1) for number in (by_environment, by_option, getattr(model, "tp_size", None)))
     if size > 1:
         raise ValueError(
             f"tensor parallelism (tp_size={size}) isn't supported: each process has a part of every layer, and the "
