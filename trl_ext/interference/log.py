@@ -268,17 +268,16 @@ class InterferenceLog:
         return scaler.get_scale() if scaler is not None else 1.0
 
     def _look_early(self) -> None:
-        """Before the optimizer's step, which goes on whatever happens here."""
+        """Before the optimizer's step, which goes on whatever happens here: on every process, or on none."""
         try:
-            self._look()
+            fine = self.accelerator.gather(torch.tensor([self._failure is None], device=self.accelerator.device))
+            if fine.all():
+                self._look()
         except Exception as error:
             self._fail(error)
 
     def _look(self) -> None:
-        """What is to be compared with the gradient, while it is there: on every process, or on none."""
-        shared = self.accelerator.gather(torch.tensor([self._failure is None], device=self.accelerator.device))
-        if not shared.all():
-            return
+        """What is to be compared with the gradient, while it is there; a collective call."""
         assert self.sketch is not None
         gradients = WholeGradients(self.sketch.trainable_parameters, self.accelerator)
         self._wrong = leave_out_wrong(self.sketch, gradients, self._model, self.accelerator)
