@@ -87,13 +87,21 @@ def whole(parameter):
     return parameter.clone()
 
 
+# what a run may be beside its trainer ("ours" or "trl"), folder, out, model and options
+DEFAULTS = {
+    "dead": 0.0, "lora": None, "engine": None, "environment": {}, "keep": (), "resume": None, "kill_at": None,
+    "signals": False, "wrong_layer": None, "blind": None,
+}  # fmt: skip
+
+
 def main(spec):
     train(spec).end()
 
 
 def train(spec):
     """The run, and what it left behind in ``spec["out"]``; the trainer."""
-    os.environ.update(spec.get("environment", {}))
+    spec = {**DEFAULTS, **spec}
+    os.environ.update(spec["environment"])
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trainer_class, config_class = {
         "ours": (CurvatureGRPOTrainer, CurvatureGRPOConfig),
@@ -119,7 +127,7 @@ def train(spec):
             **spec["options"],
         },
     )
-    if spec.get("engine") == "fsdp2":
+    if spec["engine"] == "fsdp2":
         take_processes_for_gpus()
     torch.manual_seed(1)  # adapters are drawn
     problems = generate_problems(24)
@@ -135,7 +143,7 @@ def train(spec):
         ),
         processing_class=AutoTokenizer.from_pretrained(spec["model"], padding_side="left"),
         rollout_func=rollout,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **spec["lora"]) if spec.get("lora") else None,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **spec["lora"]) if spec["lora"] else None,
     )
     if spec["wrong_layer"]:  # multiplies what it is given by three, which its tap can't know, and isn't rehearsed
         interference_log.rehearse = lambda *args: None
