@@ -134,7 +134,7 @@ def test_training_is_bit_equal_with_logging_on_off_and_failing(
 
     failing = {
         "a layer": ("grpo_kernels.interference.sequence_rows.SequenceRows.outer", "MemoryError: no room"),
-        "the metrics": ("trl_ext.interference.log.interference_metrics", "Interference isn't logged from here on"),
+        "the metrics": ("trl_ext.interference.measure.interference_metrics", "Interference isn't logged from here on"),
         "the file": ("trl_ext.interference.log.write_step", "without its files"),
         "the taps": ("trl_ext.interference.log.GradientSketch.open", "Interference isn't logged from here on"),
     }

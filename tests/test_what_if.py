@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from grpo_kernels import normalize_rewards
+from grpo_kernels.interference.inner_products import MatrixProducts
 from grpo_kernels.interference.noise import GradientNoise, _pairs_of_pairs, advised_generations, gradient_noise
 from grpo_kernels.interference.what_if import (
     StepScores,
-    by_prompt,
     candidates,
     gain_of_fixed,
     gain_without_each,
@@ -130,11 +130,13 @@ def test_the_gain_by_prompts_is_that_by_sequences(drawn):
     score, reward = drawn
     scores = make_scores(score, reward)
     gamma, _ = objective(scores)
-    judged = by_prompt(scores.gram_BB, gamma, 6)
+    products = MatrixProducts(scores.gram_BB)
+    judged = products.along(scores.prompt_B, 6, gamma)
     factors = torch.rand(36, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     others = (scores.prompt_B != torch.arange(6)[:, None]).double()
+    sums = products.of_sums(scores.prompt_B, 6, factors, torch.stack([factors, gamma]))
     one, other = (
-        gain_of_fixed(scores.gram_BB, factors, judged),
+        gain_of_fixed(*sums, float(factors.square() @ scores.gram_BB.diagonal())),
         gain_without_each(scores.gram_BB, others * factors, judged),
     )
     assert one[0] == pytest.approx(other[0]) and one[0] != 0

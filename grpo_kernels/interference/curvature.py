@@ -20,7 +20,7 @@ ROUNDING = 1e-6  # of a group's sigma: an a_i below it is 0
 LEAST_FOR_CORRELATION = 3  # two points always correlate perfectly
 
 
-def directional_curvature(step: StepGradients) -> tuple[torch.Tensor, torch.Tensor]:
+def directional_curvature(step: StepGradients | PromptGroups) -> tuple[torch.Tensor, torch.Tensor]:
     """(P,) int64 prompts and (P,) kappa_p = mean_i a_i (s_i . v_i)^2, v_i the direction of raw_p **without** i.
 
     Signed. With i in it the statistic measures itself: a completion of large a_i pulls the direction to itself. Only
@@ -32,7 +32,7 @@ def directional_curvature(step: StepGradients) -> tuple[torch.Tensor, torch.Tens
     return groups.prompt_P[defined_P], kappa_P[defined_P]
 
 
-def fisher_trace(step: StepGradients) -> tuple[torch.Tensor, torch.Tensor]:
+def fisher_trace(step: StepGradients | PromptGroups) -> tuple[torch.Tensor, torch.Tensor]:
     """(P,) int64 prompts and (P,) F_p = mean_i norm(s_i)^2, of the prompts that have a known score."""
     groups = group_by_prompt(step)
     trace_P = _fisher_trace(groups, _scores(groups))
@@ -92,7 +92,7 @@ def _scores(groups: PromptGroups) -> _Scores:
 
     index_PG, present_PG = groups.index_PG, groups.present_PG
     inverse_PG = torch.where(present_PG, inverse_B[index_PG], 0.0)
-    blocks_PGG = groups.gram_BB[index_PG[:, :, None], index_PG[:, None, :]]
+    blocks_PGG = groups.products.within(index_PG)
     return _Scores(
         known_B=known_B,
         inverse_B=inverse_B,
@@ -104,7 +104,7 @@ def _scores(groups: PromptGroups) -> _Scores:
 
 def _fisher_trace(groups: PromptGroups, scores: _Scores) -> torch.Tensor:
     """(P,) F_p, NaN where no score is known."""
-    square_B = groups.gram_BB.diagonal() * scores.inverse_B.square()
+    square_B = groups.products.squares() * scores.inverse_B.square()
     return groups.sum_by_prompt(square_B) / groups.sum_by_prompt(scores.known_B.double())
 
 
@@ -126,14 +126,13 @@ def _directional_curvature(groups: PromptGroups, scores: _Scores) -> torch.Tenso
 
 
 def _assumptions(groups: PromptGroups, scores: _Scores) -> dict[str, float]:
-    """Assumptions 4 and 5 on raw gradients, in B x B and B x P numbers: no pair of prompts has a matrix of its own."""
+    """Assumptions 4 and 5 on raw gradients."""
     inverse_B, row_B, n_prompts = scores.inverse_B, groups.row_B, len(groups.prompt_P)
     weight_B = groups.centred_B * inverse_B / scores.counted_P[row_B].clamp(min=1)  # raw_p = sum of weight_i u_i
-    along_BP = groups.gram_BB.new_zeros(len(row_B), n_prompts).index_add(1, row_B, groups.gram_BB * weight_B)
-    raw_PP = groups.sum_by_prompt(along_BP * weight_B[:, None])
-    score_raw2_PP = groups.sum_by_prompt((along_BP * inverse_B[:, None]).square())  # [p, q] = norm(S_p raw_q)^2
+    raw_PP = groups.products.of_sums(row_B, n_prompts, weight_B, weight_B[None])[0]
+    score_raw2_PP = groups.products.squared_along(row_B, n_prompts, inverse_B, weight_B)  # norm(S_p raw_q)^2
 
-    summed_P = groups.sum_by_prompt(groups.gram_BB.diagonal() * weight_B.square())
+    summed_P = groups.sum_by_prompt(groups.products.squares() * weight_B.square())
     chosen_P = raw_PP.diagonal() > CANCELLED * summed_P
     n_chosen = int(chosen_P.sum())
     if n_chosen < 2:

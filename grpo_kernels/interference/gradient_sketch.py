@@ -23,7 +23,7 @@ from .layer_taps import Layer, find_layers, norm_at, tap, whole_shape
 from .model_parts import PARTS_OF_MODEL, block_of, part_of
 from .projections import PARTS, Projections
 from .sequence_rows import SequenceRows
-from .tap_check import TapCheck
+from .tap_check import GradientPart, TapCheck
 
 CHECK_EVERY = 8  # steps, of a parameter that was found right before
 WHOLE = "model"  # the only section, unless by parts
@@ -207,7 +207,7 @@ class GradientSketch:
 
     def leave_out_wrong(
         self,
-        gradients: Sequence[torch.Tensor | None],
+        gradients: Sequence[torch.Tensor | GradientPart | None],
         *,
         half: bool,
         rehearsal: bool = False,
@@ -218,8 +218,9 @@ class GradientSketch:
         is opened; what differs isn't followed from here on.
 
         Args:
-            gradients: of ``trainable_parameters``, whole, over the whole step, the mean over ``processes``; None where
-                there is none, or none to be had. Asked for one by one, and not all in every step.
+            gradients: of ``trainable_parameters``, over the whole step, the mean over ``processes``: whole, the same
+                on all of them, or the part that this one has; None where there is none, or none to be had. Asked for
+                one by one, and not all in every step.
             half: whether products were made in half precision.
             rehearsal: what is right here may not be so in training, which may call other parts (the fused head).
             reduce: the sum of a tensor over processes.
@@ -237,11 +238,13 @@ class GradientSketch:
         names = self._names(failed=True)  # what failed on one process alone is wrong on all
         due = sorted(number for number in names if self._due(number))
         for number in due:
-            gradient, shape = gradients[number], whole_shape(self._parameters[number])
-            if gradient is not None and gradient.shape != shape:
-                name = self._parameter_names[number]
-                raise ValueError(f"the gradient of {name} is {tuple(gradient.shape)}, not {tuple(shape)}")
-            self._check.expect(number, gradient, self._word_signs.get(number))
+            part, shape = gradients[number], whole_shape(self._parameters[number])
+            if isinstance(part, torch.Tensor):
+                if part.shape != shape:
+                    name = self._parameter_names[number]
+                    raise ValueError(f"the gradient of {name} is {tuple(part.shape)}, not {tuple(shape)}")
+                part = GradientPart(part, copies=processes)
+            self._check.expect(number, part, shape, self._word_signs.get(number))
         wrong, right = self._check.errors(due, half=half, reduce=reduce, processes=processes)
         if not rehearsal:
             self._right.update(right)

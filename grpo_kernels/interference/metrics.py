@@ -21,11 +21,12 @@ from .curvature import curvature_metrics
 from .step_gradients import PromptGroups, StepGradients, group_by_prompt
 
 NEAR_ORTHOGONAL = 0.1  # of absolute cosines, the paper's
+FEATURES = 512  # numbers of a feature vector that are converted at a time
 CONFLICT_FLOOR = 1e-3  # a cosine nearer to 0 has no sign worth counting, sketch or not: bf16 gradients resolve no more
 
 
 def interference_metrics(
-    step: StepGradients, *, sketch_rmse: float = 0.0, features_PH: torch.Tensor | None = None
+    step: StepGradients | PromptGroups, *, sketch_rmse: float = 0.0, features_PH: torch.Tensor | None = None
 ) -> dict[str, float]:
     """All that is logged of one step, under ``interference/``, ``curvature/`` and ``theory/``; finite values only.
 
@@ -56,14 +57,14 @@ def interference_metrics(
     if features_PH is not None:
         if features_PH.ndim != 2 or not features_PH.isfinite().all():
             raise ValueError(f"features_PH {tuple(features_PH.shape)}: expected finite vectors, (P, H)")
-        features_PH = features_PH.double()
-        cosine_N = _cosines(features_PH @ features_PH.T, features_PH.square().sum(1) > 0)
+        gram_PP = sum(piece.double() @ piece.double().T for piece in features_PH.split(FEATURES, dim=1))
+        cosine_N = _cosines(gram_PP, gram_PP.diagonal() > 0)  # type: ignore[arg-type]
         metrics["feature_cos_abs_mean"] = _mean(cosine_N.abs())
     named = {f"interference/{name}": value for name, value in metrics.items()} | curvature_metrics(groups)
     return {name: value for name, value in named.items() if math.isfinite(value)}
 
 
-def orthogonality(step: StepGradients, sketch_rmse: float = 0.0) -> float | None:
+def orthogonality(step: StepGradients | PromptGroups, sketch_rmse: float = 0.0) -> float | None:
     """How orthogonal the prompts' gradients are, in [0, 1]; None where fewer than two prompts are live.
 
     min(1, near_orthogonal_frac / erf(0.1 / (sqrt(2) sketch_rmse))): the paper's share of pairs with abs cos < 0.1,

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .what_if import StepScores, by_prompt, in_order, objective
+from .inner_products import as_products
+from .what_if import StepScores, objective
 
 DRAWS = 200  # of the bootstrap
 INTERVAL = (0.05, 0.95)
@@ -53,10 +54,7 @@ def gradient_noise(scores: StepScores, seed: int = 0) -> GradientNoise | None:
     n_prompts, n_answers = scores.rewards_PG.shape
     if unknown is not None or n_prompts < 2 or n_answers < 2:
         return None
-    scores = in_order(scores)
-    gamma_B, _ = objective(scores)
-    judged_BP = gamma_B[:, None] * by_prompt(scores.gram_BB.double(), gamma_B, n_prompts)
-    gram_PP = judged_BP.view(n_prompts, n_answers, n_prompts).sum(1)
+    gram_PP = as_products(scores.gram_BB).of_sums(scores.prompt_B, n_prompts, gamma_B, gamma_B[None])[0]
     signal_P, one_P, pair_P = _pairs_of_pairs(scores)
     pairs_P = 2 * (pair_P - signal_P) - 4 * (one_P - signal_P)
     within_P = (4 * (one_P - signal_P) + pairs_P / (n_answers - 1)) / n_answers
@@ -106,7 +104,7 @@ def _pairs_of_pairs(scores: StepScores) -> tuple[torch.Tensor, torch.Tensor, tor
     coefficient_PG = scores.coefficient_B.double()[row_PG]
     known_PG = there_PG & (coefficient_PG != 0)
     inverse_PG = torch.where(known_PG, 1 / torch.where(known_PG, coefficient_PG, 1.0), 0.0)
-    gram_PGG = scores.gram_BB.double()[row_PG[:, :, None], row_PG[:, None, :]]
+    gram_PGG = as_products(scores.gram_BB).within(row_PG)
     score_PGG = gram_PGG * inverse_PG[:, :, None] * inverse_PG[:, None, :]  # <s_i, s_j>
 
     reward_PG = torch.where(there_PG, rewards_PG, 0.0)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from .inner_products import sum_rows
+
 
 def predicted_rmse(sketch_BMK: torch.Tensor, prompt_B: torch.Tensor) -> float:
     """Root mean square error of one cosine of two prompts' gradients, as measured in this sketch.
@@ -28,14 +30,19 @@ def predicted_rmse(sketch_BMK: torch.Tensor, prompt_B: torch.Tensor) -> float:
     if not sketch_BMK.isfinite().all():
         raise ValueError("sketch_BMK holds a value that isn't finite")
     prompt_P, row_B = prompt_B.unique(return_inverse=True)
-    sketch_PMK = sketch_BMK.new_zeros(len(prompt_P), *sketch_BMK.shape[1:], dtype=torch.float64)
-    sketch_PMK.index_add_(0, row_B, sketch_BMK.double())
-    norm_P = sketch_PMK.flatten(1).norm(dim=1)
-    sketch_PMK = sketch_PMK[norm_P > 0] / norm_P[norm_P > 0, None, None]
-    n_prompts, n_parts = sketch_PMK.shape[:2]
+    sketch_PMK = sum_rows(sketch_BMK.double(), row_B, len(prompt_P))
+    return rmse_of_parts(torch.einsum("pmk,qmk->mpq", sketch_PMK, sketch_PMK))
+
+
+def rmse_of_parts(gram_MPP: torch.Tensor) -> float:
+    """The same from the inner products of the prompts' gradients in each part, (M, P, P) float64."""
+    norm_P = gram_MPP.diagonal(dim1=1, dim2=2).sum(0).sqrt()
+    live_P = norm_P > 0
+    n_parts, n_prompts = len(gram_MPP), int(live_P.sum())
     if n_prompts < 2:
         return 0.0
-    gram_MPP = n_parts * torch.einsum("pmk,qmk->mpq", sketch_PMK, sketch_PMK)
+    norm_P = norm_P[live_P]
+    gram_MPP = n_parts * gram_MPP[:, live_P][:, :, live_P] / norm_P[:, None] / norm_P
     cosine_PP, square_MP = gram_MPP.mean(0), gram_MPP.diagonal(dim1=1, dim2=2)
     z_MPP = gram_MPP - cosine_PP / 2 * (square_MP[:, :, None] + square_MP[:, None, :])
     squared_error_PP = z_MPP.square().sum(0) / (n_parts * (n_parts - 1))

@@ -2,8 +2,8 @@
 
 Shapes: B sequences, P prompts, G completions of one prompt (the most that a prompt has in the step).
 
-Flow: ``StepGradients`` (inner products of the sequences' gradients, and their rewards) -> ``PromptGroups`` (prompts
-as rows, in float64) -> ``metrics.py`` and ``curvature.py``.
+Flow: ``StepGradients`` (inner products of the sequences' gradients, ``inner_products.py``, and their rewards) ->
+``PromptGroups`` (prompts as rows, in float64) -> ``metrics.py`` and ``curvature.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 
 from grpo_kernels.normalize.group_statistics import masked_statistics
 
+from .inner_products import InnerProducts, as_products, sum_rows
+
 SYMMETRY_TOLERANCE = 1e-4  # of the largest diagonal entry: float32 products summed in another order stay far below
 CANCELLED = 1e-7  # a squared norm below this share of what was summed is rounding, not a direction
 
@@ -22,7 +24,8 @@ CANCELLED = 1e-7  # a squared norm below this share of what was summed is roundi
 class StepGradients:
     """Sequence i of an optimizer step contributes u_i to the gradient of the step's objective.
 
-    ``gram_BB``: inner products u_i . u_j, exact or from a sketch, any floating dtype.
+    ``gram_BB``: inner products u_i . u_j, exact or from a sketch, any floating dtype; of a step whose matrix would be
+    too large, what answers for it.
     ``prompt_B``: int64, equal where sequences answer the same prompt; any numbers. A step may hold part of a group.
     ``reward_B``: NaN where a completion could not be scored.
     ``coefficient_B``: c_i, the one number in front of the sequence's score s_i = grad log pi(o_i | q_p), so that
@@ -33,7 +36,7 @@ class StepGradients:
     mean of the others), P*G for the batch's, 0 for none.
     """
 
-    gram_BB: torch.Tensor
+    gram_BB: torch.Tensor | InnerProducts
     prompt_B: torch.Tensor
     reward_B: torch.Tensor
     coefficient_B: torch.Tensor | None
@@ -43,7 +46,9 @@ class StepGradients:
 def check_step(step: StepGradients) -> None:
     """``ValueError`` naming the field, its value and what is expected."""
     gram, prompt, reward, coefficient = step.gram_BB, step.prompt_B, step.reward_B, step.coefficient_B
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not gram.is_floating_point():
+    if isinstance(gram, torch.Tensor) and (
+        gram.ndim != 2 or len(gram) != gram.shape[1] or not gram.is_floating_point()
+    ):
         raise ValueError(f"gram_BB is {gram.dtype} {tuple(gram.shape)}: expected a square floating-point matrix (B, B)")
     size = (len(gram),)
     for name, value in (("prompt_B", prompt), ("reward_B", reward), ("coefficient_B", coefficient)):
@@ -57,6 +62,10 @@ def check_step(step: StepGradients) -> None:
         raise ValueError("coefficient_B holds a value that isn't finite")
     if step.baseline_size < 0 or step.baseline_size == 1:
         raise ValueError(f"baseline_size={step.baseline_size} must be 0 (no baseline) or at least 2 (rewards averaged)")
+    if not isinstance(gram, torch.Tensor):
+        if not gram.squares().isfinite().all():
+            raise ValueError("gram_BB holds a squared norm that isn't finite")
+        return
     if len(gram) == 0:
         return
     if not gram.isfinite().all():
@@ -73,15 +82,16 @@ def check_step(step: StepGradients) -> None:
 class PromptGroups:
     """A checked step in float64, grouped. Prompts are in ascending order of ``prompt_P``.
 
-    ``row_B``: the prompt's place in ``prompt_P``. ``index_PG``: the sequences of a prompt, ``present_PG`` where there
-    is one. ``gram_PP``: inner products of the prompts' gradients g_p = sum of its u_i. ``trace_P``: sum of norm(u_i)^2.
-    ``count_P``: sequences that could contribute (not those that are unscorable and have no gradient).
+    ``products``: inner products of the u_i. ``row_B``: the prompt's place in ``prompt_P``. ``index_PG``: the sequences
+    of a prompt, ``present_PG`` where there is one. ``gram_PP``: inner products of the prompts' gradients g_p = sum of
+    its u_i. ``trace_P``: sum of norm(u_i)^2. ``count_P``: sequences that could contribute (not those that are
+    unscorable and have no gradient).
     ``centred_B``: a_i, the reward less its group's mean here; 0 where unscorable, exactly 0 in an all-equal group.
     ``sigma_P``: population std of the group's rewards; NaN where none is scorable.
     ``live_P``: some coefficient isn't 0 (coefficients unknown: some gradient), and g_p isn't 0 to rounding.
     """
 
-    gram_BB: torch.Tensor
+    products: InnerProducts
     row_B: torch.Tensor
     prompt_P: torch.Tensor
     index_PG: torch.Tensor
@@ -97,14 +107,15 @@ class PromptGroups:
 
     def sum_by_prompt(self, values_B: torch.Tensor) -> torch.Tensor:
         """(B, ...) becomes (P, ...): summed over the sequences of each prompt."""
-        zeros = values_B.new_zeros(len(self.prompt_P), *values_B.shape[1:])
-        return zeros.index_add(0, self.row_B, values_B)
+        return sum_rows(values_B, self.row_B, len(self.prompt_P))
 
 
-def group_by_prompt(step: StepGradients) -> PromptGroups:
-    """Checks the step and groups its sequences by prompt; ``ValueError`` as ``check_step``."""
+def group_by_prompt(step: StepGradients | PromptGroups) -> PromptGroups:
+    """Checks the step and groups its sequences by prompt; ``ValueError`` as ``check_step``. Groups stay as they are."""
+    if isinstance(step, PromptGroups):
+        return step
     check_step(step)
-    gram_BB = step.gram_BB.double()
+    products = as_products(step.gram_BB)
     prompt_P, row_B, size_P = step.prompt_B.unique(return_inverse=True, return_counts=True)
     n_prompts, most = len(prompt_P), int(size_P.max()) if len(size_P) else 0
 
@@ -119,23 +130,22 @@ def group_by_prompt(step: StepGradients) -> PromptGroups:
     sigma_P = (std_P1 * ((count_P1 - 1).clamp(min=0) / count_P1).sqrt())[:, 0]
     centred_B = (step.reward_B.double() - mean_P1[row_B, 0]).nan_to_num(0.0)
 
-    columns_BP = gram_BB.new_zeros(len(row_B), n_prompts).index_add(1, row_B, gram_BB)
-    gram_PP = gram_BB.new_zeros(n_prompts, n_prompts).index_add(0, row_B, columns_BP)
-    per_prompt = gram_BB.new_zeros(n_prompts)
-    square_B = gram_BB.diagonal()
-    trace_P = per_prompt.index_add(0, row_B, square_B)
+    square_B = products.squares()
+    ones_B = torch.ones_like(square_B)
+    gram_PP = products.of_sums(row_B, n_prompts, ones_B, ones_B[None])[0]
+    trace_P = sum_rows(square_B, row_B, n_prompts)
     could_contribute_B = ~step.reward_B.isnan() | (square_B > 0)
     given = (square_B if step.coefficient_B is None else step.coefficient_B) != 0
-    coefficient_live_P = per_prompt.index_add(0, row_B, given.double()) > 0
+    coefficient_live_P = sum_rows(given.double(), row_B, n_prompts) > 0
     return PromptGroups(
-        gram_BB=gram_BB,
+        products=products,
         row_B=row_B,
         prompt_P=prompt_P,
         index_PG=index_PG,
         present_PG=present_PG,
         gram_PP=(gram_PP + gram_PP.T) / 2,
         trace_P=trace_P,
-        count_P=per_prompt.index_add(0, row_B, could_contribute_B.double()),
+        count_P=sum_rows(could_contribute_B.double(), row_B, n_prompts),
         centred_B=centred_B,
         sigma_P=sigma_P,
         live_P=coefficient_live_P & (gram_PP.diagonal() > CANCELLED * trace_P),

@@ -13,6 +13,7 @@ A sum can't see tokens given to the wrong sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -26,6 +27,15 @@ HALF_TOLERANCE = 3e-2  # products of half precision
 # relative to the largest of a step: of less the gradient may be rounding alone (a bias of attention's keys has none)
 ROUNDING = 1e-5
 HALF_ROUNDING = 1e-2
+
+
+@dataclass(frozen=True)
+class GradientPart:
+    """Rows of a gradient from ``first_row`` on, as this process has them, and on how many processes they are."""
+
+    rows: torch.Tensor
+    first_row: int = 0
+    copies: int = 1
 
 
 class TapCheck:
@@ -62,19 +72,23 @@ class TapCheck:
             total, square = total + self._sums[number].to(total.device), square + self._squares[number]
         self._sums[number], self._squares[number] = total, square
 
-    def expect(self, number: int, gradient: torch.Tensor | None, left: torch.Tensor | None = None) -> None:
-        """What the parameter's gradient, whole, is projected to; None counts as 0.
+    def expect(
+        self, number: int, part: GradientPart | None, shape: Sequence[int], left: torch.Tensor | None = None
+    ) -> None:
+        """What the parameter's gradient, of this shape, is projected to; None counts as 0.
 
         ``left`` (rows of the gradient, PROBES): what the left side was projected with, where it isn't ``signs``.
         """
-        if gradient is None:
+        if part is None or not part.rows.numel():
             return
-        gradient = gradient.detach().float()
-        probe = gradient @ self.signs(gradient.shape[-1], 1, gradient)
-        if gradient.ndim == 2:
-            left = self.signs(len(gradient), 0, gradient) if left is None else left
-            probe = left.to(probe).T @ probe
-        self._expected[number] = probe.flatten()
+        rows = part.rows.detach().float()
+        here = slice(part.first_row, part.first_row + len(rows))
+        signs = self.signs(shape[-1], 1, rows)
+        probe = rows @ (signs if rows.ndim == 2 else signs[here])
+        if rows.ndim == 2:
+            left = self.signs(shape[0], 0, rows) if left is None else left
+            probe = left[here].to(probe).T @ probe
+        self._expected[number] = probe.flatten() / part.copies
 
     def errors(
         self,
@@ -91,15 +105,15 @@ class TapCheck:
 
         Args:
             numbers: of parameters whose gradients were expected, the mean over ``processes``; on every process the
-                same.
+                same parameters, of each gradient a part.
             half: whether products were made in half precision.
             reduce: the sum over processes of a tensor.
         """
         if not numbers:
             return {}, []
         size = PROBES * PROBES
-        seen = torch.zeros(len(numbers), size + 1, device=self._device)
-        expected = torch.zeros(len(numbers), size, device=self._device)
+        both = torch.zeros(len(numbers), 2 * size + 1, device=self._device)
+        expected, seen = both[:, :size], both[:, size:]
         for place, number in enumerate(numbers):
             if number in self._expected:
                 flat = self._expected[number]
@@ -108,7 +122,8 @@ class TapCheck:
                 flat = self._sums[number].flatten()
                 seen[place, : flat.numel()] = flat
                 seen[place, -1] = self._squares[number]
-        seen = reduce(seen)
+        both = reduce(both)
+        expected, seen = both[:, :size], both[:, size:]
         distance = (seen[:, :-1] / processes - expected).norm(dim=1)
         relative = distance / (seen[:, -1].sqrt() / processes)
         size_of = expected.norm(dim=1)

@@ -13,8 +13,8 @@ everything below follows from the inner products of the u_i:
   -<sum_{p != q} u_m,p, g_q> / |sum_{p != q} u_m,p|, with g_q = (1 / (G - 1)) sum_j (r_j - mean) s_j, an unbiased
   estimate of the gradient of q's mean reward, 0 where all rewards are equal. A step is judged by prompts that it isn't
   made of: judged by its own, it would be praised for their rollout noise. Methods that look at the whole batch are
-  computed again without q (up to ``MOST_ANEW`` sequences). It estimates the gain of a step of P - 1 prompts. Errors:
-  jackknife over prompts, the advantages of the others kept.
+  computed again without q (where the inner products are a matrix). It estimates the gain of a step of P - 1 prompts.
+  Errors: jackknife over prompts, the advantages of the others kept.
 * share_P: <u_m,p, u_m> / |u_m|^2, who is heard; sums to 1, below 0 for a prompt that the step goes against.
 """
 
@@ -29,13 +29,15 @@ import torch
 from grpo_kernels.normalize.methods import METHODS, check_normalization, function_name
 from grpo_kernels.normalize.rewards import normalize_rewards
 
+from .inner_products import InnerProducts, MatrixProducts, as_products
+
 LEAST_PROMPTS = 3  # live ones, for a gain
 ROUNDING = 1e-6  # of a group's spread: a centred reward below it is 0
-MOST_ANEW = 1024  # sequences up to which methods of the batch are made again without each prompt
 VANISHED = 1e-7  # a squared length below this share of what was summed is rounding
 ALPHA = 0.5  # of power, where none is given
 BY_PROMPT = ("lengths", "function_rewards", "curvature_scale", "prompt_keys")  # entries of a context
 
+Gain = tuple[float, torch.Tensor]  # and the same with each prompt left out of everything, (P,)
 Normalise = Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
 
 
@@ -43,14 +45,14 @@ Normalise = Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
 class StepScores:
     """A step's scores, as far as they are known, and the rewards that advantages are made of.
 
-    ``gram_BB``: inner products of z_i = c_i s_i. ``coefficient_B``: c_i, 0 where the score isn't known.
-    ``made_at_B``: the advantage within c_i, so that c_i / -made_at_i is the weight; in a row of the step itself that
-    is ``advantage_B``, what was trained with, which is 0 where a sequence was scored beside the step. ``prompt_B`` in
-    [0, P) and ``position_B`` in [0, G): the place in ``rewards_PG``, whole groups, NaN where unscorable; the step may
-    hold a part of them.
+    ``gram_BB``: inner products of z_i = c_i s_i, as in ``StepGradients``. ``coefficient_B``: c_i, 0 where the score
+    isn't known. ``made_at_B``: the advantage within c_i, so that c_i / -made_at_i is the weight; in a row of the step
+    itself that is ``advantage_B``, what was trained with, which is 0 where a sequence was scored beside the step.
+    ``prompt_B`` in [0, P) and ``position_B`` in [0, G): the place in ``rewards_PG``, whole groups, NaN where
+    unscorable; the step may hold a part of them.
     """
 
-    gram_BB: torch.Tensor
+    gram_BB: torch.Tensor | InnerProducts
     coefficient_B: torch.Tensor
     made_at_B: torch.Tensor
     advantage_B: torch.Tensor
@@ -60,7 +62,7 @@ class StepScores:
 
     def __post_init__(self) -> None:
         size = len(self.gram_BB)
-        if tuple(self.gram_BB.shape) != (size, size):
+        if isinstance(self.gram_BB, torch.Tensor) and tuple(self.gram_BB.shape) != (size, size):
             raise ValueError(f"gram_BB has shape {tuple(self.gram_BB.shape)}: expected a square (B, B)")
         for name in ("coefficient_B", "made_at_B", "advantage_B", "prompt_B", "position_B"):
             value = getattr(self, name)
@@ -84,25 +86,6 @@ class StepScores:
     def silent(self) -> torch.Tensor:
         """(B,) of no token that counts (masked for its length, say): nothing under any normalisation."""
         return ~self.known & (self.advantage_B != 0)
-
-
-def in_order(scores: StepScores) -> StepScores:
-    """Of whole groups: the same with its sequences by prompt and position, so that B is P times G."""
-    order_B = (scores.prompt_B * scores.rewards_PG.shape[1] + scores.position_B).argsort()
-    if bool((order_B[1:] > order_B[:-1]).all()):
-        return scores
-    gram_BB = scores.gram_BB[order_B][:, order_B]
-    columns = ("coefficient_B", "made_at_B", "advantage_B", "prompt_B", "position_B")
-    return StepScores(
-        gram_BB, **{name: getattr(scores, name)[order_B] for name in columns}, rewards_PG=scores.rewards_PG
-    )
-
-
-def by_prompt(gram_BB: torch.Tensor, factor_B: torch.Tensor, n_prompts: int) -> torch.Tensor:
-    """(B, P): inner products of each z_i with each prompt's sum of factor_j z_j; sequences in order."""
-    size = len(gram_BB) // n_prompts
-    columns = [block @ factor for block, factor in zip(gram_BB.split(size, 1), factor_B.split(size), strict=True)]
-    return torch.stack(columns, dim=1)  # einsum would copy the matrix
 
 
 @dataclass(frozen=True)
@@ -172,19 +155,16 @@ def what_if(
     ``context``: as ``normalize_rewards`` takes it, (P, ...) tensors among it."""
     context = context or {}
     gamma_B, no_gain = objective(scores)
-    if no_gain is None:
-        scores = in_order(scores)
-        gamma_B, _ = objective(scores)
-    gram_BB = scores.gram_BB.double()
+    products, row_B, n_prompts = as_products(scores.gram_BB), scores.prompt_B, len(scores.rewards_PG)
     now_B = _factors(scores, scores.advantage_B)
-    square_now = _square(gram_BB, now_B)
+    square_now = _squares(products, now_B[None], products.of_totals(now_B[None]))[0]
     if square_now == 0:
         return WhatIf({}, {one.name: "the step's gradient is 0" for one in methods}, *_empty(), None)
     n_live = len(scores.prompt_B[now_B != 0].unique())
     if no_gain is None and n_live < LEAST_PROMPTS:
         no_gain = f"{n_live} prompts with a gradient, of {LEAST_PROMPTS} that it takes"
 
-    factors: dict[str, torch.Tensor] = {}
+    made: dict[str, torch.Tensor] = {}
     absent: dict[str, str] = {}
     for one in methods:
         try:
@@ -192,38 +172,41 @@ def what_if(
         except ValueError as error:
             absent[one.name] = str(error)
             continue
-        advantage_B = advantages_PG[scores.prompt_B, scores.position_B].to(gram_BB)
+        advantage_B = advantages_PG[scores.prompt_B, scores.position_B].to(now_B)
         unknown = int(((advantage_B != 0) & ~scores.known & ~scores.silent).sum())
         if unknown:
             absent[one.name] = f"{unknown} sequences without a score would have an advantage"
-        elif _square(gram_BB, _factors(scores, advantage_B)) == 0:
-            absent[one.name] = "its gradient is 0"
         else:
-            factors[one.name] = _factors(scores, advantage_B)
-    chosen = [one for one in methods if one.name in factors]
-    gains: dict[str, tuple[float, torch.Tensor]] = {}
-    if no_gain is None:
-        judged_BP = by_prompt(gram_BB, gamma_B, len(scores.rewards_PG))
-        for one in chosen:
-            gains[one.name] = _gain(scores, gram_BB, one, factors[one.name], judged_BP, context)
-        of_now = gains[used] if used in gains else gain_of_fixed(gram_BB, now_B, judged_BP)
+            made[one.name] = _factors(scores, advantage_B)
+    factor_MB = torch.stack([now_B, *made.values()])
+    inner_MM = products.of_totals(factor_MB)
+    squares = _squares(products, factor_MB, inner_MM)[1:]
+    lengths = {name: square for name, square in zip(made, squares, strict=True) if square > 0}
+    absent.update({name: "its gradient is 0" for name in made if name not in lengths})
 
+    def told(factor_B: torch.Tensor, one: Candidate | None = None) -> tuple[torch.Tensor, Gain | None]:
+        """<u_m,p, u_m> of every prompt, and the gain, where it can be told."""
+        if no_gain is not None:
+            return products.of_sums(row_B, n_prompts, factor_B, factor_B[None])[0].sum(1), None
+        inner_PP, judged_PP = products.of_sums(row_B, n_prompts, factor_B, torch.stack([factor_B, gamma_B]))
+        if one is not None and one.of_batch and not one.one_scale and isinstance(scores.gram_BB, torch.Tensor):
+            return inner_PP.sum(1), _gain_anew(scores, scores.gram_BB.double(), one, gamma_B, context)
+        summed = float(factor_B.square() @ products.squares())
+        return inner_PP.sum(1), gain_of_fixed(inner_PP, judged_PP, summed)
+
+    found = {one.name: told(made[one.name], one) for one in methods if one.name in lengths}
+    of_now = None if no_gain is not None else (found[used] if used in found else told(now_B))[1]
     rows = {}
-    for name, factor_B in factors.items():
-        towards_B = gram_BB @ factor_B
-        square = float(factor_B @ towards_B)
-        with_now = float(now_B @ towards_B)
-        share_P = torch.zeros(len(scores.rewards_PG), dtype=gram_BB.dtype, device=gram_BB.device)
-        share_P.index_add_(0, scores.prompt_B, factor_B * towards_B / square)
+    for name, (towards_P, gain) in found.items():
+        square, with_now = lengths[name], float(inner_MM[0, 1 + list(made).index(name)])
         cos = max(-1.0, min(1.0, with_now / (square * square_now) ** 0.5))
-        told = {}
-        if name in gains:
-            gain, gain_R = gains[name]
-            ahead_R = gain_R - of_now[1]
-            told = {"gain": gain, "gain_error": jackknife(gain_R)}
-            told |= {"ahead": gain - of_now[0], "ahead_error": jackknife(ahead_R)}
-        rows[name] = Row(cos, with_now / square_now, share_P, **told)
-    return WhatIf(rows, absent, *_mutual(gram_BB, list(factors.values())), no_gain)
+        of_gain = {}
+        if gain is not None and of_now is not None:
+            of_gain = {"gain": gain[0], "gain_error": jackknife(gain[1]), "ahead": gain[0] - of_now[0]}
+            of_gain["ahead_error"] = jackknife(gain[1] - of_now[1])
+        rows[name] = Row(cos, with_now / square_now, towards_P / square, **of_gain)
+    kept = [1 + place for place, name in enumerate(made) if name in lengths]
+    return WhatIf(rows, absent, *_mutual(inner_MM[kept][:, kept]), no_gain)
 
 
 def objective(scores: StepScores) -> tuple[torch.Tensor, str | None]:
@@ -254,15 +237,13 @@ def objective(scores: StepScores) -> tuple[torch.Tensor, str | None]:
     return torch.where(known_B, a_B.to(coefficient_B) / coefficient_B, 0.0), reason
 
 
-def gain_of_fixed(gram_BB: torch.Tensor, factor_B: torch.Tensor, judged_BP: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """As ``gain_without_each``, where the others' factors don't change when a prompt is left out: of prompts' sums."""
-    n_prompts = judged_BP.shape[1]
-    towards_BP = factor_B[:, None] * by_prompt(gram_BB, factor_B, n_prompts)
-    inner_PP = towards_BP.view(n_prompts, -1, n_prompts).sum(1)
-    judged_PP = (factor_B[:, None] * judged_BP).view(n_prompts, -1, n_prompts).sum(1)  # <u_p, g_q>
+def gain_of_fixed(inner_PP: torch.Tensor, judged_PP: torch.Tensor, summed: float) -> tuple[float, torch.Tensor]:
+    """As ``gain_without_each``, where the others' factors don't change when a prompt is left out.
+
+    ``inner_PP``: <u_p, u_q>; ``judged_PP``: <u_p, g_q>; ``summed``: sum of |u_i|^2."""
     along_P = judged_PP.diagonal() - judged_PP.sum(0)
     square_P = inner_PP.sum() - 2 * inner_PP.sum(1) + inner_PP.diagonal()
-    summed_P = (factor_B.square() * gram_BB.diagonal()).sum().expand(n_prompts)
+    summed_P = torch.full_like(along_P, summed)
     along_PR = along_P[:, None] + judged_PP.T
     square_PR = square_P[:, None] + (inner_PP.diagonal() - 2 * inner_PP.sum(0))[None, :] + 2 * inner_PP
     return _mean_gain(along_P, square_P, along_PR, square_PR, summed_P)
@@ -317,38 +298,33 @@ def _factors(scores: StepScores, advantage_B: torch.Tensor) -> torch.Tensor:
     return torch.where(scores.known, advantage_B.double() / made_at_B, 0.0)
 
 
-def _square(gram_BB: torch.Tensor, factor_B: torch.Tensor) -> float:
+def _squares(products: InnerProducts, factor_MB: torch.Tensor, inner_MM: torch.Tensor) -> list[float]:
     """|u_m|^2, 0 where it is rounding."""
-    square = float(factor_B @ gram_BB @ factor_B)
-    return square if square > VANISHED * float(factor_B.square() @ gram_BB.diagonal()) else 0.0
+    square_M, summed_M = inner_MM.diagonal(), factor_MB.square() @ products.squares()
+    return torch.where(square_M > VANISHED * summed_M, square_M, 0.0).tolist()
 
 
-def _gain(
-    scores: StepScores,
-    gram_BB: torch.Tensor,
-    one: Candidate,
-    factor_B: torch.Tensor,
-    judged_BP: torch.Tensor,
-    context: Mapping[str, Any],
-) -> tuple[float, torch.Tensor]:
-    if not one.of_batch or one.one_scale or len(gram_BB) > MOST_ANEW:
-        return gain_of_fixed(gram_BB, factor_B, judged_BP)
+def _gain_anew(
+    scores: StepScores, gram_BB: torch.Tensor, one: Candidate, gamma_B: torch.Tensor, context: Mapping[str, Any]
+) -> Gain:
+    """Of a method of the batch: made again without each prompt."""
+    order_B = (scores.prompt_B * scores.rewards_PG.shape[1] + scores.position_B).argsort()
+    gram_BB = gram_BB[order_B][:, order_B]
     rows, n_prompts = [], len(scores.rewards_PG)
+    judged_BP = MatrixProducts(gram_BB).along(scores.prompt_B[order_B], n_prompts, gamma_B[order_B])
     place_P = torch.arange(n_prompts, device=scores.prompt_B.device)
     for q in range(n_prompts):
         kept = place_P != q
         rest = {name: value[kept] if name in BY_PROMPT else value for name, value in context.items()}
         advantages_PG = torch.zeros_like(scores.rewards_PG)
         advantages_PG[kept] = one.advantages(scores.rewards_PG[kept], rest).to(advantages_PG)
-        rows.append(advantages_PG.flatten())
-    return gain_without_each(gram_BB, _factors(scores, torch.stack(rows)), judged_BP)
+        rows.append(advantages_PG[scores.prompt_B, scores.position_B])
+    return gain_without_each(gram_BB, _factors(scores, torch.stack(rows))[:, order_B], judged_BP)
 
 
-def _mutual(gram_BB: torch.Tensor, factors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    if not factors:
+def _mutual(inner_MM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if not len(inner_MM):
         return _empty()
-    factor_MB = torch.stack(factors)
-    inner_MM = factor_MB @ gram_BB @ factor_MB.T
     length_M = inner_MM.diagonal().sqrt()
     return (inner_MM / length_M[:, None] / length_M).clamp(-1, 1), length_M[:, None] / length_M
 

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
+from grpo_kernels.interference.inner_products import InnerProducts
+from grpo_kernels.interference.step_gradients import PromptGroups, StepGradients, group_by_prompt
 
 if TYPE_CHECKING:
     from .sequences import Known
@@ -94,11 +95,11 @@ def sequence_columns(known: Known) -> dict[str, np.ndarray]:
     return {name: value.cpu().numpy() for name, value in found.items()}
 
 
-def score_columns(scores_BB: torch.Tensor, known: Known) -> dict[str, np.ndarray]:
+def score_columns(scores_BB: torch.Tensor | InnerProducts, known: Known) -> dict[str, np.ndarray]:
     """What a file keeps of a step of which sequences of advantage 0 were scored beside it; none beyond
     ``MOST_SEQUENCES``."""
     assert known.coefficient is not None
-    if len(scores_BB) > MOST_SEQUENCES:
+    if not isinstance(scores_BB, torch.Tensor) or len(scores_BB) > MOST_SEQUENCES:
         return {}
     columns = {"score_coefficient": known.coefficient.cpu().numpy(), "made_at": known.made_at.cpu().numpy()}
     return {"scores": _upper_triangle(scores_BB.cpu().numpy()), **columns}
@@ -117,16 +118,18 @@ def write_step(
     parts: Mapping[str, np.ndarray] | None = None,
     scores: Mapping[str, np.ndarray] | None = None,
     tasks: Sequence[str] | None = None,
+    groups: PromptGroups | None = None,
 ) -> Path:
     """Writes one step's file, over one of the same step (a resumed run), and returns its path.
 
     ``prompt_keys`` and ``prompt_texts``: one for each prompt, in ascending order of prompt id. ``sequences``: as
     ``sequence_columns`` gives them, ``scores`` as ``score_columns`` does. ``what_if``: for JSON. ``parts``: (P, P)
-    inner products by part of the model. ``tasks``: one for each prompt, as ``prompt_keys``.
+    inner products by part of the model. ``tasks``: one for each prompt, as ``prompt_keys``. ``groups``: of
+    ``gradients``, where they are made already.
     """
     if step < 0:
         raise ValueError(f"step={step} must not be negative")
-    groups = group_by_prompt(gradients)
+    groups = group_by_prompt(gradients) if groups is None else groups
     n_prompts = len(groups.prompt_P)
     for name, values in (("prompt_keys", prompt_keys), ("prompt_texts", prompt_texts), ("tasks", tasks)):
         if values is not None and len(values) != n_prompts:
@@ -156,8 +159,9 @@ def write_step(
         arrays["texts"] = _as_json([text[:TEXT_LENGTH] for text in prompt_texts])
     if tasks is not None:
         arrays["tasks"] = _as_json([task[:TEXT_LENGTH] for task in tasks])
-    if len(gradients.gram_BB) <= MOST_SEQUENCES:
-        arrays["sequences"] = _upper_triangle(groups.gram_BB.cpu().numpy())
+    gram_BB = gradients.gram_BB
+    if isinstance(gram_BB, torch.Tensor) and len(gram_BB) <= MOST_SEQUENCES:
+        arrays["sequences"] = _upper_triangle(gram_BB.cpu().numpy())
     else:
         arrays["prompts"] = _upper_triangle(groups.gram_PP.cpu().numpy())
 

@@ -15,7 +15,8 @@ from grpo_kernels.interference.layer_taps import kinds_of
 from trl_ext.asked_model import can_be_asked, evaluation_mode, rounds_float32, some_ids
 from trl_ext.say_once import SayOnce
 
-from .gradients import WholeGradients
+from .gradients import GradientParts
+from .together import Together
 
 ROWS, TOKENS, PADDING = 2, 12, 5
 HALF = (torch.bfloat16, torch.float16, torch.uint8, torch.int8)  # quantized weights are multiplied in half precision
@@ -64,18 +65,14 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
 
 
 def leave_out_wrong(
-    sketch: GradientSketch, gradients: WholeGradients, model: torch.nn.Module, accelerator: Accelerator
+    sketch: GradientSketch, gradients: GradientParts, model: torch.nn.Module, together: Together
 ) -> dict[str, float]:
     """Of a step that was just recorded, against its gradient before clipping; the same on every process."""
-
-    def total(seen: torch.Tensor) -> torch.Tensor:
-        return accelerator.reduce(seen.to(accelerator.device), "sum").to(seen.device)
-
     return sketch.leave_out_wrong(
         gradients,
-        half=accelerator.mixed_precision != "no" or computes_in_half(model),
-        reduce=total,
-        processes=accelerator.num_processes,
+        half=together.accelerator.mixed_precision != "no" or computes_in_half(model),
+        reduce=lambda both: together.sum(both).to(both.device),
+        processes=together.processes,
     )
 
 

@@ -13,60 +13,82 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+
+from grpo_kernels.interference.tap_check import GradientPart
+
+from .together import Together
 
 
-class WholeGradients(Sequence[torch.Tensor | None]):
-    """Of each parameter, over all its shards, made when asked for, so that one is there at a time; None: there is none.
+class GradientParts(Sequence[GradientPart | None]):
+    """Of each parameter the part that this process has, so that sums over processes are of the whole; None: there is
+    none.
 
-    Asking is a collective call where gradients are sharded: every process asks for the same ones in the same order.
+    FSDP2's shards stay where they are. ZeRO's are fetched whole, one at a time, which is a collective call, as is the
+    fetch of a DTensor that is cut otherwise: every process asks for the same ones in the same order.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> None:
-        self.parameters = parameters
-        self.zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], together: Together) -> None:
+        self.parameters, self._together, self.processes = parameters, together, together.processes
+        self._zero = together.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def __len__(self) -> int:
         return len(self.parameters)
 
     def __getitem__(self, number: Any) -> Any:
         parameter = self.parameters[number]
-        if self.zero:
+        gradient: Any = parameter.grad
+        if self._zero:
             from deepspeed.utils import safe_get_full_grad
 
-            return safe_get_full_grad(parameter)
-        gradient = parameter.grad
-        return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-
-
-def squared_gradient_norms(parameters: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> list[float]:
-    """Of each parameter's gradient, over all shards; 0.0 where there is none.
-
-    The rows' norms first: no copy of a gradient is made, and float32 sums stay short. FSDP2's shards are summed over
-    processes in one exchange; ZeRO's gradients are fetched whole, one by one. One wait for the device in all.
-    """
-    whole = WholeGradients(parameters, accelerator)
-    squares, sharded = [], False
-    for number, parameter in enumerate(parameters):
-        gradient = whole[number] if whole.zero else parameter.grad
+            self._together.agree()
+            gradient = safe_get_full_grad(parameter)
         if gradient is None:
-            squares.append(torch.zeros((), dtype=torch.float64, device=accelerator.device))
+            return None
+        if not isinstance(gradient, DTensor):
+            return GradientPart(gradient, copies=self.processes)
+        shard = first_row_of(gradient)
+        if shard is None:
+            self._together.agree()
+            return GradientPart(gradient.full_tensor(), copies=self.processes)
+        first_row, shards = shard
+        return GradientPart(gradient.to_local(), first_row, self.processes // shards)
+
+    def squared_norms(self) -> list[float]:
+        """Of each parameter's gradient; 0.0 where there is none.
+
+        The rows' norms first: no copy of a gradient is made, and float32 sums stay short. One exchange, and one wait
+        for the device.
+        """
+        device = self._together.accelerator.device
+        squares = []
+        for part in self:
+            if part is None or not part.rows.numel():
+                squares.append(torch.zeros((), dtype=torch.float64, device=device))
+                continue
+            norms = torch.linalg.vector_norm(part.rows.detach(), dim=-1, dtype=torch.float32)
+            squares.append(norms.double().square().sum().to(device) / part.copies)
+        return self._together.sum(torch.stack(squares)).tolist()
+
+
+def first_row_of(gradient: DTensor) -> tuple[int, int] | None:
+    """The first of the rows that are here, and over how many shards they are spread; None: it isn't cut by rows alone.
+
+    Rows are dealt out as ``torch.chunk`` does: equally, the last shards fewer or none.
+    """
+    first, shards = 0, 1
+    for dim, placement in enumerate(gradient.placements):
+        if placement.is_replicate():
             continue
-        copies = 1
-        if isinstance(gradient, DTensor):
-            sharded = True
-            mesh, placements = gradient.device_mesh, gradient.placements
-            for size, placement in zip(mesh.shape, placements, strict=True):
-                copies *= size if placement.is_replicate() else 1
-            gradient = gradient.to_local()
-        elif accelerator.distributed_type == DistributedType.FSDP:
-            copies = accelerator.num_processes
-        norms = torch.linalg.vector_norm(gradient.detach(), dim=-1, dtype=torch.float32)
-        squares.append(norms.double().square().sum().to(accelerator.device) / copies)
-    total = torch.stack(squares)
-    if sharded or accelerator.distributed_type == DistributedType.FSDP:
-        total = accelerator.reduce(total, "sum")
-    return total.tolist()
+        if type(placement) is not Shard or placement.dim != 0 or shards > 1:
+            return None
+        shards = gradient.device_mesh.size(dim)
+        each = -(-gradient.shape[0] // shards)
+        first = min(each * gradient.device_mesh.get_local_rank(dim), gradient.shape[0])
+        held = min(each, gradient.shape[0] - first)
+        if gradient.to_local().shape[0] != held:
+            raise ValueError(f"{gradient.to_local().shape[0]} rows of a gradient are here, not {held}")
+    return first, shards
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Every ``interference_every`` optimizer steps: how the prompts' gradients interfere, logged and kept in a file.
 
-Flow: taps record each sequence's gradient (``grpo_kernels/interference/gradient_sketch.py``) -> gathered over
-processes -> inner products and rewards -> metrics, phase (``metrics.py``, ``training_phase.py`` there) -> TRL's log,
-one file (``files.py``), and the signals of ``adaptive`` and ``curvature`` normalisation.
+Flow: taps record each sequence's gradient (``grpo_kernels/interference/gradient_sketch.py``) -> over all processes
+inner products and metrics (``measure.py``) -> phase (``training_phase.py`` there) -> TRL's log, one file
+(``files.py``), and the signals of ``adaptive`` and ``curvature`` normalisation.
 
 Nothing here changes what is trained, and a failure is said once and switches it off.
 """
@@ -17,15 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 
 from grpo_kernels.head.products import HeadSketch
-from grpo_kernels.interference.curvature import directional_curvature
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from grpo_kernels.interference.metrics import interference_metrics, orthogonality
-from grpo_kernels.interference.model_parts import part_metrics
-from grpo_kernels.interference.sketch_error import predicted_rmse
-from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
+from grpo_kernels.interference.inner_products import squared_norms
+from grpo_kernels.interference.step_gradients import PromptGroups
 from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
 from trl_ext.mixed_rows import mixes_rows
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
@@ -33,17 +29,18 @@ from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 from .beside import Beside, place_scores
 from .files import score_columns, sequence_columns, write_step
 from .followed import leave_out_wrong, name_wrong, rehearse
-from .gradients import WholeGradients, before_deepspeed_steps, squared_gradient_norms
-from .prompt_features import PromptFeatures, mean_by_prompt
-from .sequences import Known, join_sequences, of_sequences, pack_known, sequence_coefficients, unpack_known
+from .gradients import GradientParts, before_deepspeed_steps
+from .measure import MOST_DENSE, Measured, Recorded, measure
+from .prompt_features import PromptFeatures
+from .sequences import join_sequences, of_sequences, pack_known, sequence_coefficients
+from .together import OnAnotherProcessError, Together
 from .what_if_log import WhatIfLog
 
 logger = get_logger(__name__)
 
 
-def live_cosines(step: StepGradients) -> np.ndarray:
+def live_cosines(groups: PromptGroups) -> np.ndarray:
     """(L, L) cosines of the gradients of the prompts that have one."""
-    groups = group_by_prompt(step)
     gram_LL = groups.gram_PP[groups.live_P][:, groups.live_P]
     norm_L = gram_LL.diagonal().sqrt()
     return (gram_LL / norm_L[:, None] / norm_L).clamp(-1, 1).cpu().numpy()
@@ -81,12 +78,13 @@ class InterferenceLog:
         self.run, self.accelerator, self.baseline_size, self.keeps_latest = run, run.accelerator, baseline_size, False
         self.every, self.dim = run.options.interference_every, run.options.interference_dim
         self.layers = run.options.interference_layers
-        self.observer = observer
+        self.observer, self._together = observer, Together(run.accelerator)
         self.sketch: GradientSketch | None = None
         self._model = model
         self.features: PromptFeatures | None = None
         self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
-        self.what_if, self.beside = WhatIfLog(run, used, function_weights), Beside(run, score)
+        self.what_if = WhatIfLog(run, used, function_weights, self._together.attempt)
+        self.beside = Beside(run, score)
         self.prompt_texts: dict[int, str] = {}
         self.prompt_tasks: dict[int, str] = {}  # of this process's prompts; none without a column of that name
         self.latest: np.ndarray | None = None  # cosines of the live prompts of the latest logged step, (L, L)
@@ -100,8 +98,6 @@ class InterferenceLog:
         self._skipped: list[dict[str, torch.Tensor]] = []  # sequences that don't run: their gradient is 0
         self._has_rows = False  # this micro-batch has something to run
         self._opened_at = 0  # TRL's count of micro-batches when the step began
-        self._n_functions = 1
-        self._sections: dict[str, slice] = {}
         self._opened_in = 0  # the optimizer step, counted from 1 as the log counts those that are done
         if run.torch_compile and not self._off:
             self._switch_off("torch_compile=True: a compiled model doesn't call the layers' hooks")
@@ -135,7 +131,7 @@ class InterferenceLog:
         self._is_open, self._sequences, self._skipped = False, [], []
         self.beside.forget()
         if self.features is not None:
-            self.features.end_rows()
+            self.features.forget()
         if self.sketch is not None:
             self.sketch.abandon()
 
@@ -204,7 +200,7 @@ class InterferenceLog:
         try:
             first = self._first_prompt(position)
             self.sketch.set_rows(batch["prompt_id"] + first)
-            self.features.set_rows(batch["prompt_mask"])
+            self.features.set_rows(batch["prompt_mask"], batch["prompt_id"] + first)
             self._has_rows = True
             coefficient_B = sequence_coefficients(batch, loss_settings, position.accumulation)
             self._sequences.append({**of_sequences(batch, first), "coefficient": coefficient_B})
@@ -233,21 +229,26 @@ class InterferenceLog:
         if self.sketch is not None:
             self.sketch.end_rows()
         if self.features is not None and self._has_rows:
-            self._sequences[-1]["feature"] = self.features.end_rows()
+            try:
+                self.features.end_rows()
+            except Exception as error:
+                self._fail(error)
         if not last:
             return
-        local = None
+        recorded = None
         try:
             if self._failure is None:
-                local = self._take()
+                recorded = self._take()
         except Exception as error:
             self._fail(error)
-        if not self._all_have(local):
+        largest = self._all_have(recorded)
+        if recorded is None or largest is None:
             self._switch_off(self._failure or "it failed on another process")
             return
-        assert local is not None
-        try:  # of what was gathered: the same on every process, so that all fail or none
-            self._log(*local, some_skipped=some_skipped)
+        try:
+            self._together.attempt(lambda: self._log(recorded, largest, some_skipped=some_skipped))
+        except OnAnotherProcessError as error:
+            self._switch_off(str(error))
         except Exception as error:
             self._switch_off(f"{type(error).__name__}: {error}")
         self.abandon()
@@ -269,24 +270,28 @@ class InterferenceLog:
 
     def _look_early(self) -> None:
         """Before the optimizer's step, which goes on whatever happens here: on every process, or on none."""
+
+        def look() -> None:
+            if self._failure is not None:
+                raise RuntimeError(self._failure)
+            self._together.agree()
+            self._look()
+
         try:
-            fine = self.accelerator.gather(torch.tensor([self._failure is None], device=self.accelerator.device))
-            if fine.all():
-                self._look()
+            self._together.attempt(look)
         except Exception as error:
-            self._fail(error)
+            self._failure = self._failure or f"{type(error).__name__}: {error}"
 
     def _look(self) -> None:
         """What is to be compared with the gradient, while it is there; a collective call."""
         assert self.sketch is not None
-        gradients = WholeGradients(self.sketch.trainable_parameters, self.accelerator)
-        self._wrong = leave_out_wrong(self.sketch, gradients, self._model, self.accelerator)
-        self._squares = squared_gradient_norms(gradients.parameters, self.accelerator)
+        gradients = GradientParts(self.sketch.trainable_parameters, self._together)
+        self._wrong = leave_out_wrong(self.sketch, gradients, self._model, self._together)
+        self._squares = gradients.squared_norms()
 
-    def _take(self) -> tuple[torch.Tensor, ...]:
-        """This process's (B, ...) sketch, what is known of the sequences (``pack_known``), and (B, H) features of the
-        prompts or (B, 0)."""
-        assert self.sketch is not None
+    def _take(self) -> Recorded:
+        """What this process has of the step."""
+        assert self.sketch is not None and self.features is not None
         scored = self.beside.sketched(self.sketch, self._loss_scale())
         recorded = self.sketch.take()
         processes = self.accelerator.num_processes
@@ -298,150 +303,97 @@ class InterferenceLog:
         known = join_sequences(self._sequences, self._skipped)
         if scored is not None and known["coefficient"] is not None:
             place_scores(known, sketch_B, beside_B, scored, self.run.num_generations)
-        ids, numbers = pack_known(known, processes)
-        self._sections = recorded.sections
-        self._n_functions = known["function_rewards"].shape[1]  # type: ignore[union-attr]
-        feature_BH = known["feature"]
-        if feature_BH is None:
-            feature_BH = torch.empty(len(ids), 0)
-        return sketch_B / (processes * self._loss_scale()), ids, numbers, feature_BH
+        sketch_B.div_(processes * self._loss_scale())
+        known["square"] = squared_norms(sketch_B.flatten(1))
+        n_sequences = processes * len(sketch_B)
+        return Recorded(
+            sketch_BMN=sketch_B,
+            sections=recorded.sections,
+            packed_BN=pack_known(known, processes),
+            features_PH=self.features.take(),
+            n_functions=known["function_rewards"].shape[1],  # type: ignore[union-attr]
+            has_tasks=bool(self.prompt_tasks),
+            summed=known["coefficient"] is None and n_sequences > MOST_DENSE,
+        )
 
-    def _all_have(self, local: tuple[torch.Tensor, ...] | None) -> bool:
-        """Whether every process has a sketch, all of one shape."""
-        shape = [0, 0, 0, 0]
-        if local is not None:
-            shape = [*local[0].flatten(1).shape, local[2].shape[1], local[3].shape[1]]
-        shapes = self.accelerator.gather(torch.tensor([shape], device=self.accelerator.device))
-        return bool((shapes == shapes[0]).all()) and shapes[0, 0].item() > 0
+    def _all_have(self, recorded: Recorded | None) -> list[int] | None:
+        """The largest of all processes' sizes; None where a process has nothing, or of another shape."""
+        same = recorded.shape() if recorded is not None else [0] * 5
+        sizes = recorded.sizes() if recorded is not None else [0] * 3
+        numbers = torch.tensor([[*same, *sizes]], device=self.accelerator.device)
+        numbers = self.accelerator.gather(numbers)
+        shapes = numbers[:, : len(same)]
+        if not (shapes == shapes[0]).all() or shapes[0, 0] == 0:
+            return None
+        return numbers[:, len(same) :].amax(0).tolist()
 
-    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.gather(tensor.contiguous().to(self.accelerator.device))
-
-    def _log(
-        self,
-        sketch_B: torch.Tensor,
-        ids_B4: torch.Tensor,
-        numbers_BN: torch.Tensor,
-        feature_BH: torch.Tensor,
-        *,
-        some_skipped: bool,
-    ) -> None:
-        assert self.sketch is not None
+    def _log(self, recorded: Recorded, largest: list[int], *, some_skipped: bool) -> None:
+        """A collective call: what fails here on one process is dropped on all."""
         if self._squares is None:
             self._look()
-        wrong = self._wrong
-        name_wrong(wrong, self.run.say_once)
-        if any(error != math.inf for error in wrong.values()):  # what was recorded holds them: the next step won't
+        name_wrong(self._wrong, self.run.say_once)
+        if any(error != math.inf for error in self._wrong.values()):  # what was recorded holds them: the next won't
             self.run.say_once(f"Interference of optimizer step {self._opened_in} isn't logged.")
             return
-        sketch_B, ids_B4, numbers_BN = (self._gather(tensor) for tensor in (sketch_B, ids_B4, numbers_BN))
-        feature_BH = self._gather(feature_BH) if feature_BH.shape[1] else feature_BH
-        known = unpack_known(ids_B4, numbers_BN, self.run.num_generations, self._n_functions)
-        prompt_B, beside_B = known.prompt_id, known.beside
-        flat = sketch_B.flatten(1).double()
-        scores_BB = gram_BB = flat @ flat.T
-        coefficient_B = known.coefficient
-        if beside_B.any():
-            assert coefficient_B is not None
-            gram_BB = scores_BB.masked_fill(beside_B | beside_B[:, None], 0.0)
-            coefficient_B = coefficient_B.masked_fill(beside_B, 0.0)
-            sketch_B = sketch_B.masked_fill(beside_B.view(-1, *[1] * (sketch_B.ndim - 1)), 0.0)
-        step = StepGradients(
-            gram_BB=gram_BB,
-            prompt_B=prompt_B,
-            reward_B=known.reward,
-            coefficient_B=coefficient_B,
-            baseline_size=self.baseline_size,
-        )
-        error = predicted_rmse(sketch_B, prompt_B) if self.dim else 0.0
-        features_PH = mean_by_prompt(feature_BH, prompt_B) if feature_BH.shape[1] else None
-        metrics = interference_metrics(step, sketch_rmse=error, features_PH=features_PH)
+        found = measure(recorded, largest, self._together, self.run, self.baseline_size, self.what_if.observe)
+        tasks = self._all_tasks() if largest[-1] else {}
+        self._together.agree()  # nobody is told what another process doesn't know
+        metrics = found.metrics
         if some_skipped and "interference/feature_cos_abs_mean" in metrics:  # of what ran
             metrics["interference/feature_cos_abs_mean_live"] = metrics.pop("interference/feature_cos_abs_mean")
-        metrics |= self._checks(step.gram_BB)
-        grams_PP, errors = self._by_part(sketch_B, prompt_B)
-        metrics |= part_metrics(grams_PP, errors)
-        constant = self.speedup.observe(metrics, step.reward_B)
+        metrics |= self._checks(found.groups)
+        constant = self.speedup.observe(metrics, found.step.reward_B)
         if constant is not None:
             metrics["curvature/speedup_constant"] = constant
         phase = self.phase.observe(metrics)
         if phase is not None:
             metrics["phase"] = phase
-        measured = orthogonality(step, error)
-        if measured is not None:
-            metrics["interference/orthogonality"] = measured
-            self.observer.observe_orthogonality(measured)
-        metrics |= self.what_if.observe(scores_BB, known)
+        if found.orthogonality is not None:
+            metrics["interference/orthogonality"] = found.orthogonality
+            self.observer.observe_orthogonality(found.orthogonality)
         # curvature/sigma_mean is logged of every batch already
         self.run.log({name: value for name, value in metrics.items() if name != "curvature/sigma_mean"})
 
-        tasks = self._all_tasks()
-        prompt_P, curvature_P = directional_curvature(step)
+        prompt_P, curvature_P = found.curvature
         # of the last generation alone, which is the one that the normalisation's state has seen last
-        first = int(prompt_B.max()) // self.run.prompts_per_generation * self.run.prompts_per_generation
+        first = int(found.known.prompt_id.max()) // self.run.prompts_per_generation * self.run.prompts_per_generation
         self.observer.observe_curvature(prompt_P[prompt_P >= first] - first, curvature_P[prompt_P >= first])
         if self.accelerator.is_main_process:
-            self._keep_latest(step)
+            self._keep_latest(found.groups)
             if self._writes:
-                self._write(step, metrics, known, grams_PP, scores_BB, tasks)
-
-    def _by_part(
-        self, sketch_B: torch.Tensor, prompt_B: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """(P, P) inner products of the prompts' gradients in each part of the model, and a cosine's error there; none
-        where parts aren't asked for."""
-        grams_PP: dict[str, torch.Tensor] = {}
-        errors: dict[str, float] = {}
-        if not self.run.options.interference_parts:
-            return grams_PP, errors
-        prompt_P, row_B = prompt_B.unique(return_inverse=True)
-        for name, columns in self._sections.items():
-            part_B = sketch_B[..., columns]
-            flat_P = part_B.new_zeros(len(prompt_P), part_B[0].numel(), dtype=torch.float64)
-            flat_P.index_add_(0, row_B, part_B.flatten(1).double())
-            grams_PP[name] = flat_P @ flat_P.T
-            errors[name] = predicted_rmse(part_B, prompt_B) if self.dim else 0.0
-        return grams_PP, errors
+                self._write(found, tasks)
 
     def _all_tasks(self) -> dict[int, str]:
         """By key, of the prompts of all processes; some may have none."""
-        if self.accelerator.num_processes == 1:
-            return self.prompt_tasks
-        return {key: task for one in gather_object([self.prompt_tasks]) for key, task in one.items()}
+        return {key: task for one in self._together.gather_objects([self.prompt_tasks]) for key, task in one.items()}
 
-    def _keep_latest(self, step: StepGradients) -> None:
+    def _keep_latest(self, groups: PromptGroups) -> None:
         """For the images; of this process alone, so that nothing of it may end the others' step."""
         try:
             if self.keeps_latest:
-                self.latest = live_cosines(step)
+                self.latest = live_cosines(groups)
         except Exception as error:
             logger.warning(f"Images of interference aren't drawn of this step: {type(error).__name__}: {error}")
 
-    def _write(
-        self,
-        step: StepGradients,
-        metrics: dict[str, float],
-        known: Known,
-        grams_PP: dict[str, torch.Tensor],
-        scores_BB: torch.Tensor,
-        tasks: Mapping[int, str],
-    ) -> None:
+    def _write(self, found: Measured, tasks: Mapping[int, str]) -> None:
         try:
+            known = found.known
             prompts, first = known.prompt_id.unique(return_inverse=True)
             keys = known.prompt_key.new_zeros(len(prompts)).scatter_(0, first, known.prompt_key).tolist()
             texts = [self.prompt_texts.get(key, "") for key in keys]
             more: dict[str, Any] = {"sequences": sequence_columns(known), "what_if": self.what_if.latest}
             if tasks:
                 more["tasks"] = [tasks.get(key, "") for key in keys]
-            if scores_BB is not step.gram_BB:
-                more["scores"] = score_columns(scores_BB, known)
-            more["parts"] = {name: gram_PP.cpu().numpy() for name, gram_PP in grams_PP.items()}
-            write_step(self.run.output_dir, self._opened_in, step, metrics, keys, texts, **more)
+            if found.scores is not found.step.gram_BB:
+                more["scores"] = score_columns(found.scores, known)
+            more["parts"] = {name: gram_PP.cpu().numpy() for name, gram_PP in found.grams_PP.items()}
+            more["groups"] = found.groups
+            write_step(self.run.output_dir, self._opened_in, found.step, found.metrics, keys, texts, **more)
         except Exception as error:  # of this process alone: the others go on as it does
             self._writes = False
             logger.warning(f"Interference is logged without its files from here on: {type(error).__name__}: {error}")
 
-    def _checks(self, gram_BB: torch.Tensor) -> dict[str, float]:
+    def _checks(self, groups: PromptGroups) -> dict[str, float]:
         """The taps against the gradients that the optimizer gets: how much of it they see, and whether rightly."""
         assert self.sketch is not None
         assert self._squares is not None
@@ -454,7 +406,7 @@ class InterferenceLog:
         norm = tapped**0.5 / self._loss_scale()
         return {
             "interference/coverage": tapped / everything,
-            "interference/sketch_check": max(gram_BB.sum().item(), 0.0) ** 0.5 / norm,
+            "interference/sketch_check": max(groups.gram_PP.sum().item(), 0.0) ** 0.5 / norm,
         }
 
     # ---- checkpoints

@@ -14,45 +14,62 @@ import torch
 from accelerate.utils import is_peft_model
 
 
-def mean_by_prompt(feature_BH: torch.Tensor, prompt_B: torch.Tensor) -> torch.Tensor:
-    """(P, H): the mean over the sequences of each prompt, in ascending order of ``prompt_B``.
-
-    Sequences that weren't run have NaN features, and prompts that have no other are left out.
-    """
-    seen_B = ~feature_BH.isnan().any(dim=1)
-    feature_BH, prompt_B = feature_BH[seen_B], prompt_B[seen_B]
-    prompt_P, row_B, count_P = prompt_B.unique(return_inverse=True, return_counts=True)
-    total_PH = feature_BH.new_zeros(len(prompt_P), feature_BH.shape[1]).index_add_(0, row_B, feature_BH)
-    return total_PH / count_P[:, None]
-
-
 class PromptFeatures:
     """A forward hook on the model's backbone, which looks only between ``set_rows`` and ``end_rows``.
 
-    The micro-batch's rows begin with their prompts, as TRL makes them. A backbone whose output has no
-    ``last_hidden_state``, or other rows, gives no features. What fails is handed to ``on_error``.
+    Only sums over a step's sequences are kept, by prompt, until ``take``. The micro-batch's rows begin with their
+    prompts, as TRL makes them. A backbone whose output has no ``last_hidden_state``, or other rows, gives no features.
+    What fails is handed to ``on_error``.
     """
 
     def __init__(self, model: Any, on_error: Callable[[Exception], None]) -> None:
         base = model.get_base_model() if is_peft_model(model) else model
         self._on_error = on_error
         self._prompt_mask_BT: torch.Tensor | None = None
+        self._prompt_B: torch.Tensor | None = None
         self._feature_BH: torch.Tensor | None = None
+        self._totals_PH: torch.Tensor | None = None
+        self._missed = False  # rows of this step gave none
         self._handle = base.base_model.register_forward_hook(self._hook)
 
     def close(self) -> None:
         """Takes the hook off."""
         self._handle.remove()
 
-    def set_rows(self, prompt_mask_BT: torch.Tensor) -> None:
-        """The next forward is of these rows; the mask is 1 on the prompts' tokens, 0 on padding."""
-        self._prompt_mask_BT, self._feature_BH = prompt_mask_BT, None
+    def set_rows(self, prompt_mask_BT: torch.Tensor, prompt_B: torch.Tensor) -> None:
+        """The next forward is of these rows, of these prompts, numbered from 0; the mask is 1 on the prompts' tokens,
+        0 on padding."""
+        self._prompt_mask_BT, self._prompt_B, self._feature_BH = prompt_mask_BT, prompt_B, None
 
-    def end_rows(self) -> torch.Tensor | None:
-        """(B, H) float32, or None where nothing was seen."""
-        self._prompt_mask_BT = None
-        feature_BH, self._feature_BH = self._feature_BH, None
-        return feature_BH
+    def end_rows(self) -> None:
+        """What follows is of no row; what was seen of them is added up."""
+        if self._prompt_mask_BT is None:
+            return
+        feature_BH, prompt_B = self._feature_BH, self._prompt_B
+        self._prompt_mask_BT = self._prompt_B = self._feature_BH = None
+        if feature_BH is None or prompt_B is None:
+            self._missed = True
+            return
+        n_prompts = int(prompt_B.max()) + 1
+        if self._totals_PH is None:
+            self._totals_PH = feature_BH.new_zeros(n_prompts, feature_BH.shape[1] + 1)
+        elif len(self._totals_PH) < n_prompts:
+            more = self._totals_PH.new_zeros(n_prompts - len(self._totals_PH), self._totals_PH.shape[1])
+            self._totals_PH = torch.cat([self._totals_PH, more])
+        counted_BH = torch.nn.functional.pad(feature_BH, (0, 1), value=1.0)
+        self._totals_PH.index_add_(0, prompt_B.to(feature_BH.device), counted_BH)
+
+    def take(self) -> torch.Tensor | None:
+        """Ends the step: (P, H + 1) float32, of each prompt the sum over its sequences and their number; None where
+        rows gave nothing."""
+        totals_PH, missed = self._totals_PH, self._missed
+        self.forget()
+        return None if missed else totals_PH
+
+    def forget(self) -> None:
+        """The step is over, or broke off."""
+        self._prompt_mask_BT = self._prompt_B = self._feature_BH = self._totals_PH = None
+        self._missed = False
 
     def _hook(self, module, inputs, output):
         if self._prompt_mask_BT is None or not torch.is_grad_enabled():

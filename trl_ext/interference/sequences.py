@@ -57,7 +57,7 @@ def of_sequences(batch: dict[str, Any], first: int) -> dict[str, torch.Tensor]:
     }
 
 
-WHOLE = ("prompt_id", "prompt_key", "position", "length")
+WHOLE = ("prompt_id", "prompt_key", "position", "length", "square")
 NUMBERS = ("advantage", "made_at", "weight", "group_rewards", "function_rewards", "coefficient")
 
 
@@ -66,18 +66,16 @@ def join_sequences(
 ) -> dict[str, torch.Tensor | None]:
     """One entry by name for all sequences of the step: those that ran, then those that didn't.
 
-    None where a micro-batch has None. Sequences that didn't run have coefficient 0 and NaN features.
+    None where a micro-batch has None. Sequences that didn't run have coefficient 0.
     """
     joined: dict[str, torch.Tensor | None] = {}
-    for name in (*WHOLE, *NUMBERS, "feature"):
+    for name in (*WHOLE[:-1], *NUMBERS):
         parts: list[Any] = [one[name] for one in run]
         if any(part is None for part in parts):
             joined[name] = None
             continue
         for one in skipped:
-            unknown = 0.0 if name == "coefficient" else torch.nan
-            count = len(one["prompt_id"])
-            parts.append(one[name] if name in one else parts[0].new_full((count, *parts[0].shape[1:]), unknown))
+            parts.append(one[name] if name in one else parts[0].new_zeros(len(one["prompt_id"])))
         joined[name] = torch.cat(parts)
     return joined
 
@@ -85,14 +83,16 @@ def join_sequences(
 @dataclass(frozen=True)
 class Known:
     """Of the sequences of a step. ``prompt_id``, ``prompt_key``, ``position`` (in the group) and ``length`` (generated
-    tokens): int64 (B,). ``advantage``, ``made_at`` (the one within the coefficient: 1 where a sequence of advantage 0
-    was scored beside the step), ``weight`` (of a token in the loss) and ``coefficient`` (None: unknown), float32 (B,);
-    ``group_rewards`` (B, G) of the whole group, ``function_rewards`` (B, F), NaN where unscorable."""
+    tokens): int64 (B,). ``square``: |u_i|^2, float64 (B,). ``advantage``, ``made_at`` (the one within the coefficient:
+    1 where a sequence of advantage 0 was scored beside the step), ``weight`` (of a token in the loss) and
+    ``coefficient`` (None: unknown), float32 (B,); ``group_rewards`` (B, G) of the whole group, ``function_rewards`` (B,
+    F), NaN where unscorable."""
 
     prompt_id: torch.Tensor
     prompt_key: torch.Tensor
     position: torch.Tensor
     length: torch.Tensor
+    square: torch.Tensor
     advantage: torch.Tensor
     made_at: torch.Tensor
     weight: torch.Tensor
@@ -115,27 +115,32 @@ class Known:
         return self.group_rewards.gather(1, self.position[:, None]).squeeze(1)
 
 
-def pack_known(joined: dict[str, torch.Tensor | None], processes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """To be gathered: (B, 4) int64 and (B, N) float32; coefficients are those of all ``processes``."""
-    numbers = {name: joined[name] for name in NUMBERS}
-    if numbers["coefficient"] is not None:
-        numbers["coefficient"] = numbers["coefficient"] / processes
-    columns = [value.float().reshape(len(value), -1) for value in numbers.values() if value is not None]
+def pack_known(joined: dict[str, torch.Tensor | None], processes: int) -> torch.Tensor:
+    """To be gathered at once: (B, N) int64, floats as their bits; coefficients are those of all ``processes``."""
+    numbers: dict[str, Any] = {name: joined[name] for name in NUMBERS}
+    unknown = numbers["coefficient"] is None
+    numbers["coefficient"] = numbers["weight"] * torch.nan if unknown else numbers["coefficient"] / processes
+    columns = [value.float().reshape(len(value), -1) for value in numbers.values()]
     whole: list[Any] = [joined[name] for name in WHOLE]
-    return torch.stack(whole, dim=1), torch.cat(columns, dim=1)
+    whole[-1] = whole[-1].double().view(torch.int64)
+    numbers_BN = torch.cat(columns, dim=1)
+    numbers_BN = torch.nn.functional.pad(numbers_BN, (0, numbers_BN.shape[1] % 2)).contiguous()
+    return torch.cat([torch.stack(whole, dim=1), numbers_BN.view(torch.int64)], dim=1)
 
 
-def unpack_known(ids_B4: torch.Tensor, numbers_BN: torch.Tensor, num_generations: int, n_functions: int) -> Known:
+def unpack_known(packed_BN: torch.Tensor, num_generations: int, n_functions: int) -> Known:
     """What ``pack_known`` packed."""
-    sizes = [1, 1, 1, num_generations, n_functions]
-    sizes += [1] * (numbers_BN.shape[1] - sum(sizes))
-    advantage, made_at, weight, group, function, *coefficient = numbers_BN.split(sizes, dim=1)
+    whole = list(packed_BN[:, : len(WHOLE)].unbind(1))
+    whole[-1] = whole[-1].contiguous().view(torch.float64)
+    numbers_BN = packed_BN[:, len(WHOLE) :].contiguous().view(torch.float32)
+    sizes = [1, 1, 1, num_generations, n_functions, 1]
+    advantage, made_at, weight, group, function, coefficient = numbers_BN[:, : sum(sizes)].split(sizes, dim=1)
     return Known(
-        **dict(zip(WHOLE, ids_B4.unbind(1), strict=True)),
+        **dict(zip(WHOLE, whole, strict=True)),
         advantage=advantage.squeeze(1),
         made_at=made_at.squeeze(1),
         weight=weight.squeeze(1),
         group_rewards=group,
         function_rewards=function,
-        coefficient=coefficient[0].squeeze(1) if coefficient else None,
+        coefficient=None if coefficient.isnan().any() else coefficient.squeeze(1),
     )

@@ -5,11 +5,12 @@ Shapes: B sequences of all processes, P prompts, G completions of one prompt, F 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grpo_kernels.interference.inner_products import InnerProducts
 from grpo_kernels.interference.noise import GradientNoise, gradient_noise
 from grpo_kernels.interference.what_if import Candidate, StepScores, WhatIf, candidates, what_if
 from grpo_kernels.normalize.methods import METHODS
@@ -21,11 +22,10 @@ if TYPE_CHECKING:
 
 # of the catalogue, those that need nothing of earlier steps; decoupled, where there are several functions
 STATELESS = tuple(name for name, method in METHODS.items() if method.kind != "state")
-ON_THE_CPU = 1024  # sequences up to which tables are made there
 PART = "the step holds a part of the batch"
 
 
-def step_scores(gram_BB: torch.Tensor, known: Known) -> StepScores | None:
+def step_scores(gram_BB: torch.Tensor | InnerProducts, known: Known) -> StepScores | None:
     """Of the step as it was trained, and of what was scored beside it; None where its sequences have no coefficients,
     or no advantages of their own."""
     if known.coefficient is None or known.advantage.isnan().any():
@@ -92,9 +92,16 @@ def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None) -> di
 
 class WhatIfLog:
     """Of a run whose normalisation is ``used``, a name in ``METHODS``, or None; ``function_weights`` of its reward
-    functions. ``latest``: the latest step's table."""
+    functions. ``attempt``: on all processes or on none (``Together``). ``latest``: the latest step's table."""
 
-    def __init__(self, run: RunSettings, used: str | None, function_weights: Sequence[float]) -> None:
+    def __init__(
+        self,
+        run: RunSettings,
+        used: str | None,
+        function_weights: Sequence[float],
+        attempt: Callable[[Callable[[], dict[str, float]]], dict[str, float]],
+    ) -> None:
+        self.attempt = attempt
         self.run, self.function_weights = run, list(function_weights)
         names = STATELESS if run.options.what_if is None else tuple(run.options.what_if)
         options = (run.options.normalization_kwargs or {}) if used is not None else {}  # a function's are its own
@@ -102,22 +109,22 @@ class WhatIfLog:
         self.used = used if used in STATELESS and run.aggregation == "sum_then_normalize" else None
         self.latest: dict[str, Any] | None = None
 
-    def observe(self, gram_BB: torch.Tensor, known: Known) -> dict[str, float]:
+    def observe(self, gram_BB: torch.Tensor | InnerProducts, known: Known) -> dict[str, float]:
         """What is logged: ``what_if/<method>/cos``, ``factor`` and ``gain``; ``noise/``."""
         self.latest = None
         if not self.methods:
             return {}
         try:
-            return self._observe(gram_BB, known)
-        except Exception as error:  # of what was gathered: the same on every process
+            return self.attempt(lambda: self._observe(gram_BB, known))
+        except Exception as error:
             self.methods = []
             self.run.say_once(
                 f"What other normalisations would have done isn't logged from here on: {type(error).__name__}: {error}."
             )
             return {}
 
-    def _observe(self, gram_BB: torch.Tensor, known: Known) -> dict[str, float]:
-        if len(gram_BB) <= ON_THE_CPU:  # thousands of small calls, which on a GPU are launches alone
+    def _observe(self, gram_BB: torch.Tensor | InnerProducts, known: Known) -> dict[str, float]:
+        if isinstance(gram_BB, torch.Tensor):  # thousands of small calls, which on a GPU are launches alone
             gram_BB, known = gram_BB.cpu(), known.cpu()
         scores = step_scores(gram_BB, known)
         if scores is None:

@@ -1,0 +1,241 @@
+"""Inner products of a step's vectors, as far as they are asked for: from their matrix, or from the vectors' columns.
+
+Shapes: B vectors, one a sequence; P prompts, G sequences of one prompt; K numbers of a vector; M, N sums.
+
+The matrix of a large step takes more memory than all of its vectors: 268 MB in float32 for 8192 sequences. What is
+logged of a step needs three things of it, and none is larger than P times P or P times G times G. With the columns of
+every vector spread over processes each of them is a sum over processes of the same thing made of a process's columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+PIECE = 4 << 20  # bytes of what is converted to float64 at a time
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]  # the sum of a tensor over processes
+
+
+class InnerProducts(Protocol):
+    """Of vectors z_i. All that is returned is float64, and the same on every process.
+
+    ``row_B``: the prompt of each vector in [0, P). Where vectors are spread over processes every call is a collective
+    one.
+    """
+
+    def __len__(self) -> int:
+        """B."""
+
+    def squares(self) -> torch.Tensor:
+        """(B,) of |z_i|^2."""
+
+    def within(self, index_PG: torch.Tensor) -> torch.Tensor:
+        """(P, G, G): <z_i, z_j> of the vectors ``index_PG``."""
+
+    def of_sums(self, row_B: torch.Tensor, n_rows: int, left_B: torch.Tensor, right_NB: torch.Tensor) -> torch.Tensor:
+        """(N, P, P): <sum over p's i of left_i z_i, sum over q's j of right_j z_j>."""
+
+    def squared_along(
+        self, row_B: torch.Tensor, n_rows: int, scale_B: torch.Tensor, factor_B: torch.Tensor
+    ) -> torch.Tensor:
+        """(P, P): sum over p's i of <scale_i z_i, sum over q's j of factor_j z_j>^2."""
+
+    def of_totals(self, factor_MB: torch.Tensor) -> torch.Tensor:
+        """(M, M): <sum over all i of left_i z_i, sum over all j of right_j z_j> of every two rows."""
+
+    def masked(self, dropped_B: torch.Tensor) -> InnerProducts:
+        """The same with the vectors of ``dropped_B`` (bool) put to 0."""
+
+
+def sum_rows(values_BN: torch.Tensor, row_B: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """(P, N): the sums over each prompt's vectors."""
+    return values_BN.new_zeros(n_rows, *values_BN.shape[1:]).index_add_(0, row_B, values_BN)
+
+
+def squared_norms(values_BK: torch.Tensor) -> torch.Tensor:
+    """(B,) float64, without a copy of all in float64."""
+    step = max(1, PIECE // (8 * max(values_BK.shape[1], 1)))
+    return torch.cat([rows.double().square().sum(1) for rows in values_BK.split(step)])
+
+
+class MatrixProducts:
+    """Of their matrix ``gram_BB``, floating and symmetric."""
+
+    def __init__(self, gram_BB: torch.Tensor) -> None:
+        self.gram_BB = gram_BB.double()
+
+    def __len__(self) -> int:
+        return len(self.gram_BB)
+
+    def squares(self) -> torch.Tensor:
+        return self.gram_BB.diagonal()
+
+    def within(self, index_PG: torch.Tensor) -> torch.Tensor:
+        return self.gram_BB[index_PG[:, :, None], index_PG[:, None, :]]
+
+    def along(self, row_B: torch.Tensor, n_rows: int, factor_B: torch.Tensor) -> torch.Tensor:
+        """(B, P): <z_i, sum over q's j of factor_j z_j>."""
+        return sum_rows(factor_B.to(self.gram_BB)[:, None] * self.gram_BB, row_B, n_rows).T  # it is symmetric
+
+    def of_sums(self, row_B: torch.Tensor, n_rows: int, left_B: torch.Tensor, right_NB: torch.Tensor) -> torch.Tensor:
+        left_B1 = left_B.to(self.gram_BB)[:, None]
+        return torch.stack([sum_rows(left_B1 * self.along(row_B, n_rows, right), row_B, n_rows) for right in right_NB])
+
+    def squared_along(
+        self, row_B: torch.Tensor, n_rows: int, scale_B: torch.Tensor, factor_B: torch.Tensor
+    ) -> torch.Tensor:
+        along_BP = scale_B.to(self.gram_BB)[:, None] * self.along(row_B, n_rows, factor_B)
+        return sum_rows(along_BP.square(), row_B, n_rows)
+
+    def of_totals(self, factor_MB: torch.Tensor) -> torch.Tensor:
+        factor_MB = factor_MB.to(self.gram_BB)
+        return factor_MB @ self.gram_BB @ factor_MB.T
+
+    def masked(self, dropped_B: torch.Tensor) -> MatrixProducts:
+        return MatrixProducts(self.gram_BB.masked_fill(dropped_B | dropped_B[:, None], 0.0))
+
+
+class ColumnProducts:
+    """Of the vectors, of each of which this process holds the same columns.
+
+    Args:
+        values_BK: float32, the columns that are here, of all vectors.
+        squares_B: |z_i|^2 over all columns.
+        reduce: the sum over processes.
+        first: the number of the first column that is here.
+        dropped_B: vectors that count as 0.
+    """
+
+    def __init__(
+        self,
+        values_BK: torch.Tensor,
+        squares_B: torch.Tensor,
+        reduce: Reduce = lambda values: values,
+        *,
+        first: int = 0,
+        dropped_B: torch.Tensor | None = None,
+    ) -> None:
+        self.values_BK, self._reduce, self.first = values_BK, reduce, first
+        self._squares_B, self._kept_B = squares_B.double(), None if dropped_B is None else (~dropped_B).double()
+
+    def __len__(self) -> int:
+        return len(self.values_BK)
+
+    def _factor(self, factor_B: torch.Tensor) -> torch.Tensor:
+        factor_B = factor_B.to(self._squares_B)
+        return factor_B if self._kept_B is None else factor_B * self._kept_B
+
+    def _pieces(self, rows: int, columns: slice = slice(None)) -> Iterator[torch.Tensor]:
+        """(B, k) columns one after the other, few enough that ``rows`` of them are a small piece in float64."""
+        values_BK = self.values_BK[:, columns]
+        return iter(values_BK.split(max(16, PIECE // (8 * max(rows, 1))), dim=1))
+
+    def squares(self) -> torch.Tensor:
+        return self._factor(self._squares_B)
+
+    def within(self, index_PG: torch.Tensor) -> torch.Tensor:
+        n_prompts, most = index_PG.shape
+        made_PGG = self._squares_B.new_zeros(n_prompts, most, most)
+        step = max(1, PIECE // (8 * max(most * self.values_BK.shape[1], 1)))
+        for start in range(0, n_prompts, step):
+            rows_SGK = self.values_BK[index_PG[start : start + step]].double()
+            made_PGG[start : start + step] = rows_SGK @ rows_SGK.transpose(1, 2)
+        made_PGG = self._reduce(made_PGG)
+        if self._kept_B is None:
+            return made_PGG
+        kept_PG = self._kept_B[index_PG]
+        return made_PGG * kept_PG[:, :, None] * kept_PG[:, None, :]
+
+    def of_sums(self, row_B: torch.Tensor, n_rows: int, left_B: torch.Tensor, right_NB: torch.Tensor) -> torch.Tensor:
+        return self._reduce(self._of_sums(row_B, n_rows, left_B, right_NB, slice(None)))
+
+    def _of_sums(self, row_B, n_rows, left_B, right_NB, columns: slice) -> torch.Tensor:
+        left_B1, rights = self._factor(left_B)[:, None], [self._factor(right)[:, None] for right in right_NB]
+        made_NPP = self._squares_B.new_zeros(len(rights), n_rows, n_rows)
+        for piece in self._pieces(len(self), columns):
+            piece = piece.double()
+            left_PK = sum_rows(piece * left_B1, row_B, n_rows)
+            for made_PP, right_B1 in zip(made_NPP, rights, strict=True):
+                made_PP.addmm_(left_PK, sum_rows(piece * right_B1, row_B, n_rows).T)
+        return made_NPP
+
+    def of_blocks(self, row_B: torch.Tensor, n_rows: int, blocks: Sequence[slice]) -> torch.Tensor:
+        """(len(blocks), P, P): inner products of the prompts' sums, over these columns of all alone."""
+        ones_B = torch.ones_like(self._squares_B)
+        size = self.values_BK.shape[1]
+        here = [slice(*(min(max(at - self.first, 0), size) for at in (b.start, b.stop))) for b in blocks]
+        made = [self._of_sums(row_B, n_rows, ones_B, ones_B[None], columns)[0] for columns in here]
+        return self._reduce(torch.stack(made))
+
+    def squared_along(
+        self, row_B: torch.Tensor, n_rows: int, scale_B: torch.Tensor, factor_B: torch.Tensor
+    ) -> torch.Tensor:
+        factor_B1, scale_B1 = self._factor(factor_B)[:, None], self._factor(scale_B)[:, None]
+        n_columns = self.values_BK.shape[1]
+        sums_PK = self._squares_B.new_empty(n_rows, n_columns)
+        start = 0
+        for piece in self._pieces(len(self)):
+            sums_PK[:, start : start + piece.shape[1]] = sum_rows(piece.double() * factor_B1, row_B, n_rows)
+            start += piece.shape[1]
+        made_PP = self._squares_B.new_zeros(n_rows, n_rows)
+        step = max(1, PIECE // (8 * max(n_rows, n_columns, 1)))
+        for start in range(0, len(self), step):
+            rows = slice(start, start + step)
+            along_SP = self._reduce(self.values_BK[rows].double() @ sums_PK.T) * scale_B1[rows]
+            made_PP.index_add_(0, row_B[rows], along_SP.square_())
+        return made_PP
+
+    def of_totals(self, factor_MB: torch.Tensor) -> torch.Tensor:
+        factor_MB = torch.stack([self._factor(factor_B) for factor_B in factor_MB])
+        made_MM = self._squares_B.new_zeros(len(factor_MB), len(factor_MB))
+        for piece in self._pieces(len(self)):
+            total_MK = factor_MB @ piece.double()
+            made_MM.addmm_(total_MK, total_MK.T)
+        return self._reduce(made_MM)
+
+    def matrix(self) -> torch.Tensor:
+        """(B, B) float64: all of them, of a small step."""
+        made_BB = self._squares_B.new_zeros(len(self), len(self))
+        for piece in self._pieces(len(self)):
+            piece = piece.double()
+            made_BB.addmm_(piece, piece.T)
+        return self._reduce(made_BB)
+
+    def masked(self, dropped_B: torch.Tensor) -> ColumnProducts:
+        return ColumnProducts(self.values_BK, self._squares_B, self._reduce, first=self.first, dropped_B=dropped_B)
+
+
+class PromptProducts:
+    """Where only the sums of prompts are known: their inner products ``gram_PP``, and |z_i|^2 of every vector."""
+
+    def __init__(self, gram_PP: torch.Tensor, row_B: torch.Tensor, squares_B: torch.Tensor) -> None:
+        self.gram_PP, self._row_B, self._squares_B = gram_PP.double(), row_B, squares_B.double()
+
+    def __len__(self) -> int:
+        return len(self._squares_B)
+
+    def squares(self) -> torch.Tensor:
+        return self._squares_B
+
+    def of_sums(self, row_B: torch.Tensor, n_rows: int, left_B: torch.Tensor, right_NB: torch.Tensor) -> torch.Tensor:
+        if not torch.equal(row_B, self._row_B) or (left_B != 1).any() or (right_NB != 1).any():
+            raise ValueError("only the sums over whole prompts are known, and these are others")
+        return self.gram_PP.expand(len(right_NB), -1, -1)
+
+    def _unknown(self, *_: object) -> torch.Tensor:
+        raise ValueError("only the sums over whole prompts are known, not those of single sequences")
+
+    within = squared_along = of_totals = _unknown
+
+    def masked(self, dropped_B: torch.Tensor) -> PromptProducts:
+        if dropped_B.any():
+            self._unknown()
+        return self
+
+
+def as_products(given: torch.Tensor | InnerProducts) -> InnerProducts:
+    """A matrix as what answers for it."""
+    return MatrixProducts(given) if isinstance(given, torch.Tensor) else given

@@ -1,0 +1,176 @@
+"""What this process recorded of a logged step -> exchanges over processes -> inner products, metrics, what-if.
+
+Sketches aren't gathered: every process gets the same few columns of all of them (``Together.columns``), and whatever
+is logged is a sum over columns (``grpo_kernels/interference/inner_products.py``). A process moves what it recorded,
+whatever their number. Only up to ``MOST_DENSE`` sequences is the matrix of all inner products made.
+
+Shapes: B sequences of this process's or of all processes' step, P prompts, H hidden, K numbers of a sketch in M parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grpo_kernels.interference.curvature import directional_curvature
+from grpo_kernels.interference.inner_products import ColumnProducts, InnerProducts, PromptProducts, sum_rows
+from grpo_kernels.interference.metrics import interference_metrics, orthogonality
+from grpo_kernels.interference.model_parts import part_metrics
+from grpo_kernels.interference.sketch_error import rmse_of_parts
+from grpo_kernels.interference.step_gradients import PromptGroups, StepGradients, group_by_prompt
+from trl_ext.trl_surface import RunSettings
+
+from .sequences import Known, unpack_known
+from .together import Together
+
+MOST_DENSE = 1024  # sequences of which all inner products are kept: 8 MB
+
+
+@dataclass
+class Recorded:
+    """Of this process. ``sketch_BMN`` float32, (B, M, N) or exact (B, N), as the mean over processes takes it;
+    ``sections`` of its last dimension; ``packed_BN`` (``sequences.pack_known``); ``features_PH`` (P, H + 1): sums over
+    the sequences of each prompt id, and their number, or None."""
+
+    sketch_BMN: torch.Tensor
+    sections: dict[str, slice]
+    packed_BN: torch.Tensor
+    features_PH: torch.Tensor | None
+    n_functions: int
+    has_tasks: bool
+    summed: bool  # only sums over prompts are wanted: sequences have no coefficients, and are many
+
+    def shape(self) -> list[int]:
+        """What has to be the same on all processes: rows, numbers of a row, of what is known, of a feature."""
+        hidden = 0 if self.features_PH is None else self.features_PH.shape[1]
+        return [*self.sketch_BMN.flatten(1).shape, self.packed_BN.shape[1], hidden, int(self.summed)]
+
+    def sizes(self) -> list[int]:
+        """What is to be as large as the largest of all processes': prompts with features, prompts, tasks."""
+        prompts = len(self.packed_BN[:, 0].unique()) if self.summed else 0
+        return [0 if self.features_PH is None else len(self.features_PH), prompts, int(self.has_tasks)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of all processes, the same on each. ``scores``: inner products of the sequences, what was scored beside the step
+    too; ``step`` without. ``grams_PP``: by part of the model, where asked for."""
+
+    known: Known
+    step: StepGradients
+    groups: PromptGroups
+    scores: torch.Tensor | InnerProducts
+    grams_PP: dict[str, torch.Tensor]
+    metrics: dict[str, float]
+    orthogonality: float | None
+    curvature: tuple[torch.Tensor, torch.Tensor]
+
+
+def measure(
+    recorded: Recorded,
+    largest: list[int],
+    together: Together,
+    run: RunSettings,
+    baseline_size: int,
+    what_if: Callable[[torch.Tensor | InnerProducts, Known], dict[str, float]],
+) -> Measured:
+    """A collective call. ``largest``: of all processes' ``sizes``. ``what_if``: more metrics, of sequences."""
+    packed_BN = together.gather(recorded.packed_BN)
+    known = unpack_known(packed_BN, run.num_generations, recorded.n_functions)
+    prompt_P, row_B = known.prompt_id.unique(return_inverse=True)
+    scores: torch.Tensor | InnerProducts
+    if recorded.summed:
+        columns, row_U = _of_prompts(recorded, prompt_P, largest[1], together)
+        grams_PP, error, errors = _by_part(columns, row_U, len(prompt_P), recorded)
+        scores = PromptProducts(sum(grams_PP.values()), row_B, known.square)  # type: ignore[arg-type]
+        step_products: torch.Tensor | InnerProducts = scores
+    else:
+        columns = _of_sequences(recorded, known, together)
+        scores = columns.matrix() if len(known.prompt_id) <= MOST_DENSE else columns
+        step_products = scores
+        beside_B = known.beside
+        if beside_B.any():
+            columns = columns.masked(beside_B)
+            step_products = columns
+            if isinstance(scores, torch.Tensor):
+                step_products = scores.masked_fill(beside_B | beside_B[:, None], 0.0)
+        grams_PP, error, errors = _by_part(columns, row_B, len(prompt_P), recorded)
+    coefficient_B = known.coefficient
+    step = StepGradients(
+        gram_BB=step_products,
+        prompt_B=known.prompt_id,
+        reward_B=known.reward,
+        coefficient_B=None if coefficient_B is None else coefficient_B.masked_fill(known.beside, 0.0),
+        baseline_size=baseline_size,
+    )
+    groups = group_by_prompt(step)
+    features_PH = _features(recorded.features_PH, largest[0], together)
+    metrics = interference_metrics(groups, sketch_rmse=error, features_PH=features_PH)
+    if run.options.interference_parts:
+        metrics |= part_metrics(grams_PP, errors)
+    return Measured(
+        known=known,
+        step=step,
+        groups=groups,
+        scores=scores,
+        grams_PP=grams_PP if run.options.interference_parts else {},
+        metrics=metrics | what_if(scores, known),
+        orthogonality=orthogonality(groups, error),
+        curvature=directional_curvature(groups),
+    )
+
+
+def _of_sequences(recorded: Recorded, known: Known, together: Together) -> ColumnProducts:
+    values_BK, first = together.columns(recorded.sketch_BMN.flatten(1))
+    recorded.sketch_BMN = recorded.sketch_BMN[:0]  # it isn't needed any more
+    return ColumnProducts(values_BK, known.square, together.sum, first=first)
+
+
+def _of_prompts(
+    recorded: Recorded, prompt_P: torch.Tensor, most: int, together: Together
+) -> tuple[ColumnProducts, torch.Tensor]:
+    """Of each process's sums over its prompts; and their rows in ``prompt_P``."""
+    own_P, row_B = recorded.packed_BN[:, 0].unique(return_inverse=True)
+    sums_PK = sum_rows(recorded.sketch_BMN.flatten(1), row_B.to(recorded.sketch_BMN.device), most)
+    recorded.sketch_BMN = recorded.sketch_BMN[:0]
+    ids_U = own_P.new_full((most,), int(own_P[0]))  # rows of 0 belong anywhere
+    ids_U[: len(own_P)] = own_P
+    ids_U = together.gather(ids_U)
+    values_UK, first = together.columns(sums_PK)
+    nothing_U = values_UK.new_zeros(len(values_UK), dtype=torch.float64)
+    row_U = torch.searchsorted(prompt_P, ids_U.to(prompt_P.device))
+    return ColumnProducts(values_UK, nothing_U, together.sum, first=first), row_U
+
+
+def _by_part(
+    columns: ColumnProducts, row_B: torch.Tensor, n_prompts: int, recorded: Recorded
+) -> tuple[dict[str, torch.Tensor], float, dict[str, float]]:
+    """(P, P) inner products of the prompts' gradients in each part of the model; the error of a cosine in the whole,
+    and in each."""
+    shape = recorded.sketch_BMN.shape
+    width = shape[-1]
+    starts = [part * width for part in range(shape[1])] if len(shape) == 3 else [0]
+    grams_PP: dict[str, torch.Tensor] = {}
+    errors: dict[str, float] = {}
+    whole_MPP: Any = 0.0
+    for name, section in recorded.sections.items():
+        blocks = [slice(start + section.start, start + section.stop) for start in starts]
+        made_MPP = columns.of_blocks(row_B, n_prompts, blocks)
+        grams_PP[name] = made_MPP.sum(0)
+        errors[name] = rmse_of_parts(made_MPP) if len(starts) > 1 else 0.0
+        whole_MPP = whole_MPP + made_MPP
+    return grams_PP, rmse_of_parts(whole_MPP) if len(starts) > 1 and grams_PP else 0.0, errors
+
+
+def _features(totals_PH: torch.Tensor | None, most: int, together: Together) -> torch.Tensor | None:
+    """(P, H) means over the sequences of each prompt that has one that ran; None: there are none."""
+    if totals_PH is None:
+        return None
+    if len(totals_PH) < most:
+        totals_PH = torch.cat([totals_PH, totals_PH.new_zeros(most - len(totals_PH), totals_PH.shape[1])])
+    totals_PH = together.sum(totals_PH)
+    count_P1 = totals_PH[:, -1:]
+    return (totals_PH[:, :-1] / count_P1)[count_P1[:, 0] > 0]
