@@ -9,13 +9,15 @@ KEEP = ["advantages", "prompt_id", "group_position", "group_rewards", "token_wei
 
 
 def start_worker(processes, policy, folder, trainer="ours", signals=False, kill_at=None, resume=None, dead=0.0,
-                 wrong_layer=None, blind=None, **options):  # fmt: skip
+                 wrong_layer=None, blind=None, most_dense=None, no_memory=None, **options):  # fmt: skip
     folder.mkdir(exist_ok=resume is not None)
     spec = {
         "signals": signals,
         "dead": dead,
         "wrong_layer": wrong_layer,
         "blind": blind,
+        "most_dense": most_dense,
+        "no_memory": no_memory,
         "kill_at": kill_at,
         "resume": resume,
         "trainer": trainer,
@@ -102,3 +104,61 @@ def test_both_processes_leave_out_a_layer_that_is_followed_wrongly(tiny_policy, 
     logs = [log for log in two["logs"] if "reward" in log]
     assert ["interference/sketch_check" in log for log in logs] == [False, True, True]
     assert all(0.3 < log["interference/coverage"] < 0.999 for log in logs[1:])
+
+
+NOT_ALIKE = ("step_time", "runtime", "per_second", "compute/", "interference/sketch_check")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04], ids=["sequences", "prompts alone"])
+def test_a_large_step_is_logged_as_a_small_one(beta, tiny_policy, tmp_path):
+    """By columns in place of the matrix, and, with KL, of sums over prompts: two processes, and one. Only methods of
+    the batch aren't made again without each prompt."""
+    options = {"interference_every": 1, "beta": beta, "learning_rate": 0.05, "interference_parts": True}
+    small = run(1, tiny_policy, tmp_path / "small", **options)[0]
+    for processes in (1, 2):
+        large = run(processes, tiny_policy, tmp_path / f"large{processes}", most_dense=0, **options)
+        assert all(one["logs"] and not any("isn't logged" in str(log) for log in one["logs"]) for one in large)
+        for ours, theirs in zip(large[0]["logs"], small["logs"], strict=True):
+            assert ours.keys() == theirs.keys()
+            for key, value in theirs.items():
+                if not any(word in key for word in NOT_ALIKE) and not key.endswith(("/gain", "_low", "_high")):
+                    assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+            for key in ("what_if/mean/gain", "what_if/std/gain") if "reward" in ours and not beta else ():
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
+        logs = [log for log in large[0]["logs"] if "reward" in log]
+        assert all(log["interference/sketch_check"] == pytest.approx(1.0, abs=0.2) for log in logs)
+        assert ("curvature/fisher_trace_mean" in logs[0]) is (beta == 0)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("interference.log.GradientSketch", "take"),
+        ("interference.log.GradientParts", "squared_norms"),
+        ("interference.together.Together", "columns"),
+        ("interference.measure", "group_by_prompt"),
+        ("interference.measure", "interference_metrics"),
+        ("interference.log", "pack_known"),
+    ],
+    ids=lambda place: place[1],
+)
+def test_out_of_memory_on_one_process_ends_the_logging_of_both(place, tiny_policy, tmp_path):
+    """Wherever it happens in the second step; training goes on, as if nothing had been logged."""
+    options = {"interference_every": 1, "most_dense": 0, "skip_zero_advantage": False}
+    plain = run(2, tiny_policy, tmp_path / "plain", interference_every=0, skip_zero_advantage=False)
+    broken = run(2, tiny_policy, tmp_path / "broken", no_memory=(*place, 1), **options)
+    for rank in (0, 1):
+        for name, value in plain[rank]["parameters"].items():
+            assert torch.equal(broken[rank]["parameters"][name], value), name
+    logged = ["interference/live_prompts" in log for log in broken[0]["logs"] if "reward" in log]
+    assert logged == [True, False, False]
+
+
+def test_out_of_memory_in_what_if_ends_what_if_alone(tiny_policy, tmp_path):
+    broken = run(
+        2, tiny_policy, tmp_path / "run", interference_every=1, most_dense=0,
+        no_memory=("interference.what_if_log", "gradient_noise", 1),
+    )  # fmt: skip
+    logs = [log for log in broken[0]["logs"] if "reward" in log]
+    assert ["what_if/mean/cos" in log for log in logs] == [True, False, False]
+    assert all("interference/live_prompts" in log for log in logs)

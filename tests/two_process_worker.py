@@ -5,6 +5,7 @@ with the whole batch and two processes with half of it each see the same groups.
 """
 
 import json
+import operator
 import os
 import random
 import signal
@@ -18,8 +19,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+import trl_ext
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.interference import log as interference_log
+from trl_ext.interference import measure
 from trl_ext.report import watch
 from trl_ext.tasks.arithmetic import generate_problems
 
@@ -87,10 +90,25 @@ def whole(parameter):
     return parameter.clone()
 
 
+def run_out_of_memory(trainer, module, name, at_step):
+    """What this function is called for has no room at that step, once."""
+    owner, calls = operator.attrgetter(module)(trl_ext), []
+    whole = getattr(owner, name)
+
+    def no_room(*args, **kwargs):
+        if trainer.state.global_step == at_step:
+            calls.append(name)
+            if len(calls) == 1:
+                raise torch.OutOfMemoryError("there is no room for 64.00 MiB")
+        return whole(*args, **kwargs)
+
+    setattr(owner, name, no_room)
+
+
 # what a run may be beside its trainer ("ours" or "trl"), folder, out, model and options
 DEFAULTS = {
     "dead": 0.0, "lora": None, "engine": None, "environment": {}, "keep": (), "resume": None, "kill_at": None,
-    "signals": False, "wrong_layer": None, "blind": None,
+    "signals": False, "wrong_layer": None, "blind": None, "most_dense": None, "no_memory": None,
 }  # fmt: skip
 
 
@@ -151,6 +169,10 @@ def train(spec):
         layer.forward = lambda x, forward=layer.forward: forward(3 * x)
     if spec["blind"] == trainer.accelerator.process_index:  # a process that can't look at its log
         watch.diagnose = lambda run: 1 / 0
+    if spec["most_dense"] is not None:
+        measure.MOST_DENSE = spec["most_dense"]
+    if spec["no_memory"] and trainer.accelerator.process_index == 1:
+        run_out_of_memory(trainer, *spec["no_memory"])
     batches, live_by_step = [], {}
     prepare = trainer._prepare_inputs
 

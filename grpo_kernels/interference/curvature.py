@@ -27,6 +27,8 @@ def directional_curvature(step: StepGradients | PromptGroups) -> tuple[torch.Ten
     the prompts where it is defined: scores known, rewards that differ, two sequences.
     """
     groups = group_by_prompt(step)
+    if groups.coefficient_B is None:
+        return groups.prompt_P[:0], groups.sigma_P[:0]
     kappa_P = _directional_curvature(groups, _scores(groups))
     defined_P = ~kappa_P.isnan()
     return groups.prompt_P[defined_P], kappa_P[defined_P]

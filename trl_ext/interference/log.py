@@ -30,7 +30,7 @@ from .beside import Beside, place_scores
 from .files import score_columns, sequence_columns, write_step
 from .followed import leave_out_wrong, name_wrong, rehearse
 from .gradients import GradientParts, before_deepspeed_steps
-from .measure import MOST_DENSE, Measured, Recorded, measure
+from .measure import Measured, Recorded, measure, only_prompts_matter
 from .prompt_features import PromptFeatures
 from .sequences import join_sequences, of_sequences, pack_known, sequence_coefficients
 from .together import OnAnotherProcessError, Together
@@ -305,7 +305,6 @@ class InterferenceLog:
             place_scores(known, sketch_B, beside_B, scored, self.run.num_generations)
         sketch_B.div_(processes * self._loss_scale())
         known["square"] = squared_norms(sketch_B.flatten(1))
-        n_sequences = processes * len(sketch_B)
         return Recorded(
             sketch_BMN=sketch_B,
             sections=recorded.sections,
@@ -313,7 +312,7 @@ class InterferenceLog:
             features_PH=self.features.take(),
             n_functions=known["function_rewards"].shape[1],  # type: ignore[union-attr]
             has_tasks=bool(self.prompt_tasks),
-            summed=known["coefficient"] is None and n_sequences > MOST_DENSE,
+            summed=only_prompts_matter(known["coefficient"], processes * len(sketch_B)),
         )
 
     def _all_have(self, recorded: Recorded | None) -> list[int] | None:

@@ -41,7 +41,7 @@ class Recorded:
     features_PH: torch.Tensor | None
     n_functions: int
     has_tasks: bool
-    summed: bool  # only sums over prompts are wanted: sequences have no coefficients, and are many
+    summed: bool  # only sums over prompts are wanted
 
     def shape(self) -> list[int]:
         """What has to be the same on all processes: rows, numbers of a row, of what is known, of a feature."""
@@ -52,6 +52,11 @@ class Recorded:
         """What is to be as large as the largest of all processes': prompts with features, prompts, tasks."""
         prompts = len(self.packed_BN[:, 0].unique()) if self.summed else 0
         return [0 if self.features_PH is None else len(self.features_PH), prompts, int(self.has_tasks)]
+
+
+def only_prompts_matter(coefficient_B: torch.Tensor | None, n_sequences: int) -> bool:
+    """Whether sketches are summed by prompt before they are sent: nothing is logged of single sequences then."""
+    return coefficient_B is None and n_sequences > MOST_DENSE
 
 
 @dataclass(frozen=True)
