@@ -301,6 +301,7 @@ class GradientSketch:
         if not keys:
             return StepSketch(torch.zeros(len(prompt_B), empty, device=device), prompt_B)
         columns = [torch.cat(of_key) for of_key in zip(*of_rows, strict=True)]
+        del of_rows  # as much memory again
         if self.dim:
             columns = [column.view(len(column), PARTS, -1) for column in columns]
         sections: dict[str, slice] = {}
@@ -309,7 +310,7 @@ class GradientSketch:
             name, last = key if self.dim else self._section_of[key], first + column.shape[-1]
             sections[name] = slice(sections[name].start if name in sections else first, last)
             first = last
-        return StepSketch(torch.cat(columns, dim=-1), prompt_B, sections)
+        return StepSketch(columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1), prompt_B, sections)
 
     def _fold(self) -> None:
         """Makes numbers of the sketch of the layers that were added up."""

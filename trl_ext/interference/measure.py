@@ -48,6 +48,10 @@ class Recorded:
         hidden = 0 if self.features_PH is None else self.features_PH.shape[1]
         return [*self.sketch_BMN.flatten(1).shape, self.packed_BN.shape[1], hidden, int(self.summed)]
 
+    def forget_sketch(self) -> None:
+        """All of it but its shape, to have its memory back."""
+        self.sketch_BMN = self.sketch_BMN.new_empty(0, *self.sketch_BMN.shape[1:])
+
     def sizes(self) -> list[int]:
         """What is to be as large as the largest of all processes': prompts with features, prompts, tasks."""
         prompts = len(self.packed_BN[:, 0].unique()) if self.summed else 0
@@ -112,7 +116,7 @@ def measure(
         baseline_size=baseline_size,
     )
     groups = group_by_prompt(step)
-    features_PH = _features(recorded.features_PH, largest[0], together)
+    features_PH = _features(recorded, largest[0], together)
     metrics = interference_metrics(groups, sketch_rmse=error, features_PH=features_PH)
     if run.options.interference_parts:
         metrics |= part_metrics(grams_PP, errors)
@@ -130,7 +134,7 @@ def measure(
 
 def _of_sequences(recorded: Recorded, known: Known, together: Together) -> ColumnProducts:
     values_BK, first = together.columns(recorded.sketch_BMN.flatten(1))
-    recorded.sketch_BMN = recorded.sketch_BMN[:0]  # it isn't needed any more
+    recorded.forget_sketch()
     return ColumnProducts(values_BK, known.square, together.sum, first=first)
 
 
@@ -140,7 +144,7 @@ def _of_prompts(
     """Of each process's sums over its prompts; and their rows in ``prompt_P``."""
     own_P, row_B = recorded.packed_BN[:, 0].unique(return_inverse=True)
     sums_PK = sum_rows(recorded.sketch_BMN.flatten(1), row_B.to(recorded.sketch_BMN.device), most)
-    recorded.sketch_BMN = recorded.sketch_BMN[:0]
+    recorded.forget_sketch()
     ids_U = own_P.new_full((most,), int(own_P[0]))  # rows of 0 belong anywhere
     ids_U[: len(own_P)] = own_P
     ids_U = together.gather(ids_U)
@@ -170,12 +174,15 @@ def _by_part(
     return grams_PP, rmse_of_parts(whole_MPP) if len(starts) > 1 and grams_PP else 0.0, errors
 
 
-def _features(totals_PH: torch.Tensor | None, most: int, together: Together) -> torch.Tensor | None:
+def _features(recorded: Recorded, most: int, together: Together) -> torch.Tensor | None:
     """(P, H) means over the sequences of each prompt that has one that ran; None: there are none."""
+    totals_PH, recorded.features_PH = recorded.features_PH, None
     if totals_PH is None:
         return None
     if len(totals_PH) < most:
         totals_PH = torch.cat([totals_PH, totals_PH.new_zeros(most - len(totals_PH), totals_PH.shape[1])])
     totals_PH = together.sum(totals_PH)
-    count_P1 = totals_PH[:, -1:]
-    return (totals_PH[:, :-1] / count_P1)[count_P1[:, 0] > 0]
+    ran_P = totals_PH[:, -1] > 0
+    if not ran_P.all():
+        totals_PH = totals_PH[ran_P]
+    return totals_PH[:, :-1].div_(totals_PH[:, -1:])

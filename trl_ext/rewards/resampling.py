@@ -1,8 +1,8 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): prompts whose answers all got the same reward make room.
 
-Flow: TRL's rollouts and rewards of a batch -> its groups, gathered over processes -> while too few have different
-rewards: other prompts, another generation -> the first live groups, in the order they were drawn, filled up with dead
-ones -> TRL's per-sequence dict and logged table, as if these had been the batch.
+Flow: TRL's rollouts and rewards of a batch -> while too few of its groups have different rewards: other prompts,
+another generation -> the first live groups, in the order they were drawn, filled up with dead ones, from whichever
+process has them -> TRL's per-sequence dict and logged table, as if these had been the batch.
 
 Shapes: P prompts, G completions of one prompt, B = P*G sequences (of all processes), F reward functions.
 
@@ -43,7 +43,8 @@ def check_dataset(dataset: Any) -> None:
 
 @dataclass(frozen=True)
 class Round:
-    """One generation of all processes, a row a sequence; ``logged`` are TRL's columns of the completions table."""
+    """One generation: ``rows`` of this process's sequences, all else of all processes'; ``logged`` are TRL's columns of
+    the completions table."""
 
     rows: list[dict[str, torch.Tensor]]
     rewarded: RewardedBatch
@@ -52,13 +53,8 @@ class Round:
 
 
 def split_rows(output: dict[str, Any], lengths: list[int]) -> list[dict[str, torch.Tensor]]:
-    """TRL's dict as a dict for each of this process's sequences, without padding, on the CPU.
-
-    ``ValueError`` for what isn't a row's own, such as images.
-    """
-    unknown = set(output) - set(PADDED) - set(ONE_EACH) - set(OF_THE_BATCH)
-    if unknown:
-        raise ValueError(f"resample_zero_variance=True doesn't support batches with {', '.join(sorted(unknown))}")
+    """TRL's dict as a dict for each of this process's sequences, without padding, on the CPU."""
+    check_rows(output)
     rows: list[dict[str, torch.Tensor]] = []
     for i, length in enumerate(lengths):
         row = {}
@@ -76,6 +72,13 @@ def split_rows(output: dict[str, Any], lengths: list[int]) -> list[dict[str, tor
         row.update({name: output[name][i].cpu() for name in ONE_EACH})
         rows.append(row)
     return rows
+
+
+def check_rows(output: dict[str, Any]) -> None:
+    """``ValueError`` for what isn't a row's own, such as images."""
+    unknown = set(output) - set(PADDED) - set(ONE_EACH) - set(OF_THE_BATCH)
+    if unknown:
+        raise ValueError(f"resample_zero_variance=True doesn't support batches with {', '.join(sorted(unknown))}")
 
 
 def pad_rows(rows: list[dict[str, torch.Tensor]], pad_token_id: int, multiple_of: int | None, device: Any):
@@ -143,7 +146,8 @@ class Resampling:
         examples. Drawn by ``step`` and the number of the ``generation`` in it.
         """
         n_local = len(output["prompt_ids"])
-        rounds = [self._take(output, rewarded, logs)]
+        check_rows(output)
+        rounds = [self._take(rewarded, logs)]
         seen = set(rewarded.keys_B.tolist())
         order = self._order(len(dataset), step, generation)
         while self._live(rounds) < self.wanted and len(rounds) <= self.max_rounds:
@@ -154,7 +158,11 @@ class Resampling:
                     "keeps its dead ones."
                 )
                 break
-            rounds.append(self._take(*generate(others), logs))
+            if len(rounds) == 1:
+                rounds[0].rows.extend(self._rows(output, rewarded))
+            more, rewarded_more = generate(others)
+            rounds.append(self._take(rewarded_more, logs))
+            rounds[-1].rows.extend(self._rows(more, rewarded_more))
         self.run.log(
             {
                 "resampling/rounds": float(len(rounds)),
@@ -167,15 +175,19 @@ class Resampling:
     def _live(self, rounds: list[Round]) -> int:
         return sum(int((~one.dead_P).sum()) for one in rounds)
 
-    def _take(self, output: dict[str, Any], rewarded: RewardedBatch, logs: Mapping[str, Any]) -> Round:
-        n_local, n = len(output["prompt_ids"]), len(rewarded.rewards_BF)
+    def _rows(self, output: dict[str, Any], rewarded: RewardedBatch) -> list[dict[str, torch.Tensor]]:
+        n_local = len(output["prompt_ids"])
         first = self.accelerator.process_index * n_local
-        lengths = rewarded.lengths_B[first : first + n_local].tolist()
+        return split_rows(output, rewarded.lengths_B[first : first + n_local].tolist())
+
+    def _take(self, rewarded: RewardedBatch, logs: Mapping[str, Any]) -> Round:
+        """Without its rows, which only another generation makes necessary."""
+        n = len(rewarded.rewards_BF)
         dead_P = zero_variance_groups(
             rewarded.rewards_BF, rewarded.weights_F, rewarded.num_generations, self.run.aggregation
         )
         return Round(
-            rows=gather_object(split_rows(output, lengths)),
+            rows=[],
             rewarded=rewarded,
             logged={name: list(column)[-n:] for name, column in logged_columns(logs).items() if len(column) >= n},
             dead_P=dead_P.cpu(),
@@ -219,15 +231,18 @@ class Resampling:
         rewarded = replace(
             last, rewards_BF=chosen("rewards_BF"), lengths_B=chosen("lengths_B"), keys_B=chosen("keys_B")
         )
-        rows = [row for one in rounds for row in one.rows]
-        rows = [rows[i] for i in row_B.tolist()]
-        first = self.accelerator.process_index * n_local
+        first, n = self.accelerator.process_index * n_local, len(rounds[0].rewarded.rewards_BF)
+        wanted = set(row_B.tolist())
+        own = {at * n + first + i: row for at, one in enumerate(rounds) for i, row in enumerate(one.rows)}
+        found = {
+            i: row for part in gather_object([{i: own[i] for i in own.keys() & wanted}]) for i, row in part.items()
+        }
+        rows = [found[i] for i in row_B.tolist()]
         merged = pad_rows(rows[first : first + n_local], self.run.pad_token_id, self.run.pad_to_multiple_of, device)
         live = (row["completion_mask"] * row.get("tool_mask", 1) for row in rows)
         merged["num_items_in_batch"] = torch.as_tensor(
             sum(int(mask.sum()) for mask in live), device=device, dtype=output["num_items_in_batch"].dtype
         )
-        n = len(rounds[0].rows)
         for name, column in logged_columns(logs).items():
             values = [value for one in rounds for value in one.logged.get(name, [None] * n)]
             replace_latest(column, [values[row] for row in row_B.tolist()])
