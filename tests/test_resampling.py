@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
 from trl_ext.batches.batch_rows import join
+from trl_ext.rewards import resampling
 from trl_ext.rewards.resampling import Resampling, pad_rows, split_rows
 
 ON = {"resample_zero_variance": True}
@@ -84,6 +85,18 @@ def test_wanted_and_cap(tiny_policy, tmp_path):
     off = build(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1)
     off.train()
     assert not any("resampling" in key for key in off.recorder.logs[0])
+
+
+def test_rows_are_gathered_only_where_something_is_resampled(tiny_policy, tmp_path, monkeypatch):
+    gathered = []
+    monkeypatch.setattr(resampling, "gather_object", lambda parts: gathered.append(len(parts[0])) or parts)
+    trainer = build(tiny_policy, tmp_path / "live", live_or_not(0.0), max_steps=2, **ON)
+    trainer.train()
+    assert gathered == [] and trainer.recorder.logs[0]["resampling/rounds"] == 1
+    trainer = build(tiny_policy, tmp_path / "dead", live_or_not(0.6), max_steps=1, **ON)
+    trainer.train()
+    assert trainer.recorder.logs[0]["resampling/rounds"] > 1
+    assert gathered == [16]  # the batch that is kept, whatever was drawn
 
 
 def test_a_dataset_without_other_prompts(tiny_policy, tmp_path, caplog):
