@@ -102,7 +102,7 @@ def test_two_prompts_by_hand():
     coefficients = torch.tensor([0.25, 0.5, -0.25, -0.5])
     rewards = [1.0, 1.0, 0.0, 0.5]
     step = step_of(coefficients[:, None] * scores, [7, 3, 7, 3], rewards, coefficients, baseline_size=2)
-    metrics = interference_metrics(step, features_PH=torch.tensor([[1.0, 1.0], [0.0, 2.0]]))
+    metrics = interference_metrics(step, features_PP=torch.tensor([[2.0, 2.0], [2.0, 4.0]]))
     # trained: g_7 = (0.25, -0.5), g_3 = (0.5, 1). V = 2 * 2 u_1 . u_2 / (1 + 1) is 0 for 7, 2 * 0.25 = 0.5 for 3
     cosine = (0.125 - 0.5) / (0.3125 * 1.25) ** 0.5
     # raw: a = +-0.5 and +-0.25, so raw_7 = (0.25, -0.5), raw_3 = (0.125, 0.25); <raw_7, raw_3> < 0
@@ -587,8 +587,8 @@ def test_bad_options_are_named():
     step = step_of(torch.eye(2), [0, 1], [0.0, 1.0])
     with pytest.raises(ValueError, match="sketch_rmse=nan"):
         interference_metrics(step, sketch_rmse=NAN)
-    with pytest.raises(ValueError, match=r"features_PH \(2,\)"):
-        interference_metrics(step, features_PH=torch.ones(2))
+    with pytest.raises(ValueError, match=r"features_PP \(2,\)"):
+        interference_metrics(step, features_PP=torch.ones(2))
     with pytest.raises(ValueError, match=r"sketch_BMK has shape \(2, 4\)"):
         predicted_rmse(torch.ones(2, 4), torch.arange(2))
     with pytest.raises(ValueError, match=r"sketch_BMK has shape \(2, 1, 4\)"):

@@ -325,7 +325,7 @@ def test_figures_of_a_step(device):
     def figures(sketch_BMK, tensors):
         step = StepGradients(**tensors, baseline_size=4)
         rmse = predicted_rmse(sketch_BMK, step.prompt_B)
-        metrics = interference_metrics(step, sketch_rmse=rmse, features_PH=sketch_BMK[:2, 0])
+        metrics = interference_metrics(step, sketch_rmse=rmse, features_PP=sketch_BMK[:2, 0] @ sketch_BMK[:2, 0].T)
         return metrics, directional_curvature(step), fisher_trace(step)
 
     expected = figures(sketch_BMK, tensors)

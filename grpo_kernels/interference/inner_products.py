@@ -124,6 +124,10 @@ class ColumnProducts:
     def __len__(self) -> int:
         return len(self.values_BK)
 
+    def _sum(self, made: torch.Tensor) -> torch.Tensor:
+        """Over processes: made in float64, sent in float32."""
+        return self._reduce(made.float()).double()
+
     def _factor(self, factor_B: torch.Tensor) -> torch.Tensor:
         factor_B = factor_B.to(self._squares_B)
         return factor_B if self._kept_B is None else factor_B * self._kept_B
@@ -143,14 +147,14 @@ class ColumnProducts:
         for start in range(0, n_prompts, step):
             rows_SGK = self.values_BK[index_PG[start : start + step]].double()
             made_PGG[start : start + step] = rows_SGK @ rows_SGK.transpose(1, 2)
-        made_PGG = self._reduce(made_PGG)
+        made_PGG = self._sum(made_PGG)
         if self._kept_B is None:
             return made_PGG
         kept_PG = self._kept_B[index_PG]
         return made_PGG * kept_PG[:, :, None] * kept_PG[:, None, :]
 
     def of_sums(self, row_B: torch.Tensor, n_rows: int, left_B: torch.Tensor, right_NB: torch.Tensor) -> torch.Tensor:
-        return self._reduce(self._of_sums(row_B, n_rows, left_B, right_NB, slice(None)))
+        return self._sum(self._of_sums(row_B, n_rows, left_B, right_NB, slice(None)))
 
     def _of_sums(self, row_B, n_rows, left_B, right_NB, columns: slice) -> torch.Tensor:
         left_B1, rights = self._factor(left_B)[:, None], [self._factor(right)[:, None] for right in right_NB]
@@ -168,7 +172,7 @@ class ColumnProducts:
         size = self.values_BK.shape[1]
         here = [slice(*(min(max(at - self.first, 0), size) for at in (b.start, b.stop))) for b in blocks]
         made = [self._of_sums(row_B, n_rows, ones_B, ones_B[None], columns)[0] for columns in here]
-        return self._reduce(torch.stack(made))
+        return self._sum(torch.stack(made))
 
     def squared_along(
         self, row_B: torch.Tensor, n_rows: int, scale_B: torch.Tensor, factor_B: torch.Tensor
@@ -184,7 +188,7 @@ class ColumnProducts:
         step = max(1, PIECE // (8 * max(n_rows, n_columns, 1)))
         for start in range(0, len(self), step):
             rows = slice(start, start + step)
-            along_SP = self._reduce(self.values_BK[rows].double() @ sums_PK.T) * scale_B1[rows]
+            along_SP = self._sum(self.values_BK[rows].double() @ sums_PK.T) * scale_B1[rows]
             made_PP.index_add_(0, row_B[rows], along_SP.square_())
         return made_PP
 

@@ -21,17 +21,17 @@ from .curvature import curvature_metrics
 from .step_gradients import PromptGroups, StepGradients, group_by_prompt
 
 NEAR_ORTHOGONAL = 0.1  # of absolute cosines, the paper's
-FEATURES = 512  # numbers of a feature vector that are converted at a time
 CONFLICT_FLOOR = 1e-3  # a cosine nearer to 0 has no sign worth counting, sketch or not: bf16 gradients resolve no more
 
 
 def interference_metrics(
-    step: StepGradients | PromptGroups, *, sketch_rmse: float = 0.0, features_PH: torch.Tensor | None = None
+    step: StepGradients | PromptGroups, *, sketch_rmse: float = 0.0, features_PP: torch.Tensor | None = None
 ) -> dict[str, float]:
     """All that is logged of one step, under ``interference/``, ``curvature/`` and ``theory/``; finite values only.
 
     ``sketch_rmse``: error of one cosine (``sketch_error.predicted_rmse``), 0 for exact inner products.
-    ``features_PH``: a feature vector of each prompt, such as the mean of its last hidden states, in any order.
+    ``features_PP``: inner products of a feature vector of each prompt, such as the mean of its last hidden states, in
+    any order.
 
     Over pairs of different live prompts, cos = K_pq / sqrt(K_pp K_qq), K_PP the inner products of prompt gradients:
 
@@ -54,11 +54,11 @@ def interference_metrics(
         raise ValueError(f"sketch_rmse={sketch_rmse!r} must be a finite number, not negative")
     groups = group_by_prompt(step)
     metrics = _cosine_metrics(groups, sketch_rmse) | _signal_metrics(groups) | _sum_metrics(groups, sketch_rmse)
-    if features_PH is not None:
-        if features_PH.ndim != 2 or not features_PH.isfinite().all():
-            raise ValueError(f"features_PH {tuple(features_PH.shape)}: expected finite vectors, (P, H)")
-        gram_PP = sum(piece.double() @ piece.double().T for piece in features_PH.split(FEATURES, dim=1))
-        cosine_N = _cosines(gram_PP, gram_PP.diagonal() > 0)  # type: ignore[arg-type]
+    if features_PP is not None:
+        if features_PP.ndim != 2 or features_PP.shape[0] != features_PP.shape[1] or not features_PP.isfinite().all():
+            raise ValueError(f"features_PP {tuple(features_PP.shape)}: expected finite inner products, (P, P)")
+        features_PP = features_PP.double()
+        cosine_N = _cosines(features_PP, features_PP.diagonal() > 0)
         metrics["feature_cos_abs_mean"] = _mean(cosine_N.abs())
     named = {f"interference/{name}": value for name, value in metrics.items()} | curvature_metrics(groups)
     return {name: value for name, value in named.items() if math.isfinite(value)}

@@ -33,7 +33,7 @@ MOST_DENSE = 1024  # sequences of which all inner products are kept: 8 MB
 class Recorded:
     """Of this process. ``sketch_BMN`` float32, (B, M, N) or exact (B, N), as the mean over processes takes it;
     ``sections`` of its last dimension; ``packed_BN`` (``sequences.pack_known``); ``features_PH`` (P, H + 1): sums over
-    the sequences of each prompt id, and their number, or None."""
+    the sequences of each prompt id, and their number, 0 where there are none; or None."""
 
     sketch_BMN: torch.Tensor
     sections: dict[str, slice]
@@ -55,7 +55,8 @@ class Recorded:
     def sizes(self) -> list[int]:
         """What is to be as large as the largest of all processes': prompts with features, prompts, tasks."""
         prompts = len(self.packed_BN[:, 0].unique()) if self.summed else 0
-        return [0 if self.features_PH is None else len(self.features_PH), prompts, int(self.has_tasks)]
+        seen = 0 if self.features_PH is None else int((self.features_PH[:, -1] > 0).sum())
+        return [seen, prompts, int(self.has_tasks)]
 
 
 def only_prompts_matter(coefficient_B: torch.Tensor | None, n_sequences: int) -> bool:
@@ -116,8 +117,8 @@ def measure(
         baseline_size=baseline_size,
     )
     groups = group_by_prompt(step)
-    features_PH = _features(recorded, largest[0], together)
-    metrics = interference_metrics(groups, sketch_rmse=error, features_PH=features_PH)
+    features_PP = _features(recorded, prompt_P, largest[0], together)
+    metrics = interference_metrics(groups, sketch_rmse=error, features_PP=features_PP)
     if run.options.interference_parts:
         metrics |= part_metrics(grams_PP, errors)
     return Measured(
@@ -143,15 +144,20 @@ def _of_prompts(
 ) -> tuple[ColumnProducts, torch.Tensor]:
     """Of each process's sums over its prompts; and their rows in ``prompt_P``."""
     own_P, row_B = recorded.packed_BN[:, 0].unique(return_inverse=True)
-    sums_PK = sum_rows(recorded.sketch_BMN.flatten(1), row_B.to(recorded.sketch_BMN.device), most)
+    sums_PK = sum_rows(recorded.sketch_BMN.flatten(1), row_B, len(own_P))
     recorded.forget_sketch()
-    ids_U = own_P.new_full((most,), int(own_P[0]))  # rows of 0 belong anywhere
-    ids_U[: len(own_P)] = own_P
-    ids_U = together.gather(ids_U)
-    values_UK, first = together.columns(sums_PK)
+    return _sums_by_columns(sums_PK, own_P, prompt_P, most, together)
+
+
+def _sums_by_columns(
+    sums_PK: torch.Tensor, own_P: torch.Tensor, prompt_P: torch.Tensor, most: int, together: Together
+) -> tuple[ColumnProducts, torch.Tensor]:
+    """Of each process's sums over its prompts ``own_P``, of which no process has more than ``most``."""
+    missing = most - len(own_P)  # rows of 0 belong anywhere
+    ids_U = together.gather(torch.cat([own_P, prompt_P[:1].expand(missing)]))
+    values_UK, first = together.columns(torch.nn.functional.pad(sums_PK, (0, 0, 0, missing)))
     nothing_U = values_UK.new_zeros(len(values_UK), dtype=torch.float64)
-    row_U = torch.searchsorted(prompt_P, ids_U.to(prompt_P.device))
-    return ColumnProducts(values_UK, nothing_U, together.sum, first=first), row_U
+    return ColumnProducts(values_UK, nothing_U, together.sum, first=first), torch.searchsorted(prompt_P, ids_U)
 
 
 def _by_part(
@@ -174,15 +180,17 @@ def _by_part(
     return grams_PP, rmse_of_parts(whole_MPP) if len(starts) > 1 and grams_PP else 0.0, errors
 
 
-def _features(recorded: Recorded, most: int, together: Together) -> torch.Tensor | None:
-    """(P, H) means over the sequences of each prompt that has one that ran; None: there are none."""
+def _features(recorded: Recorded, prompt_P: torch.Tensor, most: int, together: Together) -> torch.Tensor | None:
+    """(P, P) inner products of the means over each prompt's sequences, of those that have one that ran; None: none."""
     totals_PH, recorded.features_PH = recorded.features_PH, None
-    if totals_PH is None:
+    if totals_PH is None or most == 0:
         return None
-    if len(totals_PH) < most:
-        totals_PH = torch.cat([totals_PH, totals_PH.new_zeros(most - len(totals_PH), totals_PH.shape[1])])
-    totals_PH = together.sum(totals_PH)
-    ran_P = totals_PH[:, -1] > 0
-    if not ran_P.all():
-        totals_PH = totals_PH[ran_P]
-    return totals_PH[:, :-1].div_(totals_PH[:, -1:])
+    own_P = (totals_PH[:, -1] > 0).nonzero()[:, 0]
+    columns, row_U = _sums_by_columns(totals_PH[own_P, :-1], own_P, prompt_P, most, together)
+    count_P = totals_PH.new_zeros(len(prompt_P))
+    count_P[torch.searchsorted(prompt_P, own_P)] = totals_PH[own_P, -1]
+    count_P = together.sum(count_P)
+    hidden = slice(0, totals_PH.shape[1] - 1)
+    gram_PP = columns.of_blocks(row_U, len(prompt_P), [hidden])[0]
+    ran_P = count_P > 0
+    return (gram_PP / count_P[:, None] / count_P)[ran_P][:, ran_P]

@@ -1,0 +1,244 @@
+"""Inner products by columns against those of the matrix; what a process of eight holds and moves for a large step."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory import PeakMemory
+from test_what_if import make_scores
+
+from grpo_kernels.interference.inner_products import ColumnProducts, MatrixProducts, PromptProducts, squared_norms
+from grpo_kernels.interference.metrics import interference_metrics
+from grpo_kernels.interference.noise import gradient_noise
+from grpo_kernels.interference.step_gradients import StepGradients
+from grpo_kernels.interference.what_if import StepScores, candidates, what_if
+from trl_ext.interference import measure, together
+from trl_ext.interference.measure import Recorded
+from trl_ext.interference.sequences import pack_known
+from trl_ext.interference.what_if_log import STATELESS, WhatIfLog
+
+
+class Crew:
+    """Threads in place of processes: every one calls ``reduce`` as often as the others."""
+
+    def __init__(self, size):
+        self.barrier, self.parts, self.size = threading.Barrier(size), [None] * size, size
+
+    def reduce_of(self, rank):
+        def reduce(values):
+            self.parts[rank] = values
+            self.barrier.wait()
+            total = torch.stack(self.parts).sum(0)
+            self.barrier.wait()
+            return total
+
+        return reduce
+
+    def run(self, work):
+        """What each returned."""
+        found = [None] * self.size
+
+        def one(rank):
+            try:
+                found[rank] = work(rank)
+            except BaseException as error:
+                self.barrier.abort()
+                found[rank] = error
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for one_found in found:
+            if isinstance(one_found, BaseException):
+                raise one_found
+        return found
+
+
+def spread(vectors, crew, dropped=None):
+    """The columns of each of a crew, the last ones narrower."""
+    width = -(-vectors.shape[1] // crew.size)
+    square_B = squared_norms(vectors)
+    return [
+        ColumnProducts(
+            vectors[:, rank * width : (rank + 1) * width], square_B, crew.reduce_of(rank), first=rank * width,
+            dropped_B=dropped,
+        )
+        for rank in range(crew.size)
+    ]  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    numbers=st.integers(1, 40),
+    processes=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+    drops=st.booleans(),
+)
+def test_columns_answer_as_the_matrix_does(sizes, numbers, processes, seed, drops):
+    generator = torch.Generator().manual_seed(seed)
+    row_B = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    row_B = row_B[torch.randperm(len(row_B), generator=generator)]
+    vectors = torch.randn(len(row_B), numbers, generator=generator)
+    factors = torch.randn(3, len(row_B), generator=generator, dtype=torch.float64)
+    dropped = torch.rand(len(row_B), generator=generator) < 0.3 if drops else None
+    matrix = MatrixProducts(vectors.double() @ vectors.double().T)
+    if drops:
+        matrix = matrix.masked(dropped)
+    index_PG = torch.stack([torch.arange(len(row_B)), torch.arange(len(row_B)).flip(0)], dim=1)
+
+    def answers(products):
+        return [
+            products.squares(),
+            products.within(index_PG),
+            products.of_sums(row_B, len(sizes), factors[0], factors[1:]),
+            products.squared_along(row_B, len(sizes), factors[0], factors[1]),
+            products.of_totals(factors),
+        ]
+
+    crew = Crew(processes)
+    for found in crew.run(lambda rank: answers(columns[rank])) if (columns := spread(vectors, crew, dropped)) else ():
+        for answer, expected in zip(found, answers(matrix), strict=True):
+            size = expected.abs().max().item()  # sent in float32
+            torch.testing.assert_close(answer, expected, rtol=1e-6, atol=1e-6 * size)
+
+    blocks = [slice(0, numbers // 3), slice(numbers // 3, numbers)]
+    kept = torch.ones(len(row_B)) if dropped is None else (~dropped).float()
+    sums = torch.zeros(len(sizes), numbers).index_add_(0, row_B, vectors * kept[:, None]).double()
+    want = torch.stack([sums[:, block] @ sums[:, block].T for block in blocks])
+    for found in crew.run(lambda rank: columns[rank].of_blocks(row_B, len(sizes), blocks)):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def scores():
+    generator = torch.Generator().manual_seed(4)
+    score = torch.randn(8, 6, 30, generator=generator, dtype=torch.float64)
+    reward = (torch.rand(8, 6, generator=generator) < 0.5).double()
+    return make_scores(score, reward)
+
+
+def factor(gram_BB):
+    """Vectors of these inner products."""
+    values, vectors = torch.linalg.eigh(gram_BB)
+    return (vectors * values.clamp(min=0).sqrt()).float()
+
+
+def test_every_figure_is_that_of_the_matrix(scores):
+    """Interference, curvature, theory, what-if and noise, on three processes. Methods of the batch aside, which need
+    the matrix for their gain."""
+    fields = {**vars(scores)}
+    matrix = scores.gram_BB
+    reward_B = scores.rewards_PG[scores.prompt_B, scores.position_B]
+
+    def figures(gram_BB):
+        step = StepGradients(gram_BB, scores.prompt_B, reward_B, scores.coefficient_B, 6)
+        of_step = StepScores(**{**fields, "gram_BB": gram_BB})
+        table = what_if(of_step, candidates(["mean", "std", "batch_std", "loo"]), used="std")
+        noise = gradient_noise(of_step)
+        rows = {f"{name}/{key}": value for name, row in table.rows.items() for key, value in vars(row).items()}
+        return interference_metrics(step, sketch_rmse=0.02), rows, vars(noise), table.mutual_MM
+
+    crew = Crew(3)
+    columns = spread(factor(matrix), crew)
+    expected = figures(matrix)
+    assert len(expected[0]) > 20 and len(expected[1]) == 4 * 7
+    for found in crew.run(lambda rank: figures(columns[rank])):
+        for ours, theirs in zip(found[:3], expected[:3], strict=True):
+            assert ours.keys() == theirs.keys()
+            for key, value in theirs.items():
+                if isinstance(value, torch.Tensor):
+                    torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
+                else:
+                    assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+        torch.testing.assert_close(found[3], expected[3], rtol=1e-4, atol=1e-6)
+
+
+def test_sums_of_prompts_know_nothing_of_sequences():
+    row_B = torch.tensor([0, 0, 1])
+    products = PromptProducts(torch.eye(2), row_B, torch.ones(3))
+    ones = torch.ones(3)
+    torch.testing.assert_close(products.of_sums(row_B, 2, ones, ones[None])[0], torch.eye(2).double())
+    with pytest.raises(ValueError, match="only the sums over whole prompts are known, and these are others"):
+        products.of_sums(row_B, 2, ones, torch.tensor([[1.0, 2.0, 1.0]]))
+    for ask in (products.within, products.of_totals):
+        with pytest.raises(ValueError, match="not those of single sequences"):
+            ask(row_B)
+    assert products.masked(torch.zeros(3, dtype=torch.bool)) is products
+    with pytest.raises(ValueError, match="single sequences"):
+        products.masked(torch.tensor([True, False, False]))
+
+
+# ---- one process of eight, at 512 prompts of 16 answers and k = 64
+
+P, G, K, H, PROCESSES = 512, 16, 64, 4096, 8
+
+
+class OneOfEight:
+    """Its exchanges move nothing, but bring as much as they would: the others have what this one has."""
+
+    def __init__(self):
+        self.bytes = 0
+
+    def all_reduce(self, values):
+        self.bytes += values.nbytes
+
+    def all_gather_into_tensor(self, gathered, values):
+        gathered.view(PROCESSES, *values.shape)[:] = values
+        columns = gathered.view(PROCESSES, *values.shape)
+        if values.dtype == torch.int64 and values.ndim == 2:  # other processes have other prompts
+            columns[:, :, 0] = torch.arange(PROCESSES)[:, None] * (P // PROCESSES) + values[:, 0]
+        elif values.dtype == torch.int64:
+            columns[:] = torch.arange(PROCESSES)[:, None] * (P // PROCESSES) + values
+
+    def all_to_all_single(self, arrived, sent):
+        arrived.copy_(sent)
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["sequences", "prompts alone"])
+def test_a_process_of_eight_holds_64_megabytes_at_most(summed, monkeypatch, capsys):
+    """Sketch, features and all that is made of them, as allocations of tensors; what-if and noise with it."""
+    network = OneOfEight()
+    for name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single"):
+        monkeypatch.setattr(together.dist, name, getattr(network, name))
+    accelerator = SimpleNamespace(num_processes=PROCESSES, process_index=0, device=torch.device("cpu"))
+    exchanges = together.Together(accelerator)
+    options = SimpleNamespace(interference_parts=False, what_if=None, normalization_kwargs=None)
+    run = SimpleNamespace(
+        options=options, num_generations=G, prompts_per_generation=P, aggregation="sum_then_normalize",
+        say_once=lambda *said: pytest.fail(str(said)) if said[1:] != () else None,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    n = P * G // PROCESSES
+    prompt_B, position_B = torch.arange(n) // G, torch.arange(n) % G
+    rewards_BG = (torch.rand(n // G, G, generator=generator) < 0.5).float()[prompt_B]
+    reward_B = rewards_BG.gather(1, position_B[:, None])[:, 0]
+    advantage_B = (reward_B - rewards_BG.mean(1)) / (rewards_BG.std(1) + 1e-4)
+    what = WhatIfLog(run, "std", [1.0], exchanges.attempt)
+    with PeakMemory() as memory:
+        sketch = torch.randn(n, 2, K * K // 2, generator=generator) * advantage_B[:, None, None]
+        features = torch.cat([torch.randn(n // G, H, generator=generator), torch.full((n // G, 1), float(G))], dim=1)
+        known = {
+            "prompt_id": prompt_B, "prompt_key": prompt_B, "position": position_B, "length": position_B,
+            "square": squared_norms(sketch.flatten(1)), "advantage": advantage_B, "made_at": advantage_B,
+            "weight": torch.ones(n), "group_rewards": rewards_BG, "function_rewards": reward_B[:, None],
+            "coefficient": None if summed else -advantage_B,
+        }  # fmt: skip
+        recorded = Recorded(
+            sketch, {"model": slice(0, K * K // 2)}, pack_known(known, PROCESSES), features, 1, False, summed=summed
+        )
+        del sketch, features
+        found = measure.measure(recorded, recorded.sizes(), exchanges, run, G, what.observe)
+    assert found.metrics["interference/live_prompts"] > P - 8
+    assert ("what_if/std/cos" in found.metrics) is not summed and ("noise/between" in found.metrics) is not summed
+    if not summed:
+        names = [name for name in STATELESS if name != "decoupled"]
+        assert all(f"what_if/{name}/gain" in found.metrics for name in names)
+    with capsys.disabled():
+        print(f"\n{memory.peak / 1e6:.1f} MB held at most, {network.bytes / 1e6:.1f} MB summed over processes")
+    assert memory.peak <= 64e6
