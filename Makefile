@@ -8,9 +8,10 @@ BIN = $(VENV)/bin
 PARTS ?=
 TRL115 ?= .venv-trl115
 ENGINES ?= .venv-engines
+VLLM ?= .venv-vllm
 CASES ?= -m engines
 
-.PHONY: demo test nightly test-trl115 test-engines bench bench-full gpu check docs package
+.PHONY: demo test nightly test-trl115 test-engines test-vllm bench bench-full gpu check docs package
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +54,16 @@ $(ENGINES)/.installed-engines: pyproject.toml constraints.txt
 
 test-engines: $(ENGINES)/.installed-engines
 	DS_ACCELERATOR=cpu $(ENGINES)/bin/python -m pytest $(CASES) tests/test_engines.py tests/test_elastic.py
+
+$(VLLM)/.installed-vllm: pyproject.toml constraints.txt .ci/install_vllm.py
+	$(MAKE) $(VLLM)/.installed-dev VENV=$(VLLM)
+	$(VLLM)/bin/python .ci/install_vllm.py
+	touch $@
+
+# where it can't be had the tests are skipped, and say so
+test-vllm:
+	-$(MAKE) $(VLLM)/.installed-vllm
+	$(VLLM)/bin/python -m pytest -m vllm -rs tests/test_vllm.py
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only

@@ -23,9 +23,7 @@ def test_a_logged_step(processes, benchmark, record, tmp_path):
 
     def run() -> None:
         arguments = (processes, PROMPTS, ROUNDS, str(tmp_path))
-        torch.multiprocessing.start_processes(
-            logged_step_scale.work, arguments, nprocs=processes, start_method="spawn"
-        )
+        torch.multiprocessing.start_processes(logged_step_scale.work, arguments, nprocs=processes, start_method="spawn")
 
     benchmark.pedantic(run, rounds=1)
     found = torch.load(tmp_path / "found.pt")

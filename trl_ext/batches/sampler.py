@@ -1,0 +1,45 @@
+"""How far the sampler's distribution (vLLM's) is from the trainer's, whose gradient its samples are used for.
+
+Shapes: B sequences, T padded completion positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def sampler_metrics(batch: Mapping[str, Any], accelerator: Any) -> dict[str, float]:
+    """Of the batch of all processes, as it was generated; nothing where one of the two log-probs isn't there.
+
+    With mu the sampler, pi the trainer and r = pi / mu of a token that mu drew, over tokens that have both:
+
+    * ``sampler/kl``: KL(mu || pi) in nats a token, the mean of r - 1 - log r (never negative, and its expectation is
+      that of -log r, as r's is 1).
+    * ``sampler/chi_square``: chi^2(pi || mu) of a token, the mean of (r - 1)^2.
+    * ``sampler/ess_tokens``: effective sample size as a share, (sum r)^2 / (n sum r^2); ``sampler/ess``: the same over
+      sequences, whose ratio is the product of their tokens'. 1: samples are as good as the trainer's own.
+    """
+    trainer_BT, sampler_BT = batch.get("old_per_token_logps"), batch.get("sampling_per_token_logps")
+    if trainer_BT is None or sampler_BT is None:
+        return {}
+    log_ratio_BT = trainer_BT.double() - sampler_BT.double()
+    mask_BT = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool() & ~log_ratio_BT.isnan()
+    log_ratio_BT = log_ratio_BT.masked_fill(~mask_BT, 0.0)  # a ratio of 1
+    ratio_BT = log_ratio_BT.exp()
+    sums = [mask_BT, ratio_BT - 1 - log_ratio_BT, (ratio_BT - 1).square()]
+    sums += [ratio_BT * mask_BT, ratio_BT.square() * mask_BT, log_ratio_BT]
+    sums_B6 = accelerator.gather(torch.stack([values.double().sum(1) for values in sums], dim=1))
+    sums_B6 = sums_B6[sums_B6[:, 0] > 0]
+    if not len(sums_B6):
+        return {}
+    tokens, kl, chi_square, total, squares, _ = sums_B6.sum(0).tolist()
+    weight_B = (sums_B6[:, 5] - sums_B6[:, 5].max()).exp()
+    return {
+        "sampler/kl": kl / tokens,
+        "sampler/chi_square": chi_square / tokens,
+        "sampler/ess_tokens": total**2 / (tokens * squares),
+        "sampler/ess": float(weight_B.sum().square() / weight_B.square().sum()) / len(weight_B),
+    }
