@@ -3,6 +3,7 @@
 ``make gpu`` runs these; elsewhere they are skipped.
 """
 
+import contextlib
 import os
 
 import pytest
@@ -149,6 +150,30 @@ def test_interference_on_a_gpu(lora, tiny_policy, tmp_path):
         assert exact.metrics["interference/coverage"] == pytest.approx(1, abs=1e-5)
         assert sketched.metrics["interference/sketch_check"] == pytest.approx(1, abs=0.2)
         assert abs(sketched.gram_BB - exact.gram_BB).max() < 0.2 * exact.gram_BB.diagonal().max()
+
+
+class PeakOnGpu:
+    """``peak``: bytes that tensors took within the ``with``, by torch's own count."""
+
+    def __enter__(self):
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *error):
+        self.peak = torch.cuda.max_memory_allocated() - self.before
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["sequences", "prompts alone"])
+def test_a_large_step_on_a_gpu(summed, monkeypatch):
+    """One process of eight, 512 prompts of 16 answers: what the allocator has seen, temporaries of operations too."""
+    from test_inner_products import one_of_eight
+
+    one_of_eight(summed, monkeypatch, contextlib.nullcontext(), "cuda")  # workspaces of libraries
+    memory = PeakOnGpu()
+    one_of_eight(summed, monkeypatch, memory, "cuda")
+    print(f"{memory.peak / 1e6:.1f} MB held by one of eight on a GPU")
+    assert memory.peak <= 64e6
 
 
 def test_logging_changes_no_parameter_on_a_gpu(tiny_policy, tmp_path):

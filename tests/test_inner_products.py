@@ -182,63 +182,66 @@ P, G, K, H, PROCESSES = 512, 16, 64, 4096, 8
 class OneOfEight:
     """Its exchanges move nothing, but bring as much as they would: the others have what this one has."""
 
-    def __init__(self):
-        self.bytes = 0
-
     def all_reduce(self, values):
-        self.bytes += values.nbytes
+        pass
 
     def all_gather_into_tensor(self, gathered, values):
         gathered.view(PROCESSES, *values.shape)[:] = values
         columns = gathered.view(PROCESSES, *values.shape)
+        first_P1 = torch.arange(PROCESSES, device=values.device)[:, None] * (P // PROCESSES)
         if values.dtype == torch.int64 and values.ndim == 2:  # other processes have other prompts
-            columns[:, :, 0] = torch.arange(PROCESSES)[:, None] * (P // PROCESSES) + values[:, 0]
+            columns[:, :, 0] = first_P1 + values[:, 0]
         elif values.dtype == torch.int64:
-            columns[:] = torch.arange(PROCESSES)[:, None] * (P // PROCESSES) + values
+            columns[:] = first_P1 + values
 
     def all_to_all_single(self, arrived, sent):
         arrived.copy_(sent)
 
 
-@pytest.mark.parametrize("summed", [False, True], ids=["sequences", "prompts alone"])
-def test_a_process_of_eight_holds_64_megabytes_at_most(summed, monkeypatch, capsys):
-    """Sketch, features and all that is made of them, as allocations of tensors; what-if and noise with it."""
+def one_of_eight(summed, monkeypatch, measured, device="cpu"):
+    """What the first process finds of a step, everything that it makes of it within ``measured``, a context."""
     network = OneOfEight()
     for name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single"):
         monkeypatch.setattr(together.dist, name, getattr(network, name))
-    accelerator = SimpleNamespace(num_processes=PROCESSES, process_index=0, device=torch.device("cpu"))
+    accelerator = SimpleNamespace(num_processes=PROCESSES, process_index=0, device=torch.device(device))
     exchanges = together.Together(accelerator)
     options = SimpleNamespace(interference_parts=False, what_if=None, normalization_kwargs=None)
     run = SimpleNamespace(
         options=options, num_generations=G, prompts_per_generation=P, aggregation="sum_then_normalize",
-        say_once=lambda *said: pytest.fail(str(said)) if said[1:] != () else None,
+        say_once=lambda text, level="warning": None if level == "info" else pytest.fail(text),
     )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     n = P * G // PROCESSES
-    prompt_B, position_B = torch.arange(n) // G, torch.arange(n) % G
-    rewards_BG = (torch.rand(n // G, G, generator=generator) < 0.5).float()[prompt_B]
-    reward_B = rewards_BG.gather(1, position_B[:, None])[:, 0]
-    advantage_B = (reward_B - rewards_BG.mean(1)) / (rewards_BG.std(1) + 1e-4)
-    what = WhatIfLog(run, "std", [1.0], exchanges.attempt)
-    with PeakMemory() as memory:
-        sketch = torch.randn(n, 2, K * K // 2, generator=generator) * advantage_B[:, None, None]
-        features = torch.cat([torch.randn(n // G, H, generator=generator), torch.full((n // G, 1), float(G))], dim=1)
-        known = {
-            "prompt_id": prompt_B, "prompt_key": prompt_B, "position": position_B, "length": position_B,
-            "square": squared_norms(sketch.flatten(1)), "advantage": advantage_B, "made_at": advantage_B,
-            "weight": torch.ones(n), "group_rewards": rewards_BG, "function_rewards": reward_B[:, None],
-            "coefficient": None if summed else -advantage_B,
-        }  # fmt: skip
-        recorded = Recorded(
-            sketch, {"model": slice(0, K * K // 2)}, pack_known(known, PROCESSES), features, 1, False, summed=summed
-        )
-        del sketch, features
-        found = measure.measure(recorded, recorded.sizes(), exchanges, run, G, what.observe)
+    with torch.device(device):
+        prompt_B, position_B = torch.arange(n) // G, torch.arange(n) % G
+        rewards_BG = (torch.rand(n // G, G) < 0.5).float()[prompt_B]
+        reward_B = rewards_BG.gather(1, position_B[:, None])[:, 0]
+        advantage_B = (reward_B - rewards_BG.mean(1)) / (rewards_BG.std(1) + 1e-4)
+        what = WhatIfLog(run, "std", [1.0], exchanges.attempt)
+        with measured:
+            sketch = torch.randn(n, 2, K * K // 2).mul_(advantage_B[:, None, None])
+            features = torch.cat([torch.randn(n // G, H), torch.full((n // G, 1), float(G))], dim=1)
+            known = {
+                "prompt_id": prompt_B, "prompt_key": prompt_B, "position": position_B, "length": position_B,
+                "square": squared_norms(sketch.flatten(1)), "advantage": advantage_B, "made_at": advantage_B,
+                "weight": torch.ones(n), "group_rewards": rewards_BG, "function_rewards": reward_B[:, None],
+                "coefficient": None if summed else -advantage_B,
+            }  # fmt: skip
+            packed = pack_known(known, PROCESSES)
+            recorded = Recorded(sketch, {"model": slice(0, K * K // 2)}, packed, features, 1, False, summed=summed)
+            del sketch, features, known
+            found = measure.measure(recorded, recorded.sizes(), exchanges, run, G, what.observe)
     assert found.metrics["interference/live_prompts"] > P - 8
     assert ("what_if/std/cos" in found.metrics) is not summed and ("noise/between" in found.metrics) is not summed
     if not summed:
         names = [name for name in STATELESS if name != "decoupled"]
         assert all(f"what_if/{name}/gain" in found.metrics for name in names)
-    with capsys.disabled():
-        print(f"\n{memory.peak / 1e6:.1f} MB held at most, {network.bytes / 1e6:.1f} MB summed over processes")
-    assert memory.peak <= 64e6
+    return found
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["sequences", "prompts alone"])
+def test_a_process_of_eight_holds_64_megabytes_at_most(summed, monkeypatch):
+    """Sketch, features and all that is made of them, as allocations of tensors; what-if and noise with it."""
+    memory = PeakMemory()
+    one_of_eight(summed, monkeypatch, memory)
+    assert 20e6 < memory.peak <= 64e6
