@@ -99,7 +99,9 @@ def test_training_is_the_same_to_the_last_bit(tiny_policy, tmp_path):
         assert torch.equal(one, other)
     for a, b in zip(its_log.logs, log.logs, strict=True):
         for name in a:
-            if not name.endswith("time") and "per_second" not in name and "runtime" not in name and "sec" not in name:
+            if name.startswith("what_if/"):  # of more normalisations at once: products of matrices of other sizes
+                assert a[name] == pytest.approx(b.get(name), rel=1e-9), name
+            elif not name.endswith("time") and "per_second" not in name and "runtime" not in name and "sec" not in name:
                 assert a[name] == b.get(name), name
 
 

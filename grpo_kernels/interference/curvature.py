@@ -140,7 +140,7 @@ def _assumptions(groups: PromptGroups, scores: _Scores) -> dict[str, float]:
     if n_chosen < 2:
         return {}
     raw_PP, score_raw2_PP = (matrix[chosen_P][:, chosen_P] for matrix in (raw_PP, score_raw2_PP))
-    spectral2_P = torch.linalg.eigvalsh(scores.gram_PGG[chosen_P])[:, -1]
+    spectral2_P = torch.linalg.eigvalsh(scores.gram_PGG[chosen_P].cpu())[:, -1].to(raw_PP)  # less memory there
     norm_P = raw_PP.diagonal().sqrt()
     different_PP = ~torch.eye(n_chosen, dtype=torch.bool, device=raw_PP.device)
     positive_PP = different_PP & (raw_PP > 0)

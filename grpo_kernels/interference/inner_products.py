@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-PIECE = 4 << 20  # bytes of what is converted to float64 at a time
+PIECE = 4 << 20  # bytes of what is made at a time
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # the sum of a tensor over processes
 
@@ -101,6 +101,9 @@ class MatrixProducts:
 class ColumnProducts:
     """Of the vectors, of each of which this process holds the same columns.
 
+    Sums over a prompt's vectors are made in float32, products of sums in float64. They are fastest where the vectors
+    come prompt by prompt, as many of each.
+
     Args:
         values_BK: float32, the columns that are here, of all vectors.
         squares_B: |z_i|^2 over all columns.
@@ -132,10 +135,23 @@ class ColumnProducts:
         factor_B = factor_B.to(self._squares_B)
         return factor_B if self._kept_B is None else factor_B * self._kept_B
 
-    def _pieces(self, rows: int, columns: slice = slice(None)) -> Iterator[torch.Tensor]:
-        """(B, k) columns one after the other, few enough that ``rows`` of them are a small piece in float64."""
+    def _pieces(self, columns: slice = slice(None)) -> Iterator[torch.Tensor]:
+        """(B, k) columns one after the other."""
         values_BK = self.values_BK[:, columns]
-        return iter(values_BK.split(max(16, PIECE // (8 * max(rows, 1))), dim=1))
+        return iter(values_BK.split(max(16, PIECE // (4 * max(len(self), 1))), dim=1))
+
+    def _sums(
+        self, row_B: torch.Tensor, n_rows: int, factors: Sequence[torch.Tensor], columns: slice = slice(None)
+    ) -> Iterator[list[torch.Tensor]]:
+        """(P, k) float64 by column pieces: for every factor the sums over prompts of factor_i z_i."""
+        each = len(self) // max(n_rows, 1)
+        in_order = torch.equal(row_B, torch.arange(n_rows, device=row_B.device).repeat_interleave(each))
+        narrow = [factor_B.float()[:, None] for factor_B in factors]
+        for piece_Bk in self._pieces(columns):
+            if in_order:
+                yield [(piece_Bk * f).view(n_rows, each, -1).sum(1).double() for f in narrow]
+            else:
+                yield [sum_rows(piece_Bk * f, row_B, n_rows).double() for f in narrow]
 
     def squares(self) -> torch.Tensor:
         return self._factor(self._squares_B)
@@ -157,13 +173,11 @@ class ColumnProducts:
         return self._sum(self._of_sums(row_B, n_rows, left_B, right_NB, slice(None)))
 
     def _of_sums(self, row_B, n_rows, left_B, right_NB, columns: slice) -> torch.Tensor:
-        left_B1, rights = self._factor(left_B)[:, None], [self._factor(right)[:, None] for right in right_NB]
-        made_NPP = self._squares_B.new_zeros(len(rights), n_rows, n_rows)
-        for piece in self._pieces(len(self), columns):
-            piece = piece.double()
-            left_PK = sum_rows(piece * left_B1, row_B, n_rows)
-            for made_PP, right_B1 in zip(made_NPP, rights, strict=True):
-                made_PP.addmm_(left_PK, sum_rows(piece * right_B1, row_B, n_rows).T)
+        factors = [self._factor(factor) for factor in (left_B, *right_NB)]
+        made_NPP = self._squares_B.new_zeros(len(right_NB), n_rows, n_rows)
+        for left_Pk, *rights in self._sums(row_B, n_rows, factors, columns):
+            for made_PP, right_Pk in zip(made_NPP, rights, strict=True):
+                made_PP.addmm_(left_Pk, right_Pk.T)
         return made_NPP
 
     def of_blocks(self, row_B: torch.Tensor, n_rows: int, blocks: Sequence[slice]) -> torch.Tensor:
@@ -177,13 +191,8 @@ class ColumnProducts:
     def squared_along(
         self, row_B: torch.Tensor, n_rows: int, scale_B: torch.Tensor, factor_B: torch.Tensor
     ) -> torch.Tensor:
-        factor_B1, scale_B1 = self._factor(factor_B)[:, None], self._factor(scale_B)[:, None]
-        n_columns = self.values_BK.shape[1]
-        sums_PK = self._squares_B.new_empty(n_rows, n_columns)
-        start = 0
-        for piece in self._pieces(len(self)):
-            sums_PK[:, start : start + piece.shape[1]] = sum_rows(piece.double() * factor_B1, row_B, n_rows)
-            start += piece.shape[1]
+        scale_B1, n_columns = self._factor(scale_B)[:, None], self.values_BK.shape[1]
+        sums_PK = torch.cat([made for (made,) in self._sums(row_B, n_rows, [self._factor(factor_B)])], dim=1)
         made_PP = self._squares_B.new_zeros(n_rows, n_rows)
         step = max(1, PIECE // (8 * max(n_rows, n_columns, 1)))
         for start in range(0, len(self), step):
@@ -195,17 +204,17 @@ class ColumnProducts:
     def of_totals(self, factor_MB: torch.Tensor) -> torch.Tensor:
         factor_MB = torch.stack([self._factor(factor_B) for factor_B in factor_MB])
         made_MM = self._squares_B.new_zeros(len(factor_MB), len(factor_MB))
-        for piece in self._pieces(len(self)):
-            total_MK = factor_MB @ piece.double()
-            made_MM.addmm_(total_MK, total_MK.T)
+        for piece_Bk in self._pieces():
+            total_Mk = factor_MB @ piece_Bk.double()
+            made_MM.addmm_(total_Mk, total_Mk.T)
         return self._reduce(made_MM)
 
     def matrix(self) -> torch.Tensor:
         """(B, B) float64: all of them, of a small step."""
         made_BB = self._squares_B.new_zeros(len(self), len(self))
-        for piece in self._pieces(len(self)):
-            piece = piece.double()
-            made_BB.addmm_(piece, piece.T)
+        for piece_Bk in self._pieces():
+            wide_Bk = piece_Bk.double()
+            made_BB.addmm_(wide_Bk, wide_Bk.T)
         return self._reduce(made_BB)
 
     def masked(self, dropped_B: torch.Tensor) -> ColumnProducts:

@@ -70,9 +70,10 @@ def gradient_noise(scores: StepScores, seed: int = 0) -> GradientNoise | None:
     (between,), (within,), (pairs,) = parts(torch.ones_like(gram_PP[:1]))
     if not math.isfinite(between + within + pairs) or between == within == 0:
         return None
-    generator = torch.Generator().manual_seed(seed)
-    drawn_NP = torch.randint(n_prompts, (DRAWS, n_prompts), generator=generator)
-    times_NP = torch.zeros(DRAWS, n_prompts).scatter_add_(1, drawn_NP, torch.ones(DRAWS, n_prompts)).to(gram_PP)
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on every device
+    drawn_NP = torch.randint(n_prompts, (DRAWS, n_prompts), generator=generator, device="cpu").to(gram_PP.device)
+    times_NP = torch.zeros_like(gram_PP[:1]).repeat(DRAWS, 1)
+    times_NP.scatter_add_(1, drawn_NP, torch.ones_like(times_NP))
     most = n_prompts * n_answers
     resampled_between, _, resampled_pairs = parts(times_NP)
     advised = [advised_generations(a, b, most) for a, b in zip(resampled_pairs, resampled_between, strict=True)]

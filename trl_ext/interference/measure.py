@@ -16,7 +16,13 @@ from typing import Any
 import torch
 
 from grpo_kernels.interference.curvature import directional_curvature
-from grpo_kernels.interference.inner_products import ColumnProducts, InnerProducts, PromptProducts, sum_rows
+from grpo_kernels.interference.inner_products import (
+    PIECE,
+    ColumnProducts,
+    InnerProducts,
+    PromptProducts,
+    sum_rows,
+)
 from grpo_kernels.interference.metrics import interference_metrics, orthogonality
 from grpo_kernels.interference.model_parts import part_metrics
 from grpo_kernels.interference.sketch_error import rmse_of_parts
@@ -89,6 +95,10 @@ def measure(
 ) -> Measured:
     """A collective call. ``largest``: of all processes' ``sizes``. ``what_if``: more metrics, of sequences."""
     packed_BN = together.gather(recorded.packed_BN)
+    order_B = None
+    if len(packed_BN) > MOST_DENSE:  # sums over prompts that come one after the other are faster
+        order_B = (packed_BN[:, 0] * run.num_generations + packed_BN[:, 2]).argsort()
+        packed_BN = packed_BN[order_B]
     known = unpack_known(packed_BN, run.num_generations, recorded.n_functions)
     prompt_P, row_B = known.prompt_id.unique(return_inverse=True)
     scores: torch.Tensor | InnerProducts
@@ -98,7 +108,7 @@ def measure(
         scores = PromptProducts(sum(grams_PP.values()), row_B, known.square)  # type: ignore[arg-type]
         step_products: torch.Tensor | InnerProducts = scores
     else:
-        columns = _of_sequences(recorded, known, together)
+        columns = _of_sequences(recorded, known, order_B, together)
         scores = columns.matrix() if len(known.prompt_id) <= MOST_DENSE else columns
         step_products = scores
         beside_B = known.beside
@@ -133,9 +143,12 @@ def measure(
     )
 
 
-def _of_sequences(recorded: Recorded, known: Known, together: Together) -> ColumnProducts:
+def _of_sequences(recorded: Recorded, known: Known, order_B: torch.Tensor | None, together: Together) -> ColumnProducts:
     values_BK, first = together.columns(recorded.sketch_BMN.flatten(1))
     recorded.forget_sketch()
+    if order_B is not None:
+        for piece_Bk in values_BK.split(max(1, PIECE // (4 * len(values_BK))), dim=1):
+            piece_Bk.copy_(piece_Bk[order_B])
     return ColumnProducts(values_BK, known.square, together.sum, first=first)
 
 
