@@ -16,13 +16,7 @@ from typing import Any
 import torch
 
 from grpo_kernels.interference.curvature import directional_curvature
-from grpo_kernels.interference.inner_products import (
-    PIECE,
-    ColumnProducts,
-    InnerProducts,
-    PromptProducts,
-    sum_rows,
-)
+from grpo_kernels.interference.inner_products import PIECE, ColumnProducts, InnerProducts, PromptProducts, sum_rows
 from grpo_kernels.interference.metrics import interference_metrics, orthogonality
 from grpo_kernels.interference.model_parts import part_metrics
 from grpo_kernels.interference.sketch_error import rmse_of_parts
