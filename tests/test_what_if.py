@@ -22,6 +22,7 @@ from grpo_kernels.interference.what_if import (
     what_if,
 )
 
+EVERY = torch.ones(1, 6, dtype=torch.float64)  # six prompts, judged by all
 METHODS = ("none", "mean", "std", "max_rl", "power", "batch_std", "global", "rank", "median_mad")
 
 
@@ -122,7 +123,42 @@ def test_the_gain_by_brute_force(drawn, name):
     row = what_if(make_scores(score, reward), candidates([name]), used="std").rows[name]
     assert row.gain == pytest.approx(sum(one_out(q) for q in range(n)) / n, rel=1e-8)
     without = torch.tensor([sum(one_out(q, r) for q in range(n) if q != r) / (n - 1) for r in range(n)])
-    assert row.gain_error == pytest.approx(jackknife(without), rel=1e-5)
+    assert row.gain_error == pytest.approx(jackknife(without[None])[0], rel=1e-5)
+
+
+def test_a_task_is_judged_by_its_own_prompts(drawn):
+    """Gains by hand, over the prompts of each of two tasks; shares sum to the whole's; one prompt has no error."""
+    score, reward = drawn
+    n = len(reward)
+    tasks = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
+
+    def one_out(name, q, also=None):
+        kept = [p for p in range(n) if p != q]
+        advantage = normalize_rewards(reward[kept], name)
+        rows = [i for i, p in enumerate(kept) if p != also]
+        step = -(0.25 * advantage[rows][:, :, None] * score[kept][rows]).sum((0, 1))
+        gradient = ((reward[q] - reward[q].mean())[:, None] * score[q]).sum(0) / (reward.shape[1] - 1)
+        return float(-step @ gradient / step.norm())
+
+    table = what_if(make_scores(score, reward), candidates(["std", "mean", "global"]), used="std", tasks_TP=tasks)
+    for name, row in table.rows.items():
+        assert sum(task["share"] for task in row.tasks) == pytest.approx(1.0)
+        for task, of in zip(row.tasks, tasks, strict=True):
+            members = of.nonzero().flatten().tolist()
+            gain = sum(one_out(name, q) for q in members) / len(members)
+            assert task["gain"] == pytest.approx(gain, rel=1e-8)
+            assert task["share"] == pytest.approx(float(row.share_P[of].sum()))
+            if len(members) > 1:
+                without = [
+                    sum(one_out(name, q, r) for q in members if q != r) / (len(members) - (r in members))
+                    for r in range(n)
+                ]
+                assert task["gain_error"] == pytest.approx(jackknife(torch.tensor([without]))[0], rel=1e-5)
+            else:
+                assert task["gain_error"] != task["gain_error"]  # not a number
+            std = sum(one_out("std", q) for q in members) / len(members)
+            assert task["ahead"] == pytest.approx(gain - std, abs=1e-9)
+    assert what_if(make_scores(score, reward), candidates(["std"])).rows["std"].tasks == ()
 
 
 def test_the_gain_by_prompts_is_that_by_sequences(drawn):
@@ -136,10 +172,11 @@ def test_the_gain_by_prompts_is_that_by_sequences(drawn):
     others = (scores.prompt_B != torch.arange(6)[:, None]).double()
     sums = products.of_sums(scores.prompt_B, 6, factors, torch.stack([factors, gamma]))
     one, other = (
-        gain_of_fixed(*sums, float(factors.square() @ scores.gram_BB.diagonal())),
-        gain_without_each(scores.gram_BB, others * factors, judged),
+        gain_of_fixed(*sums, float(factors.square() @ scores.gram_BB.diagonal()), EVERY),
+        gain_without_each(scores.gram_BB, others * factors, judged, EVERY),
     )
-    assert one[0] == pytest.approx(other[0]) and one[0] != 0
+    torch.testing.assert_close(one[0], other[0])
+    assert one[0] != 0
     torch.testing.assert_close(one[1], other[1])
 
     order = torch.randperm(36, generator=torch.Generator().manual_seed(3))
@@ -364,7 +401,7 @@ def test_advice_at_its_ends():
 def test_a_gain_of_a_step_that_cancels_is_nothing():
     gram = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     factors = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 0.0]], dtype=torch.float64)
-    gain, without = gain_without_each(gram, factors, gram)
+    gain, without = gain_without_each(gram, factors, gram, torch.ones(1, len(gram), dtype=gram.dtype))
     # q = 0: -<u1 + u2, g0> / sqrt(2) = 1 / sqrt(2); q = 1 the same; q = 2: u0 + u1 = 0
-    assert gain == pytest.approx(2 * 0.5**0.5 / 3)
+    assert float(gain) == pytest.approx(2 * 0.5**0.5 / 3)
     assert without.isfinite().all()

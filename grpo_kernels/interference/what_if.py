@@ -16,6 +16,9 @@ everything below follows from the inner products of the u_i:
   computed again without q (where the inner products are a matrix). It estimates the gain of a step of P - 1 prompts.
   Errors: jackknife over prompts, the advantages of the others kept.
 * share_P: <u_m,p, u_m> / |u_m|^2, who is heard; sums to 1, below 0 for a prompt that the step goes against.
+
+Where prompts belong to tasks, the same by task: shares summed over its prompts, gains as the mean over q of the task
+alone, so that they tell whom a normalisation would let learn.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ VANISHED = 1e-7  # a squared length below this share of what was summed is round
 ALPHA = 0.5  # of power, where none is given
 BY_PROMPT = ("lengths", "function_rewards", "curvature_scale", "prompt_keys")  # entries of a context
 
-Gain = tuple[float, torch.Tensor]  # and the same with each prompt left out of everything, (P,)
+# (J,) of the judges, and the same with each prompt left out of everything, (J, P)
+Gain = tuple[torch.Tensor, torch.Tensor]
 Normalise = Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
 
 
@@ -121,7 +125,8 @@ def candidates(methods: Sequence[str | Callable[..., torch.Tensor]], **options: 
 @dataclass(frozen=True)
 class Row:
     """Of one normalisation; the module's docstring says what. ``ahead``: its gain less that of the one in use. None:
-    can't be told, ``WhatIf.no_gain`` says why."""
+    can't be told, ``WhatIf.no_gain`` says why. ``tasks``: of each task ``share``, ``gain``, ``ahead`` and their
+    errors."""
 
     cos: float
     factor: float
@@ -130,6 +135,7 @@ class Row:
     gain_error: float | None = None
     ahead: float | None = None
     ahead_error: float | None = None
+    tasks: tuple[dict[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,9 +156,11 @@ def what_if(
     *,
     used: str | None = None,
     context: Mapping[str, Any] | None = None,
+    tasks_TP: torch.Tensor | None = None,
 ) -> WhatIf:
     """The table of a step. ``used``: the name of the normalisation it was trained with, where it is among ``methods``.
-    ``context``: as ``normalize_rewards`` takes it, (P, ...) tensors among it."""
+    ``context``: as ``normalize_rewards`` takes it, (P, ...) tensors among it. ``tasks_TP``: bool, each task's prompts.
+    """
     context = context or {}
     gamma_B, no_gain = objective(scores)
     products, row_B, n_prompts = as_products(scores.gram_BB), scores.prompt_B, len(scores.rewards_PG)
@@ -160,6 +168,8 @@ def what_if(
     square_now = _squares(products, now_B[None], products.of_totals(now_B[None]))[0]
     if square_now == 0:
         return WhatIf({}, {one.name: "the step's gradient is 0" for one in methods}, *_empty(), None)
+    tasks_TP = now_B.new_zeros(0, n_prompts) if tasks_TP is None else tasks_TP.to(now_B)
+    judges_JP = torch.cat([now_B.new_ones(1, n_prompts), tasks_TP])
     n_live = len(scores.prompt_B[now_B != 0].unique())
     if no_gain is None and n_live < LEAST_PROMPTS:
         no_gain = f"{n_live} prompts with a gradient, of {LEAST_PROMPTS} that it takes"
@@ -190,9 +200,9 @@ def what_if(
             return products.of_sums(row_B, n_prompts, factor_B, factor_B[None])[0].sum(1), None
         inner_PP, judged_PP = products.of_sums(row_B, n_prompts, factor_B, torch.stack([factor_B, gamma_B]))
         if one is not None and one.of_batch and not one.one_scale and isinstance(scores.gram_BB, torch.Tensor):
-            return inner_PP.sum(1), _gain_anew(scores, scores.gram_BB.double(), one, gamma_B, context)
+            return inner_PP.sum(1), _gain_anew(scores, scores.gram_BB.double(), one, gamma_B, context, judges_JP)
         summed = float(factor_B.square() @ products.squares())
-        return inner_PP.sum(1), gain_of_fixed(inner_PP, judged_PP, summed)
+        return inner_PP.sum(1), gain_of_fixed(inner_PP, judged_PP, summed, judges_JP)
 
     found = {one.name: told(made[one.name], one) for one in methods if one.name in lengths}
     of_now = None if no_gain is not None else (found[used] if used in found else told(now_B))[1]
@@ -200,11 +210,19 @@ def what_if(
     for name, (towards_P, gain) in found.items():
         square, with_now = lengths[name], float(inner_MM[0, 1 + list(made).index(name)])
         cos = max(-1.0, min(1.0, with_now / (square * square_now) ** 0.5))
-        of_gain = {}
+        share_P = towards_P / square
+        by_judge: list[dict[str, float]] = [{} for _ in judges_JP]
         if gain is not None and of_now is not None:
-            of_gain = {"gain": gain[0], "gain_error": jackknife(gain[1]), "ahead": gain[0] - of_now[0]}
-            of_gain["ahead_error"] = jackknife(gain[1] - of_now[1])
-        rows[name] = Row(cos, with_now / square_now, towards_P / square, **of_gain)
+            ahead = gain[0] - of_now[0], gain[1] - of_now[1]
+            by_judge = [
+                {"gain": a, "gain_error": b, "ahead": c, "ahead_error": d}
+                for a, b, c, d in zip(
+                    gain[0].tolist(), jackknife(gain[1]), ahead[0].tolist(), jackknife(ahead[1]), strict=True
+                )
+            ]
+        shares = (tasks_TP @ share_P).tolist()
+        tasks = tuple({"share": share, **of} for share, of in zip(shares, by_judge[1:], strict=True))
+        rows[name] = Row(cos, with_now / square_now, share_P, **by_judge[0], tasks=tasks)
     kept = [1 + place for place, name in enumerate(made) if name in lengths]
     return WhatIf(rows, absent, *_mutual(inner_MM[kept][:, kept]), no_gain)
 
@@ -237,7 +255,7 @@ def objective(scores: StepScores) -> tuple[torch.Tensor, str | None]:
     return torch.where(known_B, a_B.to(coefficient_B) / coefficient_B, 0.0), reason
 
 
-def gain_of_fixed(inner_PP: torch.Tensor, judged_PP: torch.Tensor, summed: float) -> tuple[float, torch.Tensor]:
+def gain_of_fixed(inner_PP: torch.Tensor, judged_PP: torch.Tensor, summed: float, judges_JP: torch.Tensor) -> Gain:
     """As ``gain_without_each``, where the others' factors don't change when a prompt is left out.
 
     ``inner_PP``: <u_p, u_q>; ``judged_PP``: <u_p, g_q>; ``summed``: sum of |u_i|^2."""
@@ -246,16 +264,17 @@ def gain_of_fixed(inner_PP: torch.Tensor, judged_PP: torch.Tensor, summed: float
     summed_P = torch.full_like(along_P, summed)
     along_PR = along_P[:, None] + judged_PP.T
     square_PR = square_P[:, None] + (inner_PP.diagonal() - 2 * inner_PP.sum(0))[None, :] + 2 * inner_PP
-    return _mean_gain(along_P, square_P, along_PR, square_PR, summed_P)
+    return _mean_gain(along_P, square_P, along_PR, square_PR, summed_P, judges_JP)
 
 
 def gain_without_each(
-    gram_BB: torch.Tensor, factor_PB: torch.Tensor, judged_BP: torch.Tensor
-) -> tuple[float, torch.Tensor]:
-    """The gain, and (P,) the same with each prompt left out of everything.
+    gram_BB: torch.Tensor, factor_PB: torch.Tensor, judged_BP: torch.Tensor, judges_JP: torch.Tensor
+) -> Gain:
+    """The gain, and the same with each prompt left out of everything.
 
     ``factor_PB``: row q has the factors of the step without prompt q, 0 at q's own sequences. ``judged_BP``: inner
-    products of z_i with g_q. Sequences in order."""
+    products of z_i with g_q. ``judges_JP``: 1 where q is one of the prompts that a gain is the mean over. Sequences in
+    order."""
     n_prompts = len(factor_PB)
 
     def sums(values_PB: torch.Tensor) -> torch.Tensor:
@@ -270,10 +289,10 @@ def gain_without_each(
     along_PR = along_P[:, None] + along_QP  # without r, too
     square_PR = square_P[:, None] - 2 * square_QP + within_QP
     summed_P = (factor_PB.square() * gram_BB.diagonal()).sum(1)
-    return _mean_gain(along_P, square_P, along_PR, square_PR, summed_P)
+    return _mean_gain(along_P, square_P, along_PR, square_PR, summed_P, judges_JP)
 
 
-def _mean_gain(along_P, square_P, along_PR, square_PR, summed_P) -> tuple[float, torch.Tensor]:
+def _mean_gain(along_P, square_P, along_PR, square_PR, summed_P, judges_JP) -> Gain:
     """Row q is judged by prompt q; column r is without prompt r too."""
 
     def per_length(along: torch.Tensor, square: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
@@ -283,13 +302,16 @@ def _mean_gain(along_P, square_P, along_PR, square_PR, summed_P) -> tuple[float,
     n_prompts = len(along_P)
     others_PR = 1 - torch.eye(n_prompts, dtype=along_P.dtype, device=along_P.device)
     without_PR = per_length(along_PR, square_PR, summed_P[:, None]) * others_PR
-    return float(per_length(along_P, square_P, summed_P).mean()), without_PR.sum(0) / (n_prompts - 1)
+    count_J1 = judges_JP.sum(1, keepdim=True)
+    gain_J = judges_JP @ per_length(along_P, square_P, summed_P) / count_J1[:, 0]
+    return gain_J, judges_JP @ without_PR / (count_J1 - judges_JP)
 
 
-def jackknife(without_R: torch.Tensor) -> float:
-    """Standard error from the values with each of R parts left out."""
-    n = len(without_R)
-    return float((without_R - without_R.mean()).square().sum() * (n - 1) / n) ** 0.5
+def jackknife(without_JR: torch.Tensor) -> list[float]:
+    """Standard errors of J values from those with each of R parts left out; NaN where one of them can't be told."""
+    n = without_JR.shape[-1]
+    departures_JR = without_JR - without_JR.mean(-1, keepdim=True)
+    return (departures_JR.square().sum(-1) * (n - 1) / n).sqrt().tolist()
 
 
 def _factors(scores: StepScores, advantage_B: torch.Tensor) -> torch.Tensor:
@@ -305,7 +327,12 @@ def _squares(products: InnerProducts, factor_MB: torch.Tensor, inner_MM: torch.T
 
 
 def _gain_anew(
-    scores: StepScores, gram_BB: torch.Tensor, one: Candidate, gamma_B: torch.Tensor, context: Mapping[str, Any]
+    scores: StepScores,
+    gram_BB: torch.Tensor,
+    one: Candidate,
+    gamma_B: torch.Tensor,
+    context: Mapping[str, Any],
+    judges_JP: torch.Tensor,
 ) -> Gain:
     """Of a method of the batch: made again without each prompt."""
     order_B = (scores.prompt_B * scores.rewards_PG.shape[1] + scores.position_B).argsort()
@@ -319,7 +346,7 @@ def _gain_anew(
         advantages_PG = torch.zeros_like(scores.rewards_PG)
         advantages_PG[kept] = one.advantages(scores.rewards_PG[kept], rest).to(advantages_PG)
         rows.append(advantages_PG[scores.prompt_B, scores.position_B])
-    return gain_without_each(gram_BB, _factors(scores, torch.stack(rows))[:, order_B], judged_BP)
+    return gain_without_each(gram_BB, _factors(scores, torch.stack(rows))[:, order_B], judged_BP, judges_JP)
 
 
 def _mutual(inner_MM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
