@@ -24,6 +24,7 @@ from grpo_kernels.interference.sketch_error import predicted_rmse
 from grpo_kernels.interference.step_gradients import StepGradients
 from trl_ext.interference import measure
 from trl_ext.interference.sequences import pack_known, unpack_known
+from trl_ext.interference.task_interference import Tasks
 from trl_ext.interference.together import Together
 from trl_ext.interference.what_if_log import WhatIfLog
 
@@ -121,13 +122,13 @@ class Process:
         totals_PH = torch.zeros(self.prompts, H + 1)
         totals_PH.index_add_(0, self.known["prompt_id"], torch.nn.functional.pad(self.features_BH, (0, 1), value=1.0))
         recorded = measure.Recorded(
-            self.sketch, {"model": slice(0, K * K // 2)}, pack_known(self.known, self.processes), totals_PH, 1, False,
+            self.sketch, {"model": slice(0, K * K // 2)}, pack_known(self.known, self.processes), totals_PH, 1,
             summed=False,
         )  # fmt: skip
         what = WhatIfLog(self.run, "std", [1.0], self.together.attempt)
-        largest = [self.most, 0, 0]
+        largest = [self.most, 0]
         found = self.together.attempt(
-            lambda: measure.measure(recorded, largest, self.together, self.run, G, what.observe)
+            lambda: measure.measure(recorded, largest, self.together, self.run, G, what.observe, tasks={})
         )
         return found.metrics
 
@@ -143,7 +144,8 @@ class Process:
         error = predicted_rmse(sketch, known.prompt_id)
         features_PP = features_PH.double() @ features_PH.double().T
         metrics = interference_metrics(step, sketch_rmse=error, features_PP=features_PP)
-        return metrics | WhatIfLog(self.run, "std", [1.0], lambda work: work()).observe(MatrixProducts(gram_BB), known)
+        what, none = WhatIfLog(self.run, "std", [1.0], lambda work: work()), Tasks.named([""] * self.prompts)
+        return metrics | what.observe(MatrixProducts(gram_BB), known, none)
 
     def floor(self) -> None:
         """What it recorded, once to where it is needed: sketches as columns, features summed by prompt."""

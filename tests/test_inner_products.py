@@ -233,10 +233,12 @@ def one_of_eight(summed, monkeypatch, measured, device="cpu"):
                 "coefficient": None if summed else -advantage_B,
             }  # fmt: skip
             packed = pack_known(known, PROCESSES)
-            recorded = Recorded(sketch, {"model": slice(0, K * K // 2)}, packed, features, 1, False, summed=summed)
+            recorded = Recorded(sketch, {"model": slice(0, K * K // 2)}, packed, features, 1, summed=summed)
             del sketch, features, known
-            found = measure.measure(recorded, recorded.sizes(), exchanges, run, G, what.observe)
+            tasks = {key: f"task {key % 4}" for key in range(n // G)}
+            found = measure.measure(recorded, recorded.sizes(), exchanges, run, G, what.observe, tasks=tasks)
     assert found.metrics["interference/live_prompts"] > P - 8
+    assert sum(found.metrics[f"tasks/task {i}/heard"] for i in range(4)) == pytest.approx(1)
     assert ("what_if/std/cos" in found.metrics) is not summed and ("noise/between" in found.metrics) is not summed
     if not summed:
         names = [name for name in STATELESS if name != "decoupled"]

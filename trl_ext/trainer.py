@@ -51,6 +51,7 @@ from .rewards.prompt_keys import prompt_tasks, prompt_texts
 from .rewards.resampling import GenerationCount, Resampling
 from .rewards.reward_checks import RewardFailed, RewardFailures, checked_rewards, say_if_unscored
 from .rewards.rewarded import gather_rewarded, mean_repetition
+from .rewards.tasks import TaskNames, task_metrics
 from .run_checks import check_before_model, check_context, refuse_tensor_parallelism, say_engine, say_truncated_sampling
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
@@ -93,6 +94,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         )
         self._normalizer = Normalizer(run, *resolve_normalization(self.args), n_functions=len(self.reward_funcs))
         self._generations = GenerationCount()
+        self._task_names = TaskNames(self.accelerator.num_processes, run.say_once)
         self._resampling = Resampling(run) if run.options.resample_zero_variance else None
         of_run = {"used": self._normalizer.name, "function_weights": self.reward_weights.tolist()}
         of_run["score"] = self._score_with_graph
@@ -137,14 +139,15 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         say_if_unscored(rewards_BF, self.reward_func_names, self._run.say_once)
         num_generations = self.num_generations if self.model.training else self.num_generations_eval
         self._rewarded = gather_rewarded(
-            rewards_BF, self.reward_weights, prompts, completion_ids_list, num_generations, self.accelerator
-        )
+            rewards_BF, self.reward_weights, prompts, completion_ids_list, num_generations, self.accelerator,
+            tasks := prompt_tasks(inputs),
+        )  # fmt: skip
+        self._task_names.learn(self._rewarded.task_keys_B, tasks)
         return rewards_BF
 
     def _generate_and_reward(self, inputs):
         """TRL's dict, its log-probs zeros where they can wait until it is known which sequences are used; rewards."""
         self._deferred.begin()
-        self._tasks |= prompt_tasks(inputs)
         if self._resampling is not None:
             self._resampling.begin(self._logs)
         try:
@@ -159,7 +162,6 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     @ours
     def _generate_and_score_completions(self, inputs):
         training, step = self.model.training, self.state.global_step
-        self._tasks: dict[int, str] = {}
         generation = self._generations.next(step) if training else 0
         output, rewarded = self._generate_and_reward(inputs)
         if training:
@@ -168,12 +170,13 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             drawn = {"dataset": self.train_dataset, "step": step, "generation": generation}
             output, rewarded = self._resampling.fill(output, rewarded, self._logs, self._generate_and_reward, **drawn)
         normalized, metrics = self._normalizer(rewarded, training=training)
+        metrics |= task_metrics(rewarded, normalized, self._task_names.names)
         self._log_metrics(metrics if self._deferred.due else metrics | sampler_metrics(output, self.accelerator))
         trl_surface.replace_latest(self._logs["advantages"], normalized.advantages.flatten().tolist())
         add_group_columns(output, rewarded, normalized, process_index=self.accelerator.process_index)
         if training:
             texts = prompt_texts(self._logs["prompt"], rewarded.keys_B)
-            self._interference.see_prompts(texts, self._tasks, anew=generation == 0)
+            self._interference.see_prompts(texts, self._task_names.of_prompts(rewarded), anew=generation == 0)
             self._kept.see(self._logs)
         if self._deferred.due:
             with self._seconds.stage("log_probs", self.model.training):

@@ -86,7 +86,7 @@ class InterferenceLog:
         self.what_if = WhatIfLog(run, used, function_weights, self._together.attempt)
         self.beside = Beside(run, score)
         self.prompt_texts: dict[int, str] = {}
-        self.prompt_tasks: dict[int, str] = {}  # of this process's prompts; none without a column of that name
+        self.prompt_tasks: dict[int, str] = {}  # none without a column of that name
         self.latest: np.ndarray | None = None  # cosines of the live prompts of the latest logged step, (L, L)
         self._off = self.every == 0
         self._is_open = False
@@ -136,8 +136,8 @@ class InterferenceLog:
             self.sketch.abandon()
 
     def see_prompts(self, texts: Mapping[int, str], tasks: Mapping[int, str], *, anew: bool) -> None:
-        """The texts of a generation batch's prompts, by key, and the tasks of this process's; ``anew``: those of an
-        earlier step are forgotten."""
+        """The texts and tasks of a generation batch's prompts, by key; ``anew``: those of an earlier step are
+        forgotten."""
         self.prompt_texts = {**({} if anew else self.prompt_texts), **texts}
         self.prompt_tasks = {**({} if anew else self.prompt_tasks), **tasks}
 
@@ -311,14 +311,13 @@ class InterferenceLog:
             packed_BN=pack_known(known, processes),
             features_PH=self.features.take(),
             n_functions=known["function_rewards"].shape[1],  # type: ignore[union-attr]
-            has_tasks=bool(self.prompt_tasks),
             summed=only_prompts_matter(known["coefficient"], processes * len(sketch_B)),
         )
 
     def _all_have(self, recorded: Recorded | None) -> list[int] | None:
         """The largest of all processes' sizes; None where a process has nothing, or of another shape."""
         same = recorded.shape() if recorded is not None else [0] * 5
-        sizes = recorded.sizes() if recorded is not None else [0] * 3
+        sizes = recorded.sizes() if recorded is not None else [0] * 2
         numbers = torch.tensor([[*same, *sizes]], device=self.accelerator.device)
         numbers = self.accelerator.gather(numbers)
         shapes = numbers[:, : len(same)]
@@ -334,8 +333,8 @@ class InterferenceLog:
         if any(error != math.inf for error in self._wrong.values()):  # what was recorded holds them: the next won't
             self.run.say_once(f"Interference of optimizer step {self._opened_in} isn't logged.")
             return
-        found = measure(recorded, largest, self._together, self.run, self.baseline_size, self.what_if.observe)
-        tasks = self._all_tasks() if largest[-1] else {}
+        of_run = self.run, self.baseline_size, self.what_if.observe
+        found = measure(recorded, largest, self._together, *of_run, tasks=self.prompt_tasks)
         self._together.agree()  # nobody is told what another process doesn't know
         metrics = found.metrics
         if some_skipped and "interference/feature_cos_abs_mean" in metrics:  # of what ran
@@ -360,11 +359,7 @@ class InterferenceLog:
         if self.accelerator.is_main_process:
             self._keep_latest(found.groups)
             if self._writes:
-                self._write(found, tasks)
-
-    def _all_tasks(self) -> dict[int, str]:
-        """By key, of the prompts of all processes; some may have none."""
-        return {key: task for one in self._together.gather_objects([self.prompt_tasks]) for key, task in one.items()}
+                self._write(found)
 
     def _keep_latest(self, groups: PromptGroups) -> None:
         """For the images; of this process alone, so that nothing of it may end the others' step."""
@@ -374,15 +369,15 @@ class InterferenceLog:
         except Exception as error:
             logger.warning(f"Images of interference aren't drawn of this step: {type(error).__name__}: {error}")
 
-    def _write(self, found: Measured, tasks: Mapping[int, str]) -> None:
+    def _write(self, found: Measured) -> None:
         try:
             known = found.known
             prompts, first = known.prompt_id.unique(return_inverse=True)
             keys = known.prompt_key.new_zeros(len(prompts)).scatter_(0, first, known.prompt_key).tolist()
             texts = [self.prompt_texts.get(key, "") for key in keys]
             more: dict[str, Any] = {"sequences": sequence_columns(known), "what_if": self.what_if.latest}
-            if tasks:
-                more["tasks"] = [tasks.get(key, "") for key in keys]
+            if self.prompt_tasks:
+                more["tasks"] = [self.prompt_tasks.get(key, "") for key in keys]
             if found.scores is not found.step.gram_BB:
                 more["scores"] = score_columns(found.scores, known)
             more["parts"] = {name: gram_PP.cpu().numpy() for name, gram_PP in found.grams_PP.items()}

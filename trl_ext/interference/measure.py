@@ -9,7 +9,7 @@ Shapes: B sequences of this process's or of all processes' step, P prompts, H hi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from grpo_kernels.interference.step_gradients import PromptGroups, StepGradients
 from trl_ext.trl_surface import RunSettings
 
 from .sequences import Known, unpack_known
+from .task_interference import Tasks, interference_of_tasks
 from .together import Together
 
 MOST_DENSE = 1024  # sequences of which all inner products are kept: 8 MB
@@ -40,7 +41,6 @@ class Recorded:
     packed_BN: torch.Tensor
     features_PH: torch.Tensor | None
     n_functions: int
-    has_tasks: bool
     summed: bool  # only sums over prompts are wanted
 
     def shape(self) -> list[int]:
@@ -53,10 +53,10 @@ class Recorded:
         self.sketch_BMN = self.sketch_BMN.new_empty(0, *self.sketch_BMN.shape[1:])
 
     def sizes(self) -> list[int]:
-        """What is to be as large as the largest of all processes': prompts with features, prompts, tasks."""
+        """What is to be as large as the largest of all processes': prompts with features, prompts."""
         prompts = len(self.packed_BN[:, 0].unique()) if self.summed else 0
         seen = 0 if self.features_PH is None else int((self.features_PH[:, -1] > 0).sum())
-        return [seen, prompts, int(self.has_tasks)]
+        return [seen, prompts]
 
 
 def only_prompts_matter(coefficient_B: torch.Tensor | None, n_sequences: int) -> bool:
@@ -85,9 +85,12 @@ def measure(
     together: Together,
     run: RunSettings,
     baseline_size: int,
-    what_if: Callable[[torch.Tensor | InnerProducts, Known], dict[str, float]],
+    what_if: Callable[[torch.Tensor | InnerProducts, Known, Tasks], dict[str, float]],
+    *,
+    tasks: Mapping[int, str],
 ) -> Measured:
-    """A collective call. ``largest``: of all processes' ``sizes``. ``what_if``: more metrics, of sequences."""
+    """A collective call. ``largest``: of all processes' ``sizes``. ``what_if``: more metrics, of sequences. ``tasks``:
+    by the prompts' keys, of those that have one."""
     packed_BN = together.gather(recorded.packed_BN)
     order_B = None
     if len(packed_BN) > MOST_DENSE:  # sums over prompts that come one after the other are faster
@@ -125,13 +128,15 @@ def measure(
     metrics = interference_metrics(groups, sketch_rmse=error, features_PP=features_PP)
     if run.options.interference_parts:
         metrics |= part_metrics(grams_PP, errors)
+    of_tasks = Tasks.of(known, row_B, tasks)
+    metrics |= interference_of_tasks(groups, of_tasks, error)
     return Measured(
         known=known,
         step=step,
         groups=groups,
         scores=scores,
         grams_PP=grams_PP if run.options.interference_parts else {},
-        metrics=metrics | what_if(scores, known),
+        metrics=metrics | what_if(scores, known, of_tasks),
         orthogonality=orthogonality(groups, error),
         curvature=directional_curvature(groups),
     )

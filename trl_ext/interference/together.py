@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
 
 T = TypeVar("T")
 
@@ -74,13 +73,6 @@ class Together:
         self.agree()
         dist.all_gather_into_tensor(gathered, values)
         return gathered
-
-    def gather_objects(self, values: list[Any]) -> list[Any]:
-        """Of all processes, one after the other."""
-        if self.processes == 1:
-            return values
-        self.agree()
-        return gather_object(values)
 
     def columns(self, values_BK: torch.Tensor) -> tuple[torch.Tensor, int]:
         """(R * B, K / R), rounded up and filled with zeros: of every process's rows the same columns, others on each

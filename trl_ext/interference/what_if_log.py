@@ -5,6 +5,7 @@ Shapes: B sequences of all processes, P prompts, G completions of one prompt, F 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from trl_ext.trl_surface import RunSettings
 
     from .sequences import Known
+    from .task_interference import Tasks
 
 # of the catalogue, those that need nothing of earlier steps; decoupled, where there are several functions
 STATELESS = tuple(name for name, method in METHODS.items() if method.kind != "state")
@@ -68,20 +70,32 @@ def step_context(
 
 
 def step_table(
-    scores: StepScores, methods: Sequence[Candidate], used: str | None, context: Mapping[str, Any], *, whole_batch: bool
+    scores: StepScores,
+    methods: Sequence[Candidate],
+    used: str | None,
+    context: Mapping[str, Any],
+    tasks: Tasks,
+    *,
+    whole_batch: bool,
 ) -> WhatIf:
     """``whole_batch``: the step's prompts are those that advantages were made of; else methods of the batch are out."""
     left_out = {} if whole_batch else {one.name: PART for one in methods if one.of_batch}
-    table = what_if(scores, [one for one in methods if one.name not in left_out], used=used, context=context)
+    chosen, tasks_TP = [one for one in methods if one.name not in left_out], tasks.members
+    table = what_if(scores, chosen, used=used, context=context, tasks_TP=tasks_TP.to(scores.prompt_B.device))
     table.absent.update(left_out)
     return table
 
 
-def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None) -> dict[str, Any]:
-    """For a file, as JSON holds it."""
-    rows = {}
+def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None, tasks: Tasks) -> dict[str, Any]:
+    """For a file, as JSON holds it; of a row's tasks what is known, by name."""
+    rows: dict[str, dict[str, Any]] = {}
     for name, row in table.rows.items():
-        rows[name] = {key: value for key, value in vars(row).items() if key != "share_P" and value is not None}
+        rows[name] = {key: value for key, value in vars(row).items() if value is not None}
+        for key in ("share_P", "tasks"):
+            del rows[name][key]
+        if tasks.names:
+            finite = [{key: value for key, value in one.items() if math.isfinite(value)} for one in row.tasks]
+            rows[name]["tasks"] = dict(zip(tasks.names, finite, strict=True))
         rows[name]["share"] = [round(share, 5) for share in row.share_P.tolist()]
     return {
         "used": used, "rows": rows, "absent": table.absent, "no_gain": table.no_gain,
@@ -109,13 +123,13 @@ class WhatIfLog:
         self.used = used if used in STATELESS and run.aggregation == "sum_then_normalize" else None
         self.latest: dict[str, Any] | None = None
 
-    def observe(self, gram_BB: torch.Tensor | InnerProducts, known: Known) -> dict[str, float]:
+    def observe(self, gram_BB: torch.Tensor | InnerProducts, known: Known, tasks: Tasks) -> dict[str, float]:
         """What is logged: ``what_if/<method>/cos``, ``factor`` and ``gain``; ``noise/``."""
         self.latest = None
         if not self.methods:
             return {}
         try:
-            return self.attempt(lambda: self._observe(gram_BB, known))
+            return self.attempt(lambda: self._observe(gram_BB, known, tasks))
         except Exception as error:
             self.methods = []
             self.run.say_once(
@@ -123,7 +137,7 @@ class WhatIfLog:
             )
             return {}
 
-    def _observe(self, gram_BB: torch.Tensor | InnerProducts, known: Known) -> dict[str, float]:
+    def _observe(self, gram_BB: torch.Tensor | InnerProducts, known: Known, tasks: Tasks) -> dict[str, float]:
         if isinstance(gram_BB, torch.Tensor):  # thousands of small calls, which on a GPU are launches alone
             gram_BB, known = gram_BB.cpu(), known.cpu()
         scores = step_scores(gram_BB, known)
@@ -139,9 +153,9 @@ class WhatIfLog:
         keys_P = known.prompt_key.new_zeros(len(scores.rewards_PG)).scatter_(0, scores.prompt_B, known.prompt_key)
         context = step_context(scores, known.length, known.function_rewards, self.function_weights, keys_P)
         whole = len(scores.rewards_PG) == self.run.prompts_per_generation
-        table = step_table(scores, methods, self.used, context, whole_batch=whole)
+        table = step_table(scores, methods, self.used, context, tasks, whole_batch=whole)
         noise = gradient_noise(scores)
-        self.latest = as_plain(table, noise, self.used)
+        self.latest = as_plain(table, noise, self.used, tasks)
         metrics: dict[str, float] = {}
         for name, row in table.rows.items():
             metrics |= {f"what_if/{name}/cos": row.cos, f"what_if/{name}/factor": row.factor}

@@ -22,11 +22,10 @@ from grpo_kernels.interference.model_parts import PARTS_OF_MODEL
 from grpo_kernels.interference.step_gradients import StepGradients
 from trl_ext.interference.files import InterferenceRecord
 
+from .by_task import task_metric_names, tasks
 from .completions import read_completions
-from .evidence import interval
 from .read_run import Run
 from .sections import SECTIONS
-from .signatures.gradients import task_cosines
 from .summary import phases, summary, tiles
 from .verdicts import diagnose
 from .what_if_table import what_if_table
@@ -69,6 +68,9 @@ def curves(run: Run) -> dict[str, dict[str, dict[str, list[Any]]]]:
     for name in reward_functions(run):
         steps, values = thin(*run.curve(f"rewards/{name}/mean"))
         found["learning"][f"rewards/{name}/mean"] = {"steps": steps, "values": values}
+    for name in task_metric_names(run):
+        steps, values = thin(*run.curve(name))
+        found["tasks"][name] = {"steps": steps, "values": values}
     return found
 
 
@@ -89,22 +91,6 @@ def parts(records: Sequence[InterferenceRecord]) -> dict[str, dict[str, float]]:
             if values:
                 found.setdefault(name, {"cos_mean": math.nan, "sketch_rmse": 0.0})[key] = float(np.mean(values))
     return found
-
-
-def tasks(run: Run) -> dict[str, Any] | None:
-    """Task against task: mean cosines over steps, and their intervals as text; None with fewer than two tasks."""
-    pairs = task_cosines(run)
-    names = sorted({name for pair in pairs for name in pair})
-    if len(names) < 2:
-        return None
-    cosines: list[list[float | None]] = [[1.0 if a == b else None for b in names] for a in names]
-    texts = [["" for _ in names] for _ in names]
-    for (a, b), (_, values) in pairs.items():
-        mean, low, high = interval(values)
-        told = f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
-        for i, j in ((names.index(a), names.index(b)), (names.index(b), names.index(a))):
-            cosines[i][j], texts[i][j] = mean, told
-    return {"names": names, "cosines": cosines, "texts": texts}
 
 
 def what_if(run: Run) -> dict[str, Any] | None:
@@ -295,7 +281,7 @@ def report_numbers(run: Run, n_runs: int = 1) -> dict[str, Any]:
         "pairs": extreme_pairs(run.records),
         "what_if": compared,
         "parts": parts(run.records),
-        "tasks": tasks(run),
+        "tasks": tasks(run, compared),
         "completions": read_completions(run.folder),
         "sigma_and_curvature": sigma_and_curvature(run.records),
         "paper": PAPER,

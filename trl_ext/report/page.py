@@ -19,6 +19,7 @@ from plotly.offline import get_plotlyjs
 from trl_ext.options import SCALE_REWARDS_METHOD
 
 from . import charts
+from .by_task import task_charts
 from .definitions import DEFINITIONS, PAPER
 from .groups import Group, differences
 from .read_run import Run
@@ -67,6 +68,8 @@ def _curves(page: Page, section: str, numbers: Sequence[dict[str, Any]], groups:
         functions = [name for one in numbers for name in one["curves"]["learning"] if name.startswith("rewards/")]
         named = {name: charts.plain(name.split("/")[1]) for name in functions}
         chosen += [Curves("Rewards by function", "mean reward", named)] if len(named) > 1 else []
+    if section == "tasks":
+        chosen += task_charts(sorted({name for one in numbers for name in one["curves"]["tasks"]}))
     zero: list[str] = []
     for chart in chosen:
         if len(numbers) == 1 and charts.always_zero(chart, numbers[0]["curves"][section]):
@@ -150,7 +153,13 @@ def _own(page: Page, section: str, numbers: dict[str, Any], whose: str) -> list[
     if section == "parts" and numbers["parts"]:
         return [page.place(charts.parts(numbers["parts"]), f"{whose}Share and cosine by part", 280)]
     if section == "tasks" and numbers["tasks"]:
-        return [page.place(charts.tasks(numbers["tasks"]), f"{whose}Task against task", 340)]
+        found = numbers["tasks"]
+        parts: list[Part] = [{"note": whose + told, "wide": True} for told in found["told"]]
+        parts.append(page.place(charts.tasks(found), f"{whose}Task against task", 340, tall=True))
+        if found["gains"]:
+            title = f"{whose}What each task would gain, by normalisation"
+            parts.append({"title": title, "gains": found["gains"], "names": found["names"], "tall": True})
+        return parts
     if section == "curvature" and numbers["sigma_and_curvature"]:
         figure = charts.sigma_and_curvature(numbers["sigma_and_curvature"])
         return [page.place(figure, f"{whose}Sigma and curvature of each prompt")]

@@ -125,7 +125,8 @@ SECTIONS: dict[str, Section] = {
     ),
     "tasks": Section(
         "Do the tasks get in one another's way?",
-        "The cosine of two tasks' summed gradients, mean over the logged steps that have both.",
+        "The cosine of two tasks' summed gradients, mean over the logged steps that have both; each task's reward, and "
+        "what other normalisations would have given it.",
     ),
     "curvature": Section(
         "Does the std follow the curvature?",

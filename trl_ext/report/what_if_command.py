@@ -86,6 +86,7 @@ def lines(table: dict[str, Any]) -> list[str]:
     )
     if (table["optimizer"] or "").startswith(STEADY_BLIND):
         told.append(f"{table['optimizer']} takes no notice of a factor that stays the same.")
+    told += _by_task(table)
     told += [f"One and the same here, but for a learning rate: {', '.join(group)}." for group in table["same"]]
     absent: dict[tuple[int, str], list[str]] = {}
     for name, (count, reason) in table["absent"].items():
@@ -102,6 +103,21 @@ def lines(table: dict[str, Any]) -> list[str]:
             f"{noise['advised']:.1f} answers to a prompt ({noise['low']:.1f} to {noise['high']:.1f}, 90 %).",
         ]
     return told
+
+
+def _by_task(table: dict[str, Any]) -> list[str]:
+    """Gains of each task's own prompts, where there are tasks."""
+    names = sorted({name for one in table["methods"].values() for name in one.get("tasks", {})})
+    if len(names) < 2:
+        return []
+    rows = [("", *names)]
+    for method, one in sorted(table["methods"].items(), key=lambda item: -item[1]["cos"]):
+        cells = [one.get("tasks", {}).get(name, {}) for name in names]
+        rows.append((method, *(with_error(cell, "gain") for cell in cells)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    told = ["", "Gain by task, in reward of its own prompts:", ""]
+    told += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [*told, ""]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from grpo_kernels.interference.noise import advised_generations, gradient_noise
 from grpo_kernels.interference.what_if import Candidate, StepScores, candidates
 from grpo_kernels.normalize.methods import METHODS
 from trl_ext.interference.files import InterferenceRecord
+from trl_ext.interference.task_interference import Tasks
 from trl_ext.interference.what_if_log import STATELESS, as_plain, step_context, step_table
 from trl_ext.options import SCALE_REWARDS_METHOD
 
@@ -112,8 +113,9 @@ def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, A
         if record.function_rewards_BF is None or record.function_rewards_BF.shape[1] == 1:
             here = [one for one in chosen if one.name != "decoupled" or methods is not None]
         whole = n_prompts is None or len(scores.rewards_PG) == n_prompts
-        table = step_table(scores, here, used, context, whole_batch=whole)
-        steps.append((record.step, as_plain(table, gradient_noise(scores), used)))
+        tasks = Tasks.named(record.task_P or [""] * len(scores.rewards_PG))
+        table = step_table(scores, here, used, context, tasks, whole_batch=whole)
+        steps.append((record.step, as_plain(table, gradient_noise(scores), used, tasks)))
     if not any(table["rows"] for _, table in steps):
         reasons = "; ".join(skipped) or "; ".join({r for _, table in steps for r in table["absent"].values()})
         raise ValueError(f"no step of {run.name} can be compared: {reasons or 'it logged no interference'}")
@@ -154,7 +156,21 @@ def _pooled(tables: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             values = [row[key] for row in rows if key in row]
             if values:
                 one[key], one[f"{key}_error"] = _mean_and_error(values)
+        if tasks := _pooled_tasks(rows):
+            one["tasks"] = tasks
         pooled[name] = one
+    return pooled
+
+
+def _pooled_tasks(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By task, means over the steps that have it, and their errors."""
+    pooled: dict[str, dict[str, Any]] = {}
+    for name in sorted({name for row in rows for name in row.get("tasks", {})}):
+        found = [row["tasks"][name] for row in rows if name in row.get("tasks", {})]
+        for key in ("share", "gain", "ahead"):
+            values = [one[key] for one in found if key in one]
+            if values:
+                pooled.setdefault(name, {})[key], pooled[name][f"{key}_error"] = _mean_and_error(values)
     return pooled
 
 

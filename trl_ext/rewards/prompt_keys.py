@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+NO_TASK = -1  # in place of a task's key
+
 
 def prompt_key(prompt: Any) -> int:
     """63 bits of a hash of the prompt: the same whenever it comes back, in every process; pictures by their pixels."""
@@ -44,6 +46,11 @@ def prompt_text(prompt: Any) -> str:
         return "" if content is None else str(content)
     parts = [part if isinstance(part, dict) else {"text": part} for part in content]
     return " ".join(str(part["text"]) if "text" in part else f"[{part.get('type', '?')}]" for part in parts)
+
+
+def task_key(name: str) -> int:
+    """63 bits of a hash of a task's name, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def prompt_tasks(rows: Iterable[Mapping[str, Any]]) -> dict[int, str]:

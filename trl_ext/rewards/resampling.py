@@ -228,9 +228,8 @@ class Resampling:
         def chosen(name: str) -> torch.Tensor:
             return torch.cat([getattr(one.rewarded, name) for one in rounds])[row_B.to(device)]
 
-        rewarded = replace(
-            last, rewards_BF=chosen("rewards_BF"), lengths_B=chosen("lengths_B"), keys_B=chosen("keys_B")
-        )
+        columns: dict[str, Any] = {name: chosen(name) for name in ("rewards_BF", "lengths_B", "keys_B", "task_keys_B")}
+        rewarded = replace(last, **columns)
         first, n = self.accelerator.process_index * n_local, len(rounds[0].rewarded.rewards_BF)
         wanted = set(row_B.tolist())
         own = {at * n + first + i: row for at, one in enumerate(rounds) for i, row in enumerate(one.rows)}

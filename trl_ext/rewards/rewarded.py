@@ -5,13 +5,14 @@ Shapes: P prompts, G completions of one prompt, B = P*G sequences of all process
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .advantages import weighted_rewards
-from .prompt_keys import prompt_key
+from .prompt_keys import NO_TASK, prompt_key, task_key
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,15 @@ class RewardedBatch:
     """What the reward functions made of a batch, of all processes, groups of ``num_generations`` after one another.
 
     ``rewards_BF`` (B, F), NaN where unscorable; ``weights_F`` (F,) of the functions; ``lengths_B`` (B,) int64, tokens
-    of the completions; ``keys_B`` (B,) int64, the prompts' keys.
+    of the completions; ``keys_B`` (B,) int64, the prompts' keys; ``task_keys_B`` (B,) int64, their tasks' (``NO_TASK``:
+    none).
     """
 
     rewards_BF: torch.Tensor
     weights_F: torch.Tensor
     lengths_B: torch.Tensor
     keys_B: torch.Tensor
+    task_keys_B: torch.Tensor
     num_generations: int
 
     @property
@@ -55,10 +58,15 @@ def gather_rewarded(
     completion_ids: list[list[int]],
     num_generations: int,
     accelerator: Any,
+    tasks: Mapping[int, str],
 ) -> RewardedBatch:
-    """``rewards_BF`` are of all processes already; prompts and completions of this one."""
+    """``rewards_BF`` are of all processes already; prompts, completions and ``tasks`` (by the prompts' keys) of this
+    one."""
     device = rewards_BF.device
-    lengths_and_keys = [[len(ids), prompt_key(prompt)] for ids, prompt in zip(completion_ids, prompts, strict=True)]
-    gathered = accelerator.gather(torch.tensor(lengths_and_keys, dtype=torch.int64, device=device))
-    lengths_B, keys_B = gathered.unbind(1)
-    return RewardedBatch(rewards_BF, weights_F.to(device), lengths_B, keys_B, num_generations)
+    keys = [prompt_key(prompt) for prompt in prompts]
+    of_tasks = {name: task_key(name) for name in tasks.values()}
+    task_keys = [of_tasks[tasks[key]] if key in tasks else NO_TASK for key in keys]
+    columns = [[len(ids) for ids in completion_ids], keys, task_keys]
+    gathered = accelerator.gather(torch.tensor(columns, dtype=torch.int64, device=device).T.contiguous())
+    lengths_B, keys_B, task_keys_B = gathered.unbind(1)
+    return RewardedBatch(rewards_BF, weights_F.to(device), lengths_B, keys_B, task_keys_B, num_generations)

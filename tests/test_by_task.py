@@ -1,0 +1,182 @@
+"""A dataset's column ``task``: rewards, interference, what-if and the report by task; by hand, and in real runs."""
+
+import json
+
+import pytest
+import torch
+from test_interference_metrics import step_of
+from test_trainer import build, prompts
+from test_two_processes import run as run_processes
+
+from grpo_kernels import Normalized
+from grpo_kernels.interference.step_gradients import group_by_prompt
+from grpo_kernels.interference.tasks import task_gradients
+from trl_ext import read_interference
+from trl_ext.report.by_task import tasks as tasks_of_report
+from trl_ext.report.command import main as report_command
+from trl_ext.report.read_run import read_run
+from trl_ext.report.what_if_command import main as what_if_command
+from trl_ext.rewards.prompt_keys import NO_TASK, task_key
+from trl_ext.rewards.rewarded import RewardedBatch
+from trl_ext.rewards.tasks import TaskNames, task_metrics
+
+
+def test_gradients_of_tasks_by_hand():
+    """Two tasks of two prompts, one prompt of none: sums (2, 0) and (0, 2) + (-1, 0), and one along the first."""
+    vectors = [[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [-1.0, 0.0], [3.0, 0.0]]
+    groups = group_by_prompt(step_of(vectors, range(5), [1.0] * 5))
+    found = task_gradients(groups, torch.tensor([0, 0, 1, 1, -1]), 2)
+    assert found.cosine_TT[0, 1] == pytest.approx(-2 / (2 * 5**0.5)) == found.cosine_TT[1, 0]
+    whole = torch.tensor([4.0, 2.0])
+    assert found.share_T.tolist() == pytest.approx([2 * 4 / 20, (-1 * 4 + 2 * 2) / 20])
+    assert whole.square().sum() == 20 and found.live_T.tolist() == [2, 2]
+    # without one of the first task nothing changes; without one of the second the cosine is 0, or -1
+    without = torch.tensor([-1.0, 0.0])
+    assert found.error_TT[0, 1] == pytest.approx(float(((without - without.mean()).square().sum() / 2).sqrt()))
+
+
+def test_errors_of_cosines_are_those_of_samples():
+    """Standard errors against the spread of cosines over draws of prompts."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(2, 20, generator=generator, dtype=torch.float64)
+    cosines, errors = [], []
+    for _ in range(200):
+        vectors = torch.cat([0.5 * common[task] + torch.randn(12, 20, generator=generator) for task in range(2)])
+        groups = group_by_prompt(step_of(vectors, range(24), [1.0] * 24))
+        found = task_gradients(groups, torch.arange(24) // 12, 2)
+        cosines.append(found.cosine_TT[0, 1])
+        errors.append(found.error_TT[0, 1])
+    spread, told = torch.stack(cosines).std(), torch.stack(errors).square().mean().sqrt()
+    assert 0.8 < told / spread < 1.4  # a jackknife is a little wide
+
+
+def test_a_task_without_a_gradient():
+    groups = group_by_prompt(step_of([[1.0], [0.0], [-1.0]], range(3), [1.0] * 3, [1.0, 0.0, 1.0]))
+    found = task_gradients(groups, torch.tensor([0, 1, 2]), 3, sketch_rmse=0.1)
+    assert found.cosine_TT[0, 1].isnan() and found.cosine_TT[0, 2] == -1
+    assert found.error_TT[0, 2].isnan()  # single prompts
+    assert found.share_T.isnan().all()  # the step's gradient is 0
+
+
+def rewarded(rewards_PG, names):
+    keys = torch.arange(len(rewards_PG)).repeat_interleave(rewards_PG.shape[1])
+    task = torch.tensor([NO_TASK if name is None else task_key(name) for name in names])
+    task_B = task.repeat_interleave(rewards_PG.shape[1])
+    one = torch.ones(1)
+    return RewardedBatch(rewards_PG.reshape(-1, 1), one, torch.ones_like(keys), keys, task_B, rewards_PG.shape[1])
+
+
+def test_rewards_by_task_by_hand():
+    nan = float("nan")
+    batch = rewarded(torch.tensor([[1.0, 0.0], [1.0, 1.0], [nan, 0.5], [nan, nan]]), ["a", "a", "b", None])
+    names = TaskNames(1, pytest.fail)
+    names.learn(batch.task_keys_B, {0: "a", 1: "a", 2: "b"})
+    assert names.of_prompts(batch) == {0: "a", 1: "a", 2: "b"}
+    advantages = torch.tensor([[0.5, -0.5], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    found = task_metrics(batch, Normalized(advantages, torch.ones(4, 1), torch.ones(4, 1)), names.names)
+    assert found == {
+        "tasks/a/reward": 0.75, "tasks/a/live_share": 0.5, "tasks/a/advantage_abs_mean": 0.25,
+        "tasks/a/batch_share": 0.5, "tasks/b/reward": 0.5, "tasks/b/live_share": 0.0,
+        "tasks/b/advantage_abs_mean": 0.0, "tasks/b/batch_share": 0.25,
+    }  # fmt: skip
+
+
+def test_too_many_names_are_said():
+    said = []
+    names = TaskNames(1, said.append)
+    batch = rewarded(torch.rand(20, 2), [f"row {i}" for i in range(20)])
+    names.learn(batch.task_keys_B, {i: f"row {i}" for i in range(20)})
+    assert len(said) == 1 and "more than 16 names" in said[0]
+    assert task_metrics(batch, Normalized(torch.zeros(20, 2), torch.ones(20, 1), torch.ones(20, 1)), names.names) == {}
+
+
+def by_place(completion_ids, **kwargs):
+    return [(len(ids) % 5) / 4 for ids in completion_ids]
+
+
+def of_two_tasks():
+    return prompts(32).add_column("task", ["up" if i % 2 else "down" for i in range(32)])
+
+
+OPTIONS = {"interference_every": 1, "per_device_train_batch_size": 32, "max_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def run_of_tasks(tiny_policy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    trainer = build(tiny_policy, folder, by_place, train_dataset=of_two_tasks(), **OPTIONS)
+    trainer.train()
+    return trainer, folder
+
+
+def test_what_a_run_logs_of_its_tasks(run_of_tasks):
+    trainer, folder = run_of_tasks
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    for log, record in zip(logs, read_interference(folder), strict=True):
+        shares = [log[f"tasks/{name}/batch_share"] for name in ("up", "down")]
+        assert sum(shares) == 1
+        mixed = sum(log[f"tasks/{name}/reward"] * s for name, s in zip(("up", "down"), shares, strict=True))
+        assert mixed == pytest.approx(log["reward"], abs=1e-5)
+        assert log["tasks/up/heard"] + log["tasks/down/heard"] == pytest.approx(1)
+        assert -1 <= log["tasks/down/cos/up"] <= 1 and log["tasks/down/cos_error/up"] > 0
+        assert "tasks/up/cos/down" not in log  # each pair once
+        for row in record.what_if["rows"].values():
+            assert set(row["tasks"]) == {"up", "down"}
+            assert row["tasks"]["up"]["share"] + row["tasks"]["down"]["share"] == pytest.approx(1, abs=1e-4)
+        used = record.what_if["rows"]["std"]["tasks"]["up"]
+        assert used["ahead"] == pytest.approx(0, abs=1e-9) and used["gain_error"] > 0
+
+
+def test_two_processes_log_what_one_does(tiny_policy, tmp_path):
+    """Names are exchanged once; each process has prompts that the other doesn't know."""
+    options = {"interference_every": 1, "skip_zero_advantage": False}
+    one = run_processes(1, tiny_policy, tmp_path / "one", **options)[0]
+    two = run_processes(2, tiny_policy, tmp_path / "two", **options)
+    seen = 0
+    for rank in (0, 1):
+        for ours, theirs in zip(two[rank]["logs"], one["logs"], strict=True):
+            names = [name for name in theirs if name.startswith("tasks/")]
+            for name in names if rank == 0 or "reward" in ours else ():
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+                seen += 1
+    assert seen >= 2 * 3 * 8
+
+
+def test_the_commands_and_the_report(run_of_tasks, tmp_path, capsys):
+    _, folder = run_of_tasks
+    what_if_command([str(folder), "--json", str(tmp_path / "table.json")])
+    printed = capsys.readouterr().out
+    assert "Gain by task, in reward of its own prompts:" in printed
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert set(table["methods"]["mean"]["tasks"]) == {"up", "down"}
+    run = read_run(folder)
+    found = tasks_of_report(run, table)
+    assert found["names"] == ["down", "up"] and {row["method"] for row in found["gains"]} >= {"mean", "std"}
+    rewards = {name: run.curve(f"tasks/{name}/reward")[1][-1] for name in ("up", "down")}
+    assert any(f"weakest task is {min(rewards, key=rewards.get)}" in told for told in found["told"])
+    report_command(["report", str(folder), "--output", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    for text in ("What each task would gain, by normalisation", "Reward by task", "Who is heard", "The weakest task"):
+        assert text in page
+
+
+def test_the_weakest_task_and_what_would_help_it(run_of_tasks):
+    """Sentences by made-up tables: one that tells, one that can't."""
+    run = read_run(run_of_tasks[1])
+    rewards = {name: run.curve(f"tasks/{name}/reward")[1][-1] for name in ("up", "down")}
+    weakest = min(rewards, key=rewards.get)
+
+    def told(ahead, error):
+        of_task = {weakest: {"gain": 1.0, "ahead": ahead, "ahead_error": error}}
+        table = {"used": "std", "methods": {"max_rl": {"cos": 0.9, "tasks": of_task}}}
+        return tasks_of_report(run, table)["told"][1]
+
+    assert "it would gain most by max_rl: +0.5 +- 0.1 more than by std" in told(0.5, 0.1)
+    assert "No normalisation can be told to let it gain more than std" in told(0.1, 0.1)
+
+
+def test_no_column_nothing_of_tasks(tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path, by_place, **OPTIONS)
+    trainer.train()
+    assert not any(name.startswith("tasks/") for log in trainer.state.log_history for name in log)
+    assert tasks_of_report(read_run(tmp_path), None) is None
