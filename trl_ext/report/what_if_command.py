@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from trl_ext.tasks.command_line import load_function
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -22,31 +22,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--function", metavar="MODULE:NAME", help="and one of your own, f(rewards_PG, context)")
     parser.add_argument("--json", metavar="FILE", help="also the same numbers, as JSON")
     return parser.parse_args(arguments)
-
-
-def load_function(place: str) -> Callable[..., Any]:
-    """``module:name``, also of the folder that one is in. Raises ``ValueError`` saying what is wrong, also for whatever
-    the function raises later."""
-    module_name, colon, name = place.partition(":")
-    if not colon or not module_name or not name:
-        raise ValueError(f"--function {place!r} must be module:name")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--function {place}: {error}") from None
-    if not callable(function):
-        raise ValueError(f"--function {place} is not a function")
-
-    @functools.wraps(function)
-    def named(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
-
-    return named
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -136,7 +111,7 @@ def main(arguments: Sequence[str]) -> None:
         if options.function:
             from .what_if_table import STATELESS
 
-            methods = [*(methods or STATELESS), load_function(options.function)]
+            methods = [*(methods or STATELESS), load_function(options.function, "--function")]
         run = read_run(options.run)
         table = what_if_table(run, methods)
     except ValueError as error:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
@@ -37,7 +40,7 @@ def short_help(usage: str, description: str, groups: Mapping[str, Sequence[Shown
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         def __init__(self, prog: str) -> None:
-            super().__init__(prog, max_help_position=28, width=width)
+            super().__init__(prog, max_help_position=29, width=width)
 
     parser = argparse.ArgumentParser(
         usage=usage, description=description, epilog=epilog, add_help=False, formatter_class=Formatter
@@ -63,3 +66,28 @@ def unknown_option(left_over: Sequence[str], dataclasses: Iterable[Any]) -> str:
     if not names:
         return f"{' '.join(left_over)}: belongs to no option"
     return f"{names[0]}: no such option{did_you_mean(names[0], known)}"
+
+
+def load_function(place: str, option: str) -> Callable[..., Any]:
+    """``module:name``, also of the folder that one is in. Raises ``ValueError`` saying what is wrong, also for whatever
+    the function raises later. ``option``: what it was given by."""
+    module_name, colon, name = place.partition(":")
+    if not colon or not module_name or not name:
+        raise ValueError(f"{option} {place!r} must be module:name")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # whatever a module does when it is imported
+        raise ValueError(f"{option} {place}: {type(error).__name__}: {error}") from None
+    if not callable(function):
+        raise ValueError(f"{option} {place} is not a function")
+
+    @functools.wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
+
+    return named

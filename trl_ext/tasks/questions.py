@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset
 from pyarrow import ArrowException, parquet
@@ -24,16 +25,26 @@ FILE_TYPES = (".jsonl", ".json", ".parquet")
 QUESTION_COLUMNS = ("question", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
 PROMPT_STYLES = ("auto", "chat", "few_shot")
+# of the built-in problems, by level
+TASKS = {1: "sums to 20", 2: "sums to 50", 3: "sums to 99", 4: "one-step stories", 5: "two-step stories"}
+# columns that are TRL's, or ours already
+NOT_PASSED_ON = (
+    "prompt", "prompts", "completion", "completions", "completion_ids", "question", "gold", "task", "image", "images",
+    "trainer_state", "log_extra", "log_metric", "tools", "environment_kwargs",
+)  # fmt: skip
 NEXT_QUESTION = "\nQuestion:"  # where a few-shot completion has gone on to a question of its own
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its gold answer as the source writes it; ``row`` counts the source's rows (or lines) from 1."""
+    """A question and its gold answer as the source writes it; ``row`` counts the source's rows (or lines) from 1.
+    ``task``: what it is one of, empty where nothing is said. ``more``: other columns of the source, for a reward."""
 
     question: str
     answer: str
     row: int
+    task: str = ""
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _read_text(path: Path) -> str:
@@ -87,29 +98,45 @@ def _pick_column(columns: Sequence[str], wanted: str | None, known: Sequence[str
 
 
 def _to_questions(
-    numbered: list[tuple[int, dict]], question_column: str | None, answer_column: str | None, source: str
+    numbered: list[tuple[int, dict]],
+    question_column: str | None,
+    answer_column: str | None,
+    source: str,
+    *,
+    own_reward: bool = False,
 ) -> list[Question]:
     if not numbered:
         raise ValueError(f"{source} is empty")
     columns = list(numbered[0][1])
     question_name = _pick_column(columns, question_column, QUESTION_COLUMNS, "--question_column", source)
-    answer_name = _pick_column(columns, answer_column, ANSWER_COLUMNS, "--answer_column", source)
+    needs_answer = not own_reward or answer_column is not None or any(name in columns for name in ANSWER_COLUMNS)
+    answer_name = ""
+    if needs_answer:
+        answer_name = _pick_column(columns, answer_column, ANSWER_COLUMNS, "--answer_column", source)
     questions = []
     for number, row in numbered:
-        for name in (question_name, answer_name):
+        for name in (question_name, answer_name) if needs_answer else (question_name,):
             if row.get(name) is None or str(row[name]).strip() == "":
                 raise ValueError(f"{source}, row {number} has nothing in column {name!r}")
-        questions.append(Question(str(row[question_name]).strip(), str(row[answer_name]).strip(), number))
+        more = {name: value for name, value in row.items() if name not in NOT_PASSED_ON} if own_reward else {}
+        text, answer = str(row[question_name]).strip(), str(row.get(answer_name) or "").strip()
+        task = "" if row.get("task") is None else str(row["task"])
+        questions.append(Question(text, answer, number, task, more))
     return questions
 
 
 def read_questions(
-    path: str | Path, question_column: str | None = None, answer_column: str | None = None
+    path: str | Path,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    *,
+    own_reward: bool = False,
 ) -> list[Question]:
     """Questions of a ``.jsonl``, ``.json`` (a list of objects) or ``.parquet`` file.
 
     Columns ``question`` or ``problem``, and ``answer`` or ``solution``, are recognised (GSM8K, MATH, MATH-500);
-    others are named by the arguments. Raises ``ValueError`` for a missing file, another type, a line that isn't JSON
+    others are named by the arguments. A column ``task`` travels with them. ``own_reward``: they needn't have an answer,
+    and keep their other columns. Raises ``ValueError`` for a missing file, another type, a line that isn't JSON
     (with its number), a missing column, an empty value (with its row) or an empty file.
     """
     path = Path(path)
@@ -117,7 +144,7 @@ def read_questions(
         raise ValueError(f"no such file: {path}")
     if path.suffix not in FILE_TYPES:
         raise ValueError(f"{path} has type {path.suffix!r}: expected one of {', '.join(FILE_TYPES)}")
-    return _to_questions(_read_rows(path), question_column, answer_column, str(path))
+    return _to_questions(_read_rows(path), question_column, answer_column, str(path), own_reward=own_reward)
 
 
 def hub_questions(
@@ -140,7 +167,10 @@ def hub_questions(
 def arithmetic_questions(count: int, *, held_out: bool, levels: tuple[int, ...], seed: int) -> list[Question]:
     """Questions of the built-in generator, see ``arithmetic.py``."""
     problems = generate_problems(count, split="held_out" if held_out else "train", levels=levels, seed=seed)
-    return [Question(problem.question, str(problem.answer), row) for row, problem in enumerate(problems, start=1)]
+    return [
+        Question(problem.question, str(problem.answer), row, TASKS[problem.level])
+        for row, problem in enumerate(problems, start=1)
+    ]
 
 
 def hold_out(questions: list[Question], count: int, seed: int) -> tuple[list[Question], list[Question]]:
@@ -164,7 +194,8 @@ def few_shot_prompt(question: str, examples: Sequence[Question]) -> str:
 def build_dataset(
     questions: Sequence[Question], style: str, *, instruction: str = "", examples: Sequence[Question] = ()
 ) -> Dataset:
-    """A dataset for the trainer, columns ``prompt``, ``question`` and ``gold`` (the answer as the source writes it).
+    """A dataset for the trainer, columns ``prompt``, ``question`` and ``gold`` (the answer as the source writes it);
+    ``task`` where a question has one, and what else all of them have.
 
     ``style`` is ``"chat"`` (one user message, the instruction below the question) or ``"few_shot"`` (plain text).
     """
@@ -173,10 +204,13 @@ def build_dataset(
         prompts: list = [[{"role": "user", "content": text}] for text in texts]
     else:
         prompts = [few_shot_prompt(item.question, examples) for item in questions]
-    return Dataset.from_dict(
-        {
-            "prompt": prompts,
-            "question": [item.question for item in questions],
-            "gold": [item.answer for item in questions],
-        }
-    )
+    columns: dict[str, list[Any]] = {
+        "prompt": prompts,
+        "question": [item.question for item in questions],
+        "gold": [item.answer for item in questions],
+    }
+    if any(item.task for item in questions):
+        columns["task"] = [item.task or None for item in questions]
+    for name in questions[0].more if questions else ():
+        columns[name] = [item.more.get(name) for item in questions]
+    return Dataset.from_dict(columns)

@@ -1,0 +1,218 @@
+"""Tasks of reasoning-gym: names, options, weights, questions that differ, scores; and a reward of one's own."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("reasoning_gym", reason="the extra 'reasoning' isn't installed")
+
+from hypothesis import given
+from hypothesis import strategies as st
+from test_math_example import environment
+
+from trl_ext.tasks import reasoning
+from trl_ext.tasks.command_line import load_function
+from trl_ext.tasks.questions import build_dataset, read_questions
+from trl_ext.tasks.reasoning import GymScore, Tasks, counts, final_answer, task_names, task_options, task_weights
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "math.py"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("reasoning_gym:chain_sun", "no task 'chain_sun', did you mean chain_sum"),
+        ("reasoning_gym:xyzzy", "no task 'xyzzy'; it has"),
+        ("reasoning_gym:", "which tasks"),
+        ("reasoning_gym:gcd,gcd", "gcd is given twice"),
+    ],
+)
+def test_unknown_tasks_are_named(dataset, message):
+    with pytest.raises(ValueError, match=message):
+        task_names(dataset)
+
+
+def test_options_reach_the_configuration():
+    options = task_options(["chain_sum", "gcd"], ["chain_sum.min_terms=2", "chain_sum.max_terms=2", "gcd.max_value=20"])
+    assert options == {"chain_sum": {"min_terms": 2, "max_terms": 2}, "gcd": {"max_value": 20}}
+    tasks = Tasks(["chain_sum", "gcd"], [1.0, 1.0], options, seed=3)
+    for question in tasks.questions(40, held_out=False):
+        metadata = tasks.entries[question.task, question.question]["metadata"]
+        if question.task == "chain_sum":
+            assert question.question.count(" + ") + question.question.count(" - ") == 1
+        else:
+            assert max(metadata["numbers"]) <= 20
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("chain_sum.max_term=3", "no option 'max_term', did you mean max_terms"),
+        ("gdc.max_value=3", "'gdc' isn't a task of this run, did you mean gcd"),
+        ("max_terms=3", "must be TASK.OPTION=VALUE"),
+        ("chain_sum.seed=3", "no option 'seed'"),
+    ],
+)
+def test_unknown_options_are_named(item, message):
+    with pytest.raises(ValueError, match=message):
+        task_options(["chain_sum", "gcd"], [item])
+
+
+def test_refused_values_are_named():
+    with pytest.raises(ValueError, match=r"chain_sum refuses \{'max_terms': 0\}: max_terms must be"):
+        Tasks(["chain_sum"], [1.0], {"chain_sum": {"max_terms": 0}}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"), [([0, 0], "sum to 0"), ([1], "1 for 2 tasks"), ([2, -1], "-1 is negative")]
+)
+def test_mixtures_of_nothing_are_named(weights, message):
+    with pytest.raises(ValueError, match=message):
+        task_weights(["gcd", "lcm"], weights)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=6).filter(lambda w: sum(w) > 0.1), st.integers(6, 500))
+def test_counts_follow_the_weights(weights, total):
+    found = counts(weights, total)
+    assert sum(found) == total
+    for weight, count in zip(weights, found, strict=True):
+        assert (count > 0) is (weight > 0)
+        assert abs(count - total * weight / sum(weights)) < 1 + len(weights)
+
+
+def test_held_out_questions_are_others_and_seeds_repeat():
+    def made(seed):
+        tasks = Tasks(["chain_sum", "spell_backward"], [3.0, 1.0], {"chain_sum": {}, "spell_backward": {}}, seed)
+        return tasks.questions(80, held_out=False), tasks.questions(40, held_out=True)
+
+    train, held_out = made(0)
+    assert not {one.question for one in train} & {one.question for one in held_out}
+    assert len({one.question for one in train}) == 80 and sum(one.task == "chain_sum" for one in train) == 60
+    assert made(0) == (train, held_out) and made(1)[0] != train
+    assert len({one.task for one in train[:12]}) == 2  # mixed
+
+
+def test_a_small_task_says_how_much_there_is():
+    options = {"coin_flip": {"min_trials": 1, "max_trials": 1}}
+    with pytest.raises(ValueError, match=r"coin_flip has only \d+ different training questions, not 90"):
+        Tasks(["coin_flip"], [1.0], options, 0).questions(90, held_out=False)
+
+
+def test_scores_are_the_tasks_own():
+    names = ["chain_sum", "spell_backward", "sudoku"]
+    tasks = Tasks(names, [1.0] * 3, {name: {} for name in names}, seed=0)
+    questions = tasks.questions(12, held_out=False)
+    said, logged = [], {}
+    score = GymScore(tasks, said.append)
+    asked = {"question": [one.question for one in questions], "task": [one.task for one in questions]}
+    right = [f"First I think. <answer>{one.answer}</answer>" for one in questions]
+    assert score(right, **asked, log_metric=logged.__setitem__) == [1.0] * 12 and logged == {"accuracy": 1.0}
+    as_chat = [[{"role": "assistant", "content": one.answer}] for one in questions]
+    assert score(as_chat, **asked) == [1.0] * 12
+    wrong = score(["<answer>nothing of it</answer>"] * 12, **asked, log_metric=logged.__setitem__)
+    assert max(wrong) < 0.5 and logged == {"accuracy": 0.0}
+
+
+def test_a_scorer_that_fails_counts_as_wrong_and_is_said_once():
+    tasks = Tasks(["gcd"], [1.0], {"gcd": {}}, 0)
+    question = tasks.questions(1, held_out=False)[0]
+    tasks.scorers["gcd"].score_answer = lambda answer, entry: 1 / 0
+    said = []
+    score = GymScore(tasks, said.append)
+    assert score(["1", "2"], question=[question.question] * 2, task=["gcd"] * 2) == [0.0, 0.0]
+    assert len(said) == 1 and "gcd: its scorer fails" in said[0] and "ZeroDivisionError" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so <answer> 4 </answer> or <answer>5</answer>", "5"),
+        ("it is \\boxed{7}", "7"),
+        ("  plain ", "plain"),
+        ("<answer>a\nb</answer>", "a\nb"),
+    ],
+)
+def test_final_answers(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.nightly
+def test_every_task_can_be_asked():
+    """One question of each of the hundred, scored right; a few need more than a second, or files of their own."""
+    from reasoning_gym.factory import DATASETS
+
+    wrong = []
+    for name in sorted(set(DATASETS) - {"composite", "rearc", "arc_agi"}):
+        tasks = Tasks([name], [1.0], {name: {}}, 0)
+        question = tasks.questions(1, held_out=False)[0]
+        if GymScore(tasks, lambda text: None)([question.answer], [question.question], [name])[0] < reasoning.RIGHT:
+            wrong.append(name)
+    assert len(wrong) < 12, wrong  # whose answer is one of several, and isn't written as it is scored
+
+
+# ---- the script
+
+
+def script(tmp_path, *arguments):
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, env=environment(), cwd=tmp_path,
+        timeout=600,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+SHORT = (
+    "--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "16", "--max_completion_length", "4",
+    "--logging_steps", "1", "--interference_every", "1", "--num_generations_eval", "1", "--eval_strategy", "steps",
+    "--eval_steps", "2", "--eval_size", "8", "--bf16", "false",
+)  # fmt: skip
+
+
+def test_a_mixture_by_the_script(tiny_policy, tmp_path):
+    mixture = ["--dataset", "reasoning_gym:chain_sum,gcd", "--task_weights", "2", "1"]
+    options = ["--task_options", "chain_sum.max_terms=2", "--train_size", "60", "--output_dir", "run"]
+    code, said = script(tmp_path, "--model_name_or_path", str(tiny_policy), *mixture, *options, *SHORT)
+    assert code == 0, said
+    assert "60 training and 8 held-out questions" in said and "By task (mean reward):" in said
+    logs = [json.loads(line) for line in (tmp_path / "run" / "log_history.jsonl").read_text().splitlines()]
+    assert any("tasks/chain_sum/reward" in log for log in logs) and any("eval_tasks/gcd/reward" in log for log in logs)
+
+
+def test_a_reward_of_ones_own_by_the_script(tiny_policy, tmp_path):
+    """It gets the file's other columns; the answers needn't be mathematics, nor be there."""
+    (tmp_path / "mine.py").write_text(
+        "def short(completions, wanted, task, **columns):\n"
+        "    assert set(task) <= {'a', 'b'}\n"
+        "    return [float(len(c[0]['content']) % 2 == w % 2) for c, w in zip(completions, wanted)]\n"
+    )
+    rows = [{"question": f"Say {i}", "wanted": i, "task": "ab"[i % 2]} for i in range(40)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    where = ["--dataset_path", "mine.jsonl", "--reward", "mine:short", "--output_dir", "run"]
+    code, said = script(tmp_path, "--model_name_or_path", str(tiny_policy), *where, *SHORT)
+    assert code == 0, said
+    logs = [json.loads(line) for line in (tmp_path / "run" / "log_history.jsonl").read_text().splitlines()]
+    assert any("tasks/b/reward" in log and "rewards/short/mean" in log for log in logs)
+
+
+def test_columns_travel_with_questions(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"question": "a", "answer": "1", "task": "t", "unit": "m", "prompt": "x"}\n')
+    plain = read_questions(tmp_path / "mine.jsonl")
+    assert plain[0].task == "t" and plain[0].more == {}
+    dataset = build_dataset(read_questions(tmp_path / "mine.jsonl", own_reward=True), "chat")
+    assert dataset[0]["unit"] == "m" and dataset[0]["task"] == "t" and dataset[0]["prompt"][0]["content"] == "a"
+
+
+def test_wrong_rewards_are_named_before_anything_is_loaded(tmp_path):
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no luck')")
+    code, said = script(tmp_path, "--reward", "broken:f")
+    assert code == 1 and "error: --reward broken:f: RuntimeError: no luck" in said and "Traceback" not in said
+    for place, message in (
+        ("nowhere:f", "No module named 'nowhere'"), ("json:loadz", "no attribute 'loadz'"),
+        ("json", "must be module:name"), ("json:decoder", "is not a function"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"--reward .*{message}"):
+            load_function(place, "--reward")
