@@ -119,7 +119,7 @@ def _to_questions(
             if row.get(name) is None or str(row[name]).strip() == "":
                 raise ValueError(f"{source}, row {number} has nothing in column {name!r}")
         more = {name: value for name, value in row.items() if name not in NOT_PASSED_ON} if own_reward else {}
-        text, answer = str(row[question_name]).strip(), str(row.get(answer_name) or "").strip()
+        text, answer = str(row[question_name]).strip(), str(row[answer_name]).strip() if needs_answer else ""
         task = "" if row.get("task") is None else str(row["task"])
         questions.append(Question(text, answer, number, task, more))
     return questions
