@@ -138,7 +138,6 @@ def test_final_answers(text, answer):
     assert final_answer(text) == answer
 
 
-@pytest.mark.nightly
 def test_every_task_can_be_asked():
     """One question of each of the hundred, scored right; a few need more than a second, or files of their own."""
     from reasoning_gym.factory import DATASETS
