@@ -72,12 +72,19 @@ def _gains(table: dict[str, Any] | None, names: list[str]) -> list[dict[str, Any
 def _interfering(pairs: dict[tuple[str, str], tuple[list[int], list[float]]]) -> str:
     """One sentence."""
     apart: list[tuple[float, str]] = []
+    widest = 0.0
     for (a, b), (_, values) in pairs.items():
         mean, low, high = interval(values, looks=len(pairs))
-        if math.isfinite(low) and (high < 0 or low > 0):
+        if not math.isfinite(low):
+            return "Too few logged steps to tell whether the tasks interfere."
+        widest = max(widest, abs(low), abs(high))
+        if high < 0 or low > 0:
             apart.append((mean, f"{a} and {b} ({mean:+.2f})"))
     if not apart:
-        return "No two tasks' gradients can be told from orthogonal ones here: they leave one another alone."
+        return (
+            "No two tasks' gradients can be told from orthogonal ones here; nor from a cosine of up to "
+            f"{widest:.2f} in size."
+        )
     against = [text for mean, text in sorted(apart) if mean < 0]
     along = [text for mean, text in sorted(apart, reverse=True) if mean > 0]
     told = [f"against one another: {', '.join(against[:3])}"] if against else []
