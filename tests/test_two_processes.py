@@ -139,6 +139,7 @@ def test_a_large_step_is_logged_as_a_small_one(beta, tiny_policy, tmp_path):
         ("interference.measure", "group_by_prompt"),
         ("interference.measure", "interference_metrics"),
         ("interference.log", "pack_known"),
+        ("interference.measure.Recorded", "sizes"),
     ],
     ids=lambda place: place[1],
 )

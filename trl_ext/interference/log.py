@@ -235,14 +235,15 @@ class InterferenceLog:
                 self._fail(error)
         if not last:
             return
-        recorded = None
+        recorded, shape, sizes = None, [0] * 5, [0] * 2  # of a process that has nothing
         try:
             if self._failure is None:
                 recorded = self._take()
+                shape, sizes = recorded.shape(), recorded.sizes()
         except Exception as error:
             self._fail(error)
-        largest = self._all_have(recorded)
-        if recorded is None or largest is None:
+        largest = self._all_have(shape, sizes)
+        if recorded is None or self._failure is not None or largest is None:
             self._switch_off(self._failure or "it failed on another process")
             return
         try:
@@ -314,16 +315,13 @@ class InterferenceLog:
             summed=only_prompts_matter(known["coefficient"], processes * len(sketch_B)),
         )
 
-    def _all_have(self, recorded: Recorded | None) -> list[int] | None:
+    def _all_have(self, shape: list[int], sizes: list[int]) -> list[int] | None:
         """The largest of all processes' sizes; None where a process has nothing, or of another shape."""
-        same = recorded.shape() if recorded is not None else [0] * 5
-        sizes = recorded.sizes() if recorded is not None else [0] * 2
-        numbers = torch.tensor([[*same, *sizes]], device=self.accelerator.device)
-        numbers = self.accelerator.gather(numbers)
-        shapes = numbers[:, : len(same)]
+        numbers = self.accelerator.gather(torch.tensor([[*shape, *sizes]], device=self.accelerator.device))
+        shapes = numbers[:, : len(shape)]
         if not (shapes == shapes[0]).all() or shapes[0, 0] == 0:
             return None
-        return numbers[:, len(same) :].amax(0).tolist()
+        return numbers[:, len(shape) :].amax(0).tolist()
 
     def _log(self, recorded: Recorded, largest: list[int], *, some_skipped: bool) -> None:
         """A collective call: what fails here on one process is dropped on all."""
