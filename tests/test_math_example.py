@@ -109,6 +109,8 @@ LINES = [
     r" *" + " +".join(COLUMNS),
     r"[ \d.-]+",
     r"Held-out accuracy: [\d.]+ before, [\d.]+ after \([+-][\d.]+\)",
+    r"By task \(mean reward\): +before +after +share of the gradient",
+    r" +(sums to 20|one-step stories)( +-?[\d.]+){3}",
     r"Model and checkpoints: .*    Logs: .*/trainer_state.json \(log_history\)",
     r"To look at the run: python -m trl_ext report .*",
     r"Next: --normalization mean .*|--dataset gsm8k for a real model; examples/recipes/ for whole configurations\.",
