@@ -322,15 +322,18 @@ def started_alone(processes: int) -> bool:
     return processes == 1 and launched and "WORLD_SIZE" not in os.environ
 
 
-def held_out_accuracies(trainer) -> list[float]:
-    """Accuracies on the held-out questions (sampled as in training) measured so far, the first before training."""
-    return [log["eval_accuracy"] for log in trainer.state.log_history if "eval_accuracy" in log]
+def held_out_logs(trainer) -> tuple[str, list[dict[str, float]]]:
+    """What is measured on the held-out questions (sampled as in training), the accuracy, or the mean of a reward of
+    one's own; and the logs that have it so far, the first before training."""
+    logs = trainer.state.log_history
+    name = "accuracy" if any("eval_accuracy" in log for log in logs) else "reward"
+    return name, [log for log in logs if f"eval_{name}" in log]
 
 
 def held_out_by_task(trainer) -> list[str]:
     """Mean rewards on the held-out questions of each of several tasks, before and after, and whom the steps heard."""
-    logs = trainer.state.log_history
-    first, last = ([log for log in logs if "eval_accuracy" in log][place] for place in (0, -1))
+    logs, evaluated = trainer.state.log_history, held_out_logs(trainer)[1]
+    first, last = evaluated[0], evaluated[-1]
     names = [name.split("/")[1] for name in last if name.startswith("eval_tasks/") and name.endswith("/reward")]
     if len(names) < 2:
         return []
@@ -374,7 +377,7 @@ def main(arguments: list[str]) -> None:
         )
         say("with --resume_from_checkpoint auto")
     else:
-        evaluated = [log["step"] for log in trainer.state.log_history if "eval_accuracy" in log][-1:]
+        evaluated = [log["step"] for log in held_out_logs(trainer)[1]][-1:]
         # the best checkpoint's model isn't the one that the last step was evaluated with
         if trainer.eval_dataset is not None and (
             evaluated != [trainer.state.global_step] or training.load_best_model_at_end
@@ -386,9 +389,10 @@ def main(arguments: list[str]) -> None:
         except Exception as error:  # safetensors, torch and Python each have one of their own for a full disk
             reason = str(error).strip().splitlines()[0]
             sys.exit(f"error: the model couldn't be saved in {output}: {reason}. Its checkpoints are there")
-        if accuracies := held_out_accuracies(trainer):
-            before, after = accuracies[0], accuracies[-1]
-            say(f"\nHeld-out accuracy: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
+        name, logs = held_out_logs(trainer)
+        if logs:
+            before, after = logs[0][f"eval_{name}"], logs[-1][f"eval_{name}"]
+            say(f"\nHeld-out {name}: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
             for line in held_out_by_task(trainer):
                 say(line)
         say(f"Model and checkpoints: {output}    Logs: {output}/trainer_state.json (log_history)")

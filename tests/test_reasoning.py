@@ -195,6 +195,7 @@ def test_a_reward_of_ones_own_by_the_script(tiny_policy, tmp_path):
     assert code == 0, said
     logs = [json.loads(line) for line in (tmp_path / "run" / "log_history.jsonl").read_text().splitlines()]
     assert any("tasks/b/reward" in log and "rewards/short/mean" in log for log in logs)
+    assert "Held-out reward: " in said and "By task (mean reward):" in said
 
 
 def test_columns_travel_with_questions(tmp_path):
