@@ -334,14 +334,15 @@ def held_out_by_task(trainer) -> list[str]:
     """Mean rewards on the held-out questions of each of several tasks, before and after, and whom the steps heard."""
     logs, evaluated = trainer.state.log_history, held_out_logs(trainer)[1]
     first, last = evaluated[0], evaluated[-1]
-    names = [name.split("/")[1] for name in last if name.startswith("eval_tasks/") and name.endswith("/reward")]
+    before, after = "eval_tasks/", "/reward"
+    names = [key[len(before) : -len(after)] for key in last if key.startswith(before) and key.endswith(after)]
     if len(names) < 2:
         return []
     lines = ["By task (mean reward):" + " " * 5 + "before   after   share of the gradient"]
     for name in names:
-        before, after = (log.get(f"eval_tasks/{name}/reward") for log in (first, last))
+        rewards = [log.get(f"eval_tasks/{name}/reward") for log in (first, last)]
         heard = [log[f"tasks/{name}/heard"] for log in logs if f"tasks/{name}/heard" in log]
-        cells = [before, after, sum(heard) / len(heard) if heard else None]
+        cells = [*rewards, sum(heard) / len(heard) if heard else None]
         told = ("-" if cell is None else f"{cell:.3f}" for cell in cells)
         lines.append(f"  {name[:23]:<23} " + "".join(cell.rjust(8) for cell in told))
     return lines

@@ -89,7 +89,7 @@ def test_columns_answer_as_the_matrix_does(sizes, numbers, processes, seed, drop
     dropped = torch.rand(len(row_B), generator=generator) < 0.3 if drops else None
     matrix = MatrixProducts(vectors.double() @ vectors.double().T)
     if drops:
-        matrix = matrix.masked(dropped)
+        matrix = MatrixProducts(matrix.gram_BB.masked_fill(dropped | dropped[:, None], 0.0))
     index_PG = torch.stack([torch.arange(len(row_B)), torch.arange(len(row_B)).flip(0)], dim=1)
 
     def answers(products):
@@ -174,9 +174,18 @@ def test_sums_of_prompts_know_nothing_of_sequences():
     for ask in (products.within, products.of_totals):
         with pytest.raises(ValueError, match="not those of single sequences"):
             ask(row_B)
-    assert products.masked(torch.zeros(3, dtype=torch.bool)) is products
-    with pytest.raises(ValueError, match="single sequences"):
-        products.masked(torch.tensor([True, False, False]))
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match=r"gram_BB has shape \(3, 2\)"):
+        MatrixProducts(torch.ones(3, 2))
+    for values, squares, more, message in (
+        (torch.ones(4), torch.ones(4), {}, r"values_BK has shape \(4,\)"),
+        (torch.ones(4, 2), torch.ones(3), {}, r"squares_B has shape \(3,\): expected \(4,\)"),
+        (torch.ones(4, 2), torch.ones(4), {"dropped_B": torch.ones(2).bool()}, r"dropped_B has shape \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ColumnProducts(values, squares, **more)
 
 
 # ---- one process of eight, at 512 prompts of 16 answers and k = 64

@@ -66,7 +66,14 @@ def test_refused_values_are_named():
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [([0, 0], "sum to 0"), ([1], "1 for 2 tasks"), ([2, -1], "-1 is negative")]
+    ("weights", "message"),
+    [
+        ([0, 0], "sum to 0"),
+        ([1], "1 for 2 tasks"),
+        ([2, -1], "-1 is negative"),
+        ([float("nan"), 1], "finite"),
+        ([float("inf"), 1], "finite"),
+    ],
 )
 def test_mixtures_of_nothing_are_named(weights, message):
     with pytest.raises(ValueError, match=message):
@@ -113,6 +120,8 @@ def test_scores_are_the_tasks_own():
     assert score(as_chat, **asked) == [1.0] * 12
     wrong = score(["<answer>nothing of it</answer>"] * 12, **asked, log_metric=logged.__setitem__)
     assert max(wrong) < 0.5 and logged == {"accuracy": 0.0}
+    with pytest.raises(ValueError, match="sudoku has made no question 'another'"):
+        score(["1"], question=["another"], task=["sudoku"])
 
 
 def test_a_scorer_that_fails_counts_as_wrong_and_is_said_once():

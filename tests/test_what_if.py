@@ -159,6 +159,8 @@ def test_a_task_is_judged_by_its_own_prompts(drawn):
             std = sum(one_out("std", q) for q in members) / len(members)
             assert task["ahead"] == pytest.approx(gain - std, abs=1e-9)
     assert what_if(make_scores(score, reward), candidates(["std"])).rows["std"].tasks == ()
+    with pytest.raises(ValueError, match=r"tasks_TP has shape \(1, 5\): expected \(T, 6\)"):
+        what_if(make_scores(score, reward), candidates(["std"]), tasks_TP=tasks[:1, :5])
 
 
 def test_the_gain_by_prompts_is_that_by_sequences(drawn):

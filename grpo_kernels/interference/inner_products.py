@@ -46,9 +46,6 @@ class InnerProducts(Protocol):
     def of_totals(self, factor_MB: torch.Tensor) -> torch.Tensor:
         """(M, M): <sum over all i of left_i z_i, sum over all j of right_j z_j> of every two rows."""
 
-    def masked(self, dropped_B: torch.Tensor) -> InnerProducts:
-        """The same with the vectors of ``dropped_B`` (bool) put to 0."""
-
 
 def sum_rows(values_BN: torch.Tensor, row_B: torch.Tensor, n_rows: int) -> torch.Tensor:
     """(P, N): the sums over each prompt's vectors."""
@@ -62,9 +59,11 @@ def squared_norms(values_BK: torch.Tensor) -> torch.Tensor:
 
 
 class MatrixProducts:
-    """Of their matrix ``gram_BB``, floating and symmetric."""
+    """Of their matrix ``gram_BB``, floating and symmetric; ``ValueError`` for one that isn't square."""
 
     def __init__(self, gram_BB: torch.Tensor) -> None:
+        if gram_BB.ndim != 2 or gram_BB.shape[0] != gram_BB.shape[1]:
+            raise ValueError(f"gram_BB has shape {tuple(gram_BB.shape)}: expected a square (B, B)")
         self.gram_BB = gram_BB.double()
 
     def __len__(self) -> int:
@@ -94,9 +93,6 @@ class MatrixProducts:
         factor_MB = factor_MB.to(self.gram_BB)
         return factor_MB @ self.gram_BB @ factor_MB.T
 
-    def masked(self, dropped_B: torch.Tensor) -> MatrixProducts:
-        return MatrixProducts(self.gram_BB.masked_fill(dropped_B | dropped_B[:, None], 0.0))
-
 
 class ColumnProducts:
     """Of the vectors, of each of which this process holds the same columns.
@@ -109,7 +105,10 @@ class ColumnProducts:
         squares_B: |z_i|^2 over all columns.
         reduce: the sum over processes.
         first: the number of the first column that is here.
-        dropped_B: vectors that count as 0.
+        dropped_B: bool, vectors that count as 0.
+
+    Raises:
+        ValueError: values_BK isn't (B, K), or another one not (B,).
     """
 
     def __init__(
@@ -121,6 +120,11 @@ class ColumnProducts:
         first: int = 0,
         dropped_B: torch.Tensor | None = None,
     ) -> None:
+        if values_BK.ndim != 2:
+            raise ValueError(f"values_BK has shape {tuple(values_BK.shape)}: expected (B, K)")
+        for name, value in (("squares_B", squares_B), ("dropped_B", dropped_B)):
+            if value is not None and tuple(value.shape) != (len(values_BK),):
+                raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({len(values_BK)},)")
         self.values_BK, self._reduce, self.first = values_BK, reduce, first
         self._squares_B, self._kept_B = squares_B.double(), None if dropped_B is None else (~dropped_B).double()
 
@@ -218,6 +222,7 @@ class ColumnProducts:
         return self._reduce(made_BB)
 
     def masked(self, dropped_B: torch.Tensor) -> ColumnProducts:
+        """The same with the vectors of ``dropped_B`` (bool) put to 0."""
         return ColumnProducts(self.values_BK, self._squares_B, self._reduce, first=self.first, dropped_B=dropped_B)
 
 
@@ -242,11 +247,6 @@ class PromptProducts:
         raise ValueError("only the sums over whole prompts are known, not those of single sequences")
 
     within = squared_along = of_totals = _unknown
-
-    def masked(self, dropped_B: torch.Tensor) -> PromptProducts:
-        if dropped_B.any():
-            self._unknown()
-        return self
 
 
 def as_products(given: torch.Tensor | InnerProducts) -> InnerProducts:

@@ -26,8 +26,13 @@ class TaskGradients:
 
 
 def task_gradients(groups: PromptGroups, task_P: torch.Tensor, n_tasks: int, sketch_rmse: float = 0.0) -> TaskGradients:
-    """``task_P``: int64 in [0, T), -1 for a prompt of none. ``sketch_rmse``: error of one cosine."""
+    """``task_P``: int64 in [0, T), -1 for a prompt of none; ``ValueError`` for others. ``sketch_rmse``: error of one
+    cosine."""
     gram_PP = groups.gram_PP
+    if tuple(task_P.shape) != (len(gram_PP),) or task_P.dtype != torch.int64:
+        raise ValueError(f"task_P is {task_P.dtype} {tuple(task_P.shape)}: expected int64 ({len(gram_PP)},)")
+    if len(task_P) and not -1 <= int(task_P.min()) <= int(task_P.max()) < n_tasks:
+        raise ValueError(f"task_P holds {int(task_P.min())} to {int(task_P.max())}: expected -1 to {n_tasks - 1}")
     one_hot_PT = (task_P[:, None] == torch.arange(n_tasks, device=task_P.device)).to(gram_PP)
     towards_PT = gram_PP @ one_hot_PT  # <g_p, G_t>
     inner_TT = one_hot_PT.T @ towards_PT

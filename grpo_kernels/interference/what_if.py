@@ -162,6 +162,8 @@ def what_if(
     ``context``: as ``normalize_rewards`` takes it, (P, ...) tensors among it. ``tasks_TP``: bool, each task's prompts.
     """
     context = context or {}
+    if tasks_TP is not None and (tasks_TP.ndim != 2 or tasks_TP.shape[1] != len(scores.rewards_PG)):
+        raise ValueError(f"tasks_TP has shape {tuple(tasks_TP.shape)}: expected (T, {len(scores.rewards_PG)})")
     gamma_B, no_gain = objective(scores)
     products, row_B, n_prompts = as_products(scores.gram_BB), scores.prompt_B, len(scores.rewards_PG)
     now_B = _factors(scores, scores.advantage_B)

@@ -1,7 +1,4 @@
-"""Where a dataset has a column ``task``: do the tasks interfere, who is heard, and what would let the weakest learn?
-
-Shapes: none; tasks by name.
-"""
+"""Where a dataset has a column ``task``: do the tasks interfere, who is heard, and what would let the weakest learn?"""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .evidence import interval
+from .evidence import interval, student
 from .read_run import Run
 from .sections import Curves
 from .signatures.gradients import task_cosines
@@ -21,7 +18,6 @@ CHARTS = {
     "live_share": ("Live prompts by task", "share of its prompts"),
     "heard": ("Who is heard", "share of the step's gradient"),
 }
-TOLD = 2.0  # standard errors from which a difference is one
 RECENT = 0.25  # share of the log that the weakest is judged by
 
 
@@ -105,12 +101,16 @@ def _weakest(run: Run, table: dict[str, Any] | None, names: list[str]) -> list[s
     weakest = min(rewards, key=lambda name: rewards[name])
     told = f"The weakest task is {weakest}: a mean reward of {rewards[weakest]:.2f} in the last quarter of the log. "
     ahead = {
-        method: one["tasks"][weakest]
+        method: {**one["tasks"][weakest], "steps": one["steps"]}
         for method, one in (table or {"methods": {}})["methods"].items()
         if one.get("tasks", {}).get(weakest, {}).get("ahead_error")
     }
     used = (table or {}).get("used") or "the step taken"
-    sure = {method: one for method, one in ahead.items() if one["ahead"] > TOLD * one["ahead_error"]}
+    sure = {  # at 95 % for all of them together
+        method: one
+        for method, one in ahead.items()
+        if one["steps"] > 2 and one["ahead"] > student(one["steps"] - 1, 0.025 / len(ahead)) * one["ahead_error"]
+    }
     if not ahead:
         return [told + "What it would gain by other normalisations can't be told."]
     if not sure:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--function", metavar="MODULE:NAME", help="and one of your own, f(rewards_PG, context)")
     parser.add_argument("--json", metavar="FILE", help="also the same numbers, as JSON")
     return parser.parse_args(arguments)
+
+
+def raising_value_errors(function: Callable[..., Any], place: str) -> Callable[..., Any]:
+    """Whatever it raises is a ``ValueError`` that names it."""
+
+    @functools.wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
+
+    return named
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -111,7 +125,10 @@ def main(arguments: Sequence[str]) -> None:
         if options.function:
             from .what_if_table import STATELESS
 
-            methods = [*(methods or STATELESS), load_function(options.function, "--function")]
+            methods = [
+                *(methods or STATELESS),
+                raising_value_errors(load_function(options.function, "--function"), options.function),
+            ]
         run = read_run(options.run)
         table = what_if_table(run, methods)
     except ValueError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import shutil
 import sys
@@ -69,8 +68,8 @@ def unknown_option(left_over: Sequence[str], dataclasses: Iterable[Any]) -> str:
 
 
 def load_function(place: str, option: str) -> Callable[..., Any]:
-    """``module:name``, also of the folder that one is in. Raises ``ValueError`` saying what is wrong, also for whatever
-    the function raises later. ``option``: what it was given by."""
+    """``module:name``, also of the folder that one is in. Raises ``ValueError`` saying what is wrong. ``option``: what
+    it was given by."""
     module_name, colon, name = place.partition(":")
     if not colon or not module_name or not name:
         raise ValueError(f"{option} {place!r} must be module:name")
@@ -83,11 +82,4 @@ def load_function(place: str, option: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"{option} {place} is not a function")
 
-    @functools.wraps(function)
-    def named(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
-
-    return named
+    return function

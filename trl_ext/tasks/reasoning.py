@@ -7,6 +7,7 @@ its own scores as a reward.
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -74,12 +75,14 @@ def task_options(names: Sequence[str], given: Sequence[str]) -> dict[str, dict[s
 
 
 def task_weights(names: Sequence[str], given: Sequence[float] | None) -> list[float]:
-    """One for each task, 1 where none are given. ``ValueError`` for another number of them, for a negative one, and for
-    a mixture that sums to 0."""
+    """One for each task, 1 where none are given. ``ValueError`` for another number of them, for one that is negative or
+    isn't finite, and for a mixture that sums to 0."""
     if not given:
         return [1.0] * len(names)
     if len(given) != len(names):
         raise ValueError(f"--task_weights {' '.join(map(str, given))}: {len(given)} for {len(names)} tasks")
+    if not all(math.isfinite(weight) for weight in given):
+        raise ValueError(f"--task_weights {' '.join(map(str, given))}: each must be a finite number")
     if min(given) < 0:
         raise ValueError(f"--task_weights {' '.join(map(str, given))}: {min(given)} is negative")
     if sum(given) == 0:
@@ -191,7 +194,9 @@ class GymScore:
         return scores
 
     def _score(self, text: str, question: str, name: str) -> float:
-        entry = self.tasks.entries[name, question]
+        entry = self.tasks.entries.get((name, question))
+        if entry is None:
+            raise ValueError(f"{name} has made no question {question[:80]!r}: the mixture's own questions are scored")
         try:
             return float(self.tasks.scorers[name].score_answer(final_answer(text), entry))
         except Exception as error:
