@@ -148,16 +148,20 @@ def test_final_answers(text, answer):
 
 
 def test_every_task_can_be_asked():
-    """One question of each of the hundred, scored right; a few need more than a second, or files of their own."""
+    """One question of each of the hundred; its answer, where it has one, is scored right."""
     from reasoning_gym.factory import DATASETS
 
-    wrong = []
-    for name in sorted(set(DATASETS) - {"composite", "rearc", "arc_agi"}):
+    without = []
+    for name in sorted(set(DATASETS) - {"composite"}):  # which is made of others
         tasks = Tasks([name], [1.0], {name: {}}, 0)
         question = tasks.questions(1, held_out=False)[0]
-        if GymScore(tasks, lambda text: None)([question.answer], [question.question], [name])[0] < reasoning.RIGHT:
-            wrong.append(name)
-    assert len(wrong) < 12, wrong  # whose answer is one of several, and isn't written as it is scored
+        score = GymScore(tasks, pytest.fail)([question.answer], [question.question], [name])[0]
+        if question.answer:
+            assert score >= reasoning.RIGHT, name
+        else:
+            without.append(name)
+    # of these any right answer will do
+    assert without == ["boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"]
 
 
 # ---- the script

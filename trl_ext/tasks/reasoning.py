@@ -148,7 +148,8 @@ class Tasks:
             if key not in self.entries:
                 misses = 0
                 self.entries[key] = entry
-                made.append(Question(key[1], str(entry["answer"]), row, name))
+                answer = "" if entry["answer"] is None else str(entry["answer"])  # any right one will do
+                made.append(Question(key[1], answer, row, name))
         if len(made) < wanted:
             kind = "held-out questions beside the training ones" if held_out else "training questions"
             raise ValueError(
