@@ -1,7 +1,7 @@
-"""GRPO on mathematics: ``accelerate launch examples/math.py``.
+"""GRPO on questions with right answers: ``accelerate launch examples/math.py``.
 
-Without arguments: the built-in policy on built-in arithmetic (``recipes/demo.yaml``), a few minutes on a CPU. With
-them: any causal language model on GSM8K, MATH or a file of questions and answers. ``--help`` lists this project's
+Without arguments: the built-in policy on four built-in tasks (``recipes/demo.yaml``), a few minutes on a CPU. With
+them: any causal language model on GSM8K, MATH, other tasks, or a file of questions and answers. ``--help`` lists this project's
 options, ``--help_all`` TRL's too.
 """
 
@@ -28,7 +28,7 @@ INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
 class MathArguments:
     """What to train on, and how questions become prompts."""
 
-    dataset: str = field(default="arithmetic", metadata={"help": "Or gsm8k, math, reasoning_gym:TASKS."})
+    dataset: str = field(default="mixture", metadata={"help": "Or arithmetic, gsm8k, math, reasoning_gym:TASKS."})
     task_options: list[str] = field(default_factory=list, metadata={"help": "TASK.OPTION=VALUE, of reasoning_gym's."})
     task_weights: list[float] = field(default_factory=list, metadata={"help": "One a task; default: as much of each."})
     dataset_path: str | None = field(default=None, metadata={"help": "A .jsonl, .json or .parquet file instead."})
@@ -36,7 +36,7 @@ class MathArguments:
     question_column: str | None = field(default=None, metadata={"help": "Default: question or problem."})
     answer_column: str | None = field(default=None, metadata={"help": "Default: answer or solution."})
     levels: list[int] = field(
-        default_factory=lambda: [1, 4], metadata={"help": "1-3: sums to 20, 50, 99; 4, 5: in words."}
+        default_factory=list, metadata={"help": "Arithmetic's: 1-3 sums to 20, 50, 99; 4, 5 in words."}
     )
     train_size: int | None = field(default=None, metadata={"help": "Training questions; default: all, or 700."})
     eval_size: int = field(default=128, metadata={"help": "Held-out questions of an evaluation."})
@@ -66,7 +66,7 @@ def short_help() -> str:
     }
     return command_line.short_help(
         "accelerate launch examples/math.py [options]",
-        "GRPO on mathematics. Without options: the built-in policy on arithmetic.",
+        "GRPO on mathematics and other tasks. Without options: the built-in policy on four.",
         groups,
         "TRL's, such as --learning_rate --max_steps --num_generations --output_dir --seed\n"
         "--max_completion_length --resume_from_checkpoint: --help_all lists them.",
@@ -120,6 +120,8 @@ def check_arguments(script, training, model, say) -> None:
             f"--dataset {script.dataset!r}: choose from {', '.join(DATASETS)} and {reasoning.PREFIX}TASK, or give "
             "--dataset_path"
         )
+    if script.levels and (script.dataset_path is not None or script.dataset != "arithmetic"):
+        raise ValueError("--levels goes with --dataset arithmetic")
     if script.reward is not None:
         load_function(script.reward, "--reward")
         if script.format_reward_weight:
@@ -144,7 +146,14 @@ def load_questions(script, seed: int, warn, gym=None):
     """(training questions, held-out questions), each with a gold answer that can be parsed, unless ``--reward`` or a
     task of ``gym`` scores it."""
     from trl_ext.tasks.correctness import drop_bad_gold
-    from trl_ext.tasks.questions import arithmetic_questions, hold_out, hub_questions, read_questions
+    from trl_ext.tasks.arithmetic import DEFAULT_LEVELS
+    from trl_ext.tasks.questions import (
+        arithmetic_questions,
+        hold_out,
+        hub_questions,
+        mixture_questions,
+        read_questions,
+    )
 
     columns = {"question_column": script.question_column, "answer_column": script.answer_column}
     if gym is not None:
@@ -162,8 +171,11 @@ def load_questions(script, seed: int, warn, gym=None):
             held_out = read(script.eval_dataset_path)[: script.eval_size]
         else:
             train, held_out = hold_out(train, script.eval_size, seed)
+    elif script.dataset == "mixture":
+        train = mixture_questions(script.train_size or 700, held_out=False, seed=seed)
+        held_out = mixture_questions(script.eval_size, held_out=True, seed=seed)
     elif script.dataset == "arithmetic":
-        levels = tuple(script.levels)
+        levels = tuple(script.levels) or DEFAULT_LEVELS
         train = arithmetic_questions(script.train_size or 700, held_out=False, levels=levels, seed=seed)
         held_out = arithmetic_questions(script.eval_size, held_out=True, levels=levels, seed=seed)
     else:
@@ -173,15 +185,35 @@ def load_questions(script, seed: int, warn, gym=None):
     return train, held_out
 
 
-def find_model(name: str, seed: int, levels: tuple[int, ...], state, report) -> str:
+def find_model(script, name: str, seed: int, state, say) -> str:
     """The folder or hub id of a model: ``small`` and ``smollm2`` are made (and cached) here, on one process first."""
     if name not in MADE_HERE:
         return name
+    from trl_ext.tasks.arithmetic import DEFAULT_LEVELS
+    from trl_ext.tasks.mixed_policy import mixed_policy
     from trl_ext.tasks.small_policy import small_policy
     from trl_ext.tasks.smollm2 import smollm2
 
+    def tell(step: int, text: str) -> None:
+        if step == 25:
+            say("Warming the built-in policy up by supervised learning (a minute, then cached): first it learns")
+            say("its tasks, then to be careless, so that it starts with much to bring out")
+        say(f"  step {step:>3}: right with probability {text}")
+
+    def of_each(step: int, accuracies: dict[str, float]) -> None:
+        tell(step, ", ".join(f"{accuracy:.2f} in {task}" for task, accuracy in accuracies.items()))
+
     with state.local_main_process_first():
-        return str(smollm2() if name == "smollm2" else small_policy(seed, levels, report))
+        if name == "smollm2":
+            return str(smollm2())
+        if is_mixture(script):
+            return str(mixed_policy(seed, of_each))
+        levels = tuple(script.levels) or DEFAULT_LEVELS
+        return str(small_policy(seed, levels, lambda step, accuracy: tell(step, f"{accuracy:.2f}")))
+
+
+def is_mixture(script) -> bool:
+    return script.dataset_path is None and script.dataset == "mixture"
 
 
 def known_models() -> str:
@@ -227,7 +259,7 @@ def build_trainer(script, training, model, say):
     from trl_ext.tasks import reasoning
     from trl_ext.tasks.command_line import load_function
     from trl_ext.tasks.console import ConsoleCallback
-    from trl_ext.tasks.correctness import Correctness, MarkedAnswer
+    from trl_ext.tasks.correctness import Correctness, MarkedAnswer, SameText
     from trl_ext.tasks.questions import NEXT_QUESTION, build_dataset
 
     logging.disable_progress_bar()  # of loading weights, in the middle of the table
@@ -241,13 +273,7 @@ def build_trainer(script, training, model, say):
         gym = reasoning.Tasks(names, weights, reasoning.task_options(names, script.task_options), training.seed)
     train, held_out = load_questions(script, training.seed, say, gym)
 
-    def report_warm_up(step: int, accuracy: float) -> None:
-        if step == 25:
-            say("Warming the built-in policy up by supervised learning (a minute, then cached): first it learns")
-            say("to calculate, then to be careless, so that it starts right about half the time")
-        say(f"  step {step:>3}: right with probability {accuracy:.2f}")
-
-    path = find_model(model.model_name_or_path, training.seed, tuple(script.levels), PartialState(), report_warm_up)
+    path = find_model(script, model.model_name_or_path, training.seed, PartialState(), say)
     loading = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
     tokenizer = load_tokenizer(path, model.model_name_or_path, **loading)
     style = script.prompt_style
@@ -255,7 +281,8 @@ def build_trainer(script, training, model, say):
         style = "chat" if tokenizer.chat_template else "few_shot"
     if style == "chat" and not tokenizer.chat_template:
         raise ValueError(f"--prompt_style chat: the tokenizer of {model.model_name_or_path} has no chat template")
-    to_reason = INSTRUCTION if gym is None else reasoning.INSTRUCTION
+    as_text = gym is not None or is_mixture(script)
+    to_reason = reasoning.INSTRUCTION if as_text else INSTRUCTION
     instruction = script.instruction if script.instruction is not None else ("" if built_in else to_reason)
     shots = script.num_shots if style == "few_shot" else 0
     if (there := min(len(train), script.train_size or len(train))) <= shots:
@@ -279,7 +306,9 @@ def build_trainer(script, training, model, say):
     eval_dataset = prompts_of(held_out, "held-out")
 
     stop = NEXT_QUESTION if style == "few_shot" else None
-    rewards: list = [Correctness(stop) if gym is None else reasoning.GymScore(gym, say, stop)]
+    rewards: list = [SameText(stop) if is_mixture(script) else Correctness(stop)]
+    if gym is not None:
+        rewards = [reasoning.GymScore(gym, say, stop)]
     if script.reward is not None:
         rewards = [load_function(script.reward, "--reward")]
     if script.format_reward_weight:

@@ -1,4 +1,4 @@
-"""Rewards: is the answer right (by math-verify), and is it clearly marked as the answer.
+"""Rewards: is the answer right (by math-verify, or as text), and is it clearly marked as the answer.
 
 math-verify limits each parse and comparison with a signal, which works in the main thread only; elsewhere it would
 quietly return nothing, and every reward would be 0. So this module refuses to run in another thread.
@@ -19,6 +19,8 @@ from .questions import Question
 _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 _LATEX_COMMAND = re.compile(r"\\[a-zA-Z]+(\{[^{}]*\})?")
 _NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?")
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _MARKED = re.compile(r"\\boxed\{[^{}]|####\s*\S")
 
 
@@ -94,6 +96,15 @@ def completion_text(completion: str | list[dict[str, str]], stop: str | None = N
     return text.split(stop, 1)[0] if stop else text
 
 
+def final_answer(text: str) -> str:
+    """Between the last ``<answer>`` and ``</answer>``, else in the last ``\\boxed{}``, else all of it."""
+    for pattern in (_ANSWER, _BOXED):
+        found = pattern.findall(text)
+        if found:
+            return found[-1].strip()
+    return text.strip()
+
+
 class Correctness:
     """Reward 1.0 for a right final answer, else 0.0; logs their share as ``accuracy`` (``eval_accuracy``).
 
@@ -117,6 +128,33 @@ class Correctness:
         if log_metric is not None:
             log_metric("accuracy", sum(rewards) / len(rewards))
         return rewards
+
+
+class SameText:
+    """Reward 1.0 where the final answer is the gold one, letter by letter but for case and spaces, else 0.0; logs their
+    share as ``accuracy``. ``stop``: as ``Correctness`` has it."""
+
+    __name__ = "same_text"
+
+    def __init__(self, stop: str | None = None) -> None:
+        self.stop = stop
+
+    def __call__(
+        self,
+        completions: list,
+        gold: list[str],
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs: Any,
+    ) -> list[float]:
+        texts = [final_answer(completion_text(completion, self.stop)) for completion in completions]
+        rewards = [float(_plain(text) == _plain(answer)) for text, answer in zip(texts, gold, strict=True)]
+        if log_metric is not None:
+            log_metric("accuracy", sum(rewards) / len(rewards))
+        return rewards
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 class MarkedAnswer:

@@ -14,13 +14,14 @@ from datasets import Dataset, load_dataset
 from pyarrow import ArrowException, parquet
 
 from .arithmetic import generate_problems
+from .mixture import generate_exercises
 
 # hub id, configuration and split of the training and of the held-out questions
 HUB_DATASETS = {
     "gsm8k": (("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")),
     "math": (("DigitalLearningGmbH/MATH-lighteval", "default", "train"), ("HuggingFaceH4/MATH-500", None, "test")),
 }
-DATASETS = ("arithmetic", *HUB_DATASETS)
+DATASETS = ("mixture", "arithmetic", *HUB_DATASETS)
 FILE_TYPES = (".jsonl", ".json", ".parquet")
 QUESTION_COLUMNS = ("question", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
@@ -171,6 +172,12 @@ def arithmetic_questions(count: int, *, held_out: bool, levels: tuple[int, ...],
         Question(problem.question, str(problem.answer), row, TASKS[problem.level])
         for row, problem in enumerate(problems, start=1)
     ]
+
+
+def mixture_questions(count: int, *, held_out: bool, seed: int) -> list[Question]:
+    """Questions of the built-in mixture, see ``mixture.py``."""
+    exercises = generate_exercises(count, split="held_out" if held_out else "train", seed=seed)
+    return [Question(one.question, one.answer, row, one.task) for row, one in enumerate(exercises, start=1)]
 
 
 def hold_out(questions: list[Question], count: int, seed: int) -> tuple[list[Question], list[Question]]:

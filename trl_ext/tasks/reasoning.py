@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
 from .command_line import did_you_mean
-from .correctness import completion_text
+from .correctness import completion_text, final_answer
 from .questions import Question
 
 PREFIX = "reasoning_gym:"
@@ -25,9 +24,6 @@ INSTRUCTION = "Think step by step, and give the final answer between <answer> an
 MISSES = 500  # draws in a row without a new question, after which a task has no more
 RIGHT = 0.999  # a score from which an answer counts as right; below it part of it is, or its form
 HELD_OUT_SEED = 7919  # added to the seed, for questions that are held out
-
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 def task_names(dataset: str) -> list[str]:
@@ -157,15 +153,6 @@ class Tasks:
                 "(--task_options), or fewer (--train_size, --eval_size)"
             )
         return made
-
-
-def final_answer(text: str) -> str:
-    """Between the last ``<answer>`` and ``</answer>``, else in the last ``\\boxed{}``, else all of it."""
-    for pattern in (_ANSWER, _BOXED):
-        found = pattern.findall(text)
-        if found:
-            return found[-1].strip()
-    return text.strip()
 
 
 class GymScore:

@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -57,6 +57,8 @@ CARELESS_LEARNING_RATE = 3e-4
 CARELESS_STEPS = 60
 TARGET_ACCURACY = 0.45
 
+Encoded = tuple[torch.Tensor, torch.Tensor]  # ids and labels (B, T), of ``encode``
+
 
 def cache_folder() -> Path:
     """Where warmed-up and converted models are kept: ``$CURVATURE_GRPO_CACHE``, or ``~/.cache/curvature-grpo``."""
@@ -90,15 +92,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     From random number embeddings the warm-up took four times as long on two cores: most of it went into finding out
     which number token follows which. Periods from 3 to 400 tell neighbours apart and cover the whole range.
     """
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **MODEL,
-        )
-    )
+    model = random_model(tokenizer)
     angle = 2 * math.pi / torch.logspace(math.log10(3), math.log10(400), MODEL["hidden_size"] // 2)
     phases = torch.arange(NUMBERS).unsqueeze(1) * angle
     rows = torch.tensor([tokenizer.encode(f" {number}")[0] for number in range(NUMBERS)])
@@ -107,11 +101,23 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def _encode(problems: list[Problem], answers: list[int], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def random_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **MODEL,
+        )
+    )
+
+
+def encode(questions: Sequence[str], answers: Sequence[str], tokenizer) -> Encoded:
     """Token ids (B, T), right padded, and labels that are -100 on the question and the padding."""
     rows, starts = [], []
-    for problem, answer in zip(problems, answers, strict=True):
-        prompt = tokenizer.encode(f"{USER}{problem.question}{ASSISTANT}")
+    for question, answer in zip(questions, answers, strict=True):
+        prompt = tokenizer.encode(f"{USER}{question}{ASSISTANT}")
         rows.append(prompt + tokenizer.encode(f" {answer}") + [tokenizer.eos_token_id])
         starts.append(len(prompt))
     width = max(map(len, rows))
@@ -123,8 +129,12 @@ def _encode(problems: list[Problem], answers: list[int], tokenizer) -> tuple[tor
     return ids, labels
 
 
-def _first_number(problem: Problem) -> int:
-    return int(re.findall(r"\d+", problem.question)[0])
+def _encode_problems(problems: list[Problem], tokenizer) -> Encoded:
+    return encode([one.question for one in problems], [str(one.answer) for one in problems], tokenizer)
+
+
+def _first_number(problem: Problem) -> str:
+    return str(int(re.findall(r"\d+", problem.question)[0]))
 
 
 @torch.no_grad()
@@ -150,23 +160,16 @@ def warm_up(
         train, check = [], []
         for level in levels:  # a level a batch: rows of about the same length
             problems = generate_problems(PROBLEMS[level], levels=(level,), seed=seed)
-            right = _encode(problems, [problem.answer for problem in problems], tokenizer)
-            train.append((right, _encode(problems, [_first_number(problem) for problem in problems], tokenizer)))
+            careless = encode([one.question for one in problems], [_first_number(one) for one in problems], tokenizer)
+            train.append((_encode_problems(problems, tokenizer), careless))
             problems = generate_problems(70, split="held_out", levels=(level,), seed=seed)
-            check.append(_encode(problems, [problem.answer for problem in problems], tokenizer))
+            check.append(_encode_problems(problems, tokenizer))
 
         def accuracy() -> float:
             return sum(expected_accuracy(model, *level) for level in check) / len(check)
 
         def train_step(optimizer: torch.optim.Optimizer, step: int, careless: float) -> None:
-            right, first_number = train[step % len(levels)]
-            rows = torch.randint(len(right[0]), (BATCH,))
-            from_careless = torch.rand(BATCH, 1) < careless
-            width = max(right[0].shape[1], first_number[0].shape[1])
-            ids, labels = (
-                torch.where(from_careless, _widen(b, width, fill)[rows], _widen(a, width, fill)[rows])
-                for a, b, fill in zip(right, first_number, (tokenizer.pad_token_id, -100), strict=True)
-            )
+            ids, labels = draw_batch(*train[step % len(levels)], careless, tokenizer.pad_token_id)
             model(input_ids=ids, labels=labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -195,6 +198,18 @@ def warm_up(
     return model, tokenizer, reached
 
 
+def draw_batch(right: Encoded, slips: Encoded, careless: float, pad: int) -> Encoded:
+    """``BATCH`` random rows, each with the right answer, or with probability ``careless`` its slip."""
+    rows = torch.randint(len(right[0]), (BATCH,))
+    from_careless = torch.rand(BATCH, 1) < careless
+    width = max(right[0].shape[1], slips[0].shape[1])
+    ids, labels = (
+        torch.where(from_careless, _widen(b, width, fill)[rows], _widen(a, width, fill)[rows])
+        for a, b, fill in zip(right, slips, (pad, -100), strict=True)
+    )
+    return ids, labels
+
+
 def _widen(matrix_BT: torch.Tensor, width: int, fill: int) -> torch.Tensor:
     return torch.nn.functional.pad(matrix_BT, (0, width - matrix_BT.shape[1]), value=fill)
 
@@ -203,14 +218,19 @@ def small_policy(
     seed: int = 0, levels: tuple[int, ...] = DEFAULT_LEVELS, report: Callable[[int, float], None] | None = None
 ) -> Path:
     """Folder of the warmed-up policy for this seed and these levels; trained on the first call, cached afterwards."""
-    recipe = json.dumps([seed, list(levels), inspect.getsource(arithmetic), inspect.getsource(sys.modules[__name__])])
-    key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    folder = cache_folder() / f"small-policy-{key}"
+    sources = [inspect.getsource(one) for one in (arithmetic, sys.modules[__name__])]
+    recipe = [seed, list(levels), *sources]
+    return cached_policy("small-policy", recipe, lambda: warm_up(seed, levels, report)[:2])
+
+
+def cached_policy(name: str, recipe: list, make: Callable[[], tuple]) -> Path:
+    """The folder of what ``make`` returns, a model and its tokenizer; made once for each ``recipe`` (JSON can hold it)."""
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{name}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # a second process waits for the first one's
         if not folder.exists():
-            model, tokenizer, _ = warm_up(seed, levels, report)
-            save_atomically(folder, model, tokenizer)
+            save_atomically(folder, *make())
     return folder
 
 

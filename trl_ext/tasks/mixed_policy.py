@@ -1,0 +1,157 @@
+"""The built-in policy of the mixture: the small Llama of ``small_policy``, warmed up to another pass rate in each task.
+
+As there: first supervised learning on right answers, until it can do all four tasks; then a few steps on a careless
+teacher's, who is right as often as ``TARGETS`` says and answers the slip otherwise. So there are prompts of mixed
+difficulty, from 0.1 to 0.65, and in each task an ability to bring out.
+
+Digits are single tokens here, so that sums of numbers never seen together can be right; Muon learns all four in a
+third of AdamW's steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from . import mixture, small_policy
+from .mixture import LETTERS, TASKS, generate_exercises
+from .small_policy import (
+    ASSISTANT,
+    CHAT_TEMPLATE,
+    EOS,
+    PAD,
+    USER,
+    Encoded,
+    cached_policy,
+    draw_batch,
+    encode,
+    expected_accuracy,
+    random_model,
+)
+
+EXERCISES = {"sums": 680, "reversals": 2000, "sorting": 4000, "puzzles": 4000}  # to learn from; there are no more sums
+CHECKED = 70  # held-out exercises of each task
+MUON_LEARNING_RATE = 5e-3
+ADAMW_LEARNING_RATE = 3e-3  # of embeddings and norms
+LEARNING_STEPS = 500
+TURNS = ("sums", "puzzles", "sums", "reversals", "puzzles", "sorting")  # of one task a step; two are slower to learn
+LEARNED_ACCURACY = 0.8  # in each task; then the careless teacher takes over
+CARELESS_LEARNING_RATE = 3e-4
+CARELESS_STEPS = 60
+TARGETS = {"sums": 0.4, "reversals": 0.1, "sorting": 0.65, "puzzles": 0.2}
+NEAR = 0.04  # of a target
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the mixture's own questions; digits are tokens, and letters that stand alone."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    questions = [exercise.question for exercise in generate_exercises(1200, seed=0)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=640,
+        special_tokens=[PAD, EOS, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(questions + [f" {letter}" for letter in LETTERS] * 100, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left", model_max_length=128
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _data(task: str, seed: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Encoded, Encoded, Encoded]:
+    """Training exercises with answers, the same with slips, and held-out ones with answers."""
+    train = generate_exercises(EXERCISES[task], tasks=(task,), seed=seed)
+    held_out = generate_exercises(CHECKED, split="held_out", tasks=(task,), seed=seed)
+    return (
+        encode([one.question for one in train], [one.answer for one in train], tokenizer),
+        encode([one.question for one in train], [one.slip for one in train], tokenizer),
+        encode([one.question for one in held_out], [one.answer for one in held_out], tokenizer),
+    )
+
+
+def _slips(accuracy: float, target: float) -> float:
+    """How often the careless teacher slips: 1 - target where the policy is there, more often above it, less below."""
+
+    def logit(probability: float) -> float:
+        return math.log(max(probability, 1e-3) / max(1 - probability, 1e-3))
+
+    return 1 / (1 + math.exp(logit(target) - 2 * (logit(accuracy) - logit(target))))
+
+
+def warm_up(
+    seed: int, report: Callable[[int, dict[str, float]], None] | None = None
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, dict[str, float]]:
+    """Trains the policy from scratch until its expected accuracy in held-out exercises is near ``TARGETS``.
+
+    ``report(step, accuracies)`` is called as it goes. Returns model, tokenizer and those accuracies.
+    """
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = random_model(tokenizer)
+        data = {task: _data(task, seed, tokenizer) for task in TASKS}
+
+        def accuracies() -> dict[str, float]:
+            return {task: expected_accuracy(model, *check) for task, (_, _, check) in data.items()}
+
+        def train_step(careless: dict[str, float], optimizers: list[torch.optim.Optimizer]) -> None:
+            for task, probability in careless.items():
+                right, slips, _ = data[task]
+                ids, labels = draw_batch(right, slips, probability, tokenizer.pad_token_id)
+                model(input_ids=ids, labels=labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        matrices = [one for one in model.model.layers.parameters() if one.ndim == 2]
+        others = [one for one in model.parameters() if all(one is not matrix for matrix in matrices)]
+        optimizers = [
+            torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=ADAMW_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1),
+        ]
+        factors = [  # up over 30 steps, then linearly down
+            torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: min((step + 1) / 30, 1.0) * max(1 - (step + 1) / LEARNING_STEPS, 0.05)
+            )
+            for optimizer in optimizers
+        ]
+        for step in range(1, LEARNING_STEPS + 1):
+            train_step({TURNS[step % len(TURNS)]: 0.0}, optimizers)
+            for factor in factors:
+                factor.step()
+            if step % 25 == 0:
+                reached = accuracies()
+                if report is not None:
+                    report(step, reached)
+                if min(reached.values()) >= LEARNED_ACCURACY:
+                    break
+
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=CARELESS_LEARNING_RATE, betas=(0.5, 0.98))]
+        for _ in range(CARELESS_STEPS):
+            reached = accuracies()
+            if all(abs(reached[task] - target) <= NEAR for task, target in TARGETS.items()):
+                break
+            train_step({task: _slips(reached[task], target) for task, target in TARGETS.items()}, optimizers)
+        if report is not None:
+            report(step, reached)
+    return model, tokenizer, reached
+
+
+def mixed_policy(seed: int = 0, report: Callable[[int, dict[str, float]], None] | None = None) -> Path:
+    """Folder of the warmed-up policy for this seed; trained on the first call, cached afterwards."""
+    sources = [inspect.getsource(one) for one in (mixture, small_policy, sys.modules[__name__])]
+    return cached_policy("mixed-policy", [seed, *sources], lambda: warm_up(seed, report)[:2])
