@@ -1,8 +1,8 @@
 """GRPO on questions with right answers: ``accelerate launch examples/math.py``.
 
 Without arguments: the built-in policy on four built-in tasks (``recipes/demo.yaml``), a few minutes on a CPU. With
-them: any causal language model on GSM8K, MATH, other tasks, or a file of questions and answers. ``--help`` lists this project's
-options, ``--help_all`` TRL's too.
+them: any causal language model on GSM8K, MATH, other tasks, or a file of questions and answers. ``--help`` lists this
+project's options, ``--help_all`` TRL's too.
 """
 
 import os
@@ -145,8 +145,8 @@ def check_arguments(script, training, model, say) -> None:
 def load_questions(script, seed: int, warn, gym=None):
     """(training questions, held-out questions), each with a gold answer that can be parsed, unless ``--reward`` or a
     task of ``gym`` scores it."""
-    from trl_ext.tasks.correctness import drop_bad_gold
     from trl_ext.tasks.arithmetic import DEFAULT_LEVELS
+    from trl_ext.tasks.correctness import drop_bad_gold
     from trl_ext.tasks.questions import (
         arithmetic_questions,
         hold_out,
@@ -201,7 +201,7 @@ def find_model(script, name: str, seed: int, state, say) -> str:
         say(f"  step {step:>3}: right with probability {text}")
 
     def of_each(step: int, accuracies: dict[str, float]) -> None:
-        tell(step, ", ".join(f"{accuracy:.2f} in {task}" for task, accuracy in accuracies.items()))
+        tell(step, ", ".join(f"{task} {accuracy:.2f}" for task, accuracy in accuracies.items()))
 
     with state.local_main_process_first():
         if name == "smollm2":

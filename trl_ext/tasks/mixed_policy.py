@@ -4,8 +4,9 @@ As there: first supervised learning on right answers, until it can do all four t
 teacher's, who is right as often as ``TARGETS`` says and answers the slip otherwise. So there are prompts of mixed
 difficulty, from 0.1 to 0.65, and in each task an ability to bring out.
 
-Digits are single tokens here, so that sums of numbers never seen together can be right; Muon learns all four in a
-third of AdamW's steps.
+Digits are single tokens here, so that sums of numbers never seen together can be right (with whole numbers as tokens a
+third of them were, however right those seen had become). Muon trains the matrices: AdamW alone had learned no reversal
+after 900 steps.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CHECKED = 70  # held-out exercises of each task
 MUON_LEARNING_RATE = 5e-3
 ADAMW_LEARNING_RATE = 3e-3  # of embeddings and norms
 LEARNING_STEPS = 500
-TURNS = ("sums", "puzzles", "sums", "reversals", "puzzles", "sorting")  # of one task a step; two are slower to learn
+TURNS = ("sums", "puzzles", "sums", "reversals", "puzzles", "sorting")  # a task a step; two are slower to learn
 LEARNED_ACCURACY = 0.8  # in each task; then the careless teacher takes over
 CARELESS_LEARNING_RATE = 3e-4
 CARELESS_STEPS = 60

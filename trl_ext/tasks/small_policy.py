@@ -224,7 +224,7 @@ def small_policy(
 
 
 def cached_policy(name: str, recipe: list, make: Callable[[], tuple]) -> Path:
-    """The folder of what ``make`` returns, a model and its tokenizer; made once for each ``recipe`` (JSON can hold it)."""
+    """The folder of what ``make`` returns, a model and its tokenizer; made once for each ``recipe``, as JSON has it."""
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     folder = cache_folder() / f"{name}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
