@@ -1,6 +1,6 @@
 """Which normalisation learns best, everything else equal: ``python examples/ablation/ablate.py``.
 
-Trains the built-in policy on built-in arithmetic (``recipes/demo.yaml``) with every method at every learning rate on
+Trains the built-in policy on a built-in dataset (``recipes/demo.yaml``) with every method at every learning rate on
 the sweep's seeds, then with every method at its best learning rate on other seeds; writes a CSV, a plot and a table.
 Without arguments a small comparison, some minutes on two CPU cores. Repeat an interrupted command to go on.
 """
@@ -46,7 +46,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--eval_size", type=int, default=128, help="held-out questions, four sampled answers each")
     add("--target_accuracy", type=float, default=0.7, help="held-out accuracy to count the steps to")
     add("--num_generations", type=int, default=8, help="answers to a prompt, of the 128 of a step")
-    add("--levels", nargs="+", type=int, default=[1, 4], help="arithmetic levels 1 to 5, see examples/math.py")
+    add(
+        "--dataset", choices=("mixture", "arithmetic"), default="mixture", help="four unlike tasks, or arithmetic alone"
+    )
+    add("--levels", nargs="+", type=int, default=[1, 4], help="arithmetic's levels 1 to 5, see examples/math.py")
     add("--optim", default="adamw_torch", help="as transformers names it; sgd: plain gradient steps, as in the theory")
     add("--max_grad_norm", type=float, default=1.0, help="clipping, which hides a method's scale; 0: none")
     add(
@@ -84,6 +87,7 @@ def check_arguments(options: argparse.Namespace) -> None:
 
     from trl_ext.checkpoints import check_output_dir
     from trl_ext.tasks.arithmetic import generate_problems
+    from trl_ext.tasks.mixture import generate_exercises
 
     if find_spec("matplotlib") is None:
         raise ValueError("the plot needs matplotlib: pip install -e '.[report]'")
@@ -114,7 +118,10 @@ def check_arguments(options: argparse.Namespace) -> None:
         raise ValueError(f"--target_accuracy {options.target_accuracy} must be in (0, 1]")
     if options.model_name_or_path != BUILT_IN and not (Path(options.model_name_or_path) / "config.json").is_file():
         raise ValueError(f"--model_name_or_path {options.model_name_or_path}: no folder with a config.json")
-    generate_problems(options.eval_size, split="held_out", levels=tuple(options.levels), seed=options.seeds[0])
+    if options.dataset == "mixture":
+        generate_exercises(options.eval_size, split="held_out", seed=options.seeds[0])
+    else:
+        generate_problems(options.eval_size, split="held_out", levels=tuple(options.levels), seed=options.seeds[0])
     for method in options.methods:
         training_config(run_settings(options, method, options.learning_rates[0], options.seeds[0]), options.output_dir)
     check_output_dir(options.output_dir)
@@ -125,8 +132,10 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
     import yaml
 
     recipe = yaml.safe_load(DEMO_RECIPE.read_text())
-    for name in ("model_name_or_path", "dataset", "levels", "eval_size", "output_dir"):
+    for name in ("model_name_or_path", "dataset", "eval_size", "output_dir"):
         recipe.pop(name)
+    if options.dataset == "arithmetic":
+        recipe["max_completion_length"] = 4
     name, kwargs = parse_method(method)
     training = {
         **recipe,
@@ -149,7 +158,8 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
     }
     return {
         "model": None if options.model_name_or_path == BUILT_IN else options.model_name_or_path,
-        "levels": options.levels,
+        "dataset": options.dataset,
+        "levels": options.levels if options.dataset == "arithmetic" else [],
         "train_size": 700,
         "eval_size": options.eval_size,
         "method": method,
@@ -161,8 +171,8 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
 
 
 def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, list]) -> None:
-    from ablation_plot import draw_ablation, draw_alpha
-    from ablation_results import markdown_tables, rates_table, summarize
+    from ablation_plot import draw_ablation, draw_alpha, draw_tasks
+    from ablation_results import by_task, markdown_tables, rates_table, summarize, task_names
 
     folder = Path(options.output_dir)
     tidy = [
@@ -173,11 +183,12 @@ def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, li
     ]
     table = summarize(finals, options.learning_rates, options.target_accuracy, options.max_steps)
     for name, rows in (("results.csv", tidy), ("table.csv", table)):
+        columns = list(dict.fromkeys(column for row in rows for column in row))  # a step may lack a task
         with open(folder / name, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]))
+            writer = csv.DictWriter(stream, columns)
             writer.writeheader()
             writer.writerows(rows)
-    text = markdown_tables(table, options.target_accuracy, options.max_steps) + rates_table(sweep)
+    text = markdown_tables(table, options.target_accuracy, options.max_steps) + rates_table(sweep) + by_task(finals)
     (folder / "table.md").write_text(text)
     clipping = f"clipped at {options.max_grad_norm:g}" if options.max_grad_norm else "not clipped"
     title = (
@@ -186,6 +197,9 @@ def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, li
     )
     files = [folder / "ablation.png", folder / "ablation.svg"]
     draw_ablation(finals, options.target_accuracy, options.eval_every, title, files)
+    if task_names(finals):
+        files.append(folder / "tasks.png")
+        draw_tasks(finals, task_names(finals), files[-1])
     if "adaptive" in finals:
         files.append(folder / "alpha.png")
         draw_alpha(finals["adaptive"], files[-1])

@@ -76,6 +76,34 @@ def draw_ablation(
         figure.savefig(file, dpi=130)
 
 
+def draw_tasks(finals: Mapping[str, Sequence[Run]], names: Sequence[str], file: Path) -> None:
+    """Held-out accuracy of each task, all methods; below, each task's share of the gradient."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(names), 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = {"held_out": "held-out accuracy", "heard": "share of the gradient"}
+    grid = figure.subplots(len(rows), len(names), sharex=True, sharey="row", squeeze=False)
+    for k, (column, label) in enumerate(rows.items()):
+        for axes, name in zip(grid[k], names, strict=True):
+            for i, (method, runs) in enumerate(finals.items()):
+                curves = [dict(zip(*run.curve(f"{column}/{name}"), strict=True)) for run in runs]
+                steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+                points = [mean_interval([curve[step] for curve in curves]) for step in steps]
+                style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "label": method,
+                         "linestyle": LINES[i % len(LINES)]}  # fmt: skip
+                _draw(axes, (steps, points), style, band=False)
+            axes.grid(alpha=0.3)
+            if k == 0:
+                axes.set_title(name, fontsize=9)
+            else:
+                axes.set_xlabel("step")
+        grid[k][0].set_ylabel(label)
+    grid[0][0].legend(fontsize=8)
+    figure.savefig(file, dpi=130)
+
+
 def draw_alpha(runs: Sequence[Run], file: Path) -> None:
     """``adaptive``: the orthogonality that was measured, and alpha, which follows it; mean and 95% band over seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

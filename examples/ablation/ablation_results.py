@@ -7,6 +7,7 @@ and for paired differences, a bootstrap over seeds for ratios of medians.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,13 @@ LOGGED = {
     "orthogonality": "interference/orthogonality",
     "reliability": "interference/reliability",
     "alpha": "normalization/alpha",
+}
+# the same for each task: "held_out/sums", "heard/sums", "cos/sums/puzzles"
+LOGGED_BY_TASK = {
+    r"eval_tasks/(.+)/reward": r"held_out/\1",
+    r"tasks/(.+)/reward": r"reward/\1",
+    r"tasks/(.+)/heard": r"heard/\1",
+    r"tasks/(.+)/cos/(.+)": r"cos/\1/\2",
 }
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom; with more, the last one (wider by less than 5%)
 # fmt: off
@@ -52,7 +60,7 @@ class Run:
 
     def curve(self, column: str) -> tuple[list[float], list[float]]:
         """(steps, values) of a column, where it was logged."""
-        points = [(row["step"], row[column]) for row in self.rows if row[column] is not None]
+        points = [(row["step"], row[column]) for row in self.rows if row.get(column) is not None]
         return [float(step) for step, _ in points], [float(value) for _, value in points]  # type: ignore[arg-type]
 
 
@@ -67,6 +75,7 @@ class Interval:
 
 def tidy_rows(log_history: Sequence[Mapping[str, Any]]) -> list[Row]:
     """A trainer's ``log_history`` as one row a step, columns ``step`` and those of ``LOGGED``; None: not logged.
+    Those of ``LOGGED_BY_TASK`` only where they were.
 
     ``held_out_accuracy`` at step t is the policy's after t updates. The others at step t are of the t-th batch, which
     the policy sampled after t - 1 updates.
@@ -74,6 +83,10 @@ def tidy_rows(log_history: Sequence[Mapping[str, Any]]) -> list[Row]:
     rows: dict[int, Row] = {}
     for log in log_history:
         found = {column: float(log[key]) for column, key in LOGGED.items() if key in log}
+        for key in log:
+            for pattern, column in LOGGED_BY_TASK.items():
+                if match := re.fullmatch(pattern, key):
+                    found[match.expand(column)] = float(log[key])
         if found:
             rows.setdefault(log["step"], {"step": log["step"], **dict.fromkeys(LOGGED)}).update(found)
     return [rows[step] for step in sorted(rows)]
@@ -315,6 +328,57 @@ def markdown_tables(rows: Sequence[Mapping[str, Any]], target: float, max_steps:
         "",
     ]
     return "\n".join(lines)
+
+
+def task_names(finals: Mapping[str, Sequence[Run]]) -> list[str]:
+    """Of all runs, in the order of their first rows; empty where there is one task or none."""
+    columns = dict.fromkeys(column for runs in finals.values() for run in runs for row in run.rows for column in row)
+    names = [column.removeprefix("held_out/") for column in columns if column.startswith("held_out/")]
+    return sorted(names) if len(names) > 1 else []
+
+
+def by_task(finals: Mapping[str, Sequence[Run]]) -> str:
+    """Of each task, for people: held-out accuracy at the end and over training, the share of the gradient, the cosines
+    between tasks. Means over runs with intervals; empty without several tasks."""
+    names = task_names(finals)
+    if not names:
+        return ""
+    lines = []
+    start = [run for runs in finals.values() for run in runs]
+    first = {name: statistics.fmean(run.curve(f"held_out/{name}")[1][0] for run in start) for name in names}
+    started = ", ".join(f"{name} {first[name]:.3f}" for name in names)
+    columns = {
+        "final held-out accuracy": ("held_out", lambda steps, values: values[-1]),
+        "held-out accuracy over training": ("held_out", mean_over_training),
+        "share of the gradient (heard)": ("heard", lambda steps, values: statistics.fmean(values)),
+    }
+    for title, (column, reduce) in columns.items():
+        lines += ["", f"| {title} | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+        for method, runs in finals.items():
+            curves = {name: [run.curve(f"{column}/{name}") for run in runs] for name in names}
+            found = [
+                mean_interval([reduce(*curve) for curve in curves[name] if curve[0]])
+                if any(c[0] for c in curves[name])
+                else None
+                for name in names
+            ]
+            cells = [f"{one.estimate:.3f} [{one.low:.3f}, {one.high:.3f}]" if one else "" for one in found]
+            lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    pairs = sorted(
+        {c for runs in finals.values() for run in runs for row in run.rows for c in row if c.startswith("cos/")}
+    )
+    if pairs:
+        shown = [pair.removeprefix("cos/").replace("/", ", ") for pair in pairs]
+        lines += ["", f"| cosine | {' | '.join(shown)} |", "|---|" + "---|" * len(pairs)]
+        for method, runs in finals.items():
+            cells = []
+            for pair in pairs:
+                means = [statistics.fmean(run.curve(pair)[1]) for run in runs if run.curve(pair)[1]]
+                one = mean_interval(means) if means else None
+                cells.append(f"{one.estimate:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" if one else "")
+            lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    told = "Heard and cosines: means over the steps that logged interference. 95% t-intervals over seeds"
+    return "\n".join([*lines, "", f"Before training: {started}. {told}.", ""])
 
 
 def _interval_text(row: Mapping[str, Any], name: str, layout: str) -> str:

@@ -31,13 +31,17 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.tasks.correctness import Correctness
-from trl_ext.tasks.questions import arithmetic_questions, build_dataset
-from trl_ext.tasks.small_policy import LEARNING_STEPS, small_policy
+from trl_ext.tasks.correctness import Correctness, SameText
+from trl_ext.tasks.mixed_policy import LEARNING_STEPS as MIXED_STEPS
+from trl_ext.tasks.mixed_policy import mixed_policy
+from trl_ext.tasks.questions import arithmetic_questions, build_dataset, mixture_questions
+from trl_ext.tasks.small_policy import LEARNING_STEPS as ARITHMETIC_STEPS
+from trl_ext.tasks.small_policy import small_policy
 
 # All that one run depends on, as JSON can hold it: "method" (as on the command line), "model" (a folder; None: the
-# built-in policy of the run's seed), "levels", "train_size", "eval_size" and "training", the options of the trainer
+# built-in policy of the run's seed), "dataset", "levels", "train_size", "eval_size" and "training", the options of the trainer
 Settings = dict[str, Any]
+LEARNING_STEPS = {"mixture": MIXED_STEPS, "arithmetic": ARITHMETIC_STEPS}  # of a warm-up
 
 
 # One run, in a worker process
@@ -79,20 +83,28 @@ class Tell(TrainerCallback):
         _reports.put((self.name, state.global_step, state.max_steps))
 
 
-def warm_up(name: str, seed: int, levels: list[int]) -> None:
-    small_policy(seed, tuple(levels), lambda step, accuracy: _reports.put((name, step, LEARNING_STEPS)))
+def warm_up(name: str, seed: int, dataset: str, levels: list[int]) -> str:
+    """The folder of the built-in policy."""
+
+    def tell(step: int, accuracy: Any) -> None:
+        _reports.put((name, step, LEARNING_STEPS[dataset]))
+
+    return str(mixed_policy(seed, tell) if dataset == "mixture" else small_policy(seed, tuple(levels), tell))
 
 
 def train(name: str, settings: Settings, file: str) -> None:
     """Trains once, and writes the settings and the tidy rows to ``file``, whole or not at all."""
-    levels, seed, model = tuple(settings["levels"]), settings["training"]["seed"], settings["model"]
-    policy = str(small_policy(seed, levels)) if model is None else model
-    train_set = arithmetic_questions(settings["train_size"], held_out=False, levels=levels, seed=seed)
-    held_out = arithmetic_questions(settings["eval_size"], held_out=True, levels=levels, seed=seed)
+    dataset, levels, seed = settings["dataset"], tuple(settings["levels"]), settings["training"]["seed"]
+    policy = settings["model"] or warm_up(name, seed, dataset, settings["levels"])
+    make, more, reward = arithmetic_questions, {"levels": levels}, Correctness
+    if dataset == "mixture":
+        make, more, reward = mixture_questions, {}, SameText
+    train_set = make(settings["train_size"], held_out=False, seed=seed, **more)
+    held_out = make(settings["eval_size"], held_out=True, seed=seed, **more)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = CurvatureGRPOTrainer(
             model=policy,
-            reward_funcs=[Correctness()],
+            reward_funcs=[reward()],
             args=training_config(settings, scratch),
             train_dataset=build_dataset(train_set, "chat"),
             eval_dataset=build_dataset(held_out, "chat"),
@@ -222,13 +234,13 @@ class Workers:
         seeds = dict.fromkeys([*(task.needs for task in tasks), *warm_ups])
         cold = [seed for seed in seeds if seed not in self.warm]
         if cold:
-            levels = wanted[0]["levels"]
+            dataset, levels = wanted[0]["dataset"], wanted[0]["levels"]
             self.progress.say(
-                f"The built-in policies of {len(cold)} seeds are warmed up where they aren't cached, {LEARNING_STEPS} "
+                f"The built-in policies of {len(cold)} seeds are warmed up where they aren't cached, {LEARNING_STEPS[dataset]} "
                 f"steps each (measured: a minute and a half on one core), {self.jobs} at a time; a run begins as soon "
                 "as its policy is there"
             )
-            tasks += [Task(f"policy of seed {seed}", warm_up, (seed, levels), gives=seed) for seed in cold]
+            tasks += [Task(f"policy of seed {seed}", warm_up, (seed, dataset, levels), gives=seed) for seed in cold]
 
         def report(name: str) -> None:
             if name not in by_name:
