@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -343,42 +343,45 @@ def by_task(finals: Mapping[str, Sequence[Run]]) -> str:
     names = task_names(finals)
     if not names:
         return ""
-    lines = []
-    start = [run for runs in finals.values() for run in runs]
-    first = {name: statistics.fmean(run.curve(f"held_out/{name}")[1][0] for run in start) for name in names}
-    started = ", ".join(f"{name} {first[name]:.3f}" for name in names)
-    columns = {
-        "final held-out accuracy": ("held_out", lambda steps, values: values[-1]),
-        "held-out accuracy over training": ("held_out", mean_over_training),
-        "share of the gradient (heard)": ("heard", lambda steps, values: statistics.fmean(values)),
-    }
-    for title, (column, reduce) in columns.items():
-        lines += ["", f"| {title} | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-        for method, runs in finals.items():
-            curves = {name: [run.curve(f"{column}/{name}") for run in runs] for name in names}
-            found = [
-                mean_interval([reduce(*curve) for curve in curves[name] if curve[0]])
-                if any(c[0] for c in curves[name])
-                else None
-                for name in names
-            ]
-            cells = [f"{one.estimate:.3f} [{one.low:.3f}, {one.high:.3f}]" if one else "" for one in found]
-            lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
-    pairs = sorted(
-        {c for runs in finals.values() for run in runs for row in run.rows for c in row if c.startswith("cos/")}
-    )
-    if pairs:
-        shown = [pair.removeprefix("cos/").replace("/", ", ") for pair in pairs]
-        lines += ["", f"| cosine | {' | '.join(shown)} |", "|---|" + "---|" * len(pairs)]
-        for method, runs in finals.items():
-            cells = []
-            for pair in pairs:
-                means = [statistics.fmean(run.curve(pair)[1]) for run in runs if run.curve(pair)[1]]
-                one = mean_interval(means) if means else None
-                cells.append(f"{one.estimate:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" if one else "")
-            lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    runs = [run for one in finals.values() for run in one]
+    pairs = sorted({column for run in runs for row in run.rows for column in row if column.startswith("cos/")})
+    held_out, heard = ([f"{kind}/{name}" for name in names] for kind in ("held_out", "heard"))
+    lines = [
+        *_task_table("final held-out accuracy", finals, held_out, lambda steps, values: values[-1]),
+        *_task_table("held-out accuracy over training", finals, held_out, mean_over_training),
+        *_task_table("heard (share of the gradient)", finals, heard, _mean_of_values),
+        *_task_table("cosine", finals, pairs, _mean_of_values),
+    ]
+    starts = {name: statistics.fmean(run.curve(f"held_out/{name}")[1][0] for run in runs) for name in names}
+    first = ", ".join(f"{name} {start:.3f}" for name, start in starts.items())
     told = "Heard and cosines: means over the steps that logged interference. 95% t-intervals over seeds"
-    return "\n".join([*lines, "", f"Before training: {started}. {told}.", ""])
+    return "\n".join([*lines, "", f"Before training: {first}. {told}.", ""])
+
+
+def _mean_of_values(steps: Sequence[float], values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _task_table(
+    title: str,
+    finals: Mapping[str, Sequence[Run]],
+    columns: Sequence[str],
+    reduce: Callable[[Sequence[float], Sequence[float]], float],
+) -> list[str]:
+    """A row for each method, a cell for each column: the reduced curves' mean over runs; empty without columns."""
+    if not columns:
+        return []
+    names = [", ".join(column.split("/")[1:]) for column in columns]
+    lines = ["", f"| {title} | {' | '.join(names)} |", "|---|" + "---|" * len(columns)]
+    for method, runs in finals.items():
+        cells = []
+        for column in columns:
+            curves = [run.curve(column) for run in runs]
+            found = [reduce(*curve) for curve in curves if curve[0]]
+            one = mean_interval(found) if found else None
+            cells.append(f"{one.estimate:.3f} [{one.low:.3f}, {one.high:.3f}]" if one else "")
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _interval_text(row: Mapping[str, Any], name: str, layout: str) -> str:

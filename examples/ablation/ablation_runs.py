@@ -39,7 +39,7 @@ from trl_ext.tasks.small_policy import LEARNING_STEPS as ARITHMETIC_STEPS
 from trl_ext.tasks.small_policy import small_policy
 
 # All that one run depends on, as JSON can hold it: "method" (as on the command line), "model" (a folder; None: the
-# built-in policy of the run's seed), "dataset", "levels", "train_size", "eval_size" and "training", the options of the trainer
+# built-in policy of the run's seed), "dataset", "levels", "train_size", "eval_size", "training" (the trainer's options)
 Settings = dict[str, Any]
 LEARNING_STEPS = {"mixture": MIXED_STEPS, "arithmetic": ARITHMETIC_STEPS}  # of a warm-up
 
@@ -236,8 +236,8 @@ class Workers:
         if cold:
             dataset, levels = wanted[0]["dataset"], wanted[0]["levels"]
             self.progress.say(
-                f"The built-in policies of {len(cold)} seeds are warmed up where they aren't cached, {LEARNING_STEPS[dataset]} "
-                f"steps each (measured: a minute and a half on one core), {self.jobs} at a time; a run begins as soon "
+                f"The built-in policies of {len(cold)} seeds are warmed up where they aren't cached, "
+                f"{LEARNING_STEPS[dataset]} steps each (measured: a minute and a half on one core), {self.jobs} at a time; a run begins as soon "
                 "as its policy is there"
             )
             tasks += [Task(f"policy of seed {seed}", warm_up, (seed, dataset, levels), gives=seed) for seed in cold]
