@@ -237,8 +237,8 @@ class Workers:
             dataset, levels = wanted[0]["dataset"], wanted[0]["levels"]
             self.progress.say(
                 f"The built-in policies of {len(cold)} seeds are warmed up where they aren't cached, "
-                f"{LEARNING_STEPS[dataset]} steps each (measured: a minute and a half on one core), {self.jobs} at a time; a run begins as soon "
-                "as its policy is there"
+                f"{LEARNING_STEPS[dataset]} steps each (measured: a minute and a half on one core), {self.jobs} at a "
+                "time; a run begins as soon as its policy is there"
             )
             tasks += [Task(f"policy of seed {seed}", warm_up, (seed, dataset, levels), gives=seed) for seed in cold]
 
