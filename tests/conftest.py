@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from trl_ext.tasks import mixed_policy as mixed
 from trl_ext.tasks import small_policy
 from trl_ext.tasks.small_policy import build_model, build_tokenizer, cache_folder
 
@@ -47,6 +48,15 @@ def warm_policy() -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(small_policy, "LEARNED_ACCURACY", 0.3)
         return small_policy.small_policy(42)  # the default seed of the script's arguments
+
+
+@pytest.fixture(scope="session")
+def mixed_policy() -> Path:
+    """The same of the mixture, what the script runs without arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixed, "LEARNED_ACCURACY", 0.1)
+        patch.setattr(mixed, "CARELESS_STEPS", 1)
+        return mixed.mixed_policy(42)
 
 
 @pytest.fixture(scope="session")

@@ -298,8 +298,11 @@ def test_mean_curve():
         (["--num_generations", "6"], "--num_generations 6 must be at least 2 and divide"),
         (["--max_grad_norm", "-1"], "--max_grad_norm -1.0 must be a finite number that is not negative"),
         (["--target_accuracy", "70"], "--target_accuracy 70.0 must be in (0, 1]"),
-        (["--levels", "7"], "levels=(7,): choose from"),
-        (["--eval_size", "400"], "count=400 is more than the held_out problems that levels (1, 4) have"),
+        (["--dataset", "arithmetic", "--levels", "7"], "levels=(7,): choose from"),
+        (
+            ["--dataset", "arithmetic", "--eval_size", "400"],
+            "count=400 is more than the held_out problems that levels (1, 4) have",
+        ),
         (["--optim", "adam_w"], "adam_w"),
         (["--model_name_or_path", "nowhere"], "--model_name_or_path nowhere: no folder with a config.json"),
         (["--output_dir", "/dev/null/runs"], "--output_dir /dev/null/runs can't be written to"),

@@ -104,13 +104,13 @@ def assert_demo(output, folder):
 LINES = [
     r"\d+ training and \d+ held-out questions on \d process(es)?, prompts as (chat|few_shot), for example:",
     r"  '.*' -> '.*'",
-    r"Warming the built-in policy up .*|to calculate, then to be careless, .*",
-    r"  step +\d+: right with probability [\d.]+",
+    r"Warming the built-in policy up .*|its tasks, then to be careless, .*",
+    r"  step +\d+: right with probability sums [\d.]+, reversals [\d.]+, sorting [\d.]+, puzzles [\d.]+",
     r" *" + " +".join(COLUMNS),
     r"[ \d.-]+",
     r"Held-out accuracy: [\d.]+ before, [\d.]+ after \([+-][\d.]+\)",
     r"By task \(mean reward\): +before +after +share of the gradient",
-    r" +(sums to 20|one-step stories)( +-?[\d.]+){3}",
+    r" +(sums|reversals|sorting|puzzles)( +-?[\d.]+){3}",
     r"Model and checkpoints: .*    Logs: .*/trainer_state.json \(log_history\)",
     r"To look at the run: python -m trl_ext report .*",
     r"Next: --normalization mean .*|--dataset gsm8k for a real model; examples/recipes/ for whole configurations\.",
@@ -124,7 +124,7 @@ def unexpected_lines(output):
 
 
 @needs_shared_object
-def test_the_demo_in_short(warm_policy, tmp_path):
+def test_the_demo_in_short(mixed_policy, tmp_path):
     """With data-loader workers, and from the script's own folder, the worst place for its name."""
     output = launch("--output_dir", tmp_path / "run", "--train_size", 64, "--max_steps", 10, "--eval_steps", 5,
                     "--logging_steps", 5, "--eval_size", 32, "--dataloader_num_workers", 2,
@@ -140,11 +140,12 @@ def test_the_built_in_default(tmp_path):
     output = launch("--output_dir", tmp_path / "run", CURVATURE_GRPO_CACHE=str(tmp_path))
     assert "Warming the built-in policy up" in output and unexpected_lines(output) == []
     before, after = assert_demo(output, tmp_path / "run")
-    assert after >= before + 0.08  # 0.15 is the goal, measured on three seeds in the README; this bounds a bad draw
+    assert after >= before + 0.2  # 0.4 to 0.5 on the seeds measured; this bounds a bad draw
+    assert output.count("sums") >= 2 and all(f"\n  {task} " in output for task in ("reversals", "sorting", "puzzles"))
 
 
 @pytest.mark.nightly
-def test_one_process_where_two_were_asked_for(warm_policy, tmp_path):
+def test_one_process_where_two_were_asked_for(mixed_policy, tmp_path):
     """accelerate leaves ``--cpu`` with ``--num_processes`` to MPI, and starts one without telling: the script tells."""
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     done = subprocess.run(
@@ -157,7 +158,7 @@ def test_one_process_where_two_were_asked_for(warm_policy, tmp_path):
 
 
 @needs_shared_object
-def test_two_launched_processes(warm_policy, tmp_path):
+def test_two_launched_processes(mixed_policy, tmp_path):
     """By torchrun as ``accelerate launch`` starts it, with data-loader workers, from the script's own folder."""
     launch("--output_dir", tmp_path, "--max_steps", 2, "--dataloader_num_workers", 2, "--save_strategy", "no", *SMALL,
            processes=2, cwd=SCRIPT.parent, script="math.py")  # fmt: skip
@@ -183,7 +184,7 @@ def test_spawned_workers_get_the_standard_module(tmp_path):
     assert done.stdout.strip() == "fine", done.stderr
 
 
-def test_two_processes_agree_on_what_is_logged(warm_policy, tmp_path):
+def test_two_processes_agree_on_what_is_logged(mixed_policy, tmp_path):
     output = run_math(tmp_path / "run", "--max_steps", 3, "--logging_steps", 1, *SMALL, processes=2)
     assert output.count("Held-out accuracy") == 1  # one process speaks
     logs = [log for log in history(tmp_path / "run") if "grad_norm" in log]
@@ -205,7 +206,7 @@ def test_real_data(source, real_data, warm_policy, tmp_path):
     assert len(logs) == 2 and all(0 <= log["accuracy"] <= 1 for log in logs)
 
 
-def test_four_bits_with_lora(warm_policy, tmp_path):
+def test_four_bits_with_lora(mixed_policy, tmp_path):
     pytest.importorskip("bitsandbytes")
     folder = tmp_path / "run"
     run_math(folder, "--load_in_4bit", "--use_peft", "--max_steps", 3, "--logging_steps", 1, *SMALL)
@@ -215,7 +216,7 @@ def test_four_bits_with_lora(warm_policy, tmp_path):
     assert (folder / "adapter_model.safetensors").is_file()
 
 
-def test_few_shot_format_reward_and_best_checkpoint(warm_policy, tmp_path):
+def test_few_shot_format_reward_and_best_checkpoint(mixed_policy, tmp_path):
     run_math(tmp_path / "run", "--prompt_style", "few_shot", "--num_shots", 2, "--format_reward_weight", 0.5,
              "--max_steps", 4, *SMALL, "--eval_steps", 2, "--save_steps", 2, "--load_best_model_at_end", "true",
              "--metric_for_best_model", "accuracy", "--normalization", "power",
@@ -235,7 +236,7 @@ LONG = ["--max_steps", "400", "--logging_steps", "1", *SMALL]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(number, warm_policy, tmp_path):
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(number, mixed_policy, tmp_path):
     """Three steps are done and the fourth waits for its rewards when the signal comes: it is the last."""
     folder = tmp_path / "run"
     started = start_math(folder, *LONG, "--save_steps", "1000", wait_at=3)
@@ -248,7 +249,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(number, warm_policy, tmp_path)
     assert resumed_steps(folder, until=6) == list(range(1, 7))
 
 
-def test_kill_9_and_a_half_written_checkpoint(warm_policy, tmp_path):
+def test_kill_9_and_a_half_written_checkpoint(mixed_policy, tmp_path):
     """Killed in the fifth step, which waits for its rewards: checkpoint-4 is whole, and there is no later one."""
     folder = tmp_path / "run"
     started = start_math(folder, *LONG, "--save_steps", "2", wait_at=4)
@@ -265,7 +266,7 @@ def test_kill_9_and_a_half_written_checkpoint(warm_policy, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "gsm9k"], "--dataset 'gsm9k': choose from arithmetic, gsm8k, math"),
+        (["--dataset", "gsm9k"], "--dataset 'gsm9k': choose from mixture, arithmetic, gsm8k, math"),
         (["--dataset_path", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
         (["--dataset_path", "{tmp}/bad.jsonl"], "bad.jsonl, line 2 isn't JSON"),
         (["--dataset_path", "{tmp}/empty.jsonl"], "empty.jsonl is empty"),
@@ -284,7 +285,9 @@ def test_kill_9_and_a_half_written_checkpoint(warm_policy, tmp_path):
         (["--resume_from_checkpoint", "latest"], "resume_from_checkpoint=latest: no whole checkpoint in"),
         (["--resume_from_checkpoint", "{tmp}"], "no whole checkpoint there"),
         (["--prompt_style", "poem"], "--prompt_style 'poem': choose from auto, chat, few_shot"),
-        (["--levels", "7"], "levels=(7,): choose from"),
+        (["--dataset", "arithmetic", "--levels", "7"], "levels=(7,): choose from"),
+        (["--levels", "1"], "--levels goes with --dataset arithmetic"),
+        (["--train_size", "5000"], "count=5000 is more than the train exercises that sums, reversals"),
         (["--eval_size", "0"], "--eval_size 0 must be at least 1"),
         (["--load_in_4bit"], "need --use_peft"),
         (["--model_name_or_path", "./no-such-folder"], "--model_name_or_path ./no-such-folder: no such folder"),

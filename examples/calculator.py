@@ -1,0 +1,95 @@
+"""GRPO with a tool, over several turns: ``accelerate launch examples/calculator.py``, a minute or two on a CPU.
+
+A small policy learns to add three numbers with a calculator that adds two: to call it, to call it again with what came
+back, and to answer what came back last. The tool, its loop and its mask are TRL's (``tools=``); dead groups are
+skipped, prompts run once and interference is logged as in any other run. Options are TRL's and this project's
+(``--help``), from the command line or ``--config FILE.yaml``.
+"""
+
+import os
+import sys
+
+# this folder's math.py must not become the standard library's: see there
+_HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.getcwd()) != os.path.realpath(_HERE)]
+
+DEFAULTS = {
+    "output_dir": "runs/calculator",
+    "num_generations": 8,
+    "per_device_train_batch_size": 128,  # 16 prompts
+    "max_completion_length": 48,
+    "max_tool_calling_iterations": 3,
+    "max_steps": 40,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 5,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "interference_dim": 32,
+    "logging_steps": 5,
+    "eval_strategy": "steps",
+    "eval_steps": 20,
+    "eval_on_start": True,
+    "per_device_eval_batch_size": 256,
+    "num_generations_eval": 4,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+COLUMNS = ("reward", "eval_accuracy", "tools/call_frequency", "tools/failure_frequency", "grad_norm")
+
+
+def main(arguments: list[str]) -> None:
+    import trl_ext  # noqa: F401 - before transformers: it keeps a start quiet
+
+    # isort: split
+    from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+    from transformers.utils import logging
+    from trl import TrlParser
+
+    from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+    from trl_ext.tasks.calculator import SameNumber, calculate, calculator_policy, questions
+
+    logging.disable_progress_bar()
+    parser = TrlParser((CurvatureGRPOConfig,), prog="examples/calculator.py")
+    parser.set_defaults(**DEFAULTS)
+    (training,) = parser.parse_args_and_config(args=arguments)
+
+    def say(text: str) -> None:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(text, flush=True)
+
+    class Table(TrainerCallback):
+        """A line for each log: what the trainer measured of ``COLUMNS``."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            found = {name: (logs or {}).get(name) for name in COLUMNS}
+            if any(value is not None for value in found.values()):
+                cells = {name: "" if value is None else f"{value:.3f}" for name, value in found.items()}
+                say(f"{state.global_step:>5}" + "".join(cell.rjust(len(name) + 2) for name, cell in cells.items()))
+
+    def of_warm_up(step: int, loss: float) -> None:
+        say(f"warming the policy up (half a minute, then cached): step {step}, loss {loss:.3f}")
+
+    policy = str(calculator_policy(training.seed, of_warm_up))
+    tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")  # with its chat and response templates
+    trainer = CurvatureGRPOTrainer(
+        model=policy,
+        reward_funcs=[SameNumber()],
+        args=training,
+        train_dataset=questions(700, held_out=False, seed=training.seed),
+        eval_dataset=questions(64, held_out=True, seed=training.seed),
+        processing_class=tokenizer,
+        tools=[calculate],
+    )
+    for replaced in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(replaced)
+    trainer.add_callback(Table())
+    say(" step" + "".join(f"  {name}" for name in COLUMNS))
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    trainer.save_state()
+    say(f"Model: {training.output_dir}    To look at the run: python -m trl_ext report {training.output_dir}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

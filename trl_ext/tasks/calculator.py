@@ -1,0 +1,199 @@
+"""Sums of three numbers with a calculator that adds two: a tool for TRL's ``tools``, questions, and a policy.
+
+The policy calls the tool, or answers without it, at random, and so is right when it happens to call it twice. That is
+what GRPO brings out: to ask, to ask again with what came back, and to answer what came back last.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from . import mixture, small_policy
+from .mixture import content_split
+from .small_policy import ASSISTANT, EOS, PAD, USER, cached_policy, random_model
+
+CALL, RESULT = "<call>", "<result>"
+CALLING = f"{CALL}calculate expression"  # then the sum
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<user>' + message['content'] + '<assistant>' }}"
+    "{% elif message['role'] == 'tool' %}{{ '<result>' + message['content'] + '<assistant>' }}"
+    "{% elif message.get('tool_calls') %}"
+    "{% set called = message['tool_calls'][0]['function'] %}"
+    "{{ '<call>' + called['name'] }}{% for name, value in called['arguments'].items() %}{{ ' ' + name + ' ' + value }}"
+    "{% endfor %}{{ '<eos>' }}"
+    "{% else %}{{ ' ' + message['content'] + '<eos>' }}{% endif %}"
+    "{% endfor %}"
+)
+# how transformers reads a message from the text: <call>calculate expression 12 + 34<eos> is a call, others are answers
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": ASSISTANT,
+    "fields": {
+        "tool_calls": {
+            "open": CALLING,
+            "close_pattern": EOS,
+            "repeats": True,
+            "content": "text",
+            "transform": {
+                "type": "function",
+                "function": {"name": "calculate", "arguments": {"expression": "{content}"}},
+            },
+        },
+        "content": {"close_pattern": EOS, "content": "text"},
+    },
+}
+BATCH = 64
+LEARNING_STEPS = 150
+MUON_LEARNING_RATE = 5e-3
+ADAMW_LEARNING_RATE = 3e-3  # of embeddings and norms
+CALLS = 0.5  # how often the teacher calls, each time it could
+
+_SUM = re.compile(r"\s*(\d{1,6})\s*\+\s*(\d{1,6})\s*")
+
+
+def calculate(expression: str) -> str:
+    """
+    Adds two whole numbers.
+
+    Args:
+        expression: The sum, such as 12 + 34.
+
+    Returns:
+        The result, such as 46.
+    """
+    found = _SUM.fullmatch(expression)
+    if found is None:
+        raise ValueError(f"{expression!r} isn't a sum of two whole numbers")
+    return str(int(found[1]) + int(found[2]))
+
+
+def questions(count: int, *, held_out: bool, seed: int) -> Dataset:
+    """Columns ``prompt`` (a user's message) and ``gold``; training and held-out ones share no three numbers."""
+    split = "held_out" if held_out else "train"
+    rng = random.Random(f"{seed}-{split}")
+    found: dict[tuple[int, int, int], str] = {}
+    while len(found) < count:
+        numbers = (rng.randint(10, 99), rng.randint(10, 99), rng.randint(10, 99))
+        if content_split("calculator", numbers) == split:
+            found[numbers] = str(sum(numbers))
+    prompts = [[{"role": "user", "content": _question(numbers)}] for numbers in found]
+    return Dataset.from_dict({"prompt": prompts, "gold": list(found.values())})
+
+
+def _question(numbers: Sequence[int]) -> str:
+    return f"What is {' + '.join(map(str, numbers))}?"
+
+
+class SameNumber:
+    """Reward 1.0 where the last message is the right number, else 0.0; logs their share as ``accuracy``."""
+
+    __name__ = "same_number"
+
+    def __call__(
+        self, completions: list, gold: list[str], log_metric: Callable[[str, float], None] | None = None, **kwargs: Any
+    ) -> list[float]:
+        answers = [(messages[-1].get("content") or "").strip() for messages in completions]
+        rewards = [float(answer == right) for answer, right in zip(answers, gold, strict=True)]
+        if log_metric is not None:
+            log_metric("accuracy", sum(rewards) / len(rewards))
+        return rewards
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Digits are tokens; the chat template writes calls and results, the response template reads them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[PAD, EOS, USER, ASSISTANT, CALL, RESULT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_question((12, 34, 56)), CALLING.removeprefix(CALL)] * 10, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left", model_max_length=512
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.response_template = RESPONSE_TEMPLATE
+    return fast
+
+
+def _conversation(rng: random.Random) -> list[tuple[str, bool]]:
+    """Pieces of text, each with whether the policy wrote it: by a teacher who calls, or answers what he has."""
+    a, b, c = (rng.randint(10, 99) for _ in range(3))
+    while content_split("calculator", (a, b, c)) != "train":
+        a, b, c = (rng.randint(10, 99) for _ in range(3))
+    pieces = [(f"{USER}{_question((a, b, c))}{ASSISTANT}", False)]
+    known = a
+    for term in (b, c):
+        if rng.random() >= CALLS:
+            break
+        pieces.append((f"{CALLING} {known} + {term}{EOS}", True))
+        known += term
+        pieces.append((f"{RESULT}{known}{ASSISTANT}", False))
+    return [*pieces, (f" {known}{EOS}", True)]
+
+
+def _batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, T), right padded, and labels that are -100 on what the policy doesn't write."""
+    rows, marks = [], []
+    for _ in range(BATCH):
+        pieces = [(tokenizer.encode(text), own) for text, own in _conversation(rng)]
+        rows.append([one for ids, _ in pieces for one in ids])
+        marks.append([one if own else -100 for ids, own in pieces for one in ids])
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    labels = torch.tensor([row + [-100] * (width - len(row)) for row in marks])
+    return ids, labels
+
+
+def warm_up(
+    seed: int, report: Callable[[int, float], None] | None = None
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Trains the policy from scratch on the teacher's conversations; ``report(step, loss)`` every 50 steps."""
+    tokenizer = build_tokenizer()
+    rng = random.Random(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = random_model(tokenizer)
+        matrices = [one for one in model.model.layers.parameters() if one.ndim == 2]
+        others = [one for one in model.parameters() if all(one is not matrix for matrix in matrices)]
+        optimizers = [
+            torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=ADAMW_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1),
+        ]
+        for step in range(1, LEARNING_STEPS + 1):
+            for optimizer, rate in zip(optimizers, (MUON_LEARNING_RATE, ADAMW_LEARNING_RATE), strict=True):
+                for group in optimizer.param_groups:  # up over 30 steps, then linearly down
+                    group["lr"] = rate * min(step / 30, 1.0) * max(1 - step / LEARNING_STEPS, 0.05)
+            ids, labels = _batch(rng, tokenizer)
+            loss = model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if report is not None and step % 50 == 0:
+                report(step, loss.item())
+    return model, tokenizer
+
+
+def calculator_policy(seed: int = 0, report: Callable[[int, float], None] | None = None) -> Path:
+    """Folder of the warmed-up policy for this seed; trained on the first call, cached afterwards."""
+    sources = [inspect.getsource(one) for one in (mixture, small_policy, sys.modules[__name__])]
+    return cached_policy("calculator-policy", [seed, *sources], lambda: warm_up(seed, report))
