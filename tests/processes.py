@@ -117,9 +117,9 @@ def run_script(script: Path, arguments: list[str], wait_at: int | None = None, f
     """A script as ``python script.py``. ``wait_at``: its reward function says in ``folder`` that this many optimizer
     steps are done (a file ``here``), and goes on when there is a file ``go``."""
     if wait_at is not None and folder is not None:
-        from trl_ext.tasks.correctness import Correctness
+        from trl_ext.tasks.correctness import SameText
 
-        judge = Correctness.__call__
+        judge = SameText.__call__
 
         def wait_and_judge(self, *args, trainer_state=None, **kwargs):
             if trainer_state is not None and trainer_state.global_step == wait_at and not (folder / "here").exists():
@@ -128,7 +128,7 @@ def run_script(script: Path, arguments: list[str], wait_at: int | None = None, f
                     time.sleep(0.02)
             return judge(self, *args, **kwargs)
 
-        Correctness.__call__ = wait_and_judge  # type: ignore[method-assign]
+        SameText.__call__ = wait_and_judge  # type: ignore[method-assign]
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))  # as Python does
     runpy.run_path(str(script), run_name="__main__")

@@ -1,4 +1,4 @@
-"""The built-in mixture: what is asked, who is right, which side of the split; and the policy that is warmed up for it."""
+"""The built-in mixture: what is asked, who is right, which side of the split; and the policy warmed up for it."""
 
 import re
 
