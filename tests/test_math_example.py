@@ -347,7 +347,7 @@ def test_recipes_parse(recipe, monkeypatch, tmp_path):
     script = load_script()
     monkeypatch.chdir(tmp_path)
     arguments = ["--config", str(ROOT / "examples" / "recipes" / recipe)]
-    if recipe in ("paper.yaml", "qlora_24gb.yaml"):
+    if recipe in ("paper.yaml", "qlora_24gb.yaml", "reasoning_gym.yaml"):
         arguments += ["--bf16", "false"]  # no GPU here
     script_arguments, training, model = script.parse_arguments(arguments)
     written = yaml.safe_load((ROOT / "examples" / "recipes" / recipe).read_text())
