@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ablation_runs
 import pytest
-from ablation_plot import draw_alpha, mean_curve
+from ablation_plot import draw_alpha, draw_tasks, mean_curve
 from ablation_results import (
     STUDENT_T,
     Interval,
@@ -20,6 +20,7 @@ from ablation_results import (
     at_edge,
     best_learning_rate,
     block_means,
+    by_task,
     interpolated_rate,
     markdown_tables,
     mean_interval,
@@ -30,6 +31,7 @@ from ablation_results import (
     speedup_constant,
     steps_to_target,
     summarize,
+    task_names,
     tidy_rows,
 )
 from processes import run_script, start
@@ -90,6 +92,48 @@ def test_tidy_rows():
         [1, 0.5, None, None, None, 0.25, 1.5, None],
         [2, 0.75, 0.6, 0.3, 0.4, None, None, None],
     ]
+
+
+def task_run(method, seed, last, heard):
+    """Two tasks evaluated at steps 0 and 10; interference logged twice, the second time of one task alone."""
+    history = [
+        {"step": 0, "eval_accuracy": 0.3, "eval_tasks/a b/reward": 0.2, "eval_tasks/c/reward": 0.4},
+        {"step": 1, "reward": 0.4, "tasks/a b/heard": heard, "tasks/c/heard": 1 - heard, "tasks/a b/cos/c": 0.1,
+         "tasks/a b/cos_error/c": 0.02, "tasks/a b/reward": 0.25},
+        {"step": 6, "reward": 0.5, "tasks/a b/heard": 1.0, "tasks/a b/reward": 0.5},
+        {"step": 10, "eval_accuracy": 0.5, "eval_tasks/a b/reward": last, "eval_tasks/c/reward": 0.6},
+    ]  # fmt: skip
+    return Run(method, 1e-4, seed, tidy_rows(history))
+
+
+def test_rows_hold_each_task():
+    rows = task_run("std", 0, 0.8, 0.25).rows
+    assert rows[0]["held_out/a b"] == 0.2 and rows[3]["held_out/c"] == 0.6 and "heard/c" not in rows[2]
+    first = {"reward/a b": 0.25, "heard/a b": 0.25, "heard/c": 0.75, "cos/a b/c": 0.1}
+    assert {name: value for name, value in rows[1].items() if "/" in name} == first
+
+
+def test_tables_by_task(tmp_path):
+    finals = {
+        "mean": [task_run("mean", 0, 0.5, 0.2), task_run("mean", 1, 0.7, 0.4)],
+        "std": [task_run("std", 0, 0.8, 0.5), task_run("std", 1, 0.8, 0.5)],
+    }
+    assert task_names(finals) == ["a b", "c"] and task_names({"std": [run_of("std", [0.4, 0.5, 0.6])]}) == []
+    lines = by_task(finals).splitlines()
+    titles = [line for line in lines if line.startswith("| ") and "a b" in line]
+    assert [title.split("|")[1].strip() for title in titles] == [
+        "final held-out accuracy", "held-out accuracy over training", "heard (share of the gradient)", "cosine",
+    ]  # fmt: skip
+    # 0.5 and 0.7: mean 0.6, half-width 12.706 * 0.1; from a straight line between 0.2 and the end: 0.35 and 0.45
+    assert "| `mean` | 0.600 [-0.671, 1.871] | 0.600 [0.600, 0.600] |" in lines
+    assert "| `mean` | 0.400 [-0.235, 1.035] | 0.500 [0.500, 0.500] |" in lines
+    # (0.2 + 1) / 2 and (0.4 + 1) / 2, of a step that has it
+    assert "| `mean` | 0.650 [0.015, 1.285] | 0.700 [-0.571, 1.971] |" in lines
+    assert "| `std` | 0.100 [0.100, 0.100] |" in lines
+    assert any(line.startswith("Before training: a b 0.200, c 0.400.") for line in lines)
+    assert by_task({"std": [run_of("std", [0.4, 0.5, 0.6])]}) == ""
+    draw_tasks(finals, task_names(finals), tmp_path / "tasks.png")
+    assert (tmp_path / "tasks.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_alpha_is_drawn_beside_the_orthogonality(tmp_path):
@@ -384,7 +428,10 @@ def test_the_script(tiny_policy, tmp_path):
     table = read_csv(tmp_path / "table.csv")
     assert [row["method"] for row in table] == ["mean", "power:alpha=0.5"]
     assert all(row["learning_rate"] in ("0.001", "0.002") and row["at_edge_of_grid"] == "True" for row in table)
-    assert (tmp_path / "table.md").read_text() in done.stdout
+    text = (tmp_path / "table.md").read_text()
+    assert text in done.stdout
+    assert "| final held-out accuracy | puzzles | reversals | sorting | sums |" in text  # the mixture, by task
+    assert (tmp_path / "tasks.png").exists()
     assert (tmp_path / "ablation.png").read_bytes()[1:4] == b"PNG" and "<svg" in (tmp_path / "ablation.svg").read_text()
 
     files = sorted((tmp_path / "runs").iterdir())

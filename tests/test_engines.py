@@ -256,8 +256,8 @@ def test_the_script(engine, warm_policy, tmp_path):
     """``examples/math.py`` by ``accelerate launch`` with our configuration trains, says what it does, saves a model."""
     script = ["examples/math.py"] if engine != "fsdp2" else ["tests/fsdp2_on_cpu.py", "examples/math.py"]
     output = launch(
-        engine, *script, "--model_name_or_path", warm_policy, "--dataset", "arithmetic", "--max_steps", 2, "--eval_size", 16,
-        "--eval_strategy", "steps",
+        engine, *script, "--model_name_or_path", warm_policy, "--dataset", "arithmetic", "--max_steps", 2,
+        "--eval_size", 16, "--eval_strategy", "steps",
         "--max_completion_length", 8, "--interference_every", 1, "--logging_steps", 1, "--learning_rate", "1e-3",
         "--per_device_train_batch_size", 16, "--num_generations", 8, "--use_cpu", "true",
         "--output_dir", tmp_path / "run",
