@@ -35,7 +35,8 @@ def sample_report() -> Path:
     """The report of a short run of the demo."""
     page, folder = MADE / "report.html", MADE / "run"
     options = "--max_steps 60 --interference_every 5 --save_strategy no --logging_steps 1"
-    if is_older(page, ROOT / "trl_ext" / "report" / "page.html.jinja", ROOT / "trl_ext" / "report" / "charts.py"):
+    report = ROOT / "trl_ext" / "report"
+    if is_older(page, report / "page.html.jinja", report / "charts.py", ROOT / "examples" / "recipes" / "demo.yaml"):
         run(sys.executable, "examples/math.py", "--output_dir", str(folder), *options.split())
         run(sys.executable, "-m", "trl_ext", "report", str(folder), "-o", str(page))
     return page
