@@ -343,6 +343,7 @@ def test_mean_curve():
         (["--max_grad_norm", "-1"], "--max_grad_norm -1.0 must be a finite number that is not negative"),
         (["--target_accuracy", "70"], "--target_accuracy 70.0 must be in (0, 1]"),
         (["--dataset", "arithmetic", "--levels", "7"], "levels=(7,): choose from"),
+        (["--levels", "1"], "--levels goes with --dataset arithmetic"),
         (
             ["--dataset", "arithmetic", "--eval_size", "400"],
             "count=400 is more than the held_out problems that levels (1, 4) have",

@@ -1,6 +1,7 @@
 """A dataset's column ``task``: rewards, interference, what-if and the report by task; by hand, and in real runs."""
 
 import json
+from collections import defaultdict
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from trl_ext.report.read_run import read_run
 from trl_ext.report.what_if_command import main as what_if_command
 from trl_ext.rewards.prompt_keys import NO_TASK, task_key
 from trl_ext.rewards.rewarded import RewardedBatch
-from trl_ext.rewards.tasks import TaskNames, task_metrics
+from trl_ext.rewards.tasks import TaskMeans, TaskNames, task_sums
 
 
 def test_gradients_of_tasks_by_hand():
@@ -83,12 +84,30 @@ def test_rewards_by_task_by_hand():
     names.learn(batch.task_keys_B, {0: "a", 1: "a", 2: "b"})
     assert names.of_prompts(batch) == {0: "a", 1: "a", 2: "b"}
     advantages = torch.tensor([[0.5, -0.5], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    found = task_metrics(batch, Normalized(advantages, torch.ones(4, 1), torch.ones(4, 1)), names.names)
+    found = task_sums(batch, Normalized(advantages, torch.ones(4, 1), torch.ones(4, 1)), names.names)
     assert found == {
-        "tasks/a/reward": 0.75, "tasks/a/live_share": 0.5, "tasks/a/advantage_abs_mean": 0.25,
-        "tasks/a/batch_share": 0.5, "tasks/b/reward": 0.5, "tasks/b/live_share": 0.0,
-        "tasks/b/advantage_abs_mean": 0.0, "tasks/b/batch_share": 0.25,
+        "tasks/a/reward": (3.0, 4), "tasks/a/live_share": (1.0, 2), "tasks/a/advantage_abs_mean": (1.0, 4),
+        "tasks/a/batch_share": (2.0, 4), "tasks/b/reward": (0.5, 1), "tasks/b/live_share": (0.0, 1),
+        "tasks/b/advantage_abs_mean": (0.0, 2), "tasks/b/batch_share": (1.0, 4),
     }  # fmt: skip
+
+
+def test_means_are_over_prompts_and_not_over_batches():
+    """One prompt of a task in a batch and three in the next, none in the third; after a log they begin anew."""
+    names = TaskNames(1, pytest.fail)
+    logged, means = defaultdict(list), TaskMeans()
+    for rewards, tasks in (([[1.0, 1.0], [0.0, 0.0]], "ab"), ([[0.0, 0.0]] * 3, "aaa"), ([[1.0, 0.0]], "b")):
+        batch = rewarded(torch.tensor(rewards), tasks)
+        names.learn(batch.task_keys_B, dict(enumerate(tasks)))
+        P = len(rewards)
+        means.into(
+            logged, task_sums(batch, Normalized(torch.zeros(P, 2), torch.ones(P, 1), torch.ones(P, 1)), names.names)
+        )
+    assert logged["tasks/a/reward"] == [0.25] and logged["tasks/b/reward"] == [0.25]
+    assert logged["tasks/a/batch_share"] == [4 / 6] and logged["tasks/b/live_share"] == [0.5]
+    logged.clear()  # as TRL does when it has logged
+    means.into(logged, {"tasks/a/reward": (3.0, 4)})
+    assert dict(logged) == {"tasks/a/reward": [0.75]}
 
 
 def test_too_many_names_are_said():
@@ -97,7 +116,7 @@ def test_too_many_names_are_said():
     batch = rewarded(torch.rand(20, 2), [f"row {i}" for i in range(20)])
     names.learn(batch.task_keys_B, {i: f"row {i}" for i in range(20)})
     assert len(said) == 1 and "more than 16 names" in said[0]
-    assert task_metrics(batch, Normalized(torch.zeros(20, 2), torch.ones(20, 1), torch.ones(20, 1)), names.names) == {}
+    assert task_sums(batch, Normalized(torch.zeros(20, 2), torch.ones(20, 1), torch.ones(20, 1)), names.names) == {}
 
 
 def by_place(completion_ids, **kwargs):
@@ -117,6 +136,26 @@ def run_of_tasks(tiny_policy, tmp_path_factory):
     trainer = build(tiny_policy, folder, by_place, train_dataset=of_two_tasks(), **OPTIONS)
     trainer.train()
     return trainer, folder
+
+
+def test_held_out_rewards_by_task_are_of_all_its_prompts(tiny_policy, tmp_path):
+    """Evaluated in batches that hold different numbers of a task: its mean is over its answers, as counted by hand."""
+    seen = defaultdict(list)
+
+    def remember(completion_ids, task, **kwargs):
+        rewards = by_place(completion_ids)
+        for name, reward in zip(task, rewards, strict=True):
+            seen[name].append(reward)
+        return rewards
+
+    held_out = prompts(12).add_column("task", ["up"] * 3 + ["down"] * 9)
+    trainer = build(tiny_policy, tmp_path, remember, train_dataset=of_two_tasks(), eval_dataset=held_out, max_steps=1,
+                    per_device_eval_batch_size=8, num_generations_eval=2)  # fmt: skip
+    logs = trainer.evaluate()
+    assert len(seen["up"]) == 6 and len(seen["down"]) == 18
+    for name, rewards in seen.items():
+        assert logs[f"eval_tasks/{name}/reward"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)
+        assert logs[f"eval_tasks/{name}/batch_share"] == pytest.approx(len(rewards) / 24)
 
 
 def test_what_a_run_logs_of_its_tasks(run_of_tasks):

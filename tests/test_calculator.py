@@ -59,15 +59,16 @@ def test_questions_are_sums_of_three_held_apart():
 
 def test_the_last_message_is_what_counts():
     call = {"role": "assistant", "content": "", "tool_calls": [{}]}
+    call["role"] = "assistant"
     conversations = [
         [call, {"role": "tool", "content": "46"}, {"role": "assistant", "content": " 46 "}],
-        [call, {"role": "tool", "content": "46"}],
+        [call, {"role": "tool", "content": "46"}],  # cut off before it could answer
         [{"role": "assistant", "content": "45"}],
-        [{"role": "assistant", "content": None, "tool_calls": [{}]}],
+        [{"role": "assistant", "content": "46", "tool_calls": [{}]}],
     ]
     logged = {}
-    assert SameNumber()(conversations, ["46"] * 4, log_metric=logged.__setitem__) == [1.0, 1.0, 0.0, 0.0]
-    assert logged == {"accuracy": 0.5}
+    assert SameNumber()(conversations, ["46"] * 4, log_metric=logged.__setitem__) == [1.0, 0.0, 0.0, 0.0]
+    assert logged == {"accuracy": 0.25}
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -43,13 +43,8 @@ def test_the_same_arguments_give_the_same_list_tasks_taking_turns():
 
 
 def content(exercise):
-    """What must not be on both sides: two terms, letters in their order, three players however they are asked for."""
-    found = re.findall(r"\b\d+\b|\b[a-z]\b", exercise.question)
-    if exercise.task == "puzzles":
-        facts = re.findall(r"([a-z]) beats ([a-z])", exercise.question)
-        first = next(fact for fact in facts if fact[0] not in {loser for _, loser in facts})
-        found = [*first, next(loser for winner, loser in facts if winner == first[1])]
-    return exercise.task, tuple(found)
+    """What must not be on both sides, whatever is asked of it and in whatever order: numbers, letters, players."""
+    return tuple(sorted(set(re.findall(r"\b\d+\b|\b[a-z]\b", exercise.question))))
 
 
 def test_no_content_is_on_both_sides():
@@ -58,7 +53,8 @@ def test_no_content_is_on_both_sides():
     assert not {content(e) for e in train} & {content(e) for e in held_out}
     asked = generate_exercises(1000, tasks=("puzzles",), seed=0)
     assert {e.question.rsplit(" ", 1)[1] for e in asked} == {"best?", "worst?"}
-    share = sum(content_split("sums", (a, b)) == "held_out" for a in range(1, 100) for b in range(1, 10)) / 891
+    assert content_split((12, 7)) == content_split([7, 12])
+    share = sum(content_split((a, b)) == "held_out" for a in range(1, 100) for b in range(1, 10)) / 891
     assert 0.15 < share < 0.25
 
 
@@ -91,7 +87,11 @@ def test_questions_carry_their_task():
         ("a b d c", "a b c d", 0.0),  # as mathematics they would be equal
         ("so it is <answer>108</answer>", "108", 1.0),
         ("so \\boxed{q}", "q", 1.0),
+        ("it is\n#### 108", "108", 1.0),
+        ("108.", "108", 1.0),
+        ("\\boxed{\\text{a b c d}}", "a b c d", 1.0),
         ("108 or so", "108", 0.0),
+        ("amdk", "a m d k", 0.0),
         ("", "108", 0.0),
         ([{"role": "assistant", "content": " 108"}], "108", 1.0),
     ],
@@ -129,7 +129,7 @@ def test_the_warm_up_in_short(monkeypatch):
     reports = []
     first = mixed.warm_up(3, lambda step, reached: reports.append((step, reached)))
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert [step for step, _ in reports] == [25, 25] and set(reports[0][1]) == set(TASKS)
+    assert [step for step, _ in reports] == [25, 26] and set(reports[0][1]) == set(TASKS)
     again = mixed.warm_up(3)
     assert first[2] == again[2]
     assert all(torch.equal(a, b) for a, b in zip(first[0].parameters(), again[0].parameters(), strict=True))

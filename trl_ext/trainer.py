@@ -51,7 +51,7 @@ from .rewards.prompt_keys import prompt_tasks, prompt_texts
 from .rewards.resampling import GenerationCount, Resampling
 from .rewards.reward_checks import RewardFailed, RewardFailures, checked_rewards, say_if_unscored
 from .rewards.rewarded import gather_rewarded, mean_repetition
-from .rewards.tasks import TaskNames, task_metrics
+from .rewards.tasks import TaskMeans, TaskNames, task_sums
 from .run_checks import check_before_model, check_context, refuse_tensor_parallelism, say_engine, say_truncated_sampling
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
@@ -95,6 +95,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._normalizer = Normalizer(run, *resolve_normalization(self.args), n_functions=len(self.reward_funcs))
         self._generations = GenerationCount()
         self._task_names = TaskNames(self.accelerator.num_processes, run.say_once)
+        self._task_means = {"train": TaskMeans(), "eval": TaskMeans()}
         self._resampling = Resampling(run) if run.options.resample_zero_variance else None
         of_run = {"used": self._normalizer.name, "function_weights": self.reward_weights.tolist()}
         of_run["score"] = self._score_with_graph
@@ -170,7 +171,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             drawn = {"dataset": self.train_dataset, "step": step, "generation": generation}
             output, rewarded = self._resampling.fill(output, rewarded, self._logs, self._generate_and_reward, **drawn)
         normalized, metrics = self._normalizer(rewarded, training=training)
-        metrics |= task_metrics(rewarded, normalized, self._task_names.names)
+        mode = "train" if training else "eval"
+        self._task_means[mode].into(self._metrics[mode], task_sums(rewarded, normalized, self._task_names.names))
         self._log_metrics(metrics if self._deferred.due else metrics | sampler_metrics(output, self.accelerator))
         trl_surface.replace_latest(self._logs["advantages"], normalized.advantages.flatten().tolist())
         add_group_columns(output, rewarded, normalized, process_index=self.accelerator.process_index)

@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add(
         "--dataset", choices=("mixture", "arithmetic"), default="mixture", help="four unlike tasks, or arithmetic alone"
     )
-    add("--levels", nargs="+", type=int, default=[1, 4], help="arithmetic's levels 1 to 5, see examples/math.py")
+    add("--levels", nargs="+", type=int, help="arithmetic's levels 1 to 5, see examples/math.py; default: 1 4")
     add("--optim", default="adamw_torch", help="as transformers names it; sgd: plain gradient steps, as in the theory")
     add("--max_grad_norm", type=float, default=1.0, help="clipping, which hides a method's scale; 0: none")
     add(
@@ -86,7 +86,7 @@ def check_arguments(options: argparse.Namespace) -> None:
     from ablation_runs import training_config
 
     from trl_ext.checkpoints import check_output_dir
-    from trl_ext.tasks.arithmetic import generate_problems
+    from trl_ext.tasks.arithmetic import DEFAULT_LEVELS, generate_problems
     from trl_ext.tasks.mixture import generate_exercises
 
     if find_spec("matplotlib") is None:
@@ -118,10 +118,14 @@ def check_arguments(options: argparse.Namespace) -> None:
         raise ValueError(f"--target_accuracy {options.target_accuracy} must be in (0, 1]")
     if options.model_name_or_path != BUILT_IN and not (Path(options.model_name_or_path) / "config.json").is_file():
         raise ValueError(f"--model_name_or_path {options.model_name_or_path}: no folder with a config.json")
+    if options.levels and options.dataset != "arithmetic":
+        raise ValueError("--levels goes with --dataset arithmetic")
     if options.dataset == "mixture":
         generate_exercises(options.eval_size, split="held_out", seed=options.seeds[0])
     else:
-        generate_problems(options.eval_size, split="held_out", levels=tuple(options.levels), seed=options.seeds[0])
+        generate_problems(
+            options.eval_size, split="held_out", levels=tuple(options.levels or DEFAULT_LEVELS), seed=options.seeds[0]
+        )
     for method in options.methods:
         training_config(run_settings(options, method, options.learning_rates[0], options.seeds[0]), options.output_dir)
     check_output_dir(options.output_dir)
@@ -130,6 +134,8 @@ def check_arguments(options: argparse.Namespace) -> None:
 def run_settings(options: argparse.Namespace, method: str, learning_rate: float, seed: int) -> dict[str, Any]:
     """The demo's recipe with what the ablation changes. Two runs differ in method, learning rate and seed alone."""
     import yaml
+
+    from trl_ext.tasks.arithmetic import DEFAULT_LEVELS
 
     recipe = yaml.safe_load(DEMO_RECIPE.read_text())
     for name in ("model_name_or_path", "dataset", "eval_size", "output_dir"):
@@ -159,7 +165,7 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
     return {
         "model": None if options.model_name_or_path == BUILT_IN else options.model_name_or_path,
         "dataset": options.dataset,
-        "levels": options.levels if options.dataset == "arithmetic" else [],
+        "levels": list(options.levels or DEFAULT_LEVELS) if options.dataset == "arithmetic" else [],
         "train_size": 700,
         "eval_size": options.eval_size,
         "method": method,

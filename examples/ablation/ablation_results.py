@@ -331,7 +331,7 @@ def markdown_tables(rows: Sequence[Mapping[str, Any]], target: float, max_steps:
 
 
 def task_names(finals: Mapping[str, Sequence[Run]]) -> list[str]:
-    """Of all runs, in the order of their first rows; empty where there is one task or none."""
+    """Of all runs, sorted; empty where there is one task or none."""
     columns = dict.fromkeys(column for runs in finals.values() for run in runs for row in run.rows for column in row)
     names = [column.removeprefix("held_out/") for column in columns if column.startswith("held_out/")]
     return sorted(names) if len(names) > 1 else []
@@ -368,8 +368,8 @@ def _task_table(
     columns: Sequence[str],
     reduce: Callable[[Sequence[float], Sequence[float]], float],
 ) -> list[str]:
-    """A row for each method, a cell for each column: the reduced curves' mean over runs; empty without columns."""
-    if not columns:
+    """A row for each method, a cell for each column: the reduced curves' mean over runs; empty where none was logged."""
+    if not any(run.curve(column)[0] for runs in finals.values() for run in runs for column in columns):
         return []
     names = [", ".join(column.split("/")[1:]) for column in columns]
     lines = ["", f"| {title} | {' | '.join(names)} |", "|---|" + "---|" * len(columns)]
@@ -379,7 +379,8 @@ def _task_table(
             curves = [run.curve(column) for run in runs]
             found = [reduce(*curve) for curve in curves if curve[0]]
             one = mean_interval(found) if found else None
-            cells.append(f"{one.estimate:.3f} [{one.low:.3f}, {one.high:.3f}]" if one else "")
+            bounds = "" if one is None or math.isnan(one.low) else f" [{one.low:.3f}, {one.high:.3f}]"
+            cells.append(f"{one.estimate:.3f}{bounds}" if one else "")
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     return lines
 

@@ -5,8 +5,7 @@ Shapes: P prompts, G completions of one prompt, B = P*G sequences of all process
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping
 
 import torch
 from accelerate.utils import gather_object
@@ -45,10 +44,28 @@ class TaskNames:
         return {prompt: self.names[task] for prompt, task in keys if task in self.names}
 
 
-def task_metrics(rewarded: RewardedBatch, normalized: Normalized, names: Mapping[int, str]) -> dict[str, float]:
-    """Under ``tasks/<task>/``: ``reward``, the mean (with 1 for right and 0 for wrong the accuracy); ``live_share``, of
-    its prompts those whose answers' rewards differ; ``advantage_abs_mean``; ``batch_share``, of the batch's prompts.
-    None where the column has more than ``MOST`` names."""
+Sums = dict[str, tuple[float, int]]  # by a metric's name: a sum, and of how many
+
+
+class TaskMeans:
+    """Means over all prompts since the last log: TRL's would be the mean of its batches' means, and a batch may hold one
+    prompt of a task or twenty."""
+
+    def __init__(self) -> None:
+        self._sums: Sums = {}
+
+    def into(self, logged: MutableMapping[str, list[float]], sums: Sums) -> None:
+        """``logged``: TRL's lists of values by name, which it empties when it logs; ours hold one value each."""
+        for name, (total, count) in sums.items():
+            before = self._sums.get(name, (0.0, 0)) if logged.get(name) else (0.0, 0)
+            self._sums[name] = total, count = before[0] + total, before[1] + count
+            logged[name] = [total / count]
+
+
+def task_sums(rewarded: RewardedBatch, normalized: Normalized, names: Mapping[int, str]) -> Sums:
+    """Under ``tasks/<task>/``: ``reward``, whose mean is the accuracy where 1 is right and 0 wrong; ``live_share``, of
+    its prompts those whose answers' rewards differ; ``advantage_abs_mean``; ``batch_share``, of the batch's prompts, also
+    where it has none of a task. Empty where the column has more than ``MOST`` names."""
     key_P = rewarded.task_keys_B.view(-1, rewarded.num_generations)[:, 0]
     present = [key for key in key_P.unique().tolist() if key in names]
     if not present or len(names) > MOST:
@@ -56,16 +73,15 @@ def task_metrics(rewarded: RewardedBatch, normalized: Normalized, names: Mapping
     reward_PG, advantage_PG = rewarded.rewards, normalized.advantages.view(-1, rewarded.num_generations)
     filled_PG = reward_PG.nan_to_num(-torch.inf).amax(1), reward_PG.nan_to_num(torch.inf).amin(1)
     live_P = filled_PG[0] > filled_PG[1]
-    metrics: dict[str, float] = {}
-    for key in present:
+    sums: Sums = {}
+    for key, task in names.items():
         of_P = key_P == key
         rewards = reward_PG[of_P]
-        scorable = rewards[~rewards.isnan()]
-        values: dict[str, Any] = {
-            "live_share": live_P[of_P].double().mean(), "batch_share": of_P.double().mean(),
-            "advantage_abs_mean": advantage_PG[of_P].abs().mean(),
+        values: dict[str, torch.Tensor] = {
+            "reward": rewards[~rewards.isnan()], "live_share": live_P[of_P], "batch_share": of_P,
+            "advantage_abs_mean": advantage_PG[of_P].abs(),
         }  # fmt: skip
-        if len(scorable):
-            values["reward"] = scorable.mean()
-        metrics |= {f"tasks/{names[key]}/{name}": float(value) for name, value in values.items()}
-    return metrics
+        for name, one in values.items():
+            if one.numel():
+                sums[f"tasks/{task}/{name}"] = float(one.double().sum()), one.numel()
+    return sums

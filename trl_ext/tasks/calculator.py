@@ -80,13 +80,14 @@ def calculate(expression: str) -> str:
 
 
 def questions(count: int, *, held_out: bool, seed: int) -> Dataset:
-    """Columns ``prompt`` (a user's message) and ``gold``; training and held-out ones share no three numbers."""
+    """Columns ``prompt`` (a user's message) and ``gold``; training and held-out ones share no three numbers,
+    in whatever order."""
     split = "held_out" if held_out else "train"
     rng = random.Random(f"{seed}-{split}")
     found: dict[tuple[int, int, int], str] = {}
     while len(found) < count:
         numbers = (rng.randint(10, 99), rng.randint(10, 99), rng.randint(10, 99))
-        if content_split("calculator", numbers) == split:
+        if content_split(numbers) == split:
             found[numbers] = str(sum(numbers))
     prompts = [[{"role": "user", "content": _question(numbers)}] for numbers in found]
     return Dataset.from_dict({"prompt": prompts, "gold": list(found.values())})
@@ -97,18 +98,23 @@ def _question(numbers: Sequence[int]) -> str:
 
 
 class SameNumber:
-    """Reward 1.0 where the last message is the right number, else 0.0; logs their share as ``accuracy``."""
+    """Reward 1.0 where the policy's last message is the right number, else 0.0; logs their share as ``accuracy``."""
 
     __name__ = "same_number"
 
     def __call__(
         self, completions: list, gold: list[str], log_metric: Callable[[str, float], None] | None = None, **kwargs: Any
     ) -> list[float]:
-        answers = [(messages[-1].get("content") or "").strip() for messages in completions]
-        rewards = [float(answer == right) for answer, right in zip(answers, gold, strict=True)]
+        rewards = [float(_answer(messages) == right) for messages, right in zip(completions, gold, strict=True)]
         if log_metric is not None:
             log_metric("accuracy", sum(rewards) / len(rewards))
         return rewards
+
+
+def _answer(messages: list[dict[str, Any]]) -> str | None:
+    """None where the policy came to none: a conversation that was cut ends with a call, or with what the tool said."""
+    last = messages[-1]
+    return None if last["role"] != "assistant" or last.get("tool_calls") else (last.get("content") or "").strip()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -136,7 +142,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def _conversation(rng: random.Random) -> list[tuple[str, bool]]:
     """Pieces of text, each with whether the policy wrote it: by a teacher who calls, or answers what he has."""
     a, b, c = (rng.randint(10, 99) for _ in range(3))
-    while content_split("calculator", (a, b, c)) != "train":
+    while content_split((a, b, c)) != "train":
         a, b, c = (rng.randint(10, 99) for _ in range(3))
     pieces = [(f"{USER}{_question((a, b, c))}{ASSISTANT}", False)]
     known = a

@@ -20,8 +20,9 @@ _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConf
 _LATEX_COMMAND = re.compile(r"\\[a-zA-Z]+(\{[^{}]*\})?")
 _NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-_MARKED = re.compile(r"\\boxed\{[^{}]|####\s*\S")
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_MARKED = re.compile(r"\\boxed\{[^{}]|####\s*\S|<answer>\s*[^\s<]")
 
 
 def _require_main_thread() -> None:
@@ -131,8 +132,8 @@ class Correctness:
 
 
 class SameText:
-    """Reward 1.0 where the final answer is the gold one, letter by letter but for case and spaces, else 0.0; logs their
-    share as ``accuracy``. ``stop``: as ``Correctness`` has it."""
+    """Reward 1.0 where the final answer (after ``####``, else marked, else all of it) is the gold one word by word, but for
+    case, line breaks and a full stop; else 0.0. Logs their share as ``accuracy``. ``stop``: as ``Correctness`` has it."""
 
     __name__ = "same_text"
 
@@ -146,7 +147,8 @@ class SameText:
         log_metric: Callable[[str, float], None] | None = None,
         **kwargs: Any,
     ) -> list[float]:
-        texts = [final_answer(completion_text(completion, self.stop)) for completion in completions]
+        whole = [completion_text(completion, self.stop) for completion in completions]
+        texts = [_after_hashes(text) or final_answer(text) for text in whole]
         rewards = [float(_plain(text) == _plain(answer)) for text, answer in zip(texts, gold, strict=True)]
         if log_metric is not None:
             log_metric("accuracy", sum(rewards) / len(rewards))
@@ -154,11 +156,11 @@ class SameText:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
+    return " ".join(_TEXT.sub(r"\1", text).lower().strip().removesuffix(".").split())
 
 
 class MarkedAnswer:
-    """Format reward: 1.0 where the completion marks its answer, ``\\boxed{...}`` or ``#### ...``, else 0.0."""
+    """Format reward: 1.0 where the completion marks its answer, ``\\boxed{...}``, ``#### ...`` or ``<answer>...``, else 0.0."""
 
     __name__ = "marked_answer"
 

@@ -142,11 +142,11 @@ def warm_up(
                     break
 
         optimizers = [torch.optim.AdamW(model.parameters(), lr=CARELESS_LEARNING_RATE, betas=(0.5, 0.98))]
-        for _ in range(CARELESS_STEPS):
-            reached = accuracies()
-            if all(abs(reached[task] - target) <= NEAR for task, target in TARGETS.items()):
-                break
+        reached = accuracies()
+        last = step + CARELESS_STEPS
+        while step < last and any(abs(reached[task] - target) > NEAR for task, target in TARGETS.items()):
             train_step({task: _slips(reached[task], target) for task, target in TARGETS.items()}, optimizers)
+            reached, step = accuracies(), step + 1
         if report is not None:
             report(step, reached)
     return model, tokenizer, reached
