@@ -1,4 +1,4 @@
-"""Whole training runs of the built-in task to the same held-out accuracy: seconds of TRL's GRPOTrainer and of ours.
+"""Whole training runs of built-in arithmetic to the same held-out accuracy: seconds of TRL's GRPOTrainer and of ours.
 
 Each starts from the same warmed-up policy with the demo's options (16 prompts x 8 answers) and trains until held-out
 accuracy (512 sampled answers, every 5 steps) is 0.2 above its start, or for 60 steps. Counted are the optimizer steps

@@ -3,7 +3,7 @@
 A small policy learns to add three numbers with a calculator that adds two: to call it, to call it again with what came
 back, and to answer what came back last. The tool, its loop and its mask are TRL's (``tools=``); dead groups are
 skipped, prompts run once and interference is logged as in any other run. Options are TRL's and this project's
-(``--help``), from the command line or ``--config FILE.yaml``.
+, from the command line or ``--config FILE.yaml``.
 """
 
 import os
@@ -29,7 +29,6 @@ DEFAULTS = {
     "logging_steps": 5,
     "eval_strategy": "steps",
     "eval_steps": 20,
-    "eval_on_start": True,
     "per_device_eval_batch_size": 256,
     "num_generations_eval": 4,
     "save_strategy": "no",
@@ -38,21 +37,49 @@ DEFAULTS = {
 COLUMNS = ("reward", "eval_accuracy", "tools/call_frequency", "tools/failure_frequency", "grad_norm")
 
 
+def parse_arguments(arguments: list[str]):
+    """A ``CurvatureGRPOConfig``; ``ValueError`` for what can be known to fail before the policy is warmed up."""
+    from trl import TrlParser
+
+    from trl_ext import CurvatureGRPOConfig
+    from trl_ext.checkpoints import check_output_dir
+    from trl_ext.tasks.command_line import unknown_option
+
+    class Parser(TrlParser):
+        def error(self, message):
+            raise ValueError(message)  # without a thousand lines of usage before it
+
+    if "--config" in arguments:
+        recipe = arguments[arguments.index("--config") + 1 :][:1]
+        if not recipe or not os.path.isfile(recipe[0]):
+            raise ValueError(f"--config {' '.join(recipe)}: no such file")
+    kinds = (CurvatureGRPOConfig,)
+    parser = Parser(kinds, prog="examples/calculator.py")
+    parser.set_defaults(**DEFAULTS)
+    training, left_over = parser.parse_args_and_config(args=arguments, return_remaining_strings=True)
+    if left_over:
+        raise ValueError(unknown_option(left_over, kinds))
+    check_output_dir(training.output_dir)
+    training.eval_on_start = training.eval_strategy != "no" and training.resume_from_checkpoint is None
+    return training
+
+
 def main(arguments: list[str]) -> None:
     import trl_ext  # noqa: F401 - before transformers: it keeps a start quiet
 
     # isort: split
     from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
     from transformers.utils import logging
-    from trl import TrlParser
 
-    from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+    from trl_ext import CurvatureGRPOTrainer
+    from trl_ext.checkpoints import CheckpointError
     from trl_ext.tasks.calculator import SameNumber, calculate, calculator_policy, questions
 
     logging.disable_progress_bar()
-    parser = TrlParser((CurvatureGRPOConfig,), prog="examples/calculator.py")
-    parser.set_defaults(**DEFAULTS)
-    (training,) = parser.parse_args_and_config(args=arguments)
+    try:
+        training = parse_arguments(arguments)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
     def say(text: str) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -85,9 +112,13 @@ def main(arguments: list[str]) -> None:
         trainer.remove_callback(replaced)
     trainer.add_callback(Table())
     say(" step" + "".join(f"  {name}" for name in COLUMNS))
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
     trainer.save_model(training.output_dir)
     trainer.save_state()
+    trainer.end()
     say(f"Model: {training.output_dir}    To look at the run: python -m trl_ext report {training.output_dir}")
 
 

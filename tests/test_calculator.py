@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from processes import run_script, start
+from test_math_example import load_script
 from trl.chat_template_utils import supports_tool_calling
 
 from trl_ext.tasks.calculator import SameNumber, build_tokenizer, calculate, calculator_policy, questions
@@ -69,6 +70,24 @@ def test_the_last_message_is_what_counts():
     logged = {}
     assert SameNumber()(conversations, ["46"] * 4, log_metric=logged.__setitem__) == [1.0, 0.0, 0.0, 0.0]
     assert logged == {"accuracy": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_step_typo", "3"], "--max_step_typo"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
+        (["--num_generations", "7"], "num_generations"),
+        (["--output_dir", "/dev/null/run"], "--output_dir /dev/null/run can't be written to"),
+    ],
+)
+def test_bad_input_ends_before_the_warm_up(arguments, message, tmp_path):
+    script = load_script(ROOT / "examples" / "calculator.py")
+    if "--output_dir" not in arguments:
+        arguments = [*arguments, "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*arguments, "--use_cpu", "true"])
+    assert message in str(stopped.value) and str(stopped.value).startswith("error: ")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

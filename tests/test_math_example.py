@@ -93,7 +93,7 @@ def assert_demo(output, folder):
     header = next(line for line in output.splitlines() if line.split()[:2] == ["step", "reward"])
     assert header.split() == COLUMNS
     logs = history(folder)
-    assert all(abs(log["loss"]) < 0.05 for log in logs if "loss" in log)
+    assert all(abs(log["loss"]) < 0.2 for log in logs if "loss" in log)
     gradients = [log["grad_norm"] for log in logs if "grad_norm" in log]
     assert gradients and all(gradient > 0 for gradient in gradients)
     assert (folder / "model.safetensors").is_file()

@@ -123,9 +123,8 @@ def check_arguments(options: argparse.Namespace) -> None:
     if options.dataset == "mixture":
         generate_exercises(options.eval_size, split="held_out", seed=options.seeds[0])
     else:
-        generate_problems(
-            options.eval_size, split="held_out", levels=tuple(options.levels or DEFAULT_LEVELS), seed=options.seeds[0]
-        )
+        levels = tuple(options.levels or DEFAULT_LEVELS)
+        generate_problems(options.eval_size, split="held_out", levels=levels, seed=options.seeds[0])
     for method in options.methods:
         training_config(run_settings(options, method, options.learning_rates[0], options.seeds[0]), options.output_dir)
     check_output_dir(options.output_dir)

@@ -368,7 +368,7 @@ def _task_table(
     columns: Sequence[str],
     reduce: Callable[[Sequence[float], Sequence[float]], float],
 ) -> list[str]:
-    """A row for each method, a cell for each column: the reduced curves' mean over runs; empty where none was logged."""
+    """A row for each method, a cell for each column: the reduced curves' mean over runs; empty where none is."""
     if not any(run.curve(column)[0] for runs in finals.values() for run in runs for column in columns):
         return []
     names = [", ".join(column.split("/")[1:]) for column in columns]

@@ -48,8 +48,8 @@ Sums = dict[str, tuple[float, int]]  # by a metric's name: a sum, and of how man
 
 
 class TaskMeans:
-    """Means over all prompts since the last log: TRL's would be the mean of its batches' means, and a batch may hold one
-    prompt of a task or twenty."""
+    """Means over all prompts since the last log: TRL's would be the mean of its batches' means, and one batch may hold
+    a single prompt of a task where another holds twenty."""
 
     def __init__(self) -> None:
         self._sums: Sums = {}
@@ -64,8 +64,8 @@ class TaskMeans:
 
 def task_sums(rewarded: RewardedBatch, normalized: Normalized, names: Mapping[int, str]) -> Sums:
     """Under ``tasks/<task>/``: ``reward``, whose mean is the accuracy where 1 is right and 0 wrong; ``live_share``, of
-    its prompts those whose answers' rewards differ; ``advantage_abs_mean``; ``batch_share``, of the batch's prompts, also
-    where it has none of a task. Empty where the column has more than ``MOST`` names."""
+    its prompts those whose answers' rewards differ; ``advantage_abs_mean``; ``batch_share``, of the batch's prompts,
+    also where it has none of a task. Empty where the column has more than ``MOST`` names."""
     key_P = rewarded.task_keys_B.view(-1, rewarded.num_generations)[:, 0]
     present = [key for key in key_P.unique().tolist() if key in names]
     if not present or len(names) > MOST:

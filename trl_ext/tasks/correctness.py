@@ -132,8 +132,9 @@ class Correctness:
 
 
 class SameText:
-    """Reward 1.0 where the final answer (after ``####``, else marked, else all of it) is the gold one word by word, but for
-    case, line breaks and a full stop; else 0.0. Logs their share as ``accuracy``. ``stop``: as ``Correctness`` has it."""
+    """Reward 1.0 where the final answer (after ``####``, else marked, else all of it) is the gold one word by word, but
+    for case, line breaks and a full stop; else 0.0. Logs their share as ``accuracy``. ``stop``: as ``Correctness``'s.
+    """
 
     __name__ = "same_text"
 
@@ -160,7 +161,7 @@ def _plain(text: str) -> str:
 
 
 class MarkedAnswer:
-    """Format reward: 1.0 where the completion marks its answer, ``\\boxed{...}``, ``#### ...`` or ``<answer>...``, else 0.0."""
+    """Format reward: 1.0 where a completion marks its answer (``\\boxed{}``, ``####``, ``<answer>``), else 0.0."""
 
     __name__ = "marked_answer"
 
