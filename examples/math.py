@@ -28,7 +28,7 @@ INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
 class MathArguments:
     """What to train on, and how questions become prompts."""
 
-    dataset: str = field(default="mixture", metadata={"help": "Or arithmetic, gsm8k, math, reasoning_gym:TASKS."})
+    dataset: str = field(default="mixture", metadata={"help": "arithmetic, gsm8k, math, reasoning_gym:T"})
     task_options: list[str] = field(default_factory=list, metadata={"help": "TASK.OPTION=VALUE, of reasoning_gym's."})
     task_weights: list[float] = field(default_factory=list, metadata={"help": "One a task; default: as much of each."})
     dataset_path: str | None = field(default=None, metadata={"help": "A .jsonl, .json or .parquet file instead."})
@@ -36,7 +36,7 @@ class MathArguments:
     question_column: str | None = field(default=None, metadata={"help": "Default: question or problem."})
     answer_column: str | None = field(default=None, metadata={"help": "Default: answer or solution."})
     levels: list[int] = field(
-        default_factory=list, metadata={"help": "Arithmetic's: 1-3 sums to 20, 50, 99; 4, 5 in words."}
+        default_factory=list, metadata={"help": "Arithmetic: 1-3 sums to 20, 50, 99; 4, 5 words."}
     )
     train_size: int | None = field(default=None, metadata={"help": "Training questions; default: all, or 700."})
     eval_size: int = field(default=128, metadata={"help": "Held-out questions of an evaluation."})
@@ -66,7 +66,7 @@ def short_help() -> str:
     }
     return command_line.short_help(
         "accelerate launch examples/math.py [options]",
-        "GRPO on mathematics and other tasks. Without options: the built-in policy on four.",
+        "GRPO on mathematics and other tasks. Without options: a built-in demo.",
         groups,
         "TRL's, such as --learning_rate --max_steps --num_generations --output_dir --seed\n"
         "--max_completion_length --resume_from_checkpoint: --help_all lists them.",

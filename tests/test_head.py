@@ -60,6 +60,12 @@ def example(n=24, h=8, v=37, b=4, *, dtype=torch.float64, seed=0, scale=1.0, spr
     return tensors, data
 
 
+@torch.no_grad()
+def double_logprobs(tensors, targets):
+    hidden, weight, bias = (tensors[name].double() for name in ("hidden", "weight", "bias"))
+    return head_logprobs(hidden, weight, targets, bias=bias)[0]
+
+
 def per_token(data, options, *, off_policy=True, scaled=False):
     return {
         "old_logprobs_N": data["old"] if off_policy else None,
@@ -176,9 +182,13 @@ def test_shapes_and_values(n, h, v, b, seed, dtype, option, scale, magnitude, st
     tensors, data = example(n, h, v, b, dtype=dtype, seed=seed, scale=scale)
     data["advantages"] = data["advantages"] * magnitude
     if masked and v > 3:  # a bias of -inf masks a column, which then can't be a target
+        before = double_logprobs(tensors, data["targets"])
         with torch.no_grad():
             tensors["bias"][1] = -math.inf
         data["targets"][data["targets"] == 1] = 2
+        # as near to the new targets' log-probs as to the old ones': where k3 is e^40 float64 is no truth
+        moved = double_logprobs(tensors, data["targets"]) - before
+        data["old"], data["ref"] = data["old"] + moved, data["ref"] + moved
     del_bias = {name: tensor for name, tensor in tensors.items() if name != "bias" or masked}
     if strided:
         wide = torch.zeros(h, max(n, 1) * 2, dtype=dtype)
