@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from . import mixture, small_policy
 from .mixture import content_split
-from .small_policy import ASSISTANT, EOS, PAD, USER, cached_policy, random_model
+from .small_policy import ASSISTANT, EOS, USER, Warming, cached_policy, digit_tokenizer, random_model
 
 CALL, RESULT = "<call>", "<result>"
 CALLING = f"{CALL}calculate expression"  # then the sum
@@ -56,8 +55,6 @@ RESPONSE_TEMPLATE = {
 }
 BATCH = 64
 LEARNING_STEPS = 150
-MUON_LEARNING_RATE = 5e-3
-ADAMW_LEARNING_RATE = 3e-3  # of embeddings and norms
 CALLS = 0.5  # how often the teacher calls, each time it could
 
 _SUM = re.compile(r"\s*(\d{1,6})\s*\+\s*(\d{1,6})\s*")
@@ -119,22 +116,8 @@ def _answer(messages: list[dict[str, Any]]) -> str | None:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Digits are tokens; the chat template writes calls and results, the response template reads them."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=[PAD, EOS, USER, ASSISTANT, CALL, RESULT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_question((12, 34, 56)), CALLING.removeprefix(CALL)] * 10, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left", model_max_length=512
-    )
-    fast.chat_template = CHAT_TEMPLATE
+    texts = [_question((12, 34, 56)), CALLING.removeprefix(CALL)] * 10
+    fast = digit_tokenizer(texts, 320, CHAT_TEMPLATE, CALL, RESULT)
     fast.response_template = RESPONSE_TEMPLATE
     return fast
 
@@ -177,23 +160,12 @@ def warm_up(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = random_model(tokenizer)
-        matrices = [one for one in model.model.layers.parameters() if one.ndim == 2]
-        others = [one for one in model.parameters() if all(one is not matrix for matrix in matrices)]
-        optimizers = [
-            torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=ADAMW_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1),
-        ]
+        warming = Warming(model, LEARNING_STEPS)
         for step in range(1, LEARNING_STEPS + 1):
-            for optimizer, rate in zip(optimizers, (MUON_LEARNING_RATE, ADAMW_LEARNING_RATE), strict=True):
-                for group in optimizer.param_groups:  # up over 30 steps, then linearly down
-                    group["lr"] = rate * min(step / 30, 1.0) * max(1 - step / LEARNING_STEPS, 0.05)
             ids, labels = _batch(rng, tokenizer)
             loss = model(input_ids=ids, labels=labels).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            warming.step()
             if report is not None and step % 50 == 0:
                 report(step, loss.item())
     return model, tokenizer

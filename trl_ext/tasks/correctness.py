@@ -125,35 +125,23 @@ class Correctness:
         **kwargs: Any,
     ) -> list[float]:
         texts = [completion_text(completion, self.stop) for completion in completions]
-        rewards = [float(is_correct(answer, text)) for answer, text in zip(gold, texts, strict=True)]
+        rewards = [float(self.is_right(answer, text)) for answer, text in zip(gold, texts, strict=True)]
         if log_metric is not None:
             log_metric("accuracy", sum(rewards) / len(rewards))
         return rewards
 
+    def is_right(self, gold: str, text: str) -> bool:
+        return is_correct(gold, text)
 
-class SameText:
-    """Reward 1.0 where the final answer (after ``####``, else marked, else all of it) is the gold one word by word, but
-    for case, line breaks and a full stop; else 0.0. Logs their share as ``accuracy``. ``stop``: as ``Correctness``'s.
-    """
+
+class SameText(Correctness):
+    """The same of text: right is a final answer (after ``####``, else marked, else all of it) that is the gold one word
+    by word, but for case, line breaks and a full stop."""
 
     __name__ = "same_text"
 
-    def __init__(self, stop: str | None = None) -> None:
-        self.stop = stop
-
-    def __call__(
-        self,
-        completions: list,
-        gold: list[str],
-        log_metric: Callable[[str, float], None] | None = None,
-        **kwargs: Any,
-    ) -> list[float]:
-        whole = [completion_text(completion, self.stop) for completion in completions]
-        texts = [_after_hashes(text) or final_answer(text) for text in whole]
-        rewards = [float(_plain(text) == _plain(answer)) for text, answer in zip(texts, gold, strict=True)]
-        if log_metric is not None:
-            log_metric("accuracy", sum(rewards) / len(rewards))
-        return rewards
+    def is_right(self, gold: str, text: str) -> bool:
+        return _plain(_after_hashes(text) or final_answer(text)) == _plain(gold)
 
 
 def _plain(text: str) -> str:
