@@ -58,6 +58,12 @@ def test_questions_are_sums_of_three_held_apart():
     assert questions(20, held_out=True, seed=3)[:] == held_out[:20]
 
 
+@pytest.mark.parametrize("count", [0, -1, 100_001])
+def test_a_wrong_number_of_questions_is_named(count):
+    with pytest.raises(ValueError, match=f"count={count} must be from 1 to 100000"):
+        questions(count, held_out=True, seed=0)
+
+
 def test_the_last_message_is_what_counts():
     call = {"role": "assistant", "content": "", "tool_calls": [{}]}
     call["role"] = "assistant"

@@ -55,6 +55,7 @@ RESPONSE_TEMPLATE = {
 }
 BATCH = 64
 LEARNING_STEPS = 150
+MOST = 100_000  # questions; one in five of 729,000 is held out
 CALLS = 0.5  # how often the teacher calls, each time it could
 
 _SUM = re.compile(r"\s*(\d{1,6})\s*\+\s*(\d{1,6})\s*")
@@ -78,7 +79,9 @@ def calculate(expression: str) -> str:
 
 def questions(count: int, *, held_out: bool, seed: int) -> Dataset:
     """Columns ``prompt`` (a user's message) and ``gold``; training and held-out ones share no three numbers,
-    in whatever order."""
+    in whatever order. ``ValueError`` for none, or for more than there surely are."""
+    if not 1 <= count <= MOST:
+        raise ValueError(f"count={count} must be from 1 to {MOST}")
     split = "held_out" if held_out else "train"
     rng = random.Random(f"{seed}-{split}")
     found: dict[tuple[int, int, int], str] = {}
