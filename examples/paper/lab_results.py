@@ -1,0 +1,391 @@
+"""What the lab's cells come to: gains, predictors, tables and figures. Pure functions of ``cells.csv``.
+
+``mean`` against ``std``, paired by seed: area is the mean accuracy over all steps, each method at the rate that is best
+for it; steps are those to half of the failures, each at the rate that is best for that. Intervals are 95%.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ablation_results import mean_interval
+
+DIALS = ("overlap", "spread", "pass_rate", "group", "noise")
+STRUCTURE = ("prompts", "answers", "features", "shared_features")
+FEWEST_STEPS = 3  # below, there is nothing to converge: a step or two solve it
+ENOUGH_SEEDS = 0.8
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A setting with its methods' rows; values of seeds as arrays."""
+
+    part: str
+    setting: dict[str, float]
+    rows: dict[str, dict[str, Any]]
+
+    def value(self, name: str) -> float:
+        """The mean over seeds of one of ``mean``'s columns; nan where no seed has it."""
+        values = self.rows["mean"][name]
+        return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+
+    def area_gain(self, method: str = "std", reference: str = "mean") -> tuple[float, float, float]:
+        """Estimate, low, high of the gain in area."""
+        found = mean_interval(list(self.rows[method]["area"] - self.rows[reference]["area"]))
+        return found.estimate, found.low, found.high
+
+    def steps_ratio(self, method: str = "std", reference: str = "mean") -> float:
+        """log(T_method / T_reference), a mean over the seeds where both got there; nan where too few did, where
+        fewer than three steps were taken, or where no rate was too large."""
+        first, second = self.rows[method], self.rows[reference]
+        if first["edge_steps"] or second["edge_steps"]:
+            return math.nan
+        both = np.isfinite(first["steps"]) & np.isfinite(second["steps"])
+        if both.mean() < ENOUGH_SEEDS or np.median(second["steps"][both]) < FEWEST_STEPS:
+            return math.nan
+        return float(np.log(first["steps"][both] / second["steps"][both]).mean())
+
+    def flow_ratio(self) -> float:
+        """log of T_std / T_mean with small steps, ``std``'s 3/8 of ``mean``'s, as C = 8/3 of sigma has it."""
+        first, second = self.rows["std"]["flow_time"], self.rows["mean"]["flow_time"]
+        both = np.isfinite(first) & np.isfinite(second)
+        return float(np.log(8 / 3 * first[both] / second[both]).mean()) if both.mean() >= ENOUGH_SEEDS else math.nan
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """In the order of the map, whatever the order in which they were measured."""
+    found: dict[tuple[Any, ...], Cell] = {}
+    with open(path, newline="") as stream:
+        for row in csv.DictReader(stream):
+            setting = {name: float(row[name]) for name in (*DIALS, *STRUCTURE)}
+            cell = found.setdefault((row["part"], *setting.values()), Cell(row["part"], setting, {}))
+            cell.rows[row["method"]] = {name: _value(name, text) for name, text in row.items()}
+    return [found[key] for key in sorted(found)]
+
+
+def _value(name: str, text: str) -> Any:
+    if name in ("part", "method"):
+        return text
+    if text in ("True", "False"):
+        return text == "True"
+    numbers = [float(part) for part in text.split()]
+    return np.array(numbers) if len(numbers) > 1 else (numbers or [math.nan])[0]
+
+
+# Predictors
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A straight line, y = slope x + intercept, over cells; (estimate, low, high) by a bootstrap over cells."""
+
+    cells: int
+    slope: tuple[float, float, float]
+    intercept: tuple[float, float, float]
+    explained: float  # R^2 of that line
+    as_it_is: float  # R^2 of y = x: what slope 1 and intercept 0 would explain; below 0: worse than a constant
+
+
+def fit(x: Sequence[float], y: Sequence[float]) -> Fit | None:
+    """None with fewer than ten cells that have both."""
+    x, y = np.asarray(x), np.asarray(y)
+    known = np.isfinite(x) & np.isfinite(y)
+    x, y = x[known], y[known]
+    if len(x) < 10 or np.ptp(x) == 0:
+        return None
+    random = np.random.default_rng(0)
+    lines = []
+    for _ in range(RESAMPLES):
+        drawn = random.integers(len(x), size=len(x))
+        if np.ptp(x[drawn]) > 0:
+            lines.append(np.polyfit(x[drawn], y[drawn], 1))
+    low, high = np.quantile(lines, [0.025, 0.975], axis=0)
+    slope, intercept = np.polyfit(x, y, 1)
+    spread = ((y - y.mean()) ** 2).sum()
+    return Fit(
+        len(x),
+        (slope, low[0], high[0]),
+        (intercept, low[1], high[1]),
+        1 - ((y - slope * x - intercept) ** 2).sum() / spread,
+        1 - ((y - x) ** 2).sum() / spread,
+    )
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's, over the cells that have both."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    known = np.isfinite(x) & np.isfinite(y)
+    if known.sum() < 10 or np.ptp(x[known]) == 0 or np.ptp(y[known]) == 0:
+        return math.nan
+    ranks = [np.unique(v[known], return_inverse=True)[1] for v in (x, y)]
+    mid = [np.array([(r < k).sum() + ((r == k).sum() - 1) / 2 for k in r]) for r in ranks]
+    return float(np.corrcoef(*mid)[0, 1])
+
+
+# -> tables
+
+
+def by_dial(cells: Sequence[Cell]) -> list[str]:
+    """Gain in area at each level of each dial, exact and sampled gradients apart."""
+    lines = [
+        "| dial | | exact: gain in area | better, worse, cells | sampled: gain in area | better, worse, cells |",
+        "|---|---|---|---|---|---|",
+    ]
+    for dial in DIALS:
+        for level in sorted({cell.setting[dial] for cell in cells}):
+            texts = []
+            for exact in (True, False):
+                at = [c for c in cells if c.setting[dial] == level and (c.setting["group"] == 0) == exact]
+                gains = np.array([cell.area_gain() for cell in at])
+                if not len(at):
+                    texts += ["", ""]
+                    continue
+                better, worse = int((gains[:, 1] > 0).sum()), int((gains[:, 2] < 0).sum())
+                texts += [f"{gains[:, 0].mean():+.3f}", f"{better}, {worse}, {len(at)}"]
+            name = "exact" if dial == "group" and not level else f"{level:g}"
+            lines.append(f"| {dial} | {name} | " + " | ".join(texts) + " |")
+    return lines
+
+
+PREDICTORS = {  # of log(T_std / T_mean)
+    "log C, exact": lambda cell: math.log(cell.value("c_steps")),
+    "log C, logged": lambda cell: math.log(cell.value("c_logged_steps")),
+    "variation of sigma over prompts": lambda cell: cell.value("variation_prompts"),
+    "variation of sigma over time": lambda cell: cell.value("variation_time"),
+}
+
+
+def predictors(cells: Sequence[Cell]) -> list[str]:
+    """Lines of log(T_std / T_mean) on each predictor."""
+    lines = [
+        "| cells | predictor | cells | slope | intercept | R^2 | R^2 of slope 1, intercept 0 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups = {
+        "exact": [cell for cell in cells if cell.setting["group"] == 0],
+        "sampled": [cell for cell in cells if cell.setting["group"] > 0],
+    }
+    for name, chosen in groups.items():
+        small = fit([math.log(c.value("c_slowest")) for c in chosen], [c.flow_ratio() for c in chosen])
+        lines.append(_fit_line(f"{name}, small steps, rates 3 : 8", "log C, exact", small))
+        for predictor, read in PREDICTORS.items():
+            line = fit([read(c) for c in chosen], [c.steps_ratio() for c in chosen])
+            lines.append(_fit_line(f"{name}, each at its best rate", predictor, line))
+    return lines
+
+
+def _fit_line(name: str, predictor: str, line: Fit | None) -> str:
+    if line is None:
+        return f"| {name} | {predictor} | too few | | | | |"
+    texts = [f"{e:.2f} [{low:.2f}, {high:.2f}]" for e, low, high in (line.slope, line.intercept)]
+    own = f"{line.as_it_is:.2f}" if predictor.startswith("log C") else ""
+    return f"| {name} | {predictor} | {line.cells} | {' | '.join(texts)} | {line.explained:.2f} | {own} |"
+
+
+OBSERVABLES = {  # what a log tells -> how it is read from a cell
+    "C, logged": "c_logged_area",
+    "pairs near-orthogonal, start": "start_near_orthogonal_frac",
+    "spread of cosines, start": "start_cos_std",
+    "groups of equal rewards": "dead",
+    "variation of sigma over prompts": "variation_prompts",
+    "variation of sigma over time": "variation_time",
+    "sigma against curvature, half way": "half_curvature_corr",
+}
+
+
+def observables(cells: Sequence[Cell]) -> list[str]:
+    """Which logged number goes with std's gain: rank correlations over the cells."""
+    groups = sorted({cell.setting["group"] for cell in cells})
+    heads = ["exact" if not group else f"G = {group:g}" for group in groups]
+    lines = [f"| rank correlation with the gain in area | {' | '.join(heads)} |", "|---|" + "---|" * len(groups)]
+    for name, column in OBSERVABLES.items():
+        texts = []
+        for group in groups:
+            at = [cell for cell in cells if cell.setting["group"] == group]
+            value = rank_correlation([c.value(column) for c in at], [c.area_gain()[0] for c in at])
+            texts.append("" if math.isnan(value) else f"{value:+.2f}")
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return lines
+
+
+def rates(cells: Sequence[Cell]) -> list[str]:
+    """mean's best rate over std's, and whether edges won."""
+    lines = [
+        "| | cells | best rate of `mean` / `std`: median [10 %, 90 %] | largest rate won: steps, area |",
+        "|---|---|---|---|",
+    ]
+    for name, exact in (("exact", True), ("sampled", False)):
+        at = [cell for cell in cells if (cell.setting["group"] == 0) == exact]
+        ratios = [cell.rows["mean"]["rate_area"] / cell.rows["std"]["rate_area"] for cell in at]
+        low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
+        edges = [
+            sum(any(cell.rows[m][f"edge_{kind}"] for m in ("mean", "std")) for cell in at) for kind in ("steps", "area")
+        ]
+        lines.append(f"| {name} | {len(at)} | {middle:.2f} [{low:.2f}, {high:.2f}] | {edges[0]}, {edges[1]} |")
+    return lines
+
+
+def assumption_table(cells: Sequence[Cell]) -> list[str]:
+    """Assumption 4 and 5, and curvature against sigma, by overlap: medians over the cells with exact gradients."""
+    names = {
+        "cos_std": "std of cosines",
+        "near_orthogonal_frac": "near-orthogonal",
+        "violated_frac": "pairs that violate 4",
+        "m_bound_p95": "M (95 % of the others)",
+        "r1": "R1",
+        "r2": "R2",
+        "curvature_corr": "corr(abs curvature, sigma)",
+        "curvature_negative_frac": "curvature < 0",
+        "curvature_over_sigma": "most curvature / sigma",
+    }
+    lines = [f"| overlap | when | {' | '.join(names.values())} |", "|---|---|" + "---|" * len(names)]
+    exact = [cell for cell in cells if cell.setting["group"] == 0]
+    for overlap in sorted({cell.setting["overlap"] for cell in exact}):
+        for when in ("start", "half"):
+            texts = []
+            for name in names:
+                values = [c.value(f"{when}_{name}") for c in exact if c.setting["overlap"] == overlap]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)
+                    texts.append(f"{np.nanmedian(values):.3g}".replace("nan", ""))
+            lines.append(f"| {overlap:g} | {when} | {' | '.join(texts)} |")
+    return lines
+
+
+def methods_table(cells: Sequence[Cell]) -> list[str]:
+    """Each method's area less mean's: over the slice, and how often an interval leaves 0."""
+    names = [name for name in cells[0].rows if name != "mean"]
+    lines = ["| method | area less `mean`'s: least, mean, most | better, worse, cells |", "|---|---|---|"]
+    for name in names:
+        gains = np.array([cell.area_gain(name) for cell in cells])
+        told = ", ".join(f"{value:+.3f}" for value in (gains[:, 0].min(), gains[:, 0].mean(), gains[:, 0].max()))
+        better, worse = int((gains[:, 1] > 0).sum()), int((gains[:, 2] < 0).sum())
+        lines.append(f"| `{name}` | {told} | {better}, {worse}, {len(cells)} |")
+    return lines
+
+
+def structures_table(cells: Sequence[Cell]) -> list[str]:
+    """std less mean in other policies."""
+    usual = {"prompts": 64.0, "answers": 8.0, "features": 3.0, "shared_features": 32.0}
+    lines = ["| policy | gain in area, exact | gain in area, G = 8 | better, worse, cells |", "|---|---|---|---|"]
+    kinds: dict[str, list[Cell]] = {}
+    for cell in cells:
+        other = {name: cell.setting[name] for name in STRUCTURE if cell.setting[name] != usual[name]}
+        kinds.setdefault(", ".join(f"{name} = {value:g}" for name, value in other.items()), []).append(cell)
+    for kind, at in kinds.items():
+        texts = []
+        for exact in (True, False):
+            gains = [c.area_gain()[0] for c in at if (c.setting["group"] == 0) == exact]
+            texts.append(f"{np.mean(gains):+.3f}" if gains else "")
+        gains = np.array([cell.area_gain() for cell in at])
+        counts = f"{int((gains[:, 1] > 0).sum())}, {int((gains[:, 2] < 0).sum())}, {len(at)}"
+        lines.append(f"| {kind} | {' | '.join(texts)} | {counts} |")
+    return lines
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """``lab.md``."""
+    parts: Mapping[str, list[Cell]] = {
+        part: [cell for cell in cells if cell.part == part] for part in ("map", "methods", "structures")
+    }
+    sections = [
+        ("Gain of `std` over `mean`, by dial", by_dial(parts["map"])),
+        ("Best rates", rates(parts["map"])),
+        ("What predicts T_std / T_mean", predictors(parts["map"])),
+        ("Which logged number goes with the gain", observables(parts["map"])),
+        ("The assumptions", assumption_table(parts["map"])),
+        ("Other methods", methods_table(parts["methods"])),
+        ("Other policies", structures_table(parts["structures"])),
+    ]
+    return "\n".join(line for title, lines in sections for line in (f"## {title}", "", *lines, ""))
+
+
+# -> figures
+
+
+def draw_map(cells: Sequence[Cell], path: Path) -> None:
+    """Std or not: gain in area over overlap, spread and noise, a panel for each group size and pass rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def levels(dial: str, cells: Sequence[Cell] = cells) -> list[float]:
+        return sorted({cell.setting[dial] for cell in cells})
+
+    overlaps, groups, pass_rates = levels("overlap"), levels("group"), levels("pass_rate")[::-1]
+    lines = [(spread, noise) for noise in levels("noise") for spread in levels("spread")]
+    figure, axes = plt.subplots(len(groups), len(pass_rates), figsize=(11, 13), squeeze=False, layout="constrained")
+    limit = 0.05
+    for row, group in enumerate(groups):
+        for column, pass_rate in enumerate(pass_rates):
+            axis = axes[row][column]
+            values = np.full((len(lines), len(overlaps)), np.nan)
+            for cell in cells:
+                setting = cell.setting
+                if setting["group"] != group or setting["pass_rate"] != pass_rate:
+                    continue
+                place = lines.index((setting["spread"], setting["noise"])), overlaps.index(setting["overlap"])
+                gain, low, high = cell.area_gain()
+                values[place] = gain
+                sure = low > 0 or high < 0
+                style = {"color": "white" if abs(gain) > 0.6 * limit else "black", "alpha": 1.0 if sure else 0.45}
+                axis.text(*place[::-1], f"{100 * gain:+.1f}", ha="center", va="center", fontsize=7, **style)
+            image = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+            axis.set_xticks(range(len(overlaps)), [f"{value:g}" for value in overlaps])
+            axis.set_yticks(range(len(lines)), [f"spread {s:g}, flips {n:g}" for s, n in lines] if not column else [])
+            axis.tick_params(labelsize=7)
+            gradients = "exact gradients" if not group else f"G = {group:g}"
+            axis.set_title(f"{gradients}, pass rate {pass_rate:g}", fontsize=9)
+            if row == len(groups) - 1:
+                axis.set_xlabel("overlap of the prompts' features", fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.5, label="accuracy over training, std minus mean")
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle(
+        "Std or not? Each at its own best learning rate; in hundredths of accuracy; faint: the 95% interval holds 0",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_predictor(cells: Sequence[Cell], path: Path) -> None:
+    """T_std / T_mean against C: with small steps at rates 3 : 8, and each at its best rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    panels = (
+        ("small steps, rates of std and mean 3 : 8", "c_slowest", Cell.flow_ratio),
+        ("each at its best constant rate", "c_steps", Cell.steps_ratio),
+    )
+    for axis, (title, column, read) in zip(axes, panels, strict=True):
+        for label, exact, marker in (("exact gradients", True, "o"), ("sampled", False, ".")):
+            at = [cell for cell in cells if (cell.setting["group"] == 0) == exact]
+            points = [(cell.value(column), math.exp(read(cell)), cell.setting["overlap"]) for cell in at]
+            points = [point for point in points if all(map(math.isfinite, point))]
+            if points:
+                x, y, shade = zip(*points, strict=True)
+                image = axis.scatter(x, y, c=shade, cmap="viridis", vmin=0, vmax=1, marker=marker, s=24, label=label)
+        axis.plot([0.15, 1.4], [0.15, 1.4], color="grey", linewidth=1, label="as the theorem has it")
+        axis.axhline(1, color="grey", linewidth=0.5)
+        axis.set(xscale="log", yscale="log", title=title, xlabel="C = 8/3 of mean sigma along mean's run")
+        ticks = [0.2, 0.3, 0.5, 0.7, 1.0, 1.4]
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_minor_formatter("")
+            one.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("steps of std / steps of mean")
+    figure.colorbar(image, ax=axes, label="overlap")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
