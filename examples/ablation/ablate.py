@@ -5,13 +5,19 @@ the sweep's seeds, then with every method at its best learning rate on other see
 Without arguments a small comparison, some minutes on two CPU cores. Repeat an interrupted command to go on.
 """
 
+from __future__ import annotations
+
 import argparse
 import csv
 import os
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ablation_results import Run
 
 # Worker processes would look for modules in the working directory, and in examples/ a math.py lies: they find those
 # beside this script by its folder alone.
@@ -26,9 +32,9 @@ BUILT_IN = "small"
 # Arguments -> the settings of each run
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+def make_parser(description: str, prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, prog="ablate.py"
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, prog=prog
     )
     add = parser.add_argument
     add("--methods", nargs="+", default=["mean", "std"], help="normalizations, as std or power:alpha=0.5,eps=1e-4")
@@ -45,7 +51,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--eval_every", type=int, default=10, help="steps between measurements of the held-out accuracy")
     add("--eval_size", type=int, default=128, help="held-out questions, four sampled answers each")
     add("--target_accuracy", type=float, default=0.7, help="held-out accuracy to count the steps to")
-    add("--num_generations", type=int, default=8, help="answers to a prompt, of the 128 of a step")
+    add("--num_generations", type=int, default=8, help="answers to a prompt, of those of a step")
+    add("--answers_per_step", type=int, default=128, help="answers of a step, to all its prompts")
+    add("--reward_noise", type=float, default=0.0, help="share of the rewards in training that are flipped, 1 - reward")
     add(
         "--dataset", choices=("mixture", "arithmetic"), default="mixture", help="four unlike tasks, or arithmetic alone"
     )
@@ -63,7 +71,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     add("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     add("--output_dir", default="runs/ablation")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    return make_parser(__doc__ or "", "ablate.py").parse_args(arguments)
 
 
 def parse_method(text: str) -> tuple[str, dict[str, float]]:
@@ -110,8 +122,13 @@ def check_arguments(options: argparse.Namespace) -> None:
             f"--max_steps {options.max_steps} must be a multiple of --eval_every {options.eval_every}, so that the "
             "last step is measured"
         )
-    if options.num_generations < 2 or 128 % options.num_generations:
-        raise ValueError(f"--num_generations {options.num_generations} must be at least 2 and divide a step's 128")
+    if options.num_generations < 2 or options.answers_per_step % options.num_generations:
+        raise ValueError(
+            f"--num_generations {options.num_generations} must be at least 2 and divide a step's "
+            f"{options.answers_per_step}"
+        )
+    if not 0 <= options.reward_noise < 0.5:
+        raise ValueError(f"--reward_noise {options.reward_noise} must be in [0, 0.5)")
     if not 0 <= options.max_grad_norm < float("inf"):
         raise ValueError(f"--max_grad_norm {options.max_grad_norm} must be a finite number that is not negative")
     if not 0 < options.target_accuracy <= 1:
@@ -149,6 +166,7 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
         "learning_rate": learning_rate,
         "seed": seed,
         "num_generations": options.num_generations,
+        "per_device_train_batch_size": options.answers_per_step,
         "optim": options.optim,
         "max_grad_norm": options.max_grad_norm,
         "interference_every": options.interference_every,
@@ -169,6 +187,7 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
         "eval_size": options.eval_size,
         "method": method,
         "training": training,
+        **({"reward_noise": options.reward_noise} if options.reward_noise else {}),
     }
 
 
@@ -212,8 +231,14 @@ def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, li
     print(f"\n{text}\nWritten to {folder}: results.csv, table.csv, table.md, {names}")
 
 
-def main(arguments: list[str]) -> None:
-    options = parse_arguments(arguments)
+def compare(
+    options: argparse.Namespace, last: Mapping[str, Any] | None = None
+) -> tuple[list[Run], dict[str, list[Run]], list[str]]:
+    """Trains all: the sweep, then each method at its best rate; the runs of both, the latter by method; what failed.
+
+    ``last``: the trainer's options that only the runs at the best rates have. Ends the program where arguments are
+    wrong, a worker is killed, or on Ctrl-C.
+    """
     from ablation_results import best_learning_rate
     from ablation_runs import Workers
 
@@ -242,23 +267,29 @@ def main(arguments: list[str]) -> None:
             if own or not swept:
                 chosen[method] = best_learning_rate(own) if swept else rates[0]
                 workers.progress.say(f"{method}: learning rate {chosen[method]:g}")
-        final = workers.run(
-            output,
-            [run_settings(options, method, rate, seed) for method, rate in chosen.items() for seed in options.seeds],
-        )
+        wanted = [
+            run_settings(options, method, rate, seed) for method, rate in chosen.items() for seed in options.seeds
+        ]
+        for settings in wanted:
+            settings["training"] |= last or {}
+        final = workers.run(output, wanted)
     except KeyboardInterrupt:
         workers.stop()
         sys.exit("\nStopped. What has finished is kept: repeat the command to go on")
     except RuntimeError as error:
         sys.exit(f"error: {error}")
     workers.close()
-
     finals = {method: [run for run in final if run.method == method] for method in chosen}
-    finals = {method: runs for method, runs in finals.items() if runs}
+    return sweep, {method: runs for method, runs in finals.items() if runs}, workers.failed
+
+
+def main(arguments: list[str]) -> None:
+    options = parse_arguments(arguments)
+    sweep, finals, failed = compare(options)
     if finals:
         write_results(options, sweep, finals)
-    if workers.failed:
-        sys.exit(f"error: {len(workers.failed)} failed: {'; '.join(workers.failed)}")
+    if failed:
+        sys.exit(f"error: {len(failed)} failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,19 @@ LOGGED = {
     # of the steps that log interference
     "orthogonality": "interference/orthogonality",
     "reliability": "interference/reliability",
+    "near_orthogonal_frac": "interference/near_orthogonal_frac",
+    "conflict_frac": "interference/conflict_frac",
+    "cos_mean": "interference/cos_mean",
+    "cos_std": "interference/cos_std",
+    "cos_corrected_mean": "interference/cos_corrected_mean",
+    "cos_corrected_std": "interference/cos_corrected_std",
+    "speedup_constant": "curvature/speedup_constant",
+    "directional_corr": "curvature/directional_corr",
+    "m_bound_p95": "theory/m_bound_p95",
+    "negative_pairs_frac": "theory/negative_pairs_frac",
+    "r1": "theory/r1",
+    "r2": "theory/r2",
+    "training_phase": "phase",
     "alpha": "normalization/alpha",
 }
 # the same for each task: "held_out/sums", "heard/sums", "cos/sums/puzzles"

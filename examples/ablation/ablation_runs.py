@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import signal
 import tempfile
 import threading
@@ -39,7 +40,8 @@ from trl_ext.tasks.small_policy import LEARNING_STEPS as ARITHMETIC_STEPS
 from trl_ext.tasks.small_policy import small_policy
 
 # All that one run depends on, as JSON can hold it: "method" (as on the command line), "model" (a folder; None: the
-# built-in policy of the run's seed), "dataset", "levels", "train_size", "eval_size", "training" (the trainer's options)
+# built-in policy of the run's seed), "dataset", "levels", "train_size", "eval_size", "training" (the trainer's
+# options), and "reward_noise" where rewards are flipped
 Settings = dict[str, Any]
 LEARNING_STEPS = {"mixture": MIXED_STEPS, "arithmetic": ARITHMETIC_STEPS}  # of a warm-up
 
@@ -92,6 +94,23 @@ def warm_up(name: str, seed: int, dataset: str, levels: list[int]) -> str:
     return str(mixed_policy(seed, tell) if dataset == "mixture" else small_policy(seed, tuple(levels), tell))
 
 
+class Flipped:
+    """A reward that is 1 - itself in a share of the answers, where the dataset's column ``noisy`` is true; ``accuracy``
+    is logged as it is."""
+
+    __name__ = "flipped"
+
+    def __init__(self, reward: Correctness, share: float, seed: int) -> None:
+        self.reward, self.share, self.random = reward, share, random.Random(seed)
+
+    def __call__(self, completions: list, noisy: list[bool], **kwargs: Any) -> list[float]:
+        rewards = self.reward(completions, **kwargs)
+        return [
+            1 - reward if flip and self.random.random() < self.share else reward
+            for flip, reward in zip(noisy, rewards, strict=True)
+        ]
+
+
 def train(name: str, settings: Settings, file: str) -> None:
     """Trains once, and writes the settings and the tidy rows to ``file``, whole or not at all."""
     dataset, levels, seed = settings["dataset"], tuple(settings["levels"]), settings["training"]["seed"]
@@ -101,13 +120,21 @@ def train(name: str, settings: Settings, file: str) -> None:
         make, more, reward = mixture_questions, {}, SameText
     train_set = make(settings["train_size"], held_out=False, seed=seed, **more)
     held_out = make(settings["eval_size"], held_out=True, seed=seed, **more)
+    datasets = [build_dataset(questions, "chat") for questions in (train_set, held_out)]
+    judge: Any = reward()
+    if noise := settings.get("reward_noise"):
+        judge = Flipped(judge, noise, seed)
+        datasets = [
+            dataset.add_column("noisy", [noisy] * len(dataset))
+            for dataset, noisy in zip(datasets, (True, False), strict=True)
+        ]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = CurvatureGRPOTrainer(
             model=policy,
-            reward_funcs=[reward()],
+            reward_funcs=[judge],
             args=training_config(settings, scratch),
-            train_dataset=build_dataset(train_set, "chat"),
-            eval_dataset=build_dataset(held_out, "chat"),
+            train_dataset=datasets[0],
+            eval_dataset=datasets[1],
             processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
         )
         trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,56 @@
+"""Are there three phases? On small policies: ``python examples/paper/phases.py --optim sgd --max_grad_norm 0``.
+
+Trains the built-in policy with ``mean`` and ``std``, each at its best learning rate (swept on other seeds), as
+``examples/ablation/ablate.py`` does and with its options; the runs at the best rates measure interference exactly,
+without a sketch. Writes ``phases.md``, ``phases.png`` and ``phases.csv``. Repeat an interrupted command to go on.
+"""
+
+import csv
+import os
+import sys
+from pathlib import Path
+
+os.environ["PYTHONSAFEPATH"] = "1"  # as in ablate.py
+_HERE = Path(__file__).resolve().parent
+for _folder in (_HERE, _HERE.parent / "ablation"):
+    if str(_folder) not in sys.path:
+        sys.path.insert(0, str(_folder))
+
+EXACT = {"interference_dim": 0, "interference_every": 5}
+
+
+def main(arguments: list[str]) -> None:
+    from ablate import compare, make_parser, write_results
+
+    parser = make_parser(__doc__ or "", "phases.py")
+    parser.set_defaults(
+        methods=["mean", "std"],
+        sweep_seeds=[100, 101, 102],
+        seeds=list(range(10)),
+        max_steps=100,
+        eval_size=256,
+        interference_every=0,
+        output_dir="runs/phases",
+    )
+    options = parser.parse_args(arguments)
+    sweep, finals, failed = compare(options, EXACT)
+    if finals:
+        from phases_results import draw_phases, measured_rows, phases_text
+
+        write_results(options, sweep, finals)
+        folder = Path(options.output_dir)
+        rows = measured_rows(finals)
+        with open(folder / "phases.csv", "w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        text = phases_text(finals, sweep)
+        (folder / "phases.md").write_text(text)
+        draw_phases(finals, folder / "phases.png")
+        print(f"\n{text}\nWritten to {folder}: phases.md, phases.png, phases.csv")
+    if failed:
+        sys.exit(f"error: {len(failed)} failed: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

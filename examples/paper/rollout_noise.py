@@ -1,0 +1,189 @@
+"""How much of the prompts' orthogonality is rollout noise? ``python examples/paper/rollout_noise.py``.
+
+The same prompts, answered 4 to 64 times each by the built-in policy, before training and after it; nothing is learned
+while measuring (learning rate 0). A prompt's gradient from few answers is noisy, and noise is orthogonal to everything:
+raw cosines grow with G where prompts really overlap, corrected ones shouldn't. Writes ``rollout_noise.csv`` and
+``rollout_noise.md``; repeat an interrupted command to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["PYTHONSAFEPATH"] = "1"  # as in ablate.py
+_HERE = Path(__file__).resolve().parent
+for _folder in (_HERE, _HERE.parent / "ablation"):
+    if str(_folder) not in sys.path:
+        sys.path.insert(0, str(_folder))
+
+GROUPS = [4, 8, 16, 32, 64]
+PROMPTS = 16  # of a step
+TRAINED = "after training"
+COLUMNS = {
+    "near_orthogonal_frac": "near-orthogonal",
+    "cos_abs_mean": "mean abs cosine",
+    "cos_std": "std of cosines",
+    "cos_corrected_std": "std, corrected",
+    "cos_mean": "mean cosine",
+    "cos_corrected_mean": "mean, corrected",
+    "reliability": "reliability",
+    "live_prompts": "live prompts",
+}
+
+
+def run(policy: str, output_dir: str, seed: int, **training: Any) -> Any:
+    """A trainer on the mixture that has run with these options, quietly."""
+    import trl_ext  # noqa: F401 - before transformers: it keeps a start quiet
+
+    # isort: split
+    import torch
+    from ablate import DEMO_RECIPE
+    from transformers import AutoTokenizer, PrinterCallback
+    from transformers.utils import logging
+    from yaml import safe_load
+
+    from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+    from trl_ext.tasks.correctness import SameText
+    from trl_ext.tasks.questions import build_dataset, mixture_questions
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    recipe = safe_load(DEMO_RECIPE.read_text())
+    for name in ("model_name_or_path", "dataset", "eval_size", "output_dir", "metric_for_best_model"):
+        recipe.pop(name)
+    options = {"logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    config = CurvatureGRPOConfig(**recipe | options | training, seed=seed, output_dir=output_dir)
+    trainer = CurvatureGRPOTrainer(
+        model=policy,
+        reward_funcs=[SameText()],
+        args=config,
+        train_dataset=build_dataset(mixture_questions(700, held_out=False, seed=seed), "chat"),
+        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def train_policy(task: tuple[int, int, str]) -> None:
+    """Trains a seed's policy and saves it, whole or not at all."""
+    from trl_ext.tasks.mixed_policy import mixed_policy
+
+    seed, steps, folder = task
+    with tempfile.TemporaryDirectory(dir=Path(folder).parent) as scratch:
+        trainer = run(str(mixed_policy(seed)), scratch, seed, max_steps=steps, interference_every=0)
+        trainer.save_model(scratch)
+        trainer.processing_class.save_pretrained(scratch)
+        Path(scratch).rename(folder)
+        Path(scratch).mkdir()
+
+
+def measure(task: tuple[int, str, str | None, int, int, str]) -> None:
+    """Measures one policy with one group size, a row for each step, to a file of its own."""
+    from trl_ext.tasks.mixed_policy import mixed_policy
+
+    seed, state, policy, group, steps, file = task
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = run(
+            policy or str(mixed_policy(seed)),
+            scratch,
+            seed + 1000,  # other prompts and answers than those it was trained on
+            learning_rate=0.0,
+            max_steps=steps,
+            num_generations=group,
+            per_device_train_batch_size=PROMPTS * group,
+            interference_every=1,
+            interference_dim=0,
+            what_if=[],
+        )
+    rows = [
+        {"seed": seed, "state": state, "group": group, "step": log["step"]}
+        | {name: log.get(f"interference/{name}") for name in COLUMNS}
+        for log in trainer.state.log_history
+        if "interference/near_orthogonal_frac" in log
+    ]
+    unfinished = Path(f"{file}.part")
+    unfinished.write_text(json.dumps(rows))
+    unfinished.rename(file)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """``rollout_noise.md``: means over seeds of means over steps, with 95% intervals."""
+    from ablation_results import mean_interval
+
+    lines = [f"| | G | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS)]
+    for state in dict.fromkeys(row["state"] for row in rows):
+        for group in sorted({row["group"] for row in rows}):
+            cells = []
+            for name in COLUMNS:
+                by_seed: dict[int, list[float]] = {}
+                for row in rows:
+                    if (row["state"], row["group"]) == (state, group) and row[name] is not None:
+                        by_seed.setdefault(row["seed"], []).append(row[name])
+                if not by_seed:
+                    cells.append("")
+                    continue
+                one = mean_interval([statistics.fmean(values) for values in by_seed.values()])
+                error = "" if len(by_seed) < 2 else f" +- {one.high - one.estimate:.3f}"
+                cells.append(f"{one.estimate:.3f}{error}")
+            lines.append(f"| {state} | {group} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
+    parser.add_argument("--groups", nargs="+", type=int, default=GROUPS, help="answers to a prompt")
+    parser.add_argument("--steps", type=int, default=4, help=f"measurements of {PROMPTS} prompts")
+    parser.add_argument("--train_steps", type=int, default=60)
+    parser.add_argument("--jobs", type=int, default=2, help="policies at the same time, one thread each")
+    parser.add_argument("--output_dir", default="runs/rollout_noise")
+    options = parser.parse_args(arguments)
+    for name in ("steps", "train_steps", "jobs"):
+        if getattr(options, name) < 1:
+            sys.exit(f"error: --{name} {getattr(options, name)} must be at least 1")
+    if bad := [group for group in options.groups if group < 2]:
+        sys.exit(f"error: --groups {bad[0]} must be at least 2")
+    folder = Path(options.output_dir)
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+
+    trained = {seed: folder / f"policy_seed{seed}_steps{options.train_steps}" for seed in options.seeds}
+    files, tasks = [], []
+    for seed in options.seeds:
+        for state, policy in (("before training", None), (TRAINED, str(trained[seed]))):
+            for group in options.groups:
+                after = options.train_steps if policy else 0
+                file = folder / "runs" / f"seed{seed}_after{after}_G{group}_steps{options.steps}.json"
+                files.append(file)
+                if not file.exists():
+                    tasks.append((seed, state, policy, group, options.steps, str(file)))
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.jobs) as pool:
+        untrained = [(s, options.train_steps, str(path)) for s, path in trained.items() if not path.exists()]
+        for number, _ in enumerate(pool.imap_unordered(train_policy, untrained), 1):
+            print(f"policy {number} of {len(untrained)} trained", flush=True)
+        print(f"{len(files)} measurements, {len(files) - len(tasks)} done before", flush=True)
+        for number, _ in enumerate(pool.imap_unordered(measure, tasks), 1):
+            print(f"{number} of {len(tasks)}", flush=True)
+
+    rows = [row for file in files for row in json.loads(file.read_text())]
+    with open(folder / "rollout_noise.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "rollout_noise.md").write_text(table(rows))
+    print(f"\n{table(rows)}\nWritten to {folder}: rollout_noise.csv, rollout_noise.md")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
