@@ -299,7 +299,13 @@ def test_command(tmp_path, monkeypatch):
     first = path.read_text()
     lab.main(["--output_dir", str(path.parent), "--jobs", "1"])
     assert path.read_text().startswith(first)
-    assert {file.name for file in path.parent.iterdir()} == {"cells.csv", "lab.md", "map.png", "predictor.png"}
+    assert {file.name for file in path.parent.iterdir()} == {
+        "cells.csv",
+        "lab.csv",
+        "lab.md",
+        "map.png",
+        "predictor.png",
+    }
     text = (path.parent / "lab.md").read_text()
     assert "`median_mad`" in text and "features = 0" in text
     assert len(lab_results.read_cells(path)) == len(wanted)

@@ -2,7 +2,7 @@
 
 Trains log-linear policies (``log_linear.py``) by plain gradient steps in every setting of a map of overlap, spread of
 difficulty, pass rate, group size and reward noise, with every method at its own best constant learning rate: chosen on
-the tuning seeds, measured on others. Writes ``cells.csv`` (a row for each setting and method), ``lab.md``,
+the tuning seeds, measured on others. Writes ``cells.csv`` (all seeds), ``lab.csv`` (a row a setting), ``lab.md``,
 ``map.png`` and ``predictor.png``. A quarter of an hour on two CPU cores; repeat an interrupted command to go on;
 ``--coarse`` takes two minutes.
 """
@@ -210,14 +210,19 @@ def main(arguments: list[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
     write_cells(folder / "cells.csv", cells(options.coarse), options.jobs)
 
-    from lab_results import draw_map, draw_predictor, read_cells, tables
+    from lab_results import draw_map, draw_predictor, read_cells, summary_rows, tables
 
     measured = read_cells(folder / "cells.csv")
+    rows = summary_rows(measured)
+    with open(folder / "lab.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     (folder / "lab.md").write_text(tables(measured))
     on_map = [cell for cell in measured if cell.part == "map"]
     draw_map(on_map, folder / "map.png")
     draw_predictor(on_map, folder / "predictor.png")
-    print(f"{tables(measured)}\nWritten to {folder}: cells.csv, lab.md, map.png, predictor.png")
+    print(f"{tables(measured)}\nWritten to {folder}: cells.csv, lab.csv, lab.md, map.png, predictor.png")
 
 
 if __name__ == "__main__":

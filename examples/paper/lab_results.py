@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,58 @@ def _value(name: str, text: str) -> Any:
         return text == "True"
     numbers = [float(part) for part in text.split()]
     return np.array(numbers) if len(numbers) > 1 else (numbers or [math.nan])[0]
+
+
+def summary_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """``lab.csv``: a row for each setting, the ``mean``s over seeds; NaN as empty."""
+    rows = []
+    for cell in cells:
+        gain, low, high = cell.area_gain()
+        values = {
+            "area_mean": cell.value("area"),
+            "gain_std": gain,
+            "gain_low": low,
+            "gain_high": high,
+            "rate_mean": cell.rows["mean"]["rate_area"],
+            "rate_std": cell.rows["std"]["rate_area"],
+            "steps_ratio": math.exp(cell.steps_ratio()),
+            "flow_ratio": math.exp(cell.flow_ratio()),
+            "c": cell.value("c_steps"),
+            "c_logged": cell.value("c_logged_steps"),
+            "c_flow": cell.value("c_slowest"),
+            **{name: cell.value(name) for name in ("variation_prompts", "variation_time", "dead")},
+            **{name: cell.value(name) for name in cell.rows["mean"] if name.startswith(("start_", "half_"))},
+        }
+        plain = {name: "" if math.isnan(value) else f"{value:.4g}" for name, value in values.items()}
+        rows.append({"part": cell.part} | {name: f"{value:g}" for name, value in cell.setting.items()} | plain)
+    return rows
+
+
+GAIN_BY_CONSTANT = (0.0, 0.5, 0.7, 0.9, 1.1, math.inf)
+
+
+def by_constant(cells: Sequence[Cell]) -> list[str]:
+    """The table that decides: gain in area by group size and by the C that a run of ``mean`` logs."""
+    edges = GAIN_BY_CONSTANT
+    spans = list(pairwise(edges))
+    heads = [
+        f"below {high:g}" if not low else f"{low:g} on" if high == math.inf else f"{low:g} to {high:g}"
+        for low, high in spans
+    ]
+    lines = [f"| answers a prompt | C {' | C '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for group in sorted({cell.setting["group"] for cell in cells}, key=lambda group: group or math.inf):
+        texts = []
+        for low, high in spans:
+            at = [c for c in cells if c.setting["group"] == group and low <= c.value("c_logged_area") < high]
+            gains = np.array([cell.area_gain() for cell in at])
+            told = (
+                (f"{gains[:, 0].mean():+.3f}", int((gains[:, 1] > 0).sum()), int((gains[:, 2] < 0).sum()))
+                if at
+                else None
+            )
+            texts.append("" if told is None else f"{told[0]} ({told[1]}, {told[2]} of {len(at)})")
+        lines.append(f"| {'endless' if not group else f'{group:g}'} | {' | '.join(texts)} |")
+    return lines
 
 
 # Predictors
@@ -298,6 +351,10 @@ def tables(cells: Sequence[Cell]) -> str:
     }
     sections = [
         ("Gain of `std` over `mean`, by dial", by_dial(parts["map"])),
+        (
+            "Gain of `std` over `mean`, by group size and the logged C (better, worse of cells)",
+            by_constant(parts["map"]),
+        ),
         ("Best rates", rates(parts["map"])),
         ("What predicts T_std / T_mean", predictors(parts["map"])),
         ("Which logged number goes with the gain", observables(parts["map"])),
