@@ -136,14 +136,14 @@ def test_tables_by_task(tmp_path):
     assert (tmp_path / "tasks.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_alpha_is_drawn_beside_the_orthogonality(tmp_path):
+def test_alpha_is_drawn_beside_the_constant(tmp_path):
     """Also where a step measured nothing in one run, and where nothing was measured at all."""
     logs = [
-        [{"step": t, "interference/orthogonality": 0.5 + t / 10, "normalization/alpha": 0.6} for t in steps]
+        [{"step": t, "curvature/sigma_mean": 0.5 + t / 10, "normalization/alpha": 0.6} for t in steps]
         for steps in ((1, 2, 3), (1, 3))
     ]
     runs = [Run("adaptive", 1e-4, seed, tidy_rows(history)) for seed, history in enumerate(logs)]
-    assert runs[1].curve("orthogonality") == ([1.0, 3.0], [0.6, 0.8])
+    assert runs[1].curve("sigma_mean") == ([1.0, 3.0], [0.6, 0.8])
     assert runs[1].curve("alpha") == ([1.0, 3.0], [0.6, 0.6])
     draw_alpha(runs, tmp_path / "alpha.png")
     draw_alpha([run_of("adaptive", (0.4, 0.5))], tmp_path / "none.png")

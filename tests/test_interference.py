@@ -181,10 +181,7 @@ def test_a_step_of_several_generations_has_all_their_prompts(
     assert any("normalization/curvature_bins" in log for log in trainer.state.log_history)
 
 
-def test_adaptive_follows_what_is_measured(tiny_policy, tmp_path):
-    trainer = build(tiny_policy, tmp_path, unit, normalization="adaptive", **LOGGED)
-    trainer.train()
-    assert 0 <= trainer._normalizer.states[0].orthogonality <= 1
+def test_curvature_follows_what_is_measured(tiny_policy, tmp_path):
     curved = build(tiny_policy, tmp_path, unit, normalization="curvature", **LOGGED)
     curved.train()
     assert curved._normalizer.states[0].ready

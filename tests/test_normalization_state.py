@@ -38,16 +38,20 @@ def test_running_variance_by_hand():
     assert first.variance == pytest.approx(2.0)  # no memory
 
 
-def test_adaptive_is_std_until_orthogonality_is_measured():
+def test_adaptive_by_hand():
+    """Sigmas 1/2 and 0: C = 8/3 of 1/4, so std; then C = 8/3 of 3/8 (decay 1/2), which is the border: half way."""
     state = state_of("adaptive")
+    assert state.ready and state.context(torch.zeros(1, 2)) == {"alpha": 1.0}  # an evaluation before training
+    state.observe_rewards(torch.tensor([[0.0, 1.0], [1.0, 1.0], [NAN, NAN]]))
+    assert state.sigma == pytest.approx(0.25) and state.context(torch.zeros(1, 2)) == {"alpha": 1.0}
+    state.observe_rewards(torch.tensor([[0.0, 1.0, 1.0, 0.0, NAN]]))
+    assert state.sigma == pytest.approx(0.375) and state.metrics() == {"normalization/alpha": pytest.approx(0.5)}
+    state.observe_rewards(torch.tensor([[0.0, 1.0]]))  # C = 1.17
+    assert state.context(torch.zeros(1, 2)) == {"alpha": 0.0}
+    state.observe_rewards(torch.tensor([[0.0, 1.5]]))
     assert not state.ready and state.context(torch.zeros(1, 2)) == {"alpha": 1.0}
-    state.observe_orthogonality(0.8)
-    assert state.ready and state.context(torch.zeros(1, 2)) == {"alpha": 0.8}
-    state.observe_orthogonality(0.4)
-    assert state.metrics()["normalization/alpha"] == pytest.approx(0.6)
-    for wrong in (-0.1, 1.1, NAN):
-        with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
-            state.observe_orthogonality(wrong)
+    state.observe_rewards(torch.tensor([[0.0, 1.0]]))
+    assert not state.ready  # it can't be known in what units the others were
 
 
 def test_curvature_by_hand():
@@ -80,7 +84,6 @@ def test_curvature_by_hand():
 def test_states_go_through_json_bit_for_bit(method):
     state, other = state_of(method), state_of(method)
     state.observe_rewards(torch.tensor([[0.1, 0.7, 0.3], [1.0, 0.0, 1 / 3]]))
-    state.observe_orthogonality(1 / 3)
     state.observe_curvature(torch.tensor([0, 1]), torch.tensor([1 / 3, 0.1]))
     assert restore_states([other], json.loads(json.dumps([state.state_dict()])))
     assert other.state_dict() == state.state_dict()
@@ -93,8 +96,6 @@ def test_states_go_through_json_bit_for_bit(method):
 def test_resumed_training_takes_the_state_up(method, tiny_policy, tmp_path):
     options = {"normalization": method, "save_strategy": "steps", "save_steps": 1, "max_steps": 2, **UNMEASURED}
     trainer = build(tiny_policy, tmp_path, **options)
-    if method == "adaptive":
-        trainer.observe_orthogonality(1 / 3)
     trainer.train()
     saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     expected = trainer._normalizer.states[0].state_dict()
@@ -122,17 +123,23 @@ def test_another_normalisation_starts_anew(tiny_policy, tmp_path, caplog):
     trainer = build(tiny_policy, tmp_path, normalization="adaptive", **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert trainer.state.global_step == 2
-    assert trainer._normalizer.states[0].state_dict() == {"orthogonality": None}
+    assert set(trainer._normalizer.states[0].state_dict()) == {"sigma", "outside"}
 
 
-@pytest.mark.parametrize("method", ["adaptive", "curvature"])
-def test_without_a_signal_it_is_std_and_says_so_once(method, tiny_policy, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "most", "said_so"),
+    [
+        ("curvature", 1.0, "is 'std' until it has seen the curvature along the prompts' gradients."),
+        ("adaptive", 2.0, "is 'std' in this run: a reward was outside [0, 1]"),
+    ],
+)
+def test_where_it_is_std_it_says_so_once(method, most, said_so, tiny_policy, tmp_path, monkeypatch):
     said = []
     logger = SimpleNamespace(warning=said.append, info=lambda text: None)
     monkeypatch.setattr("trl_ext.trainer.get_logger", lambda name: logger)
 
     def unit(completion_ids, **kwargs):
-        return [(len(ids) % 5) / 4 for ids in completion_ids]
+        return [most * (len(ids) % 5) / 4 for ids in completion_ids]
 
     trained = {}
     for normalization in (method, "std"):
@@ -141,7 +148,22 @@ def test_without_a_signal_it_is_std_and_says_so_once(method, tiny_policy, tmp_pa
         trained[normalization] = [p.detach() for p in trainer.model.parameters()]
     for a, b in zip(trained[method], trained["std"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    assert len([text for text in said if f"normalization='{method}' is 'std' until it has seen" in text]) == 1
+    assert len([text for text in said if f"normalization='{method}' {said_so}" in text]) == 1
+
+
+def test_adaptive_is_mean_where_rewards_vary_much(tiny_policy, tmp_path):
+    """Half of each group right: sigma 1/2, C 4/3. It needs no interference for that."""
+
+    def halves(completions, **kwargs):
+        return [float(i % 2) for i in range(len(completions))]
+
+    trained = {}
+    for normalization in ("adaptive", "mean"):
+        trainer = build(tiny_policy, tmp_path, halves, normalization=normalization, **UNMEASURED)
+        trainer.train()
+        trained[normalization] = [p.detach() for p in trainer.model.parameters()]
+    for a, b in zip(trained["adaptive"], trained["mean"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_killed_and_resumed_on_two_processes(tiny_policy, tmp_path):

@@ -26,6 +26,8 @@ from log_linear import (
     train,
 )
 
+from grpo_kernels.normalize import std_rule
+
 ROOT = Path(__file__).parents[1]
 SMALL = Setting(overlap=0.4, spread=1.5, pass_rate=0.2, noise=0.1, prompts=5, answers=4, shared_features=6)
 
@@ -278,6 +280,31 @@ def test_fits():
     assert lab_results.rank_correlation(x, np.exp(x)) == pytest.approx(1)
     assert lab_results.rank_correlation(x, -(x**3)) == pytest.approx(-1)
     assert math.isnan(lab_results.rank_correlation(x, np.ones(30)))
+
+
+def test_the_rule_is_what_the_map_says():
+    """grpo_kernels/normalize/std_rule.py holds the map's table, as docs/paper_lab.csv has it."""
+    with open(ROOT / "docs" / "paper_lab.csv", newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["part"] == "map"]
+    edges = lab_results.GAIN_BY_CONSTANT
+    for group, gains in zip(std_rule.GROUPS, std_rule.GAIN_GC, strict=True):
+        at = [row for row in rows if float(row["group"]) == group]
+        assert len(at) == 135
+        for low, high, gain in zip(edges, edges[1:], gains, strict=False):
+            found = [float(row["gain_std"]) for row in at if low <= float(row["c_logged_area"]) < high]
+            assert gain == pytest.approx(np.mean(found) if found else 0.0, abs=6e-4)
+
+
+def test_the_rule_between_its_places():
+    assert [std_rule.std_exponent(c) for c in (0.2, 0.9, 1.0, 1.1, 1.3)] == pytest.approx([1, 1, 0.5, 0, 0])
+    assert std_rule.std_gain(0.6, 32) == pytest.approx(0.031)
+    assert std_rule.std_gain(0.7, 32) == pytest.approx(0.023)
+    assert std_rule.std_gain(0.6, 16) == pytest.approx(0.017)  # half way from 8 to 32
+    assert std_rule.std_gain(0.1, 512) == pytest.approx(0.060)
+    assert std_rule.std_gain(2.0, 2) == pytest.approx(0.0)
+    for constant, group in ((math.nan, 8), (-0.1, 8), (0.5, 1)):
+        with pytest.raises(ValueError, match=f"group={group}"):
+            std_rule.std_gain(constant, group)
 
 
 def test_no_seed_is_both_tuned_on_and_reported():

@@ -342,7 +342,10 @@ RUNS = {
     "not told": ([{"curvature/speedup_constant": 0.5, "curvature/directional_corr": c} for c in (-0.5, 0.6, 0.1)], 2,
                  "can't tell"),
     "phase": ([{"phase": 1}, {"phase": 2}], 1, "Phase 2 at step 1: they begin to interfere"),
-    "saved": ([{"compute/sequences_skipped_frac": 0.5, "compute/flops_saved_frac": 0.6}], 3, "50% of the sequences"),
+    "no choice": ([{"reward": 0.5}], 3, "can't be told: there is no C"),
+    "mean": ([{"curvature/speedup_constant": 1.2}], 3, "Which normalisation: mean; with C = 1.20"),
+    "std": ([{"curvature/speedup_constant": 0.6}], 3, "Which normalisation: std. How much"),
+    "saved": ([{"compute/sequences_skipped_frac": 0.5, "compute/flops_saved_frac": 0.6}], 4, "50% of the sequences"),
 }  # fmt: skip
 
 
@@ -351,7 +354,25 @@ def test_the_summary_says_what_happened(name, tmp_path):
     entries, line, expected = RUNS[name]
     folder = log_of(tmp_path / "run", [{**entry, "step": step} for step, entry in enumerate(entries)])
     lines = summary(read_run(folder))
-    assert len(lines) == 4 and expected in lines[line]
+    assert len(lines) == 5 and expected in lines[line]
+
+
+@pytest.mark.parametrize(
+    ("constant", "group", "expected"),
+    [
+        (0.6, 8, "std; with 8 answers to a prompt it is worth no more than a learning rate, and +0.031 with 32 ("),
+        (0.6, 32, "std; with 32 answers to a prompt it is worth +0.031 of accuracy ("),
+        (
+            1.0,
+            8,
+            "std or mean, at the border (C = 1.00); with 8 answers to a prompt it is worth no more than a learning",
+        ),
+    ],
+)
+def test_the_summary_says_which_normalisation(constant, group, expected, tmp_path):
+    folder = log_of(tmp_path / "run", [{"curvature/speedup_constant": constant, "step": 1}])
+    (folder / CONFIG_FILE).write_text(json.dumps({"num_generations": group}))
+    assert f"Which normalisation: {expected}" in summary(read_run(folder))[3]
 
 
 # ---- several runs

@@ -71,7 +71,6 @@ class Signals(TrainerCallback):
         self._keep()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.observe_orthogonality(1 / (state.global_step + 2))
         self.trainer.observe_curvature(torch.arange(3), torch.tensor([1.0, 2.0, 3.0]) / state.global_step)
         self._keep()
         if state.global_step == self.kill_at:

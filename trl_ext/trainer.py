@@ -273,10 +273,6 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     # ---- signals, log, checkpoints, end
 
-    def observe_orthogonality(self, orthogonality: float) -> None:
-        """For ``adaptive``: how orthogonal the prompts' gradients are, in [0, 1]; the same number on every process."""
-        self._normalizer.observe_orthogonality(orthogonality)
-
     def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None:
         """For ``curvature``: measured curvatures of prompts of the latest batch; the same on every process."""
         self._normalizer.observe_curvature(prompt_id_P, curvature_P)

@@ -15,7 +15,7 @@ from ablation_results import REFERENCE, Interval, Run, block_means, mean_interva
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")
-ALPHA_COLUMNS = {"orthogonality": "measured orthogonality", "alpha": "alpha, its moving average"}
+ALPHA_COLUMNS = {"sigma_mean": ("C of the batch, 8/3 of sigma", 8 / 3), "alpha": ("alpha, by its moving average", 1.0)}
 COLUMNS = {"reward": "reward of the sampled answers", "held_out_accuracy": "held-out accuracy"}
 
 
@@ -105,17 +105,17 @@ def draw_tasks(finals: Mapping[str, Sequence[Run]], names: Sequence[str], file: 
 
 
 def draw_alpha(runs: Sequence[Run], file: Path) -> None:
-    """``adaptive``: the orthogonality that was measured, and alpha, which follows it; mean and 95% band over seeds."""
+    """``adaptive``: the constant C that was measured, and alpha, which follows it; mean and 95% band over seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for i, (column, label) in enumerate(ALPHA_COLUMNS.items()):
+    for i, (column, (label, factor)) in enumerate(ALPHA_COLUMNS.items()):
         curves = [dict(zip(*run.curve(column), strict=True)) for run in runs]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        points = [mean_interval([curve[step] for curve in curves]) for step in steps]
+        points = [mean_interval([factor * curve[step] for curve in curves]) for step in steps]
         style = {"color": COLOURS[i], "linestyle": LINES[1 - i], "label": label}
         _draw(axes, (steps, points), style, band=True)
     axes.set_xlabel("step")

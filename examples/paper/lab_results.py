@@ -98,6 +98,7 @@ def summary_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             "c": cell.value("c_steps"),
             "c_logged": cell.value("c_logged_steps"),
             "c_flow": cell.value("c_slowest"),
+            "c_logged_area": cell.value("c_logged_area"),
             **{name: cell.value(name) for name in ("variation_prompts", "variation_time", "dead")},
             **{name: cell.value(name) for name in cell.rows["mean"] if name.startswith(("start_", "half_"))},
         }

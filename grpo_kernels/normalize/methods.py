@@ -112,7 +112,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2601.23135, measured instead of assumed", DECAY, ("curvature_scale",), unit_rewards=True,
     ),
     "adaptive": Method(
-        "group", "power", "state", "(r - m) / (s + eps)^alpha, alpha the measured orthogonality of prompt gradients",
+        "group", "power", "state", "(r - m) / (s + eps)^alpha, alpha by the theorem's constant C: 1 below it, 0 above",
         "future work of arXiv 2601.23135", DECAY, ("alpha",),
     ),
 }  # fmt: skip

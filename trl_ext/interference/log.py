@@ -49,8 +49,6 @@ def live_cosines(groups: PromptGroups) -> np.ndarray:
 class Observer(Protocol):
     """Who uses what is measured: the normalisation, through the trainer."""
 
-    def observe_orthogonality(self, orthogonality: float) -> None: ...
-
     def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None: ...
 
 
@@ -346,7 +344,6 @@ class InterferenceLog:
             metrics["phase"] = phase
         if found.orthogonality is not None:
             metrics["interference/orthogonality"] = found.orthogonality
-            self.observer.observe_orthogonality(found.orthogonality)
         # curvature/sigma_mean is logged of every batch already
         self.run.log({name: value for name, value in metrics.items() if name != "curvature/sigma_mean"})
 

@@ -1,4 +1,4 @@
-"""A run in four lines, its tiles, and its training phases; what is wrong with it is ``verdicts.py``'s."""
+"""A run in five lines, its tiles, and its training phases; what is wrong with it is ``verdicts.py``'s."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from grpo_kernels.normalize.std_rule import WORTH_A_WORD, std_exponent, std_gain
+
 from .evidence import ends, interval
 from .read_run import Run
 
 SMALL_CHANGE = 0.02  # of accuracy or reward, no change worth a word
 STEADY_BLIND = ("adam", "paged_adam", "lion")  # optimizers that take no notice of a steady factor
+MANY_ANSWERS = 32  # to a prompt: with which the std was seen to be worth more than a learning rate
 OTHER_DIRECTION = 0.98  # mean cosine below which std is more than a learning rate
 
 
@@ -34,8 +37,9 @@ def phases(run: Run) -> list[dict[str, int]]:
 
 
 def summary(run: Run) -> list[str]:
-    """Did it learn, which phase, does normalising help here by theory and as measured, what was saved."""
-    return [_learned(run), _phase(run), _theory(run), _compute(run)]
+    """Did it learn, which phase, does normalising help here by theory and as measured, what then to choose, what was
+    saved."""
+    return [_learned(run), _phase(run), _theory(run), _choice(run), _compute(run)]
 
 
 def _learned(run: Run) -> str:
@@ -101,6 +105,28 @@ def _theory(run: Run) -> str:
     return (
         f"{predicted}, if sigma follows the curvature. Measured, they correlate by {mean:+.2f} [{low:+.2f}, "
         f"{high:+.2f}] over {len(values)} steps: {verdict}."
+    )
+
+
+def _choice(run: Run) -> str:
+    """The rule of docs/which-normalisation.md, by which ``adaptive`` goes too."""
+    constant, group = run.last("curvature/speedup_constant"), run.config.get("num_generations")
+    if constant is None or constant < 0:
+        return "Which normalisation can't be told: there is no C."
+    alpha = std_exponent(constant)
+    if alpha == 0:
+        return (
+            f"Which normalisation: mean; with C = {constant:.2f} dividing by the std is no more than a learning rate."
+        )
+    advice = "std" if alpha == 1 else f"std or mean, at the border (C = {constant:.2f})"
+    if not isinstance(group, int) or group < 2:
+        return f"Which normalisation: {advice}. How much it is worth depends on the answers to a prompt, not told here."
+    gain, more = std_gain(constant, group), std_gain(constant, MANY_ANSWERS)
+    worth = f"is worth {gain:+.3f} of accuracy" if gain >= WORTH_A_WORD else "is worth no more than a learning rate"
+    with_more = f", and {more:+.3f} with {MANY_ANSWERS}" if group < MANY_ANSWERS and more - gain >= WORTH_A_WORD else ""
+    return (
+        f"Which normalisation: {advice}; with {group} answers to a prompt it {worth}{with_more} (a log-linear policy "
+        "with this C)."
     )
 
 

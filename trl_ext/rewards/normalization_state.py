@@ -1,4 +1,4 @@
-"""What a normalisation remembers from step to step: running variance, measured curvature, measured orthogonality.
+"""What a normalisation remembers from step to step: running variance, measured curvature, the theorem's constant C.
 
 Shapes: P prompts, G completions of one prompt.
 
@@ -6,8 +6,8 @@ Each kind observes the gathered rewards of a generation batch, and hands ``norma
 that it needs. All are functions of gathered numbers alone, so every process holds the same; ``state_dict`` is saved in
 the checkpoint's ``trainer_state.json``, where floats are written so that they are read back bit for bit.
 
-What is measured while training (by the interference logging, or by your own callback) comes in by two methods:
-``observe_orthogonality`` and ``observe_curvature``. A kind that has no use for a signal lets it pass.
+What is measured while training (by the interference logging, or by your own callback) comes in by
+``observe_curvature``. A kind that has no use for it lets it pass.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from grpo_kernels import METHODS
 from grpo_kernels.normalize.group_statistics import masked_statistics
+from grpo_kernels.normalize.std_rule import std_exponent
 
 # a curvature below this share of the mean curvature divides by that share: a quotient stays bounded
 CURVATURE_FLOOR = 0.1
@@ -32,7 +33,7 @@ def moving_average(previous: float | None, value: float, decay: float) -> float:
 class NormalizationState:
     """Remembers nothing: for the methods that need no state. Also the interface of those that do."""
 
-    needs_signal: str | None = None  # what must be measured before the method is more than ``std``
+    not_ready = ""  # when and why the method is no more than ``std``, as the end of a sentence
 
     def __init__(self, decay: float = 0.9) -> None:
         self.decay = decay
@@ -40,15 +41,12 @@ class NormalizationState:
     def observe_rewards(self, rewards_PG: torch.Tensor) -> None:
         """The rewards of a new training batch, of all processes, NaN where unscorable."""
 
-    def observe_orthogonality(self, orthogonality: float) -> None:
-        """How orthogonal the prompts' gradients of a step were, in [0, 1]: 1 where none interferes."""
-
     def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None:
         """Measured curvatures of some prompts of the latest batch: their ``prompt_id`` and one number each."""
 
     @property
     def ready(self) -> bool:
-        """Whether what the method needs has been measured."""
+        """Whether what the method needs is known."""
         return True
 
     def context(self, rewards_PG: torch.Tensor) -> dict[str, Any]:
@@ -103,35 +101,47 @@ class RunningVariance(NormalizationState):
         self.variance = state["variance"]
 
 
-class MeasuredOrthogonality(NormalizationState):
-    """``adaptive``: alpha of ``power`` is a moving average of the measured orthogonality; 1 (``std``) without one."""
+class MeasuredConstant(NormalizationState):
+    """``adaptive``: alpha of ``power`` is what the theorem's constant C calls for (``std_rule.std_exponent``).
 
-    needs_signal = "the orthogonality of the prompts' gradients"
+    C = 8/3 of a moving average of the mean over the groups of the population std of their rewards; the current batch is
+    in it. It is defined for rewards in [0, 1]: once another was seen, alpha is 1, which is ``std``.
+    """
+
+    not_ready = "in this run: a reward was outside [0, 1], where the constant C that decides says nothing"
 
     def __init__(self, decay: float = 0.9) -> None:
         super().__init__(decay)
-        self.orthogonality: float | None = None
+        self.sigma: float | None = None
+        self.outside = False
 
     @property
     def ready(self):
-        return self.orthogonality is not None
+        return not self.outside
 
-    def observe_orthogonality(self, orthogonality):
-        if not 0 <= orthogonality <= 1:
-            raise ValueError(f"orthogonality={orthogonality!r} must be in [0, 1]")
-        self.orthogonality = moving_average(self.orthogonality, float(orthogonality), self.decay)
+    def observe_rewards(self, rewards_PG):
+        self.outside |= bool(((rewards_PG < 0) | (rewards_PG > 1)).any())  # NaN is neither
+        count, _, std = masked_statistics(rewards_PG.double(), ~rewards_PG.isnan(), dim=(1,))
+        scored = count > 0
+        if scored.any():
+            sigma = std * ((count - 1).clamp(min=0) / count.clamp(min=1)).sqrt()
+            self.sigma = moving_average(self.sigma, sigma[scored].mean().item(), self.decay)
+
+    @property
+    def alpha(self) -> float:
+        return 1.0 if self.outside or self.sigma is None else std_exponent(8 / 3 * self.sigma)
 
     def context(self, rewards_PG):
-        return {"alpha": 1.0 if self.orthogonality is None else self.orthogonality}
+        return {"alpha": self.alpha}
 
     def metrics(self):
-        return {"normalization/alpha": 1.0 if self.orthogonality is None else self.orthogonality}
+        return {"normalization/alpha": self.alpha}
 
     def state_dict(self):
-        return {"orthogonality": self.orthogonality}
+        return {"sigma": self.sigma, "outside": self.outside}
 
     def load_state_dict(self, state):
-        self.orthogonality = state["orthogonality"]
+        self.sigma, self.outside = state["sigma"], bool(state["outside"])
 
 
 class MeasuredCurvature(NormalizationState):
@@ -144,7 +154,7 @@ class MeasuredCurvature(NormalizationState):
     been measured divides by the group's own std.
     """
 
-    needs_signal = "the curvature along the prompts' gradients"
+    not_ready = "until it has seen the curvature along the prompts' gradients"
 
     def __init__(self, decay: float = 0.9) -> None:
         super().__init__(decay)
@@ -207,7 +217,7 @@ class MeasuredCurvature(NormalizationState):
 
 STATES: dict[str, type[NormalizationState]] = {
     "running_std": RunningVariance,
-    "adaptive": MeasuredOrthogonality,
+    "adaptive": MeasuredConstant,
     "curvature": MeasuredCurvature,
 }
 

@@ -55,7 +55,7 @@ class Normalizer:
             observe_rewards(self.states, batch.rewards_BF, batch.weights_F, batch.num_generations, self.aggregation)
         state = self.states[0]
         if not state.ready:
-            self.run.say_once(f"normalization={self.method!r} is 'std' until it has seen {state.needs_signal}.")
+            self.run.say_once(f"normalization={self.method!r} is 'std' {state.not_ready}.")
         normalized = compute_advantages(
             batch.rewards_BF,
             batch.weights_F,
@@ -71,11 +71,6 @@ class Normalizer:
             batch.rewards_BF, batch.weights_F, batch.num_generations, self.aggregation, normalized
         )
         return normalized, {**metrics, **state.metrics()}
-
-    def observe_orthogonality(self, orthogonality: float) -> None:
-        """Tells every state how orthogonal the prompts' gradients were."""
-        for state in self.states:
-            state.observe_orthogonality(orthogonality)
 
     def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None:
         """Tells every state measured curvatures of prompts of the latest batch."""

@@ -1,0 +1,49 @@
+"""Whether dividing by the std is more than a learning rate: by the theorem's constant C, and how much by the group.
+
+C = 8/3 of the mean, over prompts and steps, of the std of a group's rewards (arXiv 2601.23135, Theorem 3.2). On a
+log-linear policy, each method at its own best learning rate (``examples/paper/lab.py``, ``docs/paper.md``), the gain of
+``std`` over ``mean`` follows C, as the theorem has it, and shrinks with the group: the theorem divides by the true
+sigma, a trainer by that of G answers, which of a live group of 8 rewards of 0 or 1 lies between 0.35 and 0.53 whatever
+the prompt. How orthogonal the prompts' gradients are adds nothing to the prediction.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from math import log2
+
+# Gain in accuracy, a mean over training: measured at these group sizes, in ranges of the logged C with these middles.
+# docs/paper_lab.csv is what it comes from; tests/test_paper_lab.py compares.
+GROUPS = (4, 8, 32, 128)
+CONSTANTS = (0.4, 0.6, 0.8, 1.0, 1.2)
+GAIN_GC = (
+    (0.002, 0.001, 0.002, 0.002, 0.000),
+    (0.012, 0.003, -0.002, 0.000, 0.000),
+    (0.041, 0.031, 0.015, 0.008, 0.003),
+    (0.060, 0.054, 0.019, 0.011, 0.003),
+)
+SURE, NEVER = 0.9, 1.1  # of C: up to the first ``std``, from the second ``mean``
+WORTH_A_WORD = 0.01  # of accuracy: below, a learning rate does the same
+
+
+def std_exponent(constant: float) -> float:
+    """alpha of ``power`` that C calls for: 1 (``std``) up to 0.9, 0 (``mean``) from 1.1, straight between."""
+    return min(1.0, max(0.0, (NEVER - constant) / (NEVER - SURE)))
+
+
+def std_gain(constant: float, group: int) -> float:
+    """Predicted gain of ``std`` over ``mean`` in accuracy, a mean over training, of a log-linear policy whose log shows
+    this C with ``group`` answers to a prompt: the map's table, straight between its places and constant outside."""
+    if group < 2 or not constant >= 0:
+        raise ValueError(f"group={group!r} must be at least 2, constant={constant!r} a number that is not negative")
+    by_group = [_between(CONSTANTS, gains, constant) for gains in GAIN_GC]
+    return _between([log2(size) for size in GROUPS], by_group, log2(group))
+
+
+def _between(places: Sequence[float], values: Sequence[float], at: float) -> float:
+    i = bisect_right(places, at)
+    if i in (0, len(places)):
+        return values[max(0, i - 1)]
+    share = (at - places[i - 1]) / (places[i] - places[i - 1])
+    return values[i - 1] + share * (values[i] - values[i - 1])
