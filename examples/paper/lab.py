@@ -3,7 +3,7 @@
 Trains log-linear policies (``log_linear.py``) by plain gradient steps in every setting of a map of overlap, spread of
 difficulty, pass rate, group size and reward noise, with every method at its own best constant learning rate: chosen on
 the tuning seeds, measured on others. Writes ``cells.csv`` (all seeds), ``lab.csv`` (a row a setting), ``lab.md``,
-``map.png`` and ``predictor.png``. A quarter of an hour on two CPU cores; repeat an interrupted command to go on;
+``map.png`` and ``predictor.png``. Twenty minutes on two CPU cores; repeat an interrupted command to go on;
 ``--coarse`` takes two minutes.
 """
 

@@ -270,6 +270,26 @@ def observables(cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
+REGRESSORS = {
+    "log2 G": lambda cell: math.log2(cell.setting["group"]),
+    "C, logged": lambda cell: cell.value("c_logged_area"),
+    "near-orthogonal": lambda cell: cell.value("start_near_orthogonal_frac"),
+}
+
+
+def explained(cells: Sequence[Cell]) -> list[str]:
+    """R^2 of linear regressions of the gain in area on sets of ``REGRESSORS``, over settings with sampled answers."""
+    sampled = [cell for cell in cells if cell.setting["group"] > 0]
+    y = np.array([cell.area_gain()[0] for cell in sampled])
+    columns = {name: np.array([read(cell) for cell in sampled]) for name, read in REGRESSORS.items()}
+    lines = ["| gain in area on | R^2 |", "|---|---|"]
+    for names in (["near-orthogonal"], ["C, logged"], ["log2 G"], ["log2 G", "C, logged"], list(REGRESSORS)):
+        x = np.column_stack([np.ones(len(y)), *(columns[name] for name in names)])
+        left = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
+        lines.append(f"| {', '.join(names)} | {1 - (left**2).sum() / ((y - y.mean()) ** 2).sum():.2f} |")
+    return lines
+
+
 def rates(cells: Sequence[Cell]) -> list[str]:
     """mean's best rate over std's, and whether edges won."""
     lines = [
@@ -359,6 +379,7 @@ def tables(cells: Sequence[Cell]) -> str:
         ("Best rates", rates(parts["map"])),
         ("What predicts T_std / T_mean", predictors(parts["map"])),
         ("Which logged number goes with the gain", observables(parts["map"])),
+        ("What explains the gain", explained(parts["map"])),
         ("The assumptions", assumption_table(parts["map"])),
         ("Other methods", methods_table(parts["methods"])),
         ("Other policies", structures_table(parts["structures"])),
