@@ -1,0 +1,155 @@
+"""examples/paper/phases.py and rollout_noise.py: their arithmetic by hand, and both as users run them."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ablation_runs
+import pytest
+from ablation_results import Run, tidy_rows
+from phases_results import (
+    bound_table,
+    interference_table,
+    lead,
+    lead_table,
+    measured_rows,
+    phase_of,
+    phase_table,
+    spans,
+    speed_table,
+    within,
+)
+
+from trl_ext.tasks.correctness import SameText
+
+ROOT = Path(__file__).parents[1]
+PAPER = ROOT / "examples" / "paper"
+
+
+def run_of(method, seed, accuracies, *, orthogonal=(), bounds=(), sigma=0.3):
+    """Evaluated at steps 0, 10, ...; interference at 1, 6, ...; sigma at every step from 1."""
+    last = 10 * (len(accuracies) - 1)
+    logs = [{"step": 10 * i, "eval_accuracy": accuracy} for i, accuracy in enumerate(accuracies)]
+    logs += [{"step": step, "curvature/sigma_mean": sigma} for step in range(1, last + 1)]
+    for i, share in enumerate(orthogonal):
+        logs.append({"step": 5 * i + 1, "interference/near_orthogonal_frac": share, "interference/cos_std": 1 - share})
+    for i, bound in enumerate(bounds):
+        more = {"theory/negative_pairs_frac": 0.4, "theory/r1": 3.0, "theory/r2": 1.5}
+        logs.append({"step": 5 * i + 1, "theory/m_bound_p95": bound, **more})
+    return Run(method, 0.1, seed, tidy_rows(logs))
+
+
+FINALS = {
+    "mean": [run_of("mean", 0, (0.2, 0.4, 0.8), orthogonal=(1.0, 0.9, 0.8, 0.8), bounds=(1, 1000, 5, 20)),
+             run_of("mean", 1, (0.2, 0.6, 0.8), orthogonal=(0.8, 0.9, 0.8, 0.8), bounds=(3, 3, 5, 20))],
+    "std": [run_of("std", 0, (0.2, 0.6, 0.8)), run_of("std", 1, (0.2, 0.9, 0.8))],
+}  # fmt: skip
+
+
+def test_spans_of_steps():
+    assert spans(FINALS) == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20)]
+    run = FINALS["mean"][0]
+    assert within(run, "near_orthogonal_frac", (0, 4)) == 1.0
+    assert within(run, "near_orthogonal_frac", (0, 8)) == pytest.approx(0.95)
+    assert within(run, "m_bound_p95", (0, 12)) == 5  # the median
+    assert within(run, "near_orthogonal_frac", (16, 20)) is None
+    lines = interference_table(FINALS)
+    assert lines[2].startswith("| `mean` | 1 to 4 | 0.900 +- 1.271 |")  # t = 12.7 of two seeds
+    assert "| 2 (1 to 3) |" in lines[2] and "| 0.300 +- 0.000 |" in lines[2]
+
+
+def test_the_lead_is_paired():
+    steps, estimates, lows, highs = zip(*lead(FINALS), strict=True)
+    assert steps == (0, 10, 20) and estimates == pytest.approx((0, 0.25, 0))
+    assert lows[1] == pytest.approx(0.25 - 12.706 * 0.05) and highs[1] == pytest.approx(0.25 + 12.706 * 0.05)
+    assert lead_table(FINALS)[3].startswith("| 10 | 0.500 | 0.750 | +0.250 [")
+
+
+def test_steps_are_compared_by_their_logarithm():
+    # to 0.6: mean 15 and 10, std 10 and 10 * 4/7; C is 8/3 of 0.3
+    (line,) = speed_table(FINALS, [0.6])[2:]
+    ratio = math.exp((math.log(10 / 15) + math.log(4 / 7)) / 2)
+    assert line.startswith(f"| 0.6 | 2 | {ratio:.2f} [") and line.endswith("| 0.80 [0.80, 0.80] |")
+    assert len(speed_table(FINALS, [0.95])) == 2  # nobody got there
+
+
+def test_phases_are_the_papers():
+    assert [phase_of(*row) for row in ((0.977, 0.045), (0.803, 0.066), (0.524, 0.130))] == [1, 2, 3]
+    lines = phase_table(FINALS)
+    assert lines[2] == "| `mean` | 1 to 4 | 50% | 0% | 50% |" and lines[3] == "| `mean` | 5 to 8 | 100% | 0% | 0% |"
+    assert lines[-1].startswith("| `std` |") and "%" not in lines[-1]
+
+
+def test_bounds():
+    lines = bound_table(FINALS)
+    assert len(lines) == 3  # std measured none
+    assert lines[2].startswith("| `mean` | 8 |") and "| 62% | 0.40 | 3.0, 1.50 |" in lines[2]
+
+
+def test_rows_of_what_was_measured():
+    rows = measured_rows(FINALS)
+    first = [row for row in rows if (row["method"], row["seed"]) == ("mean", 0)]
+    assert [row["step"] for row in first] == [0, 1, 6, 10, 11, 16, 20]
+    assert first[1]["near_orthogonal_frac"] == 1.0 and first[1]["m_bound_p95"] == 1
+
+
+def test_flipped_rewards():
+    """A tenth of 20,000, in training alone; what is logged as accuracy isn't flipped."""
+    logged = []
+    judge = ablation_runs.Flipped(SameText(), 0.1, seed=0)
+    answers, gold = ["a"] * 20_000, ["a", "b"] * 10_000
+    rewards = judge(answers, noisy=[True] * 20_000, gold=gold, log_metric=lambda *one: logged.append(one))
+    wrong = sum(reward != (truth == "a") for reward, truth in zip(rewards, gold, strict=True))
+    assert 1850 < wrong < 2150 and set(rewards) == {0.0, 1.0}
+    assert logged == [("accuracy", 0.5)]
+    assert judge(["a", "b"], noisy=[False, False], gold=["a", "a"]) == [1.0, 0.0]
+
+
+def launch(script, *arguments):
+    return subprocess.run(
+        [sys.executable, f"paper/{script}", *arguments],
+        cwd=ROOT / "examples",  # the worst place: its math.py must not become the standard library's
+        env={**os.environ, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_phases_as_users_run_it(tiny_policy, tmp_path):
+    """With flipped rewards and other steps than the demo's; a second command finds all done."""
+    arguments = [
+        *("--learning_rates", "1e-3", "--seeds", "0", "1", "--max_steps", "2", "--eval_every", "1", "--eval_size", "4"),
+        *("--reward_noise", "0.2", "--num_generations", "4", "--answers_per_step", "16"),
+        *("--model_name_or_path", str(tiny_policy), "--output_dir", str(tmp_path), "--jobs", "1"),
+    ]
+    done = launch("phases.py", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert {"phases.md", "phases.png", "phases.csv", "results.csv", "table.md"} <= {f.name for f in tmp_path.iterdir()}
+    assert "## The lead of `std`" in (tmp_path / "phases.md").read_text()
+    with open(tmp_path / "phases.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in ("mean", "std") for s in "01"}
+    again = launch("phases.py", *arguments)
+    assert again.returncode == 0 and "4 of 4 runs were done before" in again.stdout
+    assert (
+        launch("phases.py", "--reward_noise", "0.5").stderr.strip() == "error: --reward_noise 0.5 must be in [0, 0.5)"
+    )
+
+
+def test_rollout_noise_as_users_run_it(mixed_policy, tmp_path):
+    arguments = ["--seeds", "42", "--groups", "2", "4", "--steps", "1", "--train_steps", "1", "--jobs", "1"]
+    done = launch("rollout_noise.py", *arguments, "--output_dir", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    with open(tmp_path / "rollout_noise.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {(row["state"], row["group"]) for row in rows} <= {
+        (state, group) for state in ("before training", "after training") for group in "24"
+    }
+    assert (tmp_path / "rollout_noise.md").read_text() in done.stdout
+    again = launch("rollout_noise.py", *arguments, "--output_dir", str(tmp_path))
+    assert again.returncode == 0 and "4 measurements, 4 done before" in again.stdout
+    assert launch("rollout_noise.py", "--groups", "1").stderr.strip() == "error: --groups 1 must be at least 2"
