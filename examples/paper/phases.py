@@ -16,8 +16,6 @@ for _folder in (_HERE, _HERE.parent / "ablation"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-EXACT = {"interference_dim": 0, "interference_every": 5}
-
 
 def main(arguments: list[str]) -> None:
     from ablate import compare, make_parser, write_results
@@ -32,8 +30,17 @@ def main(arguments: list[str]) -> None:
         interference_every=0,
         output_dir="runs/phases",
     )
+    parser.add_argument(
+        "--measure_every",
+        type=int,
+        default=10,
+        help="steps between exact measurements of interference in the runs at the best rates; 0: none",
+    )
     options = parser.parse_args(arguments)
-    sweep, finals, failed = compare(options, EXACT)
+    if options.measure_every < 0:
+        sys.exit(f"error: --measure_every {options.measure_every} must not be negative")
+    exact = {"interference_dim": 0, "interference_every": options.measure_every, "what_if": []}
+    sweep, finals, failed = compare(options, exact)
     if finals:
         from phases_results import draw_phases, measured_rows, phases_text
 
