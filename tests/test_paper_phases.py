@@ -135,6 +135,9 @@ def test_phases_as_users_run_it(tiny_policy, tmp_path):
     assert {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in ("mean", "std") for s in "01"}
     again = launch("phases.py", *arguments)
     assert again.returncode == 0 and "4 of 4 runs were done before" in again.stdout
+    unmeasured = launch("phases.py", *arguments, "--measure_every", "0", "--output_dir", str(tmp_path / "without"))
+    assert unmeasured.returncode == 0, unmeasured.stderr[-3000:]
+    assert "## The lead of `std`" in (tmp_path / "without" / "phases.md").read_text()
     assert (
         launch("phases.py", "--reward_noise", "0.5").stderr.strip() == "error: --reward_noise 0.5 must be in [0, 0.5)"
     )
