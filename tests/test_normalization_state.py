@@ -46,7 +46,9 @@ def test_adaptive_by_hand():
     assert state.sigma == pytest.approx(0.25) and state.context(torch.zeros(1, 2)) == {"alpha": 1.0}
     state.observe_rewards(torch.tensor([[0.0, 1.0, 1.0, 0.0, NAN]]))
     assert state.sigma == pytest.approx(0.375) and state.metrics() == {"normalization/alpha": pytest.approx(0.5)}
-    state.observe_rewards(torch.tensor([[0.0, 1.0]]))  # C = 1.17
+    state.observe_rewards(torch.tensor([[NAN, 1.0], [NAN, NAN]]))  # one alone has no std
+    assert state.sigma == pytest.approx(0.375)
+    state.observe_rewards(torch.tensor([[0.0, 1.0 + 1e-7]]))  # C = 1.17; a sum of ten rewards may be off by that
     assert state.context(torch.zeros(1, 2)) == {"alpha": 0.0}
     state.observe_rewards(torch.tensor([[0.0, 1.5]]))
     assert not state.ready and state.context(torch.zeros(1, 2)) == {"alpha": 1.0}

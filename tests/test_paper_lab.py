@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lab
 import lab_results
+import log_linear
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,8 @@ from log_linear import (
     EPS,
     EXACT_SCALE,
     Policies,
+    Runs,
+    Sampled,
     Setting,
     advantage_table,
     assumptions,
@@ -261,8 +264,7 @@ def test_tables_by_hand(tmp_path):
     assert math.isnan(cell.flow_ratio())  # three of four seeds: fewer than 80 %
     cell.rows["mean"]["flow_time"] = np.full(4, 8.0)
     assert cell.flow_ratio() == pytest.approx(0)
-    assert "| exact | 0 |" not in "\n".join(lab_results.by_dial([cell]))
-    assert "| 1, 0, 1 |" in lab_results.by_dial([cell])[2]
+    assert lab_results.by_dial([cell])[2] == "| overlap | 0 |  |  | +0.102 (20%) | 1, 0, 1 |"
     cell.rows["std"]["edge_steps"] = True
     assert math.isnan(cell.steps_ratio())
 
@@ -291,20 +293,156 @@ def test_the_rule_is_what_the_map_says():
         at = [row for row in rows if float(row["group"]) == group]
         assert len(at) == 135
         for low, high, gain in zip(edges, edges[1:], gains, strict=False):
-            found = [float(row["gain_std"]) for row in at if low <= float(row["c_logged_area"]) < high]
+            found = [float(row["gain_std"]) for row in at if low <= float(row["c_start"]) < high]
             assert gain == pytest.approx(np.mean(found) if found else 0.0, abs=6e-4)
 
 
 def test_the_rule_between_its_places():
     assert [std_rule.std_exponent(c) for c in (0.2, 0.9, 1.0, 1.1, 1.3)] == pytest.approx([1, 1, 0.5, 0, 0])
-    assert std_rule.std_gain(0.6, 32) == pytest.approx(0.031)
-    assert std_rule.std_gain(0.7, 32) == pytest.approx(0.023)
-    assert std_rule.std_gain(0.6, 16) == pytest.approx(0.017)  # half way from 8 to 32
+    assert std_rule.std_gain(0.5, 32) == pytest.approx(0.039)
+    assert std_rule.std_gain(0.9, 32) == pytest.approx(0.0165)  # half way from 0.8 to 1.0
+    assert std_rule.std_gain(0.5, 16) == pytest.approx(0.0235)  # half way from 8 to 32
     assert std_rule.std_gain(0.1, 512) == pytest.approx(0.060)
     assert std_rule.std_gain(2.0, 2) == pytest.approx(0.0)
+    for wrong in (math.nan, -0.1):
+        with pytest.raises(ValueError, match="must be a number that is not negative"):
+            std_rule.std_exponent(wrong)
     for constant, group in ((math.nan, 8), (-0.1, 8), (0.5, 1)):
         with pytest.raises(ValueError, match=f"group={group}"):
             std_rule.std_gain(constant, group)
+
+
+def cell_of(gain, *, rate=1.0, area=0.5, methods=("mean", "std"), **setting):
+    """A cell whose methods gain 0, ``gain``, 2 ``gain``... over ``mean``, with a little noise between four seeds."""
+    noise = np.array([0.0, 1e-4, -1e-4, 0.0])
+    rows = {
+        name: {
+            "area": area + i * (gain + noise),
+            "rate_area": rate ** (1 - i),
+            "edge_steps": bool(i),
+            "edge_area": False,
+        }
+        for i, name in enumerate(methods)
+    }
+    return lab_results.Cell("map", {**dataclasses.asdict(Setting(**setting))}, rows)
+
+
+def test_constant_at_the_start():
+    of = lambda **setting: lab_results.start_constant(dataclasses.asdict(Setting(**setting)))  # noqa: E731
+    assert of(group=2, pass_rate=0.5) == pytest.approx(2 / 3)  # 1/2 where one of two is right: half of the time
+    assert of(group=2, pass_rate=0.2, noise=0.1) == pytest.approx(8 / 3 * 0.26 * 0.74)
+    assert of(group=0, pass_rate=0.2, noise=0.1) == pytest.approx(8 / 3 * math.sqrt(0.26 * 0.74))
+    assert of(group=0, pass_rate=0.5, spread=2.0) < of(group=0, pass_rate=0.5) == pytest.approx(4 / 3)
+    policies = Policies(Setting(spread=1.0, pass_rate=0.3, noise=0.1), [0])
+    runs = train(policies, "mean", np.zeros((1, 300)), 0)
+    assert 8 / 3 * runs.group_sigma.mean() == pytest.approx(of(spread=1.0, pass_rate=0.3, noise=0.1), abs=0.01)
+
+
+def test_gain_by_constant_by_hand():
+    # C: 0.513, 0.667 at G = 2, 1.33 exact
+    cells = [cell_of(0.02, group=2, pass_rate=0.2, noise=0.1), cell_of(-0.04, group=2, pass_rate=0.5),
+             cell_of(0.01, group=0, pass_rate=0.5)]  # fmt: skip
+    head, _, two, endless = lab_results.by_constant(cells)
+    assert head == "| answers a prompt | C below 0.7 | C 0.7 to 0.9 | C 0.9 to 1.1 | C 1.1 on |"
+    assert two == "| 2 | -0.010 (1, 1 of 2) |  |  |  |"
+    assert endless == "| endless |  |  |  | +0.010 (1, 0 of 1) |"
+
+
+def test_what_explains_the_gain():
+    """A gain that is made of one of them is explained by it."""
+    settings = [
+        {"group": group, "pass_rate": rate, "overlap": overlap}
+        for group in (4, 8, 32) for rate in (0.05, 0.1, 0.3, 0.5) for overlap in (0.0, 0.5)
+    ]  # fmt: skip
+    by_c = [cell_of(0.1 - 0.05 * lab_results.start_constant(dataclasses.asdict(Setting(**s))), **s) for s in settings]
+    shares = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in lab_results.explained(by_c)[2:]}
+    assert shares["C at the start"] == shares["log2 G, C at the start, their product"] == 1
+    assert shares["overlap"] == 0 and shares["log2 G"] < 0.7
+    by_overlap = [cell_of(0.05 * (s["overlap"] == 0.5), **s) for s in settings]
+    shares = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in lab_results.explained(by_overlap)[2:]}
+    assert shares["overlap"] == 1 and shares["C at the start"] == 0
+
+
+def test_best_rates_and_other_methods_by_hand():
+    cells = [cell_of(0.01, rate=2.0, group=8), cell_of(0.01, rate=2.0, group=8), cell_of(0.01, rate=4.0, group=0)]
+    assert lab_results.rates(cells)[2:] == ["| exact | 1 | 4.00 [4.00, 4.00] | 1, 0 |",
+                                            "| sampled | 2 | 2.00 [2.00, 2.00] | 2, 0 |"]  # fmt: skip
+    two = [
+        cell_of(0.01, methods=("mean", "std", "adaptive"), group=8),
+        cell_of(-0.02, methods=("mean", "std", "adaptive")),
+    ]
+    assert lab_results.methods_table(two)[2:] == ["| `std` | 8 | -0.020, -0.005, +0.010 | 1, 1, 2 |",
+                                                  "| `adaptive` | 8 | -0.040, -0.010, +0.020 | 1, 1, 2 |"]  # fmt: skip
+    assert "| +0.010 [+0.010, +0.010] |" in lab_results.adaptive_table(two)[2]
+
+
+SPEED = {2: 0.01, 3: 0.015, 4: 0.05, 8: 0.2}  # accuracy a step at a rate; others learn nothing
+CEILING = {2: 1.0, 3: 1.0, 4: 0.9, 8: 0.6}
+
+
+def test_each_method_at_its_best_rates(monkeypatch):
+    """From 0.1 to 0.55, half of the failures: rate 8 is the fastest, 4 has the largest area, 3 the second slowest."""
+    asked = []
+
+    def made_up(policies, method, rates, steps, at_step=lambda step, pi: None):
+        asked.append((policies.seeds, rates.shape))
+        later = 0.0 if policies.seeds == lab.TUNING_SEEDS else 0.01  # the reported seeds start a little higher
+        time = np.arange(steps + 1)[:, None, None]
+        speed, ceiling = (np.vectorize(lambda r, of=of: of.get(int(r), 0.1))(rates)[None] for of in (SPEED, CEILING))
+        accuracy = np.minimum(0.1 + later + np.where(ceiling > 0.1, speed, 0) * time, ceiling)
+        column = np.broadcast_to(np.arange(rates.shape[1]), accuracy.shape)
+        for step in range(steps + 1):
+            at_step(step, np.full((*rates.shape, 2, 2), 100.0 * step) + column[0][..., None, None])
+        return Runs(accuracy, 0.1 * (column + 1), 0.05 * (column + 1), 0.3 + 0 * column, 0.4 + 0 * column)
+
+    monkeypatch.setattr(log_linear, "train", made_up)
+    monkeypatch.setattr(log_linear, "assumptions", lambda policies, pi: {"seen": pi.mean((1, 2))})
+    monkeypatch.setattr(lab, "RATES", np.array([1.0, 2, 3, 4, 8, 16]))
+    monkeypatch.setattr(lab, "STEPS", 100)
+    policies = [Policies(Setting(prompts=2, answers=2), seeds) for seeds in (lab.TUNING_SEEDS, lab.SEEDS)]
+    row = lab.measure_method("mean", *policies)
+    assert asked == [(lab.TUNING_SEEDS, (8, 6)), (lab.SEEDS, (20, 3))]
+    assert (row["rate_steps"], row["rate_area"], row["rate_slowest"]) == (8, 4, 3)
+    assert not row["edge_steps"] and not row["edge_area"]
+
+    def only(name):
+        values = {float(value) for value in row[name].split()}
+        assert len(values) == 1 and len(row[name].split()) == 20
+        return values.pop()
+
+    assert only("steps") == pytest.approx(2 + 0.04 / 0.09, rel=1e-4)  # between 0.51 and the ceiling, 0.6
+    assert only("flow_time") == pytest.approx(3 * (0.55 - 0.11) / 0.015, rel=1e-4)
+    assert only("final") == 0.9
+    curve = np.minimum(0.11 + 0.05 * np.arange(101), 0.9)
+    assert only("area") == pytest.approx(curve.mean(), rel=1e-4)
+    assert [only(f"c_{name}") for name in ("steps", "area", "slowest")] == pytest.approx(
+        [8 / 3 * 0.1 * k for k in (1, 2, 3)], rel=1e-4
+    )
+    assert only("c_logged_area") == pytest.approx(8 / 3 * 0.1, rel=1e-4)
+    assert only("variation_prompts") == 0.3 and only("variation_time") == 0 and only("dead") == 0.4
+    # of the slowest run, the third column: at the start, and half way to its 30 steps
+    assert only("start_seen") == 2 and only("half_seen") == 1502
+
+    monkeypatch.setattr(lab, "RATES", np.array([2.0, 3, 4, 8]))
+    assert lab.measure_method("std", *policies)["edge_steps"]  # the largest rate is the fastest
+
+
+def test_sampled_with_a_memory_by_hand():
+    """adaptive: std while C is small; true_sigma: mean over the sigma that only a laboratory knows."""
+    setting = dataclasses.replace(SMALL, group=4)
+    _, _, _, pi = states(setting)
+    m = setting.noise + (1 - 2 * setting.noise) * pi[..., 0]
+    sigma = np.sqrt(m * (1 - m))
+    made = {}
+    for method in ("mean", "std", "adaptive", "true_sigma"):
+        sampled = Sampled(method, setting, np.random.default_rng(5))
+        sampled.average = np.full((2, 1), 0.1) if method == "adaptive" else None
+        made[method], _ = sampled(pi, sigma)
+    np.testing.assert_allclose(made["adaptive"], made["std"], rtol=1e-6)
+    np.testing.assert_allclose(made["true_sigma"], made["mean"] / (sigma + EPS)[..., None])
+    much = Sampled("adaptive", setting, np.random.default_rng(5))
+    much.average = np.full((2, 1), 0.5)
+    np.testing.assert_allclose(much(pi, sigma)[0], made["mean"], rtol=1e-6)
 
 
 def test_no_seed_is_both_tuned_on_and_reported():

@@ -149,7 +149,7 @@ def test_rollout_noise_as_users_run_it(mixed_policy, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     with open(tmp_path / "rollout_noise.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert {(row["state"], row["group"]) for row in rows} <= {
+    assert {(row["state"], row["group"]) for row in rows} == {
         (state, group) for state in ("before training", "after training") for group in "24"
     }
     assert (tmp_path / "rollout_noise.md").read_text() in done.stdout

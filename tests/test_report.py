@@ -342,9 +342,7 @@ RUNS = {
     "not told": ([{"curvature/speedup_constant": 0.5, "curvature/directional_corr": c} for c in (-0.5, 0.6, 0.1)], 2,
                  "can't tell"),
     "phase": ([{"phase": 1}, {"phase": 2}], 1, "Phase 2 at step 1: they begin to interfere"),
-    "no choice": ([{"reward": 0.5}], 3, "can't be told: there is no C"),
-    "mean": ([{"curvature/speedup_constant": 1.2}], 3, "Which normalisation: mean; with C = 1.20"),
-    "std": ([{"curvature/speedup_constant": 0.6}], 3, "Which normalisation: std. How much"),
+    "no choice": ([{"curvature/sigma_mean": 0.5}], 3, "can't be told: no C"),
     "saved": ([{"compute/sequences_skipped_frac": 0.5, "compute/flops_saved_frac": 0.6}], 4, "50% of the sequences"),
 }  # fmt: skip
 
@@ -358,21 +356,22 @@ def test_the_summary_says_what_happened(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("constant", "group", "expected"),
+    ("constant", "group", "advice", "more"),
     [
-        (0.6, 8, "std; with 8 answers to a prompt it is worth no more than a learning rate, and +0.031 with 32 ("),
-        (0.6, 32, "std; with 32 answers to a prompt it is worth +0.031 of accuracy ("),
-        (
-            1.0,
-            8,
-            "std or mean, at the border (C = 1.00); with 8 answers to a prompt it is worth no more than a learning",
-        ),
+        (0.5, 8, "std. C was 0.50 at first, and with 8 answers to a prompt it is worth no more than a learning rate",
+         "; with 32 answers +0.039."),
+        (0.5, 32, "std. C was 0.50 at first, and with 32 answers to a prompt it is worth +0.039 of accuracy", "."),
+        (1.2, 8, "std or mean. C was 1.20 at first, and with 8 answers to a prompt it is worth no more than a learning "
+         "rate", "."),
     ],
-)
-def test_the_summary_says_which_normalisation(constant, group, expected, tmp_path):
-    folder = log_of(tmp_path / "run", [{"curvature/speedup_constant": constant, "step": 1}])
+)  # fmt: skip
+def test_the_summary_says_which_normalisation(constant, group, advice, more, tmp_path):
+    """By the first tenth of the log: later groups are all right, and C is low whatever it was."""
+    sigmas = [3 / 8 * constant] * 2 + [0.0] * 18
+    logs = [{"curvature/sigma_mean": sigma, "loss": 0.0, "step": step} for step, sigma in enumerate(sigmas, 1)]
+    folder = log_of(tmp_path / "run", [*logs, {"curvature/speedup_constant": 0.1, "loss": 0.0, "step": 21}])
     (folder / CONFIG_FILE).write_text(json.dumps({"num_generations": group}))
-    assert f"Which normalisation: {expected}" in summary(read_run(folder))[3]
+    assert summary(read_run(folder))[3] == f"Which normalisation: {advice} on a log-linear policy{more}"
 
 
 # ---- several runs

@@ -50,9 +50,10 @@ def map_settings(coarse: bool) -> Iterator[dict[str, Any]]:
 
 def method_settings(coarse: bool) -> Iterator[dict[str, Any]]:
     """A slice of the map, for every method."""
-    for overlap, (spread, pass_rate), noise in product((0.0, 0.5), ((0.0, 0.5), (0.0, 0.1), (2.0, 0.1)), (0.0, 0.1)):
+    prompts = ((0.0, 0.5), (0.0, 0.1), (2.0, 0.1))
+    for group, overlap, (spread, pass_rate), noise in product((8, 32), (0.0, 0.5), prompts, (0.0, 0.1)):
         if not coarse or noise:
-            yield {"overlap": overlap, "spread": spread, "pass_rate": pass_rate, "group": 8, "noise": noise}
+            yield {"overlap": overlap, "spread": spread, "pass_rate": pass_rate, "group": group, "noise": noise}
 
 
 def structure_settings(coarse: bool) -> Iterator[dict[str, Any]]:
@@ -90,7 +91,7 @@ def measure(cell: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
     tuning, reported = Policies(setting, TUNING_SEEDS), Policies(setting, SEEDS)
     names = ["mean", "std"]
     if part == "methods":
-        names = ["mean", "std", "power", "max_rl", "median_mad", "loo", "rank"]
+        names = ["mean", "std", "power", "max_rl", "median_mad", "loo", "rank", "adaptive", "true_sigma"]
     return [
         {"part": part, **dataclasses.asdict(setting), "method": name, **measure_method(name, tuning, reported)}
         for name in names

@@ -17,9 +17,12 @@ from typing import Any
 
 import numpy as np
 from ablation_results import mean_interval
+from log_linear import Policies, Setting
 
 DIALS = ("overlap", "spread", "pass_rate", "group", "noise")
 STRUCTURE = ("prompts", "answers", "features", "shared_features")
+WHOLE = ("group", "prompts", "answers", "features", "shared_features")
+OVERLAPS = (0.0, 0.25, 0.5, 0.75, 0.9)
 FEWEST_STEPS = 3  # below, there is nothing to converge: a step or two solve it
 ENOUGH_SEEDS = 0.8
 RESAMPLES = 2000
@@ -50,7 +53,7 @@ class Cell:
         if first["edge_steps"] or second["edge_steps"]:
             return math.nan
         both = np.isfinite(first["steps"]) & np.isfinite(second["steps"])
-        if both.mean() < ENOUGH_SEEDS or np.median(second["steps"][both]) < FEWEST_STEPS:
+        if both.mean() < ENOUGH_SEEDS or min(np.median(one["steps"][both]) for one in (first, second)) < FEWEST_STEPS:
             return math.nan
         return float(np.log(first["steps"][both] / second["steps"][both]).mean())
 
@@ -98,7 +101,7 @@ def summary_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             "c": cell.value("c_steps"),
             "c_logged": cell.value("c_logged_steps"),
             "c_flow": cell.value("c_slowest"),
-            "c_logged_area": cell.value("c_logged_area"),
+            "c_start": start_constant(cell.setting),
             **{name: cell.value(name) for name in ("variation_prompts", "variation_time", "dead")},
             **{name: cell.value(name) for name in cell.rows["mean"] if name.startswith(("start_", "half_"))},
         }
@@ -107,11 +110,26 @@ def summary_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return rows
 
 
-GAIN_BY_CONSTANT = (0.0, 0.5, 0.7, 0.9, 1.1, math.inf)
+GAIN_BY_CONSTANT = (0.0, 0.7, 0.9, 1.1, math.inf)
+
+
+def start_constant(setting: Mapping[str, float]) -> float:
+    """C as the first batch shows it in expectation: 8/3 of the mean std of a group of G sampled answers before
+    training (the true sigma where gradients are exact)."""
+    policies = Policies(Setting(**{name: int(v) if name in WHOLE else v for name, v in setting.items()}), [0])
+    logits = policies.base_SPK[0, :, 0] - math.log(policies.setting.answers - 1)
+    m = policies.pass_rates((1 / (1 + np.exp(-logits)))[:, None])
+    group = policies.setting.group
+    if not group:
+        return float(8 / 3 * np.sqrt(m * (1 - m)).mean())
+    right = np.arange(group + 1)
+    ways = np.array([float(math.comb(group, k)) for k in right])
+    chances = ways * m[:, None] ** right * (1 - m[:, None]) ** (group - right)
+    return float(8 / 3 * (chances * np.sqrt(right / group * (1 - right / group))).sum(-1).mean())
 
 
 def by_constant(cells: Sequence[Cell]) -> list[str]:
-    """The table that decides: gain in area by group size and by the C that a run of ``mean`` logs."""
+    """The table that decides: gain in area by group size and by the C that the first batches show."""
     edges = GAIN_BY_CONSTANT
     spans = list(pairwise(edges))
     heads = [
@@ -122,7 +140,7 @@ def by_constant(cells: Sequence[Cell]) -> list[str]:
     for group in sorted({cell.setting["group"] for cell in cells}, key=lambda group: group or math.inf):
         texts = []
         for low, high in spans:
-            at = [c for c in cells if c.setting["group"] == group and low <= c.value("c_logged_area") < high]
+            at = [c for c in cells if c.setting["group"] == group and low <= start_constant(c.setting) < high]
             gains = np.array([cell.area_gain() for cell in at])
             told = (
                 (f"{gains[:, 0].mean():+.3f}", int((gains[:, 1] > 0).sum()), int((gains[:, 2] < 0).sum()))
@@ -188,9 +206,10 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def by_dial(cells: Sequence[Cell]) -> list[str]:
-    """Gain in area at each level of each dial, exact and sampled gradients apart."""
+    """Gain in area at each level of each dial, exact and sampled gradients apart; in brackets the share of what is to
+    be gained: 1 - mean's area."""
     lines = [
-        "| dial | | exact: gain in area | better, worse, cells | sampled: gain in area | better, worse, cells |",
+        "| dial | | exact: gain in area (of what is left) | better, worse, cells | sampled | better, worse, cells |",
         "|---|---|---|---|---|---|",
     ]
     for dial in DIALS:
@@ -198,12 +217,16 @@ def by_dial(cells: Sequence[Cell]) -> list[str]:
             texts = []
             for exact in (True, False):
                 at = [c for c in cells if c.setting[dial] == level and (c.setting["group"] == 0) == exact]
-                gains = np.array([cell.area_gain() for cell in at])
-                if not len(at):
+                if not at:
                     texts += ["", ""]
                     continue
+                gains = np.array([cell.area_gain() for cell in at])
+                left = np.mean([1 - cell.value("area") for cell in at])
                 better, worse = int((gains[:, 1] > 0).sum()), int((gains[:, 2] < 0).sum())
-                texts += [f"{gains[:, 0].mean():+.3f}", f"{better}, {worse}, {len(at)}"]
+                texts += [
+                    f"{gains[:, 0].mean():+.3f} ({gains[:, 0].mean() / left:.0%})",
+                    f"{better}, {worse}, {len(at)}",
+                ]
             name = "exact" if dial == "group" and not level else f"{level:g}"
             lines.append(f"| {dial} | {name} | " + " | ".join(texts) + " |")
     return lines
@@ -212,36 +235,35 @@ def by_dial(cells: Sequence[Cell]) -> list[str]:
 PREDICTORS = {  # of log(T_std / T_mean)
     "log C, exact": lambda cell: math.log(cell.value("c_steps")),
     "log C, logged": lambda cell: math.log(cell.value("c_logged_steps")),
-    "variation of sigma over prompts": lambda cell: cell.value("variation_prompts"),
-    "variation of sigma over time": lambda cell: cell.value("variation_time"),
+    "log C, exact, of the slowest run": lambda cell: math.log(cell.value("c_slowest")),
+    "variation of sigma over prompts, of the slowest run": lambda cell: cell.value("variation_prompts"),
+    "variation of sigma over time, of the slowest run": lambda cell: cell.value("variation_time"),
 }
 
 
 def predictors(cells: Sequence[Cell]) -> list[str]:
     """Lines of log(T_std / T_mean) on each predictor."""
     lines = [
-        "| cells | predictor | cells | slope | intercept | R^2 | R^2 of slope 1, intercept 0 |",
+        "| gradients, rates | predictor | cells | slope | intercept | R^2 | R^2 of slope 1, intercept 0 |",
         "|---|---|---|---|---|---|---|",
     ]
-    groups = {
-        "exact": [cell for cell in cells if cell.setting["group"] == 0],
-        "sampled": [cell for cell in cells if cell.setting["group"] > 0],
-    }
-    for name, chosen in groups.items():
+    for group in sorted({cell.setting["group"] for cell in cells}):
+        chosen = [cell for cell in cells if cell.setting["group"] == group]
+        name = f"G = {group:g}" if group else "exact"
         small = fit([math.log(c.value("c_slowest")) for c in chosen], [c.flow_ratio() for c in chosen])
-        lines.append(_fit_line(f"{name}, small steps, rates 3 : 8", "log C, exact", small))
+        lines.append(_fit_line(f"{name}, small steps, 3 : 8", "log C, exact", len(chosen), small))
         for predictor, read in PREDICTORS.items():
             line = fit([read(c) for c in chosen], [c.steps_ratio() for c in chosen])
-            lines.append(_fit_line(f"{name}, each at its best rate", predictor, line))
+            lines.append(_fit_line(f"{name}, best", predictor, len(chosen), line))
     return lines
 
 
-def _fit_line(name: str, predictor: str, line: Fit | None) -> str:
+def _fit_line(name: str, predictor: str, cells: int, line: Fit | None) -> str:
     if line is None:
         return f"| {name} | {predictor} | too few | | | | |"
     texts = [f"{e:.2f} [{low:.2f}, {high:.2f}]" for e, low, high in (line.slope, line.intercept)]
     own = f"{line.as_it_is:.2f}" if predictor.startswith("log C") else ""
-    return f"| {name} | {predictor} | {line.cells} | {' | '.join(texts)} | {line.explained:.2f} | {own} |"
+    return f"| {name} | {predictor} | {line.cells} of {cells} | {' | '.join(texts)} | {line.explained:.2f} | {own} |"
 
 
 OBSERVABLES = {  # what a log tells -> how it is read from a cell
@@ -272,9 +294,14 @@ def observables(cells: Sequence[Cell]) -> list[str]:
 
 REGRESSORS = {
     "log2 G": lambda cell: math.log2(cell.setting["group"]),
-    "C, logged": lambda cell: cell.value("c_logged_area"),
-    "near-orthogonal": lambda cell: cell.value("start_near_orthogonal_frac"),
+    "C at the start": lambda cell: start_constant(cell.setting),
+    "their product": lambda cell: math.log2(cell.setting["group"]) * start_constant(cell.setting),
+    **{
+        f"overlap {level:g}": lambda cell, level=level: float(cell.setting["overlap"] == level)
+        for level in OVERLAPS[1:]
+    },
 }
+OVERLAP_DUMMIES = [name for name in REGRESSORS if name.startswith("overlap")]
 
 
 def explained(cells: Sequence[Cell]) -> list[str]:
@@ -283,10 +310,12 @@ def explained(cells: Sequence[Cell]) -> list[str]:
     y = np.array([cell.area_gain()[0] for cell in sampled])
     columns = {name: np.array([read(cell) for cell in sampled]) for name, read in REGRESSORS.items()}
     lines = ["| gain in area on | R^2 |", "|---|---|"]
-    for names in (["near-orthogonal"], ["C, logged"], ["log2 G"], ["log2 G", "C, logged"], list(REGRESSORS)):
+    three = ["log2 G", "C at the start", "their product"]
+    for names in (OVERLAP_DUMMIES, three[1:2], three[:1], three, [*three, *OVERLAP_DUMMIES]):
         x = np.column_stack([np.ones(len(y)), *(columns[name] for name in names)])
         left = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
-        lines.append(f"| {', '.join(names)} | {1 - (left**2).sum() / ((y - y.mean()) ** 2).sum():.2f} |")
+        told = ", ".join(dict.fromkeys("overlap" if name in OVERLAP_DUMMIES else name for name in names))
+        lines.append(f"| {told} | {1 - (left**2).sum() / ((y - y.mean()) ** 2).sum():.2f} |")
     return lines
 
 
@@ -335,14 +364,25 @@ def assumption_table(cells: Sequence[Cell]) -> list[str]:
 
 
 def methods_table(cells: Sequence[Cell]) -> list[str]:
-    """Each method's area less mean's: over the slice, and how often an interval leaves 0."""
-    names = [name for name in cells[0].rows if name != "mean"]
-    lines = ["| method | area less `mean`'s: least, mean, most | better, worse, cells |", "|---|---|---|"]
-    for name in names:
-        gains = np.array([cell.area_gain(name) for cell in cells])
-        told = ", ".join(f"{value:+.3f}" for value in (gains[:, 0].min(), gains[:, 0].mean(), gains[:, 0].max()))
-        better, worse = int((gains[:, 1] > 0).sum()), int((gains[:, 2] < 0).sum())
-        lines.append(f"| `{name}` | {told} | {better}, {worse}, {len(cells)} |")
+    """Each method's area less mean's, by group size: over the slice, and how often an interval leaves 0."""
+    lines = ["| method | G | area less `mean`'s: least, mean, most | better, worse, cells |", "|---|---|---|---|"]
+    for name in [name for name in cells[0].rows if name != "mean"]:
+        for group in sorted({cell.setting["group"] for cell in cells}):
+            at = [cell for cell in cells if cell.setting["group"] == group]
+            gains = np.array([cell.area_gain(name) for cell in at])
+            told = ", ".join(f"{value:+.3f}" for value in (gains[:, 0].min(), gains[:, 0].mean(), gains[:, 0].max()))
+            better, worse = int((gains[:, 1] > 0).sum()), int((gains[:, 2] < 0).sum())
+            lines.append(f"| `{name}` | {group:g} | {told} | {better}, {worse}, {len(at)} |")
+    return lines
+
+
+def adaptive_table(cells: Sequence[Cell]) -> list[str]:
+    """``adaptive`` less ``std``, setting by setting."""
+    lines = ["| overlap, spread, pass rate, G, flips | `adaptive` less `std` |", "|---|---|"]
+    for cell in cells:
+        gain, low, high = cell.area_gain("adaptive", "std")
+        place = ", ".join(f"{cell.setting[dial]:g}" for dial in DIALS)
+        lines.append(f"| {place} | {gain:+.3f} [{low:+.3f}, {high:+.3f}] |")
     return lines
 
 
@@ -373,7 +413,7 @@ def tables(cells: Sequence[Cell]) -> str:
     sections = [
         ("Gain of `std` over `mean`, by dial", by_dial(parts["map"])),
         (
-            "Gain of `std` over `mean`, by group size and the logged C (better, worse of cells)",
+            "Gain of `std` over `mean`, by group size and C at the start (better, worse of cells)",
             by_constant(parts["map"]),
         ),
         ("Best rates", rates(parts["map"])),
@@ -382,6 +422,7 @@ def tables(cells: Sequence[Cell]) -> str:
         ("What explains the gain", explained(parts["map"])),
         ("The assumptions", assumption_table(parts["map"])),
         ("Other methods", methods_table(parts["methods"])),
+        ("`adaptive`", adaptive_table(parts["methods"])),
         ("Other policies", structures_table(parts["structures"])),
     ]
     return "\n".join(line for title, lines in sections for line in (f"## {title}", "", *lines, ""))

@@ -110,24 +110,21 @@ def _theory(run: Run) -> str:
 
 def _choice(run: Run) -> str:
     """The rule of docs/which-normalisation.md, by which ``adaptive`` goes too."""
-    constant, group = run.last("curvature/speedup_constant"), run.config.get("num_generations")
-    if constant is None or constant < 0:
-        return "Which normalisation can't be told: there is no C."
-    alpha = std_exponent(constant)
-    if alpha == 0:
-        return (
-            f"Which normalisation: mean; with C = {constant:.2f} dividing by the std is no more than a learning rate."
-        )
-    advice = "std" if alpha == 1 else f"std or mean, at the border (C = {constant:.2f})"
-    if not isinstance(group, int) or group < 2:
-        return f"Which normalisation: {advice}. How much it is worth depends on the answers to a prompt, not told here."
+    sigmas, group = run.series("curvature/sigma_mean")[1], run.config.get("num_generations")
+    if run.last("curvature/speedup_constant") is None or not sigmas or not isinstance(group, int) or group < 2:
+        return "Which normalisation can't be told: no C (as above), or how many answers a prompt has isn't kept."
+    constant = (
+        8 / 3 * float(np.mean(sigmas[: max(1, round(len(sigmas) / 10))]))
+    )  # of the first tenth, as the map has it
     gain, more = std_gain(constant, group), std_gain(constant, MANY_ANSWERS)
-    worth = f"is worth {gain:+.3f} of accuracy" if gain >= WORTH_A_WORD else "is worth no more than a learning rate"
-    with_more = f", and {more:+.3f} with {MANY_ANSWERS}" if group < MANY_ANSWERS and more - gain >= WORTH_A_WORD else ""
-    return (
-        f"Which normalisation: {advice}; with {group} answers to a prompt it {worth}{with_more} (a log-linear policy "
-        "with this C)."
-    )
+    told = f"C was {constant:.2f} at first, and with {group} answers to a prompt"
+    later = f"; with {MANY_ANSWERS} answers {more:+.3f}" if group < MANY_ANSWERS and more - gain >= WORTH_A_WORD else ""
+    if gain >= WORTH_A_WORD:
+        advice, worth = "std", f"it is worth {gain:+.3f} of accuracy"
+    else:
+        advice = "std or mean" if std_exponent(constant) < 1 else "std"
+        worth = "it is worth no more than a learning rate"
+    return f"Which normalisation: {advice}. {told} {worth} on a log-linear policy{later}."
 
 
 def _compute(run: Run) -> str:
