@@ -419,7 +419,7 @@ def test_each_method_at_its_best_rates(monkeypatch):
         [8 / 3 * 0.1 * k for k in (1, 2, 3)], rel=1e-4
     )
     assert only("c_logged_area") == pytest.approx(8 / 3 * 0.1, rel=1e-4)
-    assert only("variation_prompts") == 0.3 and only("variation_time") == 0 and only("dead") == 0.4
+    assert only("variation_prompts") == 0.3 and only("variation_time") < 1e-12 and only("dead") == 0.4
     # of the slowest run, the third column: at the start, and half way to its 30 steps
     assert only("start_seen") == 2 and only("half_seen") == 1502
 
