@@ -66,6 +66,8 @@ def test_the_lead_is_paired():
     assert steps == (0, 10, 20) and estimates == pytest.approx((0, 0.25, 0))
     assert lows[1] == pytest.approx(0.25 - 12.706 * 0.05) and highs[1] == pytest.approx(0.25 + 12.706 * 0.05)
     assert lead_table(FINALS)[3].startswith("| 10 | 0.500 | 0.750 | +0.250 [")
+    # areas (0.2 / 2 + x + 0.8 / 2) / 2: 0.45 and 0.55, 0.55 and 0.7
+    assert lead_table(FINALS)[-1].startswith("| mean over training | 0.500 | 0.625 | +0.125 [")
 
 
 def test_steps_are_compared_by_their_logarithm():

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation_results import Run, mean_interval, rates_table, steps_to_target
+from ablation_results import Run, mean_interval, mean_over_training, rates_table, steps_to_target
 
 Finals = Mapping[str, Sequence[Run]]
 SPANS = 5
@@ -102,6 +102,13 @@ def lead_table(finals: Finals) -> list[str]:
     for step, estimate, low, high in lead(finals):
         at = " | ".join(f"{accuracy[method][step]:.3f}" for method in ("mean", "std"))
         lines.append(f"| {step:.0f} | {at} | {estimate:+.3f} [{low:+.3f}, {high:+.3f}] |")
+    areas = {
+        method: {run.seed: mean_over_training(*run.curve("held_out_accuracy")) for run in finals[method]}
+        for method in ("mean", "std")
+    }
+    one = mean_interval([areas["std"][seed] - areas["mean"][seed] for seed in areas["std"] if seed in areas["mean"]])
+    at = " | ".join(f"{statistics.fmean(areas[method].values()):.3f}" for method in ("mean", "std"))
+    lines.append(f"| mean over training | {at} | {one.estimate:+.3f} [{one.low:+.3f}, {one.high:+.3f}] |")
     return lines
 
 
