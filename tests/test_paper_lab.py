@@ -462,6 +462,8 @@ def test_command(tmp_path, monkeypatch):
     path.parent.mkdir()
     lab.write_cells(path, wanted[:2], jobs=1)
     first = path.read_text()
+    cut = first.splitlines(keepends=True)[1:3]  # killed in the midst of a setting: mean's row, half of std's
+    path.write_text(first + cut[0].replace(",0.0,", ",0.7,", 1) + cut[1].replace(",0.0,", ",0.7,", 1)[:200])
     lab.main(["--output_dir", str(path.parent), "--jobs", "1"])
     assert path.read_text().startswith(first)
     assert {file.name for file in path.parent.iterdir()} == {

@@ -3,7 +3,7 @@
 Trains log-linear policies (``log_linear.py``) by plain gradient steps in every setting of a map of overlap, spread of
 difficulty, pass rate, group size and reward noise, with every method at its own best constant learning rate: chosen on
 the tuning seeds, measured on others. Writes ``cells.csv`` (all seeds), ``lab.csv`` (a row a setting), ``lab.md``,
-``map.png`` and ``predictor.png``. Twenty minutes on two CPU cores; repeat an interrupted command to go on;
+``map.png`` and ``predictor.png``. Half an hour on two CPU cores; repeat an interrupted command to go on;
 ``--coarse`` takes two minutes.
 """
 
@@ -32,6 +32,11 @@ TUNING_SEEDS = list(range(100, 108))
 SEEDS = list(range(20))
 STEPS = 150
 RATES = 2.0 ** np.arange(-4, 13.5, 0.5)
+METHODS = {  # of each part
+    "map": ["mean", "std"],
+    "methods": ["mean", "std", "power", "max_rl", "median_mad", "loo", "rank", "adaptive", "true_sigma"],
+    "structures": ["mean", "std"],
+}
 
 
 # Which settings
@@ -89,12 +94,9 @@ def measure(cell: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
     part, described = cell
     setting = Setting(**described)
     tuning, reported = Policies(setting, TUNING_SEEDS), Policies(setting, SEEDS)
-    names = ["mean", "std"]
-    if part == "methods":
-        names = ["mean", "std", "power", "max_rl", "median_mad", "loo", "rank", "adaptive", "true_sigma"]
     return [
         {"part": part, **dataclasses.asdict(setting), "method": name, **measure_method(name, tuning, reported)}
-        for name in names
+        for name in METHODS[part]
     ]
 
 
@@ -109,9 +111,8 @@ def measure_method(method: str, tuning: Any, reported: Any) -> dict[str, Any]:
     area = chosen.accuracy.mean(0).mean(0)
     fastest, best = int(steps.argmin()), int(area.argmax())
     reaching = np.flatnonzero(np.isfinite(found).all(0))
-    slowest = (
-        int(reaching[min(1, len(reaching) - 1)]) if len(reaching) else fastest
-    )  # not the very slowest: others reach too
+    second = min(1, len(reaching) - 1)  # not the very slowest, so that the reported seeds get there too
+    slowest = int(reaching[second]) if len(reaching) else fastest
 
     kept: dict[int, np.ndarray] = {}
 
@@ -159,14 +160,10 @@ def measure_method(method: str, tuning: Any, reported: Any) -> dict[str, Any]:
 
 
 def write_cells(path: Path, todo: list[tuple[str, dict[str, Any]]], jobs: int) -> None:
-    """Measures what ``path`` lacks; a row is written as soon as it is known."""
+    """Measures what ``path`` lacks; a setting is written as soon as it is known."""
     from log_linear import Setting
 
-    keys = ["part", *(field.name for field in dataclasses.fields(Setting))]
-    done = set()
-    if path.is_file():
-        with open(path, newline="") as stream:
-            done = {tuple(row[key] for key in keys) for row in csv.DictReader(stream)}
+    done = keep_whole(path, ["part", *(field.name for field in dataclasses.fields(Setting))])
     left = [
         (part, setting)
         for part, setting in todo
@@ -187,6 +184,25 @@ def write_cells(path: Path, todo: list[tuple[str, dict[str, Any]]], jobs: int) -
                 print(
                     f"{number} of {len(left)}, {minutes:.1f} min, {minutes / number * len(left):.1f} in all", flush=True
                 )
+
+
+def keep_whole(path: Path, keys: list[str]) -> set[tuple[str, ...]]:
+    """The settings that ``path`` has with all their methods; what a kill cut off is taken out of it."""
+    if not path.is_file():
+        return set()
+    with open(path, newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if None not in row.values()]
+    methods: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        methods.setdefault(tuple(row[key] for key in keys), []).append(row["method"])
+    whole = {key for key, names in methods.items() if names == METHODS[key[0]]}
+    unfinished = path.with_suffix(".part")
+    with open(unfinished, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for row in rows if tuple(row[key] for key in keys) in whole)
+    unfinished.replace(path)
+    return whole
 
 
 @cache
