@@ -113,9 +113,8 @@ def _choice(run: Run) -> str:
     sigmas, group = run.series("curvature/sigma_mean")[1], run.config.get("num_generations")
     if run.last("curvature/speedup_constant") is None or not sigmas or not isinstance(group, int) or group < 2:
         return "Which normalisation can't be told: no C (as above), or how many answers a prompt has isn't kept."
-    constant = (
-        8 / 3 * float(np.mean(sigmas[: max(1, round(len(sigmas) / 10))]))
-    )  # of the first tenth, as the map has it
+    first = sigmas[: max(1, round(len(sigmas) / 10))]  # as the map has it: later C falls whatever the task
+    constant = 8 / 3 * float(np.mean(first))
     gain, more = std_gain(constant, group), std_gain(constant, MANY_ANSWERS)
     told = f"C was {constant:.2f} at first, and with {group} answers to a prompt"
     later = f"; with {MANY_ANSWERS} answers {more:+.3f}" if group < MANY_ANSWERS and more - gain >= WORTH_A_WORD else ""
