@@ -73,7 +73,7 @@ def test_the_command_as_users_call_it(run_folder, tmp_path):
     for heading in ("Did it learn?", "What the normalisation did", "in one another", "follow the curvature",
                     "constants", "Where the work went", "Definitions"):  # fmt: skip
         assert heading in page
-    assert numbers["summary"] == [line.strip() for line in done.stdout.splitlines()[1:5]]
+    assert numbers["summary"] == [line.strip() for line in done.stdout.splitlines()[1:6]]
     assert numbers["logged_interference_steps"] == 6 and len(numbers["heatmaps"]) == 6
     assert numbers["curves"]["learning"]["reward"]["steps"] == [1, 2, 3, 4, 5, 6]
     assert numbers["config"]["num_generations"] == 4
