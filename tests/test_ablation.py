@@ -340,6 +340,8 @@ def test_mean_curve():
         (["--jobs", "0"], "--jobs 0 must be at least 1"),
         (["--num_generations", "1"], "--num_generations 1 must be at least 2 and divide a step's 128"),
         (["--num_generations", "6"], "--num_generations 6 must be at least 2 and divide"),
+        (["--answers_per_step", "0"], "--num_generations 8 must be at least 2 and divide a step's 0"),
+        (["--reward_noise", "0.5"], "--reward_noise 0.5 must be in [0, 0.5)"),
         (["--max_grad_norm", "-1"], "--max_grad_norm -1.0 must be a finite number that is not negative"),
         (["--target_accuracy", "70"], "--target_accuracy 70.0 must be in (0, 1]"),
         (["--dataset", "arithmetic", "--levels", "7"], "levels=(7,): choose from"),

@@ -64,7 +64,7 @@ def make_parser(description: str, prog: str) -> argparse.ArgumentParser:
         "--interference_every",
         type=int,
         default=10,
-        help="steps between measurements for adaptive and curvature; 0: none",
+        help="steps between measurements of interference, which curvature needs; 0: none",
     )
     add(
         "--model_name_or_path", default=BUILT_IN, help="folder of one policy for every seed; small: a built-in one each"
@@ -122,10 +122,10 @@ def check_arguments(options: argparse.Namespace) -> None:
             f"--max_steps {options.max_steps} must be a multiple of --eval_every {options.eval_every}, so that the "
             "last step is measured"
         )
-    if options.num_generations < 2 or options.answers_per_step % options.num_generations:
+    answers = options.answers_per_step
+    if options.num_generations < 2 or answers < options.num_generations or answers % options.num_generations:
         raise ValueError(
-            f"--num_generations {options.num_generations} must be at least 2 and divide a step's "
-            f"{options.answers_per_step}"
+            f"--num_generations {options.num_generations} must be at least 2 and divide a step's {answers}"
         )
     if not 0 <= options.reward_noise < 0.5:
         raise ValueError(f"--reward_noise {options.reward_noise} must be in [0, 0.5)")
