@@ -4,7 +4,7 @@ Trains log-linear policies (``log_linear.py``) by plain gradient steps in every 
 difficulty, pass rate, group size and reward noise, with every method at its own best constant learning rate: chosen on
 the tuning seeds, measured on others. Writes ``cells.csv`` (all seeds), ``lab.csv`` (a row a setting), ``lab.md``,
 ``map.png`` and ``predictor.png``. Half an hour on two CPU cores; repeat an interrupted command to go on;
-``--coarse`` takes two minutes.
+``--coarse`` takes four minutes.
 """
 
 import argparse
