@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import lab
+import lab_cells
 import lab_results
 import log_linear
 import numpy as np
@@ -257,7 +258,7 @@ def test_tables_by_hand(tmp_path):
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    (cell,) = lab_results.read_cells(tmp_path / "cells.csv")
+    (cell,) = lab_cells.read_cells(tmp_path / "cells.csv")
     gain, low, high = cell.area_gain()
     assert gain == pytest.approx(0.1025) and low > 0.09 and high < 0.12
     assert cell.steps_ratio() == pytest.approx(math.log(0.5))
@@ -324,11 +325,11 @@ def cell_of(gain, *, rate=1.0, area=0.5, methods=("mean", "std"), **setting):
         }
         for i, name in enumerate(methods)
     }
-    return lab_results.Cell("map", {**dataclasses.asdict(Setting(**setting))}, rows)
+    return lab_cells.Cell("map", {**dataclasses.asdict(Setting(**setting))}, rows)
 
 
 def test_constant_at_the_start():
-    of = lambda **setting: lab_results.start_constant(dataclasses.asdict(Setting(**setting)))  # noqa: E731
+    of = lambda **setting: lab_cells.start_constant(dataclasses.asdict(Setting(**setting)))  # noqa: E731
     assert of(group=2, pass_rate=0.5) == pytest.approx(2 / 3)  # 1/2 where one of two is right: half of the time
     assert of(group=2, pass_rate=0.2, noise=0.1) == pytest.approx(8 / 3 * 0.26 * 0.74)
     assert of(group=0, pass_rate=0.2, noise=0.1) == pytest.approx(8 / 3 * math.sqrt(0.26 * 0.74))
@@ -354,7 +355,7 @@ def test_what_explains_the_gain():
         {"group": group, "pass_rate": rate, "overlap": overlap}
         for group in (4, 8, 32) for rate in (0.05, 0.1, 0.3, 0.5) for overlap in (0.0, 0.5)
     ]  # fmt: skip
-    by_c = [cell_of(0.1 - 0.05 * lab_results.start_constant(dataclasses.asdict(Setting(**s))), **s) for s in settings]
+    by_c = [cell_of(0.1 - 0.05 * lab_cells.start_constant(dataclasses.asdict(Setting(**s))), **s) for s in settings]
     shares = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in lab_results.explained(by_c)[2:]}
     assert shares["C at the start"] == shares["log2 G, C at the start, their product"] == 1
     assert shares["overlap"] == 0 and shares["log2 G"] < 0.7
@@ -475,7 +476,7 @@ def test_command(tmp_path, monkeypatch):
     }
     text = (path.parent / "lab.md").read_text()
     assert "`median_mad`" in text and "features = 0" in text
-    assert len(lab_results.read_cells(path)) == len(wanted)
+    assert len(lab_cells.read_cells(path)) == len(wanted)
 
 
 def test_command_line_says_what_is_wrong(tmp_path):

@@ -227,7 +227,9 @@ def main(arguments: list[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
     write_cells(folder / "cells.csv", cells(options.coarse), options.jobs)
 
-    from lab_results import draw_map, draw_predictor, read_cells, summary_rows, tables
+    from lab_cells import read_cells, summary_rows
+    from lab_plot import draw_map, draw_predictor
+    from lab_results import tables
 
     measured = read_cells(folder / "cells.csv")
     rows = summary_rows(measured)

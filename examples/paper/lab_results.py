@@ -1,131 +1,25 @@
-"""What the lab's cells come to: gains, predictors, tables and figures. Pure functions of ``cells.csv``.
-
-``mean`` against ``std``, paired by seed: area is the mean accuracy over all steps, each method at the rate that is best
-for it; steps are those to half of the failures, each at the rate that is best for that. Intervals are 95%.
-"""
+"""What the lab's cells come to: gains, what predicts them, tables. Pure functions of cells; intervals are 95%."""
 
 from __future__ import annotations
 
-import csv
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from ablation_results import mean_interval
-from log_linear import Policies, Setting
+from lab_cells import DIALS, STRUCTURE, Cell, start_constant
 
-DIALS = ("overlap", "spread", "pass_rate", "group", "noise")
-STRUCTURE = ("prompts", "answers", "features", "shared_features")
-WHOLE = ("group", "prompts", "answers", "features", "shared_features")
 OVERLAPS = (0.0, 0.25, 0.5, 0.75, 0.9)
-FEWEST_STEPS = 3  # below, there is nothing to converge: a step or two solve it
-ENOUGH_SEEDS = 0.8
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A setting with its methods' rows; values of seeds as arrays."""
-
-    part: str
-    setting: dict[str, float]
-    rows: dict[str, dict[str, Any]]
-
-    def value(self, name: str) -> float:
-        """The mean over seeds of one of ``mean``'s columns; nan where no seed has it."""
-        values = self.rows["mean"][name]
-        return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
-
-    def area_gain(self, method: str = "std", reference: str = "mean") -> tuple[float, float, float]:
-        """Estimate, low, high of the gain in area."""
-        found = mean_interval(list(self.rows[method]["area"] - self.rows[reference]["area"]))
-        return found.estimate, found.low, found.high
-
-    def steps_ratio(self, method: str = "std", reference: str = "mean") -> float:
-        """log(T_method / T_reference), a mean over the seeds where both got there; nan where too few did, where
-        fewer than three steps were taken, or where no rate was too large."""
-        first, second = self.rows[method], self.rows[reference]
-        if first["edge_steps"] or second["edge_steps"]:
-            return math.nan
-        both = np.isfinite(first["steps"]) & np.isfinite(second["steps"])
-        if both.mean() < ENOUGH_SEEDS or min(np.median(one["steps"][both]) for one in (first, second)) < FEWEST_STEPS:
-            return math.nan
-        return float(np.log(first["steps"][both] / second["steps"][both]).mean())
-
-    def flow_ratio(self) -> float:
-        """log of T_std / T_mean with small steps, ``std``'s 3/8 of ``mean``'s, as C = 8/3 of sigma has it."""
-        first, second = self.rows["std"]["flow_time"], self.rows["mean"]["flow_time"]
-        both = np.isfinite(first) & np.isfinite(second)
-        return float(np.log(8 / 3 * first[both] / second[both]).mean()) if both.mean() >= ENOUGH_SEEDS else math.nan
-
-
-def read_cells(path: Path) -> list[Cell]:
-    """In the order of the map, whatever the order in which they were measured."""
-    found: dict[tuple[Any, ...], Cell] = {}
-    with open(path, newline="") as stream:
-        for row in csv.DictReader(stream):
-            setting = {name: float(row[name]) for name in (*DIALS, *STRUCTURE)}
-            cell = found.setdefault((row["part"], *setting.values()), Cell(row["part"], setting, {}))
-            cell.rows[row["method"]] = {name: _value(name, text) for name, text in row.items()}
-    return [found[key] for key in sorted(found)]
-
-
-def _value(name: str, text: str) -> Any:
-    if name in ("part", "method"):
-        return text
-    if text in ("True", "False"):
-        return text == "True"
-    numbers = [float(part) for part in text.split()]
-    return np.array(numbers) if len(numbers) > 1 else (numbers or [math.nan])[0]
-
-
-def summary_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """``lab.csv``: a row for each setting, the ``mean``s over seeds; NaN as empty."""
-    rows = []
-    for cell in cells:
-        gain, low, high = cell.area_gain()
-        values = {
-            "area_mean": cell.value("area"),
-            "gain_std": gain,
-            "gain_low": low,
-            "gain_high": high,
-            "rate_mean": cell.rows["mean"]["rate_area"],
-            "rate_std": cell.rows["std"]["rate_area"],
-            "steps_ratio": math.exp(cell.steps_ratio()),
-            "flow_ratio": math.exp(cell.flow_ratio()),
-            "c": cell.value("c_steps"),
-            "c_logged": cell.value("c_logged_steps"),
-            "c_flow": cell.value("c_slowest"),
-            "c_start": start_constant(cell.setting),
-            **{name: cell.value(name) for name in ("variation_prompts", "variation_time", "dead")},
-            **{name: cell.value(name) for name in cell.rows["mean"] if name.startswith(("start_", "half_"))},
-        }
-        plain = {name: "" if math.isnan(value) else f"{value:.4g}" for name, value in values.items()}
-        rows.append({"part": cell.part} | {name: f"{value:g}" for name, value in cell.setting.items()} | plain)
-    return rows
-
-
 GAIN_BY_CONSTANT = (0.0, 0.7, 0.9, 1.1, math.inf)
 
 
-def start_constant(setting: Mapping[str, float]) -> float:
-    """C as the first batch shows it in expectation: 8/3 of the mean std of a group of G sampled answers before
-    training (the true sigma where gradients are exact)."""
-    policies = Policies(Setting(**{name: int(v) if name in WHOLE else v for name, v in setting.items()}), [0])
-    logits = policies.base_SPK[0, :, 0] - math.log(policies.setting.answers - 1)
-    m = policies.pass_rates((1 / (1 + np.exp(-logits)))[:, None])
-    group = policies.setting.group
-    if not group:
-        return float(8 / 3 * np.sqrt(m * (1 - m)).mean())
-    right = np.arange(group + 1)
-    ways = np.array([float(math.comb(group, k)) for k in right])
-    chances = ways * m[:, None] ** right * (1 - m[:, None]) ** (group - right)
-    return float(8 / 3 * (chances * np.sqrt(right / group * (1 - right / group))).sum(-1).mean())
+def gains_of(cells: Sequence[Cell], method: str = "std") -> tuple[np.ndarray, int, int]:
+    """The cells' gains in area over ``mean``; of how many the whole interval is above 0, and below."""
+    found = np.array([cell.area_gain(method) for cell in cells])
+    return found[:, 0], int((found[:, 1] > 0).sum()), int((found[:, 2] < 0).sum())
 
 
 def by_constant(cells: Sequence[Cell]) -> list[str]:
@@ -141,13 +35,11 @@ def by_constant(cells: Sequence[Cell]) -> list[str]:
         texts = []
         for low, high in spans:
             at = [c for c in cells if c.setting["group"] == group and low <= start_constant(c.setting) < high]
-            gains = np.array([cell.area_gain() for cell in at])
-            told = (
-                (f"{gains[:, 0].mean():+.3f}", int((gains[:, 1] > 0).sum()), int((gains[:, 2] < 0).sum()))
-                if at
-                else None
-            )
-            texts.append("" if told is None else f"{told[0]} ({told[1]}, {told[2]} of {len(at)})")
+            if not at:
+                texts.append("")
+                continue
+            gains, better, worse = gains_of(at)
+            texts.append(f"{gains.mean():+.3f} ({better}, {worse} of {len(at)})")
         lines.append(f"| {'endless' if not group else f'{group:g}'} | {' | '.join(texts)} |")
     return lines
 
@@ -220,13 +112,9 @@ def by_dial(cells: Sequence[Cell]) -> list[str]:
                 if not at:
                     texts += ["", ""]
                     continue
-                gains = np.array([cell.area_gain() for cell in at])
+                gains, better, worse = gains_of(at)
                 left = np.mean([1 - cell.value("area") for cell in at])
-                better, worse = int((gains[:, 1] > 0).sum()), int((gains[:, 2] < 0).sum())
-                texts += [
-                    f"{gains[:, 0].mean():+.3f} ({gains[:, 0].mean() / left:.0%})",
-                    f"{better}, {worse}, {len(at)}",
-                ]
+                texts += [f"{gains.mean():+.3f} ({gains.mean() / left:.0%})", f"{better}, {worse}, {len(at)}"]
             name = "exact" if dial == "group" and not level else f"{level:g}"
             lines.append(f"| {dial} | {name} | " + " | ".join(texts) + " |")
     return lines
@@ -369,9 +257,8 @@ def methods_table(cells: Sequence[Cell]) -> list[str]:
     for name in [name for name in cells[0].rows if name != "mean"]:
         for group in sorted({cell.setting["group"] for cell in cells}):
             at = [cell for cell in cells if cell.setting["group"] == group]
-            gains = np.array([cell.area_gain(name) for cell in at])
-            told = ", ".join(f"{value:+.3f}" for value in (gains[:, 0].min(), gains[:, 0].mean(), gains[:, 0].max()))
-            better, worse = int((gains[:, 1] > 0).sum()), int((gains[:, 2] < 0).sum())
+            gains, better, worse = gains_of(at, name)
+            told = ", ".join(f"{value:+.3f}" for value in (gains.min(), gains.mean(), gains.max()))
             lines.append(f"| `{name}` | {group:g} | {told} | {better}, {worse}, {len(at)} |")
     return lines
 
@@ -399,9 +286,8 @@ def structures_table(cells: Sequence[Cell]) -> list[str]:
         for exact in (True, False):
             gains = [c.area_gain()[0] for c in at if (c.setting["group"] == 0) == exact]
             texts.append(f"{np.mean(gains):+.3f}" if gains else "")
-        gains = np.array([cell.area_gain() for cell in at])
-        counts = f"{int((gains[:, 1] > 0).sum())}, {int((gains[:, 2] < 0).sum())}, {len(at)}"
-        lines.append(f"| {kind} | {' | '.join(texts)} | {counts} |")
+        _, better, worse = gains_of(at)
+        lines.append(f"| {kind} | {' | '.join(texts)} | {better}, {worse}, {len(at)} |")
     return lines
 
 
@@ -426,86 +312,3 @@ def tables(cells: Sequence[Cell]) -> str:
         ("Other policies", structures_table(parts["structures"])),
     ]
     return "\n".join(line for title, lines in sections for line in (f"## {title}", "", *lines, ""))
-
-
-# -> figures
-
-
-def draw_map(cells: Sequence[Cell], path: Path) -> None:
-    """Std or not: gain in area over overlap, spread and noise, a panel for each group size and pass rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    def levels(dial: str, cells: Sequence[Cell] = cells) -> list[float]:
-        return sorted({cell.setting[dial] for cell in cells})
-
-    overlaps, groups, pass_rates = levels("overlap"), levels("group"), levels("pass_rate")[::-1]
-    lines = [(spread, noise) for noise in levels("noise") for spread in levels("spread")]
-    figure, axes = plt.subplots(len(groups), len(pass_rates), figsize=(11, 13), squeeze=False, layout="constrained")
-    limit = 0.05
-    for row, group in enumerate(groups):
-        for column, pass_rate in enumerate(pass_rates):
-            axis = axes[row][column]
-            values = np.full((len(lines), len(overlaps)), np.nan)
-            for cell in cells:
-                setting = cell.setting
-                if setting["group"] != group or setting["pass_rate"] != pass_rate:
-                    continue
-                place = lines.index((setting["spread"], setting["noise"])), overlaps.index(setting["overlap"])
-                gain, low, high = cell.area_gain()
-                values[place] = gain
-                sure = low > 0 or high < 0
-                style = {"color": "white" if abs(gain) > 0.6 * limit else "black", "alpha": 1.0 if sure else 0.45}
-                axis.text(*place[::-1], f"{100 * gain:+.1f}", ha="center", va="center", fontsize=7, **style)
-            image = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-            axis.set_xticks(range(len(overlaps)), [f"{value:g}" for value in overlaps])
-            axis.set_yticks(range(len(lines)), [f"spread {s:g}, flips {n:g}" for s, n in lines] if not column else [])
-            axis.tick_params(labelsize=7)
-            gradients = "exact gradients" if not group else f"G = {group:g}"
-            axis.set_title(f"{gradients}, pass rate {pass_rate:g}", fontsize=9)
-            if row == len(groups) - 1:
-                axis.set_xlabel("overlap of the prompts' features", fontsize=8)
-    bar = figure.colorbar(image, ax=axes, shrink=0.5, label="accuracy over training, std minus mean")
-    bar.ax.tick_params(labelsize=7)
-    figure.suptitle(
-        "Std or not? Each at its own best learning rate; in hundredths of accuracy; faint: the 95% interval holds 0",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_predictor(cells: Sequence[Cell], path: Path) -> None:
-    """T_std / T_mean against C: with small steps at rates 3 : 8, and each at its best rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    panels = (
-        ("small steps, rates of std and mean 3 : 8", "c_slowest", Cell.flow_ratio),
-        ("each at its best constant rate", "c_steps", Cell.steps_ratio),
-    )
-    for axis, (title, column, read) in zip(axes, panels, strict=True):
-        for label, exact, marker in (("exact gradients", True, "o"), ("sampled", False, ".")):
-            at = [cell for cell in cells if (cell.setting["group"] == 0) == exact]
-            points = [(cell.value(column), math.exp(read(cell)), cell.setting["overlap"]) for cell in at]
-            points = [point for point in points if all(map(math.isfinite, point))]
-            if points:
-                x, y, shade = zip(*points, strict=True)
-                image = axis.scatter(x, y, c=shade, cmap="viridis", vmin=0, vmax=1, marker=marker, s=24, label=label)
-        axis.plot([0.15, 1.4], [0.15, 1.4], color="grey", linewidth=1, label="as the theorem has it")
-        axis.axhline(1, color="grey", linewidth=0.5)
-        axis.set(xscale="log", yscale="log", title=title, xlabel="C = 8/3 of mean sigma along mean's run")
-        ticks = [0.2, 0.3, 0.5, 0.7, 1.0, 1.4]
-        for one in (axis.xaxis, axis.yaxis):
-            one.set_minor_formatter("")
-            one.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.legend(fontsize=8)
-    axes[0].set_ylabel("steps of std / steps of mean")
-    figure.colorbar(image, ax=axes, label="overlap")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

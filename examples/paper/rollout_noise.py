@@ -97,7 +97,7 @@ def measure(task: tuple[int, str, str | None, int, int, str]) -> None:
         trainer = run(
             policy or str(mixed_policy(seed)),
             scratch,
-            seed + 1000,  # other prompts and answers than those it was trained on
+            seed + 1000,  # a draw of its own: some of the prompts may have been trained on
             learning_rate=0.0,
             max_steps=steps,
             num_generations=group,

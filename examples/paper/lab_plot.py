@@ -1,0 +1,90 @@
+"""The lab's figures: where std helps, and whether C says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from lab_cells import Cell
+
+
+def draw_map(cells: Sequence[Cell], path: Path) -> None:
+    """Std or not: gain in area over overlap, spread and noise, a panel for each group size and pass rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def levels(dial: str) -> list[float]:
+        return sorted({cell.setting[dial] for cell in cells})
+
+    overlaps, groups, pass_rates = levels("overlap"), levels("group"), levels("pass_rate")[::-1]
+    lines = [(spread, noise) for noise in levels("noise") for spread in levels("spread")]
+    figure, axes = plt.subplots(len(groups), len(pass_rates), figsize=(11, 13), squeeze=False, layout="constrained")
+    limit = 0.05
+    for row, group in enumerate(groups):
+        for column, pass_rate in enumerate(pass_rates):
+            axis = axes[row][column]
+            values = np.full((len(lines), len(overlaps)), np.nan)
+            for cell in cells:
+                setting = cell.setting
+                if setting["group"] != group or setting["pass_rate"] != pass_rate:
+                    continue
+                place = lines.index((setting["spread"], setting["noise"])), overlaps.index(setting["overlap"])
+                gain, low, high = cell.area_gain()
+                values[place] = gain
+                sure = low > 0 or high < 0
+                style = {"color": "white" if abs(gain) > 0.6 * limit else "black", "alpha": 1.0 if sure else 0.45}
+                axis.text(*place[::-1], f"{100 * gain:+.1f}", ha="center", va="center", fontsize=7, **style)
+            image = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+            axis.set_xticks(range(len(overlaps)), [f"{value:g}" for value in overlaps])
+            axis.set_yticks(range(len(lines)), [f"spread {s:g}, flips {n:g}" for s, n in lines] if not column else [])
+            axis.tick_params(labelsize=7)
+            gradients = "exact gradients" if not group else f"G = {group:g}"
+            axis.set_title(f"{gradients}, pass rate {pass_rate:g}", fontsize=9)
+            if row == len(groups) - 1:
+                axis.set_xlabel("overlap of the prompts' features", fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.5, label="accuracy over training, std minus mean")
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle(
+        "Std or not? Each at its own best learning rate; in hundredths of accuracy; faint: the 95% interval holds 0",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_predictor(cells: Sequence[Cell], path: Path) -> None:
+    """T_std / T_mean against C: with small steps at rates 3 : 8, and each at its best rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    panels = (
+        ("small steps, rates of std and mean 3 : 8", "c_slowest", Cell.flow_ratio),
+        ("each at its best constant rate", "c_steps", Cell.steps_ratio),
+    )
+    for axis, (title, column, read) in zip(axes, panels, strict=True):
+        for label, exact, marker in (("exact gradients", True, "o"), ("sampled", False, ".")):
+            at = [cell for cell in cells if (cell.setting["group"] == 0) == exact]
+            points = [(cell.value(column), math.exp(read(cell)), cell.setting["overlap"]) for cell in at]
+            points = [point for point in points if all(map(math.isfinite, point))]
+            if points:
+                x, y, shade = zip(*points, strict=True)
+                image = axis.scatter(x, y, c=shade, cmap="viridis", vmin=0, vmax=1, marker=marker, s=24, label=label)
+        axis.plot([0.15, 1.4], [0.15, 1.4], color="grey", linewidth=1, label="as the theorem has it")
+        axis.axhline(1, color="grey", linewidth=0.5)
+        axis.set(xscale="log", yscale="log", title=title, xlabel="C = 8/3 of mean sigma along mean's run")
+        ticks = [0.2, 0.3, 0.5, 0.7, 1.0, 1.4]
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_minor_formatter("")
+            one.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("steps of std / steps of mean")
+    figure.colorbar(image, ax=axes, label="overlap")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
