@@ -480,10 +480,16 @@ def test_command(tmp_path, monkeypatch):
 
 
 def test_command_line_says_what_is_wrong(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples/paper/lab.py"), "--jobs", "0", "--output_dir", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1 and "--jobs 0 must be at least 1" in done.stderr
+    file = tmp_path / "file"
+    file.touch()
+    for arguments, message in (
+        (["--jobs", "0", "--output_dir", str(tmp_path)], "error: --jobs 0 must be at least 1"),
+        (["--output_dir", str(file)], f"error: --output_dir {file} can't be written to: File exists"),
+    ):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "examples/paper/lab.py"), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 1 and done.stderr.strip() == message

@@ -158,3 +158,6 @@ def test_rollout_noise_as_users_run_it(mixed_policy, tmp_path):
     again = launch("rollout_noise.py", *arguments, "--output_dir", str(tmp_path))
     assert again.returncode == 0 and "4 measurements, 4 done before" in again.stdout
     assert launch("rollout_noise.py", "--groups", "1").stderr.strip() == "error: --groups 1 must be at least 2"
+    assert launch("rollout_noise.py", "--seeds", "0", "0").stderr.strip() == "error: --seeds has 0 more than once"
+    file = tmp_path / "rollout_noise.md"
+    assert f"--output_dir {file} can't be written to" in launch("rollout_noise.py", "--output_dir", str(file)).stderr

@@ -223,7 +223,10 @@ def main(arguments: list[str]) -> None:
     if find_spec("matplotlib") is None:
         sys.exit("error: the figures need matplotlib: pip install -e '.[report]'")
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: --output_dir {folder} can't be written to: {error.strerror}")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
     write_cells(folder / "cells.csv", cells(options.coarse), options.jobs)
 

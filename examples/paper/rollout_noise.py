@@ -154,8 +154,15 @@ def main(arguments: list[str]) -> None:
             sys.exit(f"error: --{name} {getattr(options, name)} must be at least 1")
     if bad := [group for group in options.groups if group < 2]:
         sys.exit(f"error: --groups {bad[0]} must be at least 2")
+    for name in ("seeds", "groups"):
+        values = getattr(options, name)
+        if repeated := [value for value in values if values.count(value) > 1]:
+            sys.exit(f"error: --{name} has {repeated[0]} more than once")
     folder = Path(options.output_dir)
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: --output_dir {folder} can't be written to: {error.strerror}")
 
     trained = {seed: folder / f"policy_seed{seed}_steps{options.train_steps}" for seed in options.seeds}
     files, tasks = [], []
