@@ -93,9 +93,6 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         row_function = _row_function(device, dtype)
         if row_function is grpo_rows_:
             tokens.advantages = tokens.made_advantages()
-        unit = torch.ones((), dtype=dtype, device=device)
-        if products.dtype == torch.float16 and n_live:  # a coefficient of 1e-9 would underflow
-            unit = tokens.unit(options, entropy_grad).to(dtype)
 
         logs: dict[str, torch.Tensor] = {}
         for gradient, start, stop in ((True, 0, n_live), (False, n_live, count)):
@@ -116,7 +113,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
                 if gradient:
                     if tokens.old is not None:
                         tile, rows, factor_C = _drop_clipped_rows(tile, rows, factor_C)
-                    products.accumulate(tile, rows, factor_C / unit)
+                    products.accumulate(tile, rows, factor_C)
         products.release()
         if not count:
             logs = {name: torch.zeros(0, dtype=dtype, device=device) for name in LOGGED}
@@ -130,7 +127,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         if needs[2] and bias_grad is None:
             bias_grad = torch.zeros_like(bias, dtype=dtype)
         low = products.factors[1] if low_inputs is not None else None
-        ctx.unit = unit
+        ctx.units = [None, products.factors[0].weight_unit, None, None, low and low.weight_unit]
         ctx.sketch, ctx.projected = sketch, products.projected
         ctx.totals = [
             products.factors[0].inputs_grad,
@@ -154,15 +151,17 @@ class LinearGRPOLossFunction(torch.autograd.Function):
             totals = [None if total is None else total.clone() for total in totals]
         else:
             ctx.totals = None  # scaled in place and handed over
-        scale = loss_grad * ctx.unit
         if ctx.sketch is not None:
-            ctx.sketch.add(ctx.projected * scale)
+            ctx.sketch.add(ctx.projected * loss_grad)
         # times 1 is a pass over (V, H) for nothing; to look is free on a CPU, and would wait for a GPU
-        is_one = scale.device.type == "cpu" and scale.item() == 1.0
-        grads = [
-            None if total is None else cast(total, dtype) if is_one else scaled(total, scale, dtype)
-            for total, dtype in zip(totals, ctx.dtypes, strict=True)
-        ]
+        is_one = loss_grad.device.type == "cpu" and loss_grad.item() == 1.0
+
+        def finish(total, unit, dtype):
+            if total is None or (is_one and unit is None):
+                return None if total is None else cast(total, dtype)
+            return scaled(total, loss_grad if unit is None else loss_grad * unit, dtype)
+
+        grads = [finish(*one) for one in zip(totals, ctx.units, ctx.dtypes, strict=True)]
         return (None, None, None, None, None, None, None, *grads)
 
 

@@ -101,19 +101,13 @@ class LinearLogprobFunction(torch.autograd.Function):
             gradient_rows=len(order),
             sketch=ctx.sketch,
         )
-        unit = torch.ones((), dtype=products.sum_dtype, device=hidden.device)
-        if products.dtype == torch.float16 and len(order):  # as a share of the largest, or it would underflow
-            largest = [g.abs().max() for g in (logprob_grad_N, entropy_grad_N) if g is not None]
-            unit = torch.stack(largest).max().to(products.sum_dtype)
         for rows in products.tiles(order, 0, len(order)):
             tile = products.logits(rows)
             statistics = softmax(
                 tile, targets[rows], ctx.transform, bias=bias, entropy=entropy_grad_N is not None, keep=True
             )
-            logprob_grad = (
-                torch.zeros_like(statistics.logprob) if logprob_grad_N is None else logprob_grad_N[rows] / unit
-            )
-            entropy_grad = None if entropy_grad_N is None else entropy_grad_N[rows] / unit
+            logprob_grad = torch.zeros_like(statistics.logprob) if logprob_grad_N is None else logprob_grad_N[rows]
+            entropy_grad = None if entropy_grad_N is None else entropy_grad_N[rows]
             tile, factor_C = gradient(
                 tile,
                 targets[rows],
@@ -128,15 +122,15 @@ class LinearLogprobFunction(torch.autograd.Function):
         products.release()
         if ctx.sketch is not None:
             assert products.projected is not None
-            ctx.sketch.add(products.projected * unit)
+            ctx.sketch.add(products.projected)
 
-        def finish(total, like):
+        def finish(total, like, unit=None):
             if total is None:
                 return None
-            half = products.dtype == torch.float16
-            return scaled(total, unit, like.dtype) if half else cast(total, like.dtype)
+            return cast(total, like.dtype) if unit is None else scaled(total, unit, like.dtype)
 
         weights = [*products.weight_grads(), None]
+        units = [*(factor.weight_unit for factor in products.factors), None]
         bias_grad = products.bias_grad
         if needs[2] and bias_grad is None:
             bias_grad = torch.zeros_like(bias, dtype=products.sum_dtype)
@@ -149,10 +143,10 @@ class LinearLogprobFunction(torch.autograd.Function):
             None,
             None,
             finish(inputs[0], hidden),
-            finish(weights[0], weight),
+            finish(weights[0], weight, units[0]),
             finish(bias_grad, bias),
             finish(inputs[1], low_inputs),
-            finish(weights[1], low_weight),
+            finish(weights[1], low_weight, units[1]),
         )
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from grpo_kernels.backend import native_half
 from grpo_kernels.memory import empty, workspace
 
 # A tile has all the vocabulary's columns and as many rows as fit. More rows make better products and fewer passes over
@@ -28,15 +30,6 @@ MAX_TILE_ROWS = {"cpu": 512, "cuda": 4096}
 # Where half-precision operands must be widened, or a product be added to a float32 sum, this many columns at a time
 # (measured, bf16 trainable: 1024 1.11, 2048 1.03, 4096 1.01, 8192 1.00, 16384 1.07, all 1.04)
 VOCABULARY_BLOCK = 8192
-
-
-def native_half(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device multiplies this half-precision dtype itself; most CPUs emulate it, slower than float32."""
-    if device.type != "cpu":
-        return True
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -57,13 +50,15 @@ def tile_rows(n_vocabulary: int, itemsize: int, device: torch.device) -> int:
 class Factor:
     """One term of the logits, ``inputs_NK @ weight_VK^T``: the head itself, or a low-rank adapter on it.
 
-    ``inputs_grad`` and ``weight_grad`` are float32 sums, None where no gradient is wanted.
+    ``inputs_grad`` and ``weight_grad`` are float32 sums, None where no gradient is wanted. ``weight_unit`` (0-d): what
+    ``weight_grad`` is still to be multiplied by, None: nothing.
     """
 
     inputs: torch.Tensor
     weight: torch.Tensor
     inputs_grad: torch.Tensor | None = None
     weight_grad: torch.Tensor | None = None
+    weight_unit: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +145,10 @@ class HeadProducts:
             # rows begin at multiples of 16 elements, so that a kernel can read 16 bytes at a time for every V
             width = -(-self.n_vocabulary // 16) * 16
             self._buffer = workspace((step, width), self.tile_dtype, self.device)
+            # oneDNN's bfloat16 product on AMX reads a row up to a multiple of 4 columns and multiplies what it finds
+            # there by 0, which is NaN where NaN lay. A contiguous tile would do as well; its odd rows are slower.
+            if self.device.type == "cpu":
+                self._buffer[:, self.n_vocabulary :].zero_()
         tile = self._buffer[:count, : self.n_vocabulary]
         for number, factor in enumerate(self.factors):
             inputs = factor.inputs[rows]
@@ -174,11 +173,7 @@ class HeadProducts:
                     product = torch.mm(tile, factor.weight)
                 factor.inputs_grad[rows] = product.to(self.sum_dtype).mul_(factor_C[:, None])
             if self._want_weights[number]:
-                scaled = (factor.inputs[rows].to(self.sum_dtype) * factor_C[:, None]).to(self.dtype)
-                first = factor.weight_grad is None
-                if factor.weight_grad is None:
-                    factor.weight_grad = empty(factor.weight.shape, self._weight_dtype, self.device)
-                _accumulate_weight(factor.weight_grad, tile, scaled, first, self._blocks())
+                self._accumulate_weight(factor, tile, factor.inputs[rows].to(self.sum_dtype), factor_C)
         if self._want_bias:
             if self.bias_grad is None:
                 self.bias_grad = torch.zeros(self.n_vocabulary, dtype=self.sum_dtype, device=self.device)
@@ -192,8 +187,31 @@ class HeadProducts:
         """Lets go of the tile."""
         self._buffer = None
 
+    def _accumulate_weight(
+        self, factor: Factor, tile_CV: torch.Tensor, inputs_CK: torch.Tensor, factor_C: torch.Tensor
+    ) -> None:
+        """Adds ``tile^T (factor_C * inputs)``; the first tile writes, so that the sum needs no zeros."""
+        unit = _half_unit(inputs_CK, factor_C) if self.dtype == torch.float16 else None
+        operand = (inputs_CK * (factor_C if unit is None else factor_C / unit)[:, None]).to(self.dtype)
+        first = factor.weight_grad is None
+        if factor.weight_grad is None:
+            factor.weight_grad = empty(factor.weight.shape, self._weight_dtype, self.device)
+        total = factor.weight_grad
+        if total.dtype == self.dtype:  # the only tile: written once, and multiplied by its unit when it is handed over
+            factor.weight_unit = unit
+            _multiply_into(total, tile_CV.t(), operand, add=not first)
+        elif self.device.type != "cpu":
+            scale = 1.0 if unit is None else unit.item()  # a wait for the GPU, in float16 alone
+            _multiply_into(total, tile_CV.t(), operand, add=not first, scale=scale)
+        else:  # a CPU's product of half operands is rounded to half: added in float32, block by block
+            for block in self._blocks():
+                product = torch.mm(tile_CV[:, block].t(), operand)
+                if unit is not None:
+                    product = product.to(total.dtype).mul_(unit)
+                total[block].copy_(product) if first else total[block].add_(product)
+
     def weight_grads(self) -> list[torch.Tensor | None]:
-        """dL/dweight of each factor, zeros where no row had a gradient."""
+        """dL/dweight of each factor, zeros where no row had a gradient; ``weight_unit`` is still to be applied."""
         return [
             factor.weight.new_zeros(factor.weight.shape)
             if wanted and factor.weight_grad is None
@@ -202,22 +220,23 @@ class HeadProducts:
         ]
 
 
-def _multiply_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: bool) -> None:
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    elif add:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _accumulate_weight(
-    total_VK: torch.Tensor, tile_CV: torch.Tensor, inputs_CK: torch.Tensor, first: bool, blocks: list[slice]
-) -> None:
-    """``total += tile^T inputs`` in float32; the first tile writes, so that the sum needs no zeros."""
-    if total_VK.dtype == tile_CV.dtype or total_VK.device.type != "cpu":
-        _multiply_into(total_VK, tile_CV.t(), inputs_CK, add=not first)
+def _multiply_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: bool, scale: float = 1.0) -> None:
+    """``out = scale * a b``, added to what is there where ``add``."""
+    options: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, alpha=scale, out=out, **options)
         return
-    for block in blocks:  # a CPU's product of half operands is rounded to half: added in float32, block by block
-        product = torch.mm(tile_CV[:, block].t(), inputs_CK)
-        total_VK[block].copy_(product) if first else total_VK[block].add_(product)
+    torch.mm(a, b, out=out, **options)
+    if scale != 1.0:
+        out.mul_(scale)
+
+
+def _half_unit(inputs_CK: torch.Tensor, factor_C: torch.Tensor) -> torch.Tensor:
+    """What float16 rows of ``factor_C * inputs`` are divided by, 0-d: their largest factor, and more where their sum
+    could still pass 32768, half of what float16 holds.
+
+    From the factors that there are: a ratio off policy or a KL term may be a thousand times what it is on policy.
+    """
+    size_C = factor_C.abs()
+    unit = torch.maximum(size_C.max(), size_C.sum() * inputs_CK.abs().max() / 2**15)
+    return torch.where(unit > 0, unit, 1.0)

@@ -100,14 +100,6 @@ class TokenInputs:
             live = weighted & (self.advantages != 0)
         return live if self.policy_scale is None else live & (self.policy_scale != 0)
 
-    def unit(self, options: TokenLoss, entropy_grad: float) -> torch.Tensor:
-        """The size of d loss / d logprob on policy, 0-d: half precision multiplies gradients as shares of it."""
-        policy = (self.weights * self.made_advantages()).abs()
-        if self.policy_scale is not None:
-            policy = policy * self.policy_scale.abs()
-        largest = (policy + options.beta * self.weights.abs()).max() + abs(entropy_grad)
-        return torch.where(largest > 0, largest, 1.0)
-
 
 class TokenLosses(NamedTuple):
     """Per token, (N,): policy term + beta KL, its derivative by the log-prob, and what is worth logging."""

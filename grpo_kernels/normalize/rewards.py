@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -253,7 +254,8 @@ def normalize_with_statistics(
     check_normalization(method, eps=eps, **options)
     _check_rewards(rewards_PG)
     context = context or {}
-    rewards_PG = rewards_PG.to(torch.float64 if rewards_PG.dtype == torch.float64 else torch.float32)
+    dtype = torch.promote_types(rewards_PG.dtype, torch.float32)
+    rewards_PG = rewards_PG.to(dtype)
     if callable(method):
         return _normalize_by_function(method, rewards_PG, context, options)
     _check_context(context, method, rewards_PG)
@@ -265,16 +267,16 @@ def normalize_with_statistics(
     if method == "decoupled":
         function_rewards_PGF = context["function_rewards"].to(rewards_PG)
         weights_F = context.get("function_weights", rewards_PG.new_ones(function_rewards_PGF.shape[2])).to(rewards_PG)
-        return normalize_then_sum(
-            function_rewards_PGF,
-            weights_F,
-            lambda column_PG, _: _normalize(column_PG, "std", eps, {}, {}),
-            eps,
-        )
-    return _normalize(rewards_PG, method, eps, context, options)
+        std = partial(normalize_with_statistics, method="std", eps=eps)
+        return normalize_then_sum(function_rewards_PGF, weights_F, lambda column_PG, _: std(column_PG), eps)
+    # Triton passes scalars as float32, so float64 rewards, a matter of tests, stay with torch on every device
+    in_triton = dtype == torch.float32 and choose_backend(rewards_PG.device) == "triton"
+    # In float64 a group of rewards 1000 + 0.001 u keeps its digits, and nothing made of 3e38 overflows.
+    normalized = _normalize(rewards_PG.double(), method, eps, context, options, in_triton)
+    return Normalized(*(values.to(dtype) for values in normalized))
 
 
-def _normalize(rewards_PG, method: str, eps: float, context: Mapping[str, Any], options: Mapping[str, Any]):
+def _normalize(rewards_PG, method: str, eps: float, context, options, in_triton: bool) -> Normalized:
     alpha = float(context["alpha"] if method == "adaptive" else options.get("alpha", 1.0))
     if METHODS[method].scale == "power" and alpha in (0.0, 1.0):  # exactly the two ends of the dial
         method = "std" if alpha else "mean"
@@ -285,8 +287,7 @@ def _normalize(rewards_PG, method: str, eps: float, context: Mapping[str, Any], 
         scorable_length = torch.where(rewards_PG.isnan(), 0.0, lengths_PG).sum(1, keepdim=True)
         lengths_PG = torch.where(scorable_length > 0, lengths_PG, 1.0)
 
-    # Triton passes scalars as float32, so float64 rewards, a matter of tests, stay with torch on every device
-    if rewards_PG.dtype == torch.float32 and choose_backend(rewards_PG.device) == "triton":
+    if in_triton:
         from .triton_groups import normalize_groups
 
         return normalize_groups(rewards_PG, METHODS[method], eps, alpha, centre_P1, scale_P1, lengths_PG)

@@ -42,11 +42,11 @@ def _places(groups, i_group, m_group, b_value, b_centre, DEVIATIONS: tl.constexp
     b_up_to = b_value * 0.0
     p_group = groups.rewards + i_group * groups.n_generations
     for j in range(groups.n_generations):
-        b_other = tl.load(p_group + j, mask=m_group, other=float("nan"))
+        b_other = tl.load(p_group + j, mask=m_group, other=float("nan")).to(tl.float64)
         if DEVIATIONS:
             b_other = tl.abs(b_other - b_centre)
-        b_below += (b_other[:, None] < b_value).to(tl.float32)
-        b_up_to += (b_other[:, None] <= b_value).to(tl.float32)
+        b_below += (b_other[:, None] < b_value).to(tl.float64)
+        b_up_to += (b_other[:, None] <= b_value).to(tl.float64)
     return b_below, b_up_to
 
 
@@ -67,17 +67,17 @@ def _quantile(b_value, b_below, b_up_to, b_count, q):
 
 @triton.jit
 def group_centre_and_scale(groups, i_group, m_group, b_reward, b_length, CENTRE: tl.constexpr, SCALE: tl.constexpr):
-    """The same of group_statistics.py, one group a row of the block, NaN where there is none; also their counts."""
+    """The same of group_statistics.py, one group a row of the block, NaN where there is none; also their counts.
+
+    In float64: (groups, G) numbers are few, and a group of rewards 1000 + 0.001 u keeps its digits.
+    """
+    # relative to the smallest, so that equal rewards deviate by exactly 0
     m_scorable = b_reward == b_reward
-    b_count = tl.sum(m_scorable.to(b_reward.dtype), axis=1)
-    b_high = tl.max(tl.where(m_scorable, b_reward, float("-inf")), axis=1)
+    b_count = tl.sum(m_scorable.to(tl.float64), axis=1)
     b_low = tl.min(tl.where(m_scorable, b_reward, float("inf")), axis=1)
-    b_width = tl.where(b_count > 0, b_high - b_low, 0.0)
-    b_offset = tl.where(b_count > 0, b_low, 0.0)
-    b_safe = tl.where(b_width > 0, b_width, 1.0)
-    b_relative = tl.where(m_scorable, (b_reward - b_offset[:, None]) / b_safe[:, None], 0.0)
-    b_relative_mean = tl.sum(b_relative, axis=1) / tl.maximum(b_count, 1.0)
-    b_mean = tl.where(b_width > 0, b_offset + b_width * b_relative_mean, b_offset)
+    b_low = tl.where(b_count > 0, b_low, 0.0)
+    b_above = tl.where(m_scorable, b_reward - b_low[:, None], 0.0)
+    b_mean = b_low + tl.sum(b_above, axis=1) / tl.maximum(b_count, 1.0)
 
     b_centre = b_mean * 0.0
     if CENTRE == "group":
@@ -87,8 +87,8 @@ def group_centre_and_scale(groups, i_group, m_group, b_reward, b_length, CENTRE:
         b_centre = _quantile(b_reward, b_below, b_up_to, b_count, 0.5)
     elif CENTRE == "lengths":
         b_weight = tl.where(m_scorable, b_length, 0.0)
-        b_share = tl.sum(b_weight * b_relative, axis=1) / tl.sum(b_weight, axis=1)
-        b_centre = tl.where(b_width > 0, b_offset + b_width * b_share, b_offset)
+        b_total = tl.sum(b_weight, axis=1)
+        b_centre = b_low + tl.sum(b_weight * b_above, axis=1) / tl.where(b_total > 0, b_total, 1.0)
 
     b_scale = b_mean * 0.0 + 1.0
     if SCALE == "others":
@@ -99,9 +99,8 @@ def group_centre_and_scale(groups, i_group, m_group, b_reward, b_length, CENTRE:
         b_deviation = tl.where(m_scorable, tl.abs(b_reward - b_mean[:, None]), 0.0)
         b_scale = tl.sum(b_deviation, axis=1) / tl.maximum(b_count, 1.0) + groups.eps
     elif SCALE == "group" or SCALE == "power" or SCALE == "mad" or SCALE == "iqr":
-        b_deviation = tl.where(m_scorable, b_relative - b_relative_mean[:, None], 0.0)
-        b_variance = tl.sum(b_deviation * b_deviation, axis=1) / tl.maximum(b_count - 1.0, 1.0)
-        b_std = tl.where(b_width > 0, b_width * tl.sqrt(b_variance), 0.0)
+        b_deviation = tl.where(m_scorable, b_reward - b_mean[:, None], 0.0)
+        b_std = tl.sqrt(tl.sum(b_deviation * b_deviation, axis=1) / tl.maximum(b_count - 1.0, 1.0))
         b_spread = b_std
         if SCALE == "mad":
             b_distance = tl.abs(b_reward - b_centre[:, None])
@@ -134,11 +133,11 @@ def _normalize_kernel(
     m_p = i_p < n_groups
     o_pg = i_p[:, None] * groups.n_generations + i_g[None, :]
     m_inside = m_p[:, None] & (i_g < groups.n_generations)[None, :]
-    b_reward = tl.load(groups.rewards + o_pg, mask=m_inside, other=float("nan"))
+    b_reward = tl.load(groups.rewards + o_pg, mask=m_inside, other=float("nan")).to(tl.float64)
     m_scorable = b_reward == b_reward  # NaN: padding, or a completion that could not be scored
     b_length = b_reward
     if CENTRE == "lengths":
-        b_length = tl.load(p_lengths + o_pg, mask=m_inside, other=0.0)
+        b_length = tl.load(p_lengths + o_pg, mask=m_inside, other=0.0).to(tl.float64)
     b_centre, b_scale, b_count = group_centre_and_scale(groups, i_p, m_p, b_reward, b_length, CENTRE, SCALE)
 
     if CENTRE == "given":
@@ -171,13 +170,13 @@ def normalize_groups(
     scale_P1: torch.Tensor | None,
     lengths_PG: torch.Tensor | None,
 ) -> Normalized:
-    """Launches the kernel on float32 rewards; arguments as ``_normalize_torch``."""
+    """Launches the kernel; arguments as ``_normalize_torch``, results in float64."""
     advantages_PG = torch.empty(rewards_PG.shape, dtype=rewards_PG.dtype, device=rewards_PG.device)
     n_groups, n_generations = rewards_PG.shape
     if method.scale == "rank":  # has neither
         centre_P1 = scale_P1 = rewards_PG.new_full((n_groups, 1), float("nan"))
     centre_P, scale_P = (
-        advantages_PG.new_empty(n_groups) if given is None else given.float().flatten()
+        advantages_PG.new_empty(n_groups) if given is None else given.double().flatten()
         for given in (centre_P1, scale_P1)
     )
     block_g = triton.next_power_of_2(n_generations)

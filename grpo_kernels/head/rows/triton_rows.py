@@ -73,6 +73,16 @@ class Logs(NamedTuple):
 
 
 @triton.jit
+def _tanh(x):
+    """To a few units in float32's last place everywhere: 2 sigmoid(2 x) - 1, whose digits cancel near 0, and there the
+    first eight terms of its series, whose rest is below 1e-8 of it."""
+    square = x * x
+    series = 62 / 2835 + square * (-1382 / 155925 + square * (21844 / 6081075 - square * (929569 / 638512875)))
+    series = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * series)))
+    return tl.where(tl.abs(x) < 0.5, x * series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+@triton.jit
 def _load_logits(tile, i_row, o_v):
     """(z, d z / d y without the softcap's constant factors): logits in float32, -inf beyond the vocabulary."""
     m_padded = o_v < tile.n_padded
@@ -81,8 +91,7 @@ def _load_logits(tile, i_row, o_v):
         b_y += tl.load(tile.bias + o_v, mask=m_padded, other=0.0).to(tl.float32)
     logit_scale, temperature, softcap = tile.transform.logit_scale, tile.transform.temperature, tile.transform.softcap
     if softcap is not None:
-        # tanh(x) = 2 sigmoid(2 x) - 1
-        b_tanh = 2.0 * tl.sigmoid(b_y * (2.0 * logit_scale / softcap)) - 1.0
+        b_tanh = _tanh(b_y * (logit_scale / softcap))
         b_z = b_tanh * (softcap / temperature)
         b_slope = 1.0 - b_tanh * b_tanh
     else:
@@ -200,13 +209,13 @@ def _group_advantage(groups, i_group, position, CENTRE: tl.constexpr, SCALE: tl.
     """The advantage of one place of a group, (r - centre) / scale, as ``triton_groups.py`` makes it of a batch."""
     o_g = tl.arange(0, BLOCK_G)[None, :]
     p_group = groups.rewards + i_group * groups.n_generations
-    b_reward = tl.load(p_group + o_g, mask=o_g < groups.n_generations, other=float("nan"))
+    b_reward = tl.load(p_group + o_g, mask=o_g < groups.n_generations, other=float("nan")).to(tl.float64)
     o_one = tl.arange(0, 1)
     b_centre, b_scale, _ = group_centre_and_scale(groups, i_group + o_one, o_one < 1, b_reward, b_reward, CENTRE, SCALE)
     m_own = (o_g == position) & (b_reward == b_reward)
     b_safe_scale = tl.where(b_scale > 0, b_scale, 1.0)
     b_advantage = tl.where(m_own, (b_reward - b_centre[:, None]) / b_safe_scale[:, None], 0.0)
-    return tl.sum(tl.where((b_scale > 0)[:, None], b_advantage, 0.0))
+    return tl.sum(tl.where((b_scale > 0)[:, None], b_advantage, 0.0)).to(tl.float32)
 
 
 @triton.jit
@@ -262,6 +271,12 @@ def _tile(tile_CV: torch.Tensor, bias: torch.Tensor | None, transform: Transform
     return Tile(tile_CV, stride, bias, n_padded, n_vocabulary, transform)
 
 
+def _columns(number: int, count: int, device: torch.device) -> torch.Tensor:
+    """``number`` vectors (count,) of float32, undefined, each at a multiple of 64 bytes: a pointer's alignment is part
+    of what a kernel is compiled for, and must not change with the number of rows."""
+    return torch.empty((number, -(-count // 16) * 16), dtype=torch.float32, device=device)[:, :count]
+
+
 def _block(n_padded: int) -> int:
     return min(BLOCK_V, max(16, triton.next_power_of_2(n_padded)))
 
@@ -285,7 +300,7 @@ def softmax_rows_(
     keep: bool = True,
 ) -> RowStatistics:
     """The rows' statistics, as in ``plain.py``; the tile stays logits, which ``logit_gradient_`` reads again."""
-    high_C, log_total_C, logprob_C, entropy_C = tile_CV.new_empty((4, tile_CV.shape[0]), dtype=torch.float32)
+    high_C, log_total_C, logprob_C, entropy_C = _columns(4, tile_CV.shape[0], tile_CV.device)
     statistics = RowStatistics(high_C, log_total_C, logprob_C, entropy_C if entropy else None)
     tile = _tile(tile_CV, bias, transform)
     if tile_CV.shape[0]:
@@ -372,7 +387,7 @@ def grpo_rows_(
         beta=options.beta,
         entropy_grad=-entropy_grad if entropy_grad else None,
     )
-    logs = Logs(*torch.empty((7, count), dtype=torch.float32, device=device))
+    logs = Logs(*_columns(7, count, device))
     tile, made = _tile(tile_CV, bias, transform), _gradient(tile_CV, dtype)
     launch(
         _grpo_rows_kernel,
