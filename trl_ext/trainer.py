@@ -33,11 +33,12 @@ from .checkpoints.state import CheckpointState
 from .config import read_options, resolve_normalization
 from .gloo import let_gloo_finish
 from .interference.log import InterferenceLog
-from .loss.fused_head import CompletionMask, add_fused_heads
+from .loss.fused_head import CompletionMask, add_forward, fused_heads
 from .loss.fused_loss import one_pass_loss, why_not_one_pass, without_tool_logprobs
 from .loss.shared_prompts import SharedPrompts
 from .loss.statistics import whole_micro_batch_metrics
 from .loss.token_weights import token_weights
+from .model_patches import ModelPatches
 from .overrides import answered_by, ours, overridden
 from .paper import PAPER
 from .quantized import keep_trainable
@@ -78,7 +79,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         trl_surface.say_unscored_once()
         check_before_model(args, rest, kwargs)
         refuse_tensor_parallelism(model, args)
-        with trl_surface.head_adapters_allowed() if read_options(args).fused_loss else nullcontext():
+        ours_is_there = trl_surface.without_trl_head(self, add_forward) if read_options(args).fused_loss else nullcontext()
+        with ours_is_there:
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         trl_surface.check_trainer(self)
         keep_trainable(self.model)
@@ -102,11 +104,16 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._interference = InterferenceLog(run, self.model, self._normalizer.baseline_size, observer=self, **of_run)
         self._completion_mask, self._shared_prompts = CompletionMask(), SharedPrompts()
         self._deferred = DeferredLogprobs(run, self._score)
+        self._patches = ModelPatches()
         if run.options.fused_loss:
             known = self._completion_mask, self._shared_prompts, self._interference.head_sketch
-            add_fused_heads(run, self.model, self.ref_model, *known)
+            for patch in fused_heads(run, self.model, self.ref_model, *known):
+                self._patches.add(patch)
         own = overridden(self, *skipping.OWN_METHODS)
-        self._micro_batches = MicroBatches(run, self.model, own=own, score=self._score)
+        with self._patches.applied():
+            self._micro_batches = MicroBatches(
+                run, self.model, self.ref_model, own=own, score=self._score, add_patch=self._patches.add
+            )
         self._checkpoint_state = CheckpointState(
             self._normalizer, self._interference, on_start=(self._micro_batches.forget, self._generations.forget)
         )
@@ -205,7 +212,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         zeros = self._deferred.answer(input_ids, logits_to_keep, kwargs)
         if zeros is not None:
             return zeros, None, None
-        with self._completion_mask.of(len(input_ids), logits_to_keep):
+        with self._patches.applied(), self._completion_mask.of(len(input_ids), logits_to_keep):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *rest, **kwargs
             )
@@ -245,6 +252,10 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         if not self._run.options.fused_loss:
             return super()._compute_loss(model, inputs)
+        with self._patches.applied():
+            return self._loss(model, inputs)
+
+    def _loss(self, model, inputs):
         settings = self._loss_settings()
         obstacle = why_not_one_pass(settings, inputs)
         if obstacle is None:
@@ -285,8 +296,18 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint=None, *rest, **kwargs):
         """As the parent's; ``resume_from_checkpoint`` may be "auto", and broken checkpoints are passed over."""
         found = find_checkpoint(resume_from_checkpoint, self.args.output_dir, get_logger(__name__).warning)
-        with saved_when(RewardFailed, self, self._random_states):
+        with self._patches.applied(), saved_when(RewardFailed, self, self._random_states):
             return super().train(found, *rest, **kwargs)
+
+    @ours
+    def evaluate(self, *args, **kwargs):
+        with self._patches.applied():
+            return super().evaluate(*args, **kwargs)
+
+    @ours
+    def predict(self, *args, **kwargs):
+        with self._patches.applied():
+            return super().predict(*args, **kwargs)
 
     @ours
     def _save_checkpoint(self, model, trial):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,8 +142,9 @@ def check_class() -> None:
         open_ended = any(one.kind is one.VAR_POSITIONAL for one in parameters)  # a user's wrapper around TRL's
         if found[: len(wanted)] != (wanted[: len(found)] if open_ended else wanted):
             raise ChangedTRL(f"GRPOTrainer.{name} takes ({', '.join(found)}), not ({', '.join(wanted)})")
-    if not hasattr(grpo_trainer, "BaseTunerLayer"):
-        raise ChangedTRL("trl.trainer.grpo_trainer has no BaseTunerLayer, by which it refuses adapters on the LM head")
+    for name in ("BaseTunerLayer", "add_fused_lm_head"):
+        if not hasattr(grpo_trainer, name):
+            raise ChangedTRL(f"trl.trainer.grpo_trainer has no {name}, with which it gives a model its head")
 
 
 def check_trainer(trainer: Any) -> None:
@@ -336,10 +338,39 @@ class _NoAdapter:
 
 
 @contextmanager
-def head_adapters_allowed() -> Iterator[None]:
-    """TRL refuses an adapter on ``lm_head``, which its head would ignore. Ours doesn't: the check is passed over."""
-    check, grpo_trainer.BaseTunerLayer = grpo_trainer.BaseTunerLayer, _NoAdapter
+def without_trl_head(trainer: Any, add_to_reference: Callable[[Any], Any]) -> Iterator[None]:
+    """``trainer``, built within, gives the policy no head of TRL's: ours is there while it trains.
+
+    The reference model, which is TRL's own, gets what ``add_to_reference`` gives it before accelerate wraps it.
+    TRL also refuses an adapter on ``lm_head``, which its head would ignore. Ours doesn't: the check is passed over.
+    """
+
+    def add(model: Any, *args: Any, **kwargs: Any) -> None:
+        if model is trainer.ref_model:
+            add_to_reference(model)
+
+    before = grpo_trainer.BaseTunerLayer, grpo_trainer.add_fused_lm_head
+    grpo_trainer.BaseTunerLayer, grpo_trainer.add_fused_lm_head = _NoAdapter, add
     try:
         yield
     finally:
-        grpo_trainer.BaseTunerLayer = check
+        grpo_trainer.BaseTunerLayer, grpo_trainer.add_fused_lm_head = before
+
+
+def forward_without_trl_head(model: Any) -> Any:
+    """``model.forward`` without what TRL's ``add_fused_lm_head`` put around it, for a trainer of its own before ours.
+
+    TRL's patch calls the model that it was made for: in a deep copy of that model it would run the other one's weights.
+    """
+    forward = model.forward
+    while True:
+        function = getattr(forward, "__func__", None)
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_qualname.startswith("add_fused_lm_head."):
+            return forward
+        there = dict(zip(code.co_freevars, function.__closure__, strict=True)).get("original_forward")
+        if there is None:
+            return forward
+        forward = there.cell_contents
+        if isinstance(forward, types.MethodType):
+            forward = types.MethodType(forward.__func__, model)

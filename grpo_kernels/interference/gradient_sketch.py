@@ -57,7 +57,7 @@ class GradientSketch:
                     loss_of(model(batch["input_ids"])).backward()
         gram_BB = recorded[0].gram()
 
-    Between steps the taps do nothing. They never change a forward or backward value. Tapped are trainable Linear (also
+    Between steps nothing hangs on the model. The taps never change a forward or backward value. Tapped are trainable Linear (also
     GPT-2's, transposed) and Embedding layers (so LoRA's A and B, also over 4-bit weights, which stay frozen), and
     norms: modules with one vector as weight, and maybe a bias, by which their output is linear in it. Tied weights
     share their projection. What isn't followed rightly ``leave_out_wrong`` finds out.
@@ -115,7 +115,7 @@ class GradientSketch:
         self._opened = 0  # steps
         self._word_signs: dict[int, torch.Tensor] = {}  # of weights whose rows are words, for the check
         self._failed: set[str] = set()
-        self._handles = [layer.module.register_forward_hook(self._hook) for layer in self.layers]
+        self._handles: list[Any] = []  # of the hooks, which are there while a step is open
 
     @property
     def tapped_parameters(self) -> list[nn.Parameter]:
@@ -130,9 +130,10 @@ class GradientSketch:
         return list(self._parameters)
 
     def close(self) -> None:
-        """Takes the taps off."""
+        """Takes the taps off, as the end of a step does."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
     # ---- one step
 
@@ -158,11 +159,13 @@ class GradientSketch:
         self._seen, self._rows, self._checked = [], None, True
         self._check, self._word_signs = TapCheck(device), {}
         self._opened += 1
+        self._handles = [layer.module.register_forward_hook(self._hook) for layer in self.layers]
 
     def abandon(self) -> None:
         """Ends a step, if one is open, and forgets it."""
         self._projections, self._rows, self._seen = None, None, []
         self._check, self._word_signs = None, {}
+        self.close()
 
     def set_rows(
         self, prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None = None, *, checked: bool = True
@@ -295,6 +298,7 @@ class GradientSketch:
         prompts = [rows.prompt_S.to(device) for rows in self._seen]
         empty = self._size(None)
         self._projections, self._rows, self._seen = None, None, []  # the check stays
+        self.close()
         if not of_rows:
             raise ValueError("no rows were told in this step")
         prompt_B = torch.cat(prompts)

@@ -69,6 +69,16 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def opened(module: Any) -> Any:
+    """The module that runs: of PEFT's ``modules_to_save``, which keeps a trained copy beside the original, the copy
+    that is active, or the original where adapters are disabled. Any other module is returned as it is."""
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict) or not hasattr(module, "original_module"):
+        return module
+    active = [name for name in module.active_adapters if name in copies]
+    return module.original_module if module.disable_adapters or not active else copies[active[0]]
+
+
 def norm_at(norm: nn.Module, weight: float, values: torch.Tensor) -> torch.Tensor:
     """What a norm makes of ``values``, were all its weights this number, and its bias, if it has one, 0.
 
@@ -111,7 +121,7 @@ def find_layers(model: nn.Module, numbers: Mapping[int, int], patterns: Sequence
     """
     found = []
     find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
-    output = find_output()
+    output = opened(find_output())
     words = [module.weight for module in (*model.modules(), output) if isinstance(module, nn.Embedding)]
     words += [output.weight] if isinstance(output, nn.Linear) else []
     of_words = {id(weight) for weight in words}

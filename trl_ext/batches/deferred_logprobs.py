@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from trl_ext.config import Options
-from trl_ext.loss.shared_prompts import SharedPrompts, let_share
+from trl_ext.loss.shared_prompts import SharedPrompts
 from trl_ext.trl_surface import LossSettings, RunSettings, use_adapter
 
 from .batch_rows import even_batches, row_lengths, select
@@ -50,7 +50,6 @@ class DeferredLogprobs:
         self.run, self.score = run, score
         self._waits = False
         self.due = 0  # calls that got zeros
-        self._reference_shares = False
 
     def begin(self) -> None:
         """A generation begins."""
@@ -104,9 +103,6 @@ class DeferredLogprobs:
             values_BT, model, adapter = output[name], policy, nullcontext()
             if name == "ref_per_token_logps" and reference is not None:
                 model = reference
-                if shared is not None and not self._reference_shares:
-                    let_share(self.run.accelerator.unwrap_model(reference))
-                    self._reference_shares = True
             elif name == "ref_per_token_logps":
                 unwrapped = self.run.accelerator.unwrap_model(policy)
                 adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)

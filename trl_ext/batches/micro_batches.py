@@ -23,13 +23,23 @@ import torch
 from accelerate.utils import DistributedType
 
 from trl_ext.asked_model import is_sharded
+from trl_ext.loss.shared_prompts import let_share
 from trl_ext.loss.token_weights import live_mask, live_tokens, token_weights
 from trl_ext.mixed_rows import mixes_rows
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .batch_rows import even_batches, join, row_lengths, select
 from .columns import trimmed_columns
-from .shared_batches import CAN_NOT, as_many, can_share, largest, packed_positions, shared_batches, why_not_shared
+from .shared_batches import (
+    CAN_NOT,
+    as_many,
+    without_adapters,
+    can_share,
+    largest,
+    packed_positions,
+    shared_batches,
+    why_not_shared,
+)
 from .skipping import EVERYTHING, WhatRuns, has_dropout, live_sequences, what_runs
 from .step_statistics import StepStatistics
 
@@ -128,18 +138,22 @@ class MicroBatches:
     An optimizer step that takes its micro-batches from several generations is planned generation by generation.
     ``own``: of ``skipping.OWN_METHODS``, what to say of the one that a subclass has, or None. ``score``
     (model or None for the policy, batch, compute_entropy=True) gives entropies (B, T) second, for ``full_entropy``.
+    ``add_patch`` takes what changes the models while the trainer uses them (``model_patches.py``).
     """
 
     def __init__(
         self,
         run: RunSettings,
         model: torch.nn.Module,
+        ref_model: torch.nn.Module | None,
         *,
         own: str | None,
         score: Callable[..., tuple[Any, Any, Any]],
+        add_patch: Callable[[Callable[[], Callable[[], None]]], None],
     ) -> None:
         self.run, self.accelerator, self.options, self.own = run, run.accelerator, run.options, own
-        self.score, self._model = score, self.accelerator.unwrap_model(model)
+        self.score, self._model, self._add_patch = score, self.accelerator.unwrap_model(model), add_patch
+        self._ref_model = None if ref_model is None else self.accelerator.unwrap_model(ref_model)
         self.mixed = mixes_rows(self._model)
         self.trim: tuple[bool, bool] = (False, False)
         self.not_shared: str | None = None
@@ -165,6 +179,10 @@ class MicroBatches:
         answers = self._over_processes([*trim, reason is None]).amin(0).bool().tolist()
         self.trim = (answers[0], answers[1])
         self.not_shared = reason or (None if answers[2] else "the model can't run so on another process")
+        if self.not_shared is None:
+            for one in (model, self._ref_model):
+                if one is not None:
+                    self._add_patch(lambda one=one: let_share(without_adapters(one)))
 
     def next(
         self, parts: Sequence[dict[str, Any]], position: StepPosition, settings: LossSettings, *, by_sequence: bool

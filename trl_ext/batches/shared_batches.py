@@ -44,14 +44,21 @@ def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool, *, prepared
         return "the model is on several devices"
     if not can_be_asked(model, run.accelerator, prepared=prepared):
         return "the model's parameters aren't loaded"
+    undo = let_share(without_adapters(model))
     try:
-        let_share(model.get_base_model() if hasattr(model, "get_base_model") else model)
         moved = moved_by_sharing(model)
     except Exception as error:
         return f"the model can't run so ({type(error).__name__}: {error})"
+    finally:
+        undo()
     if not moved <= TOLERANCE.get(next(model.parameters()).dtype, HALF_TOLERANCE):
         return f"what the model says changes with it, by {moved:.1e} of its size"
     return None
+
+
+def without_adapters(model: Any) -> Any:
+    """The model without an adapter's wrapper around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def moved_by_sharing(model: Any) -> float:

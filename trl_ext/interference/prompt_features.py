@@ -15,7 +15,7 @@ from accelerate.utils import is_peft_model
 
 
 class PromptFeatures:
-    """A forward hook on the model's backbone, which looks only between ``set_rows`` and ``end_rows``.
+    """A forward hook on the model's backbone, which is there only between ``set_rows`` and ``end_rows``.
 
     Only sums over a step's sequences are kept, by prompt, until ``take``. The micro-batch's rows begin with their
     prompts, as TRL makes them. A backbone whose output has no ``last_hidden_state``, or other rows, gives no features.
@@ -30,19 +30,25 @@ class PromptFeatures:
         self._feature_BH: torch.Tensor | None = None
         self._totals_PH: torch.Tensor | None = None
         self._missed = False  # rows of this step gave none
-        self._handle = base.base_model.register_forward_hook(self._hook)
+        self._backbone = base.base_model
+        self._handle: Any = None
 
     def close(self) -> None:
         """Takes the hook off."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
 
     def set_rows(self, prompt_mask_BT: torch.Tensor, prompt_B: torch.Tensor) -> None:
         """The next forward is of these rows, of these prompts, numbered from 0; the mask is 1 on the prompts' tokens,
         0 on padding."""
+        self.close()
+        self._handle = self._backbone.register_forward_hook(self._hook)
         self._prompt_mask_BT, self._prompt_B, self._feature_BH = prompt_mask_BT, prompt_B, None
 
     def end_rows(self) -> None:
         """What follows is of no row; what was seen of them is added up."""
+        self.close()
         if self._prompt_mask_BT is None:
             return
         feature_BH, prompt_B = self._feature_BH, self._prompt_B
@@ -68,6 +74,7 @@ class PromptFeatures:
 
     def forget(self) -> None:
         """The step is over, or broke off."""
+        self.close()
         self._prompt_mask_BT = self._prompt_B = self._feature_BH = self._totals_PH = None
         self._missed = False
 

@@ -1,6 +1,6 @@
 """The model's LM head becomes ours: hidden states of live completion tokens go straight to log-probs, or to the loss.
 
-TRL calls ``model(..., labels=..., fused_lm_head=True)`` and gets log-probs instead of logits. ``add_fused_head``
+TRL calls ``model(..., labels=..., fused_lm_head=True)`` and gets log-probs instead of logits. ``FusedHead``
 answers that call with ``grpo_kernels.linear_logprob``, on live tokens only, and with ``grpo_inputs=...`` with
 ``linear_grpo_loss``. Both run inside the model's forward, so that the hooks of DDP, FSDP2 and ZeRO around it fire; any
 other call goes to the forward that was there, so generation is unchanged.
@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import is_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
@@ -28,9 +27,15 @@ from transformers.utils import ModelOutput
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.head.products import HeadSketch
+from grpo_kernels.interference.layer_taps import opened
 from trl_ext.loss.packed_rows import pack
 from trl_ext.loss.shared_prompts import SharedPrompts
-from trl_ext.trl_surface import FusedCausalLMOutput, RunSettings, maybe_gather_lm_head_ctx
+from trl_ext.trl_surface import (
+    FusedCausalLMOutput,
+    RunSettings,
+    forward_without_trl_head,
+    maybe_gather_lm_head_ctx,
+)
 
 
 @dataclass
@@ -161,15 +166,16 @@ def backbone(model: Any) -> Any:
     return base
 
 
-def add_fused_heads(
+def fused_heads(
     run: RunSettings,
     model: Any,
     ref_model: Any,
     completion_mask: CompletionMask,
     shared_prompts: SharedPrompts,
     head_sketch: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], HeadSketch | None],
-) -> None:
-    """Our head for the policy, with or without adapters around it, and for TRL's ``ref_model`` where there is one.
+) -> list[Callable[[], Callable[[], None]]]:
+    """The patches (``model_patches.py``) that give the policy our head, with or without adapters around it, and TRL's
+    ``ref_model`` where there is one.
 
     Raises ``ValueError`` for a model without output embeddings, or an adapter on them that isn't plain LoRA.
     """
@@ -180,63 +186,74 @@ def add_fused_heads(
         if settings.cast_to_fp32:
             raise ValueError("cast_lm_head_to_fp32=True can't be used with an adapter on lm_head")
         head_adapter(head, torch.zeros(1, head.get_base_layer().in_features, device=model.device))  # refuses
-    add_fused_head(base, settings, completion_mask, shared_prompts, entropy=True, head_sketch=head_sketch)
-    tell_zero3_of_head(model, base)
+    of_policy = FusedHead(settings, completion_mask, shared_prompts, entropy=True, head_sketch=head_sketch)
+    patches = [lambda: add_fused_head(base, of_policy), lambda: register_head_with_zero3(model, base)]
     if ref_model is not None:
         reference = run.accelerator.unwrap_model(ref_model)
-        tell_zero3_of_head(reference, reference)
-        add_fused_head(reference, settings, completion_mask, shared_prompts, entropy=False)
+        of_reference = FusedHead(settings, completion_mask, shared_prompts, entropy=False)
+        patches.append(lambda: register_head_with_zero3(reference, reference))
+        patches.append(lambda: add_fused_head(reference, of_reference))
+    return patches
 
 
-def tell_zero3_of_head(outermost: torch.nn.Module, model: Any) -> None:
-    """ZeRO-3 gathers what a module is made of before its forward and its backward. The head's isn't called: its weights
-    are told as the outermost module's, before the first forward, of which ZeRO-3 remembers what it gathered when."""
+def register_head_with_zero3(outermost: torch.nn.Module, model: Any) -> Callable[[], None]:
+    """ZeRO-3 gathers a module's parameters before its forward and its backward. The head's forward isn't called, so its
+    parameters are registered with the outermost module, before the first forward, in which ZeRO-3 records what it
+    gathers when. Returns what undoes it."""
 
-    def tell(module: torch.nn.Module, args: Any) -> None:
+    def register(module: torch.nn.Module, args: Any) -> None:
         for parameter in model.get_output_embeddings().parameters():
             if hasattr(parameter, "ds_id"):
                 import deepspeed
 
                 deepspeed.zero.register_external_parameter(module, parameter)
 
-    outermost.register_forward_pre_hook(tell, prepend=True)
+    return outermost.register_forward_pre_hook(register, prepend=True).remove
 
 
-def add_fused_head(
-    model: torch.nn.Module,
-    settings: HeadSettings,
-    completion_mask: CompletionMask,
-    shared_prompts: SharedPrompts | None = None,
-    *,
-    entropy: bool,
-    head_sketch: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], HeadSketch | None] = lambda *_: None,
-) -> None:
-    """Patches ``model.forward``, the model without adapters' wrapper around it, as the module's docstring says.
+HEAD = "_curvature_grpo_head"  # of a model, while a trainer uses it
+
+
+class FusedHead:
+    """What a patched forward does where it is called for log-probs or the loss, as the module's docstring says.
 
     ``shared_prompts`` says, or ``shared_prompt_width`` of the call, whether prompts run once.
     ``head_sketch`` (head, hidden_NH, sequence_N) gives what the kernels take under that name.
     """
-    inner_forward = model.forward
 
-    # the signature stays: `generate` checks its arguments against it
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, labels=None, grpo_inputs=None, shared_prompt_width=None, **kwargs):
-        if not fused_lm_head or labels is None:
-            if labels is not None:
-                kwargs["labels"] = labels
-            return inner_forward(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
+    def __init__(
+        self,
+        settings: HeadSettings,
+        completion_mask: CompletionMask,
+        shared_prompts: SharedPrompts | None = None,
+        *,
+        entropy: bool,
+        head_sketch: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], HeadSketch | None] = lambda *_: None,
+    ) -> None:
+        self.settings, self.completion_mask, self.shared_prompts = settings, completion_mask, shared_prompts
+        self.entropy, self.head_sketch = entropy, head_sketch
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a model in training (an average of weights, say) is a model without our head."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def __call__(self, model: Any, args: Any, labels: Any, grpo_inputs: Any, shared_prompt_width: Any, kwargs: Any):
+        """``model``'s forward of ``args`` and ``kwargs``, up to log-probs, or with ``grpo_inputs`` to the loss."""
+        settings = self.settings
         kwargs["use_cache"] = False
-        if shared_prompt_width is None and shared_prompts is not None:
-            shared_prompt_width = shared_prompts.width
+        if shared_prompt_width is None and self.shared_prompts is not None:
+            shared_prompt_width = self.shared_prompts.width
         packed = None
         if shared_prompt_width is not None:
             input_ids, mask_BC = kwargs.pop("input_ids"), kwargs.pop("attention_mask")
             packed = pack(input_ids, mask_BC, shared_prompt_width)
             kwargs |= packed.inputs(input_ids)
-        outputs = backbone(self)(*args, **kwargs)
+        outputs = backbone(model)(*args, **kwargs)
         hidden = outputs.last_hidden_state
         if grpo_inputs is None:
-            labels = completion_mask.apply(labels)
+            labels = self.completion_mask.apply(labels)
         labels = labels[:, 1:].to(hidden.device)
         mask = labels != -100
         aux_loss = None
@@ -248,7 +265,7 @@ def add_fused_head(
         # a token is told by what stands before it
         hidden_NH = hidden[:, :-1][mask] if packed is None else hidden[0, packed.packed_BC[:, :-1][mask]]
         targets_N = labels[mask]
-        head = self.get_output_embeddings()
+        head = model.get_output_embeddings()
         autocast: Any = nullcontext()
         if settings.cast_to_fp32:
             hidden_NH = hidden_NH.float()
@@ -265,7 +282,7 @@ def add_fused_head(
             }
             if grpo_inputs is not None:
                 grpo_inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(weight.device), grpo_inputs)
-                options["head_sketch"] = head_sketch(trained_copy(head), hidden_NH, grpo_inputs["sequence_N"])
+                options["head_sketch"] = self.head_sketch(opened(head), hidden_NH, grpo_inputs["sequence_N"])
                 out = linear_grpo_loss(hidden_NH, weight, targets_N, **grpo_inputs, **options)
                 return FusedGRPOOutput(
                     grpo_loss=out.loss,
@@ -276,9 +293,9 @@ def add_fused_head(
                     advantages=out.advantages,
                     aux_loss=aux_loss,
                 )
-            options["head_sketch"] = head_sketch(trained_copy(head), hidden_NH, mask.nonzero()[:, 0])
-            out = linear_logprob(hidden_NH, weight, targets_N, entropy=entropy, **options)
-        logprobs_N, entropies_N = out if entropy else (out, None)
+            options["head_sketch"] = self.head_sketch(opened(head), hidden_NH, mask.nonzero()[:, 0])
+            out = linear_logprob(hidden_NH, weight, targets_N, entropy=self.entropy, **options)
+        logprobs_N, entropies_N = out if self.entropy else (out, None)
 
         def spread(values_N):
             # masked_scatter keeps the graph where no token is live, so that backward has a zero to give
@@ -290,14 +307,61 @@ def add_fused_head(
             log_probs=spread(logprobs_N), entropy=spread(entropies_N), label_mask=mask, aux_loss=aux_loss
         )
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+def add_fused_head(model: torch.nn.Module, head: FusedHead) -> Callable[[], None]:
+    """Gives ``model``, without an adapter's wrapper around it, this head until the returned function is called."""
+    remove_forward = add_forward(model)
+    setattr(model, HEAD, head)
+
+    def undo() -> None:
+        delattr(model, HEAD)
+        remove_forward()
+
+    return undo
 
 
-def trained_copy(head: torch.nn.Module) -> torch.nn.Module:
-    """The head itself, or the copy of it that ``modules_to_save`` trains."""
-    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
-        return head.modules_to_save[head.active_adapters[0]]
-    return head
+def add_forward(model: torch.nn.Module) -> Callable[[], None]:
+    """Gives ``model`` a forward that looks for a head, and is the one that was there as long as there is none.
+
+    Returns what undoes it. A wrapper that was put around it meanwhile (accelerate's, for autocast) stays with it.
+    """
+    before = vars(model).get("forward")
+    function = getattr(before, "__func__", None)
+    while function is not None:
+        if HEAD in vars(function):
+            return lambda: None
+        function = getattr(function, "__wrapped__", None)
+    ours = _forward_with_head(model)
+    model.forward = ours  # type: ignore[method-assign]
+
+    def undo() -> None:
+        if vars(model).get("forward") is not ours:
+            return
+        del model.forward
+        if before is not None:
+            model.forward = before  # type: ignore[method-assign]
+
+    return undo
+
+
+def _forward_with_head(model: Any) -> Any:
+    """A forward that asks the model's ``HEAD``, where it has one, and else is the one that was there."""
+    there = forward_without_trl_head(model)
+    bound = getattr(there, "__self__", None) is model
+    inner = there.__func__ if bound else lambda self, *args, **kwargs: there(*args, **kwargs)  # a deep copy's is its own
+
+    # the signature stays: `generate` checks its arguments against it
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, labels=None, grpo_inputs=None, shared_prompt_width=None, **kwargs):
+        head = getattr(self, HEAD, None)
+        if head is None or not fused_lm_head or labels is None:
+            if labels is not None:
+                kwargs["labels"] = labels
+            return inner(self, *args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
+        return head(self, args, labels, grpo_inputs, shared_prompt_width, kwargs)
+
+    setattr(forward, HEAD, True)
+    return types.MethodType(forward, model)
 
 
 @contextmanager
@@ -306,7 +370,7 @@ def gathered_head(head: torch.nn.Module, hidden_NH: torch.Tensor, *, keep: bool)
 
     ``keep``: the weight is needed again in the backward, when ZeRO-3 has taken its parts away: a copy then.
     """
-    low_rank = None
+    low_rank, head = None, opened(head)
     if isinstance(head, BaseTunerLayer):
         low_rank = head_adapter(head, hidden_NH)
         head = cast(torch.nn.Module, head.get_base_layer())

@@ -11,7 +11,7 @@ also when a checkpointed one is computed again, the name is ours for as long as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,8 +26,9 @@ ATTRIBUTE = "_attn_implementation"  # of a configuration
 AttentionInterface.register(NAME, attention)
 
 
-def let_share(backbone: Any) -> None:
-    """From here on the backbone may be called with ``PackedRows.inputs``; other calls are as they were."""
+def let_share(backbone: Any) -> Callable[[], None]:
+    """Until the returned function is called, the backbone may be called with ``PackedRows.inputs``; other calls are as
+    they were."""
     configured = [module for module in backbone.modules() if hasattr(getattr(module, "config", None), ATTRIBUTE)]
     before: list[str] = []
 
@@ -40,9 +41,16 @@ def let_share(backbone: Any) -> None:
         if kwargs.get(KEYWORD) is not None:
             module.config._attn_implementation = before.pop()
 
+    handles = []
     for module in configured:  # attention among them; checkpointing calls a layer's forward without the layer's hooks
-        module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(leave, with_kwargs=True, always_call=True)
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
 
 
 class SharedPrompts:

@@ -1,0 +1,41 @@
+"""What a trainer changes on a user's model: applied while the trainer uses it, undone afterwards.
+
+Between calls of ``train``, ``evaluate`` and ``predict`` the model is as the user made it: it can be pickled, copied,
+given to another trainer, or trained by this one again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+Apply = Callable[[], Callable[[], None]]  # changes something and returns what undoes it
+
+
+class ModelPatches:
+    """Patches in the order in which they were added. ``applied`` may be nested: the outermost one counts."""
+
+    def __init__(self) -> None:
+        self._patches: list[Apply] = []
+        self._undo: ExitStack | None = None  # while they are applied
+
+    def add(self, apply: Apply) -> None:
+        """Adds a patch, and applies it at once where the others are applied."""
+        self._patches.append(apply)
+        if self._undo is not None:
+            self._undo.callback(apply())
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, all patches are applied."""
+        if self._undo is not None:
+            yield
+            return
+        with ExitStack() as self._undo:
+            try:
+                for apply in self._patches:
+                    self._undo.callback(apply())
+                yield
+            finally:
+                undo, self._undo = self._undo, None
+                undo.close()
