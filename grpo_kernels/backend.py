@@ -6,10 +6,12 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 BACKENDS = ("torch", "triton")
+HALF = (torch.bfloat16, torch.float16)
 _forced: str | None = None
 _forced_half: bool | None = None
 
@@ -75,6 +77,15 @@ def _cpu_multiplies_bf16() -> bool:
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def rounds_products(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether products of operands of these dtypes have half precision's digits: one of them is half, or the device
+    multiplies float32 in TF32 (10 bits) or bfloat16 (``torch.set_float32_matmul_precision``)."""
+    if any(dtype in HALF for dtype in dtypes):
+        return True
+    settings: Any = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+    return settings.matmul.fp32_precision in ("tf32", "bf16")
 
 
 @contextmanager

@@ -277,7 +277,7 @@ def sketch_errors(
     model.zero_grad()
     loss(weights).backward()
     totals = dict(sketch._seen[0].total)
-    left_out += sketch.leave_out_wrong([p.grad for p in parameters], half=False)  # as a step does
+    left_out += sketch.leave_out_wrong([p.grad for p in parameters])  # as a step does
     tapped = {id(p) for p in sketch.tapped_parameters}
     sketch.abandon()
     sketch.close()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from grpo_kernels.backend import rounds_products
 from grpo_kernels.interference.layer_taps import whole_shape
+
+T = TypeVar("T")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -32,9 +35,23 @@ def some_ids(model: Any, rows: int, tokens: int) -> torch.Tensor:
     return (torch.arange(rows * tokens, device=weight.device) * 7 % whole_shape(weight)[0]).view(rows, tokens)
 
 
-def rounds_float32() -> bool:
-    """Whether a GPU multiplies float32 in TF32, whose 10 bits of mantissa are half precision's."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+def multiplies_in_half(model: torch.nn.Module, run: Callable[[], T]) -> tuple[T, bool]:
+    """What ``run`` returns, and whether a layer's products in it had half precision's digits: by the layer's dtypes,
+    autocast's (accelerate's or the user's), a quantized base's, or TF32's."""
+    half: list[bool] = []
+
+    def look(module: torch.nn.Module, args: Any, output: Any) -> None:
+        weight = next(module.parameters(recurse=False), None)
+        if isinstance(output, torch.Tensor) and weight is not None:
+            half.append(not weight.is_floating_point() or rounds_products(output.device, output.dtype, weight.dtype))
+
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    handles = [module.register_forward_hook(look) for module in linear]
+    try:
+        return run(), any(half)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -184,8 +184,11 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         trl_surface.replace_latest(self._logs["advantages"], normalized.advantages.flatten().tolist())
         add_group_columns(output, rewarded, normalized, process_index=self.accelerator.process_index)
         if training:
-            texts = prompt_texts(self._logs["prompt"], rewarded.keys_B)
-            self._interference.see_prompts(texts, self._task_names.of_prompts(rewarded), anew=generation == 0)
+
+            def known():
+                return prompt_texts(self._logs["prompt"], rewarded.keys_B), self._task_names.of_prompts(rewarded)
+
+            self._interference.see_prompts(known, anew=generation == 0)
             self._kept.see(self._logs)
         if self._deferred.due:
             with self._seconds.stage("log_probs", self.model.training):
@@ -242,9 +245,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if not part.runs:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         if self.model.training:
-            wanted = self._run.options.what_if_dead and self._interference.is_open
-            dead = [*dead_rows(inputs), *part.not_run] if wanted else []
             position = trl_surface.read_position(self)
+            dead = lambda: [*dead_rows(inputs), *part.not_run]  # noqa: E731
             self._interference.rows(inputs, part.skipped, position, self._loss_settings(), dead)
         return super().compute_loss(model, inputs, *rest, **kwargs)
 

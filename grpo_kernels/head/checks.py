@@ -110,10 +110,19 @@ def check_per_token(name: str, tensor: torch.Tensor | None, count: int, device: 
         raise ValueError(f"{name} is on {tensor.device} and hidden on {device}: they must be on one device")
 
 
-def check_head_sketch(sketch: HeadSketch | None, weight_VH: torch.Tensor) -> None:
-    """``sketch`` is None, or projects from the head's V words on its device, and wants its weight to be trainable."""
+def usable_sketch(sketch: HeadSketch | None, weight_VH: torch.Tensor) -> HeadSketch | None:
+    """``sketch``, or None where there is none or its ``on_error`` was told that it doesn't fit."""
     if sketch is None:
-        return
+        return None
+    fits = False
+    with sketch.guarded():
+        _check_head_sketch(sketch, weight_VH)
+        fits = True
+    return sketch if fits else None
+
+
+def _check_head_sketch(sketch: HeadSketch, weight_VH: torch.Tensor) -> None:
+    """It projects from the head's V words on its device, and wants its weight to be trainable."""
     if not weight_VH.requires_grad:
         raise ValueError("head_sketch is of dL/dweight, and weight doesn't require a gradient")
     projection = sketch.projection

@@ -21,7 +21,7 @@ from grpo_kernels.backend import choose_backend
 from grpo_kernels.head.rows.plain import Transform, grpo_rows_
 from grpo_kernels.memory import cast, scaled
 
-from .checks import check_head, check_head_sketch, check_number, check_per_token, check_values
+from .checks import check_head, check_number, check_per_token, check_values, usable_sketch
 from .derivatives import first_derivatives, own_precision
 from .loss_checks import check_loss_options, check_sequences, describe, make_group_rewards
 from .products import HeadProducts, HeadSketch, compute_dtype
@@ -151,8 +151,9 @@ class LinearGRPOLossFunction(torch.autograd.Function):
             totals = [None if total is None else total.clone() for total in totals]
         else:
             ctx.totals = None  # scaled in place and handed over
-        if ctx.sketch is not None:
-            ctx.sketch.add(ctx.projected * loss_grad)
+        if ctx.sketch is not None and ctx.projected is not None:
+            with ctx.sketch.guarded():
+                ctx.sketch.add(ctx.projected * loss_grad)
         # times 1 is a pass over (V, H) for nothing; to look is free on a CPU, and would wait for a GPU
         is_one = loss_grad.device.type == "cpu" and loss_grad.item() == 1.0
 
@@ -288,7 +289,7 @@ def linear_grpo_loss(
         GRPO, arXiv 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476; CISPO, 2506.13585; SAPO, 2511.20347.
     """
     check_head(hidden_NH, weight_VH, targets_N, bias, low_rank, temperature, logit_scale, softcap)
-    check_head_sketch(head_sketch, weight_VH)
+    head_sketch = usable_sketch(head_sketch, weight_VH)
     if hidden_NH.ndim != 2:
         raise ValueError(f"hidden_NH has shape {tuple(hidden_NH.shape)}: expected (N, H)")
     count, device = len(hidden_NH), hidden_NH.device

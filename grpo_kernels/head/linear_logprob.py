@@ -17,7 +17,7 @@ from grpo_kernels.backend import choose_backend
 from grpo_kernels.head.rows.plain import Transform, logit_gradient_, softmax_rows_
 from grpo_kernels.memory import cast, scaled
 
-from .checks import check_head, check_head_sketch, check_values
+from .checks import check_head, check_values, usable_sketch
 from .derivatives import first_derivatives, own_precision
 from .products import HeadProducts, HeadSketch, compute_dtype
 
@@ -120,9 +120,9 @@ class LinearLogprobFunction(torch.autograd.Function):
             )
             products.accumulate(tile, rows, factor_C)
         products.release()
-        if ctx.sketch is not None:
-            assert products.projected is not None
-            ctx.sketch.add(products.projected)
+        if ctx.sketch is not None and products.projected is not None:
+            with ctx.sketch.guarded():
+                ctx.sketch.add(products.projected)
 
         def finish(total, like, unit=None):
             if total is None:
@@ -199,7 +199,7 @@ def linear_logprob(
         ValueError: shapes, devices or dtypes that don't fit, targets outside the vocabulary, numbers out of range.
     """
     check_head(hidden, weight, targets, bias, low_rank, temperature, logit_scale, softcap)
-    check_head_sketch(head_sketch, weight)
+    head_sketch = usable_sketch(head_sketch, weight)
     check_values([("targets hold", targets, weight.shape[0])])
     shape = targets.shape
     low_inputs, low_weight = (None, None) if low_rank is None else low_rank

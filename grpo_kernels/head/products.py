@@ -9,6 +9,7 @@ Each product is 2 C V H floating-point operations and is rounded once; gradients
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +67,23 @@ class HeadSketch:
     """Asks the head to also show dL/dlogits, projected to k numbers a token: for each sequence's part of dL/dweight.
 
     ``projection`` (V, k), or None for dL/dlogits itself. ``add`` is called once in the backward with (N, k) sums in
-    float32 (float64), zero for tokens without a gradient. Costs 2 N V k.
+    float32 (float64), zero for tokens without a gradient. Costs 2 N V k. ``on_error`` gets what fails in making them,
+    and the loss goes on without; None: it is raised.
     """
 
     projection: torch.Tensor | None
     add: Callable[[torch.Tensor], None]
+    on_error: Callable[[Exception], None] | None = None
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Hands what fails within to ``on_error``."""
+        try:
+            yield
+        except Exception as error:
+            if self.on_error is None:
+                raise
+            self.on_error(error)
 
 
 class HeadProducts:
@@ -119,12 +132,14 @@ class HeadProducts:
         self._buffer: torch.Tensor | None = None
         self.projected: torch.Tensor | None = None
         self._projection: torch.Tensor | None = None
+        self._sketch = sketch
         if sketch is not None:
-            width = self.n_vocabulary
-            if sketch.projection is not None:
-                self._projection = sketch.projection.to(self.dtype)
-                width = self._projection.shape[1]
-            self.projected = hidden.new_zeros((self.n_rows, width), dtype=self.sum_dtype)
+            with sketch.guarded():
+                width = self.n_vocabulary
+                if sketch.projection is not None:
+                    self._projection = sketch.projection.to(self.dtype)
+                    width = self._projection.shape[1]
+                self.projected = hidden.new_zeros((self.n_rows, width), dtype=self.sum_dtype)
 
     def tiles(self, order: torch.Tensor | None, start: int, stop: int) -> Iterator[torch.Tensor | slice]:
         """The rows of each tile of ``order[start:stop]``, as a slice where the order is the rows' own."""
@@ -179,9 +194,12 @@ class HeadProducts:
                 self.bias_grad = torch.zeros(self.n_vocabulary, dtype=self.sum_dtype, device=self.device)
             for block in self._blocks():
                 self.bias_grad[block] += factor_C @ tile[:, block].to(self.sum_dtype)
-        if self.projected is not None:
-            product = tile if self._projection is None else torch.mm(tile, self._projection)
-            self.projected[rows] = product.to(self.sum_dtype) * factor_C[:, None]
+        if self.projected is not None and self._sketch is not None:
+            projected, self.projected = self.projected, None
+            with self._sketch.guarded():
+                product = tile if self._projection is None else torch.mm(tile, self._projection)
+                projected[rows] = product.to(self.sum_dtype) * factor_C[:, None]
+                self.projected = projected
 
     def release(self) -> None:
         """Lets go of the tile."""

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_kernels.head.products import HeadSketch
+from grpo_kernels.backend import rounds_products
+from grpo_kernels.head.products import HeadSketch, compute_dtype
 
 from .layer_taps import Layer, find_layers, norm_at, tap, whole_shape
 from .model_parts import PARTS_OF_MODEL, block_of, part_of
@@ -124,6 +125,11 @@ class GradientSketch:
         numbers = {number for layer in layers for number in (layer.weight, layer.bias) if number is not None}
         return [self._parameters[number] for number in sorted(numbers)]
 
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the parameters of ``model`` that are trained now are those that were when the taps were set."""
+        now = [(name, id(one)) for name, one in model.named_parameters() if one.requires_grad]
+        return now == list(zip(self._parameter_names, map(id, self._parameters), strict=True))
+
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
         """All that were trainable when the taps were set."""
@@ -212,7 +218,6 @@ class GradientSketch:
         self,
         gradients: Sequence[torch.Tensor | GradientPart | None],
         *,
-        half: bool,
         rehearsal: bool = False,
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
         processes: int = 1,
@@ -224,7 +229,6 @@ class GradientSketch:
             gradients: of ``trainable_parameters``, over the whole step, the mean over ``processes``: whole, the same
                 on all of them, or the part that this one has; None where there is none, or none to be had. Asked for
                 one by one, and not all in every step.
-            half: whether products were made in half precision.
             rehearsal: what is right here may not be so in training, which may call other parts (the fused head).
             reduce: the sum of a tensor over processes.
 
@@ -248,7 +252,7 @@ class GradientSketch:
                     raise ValueError(f"the gradient of {name} is {tuple(part.shape)}, not {tuple(shape)}")
                 part = GradientPart(part, copies=processes)
             self._check.expect(number, part, shape, self._word_signs.get(number))
-        wrong, right = self._check.errors(due, half=half, reduce=reduce, processes=processes)
+        wrong, right = self._check.errors(due, reduce=reduce, processes=processes)
         if not rehearsal:
             self._right.update(right)
         for layer in self.layers:
@@ -335,10 +339,13 @@ class GradientSketch:
         rows, layer = self._rows, self._by_module[module]
         if rows is None or not torch.is_grad_enabled() or layer.name in self._failed:
             return
-        if not isinstance(output, torch.Tensor) or not inputs or not isinstance(inputs[0], torch.Tensor):
-            self._fail(layer, TypeError(f"layer {layer.name!r} isn't called with one tensor for another"))
-        elif output.grad_fn is not None:
-            tap(output, inputs[0], lambda gradient, kept: self._guarded(layer, rows, gradient, kept))
+        try:
+            if not isinstance(output, torch.Tensor) or not inputs or not isinstance(inputs[0], torch.Tensor):
+                raise TypeError(f"layer {layer.name!r} isn't called with one tensor for another")
+            if output.grad_fn is not None:
+                tap(output, inputs[0], lambda gradient, kept: self._guarded(layer, rows, gradient, kept))
+        except Exception as error:
+            self._fail(layer, error)
 
     def _guarded(
         self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, kept: Callable[[], torch.Tensor]
@@ -358,6 +365,7 @@ class GradientSketch:
     def _add_linear(self, layer: Layer, rows: SequenceRows, d: torch.Tensor, a: torch.Tensor) -> None:
         assert self._check is not None
         left, right = (a, d) if layer.kind == "transposed" else (d, a)
+        self._note_precision(layer, d, a)
         if layer.weight is not None and self._due(layer.weight):
             signs = self._signs_of(layer, left.shape[-1]).to(left.dtype)
             self._check.outer(layer.weight, rows, left @ signs, right)
@@ -389,6 +397,7 @@ class GradientSketch:
 
     def _embedding(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, ids: torch.Tensor) -> None:
         d = rows.tokens(layer.name, gradient)
+        self._note_precision(layer, d)
         ids = ids.reshape(d.shape[:2])
         embedding: Any = layer.module
         if type(embedding).forward is not nn.Embedding.forward:  # Gemma's, and whose else multiplies what it looks up
@@ -412,6 +421,7 @@ class GradientSketch:
     def _norm(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
         """A norm's output is linear in its weight: the slope is its output at weight 1 less that at weight 0."""
         d = rows.tokens(layer.name, gradient)
+        self._note_precision(layer, d, a)
         slope = rows.tokens(layer.name, norm_at(layer.module, 1.0, a.float()))
         if not layer.zero_at_zero:
             slope = slope - rows.tokens(layer.name, norm_at(layer.module, 0.0, a.float()))
@@ -419,6 +429,15 @@ class GradientSketch:
             self._add_vector(layer, layer.weight, rows, rows.sums(d.float() * slope.float()))
         if layer.bias is not None:
             self._add_vector(layer, layer.bias, rows, rows.sums(d))
+
+    def _note_precision(self, layer: Layer, *operands: torch.Tensor) -> None:
+        """Tells the check in what precision the layer's gradient is made: its products', and what it is kept in."""
+        assert self._check is not None
+        for number in (layer.weight, layer.bias):
+            if number is not None:
+                dtypes = (*(tensor.dtype for tensor in operands), self._parameters[number].dtype)
+                if rounds_products(operands[0].device, *dtypes):
+                    self._check.made_in_half(number)
 
     def _signs_of(self, layer: Layer, width: int) -> torch.Tensor:
         """(width, PROBES): by what the check projects the weight's left side. Where its rows are words, made from the
@@ -455,6 +474,9 @@ class GradientSketch:
         if layer is None or rows is None or layer.weight is None or not torch.is_grad_enabled():
             return None
         projections, weight = self._projections, layer.weight
+        if not self._parameters[weight].requires_grad:  # frozen since the taps were set
+            return None
+        multiplied = compute_dtype(hidden_NH)
         assert projections is not None
         flat = SequenceRows(rows.prompt_S, sequence_N[None], 1, rows.total, rows.entries)
         hidden = hidden_NH.detach()[None]
@@ -467,6 +489,8 @@ class GradientSketch:
                     self._add_linear(layer, flat, projected_NK[None], hidden)
                 else:
                     assert self._check is not None
+                    if rounds_products(hidden.device, multiplied, self._parameters[weight].dtype):
+                        self._check.made_in_half(weight)
                     if self._due(weight):
                         self._signs_of(layer, n_words)
                         mix = self._check.signs(projected_NK.shape[-1], 0, projected_NK)
@@ -477,7 +501,7 @@ class GradientSketch:
 
         n_words = whole_shape(self._parameters[weight])[0]
         projection = projections.vocabulary(n_words, weight, hidden_NH.dtype) if self.dim else None
-        return HeadSketch(projection, add)
+        return HeadSketch(projection, add, on_error=lambda error: self._fail(layer, error))
 
     def _fail(self, layer: Layer, error: Exception) -> None:
         """A layer that can't be followed is left out from here on; raises where ``strict``."""

@@ -47,6 +47,7 @@ class TapCheck:
         self._sums: dict[int, torch.Tensor] = {}
         self._squares: dict[int, torch.Tensor] = {}
         self._expected: dict[int, torch.Tensor] = {}
+        self._half: set[int] = set()  # whose products have half precision's digits
 
     def signs(self, width: int, side: int, like: torch.Tensor | None = None) -> torch.Tensor:
         """(width, PROBES) of +-1, the same on every process; ``side`` 0 or 1. Exact in every dtype."""
@@ -56,6 +57,10 @@ class TapCheck:
             self._signs[width, side, dtype] = signs.view(width, PROBES).to(dtype)
         signs = self._signs[width, side, dtype]
         return signs if like is None else signs.to(like.device)
+
+    def made_in_half(self, number: int) -> None:
+        """The parameter's gradient is a sum of products of half precision: it is held to ``HALF_TOLERANCE``."""
+        self._half.add(number)
 
     def outer(self, number: int, rows: SequenceRows, left: torch.Tensor, right: torch.Tensor) -> None:
         """``left`` (R, T, PROBES) is projected already; ``right`` (R, T, in) is not."""
@@ -94,7 +99,6 @@ class TapCheck:
         self,
         numbers: Sequence[int],
         *,
-        half: bool = False,
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
         processes: int = 1,
     ) -> tuple[dict[int, float], list[int]]:
@@ -106,14 +110,13 @@ class TapCheck:
         Args:
             numbers: of parameters whose gradients were expected, the mean over ``processes``; on every process the
                 same parameters, of each gradient a part.
-            half: whether products were made in half precision.
             reduce: the sum over processes of a tensor.
         """
         if not numbers:
             return {}, []
         size = PROBES * PROBES
-        both = torch.zeros(len(numbers), 2 * size + 1, device=self._device)
-        expected, seen = both[:, :size], both[:, size:]
+        both = torch.zeros(len(numbers), 2 * size + 2, device=self._device)
+        expected, seen = both[:, :size], both[:, size:-1]
         for place, number in enumerate(numbers):
             if number in self._expected:
                 flat = self._expected[number]
@@ -122,16 +125,17 @@ class TapCheck:
                 flat = self._sums[number].flatten()
                 seen[place, : flat.numel()] = flat
                 seen[place, -1] = self._squares[number]
+            both[place, -1] = float(number in self._half)
         both = reduce(both)
-        expected, seen = both[:, :size], both[:, size:]
+        expected, seen, half = both[:, :size], both[:, size:-1], both[:, -1] > 0
         distance = (seen[:, :-1] / processes - expected).norm(dim=1)
         relative = distance / (seen[:, -1].sqrt() / processes)
         size_of = expected.norm(dim=1)
         finite = size_of.isfinite() & seen.isfinite().all(dim=1)  # not where a GradScaler's step overflows
         largest = torch.where(finite, size_of, 0.0).max()
-        known = finite & (size_of > (HALF_ROUNDING if half else ROUNDING) * largest)
-        bound = HALF_TOLERANCE if half else TOLERANCE
-        errors = torch.where(known, relative, -1.0).tolist()
-        found = [(number, error) for number, error in zip(numbers, errors, strict=True) if error != -1.0]
-        wrong = {number: error for number, error in found if not error <= bound}
-        return wrong, [number for number, _ in found if number not in wrong]
+        known = finite & (size_of > torch.where(half.any(), HALF_ROUNDING, ROUNDING) * largest)
+        bound = torch.where(half, HALF_TOLERANCE, TOLERANCE)
+        table = torch.stack([torch.where(known, relative, -1.0), bound]).T.tolist()
+        found = {number: pair for number, pair in zip(numbers, table, strict=True) if pair[0] != -1.0}
+        wrong = {number: error for number, (error, most) in found.items() if not error <= most}
+        return wrong, [number for number in found if number not in wrong]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from trl_ext.asked_model import can_be_asked, evaluation_mode, some_ids
+from trl_ext.asked_model import can_be_asked, evaluation_mode, multiplies_in_half, some_ids
 from trl_ext.say_once import SayOnce
 
 TOKENS, LEFT, RIGHT = 8, 24, 8  # of the row that asks, and the padding around it
 # of what is said at the tokens, relative: rounding alone gives 1e-7 and, rotated in bf16, 1e-2
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5}
+TOLERANCE = 1e-5
 HALF_TOLERANCE = 5e-2
 # a norm's weight after the rotation: found by asking, and named for models that can't be asked
 NORM_AFTER_ROTATION = ("hunyuan_v1_dense", "hunyuan_v1_moe")
@@ -34,12 +34,11 @@ def trimmed_columns(
     if not left or not can_be_asked(model, accelerator, prepared=prepared):
         return left, right
     try:
-        moved = moved_by_padding(model)
+        moved, half = multiplies_in_half(model, lambda: moved_by_padding(model))
     except Exception as error:
         say_once(f"Padding before prompts stays: the model couldn't be asked ({type(error).__name__}: {error}).")
         return False, right
-    dtype = next(model.parameters()).dtype
-    if moved <= TOLERANCE.get(dtype, HALF_TOLERANCE):
+    if moved <= (HALF_TOLERANCE if half else TOLERANCE):
         return left, right
     say_once(f"Padding before prompts stays: what the model says changes with it, by {moved:.1e} of its size.")
     return False, right

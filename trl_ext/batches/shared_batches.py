@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trl_ext.asked_model import can_be_asked, evaluation_mode, some_ids
+from trl_ext.asked_model import can_be_asked, evaluation_mode, multiplies_in_half, some_ids
 from trl_ext.loss.fused_head import backbone
 from trl_ext.loss.packed_rows import KEYWORD
 from trl_ext.loss.shared_attention import NotShared
@@ -46,12 +46,12 @@ def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool, *, prepared
         return "the model's parameters aren't loaded"
     undo = let_share(without_adapters(model))
     try:
-        moved = moved_by_sharing(model)
+        moved, half = multiplies_in_half(model, lambda: moved_by_sharing(model))
     except Exception as error:
         return f"the model can't run so ({type(error).__name__}: {error})"
     finally:
         undo()
-    if not moved <= TOLERANCE.get(next(model.parameters()).dtype, HALF_TOLERANCE):
+    if not moved <= (HALF_TOLERANCE if half else TOLERANCE):
         return f"what the model says changes with it, by {moved:.1e} of its size"
     return None
 

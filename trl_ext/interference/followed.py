@@ -12,27 +12,20 @@ from accelerate import Accelerator
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
-from trl_ext.asked_model import can_be_asked, evaluation_mode, rounds_float32, some_ids
+from trl_ext.asked_model import can_be_asked, evaluation_mode, some_ids
 from trl_ext.say_once import SayOnce
 
 from .gradients import GradientParts
 from .together import Together
 
 ROWS, TOKENS, PADDING = 2, 12, 5
-HALF = (torch.bfloat16, torch.float16, torch.uint8, torch.int8)  # quantized weights are multiplied in half precision
-
-
-def computes_in_half(model: torch.nn.Module) -> bool:
-    """Whether any of the model's products are of half precision, autocast left aside."""
-    return any(parameter.dtype in HALF for parameter in model.parameters())
 
 
 def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_once: SayOnce) -> None:
     """Leaves out what a forward and backward of a few made-up tokens shows to be followed wrongly, and names it.
 
-    In evaluation mode, so that no random number is drawn, and past ``.grad``: what is trained doesn't notice. Not where
-    the parameters are on several processes, or float32 is multiplied in TF32 (no layer would be within its bound):
-    there the first step that is logged finds out.
+    In evaluation mode, so that no random number is drawn, and past ``.grad``: what is trained doesn't notice. Where the
+    parameters are on several processes the first step that is logged finds out.
     """
     untapped = sketch.untapped
     if untapped:
@@ -40,7 +33,7 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
             f"Interference doesn't follow {len(untapped)} of {len(sketch.trainable_parameters)} trainable tensors: "
             f"{kinds_of(untapped)}. interference/coverage is the share of the gradient that it does."
         )
-    if rounds_float32() or not can_be_asked(model, accelerator):
+    if not can_be_asked(model, accelerator):
         return
     sketch.open(0)
     try:
@@ -53,7 +46,7 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
             signs = 1.0 - 2.0 * (torch.arange(logits.shape[-1], device=logits.device) * 5 % 7 % 2)
             loss = (logits.float() * signs)[mask.bool().to(logits.device)].mean()
             gradients = torch.autograd.grad(loss, sketch.trainable_parameters, allow_unused=True)
-        wrong = sketch.leave_out_wrong(gradients, half=computes_in_half(model), rehearsal=True)
+        wrong = sketch.leave_out_wrong(gradients, rehearsal=True)
     except Exception as error:
         say_once(
             f"Interference couldn't try the layers out ({type(error).__name__}: {error}): the first step will.", "info"
@@ -64,13 +57,10 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
     name_wrong(wrong, say_once)
 
 
-def leave_out_wrong(
-    sketch: GradientSketch, gradients: GradientParts, model: torch.nn.Module, together: Together
-) -> dict[str, float]:
+def leave_out_wrong(sketch: GradientSketch, gradients: GradientParts, together: Together) -> dict[str, float]:
     """Of a step that was just recorded, against its gradient before clipping; the same on every process."""
     return sketch.leave_out_wrong(
         gradients,
-        half=together.accelerator.mixed_precision != "no" or computes_in_half(model),
         reduce=lambda both: together.sum(both).to(both.device),
         processes=together.processes,
     )

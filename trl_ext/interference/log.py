@@ -89,8 +89,10 @@ class InterferenceLog:
         self._off = self.every == 0
         self._is_open = False
         self._failure: str | None = None
+        self._failed_before: Exception | None = None  # between two steps that are logged
         self._wrong: dict[str, float] = {}  # parameters that the open step followed wrongly
         self._squares: list[float] | None = None  # of the open step's gradient, by parameter; None: not looked at yet
+        self._total_square = 0.0  # of all parameters that are trained now
         self._writes = True
         self._sequences: list[dict[str, torch.Tensor | None]] = []
         self._skipped: list[dict[str, torch.Tensor]] = []  # sequences that don't run: their gradient is 0
@@ -104,11 +106,13 @@ class InterferenceLog:
             self._switch_off(f"{mixed}: no sequence has a gradient of its own")
         if not self._off:  # wrong patterns are named before training
             try:
-                GradientSketch(self.accelerator.unwrap_model(model), self.dim, self.layers).close()
+                GradientSketch(self.accelerator.unwrap_model(model), self.dim, self.layers)
             except ValueError as error:
                 if self.layers is not None:
                     raise ValueError(f"interference_{error}") from None
                 self._switch_off(str(error))
+            except Exception as error:
+                self._switch_off(f"{type(error).__name__}: {error}")
 
     def _switch_off(self, reason: str) -> None:
         logger.warning(f"Interference isn't logged from here on: {reason}. Training goes on without it.")
@@ -133,11 +137,17 @@ class InterferenceLog:
         if self.sketch is not None:
             self.sketch.abandon()
 
-    def see_prompts(self, texts: Mapping[int, str], tasks: Mapping[int, str], *, anew: bool) -> None:
-        """The texts and tasks of a generation batch's prompts, by key; ``anew``: those of an earlier step are
-        forgotten."""
-        self.prompt_texts = {**({} if anew else self.prompt_texts), **texts}
-        self.prompt_tasks = {**({} if anew else self.prompt_tasks), **tasks}
+    def see_prompts(self, known: Callable[[], tuple[Mapping[int, str], Mapping[int, str]]], *, anew: bool) -> None:
+        """``known`` gives the texts and tasks of a generation batch's prompts, by key; ``anew``: those of an earlier
+        step are forgotten."""
+        if self._off:
+            return
+        try:
+            texts, tasks = known()
+            self.prompt_texts = {**({} if anew else self.prompt_texts), **texts}
+            self.prompt_tasks = {**({} if anew else self.prompt_tasks), **tasks}
+        except Exception as error:  # of this process alone: the next step that is logged switches off on all
+            self._failed_before = error
 
     # ---- around each micro-batch of a step that is logged
 
@@ -147,7 +157,8 @@ class InterferenceLog:
     ) -> Iterator[None]:
         """Around a call of ``training_step``. ``model``: as it is wrapped now. ``some_skipped``: whether sequences may
         have been left out of the step, so that features are of those that ran."""
-        self._before_micro_batch(position, model)
+        with self._guarded():
+            self._before_micro_batch(position, model)
         try:
             with before_deepspeed_steps(self.accelerator, self._look_early) if self._is_open else nullcontext():
                 yield
@@ -165,7 +176,12 @@ class InterferenceLog:
         self._is_open, self._sequences, self._skipped, self._failure = True, [], [], None
         self._wrong, self._squares = {}, None
         self._opened_at, self._opened_in = position.micro_batch, step + 1
-        try:
+        with self._guarded():
+            if self._failed_before is not None:
+                raise self._failed_before
+            if self.sketch is not None and not self.sketch.is_of(self._model):
+                self.run.say_once("Parameters were frozen, unfrozen or added: interference follows what is trained now.")
+                self.sketch = None
             if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
                 model = self._model = self.accelerator.unwrap_model(model)
                 options: dict[str, Any] = {"by_part": self.run.options.interference_parts}
@@ -174,6 +190,12 @@ class InterferenceLog:
                 self.features = PromptFeatures(model, on_error=self._fail)
                 rehearse(self.sketch, model, self.accelerator, self.run.say_once)
             self.sketch.open(self.run.seed * 1_000_003 + step)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What fails within is kept until the end of the step, when all processes switch off together."""
+        try:
+            yield
         except Exception as error:
             self._fail(error)
 
@@ -189,13 +211,13 @@ class InterferenceLog:
         skipped: dict[str, torch.Tensor],
         position: StepPosition,
         loss_settings: LossSettings,
-        dead: list[dict[str, Any]],
+        dead: Callable[[], list[dict[str, Any]]],
     ) -> None:
         """The forward and backward to come are of this micro-batch; ``skipped`` are of sequences that don't run,
-        ``dead`` all of advantage 0 as batches, where they are to be scored beside the step."""
+        ``dead`` gives all of advantage 0 as batches, for ``what_if_dead``."""
         if not self._is_open or self._failure is not None or self.sketch is None or self.features is None:
             return
-        try:
+        with self._guarded():
             first = self._first_prompt(position)
             self.sketch.set_rows(batch["prompt_id"] + first)
             self.features.set_rows(batch["prompt_mask"], batch["prompt_id"] + first)
@@ -204,9 +226,8 @@ class InterferenceLog:
             self._sequences.append({**of_sequences(batch, first), "coefficient": coefficient_B})
             if skipped:
                 self._skipped.append(of_sequences(skipped, first))
-            self.beside.keep(batch, dead, loss_settings, position.accumulation, first)
-        except Exception as error:
-            self._fail(error)
+            if self.run.options.what_if_dead:
+                self.beside.keep(batch, dead(), loss_settings, position.accumulation, first)
 
     def head_sketch(
         self, head: torch.nn.Module, hidden_NH: torch.Tensor, sequence_N: torch.Tensor
@@ -214,33 +235,28 @@ class InterferenceLog:
         """For the fused head, in place of a tap on it; None between logged steps."""
         if not self._is_open or self._failure is not None or self.sketch is None:
             return None
-        try:
+        with self._guarded():
             return self.sketch.head_sketch(head, hidden_NH, sequence_N)
-        except Exception as error:
-            self._fail(error)
-            return None
+        return None
 
     def _after_micro_batch(self, *, last: bool, some_skipped: bool) -> None:
         """After its backward; the last one of the step closes the taps and logs."""
         if not self._is_open:
             return
-        if self.sketch is not None:
-            self.sketch.end_rows()
-        if self.features is not None and self._has_rows:
-            try:
+        with self._guarded():
+            if self.sketch is not None:
+                self.sketch.end_rows()
+            if self.features is not None and self._has_rows:
                 self.features.end_rows()
-            except Exception as error:
-                self._fail(error)
         if not last:
             return
-        recorded, shape, sizes = None, [0] * 5, [0] * 2  # of a process that has nothing
-        try:
+        recorded, shape, sizes, largest = None, [0] * 5, [0] * 2, None  # of a process that has nothing
+        with self._guarded():
             if self._failure is None:
                 recorded = self._take()
                 shape, sizes = recorded.shape(), recorded.sizes()
-        except Exception as error:
-            self._fail(error)
-        largest = self._all_have(shape, sizes)
+        with self._guarded():
+            largest = self._all_have(shape, sizes)
         if recorded is None or self._failure is not None or largest is None:
             self._switch_off(self._failure or "it failed on another process")
             return
@@ -285,8 +301,13 @@ class InterferenceLog:
         """What is to be compared with the gradient, while it is there; a collective call."""
         assert self.sketch is not None
         gradients = GradientParts(self.sketch.trainable_parameters, self._together)
-        self._wrong = leave_out_wrong(self.sketch, gradients, self._model, self._together)
+        self._wrong = leave_out_wrong(self.sketch, gradients, self._together)
         self._squares = gradients.squared_norms()
+        if not self.sketch.is_of(self._model):  # changed within the step
+            now = [one for one in self._model.parameters() if one.requires_grad]
+            self._total_square = sum(GradientParts(now, self._together).squared_norms())
+        else:
+            self._total_square = sum(self._squares)
 
     def _take(self) -> Recorded:
         """What this process has of the step."""
@@ -387,16 +408,16 @@ class InterferenceLog:
         assert self.sketch is not None
         assert self._squares is not None
         parameters, followed = self.sketch.trainable_parameters, set(map(id, self.sketch.tapped_parameters))
-        squares = self._squares
-        everything = sum(squares)
-        tapped = sum(square for square, parameter in zip(squares, parameters, strict=True) if id(parameter) in followed)
-        if tapped == 0:
+        pairs = zip(self._squares, parameters, strict=True)
+        tapped = sum(square for square, parameter in pairs if id(parameter) in followed)
+        if self._total_square == 0:
+            self.run.say_once(f"interference/coverage isn't logged of step {self._opened_in}: its gradient is 0.", "info")
             return {}
-        norm = tapped**0.5 / self._loss_scale()
-        return {
-            "interference/coverage": tapped / everything,
-            "interference/sketch_check": max(groups.gram_PP.sum().item(), 0.0) ** 0.5 / norm,
-        }
+        found = {"interference/coverage": tapped / self._total_square}
+        if tapped > 0:
+            norm = tapped**0.5 / self._loss_scale()
+            found["interference/sketch_check"] = max(groups.gram_PP.sum().item(), 0.0) ** 0.5 / norm
+        return found
 
     # ---- checkpoints
 
