@@ -231,7 +231,7 @@ def one_of_eight(summed, monkeypatch, measured, device="cpu"):
         rewards_BG = (torch.rand(n // G, G) < 0.5).float()[prompt_B]
         reward_B = rewards_BG.gather(1, position_B[:, None])[:, 0]
         advantage_B = (reward_B - rewards_BG.mean(1)) / (rewards_BG.std(1) + 1e-4)
-        what = WhatIfLog(run, "std", [1.0], exchanges.attempt)
+        what = WhatIfLog(run, lambda: UsedNormalization("std", 4, [1.0]), exchanges.attempt)
         with measured:
             sketch = torch.randn(n, 2, K * K // 2).mul_(advantage_B[:, None, None])
             features = torch.cat([torch.randn(n // G, H), torch.full((n // G, 1), float(G))], dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import pickle
 import threading
 from collections.abc import Callable
@@ -97,18 +98,23 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         ):
             raise ValueError(f"reward_timeout={limit!r} must be a finite number of seconds above 0, or None")
         for name in ("interference_every", "interference_dim"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
-        budget = self.tokens_per_micro_batch
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
-            raise ValueError(f"tokens_per_micro_batch={budget!r} must be a whole number above 0, or None")
-        if budget is not None and not self.share_prompts:
-            raise ValueError(f"tokens_per_micro_batch={budget!r} contradicts share_prompts=False")
+            self._check_whole(name, 0, "0 or more")
+        self._check_whole("tokens_per_micro_batch", 1, "above 0, or None", optional=True)
+        if self.tokens_per_micro_batch is not None and not self.share_prompts:
+            raise ValueError(f"tokens_per_micro_batch={self.tokens_per_micro_batch!r} contradicts share_prompts=False")
         if self.stop_on not in (None, "critical", "warning"):
             raise ValueError(f"stop_on={self.stop_on!r} must be 'critical', 'warning' or None")
         self._check_what_if()
         self._check_resampling()
+
+    def _check_whole(self, name: str, least: int, allowed: str, *, optional: bool = False) -> None:
+        """A whole number of any kind (numpy's too), which is kept as an int."""
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number, {allowed}")
+        setattr(self, name, int(value))
 
     def _check_what_if(self) -> None:
         names = self.what_if
@@ -141,16 +147,16 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        self._check_whole("resample_max_rounds", 1, "1 or more")
         rounds, wanted = self.resample_max_rounds, self.resample_live_prompts
-        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-            raise ValueError(f"resample_max_rounds={rounds!r} must be a whole number, 1 or more")
         if rounds != MOST_ROUNDS and not self.resample_zero_variance:
             raise ValueError(f"resample_max_rounds={rounds!r} contradicts resample_zero_variance=False")
         if wanted is not None:
             if not self.resample_zero_variance:
                 raise ValueError(f"resample_live_prompts={wanted!r} contradicts resample_zero_variance=False")
             prompts = self.generation_batch_size // self.num_generations
-            if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= prompts:
+            whole = isinstance(wanted, numbers.Integral) and not isinstance(wanted, bool)
+            if not whole or not 1 <= wanted <= prompts:
                 raise ValueError(
                     f"resample_live_prompts={wanted!r} must be between 1 and {prompts}, the prompts of a batch"
                 )
@@ -178,13 +184,7 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
 
 def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], dict[str, Any]]:
     """The method and its options that ``args`` ask for; a plain ``GRPOConfig`` gets what TRL would do."""
-    if args.scale_rewards not in SCALE_REWARDS_METHOD:
-        raise ValueError(f"scale_rewards={args.scale_rewards!r} must be one of {', '.join(SCALE_REWARDS_METHOD)}")
-    if args.multi_objective_aggregation not in ("sum_then_normalize", "normalize_then_sum"):
-        raise ValueError(
-            f"multi_objective_aggregation={args.multi_objective_aggregation!r} must be "
-            "sum_then_normalize or normalize_then_sum"
-        )
+    trls = trl_method(args.scale_rewards, args.multi_objective_aggregation)
     method = getattr(args, "normalization", None)
     options = getattr(args, "normalization_kwargs", None) or {}
     if not isinstance(options, dict):
@@ -194,9 +194,7 @@ def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], d
     if callable(method) and "eps" in options:
         raise ValueError(f"normalization_kwargs={options!r}: eps is for the named methods, not for a function")
     if method is None:
-        # TRL ignores scale_rewards when each reward function is normalised by itself
-        per_function = args.multi_objective_aggregation == "normalize_then_sum"
-        method = "std" if per_function else SCALE_REWARDS_METHOD[args.scale_rewards]
+        method = trls
     elif args.scale_rewards != "group" and SCALE_REWARDS_METHOD[args.scale_rewards] != method:  # "group" is the default
         raise ValueError(
             f"normalization={method if isinstance(method, str) else function_name(method)!r} contradicts "
@@ -204,6 +202,18 @@ def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], d
         )
     check_normalization(method, **options)
     return method, options
+
+
+def trl_method(scale_rewards: str, aggregation: str) -> str:
+    """The method that TRL's options amount to; ``ValueError`` for values that it doesn't know."""
+    if scale_rewards not in SCALE_REWARDS_METHOD:
+        raise ValueError(f"scale_rewards={scale_rewards!r} must be one of {', '.join(SCALE_REWARDS_METHOD)}")
+    if aggregation not in ("sum_then_normalize", "normalize_then_sum"):
+        raise ValueError(
+            f"multi_objective_aggregation={aggregation!r} must be sum_then_normalize or normalize_then_sum"
+        )
+    # TRL ignores scale_rewards when each reward function is normalised by itself
+    return "std" if aggregation == "normalize_then_sum" else SCALE_REWARDS_METHOD[scale_rewards]
 
 
 def check_liger(args: Any) -> None:
@@ -236,6 +246,7 @@ class Options:
     what_if: list[str] | None
     what_if_dead: bool
     stop_on: str | None
+    normalization: Any
     normalization_kwargs: dict[str, Any] | None
 
 

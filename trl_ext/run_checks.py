@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
@@ -13,22 +14,29 @@ from accelerate.utils import DistributedType
 from .config import CurvatureGRPOConfig, check_liger, read_options, resolve_normalization
 from .rejoin import OWN_STORE, lacks_own_store
 from .rewards.resampling import check_dataset
+from .trl_surface import arguments_after
 
 logger = get_logger(__name__)
+MOST_ROWS = 1000  # of a dataset that are read before the run
 TEMPLATE_TOKENS = 256  # that a chat template may add, at most; a text has no more tokens than bytes
 
 
 def check_before_model(args: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
     """Raises ``ValueError``, before a model is loaded, for options that contradict each other, and for datasets that
-    can't be trained on. ``positional`` and ``named``: the trainer's arguments after ``args``."""
+    can't be trained on. ``positional`` and ``named``: the trainer's arguments after ``args``.
+
+    Of a dataset only stored columns are looked at, and of its rows the first ``MOST_ROWS``: no transform of the user's
+    is called, and no random number drawn. Later rows are looked at when they are drawn (``check_batch``).
+    """
     options = args or CurvatureGRPOConfig
     resolve_normalization(options)
     check_liger(options)
-    given = {**dict(zip(("train_dataset", "eval_dataset"), positional, strict=False)), **named}
+    given = {**dict(zip(arguments_after("args"), positional, strict=False)), **named}
     train, held_out = given.get("train_dataset"), given.get("eval_dataset")
-    _check_prompts(train, "train_dataset")
+    prompt_needed = given.get("environment_factory") is None  # an environment makes prompts of its own
+    _check_prompts(train, "train_dataset", prompt_needed)
     for name, part in held_out.items() if isinstance(held_out, dict) else [("", held_out)]:
-        _check_prompts(part, f"eval_dataset[{name!r}]" if name else "eval_dataset")
+        _check_prompts(part, f"eval_dataset[{name!r}]" if name else "eval_dataset", prompt_needed)
     if args is not None:
         _check_rows(train, args)
     if read_options(args).resample_zero_variance:
@@ -80,27 +88,42 @@ def say_truncated_sampling(args: Any, say_once: Callable[[str], None]) -> None:
         )
 
 
-def _check_prompts(dataset: Any, name: str) -> None:
+def _check_prompts(dataset: Any, name: str, needed: bool) -> None:
     columns = getattr(dataset, "column_names", None)
-    if not isinstance(columns, list):  # none given, or one whose columns only its rows tell
+    # none given, or one whose columns only its rows tell: a stream's, or what a transform makes of what is stored
+    if not isinstance(columns, list) or _has_transform(dataset):
         return
     if "prompt" not in columns:
+        if not needed:
+            return
         raise ValueError(
             f"{name} has no column 'prompt', only {', '.join(map(repr, columns)) or 'none at all'}: "
             "rename one, as in dataset.rename_column('question', 'prompt')"
         )
-    for row, prompt in enumerate(_prompts(dataset)):
-        if isinstance(prompt, int | float):  # a rollout_func may take what isn't text
-            raise ValueError(f"{name}: the prompt of row {row} is {prompt!r}, neither a text nor a list of messages")
-        if not prompt:
-            raise ValueError(f"{name}: the prompt of row {row} is empty ({prompt!r}); nothing can be generated from it")
+    for row, prompt in enumerate(_stored_prompts(dataset)):
+        _check_prompt(prompt, f"{name}: the prompt of row {row}")
 
 
-def _prompts(dataset: Any) -> Iterator[Any]:
-    """Of a dataset that is at hand; nothing of one that is streamed."""
-    if hasattr(dataset, "__len__") and hasattr(dataset, "select_columns"):
-        for rows in dataset.select_columns(["prompt"]).iter(1000):
-            yield from rows["prompt"]
+def _check_prompt(prompt: Any, what: str) -> None:
+    if isinstance(prompt, int | float):  # a rollout_func may take what isn't text
+        raise ValueError(f"{what} is {prompt!r}, neither a text nor a list of messages")
+    if not prompt:
+        raise ValueError(f"{what} is empty ({prompt!r}); nothing can be generated from it")
+
+
+def _has_transform(dataset: Any) -> bool:
+    """Whether rows are made on the fly (``set_transform``, ``with_transform``)."""
+    return (getattr(dataset, "format", None) or {}).get("type") == "custom"
+
+
+def _stored_prompts(dataset: Any, most: int | None = MOST_ROWS) -> Iterator[Any]:
+    """The first ``most`` prompts that a dataset stores (None: all); none of one that is streamed, or that makes them."""
+    stored = hasattr(dataset, "__len__") and hasattr(dataset, "with_format") and not _has_transform(dataset)
+    if not stored or "prompt" not in dataset.column_names:
+        return
+    plain = dataset.with_format(None).select_columns(["prompt"])
+    for rows in plain.select(range(min(len(plain), len(plain) if most is None else most))).iter(1000):
+        yield from rows["prompt"]
 
 
 def _check_rows(dataset: Any, args: Any) -> None:
@@ -116,32 +139,71 @@ def _check_rows(dataset: Any, args: Any) -> None:
         )
 
 
-def check_context(dataset: Any, processing_class: Any, model: Any, args: Any, say_once: Callable[[str], None]) -> None:
-    """Raises ``ValueError`` for a prompt that leaves no room for an answer in the model's context; says once where an
-    answer of ``max_completion_length`` would go beyond it."""
-    context = context_of(model.config)
-    if context is None:
-        return
-    beyond = []
-    for row, prompt in enumerate(_prompts(dataset)):
-        if _bytes(prompt) + TEMPLATE_TOKENS + (args.max_completion_length or 0) <= context:
-            continue
-        length = _tokens(prompt, processing_class)
-        if length is not None and length >= context:
-            raise ValueError(
-                f"the prompt of row {row} of train_dataset has {length} tokens, and the model's context "
-                f"(max_position_embeddings) is {context}: no room for an answer. Leave such rows out "
-                "(dataset.filter), or take a model with a longer context"
+@dataclass(frozen=True)
+class Context:
+    """What a prompt must fit into: the model's context in tokens, an answer's length, and what makes tokens of texts.
+
+    ``fails_beyond``: positions are rows of a table, so that the model can't run beyond it; rotary ones go on.
+    """
+
+    size: int
+    answer: int
+    processing_class: Any
+    fails_beyond: bool
+    say_once: Callable[..., None]
+
+    def check(self, prompts: Iterable[Any], what: Callable[[int], str]) -> None:
+        """``what`` names a prompt by its number. Raises ``ValueError`` for one that leaves no room for an answer and
+        that the model would fail at; else warns once of it, and of answers that would go beyond the context."""
+        beyond: list[tuple[int, int]] = []
+        for number, prompt in enumerate(prompts):
+            if _bytes(prompt) + TEMPLATE_TOKENS + self.answer <= self.size:
+                continue
+            length = _tokens(prompt, self.processing_class)
+            if length is None or length + self.answer <= self.size:
+                continue
+            if length >= self.size and self.fails_beyond:
+                raise ValueError(
+                    f"{what(number)} has {length} tokens, and the model's context (max_position_embeddings) is "
+                    f"{self.size}: no room for an answer. Leave such rows out (dataset.filter), or take a model with a "
+                    "longer context"
+                )
+            beyond.append((length, number))
+        if beyond:
+            length, number = max(beyond)
+            room = "no room for an answer" if length >= self.size else "an answer may go beyond it"
+            self.say_once(
+                f"{what(number)} has {length} tokens, and the model's context (max_position_embeddings) is {self.size}: "
+                f"{room} (max_completion_length={self.answer}; {len(beyond)} such prompts were seen). "
+                "The model wasn't trained for what comes after."
             )
-        if length is not None and length + (args.max_completion_length or 0) > context:
-            beyond.append((length, row))
-    if beyond:
-        length, row = max(beyond)
-        say_once(
-            f"{len(beyond)} prompts and an answer of max_completion_length={args.max_completion_length} tokens go "
-            f"beyond the model's context of {context} (max_position_embeddings); the longest, row {row}, has "
-            f"{length} tokens. What a model does there is not what it was trained for."
-        )
+
+
+def read_context(processing_class: Any, model: Any, args: Any, say_once: Callable[..., None]) -> Context | None:
+    """None where the model's configuration names no context."""
+    size = context_of(model.config)
+    if size is None:
+        return None
+    rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
+    return Context(size, args.max_completion_length or 0, processing_class, not rotary, say_once)
+
+
+def check_stored_context(dataset: Any, context: Context | None) -> None:
+    """Of the prompts that are stored, the first ``MOST_ROWS``."""
+    if context is not None:
+        context.check(_stored_prompts(dataset), lambda row: f"The prompt of row {row} of train_dataset")
+
+
+def check_batch(prompts: Sequence[Any], context: Context | None) -> None:
+    """Of the prompts of a batch that was drawn, before they are answered."""
+
+    def what(number: int) -> str:
+        return f"The prompt {str(prompts[number])[:200]!r} of this batch"
+
+    for number, prompt in enumerate(prompts):
+        _check_prompt(prompt, what(number))
+    if context is not None:
+        context.check(prompts, what)
 
 
 def context_of(config: Any) -> int | None:
@@ -153,7 +215,7 @@ def context_of(config: Any) -> int | None:
 def rows_within(dataset: Any, processing_class: Any, context: int | None) -> list[int]:
     """Rows whose prompts leave room for an answer."""
     kept = []
-    for row, prompt in enumerate(_prompts(dataset)):
+    for row, prompt in enumerate(_stored_prompts(dataset, most=None)):
         if context is not None and _bytes(prompt) + TEMPLATE_TOKENS > context:
             length = _tokens(prompt, processing_class)
             if length is not None and length >= context:

@@ -30,7 +30,7 @@ from .batches.sampler import sampler_metrics
 from .checkpoints.find import find_checkpoint
 from .checkpoints.saving import RandomStates, checkpoint_folder, saved_when, whole_or_none
 from .checkpoints.state import CheckpointState
-from .config import read_options, resolve_normalization
+from .config import read_options
 from .gloo import let_gloo_finish
 from .interference.log import InterferenceLog
 from .loss.fused_head import CompletionMask, add_forward, fused_heads
@@ -53,7 +53,15 @@ from .rewards.resampling import GenerationCount, Resampling
 from .rewards.reward_checks import RewardFailed, RewardFailures, checked_rewards, say_if_unscored
 from .rewards.rewarded import gather_rewarded, mean_repetition
 from .rewards.tasks import TaskMeans, TaskNames, task_sums
-from .run_checks import check_before_model, check_context, refuse_tensor_parallelism, say_engine, say_truncated_sampling
+from .run_checks import (
+    check_batch,
+    check_before_model,
+    check_stored_context,
+    read_context,
+    refuse_tensor_parallelism,
+    say_engine,
+    say_truncated_sampling,
+)
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
 
@@ -89,19 +97,17 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         refuse_tensor_parallelism(self.model, self.args)
         say_engine(self.args, self.accelerator, run.say_once)
         say_truncated_sampling(self.args, run.say_once)
-        check_context(self.train_dataset, self.processing_class, self.model, self.args, run.say_once)
+        self._context = read_context(self.processing_class, self.model, self.args, run.say_once)
+        check_stored_context(self.train_dataset, self._context)
         self._failures = RewardFailures(self.accelerator.num_processes)
-        self.reward_funcs: list[Any] = checked_rewards(
-            self.reward_funcs, self.reward_func_names, self._failures, run.options.reward_timeout
-        )
-        self._normalizer = Normalizer(run, *resolve_normalization(self.args), n_functions=len(self.reward_funcs))
+        self._check_reward_functions()
+        self._normalizer = Normalizer(run, self.args, trl_surface.read_reward_settings(self))
         self._generations = GenerationCount()
         self._task_names = TaskNames(self.accelerator.num_processes, run.say_once)
         self._task_means = {"train": TaskMeans(), "eval": TaskMeans()}
-        self._resampling = Resampling(run) if run.options.resample_zero_variance else None
-        of_run = {"used": self._normalizer.name, "function_weights": self.reward_weights.tolist()}
-        of_run["score"] = self._score_with_graph
-        self._interference = InterferenceLog(run, self.model, self._normalizer.baseline_size, observer=self, **of_run)
+        self._resampling = Resampling(run, self._normalizer) if run.options.resample_zero_variance else None
+        of_run = {"used": lambda: self._normalizer.used(self.reward_weights), "score": self._score_with_graph}
+        self._interference = InterferenceLog(run, self.model, observer=self, **of_run)
         self._completion_mask, self._shared_prompts = CompletionMask(), SharedPrompts()
         self._deferred = DeferredLogprobs(run, self._score)
         self._patches = ModelPatches()
@@ -127,8 +133,14 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     # ---- rollouts, rewards, advantages
 
+    def _check_reward_functions(self):
+        """Also those that a callback has put there since."""
+        limit = self._run.options.reward_timeout
+        self.reward_funcs = checked_rewards(self.reward_funcs, self.reward_func_names, self._failures, limit)
+
     @ours
     def _generate(self, prompts):
+        check_batch(prompts, self._context)
         with self._seconds.stage("generation", self.model.training):
             generated = super()._generate(prompts)
         tool_mask = None if overridden(self, "_generate") else generated[2]  # a subclass may return another
@@ -140,6 +152,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def _keep_rewards(self, calculate, inputs, prompts, completions, completion_ids_list):
         """Stands where TRL calls ``_calculate_rewards``: what comes back is of the last subclass that has a say."""
         self._deferred.ready()
+        self._check_reward_functions()
+        self._normalizer.follow(trl_surface.read_reward_settings(self))
         with self._seconds.stage("rewards", self.model.training):
             rewards_BF = calculate(inputs, prompts, completions, completion_ids_list)
             self._failures.raise_together(self.accelerator.process_index)

@@ -97,9 +97,16 @@ PARAMETERS = {
 # Attributes of a built trainer, beside those that the two readers below read
 ATTRIBUTES = (
     "_buffered_inputs", "_tokenizer", "_logs", "_metrics", "reward_funcs", "reward_func_names", "reward_weights",
-    "ref_model", "num_generations", "num_generations_eval", "multi_objective_aggregation", "pad_to_multiple_of",
+    "ref_model", "num_generations", "num_generations_eval", "multi_objective_aggregation", "scale_rewards",
+    "pad_to_multiple_of",
 )  # fmt: skip
 LOG_COLUMNS = ("prompt", "completion", "rewards", "advantages", "extra")  # of the completions table
+
+
+def arguments_after(name: str) -> list[str]:
+    """Those of ``GRPOTrainer`` that stand after this one."""
+    names = list(inspect.signature(GRPOTrainer.__init__).parameters)
+    return names[names.index(name) + 1 :]
 
 
 class ChangedTRL(RuntimeError):  # noqa: N818
@@ -186,7 +193,6 @@ class RunSettings:
     output_dir: str
     report_to: tuple[str, ...]
     torch_compile: bool
-    aggregation: str
     num_generations: int
     generation_batch_size: int
     prompts_per_generation: int
@@ -210,7 +216,6 @@ def read_run_settings(trainer: Any, log: Any, say_once: Any) -> RunSettings:
         output_dir=args.output_dir,
         report_to=tuple(args.report_to or ()),
         torch_compile=args.torch_compile,
-        aggregation=trainer.multi_objective_aggregation,
         num_generations=trainer.num_generations,
         generation_batch_size=args.generation_batch_size,
         prompts_per_generation=args.generation_batch_size // trainer.num_generations,
@@ -222,6 +227,27 @@ def read_run_settings(trainer: Any, log: Any, say_once: Any) -> RunSettings:
         cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
         log=log,
         say_once=say_once,
+    )
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What TRL reads at each step between rewards and advantages, by TRL's names, and our own options as they are now.
+
+    ``n_functions``: of the reward functions.
+    """
+
+    scale_rewards: str
+    aggregation: str
+    n_functions: int
+    options: Options
+
+
+def read_reward_settings(trainer: Any) -> RewardSettings:
+    """As they are now: a callback may have changed them."""
+    options = read_options(trainer.args)
+    return RewardSettings(
+        trainer.scale_rewards, trainer.multi_objective_aggregation, len(trainer.reward_funcs), options
     )
 
 

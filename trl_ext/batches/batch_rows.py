@@ -5,10 +5,12 @@ Shapes: B sequences, T padded positions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from trl_ext.loss.token_weights import live_tokens
 from trl_ext.trl_surface import COLUMNS
 
 
@@ -23,9 +25,47 @@ def join(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return rows
 
 
-def row_lengths(rows: dict[str, Any]) -> torch.Tensor:
-    """(B,) tokens of prompt and completion, int64."""
-    return rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
+@dataclass(frozen=True)
+class RowTable:
+    """What a plan needs of each row, on the CPU, (B,) int64 each: a GPU is waited for once, however many rows there are.
+
+    ``prompt_B``, ``answer_B``: tokens of prompt and completion; ``last_B``: the completion's columns up to its last
+    token (a mask may have gaps); ``live_B``: tokens that the loss counts; ``id_B``: the prompt, -1 where it isn't known.
+    ``wanted_B`` (B,) bool: to be run. ``gaps``: whether a row has one, or no prompt.
+    """
+
+    prompt_B: torch.Tensor
+    answer_B: torch.Tensor
+    last_B: torch.Tensor
+    live_B: torch.Tensor
+    id_B: torch.Tensor
+    wanted_B: torch.Tensor
+    gaps: bool
+
+    @property
+    def length_B(self) -> torch.Tensor:
+        """(B,) tokens of prompt and completion."""
+        return self.prompt_B + self.answer_B
+
+
+def read_rows(rows: dict[str, Any], wanted_B: torch.Tensor) -> RowTable:
+    """The table of TRL's dict; ``wanted_B`` (B,) bool: the rows to be run."""
+    prompt_BT, answer_BT = rows["prompt_mask"], rows["completion_mask"]
+    column_T = torch.arange(1, answer_BT.shape[1] + 1, device=answer_BT.device)
+    nothing_B = answer_BT.new_zeros(len(answer_BT))
+    gap_B = (prompt_BT.diff(dim=1) < 0).any(1) | (answer_BT.diff(dim=1) > 0).any(1) | (prompt_BT[:, -1] == 0)
+    columns = [
+        prompt_BT.sum(1),
+        answer_BT.sum(1),
+        (answer_BT * column_T).amax(1) if answer_BT.shape[1] else nothing_B,
+        live_tokens(rows),
+        rows.get("prompt_id", nothing_B - 1),
+        wanted_B,
+        gap_B,
+    ]
+    table = torch.stack([column.to(answer_BT.device, torch.int64) for column in columns]).cpu()
+    prompt_B, answer_B, last_B, live_B, id_B, wanted_B, gap_B = table.unbind(0)
+    return RowTable(prompt_B, answer_B, last_B, live_B, id_B, wanted_B.bool(), bool(gap_B.any()))
 
 
 def even_batches(
@@ -47,21 +87,25 @@ def even_batches(
 
 
 def select(
-    rows: dict[str, Any], index_B: torch.Tensor, trim: tuple[bool, bool], multiple_of: int | None = None
+    rows: dict[str, Any],
+    index_B: torch.Tensor,
+    table: RowTable | None = None,
+    trim: tuple[bool, bool] = (False, False),
+    multiple_of: int | None = None,
 ) -> dict[str, Any]:
     """These rows, without the columns that are padding in all of them.
 
-    ``trim``: whether prompts' and completions' columns may go; ``multiple_of``: TRL's ``pad_to_multiple_of``.
+    ``trim``: whether prompts' and completions' columns may go, by the ``table``; ``multiple_of``: TRL's
+    ``pad_to_multiple_of``.
     """
     n_rows, prompt_width = rows["prompt_ids"].shape
     completion_width = rows["completion_ids"].shape[1]
     prompt, completion = prompt_width, completion_width
-    if trim[0]:
-        longest = int(rows["prompt_mask"][index_B].sum(1).max())
+    if trim[0] and table is not None:
+        longest = int(table.prompt_B[index_B].max())
         prompt = _up_to_multiple(max(longest, 1), multiple_of, prompt_width)
-    if trim[1]:
-        place_T = torch.arange(1, completion_width + 1, device=index_B.device)
-        last = int((rows["completion_mask"][index_B] * place_T).max())  # a mask may have gaps
+    if trim[1] and table is not None:
+        last = int(table.last_B[index_B].max())
         completion = _up_to_multiple(max(last, 1), multiple_of, completion_width)
     chosen = {}
     for name, value in rows.items():
@@ -87,7 +131,7 @@ def dead_rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     mask_BT = batch["completion_mask"] * batch.get("tool_mask", 1)
     dead_B = ((batch["advantages"] == 0) & mask_BT.bool().any(dim=1)).nonzero().squeeze(1)
-    return [select(batch, dead_B, (False, False))] if len(dead_B) else []
+    return [select(batch, dead_B)] if len(dead_B) else []
 
 
 def _up_to_multiple(width: int, multiple_of: int | None, most: int) -> int:

@@ -18,7 +18,7 @@ from trl_ext.config import Options
 from trl_ext.loss.shared_prompts import SharedPrompts
 from trl_ext.trl_surface import LossSettings, RunSettings, use_adapter
 
-from .batch_rows import even_batches, row_lengths, select
+from .batch_rows import even_batches, read_rows, select
 
 # (model, batch) -> log-probs (B, T), first of what TRL's method returns, without a gradient
 Scorer = Callable[[torch.nn.Module, dict[str, Any]], tuple[Any, Any, Any]]
@@ -85,18 +85,19 @@ class DeferredLogprobs:
         """Puts the log-probs of the sequences that the loss will use into ``output``; those of others stay 0.
 
         ``used_B`` (B,) bool. ``reference``: TRL's ``ref_model``, None where it is the policy without its adapter. Every
-        process makes as many passes as the one with the most sequences. ``share`` (rows, used_B, batches) gives batches
+        process makes as many passes as the one with the most sequences. ``share`` (rows, table, batches) gives batches
         in which prompts run once, or None; ``shared_prompts`` tells the models so.
         """
         batch_size = self.run.train_batch_size if training else self.run.eval_batch_size
-        needed = torch.tensor([-(-int(used_B.sum()) // batch_size)], device=used_B.device)
+        table = read_rows(output, used_B)
+        needed = torch.tensor([-(-int(table.wanted_B.sum()) // batch_size)], device=used_B.device)
         n_batches = int(self.run.accelerator.gather(needed).max())
         if n_batches == 0:
             return
-        indices = even_batches(used_B, row_lengths(output), n_batches)
-        shared = share(output, used_B, indices)
+        indices = even_batches(table.wanted_B, table.length_B, n_batches)
+        shared = share(output, table, indices)
         indices = indices if shared is None else shared
-        batches = [select(output, index_B, trim, self.run.pad_to_multiple_of) for index_B in indices]
+        batches = [select(output, index_B, table, trim, self.run.pad_to_multiple_of) for index_B in indices]
         for name in ("old_per_token_logps", "ref_per_token_logps"):
             if output.get(name) is None:
                 continue

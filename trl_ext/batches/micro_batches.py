@@ -24,11 +24,11 @@ from accelerate.utils import DistributedType
 
 from trl_ext.asked_model import is_sharded
 from trl_ext.loss.shared_prompts import let_share
-from trl_ext.loss.token_weights import live_mask, live_tokens, token_weights
+from trl_ext.loss.token_weights import live_mask, token_weights
 from trl_ext.mixed_rows import mixes_rows
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
-from .batch_rows import even_batches, join, row_lengths, select
+from .batch_rows import RowTable, even_batches, join, read_rows, select
 from .columns import trimmed_columns
 from .shared_batches import (
     CAN_NOT,
@@ -40,7 +40,7 @@ from .shared_batches import (
     shared_batches,
     why_not_shared,
 )
-from .skipping import EVERYTHING, WhatRuns, has_dropout, live_sequences, what_runs
+from .skipping import EVERYTHING, WhatRuns, live_sequences, noise_by_row_length, random_layers, what_runs
 from .step_statistics import StepStatistics
 
 KEY = "micro_batch"  # in TRL's dict
@@ -91,10 +91,11 @@ class StepCounts:
     micro_batches: int
     sequences: int
     sequences_run: int
-    tokens: int  # prompts and completions, no padding
-    tokens_run: int
     positions: int  # with padding
     positions_run: int
+    tokens: int  # prompts and completions, no padding
+    tokens_run: int
+    positions_looked_at: int  # by a forward pass alone
 
 
 def compute_metrics(counts: StepCounts) -> dict[str, float]:
@@ -113,7 +114,7 @@ def compute_metrics(counts: StepCounts) -> dict[str, float]:
         "compute/tokens_run": float(counts.tokens_run),
         "compute/padding_removed_frac": 1 - padding_run / padding if padding else 0.0,
         "compute/micro_batches": float(counts.micro_batches),
-        "compute/flops_saved_frac": 1 - counts.positions_run / max(counts.positions, 1),
+        "compute/flops_saved_frac": 1 - (counts.positions_run + counts.positions_looked_at / 3) / max(counts.positions, 1),
     }
 
 
@@ -122,9 +123,9 @@ def sequences(batch: dict[str, Any]) -> int:
     return len(batch["prompt_ids"])
 
 
-def tokens(batch: dict[str, Any]) -> int:
-    """Of prompts and completions, padding left out, and prompts that are shared once."""
-    return micro_batch(batch).packed or int(row_lengths(batch).sum())
+def tokens_of(batch: dict[str, Any]) -> torch.Tensor:
+    """Of prompts and completions, padding left out, 0-d."""
+    return batch["prompt_mask"].sum() + batch["completion_mask"].sum()
 
 
 def positions(batch: dict[str, Any]) -> int:
@@ -160,18 +161,19 @@ class MicroBatches:
         self._asked = False
         if not is_sharded(self.accelerator):
             self.ask(self._model)
+        self._looked_for_random_layers = False
         self.skipping = False  # whether sequences may be left out of what was planned last
         self._planned: list[dict[str, Any]] = []
         self._expected = -1  # TRL's count of micro-batches at the next call
         self._done = 0  # micro-batches of this optimizer step
         self._live_sums = [0.0, 0.0]  # of this optimizer step: entropy, tokens
         self._counts: list[list[int]] = []  # of this optimizer step, one for each generation it takes from
-        self._looked_for_dropout = False
 
     def ask(self, model: torch.nn.Module) -> None:
         """Asks the model, once, what may be left out of its rows; a sharded one when its engine has it, on every
         process at once."""
         if self._asked:
+            self._look_for_noise()
             return
         self._asked, model = True, self.accelerator.unwrap_model(model)
         trim = trimmed_columns(model, self.accelerator, self.run.say_once, prepared=True)
@@ -224,47 +226,50 @@ class MicroBatches:
         self.skipping = runs.skipped
         self._say_whether_shared(runs)
         if not runs.regrouped:
-            self._count(parts, parts)
+            n_tokens = int(torch.stack([tokens_of(part) for part in parts]).sum())
+            self._count(parts, parts, (n_tokens, n_tokens))
             return parts
-        self._look_for_dropout()
+        self._name_random_layers()
         rows, most = join(parts), len(parts[0]["prompt_ids"])
-        tokens_B = live_tokens(rows)
-        live_B = live_sequences(rows, runs)
+        table = read_rows(rows, live_sequences(rows, runs))
+        live_B = table.wanted_B
         n_live = int(live_B.sum())
         needed = self._over_processes([-(-n_live // most), -(-(len(live_B) - n_live) // most)]).amax(0).tolist()
         n_batches, least = max(1, needed[0]), 1
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             n_batches = least = len(parts)  # its engine counts every backward and expects the model's hooks in each
-        indices = even_batches(live_B, row_lengths(rows), n_batches, empty_B=tokens_B == 0)
-        shared = None if by_sequence else self.share(rows, live_B, indices, least=least, most=len(parts))
+        indices = even_batches(live_B, table.length_B, n_batches, empty_B=table.live_B == 0)
+        shared = None if by_sequence else self.share(rows, table, indices, least=least, most=len(parts))
         if shared is not None:
             indices, n_batches = shared, len(shared)
-        batches = [self._select(rows, row_B) for row_B in indices]
+        batches = [self._select(rows, row_B, table) for row_B in indices]
 
         self._statistics = StepStatistics(
             settings,
-            tokens_B,
+            table.live_B.to(rows["prompt_ids"].device),
             live_B,
             n_parts=len(parts),
             entropy=not runs.skipped or self.options.full_entropy,
         )
         looked_at = []
         if runs.skipped and self.options.full_entropy and needed[1] > 0:
-            looked_at = self._look_at_dead(rows, ~live_B, needed[1])
+            looked_at = self._look_at_dead(rows, table, needed[1])
         left_B = torch.ones_like(live_B)
         left_B[torch.cat(indices)] = False
         skipped = {name: rows[name][left_B] for name in OF_SKIPPED if name in rows}
         not_run: list[dict[str, Any]] = []
-        silent_B = left_B & (tokens_B > 0)
+        silent_B = left_B & (table.live_B > 0)
         if by_sequence and self.options.what_if_dead and silent_B.any():
             needed_here = -(-int(silent_B.sum()) // most)
-            not_run = [self._select(rows, row_B) for row_B in even_batches(silent_B, row_lengths(rows), needed_here)]
+            silent = even_batches(silent_B, table.length_B, needed_here)
+            not_run = [self._select(rows, row_B, table) for row_B in silent]
         for batch, row_B in zip(batches, indices, strict=True):
             last = batch is batches[-1]
-            packed = packed_positions(row_B, rows["prompt_id"], *self._lengths(rows)) if shared else 0
+            packed = packed_positions(row_B, table) if shared else 0
             one = MicroBatch(row_B=row_B, last=last, packed=packed)
             batch[KEY] = replace(one, skipped=skipped, not_run=not_run) if last else one
-        self._count(parts, batches, looked_at)
+        run = [batch[KEY].packed or int(table.length_B[row_B].sum()) for batch, row_B in zip(batches, indices, strict=True)]
+        self._count(parts, batches, (int(table.length_B.sum()), sum(run)), looked_at)
         return [{KEY: NOTHING} for _ in range(len(parts) - n_batches)] + batches
 
     def _say_whether_shared(self, runs: WhatRuns) -> None:
@@ -282,7 +287,7 @@ class MicroBatches:
     def share(
         self,
         rows: dict[str, Any],
-        wanted_B: torch.Tensor,
+        table: RowTable,
         unshared: list[torch.Tensor],
         *,
         least: int = 1,
@@ -292,11 +297,11 @@ class MicroBatches:
         they don't, or it takes more than ``most``, for which TRL calls."""
         if self.not_shared is not None:
             return None
-        lengths, batches = self._lengths(rows), []
-        can = can_share(rows)
+        batches: list[list[int]] = []
+        can = can_share(rows, table)
         if can:
-            budget = self.options.tokens_per_micro_batch or largest(unshared, *lengths)
-            batches = shared_batches(wanted_B, rows["prompt_id"], *lengths, budget)
+            budget = self.options.tokens_per_micro_batch or largest(unshared, table)
+            batches = shared_batches(table, budget)
         n_batches = max(least, int(self._over_processes([len(batches) if can else CAN_NOT]).max()))
         if n_batches >= CAN_NOT:
             self.run.say_once("Prompts aren't shared in a batch whose rows have gaps, or more than token ids.")
@@ -304,51 +309,67 @@ class MicroBatches:
         if n_batches > most:
             self.run.say_once(f"Prompts aren't shared where that takes more than {most} micro-batches.")
             return None
-        return as_many(batches, n_batches, wanted_B, row_lengths(rows), live_tokens(rows) == 0)
+        return as_many(batches, n_batches, table)
 
-    @staticmethod
-    def _lengths(rows: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B,) tokens of prompts, and of completions."""
-        return rows["prompt_mask"].sum(1), rows["completion_mask"].sum(1)
+    def _select(self, rows: dict[str, Any], row_B: torch.Tensor, table: RowTable) -> dict[str, Any]:
+        return select(rows, row_B, table, self.trim, self.run.pad_to_multiple_of)
 
-    def _select(self, rows: dict[str, Any], row_B: torch.Tensor) -> dict[str, Any]:
-        return select(rows, row_B, self.trim, self.run.pad_to_multiple_of)
-
-    def _look_for_dropout(self) -> None:
-        if not self._looked_for_dropout and has_dropout(self._model):
+    def _look_for_noise(self) -> None:
+        """Training may have switched NEFTune on since the model was asked."""
+        if not noise_by_row_length(self._model):
+            return
+        if any(self.trim) or self.not_shared is None:
             self.run.say_once(
-                "The model has dropout, and its masks depend on where a sequence is in its micro-batch: gradients are "
-                "those of skip_zero_advantage=False on average, not each time."
+                "Rows keep the length that TRL gives them, and prompts aren't shared: NEFTune's noise depends on the "
+                "length of a row."
             )
-        self._looked_for_dropout = True
+        self.trim, self.not_shared = (False, False), "NEFTune's noise depends on the length of a row"
+
+    def _name_random_layers(self) -> None:
+        if self._looked_for_random_layers:
+            return
+        self._looked_for_random_layers = True
+        found = random_layers(self._model)
+        if found is not None:
+            self.run.say_once(
+                f"The model draws random numbers in training ({found}), and which ones a token gets depends on where "
+                "its sequence is in its micro-batch: gradients are those of skip_zero_advantage=False on average, not "
+                "each time."
+            )
 
     def _count(
-        self, parts: list[dict[str, Any]], batches: list[dict[str, Any]], looked_at: Sequence[dict[str, Any]] = ()
+        self,
+        parts: list[dict[str, Any]],
+        batches: list[dict[str, Any]],
+        token_counts: tuple[int, int],
+        looked_at: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """Of one plan, on this process: what TRL would run, what runs, and what gets a forward pass alone."""
+        """Of one plan, on this process: what TRL would run, what runs, and what gets a forward pass alone.
+
+        ``token_counts``: of TRL's, and of what runs."""
         counts = [len(batches)]
-        for count in (sequences, tokens, positions):
+        for count in (sequences, positions):
             counts += [sum(map(count, parts)), sum(map(count, batches))]
-        counts[-1] += round(sum(map(positions, looked_at)) / 3)
-        self._counts.append(counts)
+        self._counts.append([*counts, *token_counts, sum(map(positions, looked_at))])
 
     def _log_counts(self) -> None:
         """Of the whole optimizer step, over all processes."""
         of_step = torch.tensor(self._counts).sum(0).tolist()
         self._counts = []
         gathered = self._over_processes(of_step)
-        counts = StepCounts(of_step[0], *gathered[:, 1:].sum(0).tolist())  # every process has as many micro-batches
+        of_all = gathered[:, 1:].sum(0).tolist()
+        counts = StepCounts(of_step[0], *of_all)  # every process has as many micro-batches
         self.run.log(compute_metrics(counts))
 
     def _over_processes(self, numbers: list[int]) -> torch.Tensor:
         """(processes, numbers) int64, on the CPU."""
         return self.accelerator.gather(torch.tensor([numbers], device=self.accelerator.device)).cpu()
 
-    def _look_at_dead(self, rows: dict[str, Any], dead_B: torch.Tensor, n_batches: int) -> list[dict[str, Any]]:
+    def _look_at_dead(self, rows: dict[str, Any], table: RowTable, n_batches: int) -> list[dict[str, Any]]:
         """Entropies of sequences without a gradient: a forward alone, in as many batches on every process."""
         batches = []
-        for row_B in even_batches(dead_B, row_lengths(rows), n_batches):
-            batch = self._select(rows, row_B)
+        for row_B in even_batches(~table.wanted_B, table.length_B, n_batches):
+            batch = self._select(rows, row_B, table)
             self._statistics.set_entropy(
                 row_B, (self.score(None, batch, compute_entropy=True)[1] * live_mask(batch)).sum(1)
             )

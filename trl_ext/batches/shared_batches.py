@@ -16,7 +16,7 @@ from trl_ext.loss.shared_attention import NotShared
 from trl_ext.loss.shared_prompts import let_share
 from trl_ext.trl_surface import TOKEN_TYPES, RunSettings
 
-from .batch_rows import even_batches
+from .batch_rows import RowTable, even_batches
 from .columns import HALF_TOLERANCE, TOLERANCE
 
 CAN_NOT = 1 << 40  # micro-batches, of a process whose rows can't
@@ -88,44 +88,41 @@ def moved_by_sharing(model: Any) -> float:
     return float((shared - own).norm() / own.norm())
 
 
-def can_share(batch: dict[str, Any]) -> bool:
+def can_share(batch: dict[str, Any], table: RowTable) -> bool:
     """Whether the rows of TRL's dict can: prompts are known, there and without gaps, and nothing else travels with
     their tokens."""
     if "prompt_id" not in batch or any(batch.get(name) is not None for name in TOKEN_TYPES):
         return False
-    prompt, answer = batch["prompt_mask"], batch["completion_mask"]
-    gaps = (prompt.diff(dim=1) < 0).any() | (answer.diff(dim=1) > 0).any()
-    return not bool(gaps | (prompt[:, -1] == 0).any())
+    return not table.gaps
 
 
-def largest(batches: list[torch.Tensor], prompt_B: torch.Tensor, answer_B: torch.Tensor) -> int:
-    """Positions of the largest of these batches with padding: ``prompt_B`` and ``answer_B`` are lengths."""
-    return max(len(rows) * int(prompt_B[rows].max() + answer_B[rows].max()) for rows in batches)
+def largest(batches: list[torch.Tensor], table: RowTable) -> int:
+    """Positions of the largest of these batches with padding."""
+    return max(len(rows) * int(table.prompt_B[rows].max() + table.answer_B[rows].max()) for rows in batches)
 
 
-def packed_positions(rows_B: torch.Tensor, id_B: torch.Tensor, prompt_B: torch.Tensor, answer_B: torch.Tensor) -> int:
+def packed_positions(rows_B: torch.Tensor, table: RowTable) -> int:
     """Tokens of these sequences, each prompt once."""
-    first = {prompt: row for row, prompt in zip(rows_B.tolist(), id_B[rows_B].tolist(), strict=True)}
-    return int(answer_B[rows_B].sum() + prompt_B[list(first.values())].sum())
+    first = {prompt: row for row, prompt in zip(rows_B.tolist(), table.id_B[rows_B].tolist(), strict=True)}
+    return int(table.answer_B[rows_B].sum() + table.prompt_B[list(first.values())].sum())
 
 
-def shared_batches(
-    wanted_B: torch.Tensor, id_B: torch.Tensor, prompt_B: torch.Tensor, answer_B: torch.Tensor, budget: int
-) -> list[list[int]]:
+def shared_batches(table: RowTable, budget: int) -> list[list[int]]:
     """The rows of each micro-batch, of the wanted ones: prompts once, with copies of their keys and values, within the
     budget; a group that is larger is split. First fit, the largest first."""
+    ids, prompts, answers = (column_B.tolist() for column_B in (table.id_B, table.prompt_B, table.answer_B))
     groups: dict[int, list[int]] = {}
-    for row in wanted_B.nonzero().squeeze(1).tolist():
-        groups.setdefault(int(id_B[row]), []).append(row)
+    for row in table.wanted_B.nonzero().squeeze(1).tolist():
+        groups.setdefault(ids[row], []).append(row)
     pieces: list[tuple[float, list[int]]] = []
     for rows in groups.values():
         cost, piece = 0.0, list[int]()
-        for row in sorted(rows, key=lambda row: -int(answer_B[row])):
-            own = int(answer_B[row]) + COPIED * int(prompt_B[row])
+        for row in sorted(rows, key=lambda row: -answers[row]):
+            own = answers[row] + COPIED * prompts[row]
             if piece and cost + own > budget:
                 pieces.append((cost, piece))
                 piece = []
-            cost = cost + own if piece else int(prompt_B[row]) + own
+            cost = cost + own if piece else prompts[row] + own
             piece.append(row)
         pieces.append((cost, piece))
     filled: list[float] = []
@@ -141,9 +138,7 @@ def shared_batches(
     return batches
 
 
-def as_many(
-    batches: list[list[int]], n_batches: int, wanted_B: torch.Tensor, length_B: torch.Tensor, empty_B: torch.Tensor
-) -> list[torch.Tensor]:
+def as_many(batches: list[list[int]], n_batches: int, table: RowTable) -> list[torch.Tensor]:
     """``n_batches`` of them, as another process has: the largest are split, and where there aren't as many sequences,
     others that have no gradient make up for them."""
     batches = [list(rows) for rows in batches]
@@ -152,5 +147,5 @@ def as_many(
         batches.remove(rows)
         batches += [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
     if len(batches) < n_batches:
-        return even_batches(wanted_B, length_B, n_batches, empty_B=empty_B)
-    return [torch.tensor(rows, device=length_B.device) for rows in batches]
+        return even_batches(table.wanted_B, table.length_B, n_batches, empty_B=table.live_B == 0)
+    return [torch.tensor(rows) for rows in batches]

@@ -10,7 +10,7 @@ Nothing here changes what is trained, and a failure is said once and switches it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from grpo_kernels.interference.inner_products import squared_norms
 from grpo_kernels.interference.step_gradients import PromptGroups
 from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
 from trl_ext.mixed_rows import mixes_rows
+from trl_ext.rewards.normalizer import UsedNormalization
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .beside import Beside, place_scores
@@ -56,8 +57,7 @@ class InterferenceLog:
     """What happens around the forward and backward of a step that is logged.
 
     The projections of a step are drawn from the seed and the step's number, so that a resumed run draws the same.
-    ``baseline_size``: rewards in a sequence's baseline. ``observer`` is told what was measured. ``used``: the
-    normalisation's name in ``METHODS``, where it is one; ``function_weights`` of the reward functions. ``score``: a
+    ``observer`` is told what was measured. ``used`` gives the run's normalisation as it is now. ``score``: a
     batch's log-probs (B, T) with their graph. ``keeps_latest`` may be set: whether the latest step's cosines are
     wanted, for images.
     """
@@ -66,14 +66,12 @@ class InterferenceLog:
         self,
         run: RunSettings,
         model: torch.nn.Module,
-        baseline_size: int,
         *,
         observer: Observer,
-        used: str | None,
-        function_weights: Sequence[float],
+        used: Callable[[], UsedNormalization],
         score: Callable[[dict[str, Any]], torch.Tensor],
     ) -> None:
-        self.run, self.accelerator, self.baseline_size, self.keeps_latest = run, run.accelerator, baseline_size, False
+        self.run, self.accelerator, self._used, self.keeps_latest = run, run.accelerator, used, False
         self.every, self.dim = run.options.interference_every, run.options.interference_dim
         self.layers = run.options.interference_layers
         self.observer, self._together = observer, Together(run.accelerator)
@@ -81,7 +79,7 @@ class InterferenceLog:
         self._model = model
         self.features: PromptFeatures | None = None
         self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
-        self.what_if = WhatIfLog(run, used, function_weights, self._together.attempt)
+        self.what_if = WhatIfLog(run, used, self._together.attempt)
         self.beside = Beside(run, score)
         self.prompt_texts: dict[int, str] = {}
         self.prompt_tasks: dict[int, str] = {}  # none without a column of that name
@@ -350,7 +348,7 @@ class InterferenceLog:
         if any(error != math.inf for error in self._wrong.values()):  # what was recorded holds them: the next won't
             self.run.say_once(f"Interference of optimizer step {self._opened_in} isn't logged.")
             return
-        of_run = self.run, self.baseline_size, self.what_if.observe
+        of_run = self.run, self._used().baseline_size, self.what_if.observe
         found = measure(recorded, largest, self._together, *of_run, tasks=self.prompt_tasks)
         self._together.agree()  # nobody is told what another process doesn't know
         metrics = found.metrics

@@ -17,6 +17,7 @@ from grpo_kernels.interference.what_if import Candidate, StepScores, WhatIf, can
 from grpo_kernels.normalize.methods import METHODS
 
 if TYPE_CHECKING:
+    from trl_ext.rewards.normalizer import UsedNormalization
     from trl_ext.trl_surface import RunSettings
 
     from .sequences import Known
@@ -105,22 +106,19 @@ def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None, tasks
 
 
 class WhatIfLog:
-    """Of a run whose normalisation is ``used``, a name in ``METHODS``, or None; ``function_weights`` of its reward
-    functions. ``attempt``: on all processes or on none (``Together``). ``latest``: the latest step's table."""
+    """``used`` gives the run's normalisation as it is now. ``attempt``: on all processes or on none (``Together``). ``latest``: the latest step's table."""
 
     def __init__(
         self,
         run: RunSettings,
-        used: str | None,
-        function_weights: Sequence[float],
+        used: Callable[[], UsedNormalization],
         attempt: Callable[[Callable[[], dict[str, float]]], dict[str, float]],
     ) -> None:
         self.attempt = attempt
-        self.run, self.function_weights = run, list(function_weights)
+        self.run, self._used = run, used
         names = STATELESS if run.options.what_if is None else tuple(run.options.what_if)
-        options = (run.options.normalization_kwargs or {}) if used is not None else {}  # a function's are its own
+        options = (run.options.normalization_kwargs or {}) if used().name is not None else {}  # a function's are its own
         self.methods = candidates(names, **{name: options[name] for name in ("eps", "alpha") if name in options})
-        self.used = used if used in STATELESS and run.aggregation == "sum_then_normalize" else None
         self.latest: dict[str, Any] | None = None
 
     def observe(self, gram_BB: torch.Tensor | InnerProducts, known: Known, tasks: Tasks) -> dict[str, float]:
@@ -151,11 +149,13 @@ class WhatIfLog:
         if known.function_rewards.shape[1] == 1:
             methods = [one for one in methods if one.name != "decoupled"]
         keys_P = known.prompt_key.new_zeros(len(scores.rewards_PG)).scatter_(0, scores.prompt_B, known.prompt_key)
-        context = step_context(scores, known.length, known.function_rewards, self.function_weights, keys_P)
+        now = self._used()
+        used = now.name if now.name in STATELESS else None
+        context = step_context(scores, known.length, known.function_rewards, now.function_weights, keys_P)
         whole = len(scores.rewards_PG) == self.run.prompts_per_generation
-        table = step_table(scores, methods, self.used, context, tasks, whole_batch=whole)
+        table = step_table(scores, methods, used, context, tasks, whole_batch=whole)
         noise = gradient_noise(scores)
-        self.latest = as_plain(table, noise, self.used, tasks)
+        self.latest = as_plain(table, noise, used, tasks)
         metrics: dict[str, float] = {}
         for name, row in table.rows.items():
             metrics |= {f"what_if/{name}/cos": row.cos, f"what_if/{name}/factor": row.factor}

@@ -1,35 +1,81 @@
-"""The gathered rewards of a batch become advantages by the method that the options ask for, with its state.
+"""The gathered rewards of a batch become advantages by the method that the options name, with its state.
 
 Shapes: P prompts, G completions of one prompt, B = P*G sequences of all processes, F reward functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from grpo_kernels import METHODS, Normalized
-from trl_ext.trl_surface import RunSettings
+from trl_ext.config import resolve_normalization, trl_method
+from trl_ext.trl_surface import RewardSettings, RunSettings
 
 from .advantages import compute_advantages, normalization_metrics, number_of_states, observe_rewards
 from .normalization_state import make_state, restore_states
 from .rewarded import RewardedBatch
 
 
-class Normalizer:
-    """``method`` and ``options`` as ``resolve_normalization`` gives them."""
+@dataclass(frozen=True)
+class UsedNormalization:
+    """What a logged step compares others with. ``name`` in ``METHODS``, None for a user's function or where each reward
+    function is normalised by itself; ``baseline_size``: rewards in a sequence's baseline, its own among them, 0 where
+    there is none; ``function_weights`` of the reward functions."""
 
-    def __init__(
-        self,
-        run: RunSettings,
-        method: str | Callable[..., torch.Tensor],
-        options: Mapping[str, Any],
-        n_functions: int,
-    ) -> None:
-        self.run, self.method, self.options, self.aggregation = run, method, options, run.aggregation
-        self.states = [make_state(method, options) for _ in range(number_of_states(n_functions, run.aggregation))]
+    name: str | None
+    baseline_size: int
+    function_weights: list[float]
+
+
+class Normalizer:
+    """``args``: the trainer's options. What a callback changes of TRL's is followed (``follow``)."""
+
+    def __init__(self, run: RunSettings, args: Any, now: RewardSettings) -> None:
+        self.run, self.now = run, now
+        self.method, self.options = resolve_normalization(args)
+        self.follows_trl = getattr(args, "normalization", None) is None
+        self.states: list[Any] = []
+        self._make_states()
+
+    @property
+    def aggregation(self) -> str:
+        """TRL's ``multi_objective_aggregation``."""
+        return self.now.aggregation
+
+    def _make_states(self) -> None:
+        count = number_of_states(self.now.n_functions, self.aggregation)
+        self.states = [make_state(self.method, self.options) for _ in range(count)]
+
+    def follow(self, now: RewardSettings) -> None:
+        """Takes over what a callback has changed since, as TRL does, or warns that it has no effect."""
+        before, self.now = self.now, now
+        if now == before:
+            return
+        if now.options != before.options:
+            changed = [one.name for one in fields(now.options)
+                       if getattr(now.options, one.name) != getattr(before.options, one.name)]  # fmt: skip
+            self.run.say_once(
+                f"{', '.join(changed)}: changed while training, which has no effect: these options are read when the "
+                "trainer is built."
+            )
+        if now.scale_rewards != before.scale_rewards and not self.follows_trl:
+            self.run.say_once(
+                f"scale_rewards={now.scale_rewards!r}, set while training, has no effect: normalization="
+                f"{self.method!r} was given, and stays."
+            )
+        if self.follows_trl:
+            self.method = trl_method(now.scale_rewards, now.aggregation)
+        if number_of_states(now.n_functions, now.aggregation) != len(self.states):
+            self._make_states()
+
+    def used(self, weights_F: torch.Tensor) -> UsedNormalization:
+        """As it is now, with these weights of the reward functions."""
+        name = self.name if self.aggregation == "sum_then_normalize" else None
+        return UsedNormalization(name, self.baseline_size, weights_F.tolist())
 
     @property
     def name(self) -> str | None:

@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset
 from trl_ext.trl_surface import COLUMNS, OF_THE_BATCH, ONE_EACH, RunSettings, logged_columns, pad, replace_latest
 
 from .advantages import zero_variance_groups
+from .normalizer import Normalizer
 from .prompt_keys import prompt_key
 from .rewarded import RewardedBatch
 
@@ -117,8 +118,8 @@ class GenerationCount:
 class Resampling:
     """Fills a batch of rollouts up with live prompts before its rewards are normalised."""
 
-    def __init__(self, run: RunSettings) -> None:
-        self.run, self.accelerator = run, run.accelerator
+    def __init__(self, run: RunSettings, normalizer: Normalizer) -> None:
+        self.run, self.accelerator, self.normalizer = run, run.accelerator, normalizer
         self.n_prompts, self.max_rounds = run.prompts_per_generation, run.options.resample_max_rounds
         wanted = run.options.resample_live_prompts
         self.wanted = self.n_prompts if wanted is None else wanted
@@ -184,7 +185,7 @@ class Resampling:
         """Without its rows, which only another generation makes necessary."""
         n = len(rewarded.rewards_BF)
         dead_P = zero_variance_groups(
-            rewarded.rewards_BF, rewarded.weights_F, rewarded.num_generations, self.run.aggregation
+            rewarded.rewards_BF, rewarded.weights_F, rewarded.num_generations, self.normalizer.aggregation
         )
         return Round(
             rows=[],

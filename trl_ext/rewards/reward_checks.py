@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import nn
 from trl_ext.trl_surface import get_callable_name, is_async_callable
 
 from .reward_timeout import TookTooLong, await_limited, call_limited
+
+
+CHECKED = "_curvature_grpo_checked"  # of a function that is checked already
 
 
 class RewardFailed(Exception):  # noqa: N818
@@ -88,6 +92,21 @@ def _check(name: str, rewards: Any, completions: list | None) -> Any:
     return rewards
 
 
+def _list_of(rewards: Any) -> Any:
+    """An iterator (``map``, a generator) as the list that it gives, for it gives it once."""
+    return list(rewards) if isinstance(rewards, Iterator) else rewards
+
+
+def _listed(function: Callable) -> Callable:
+    """``function``, whose iterator is read within the call: what it raises there is the function's own failure."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _list_of(function(*args, **kwargs))
+
+    return call
+
+
 def checked_reward(
     function: Callable,
     name: str | None = None,
@@ -102,8 +121,11 @@ def checked_reward(
     """
     if isinstance(function, nn.Module):
         return function
+    if getattr(function, CHECKED, False):
+        return function
     name = name or get_callable_name(function)
     failures = failures or RewardFailures(1)
+    call = _listed(function)
 
     def judged(rewards: Any, error: Exception | None, completions: list | None) -> Any:
         try:
@@ -121,9 +143,9 @@ def checked_reward(
             rewards, failed = None, None
             try:
                 if timeout is None:
-                    rewards = await function(*args, **kwargs)
+                    rewards = _list_of(await function(*args, **kwargs))
                 else:
-                    rewards = await await_limited(function, timeout, name, args, kwargs)
+                    rewards = _list_of(await await_limited(function, timeout, name, args, kwargs))
             except Exception as error:
                 failed = error
             return judged(rewards, failed, kwargs.get("completions"))
@@ -134,15 +156,16 @@ def checked_reward(
             rewards, failed = None, None
             try:
                 if timeout is None:
-                    rewards = function(*args, **kwargs)
+                    rewards = call(*args, **kwargs)
                 else:
-                    rewards = call_limited(function, timeout, name, args, kwargs)
+                    rewards = call_limited(call, timeout, name, args, kwargs)
             except Exception as error:
                 failed = error
             return judged(rewards, failed, kwargs.get("completions"))
 
     functools.update_wrapper(checked, function)
     checked.__name__ = name  # a callable object has none of its own
+    setattr(checked, CHECKED, True)
     return checked
 
 
@@ -159,5 +182,6 @@ def say_if_unscored(rewards_BF: torch.Tensor, names: Sequence[str], say_once: Ca
 def checked_rewards(
     functions: Sequence[Callable], names: Sequence[str], failures: RewardFailures, timeout: float | None
 ) -> list[Callable]:
-    """``checked_reward`` of each."""
-    return [checked_reward(one, name, failures, timeout) for one, name in zip(functions, names, strict=True)]
+    """``checked_reward`` of each; those that are checked already stay. TRL objects where ``names`` are fewer."""
+    pairs = itertools.zip_longest(functions, names[: len(functions)])
+    return [checked_reward(one, name, failures, timeout) for one, name in pairs]
