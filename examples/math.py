@@ -7,6 +7,7 @@ project's options, ``--help_all`` TRL's too.
 
 import os
 import sys
+from contextlib import nullcontext
 
 # This file's name is also the standard library's. With this folder on the path, `import math` anywhere (torch, random,
 # the worker processes) would import this script, so the folder goes before anything else is imported. Only `os` and
@@ -194,22 +195,13 @@ def find_model(script, name: str, seed: int, state, say) -> str:
     from trl_ext.tasks.small_policy import small_policy
     from trl_ext.tasks.smollm2 import smollm2
 
-    def tell(step: int, text: str) -> None:
-        if step == 25:
-            say("Warming the built-in policy up by supervised learning (a minute, then cached): first it learns")
-            say("its tasks, then to be careless, so that it starts with much to bring out")
-        say(f"  step {step:>3}: right with probability {text}")
-
-    def of_each(step: int, accuracies: dict[str, float]) -> None:
-        tell(step, ", ".join(f"{task} {accuracy:.2f}" for task, accuracy in accuracies.items()))
-
     with state.local_main_process_first():
         if name == "smollm2":
             return str(smollm2())
         if is_mixture(script):
-            return str(mixed_policy(seed, of_each))
+            return str(mixed_policy(seed))
         levels = tuple(script.levels) or DEFAULT_LEVELS
-        return str(small_policy(seed, levels, lambda step, accuracy: tell(step, f"{accuracy:.2f}")))
+        return str(small_policy(seed, levels))
 
 
 def is_mixture(script) -> bool:
@@ -387,6 +379,8 @@ def main(arguments: list[str]) -> None:
             print(text, flush=True)
 
     from trl_ext.checkpoints import CheckpointError
+    from trl_ext.tasks.small_policy import trial_step
+    from trl_ext.tasks.threads import quickest_threads
 
     try:
         script, training, model = parse_arguments(arguments)
@@ -397,7 +391,9 @@ def main(arguments: list[str]) -> None:
 
     output = training.output_dir
     try:
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        # a model of a million parameters: more threads may be slower
+        with quickest_threads(trial_step()) if model.model_name_or_path == BUILT_IN else nullcontext():
+            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     except CheckpointError as error:
         sys.exit(f"error: {error}")
     stop = next(item for item in trainer.callback_handler.callbacks if type(item).__name__ == "StopWithCheckpoint")

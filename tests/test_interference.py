@@ -324,21 +324,6 @@ def test_a_rehearsal_changes_nothing(tiny_policy, tmp_path):
     assert not sketch.untapped and not sketch._right  # the first step is checked whole
 
 
-def test_no_rehearsal_where_float32_is_rounded(tiny_policy, tmp_path, monkeypatch):
-    """TF32 would take every layer for wrong: the step's own check, with its own bound, finds out."""
-    from trl_ext.interference import followed
-
-    trainer = build(tiny_policy, tmp_path, unit)
-    sketch = interference_log.GradientSketch(trainer.model, 8)
-    monkeypatch.setattr(sketch, "open", lambda seed: pytest.fail("rehearsed"))
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        followed.rehearse(sketch, trainer.model, trainer.accelerator, lambda *text: None)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
 def test_an_adapter_on_the_head_is_found_out_by_the_first_step(tiny_policy, tmp_path, caplog):
     """The fused head takes its B without calling it, which a rehearsal of the model's own forward doesn't show."""
     from peft import LoraConfig

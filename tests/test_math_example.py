@@ -104,8 +104,9 @@ def assert_demo(output, folder):
 LINES = [
     r"\d+ training and \d+ held-out questions on \d process(es)?, prompts as (chat|few_shot), for example:",
     r"  '.*' -> '.*'",
-    r"Warming the built-in policy up .*|its tasks, then to be careless, .*",
-    r"  step +\d+: right with probability sums [\d.]+, reversals [\d.]+, sorting [\d.]+, puzzles [\d.]+",
+    r"Warming the built-in policy up: .*",
+    r"  step +\d+: right with probability sums [\d.]+, reversals [\d.]+, sorting [\d.]+, puzzles [\d.]+ "
+    r"\(\d+ s, at most \d+ s to go\)",
     r" *" + " +".join(COLUMNS),
     r"[ \d.-]+",
     r"Held-out accuracy: [\d.]+ before, [\d.]+ after \([+-][\d.]+\)",

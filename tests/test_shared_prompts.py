@@ -23,10 +23,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.batches import shared_batches as shared_batches_module
+from trl_ext.batches.batch_rows import RowTable, read_rows
 from trl_ext.batches.columns import trimmed_columns
 from trl_ext.batches.shared_batches import as_many, can_share, packed_positions, shared_batches, why_not_shared
 from trl_ext.loss import flash, packed_rows, shared_attention
-from trl_ext.loss.fused_head import CompletionMask, add_fused_head, read_settings
+from trl_ext.loss.fused_head import CompletionMask, FusedHead, add_fused_head, read_settings
 from trl_ext.loss.packed_rows import Spans, pack
 from trl_ext.loss.shared_prompts import let_share
 
@@ -201,7 +202,7 @@ def asked(name):
     options = SimpleNamespace(share_prompts=True, fused_loss=True)
     settings = SimpleNamespace(options=options, accelerator=Accelerator(cpu=True), torch_compile=False)
     trim = trimmed_columns(model, settings.accelerator, said.append)
-    add_fused_head(model, read_settings(model), CompletionMask(), entropy=True)
+    add_fused_head(model, FusedHead(read_settings(model), CompletionMask(), entropy=True))
     return why_not_shared(settings, model, trim[0]), model
 
 
@@ -262,40 +263,45 @@ def test_whole_groups_within_a_budget():
     wanted = torch.tensor([True] * 6 + [False] * 2)
     prompt_of = torch.tensor([0, 1, 0, 1, 2, 0, 2, 1])
     prompt_B, answer_B = torch.tensor([10, 20, 10, 20, 5, 10, 5, 20]), torch.tensor([7, 5, 8, 6, 3, 9, 100, 100])
-    together = shared_batches(wanted, prompt_of, prompt_B, answer_B, budget=1000)
+    table = RowTable(prompt_B, answer_B, answer_B, answer_B, prompt_of, wanted, gaps=False)
+    together = shared_batches(table, budget=1000)
     assert [sorted(rows) for rows in together] == [[0, 1, 2, 3, 4, 5]]
     # costs: 10 + 24 + 3 * 1.5, 20 + 11 + 2 * 3, 5 + 3 + 0.75
-    apart = shared_batches(wanted, prompt_of, prompt_B, answer_B, budget=50)
+    apart = shared_batches(table, budget=50)
     assert [sorted(rows) for rows in apart] == [[0, 2, 5, 4], [1, 3]] or [sorted(r) for r in apart] == [
         [0, 2, 4, 5], [1, 3],
     ]  # fmt: skip
-    split = shared_batches(wanted, prompt_of, prompt_B, answer_B, budget=30)
+    split = shared_batches(table, budget=30)
     assert sorted(row for rows in split for row in rows) == [0, 1, 2, 3, 4, 5] and len(split) == 4
-    assert packed_positions(torch.tensor([0, 2, 4]), prompt_of, prompt_B, answer_B) == 10 + 7 + 8 + 5 + 3
+    assert packed_positions(torch.tensor([0, 2, 4]), table) == 10 + 7 + 8 + 5 + 3
 
 
 def test_batches_that_can_not_share():
     ids, mask = batch()
     rows = {"prompt_id": torch.tensor(PROMPT_OF), "prompt_mask": mask[:, :W], "completion_mask": mask[:, W:]}
-    assert can_share(rows)
-    assert not can_share({name: value for name, value in rows.items() if name != "prompt_id"})
-    assert not can_share({**rows, "token_type_ids": ids})
+
+    def can(rows):
+        return can_share(rows, read_rows(rows, torch.ones(len(ids), dtype=torch.bool)))
+
+    assert can(rows)
+    assert not can({name: value for name, value in rows.items() if name != "prompt_id"})
+    assert not can({**rows, "token_type_ids": ids})
     for name, place in (("prompt_mask", (1, 3)), ("prompt_mask", (0, W - 1)), ("completion_mask", (0, 4))):
         gap = rows[name].clone()
         gap[place] = 0
-        assert not can_share({**rows, name: gap}), (name, place)
+        assert not can({**rows, name: gap}), (name, place)
     empty = rows["completion_mask"].clone()
     empty[0] = 0
-    assert can_share({**rows, "completion_mask": empty})
+    assert can({**rows, "completion_mask": empty})
 
 
 def test_as_many_as_another_process():
     wanted, lengths = torch.tensor([True, True, True, False]), torch.tensor([9, 8, 7, 3])
-    empty = torch.zeros(4, dtype=torch.bool)
-    assert [rows.tolist() for rows in as_many([[0, 1, 2]], 1, wanted, lengths, empty)] == [[0, 1, 2]]
-    two = as_many([[0, 1, 2]], 2, wanted, lengths, empty)
+    table = RowTable(lengths * 0, lengths, lengths, lengths, torch.arange(4), wanted, gaps=False)
+    assert [rows.tolist() for rows in as_many([[0, 1, 2]], 1, table)] == [[0, 1, 2]]
+    two = as_many([[0, 1, 2]], 2, table)
     assert sorted(row for rows in two for row in rows.tolist()) == [0, 1, 2]
-    four = as_many([[0, 1, 2]], 4, wanted, lengths, empty)
+    four = as_many([[0, 1, 2]], 4, table)
     assert [len(rows) for rows in four] == [1] * 4  # a dead one makes up
 
 

@@ -22,10 +22,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.batches import columns, micro_batches
-from trl_ext.batches.batch_rows import even_batches, join, select
+from trl_ext.batches.batch_rows import even_batches, join, read_rows, select
 from trl_ext.batches.columns import columns_by_rule, moved_by_padding, trimmed_columns
 from trl_ext.batches.micro_batches import KEY, StepCounts, compute_metrics
-from trl_ext.batches.skipping import has_dropout
+from trl_ext.batches.skipping import random_layers
 
 OPTIONS = {
     "loss_type": ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"],
@@ -315,7 +315,7 @@ def test_select_loses_padding_alone(lengths, data, trim, multiple_of):
         "num_items_in_batch": torch.tensor(3),
     }
     index = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True)))
-    got = select(rows, index, trim, multiple_of)
+    got = select(rows, index, read_rows(rows, torch.ones(n, dtype=torch.bool)), trim, multiple_of)
     for side, start in (("prompt", None), ("completion", 0)):
         width, kept = rows[f"{side}_mask"].shape[1], got[f"{side}_mask"].shape[1]
         cut = slice(width - kept, width) if start is None else slice(0, kept)
@@ -342,8 +342,9 @@ def test_join_is_the_way_back():
 
 def test_compute_metrics_by_hand():
     counts = StepCounts(
-        micro_batches=2, sequences=16, sequences_run=6, tokens=200, tokens_run=80, positions=320, positions_run=90
-    )
+        micro_batches=2, sequences=16, sequences_run=6, tokens=200, tokens_run=80, positions=320, positions_run=90,
+        positions_looked_at=30,
+    )  # fmt: skip
     assert compute_metrics(counts) == pytest.approx(
         {
             "compute/sequences_skipped_frac": 10 / 16,
@@ -351,10 +352,10 @@ def test_compute_metrics_by_hand():
             "compute/tokens_run": 80.0,
             "compute/padding_removed_frac": 1 - 10 / 120,
             "compute/micro_batches": 2.0,
-            "compute/flops_saved_frac": 1 - 90 / 320,
+            "compute/flops_saved_frac": 1 - 100 / 320,  # a forward alone counts a third
         }
     )
-    assert compute_metrics(StepCounts(1, 4, 4, 20, 20, 20, 20))["compute/padding_removed_frac"] == 0
+    assert compute_metrics(StepCounts(1, 4, 4, 20, 20, 20, 20, 0))["compute/padding_removed_frac"] == 0
 
 
 # ---- the trainer
@@ -406,10 +407,10 @@ def test_dropout_is_said_once(lora, tiny_policy, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="trl_ext.trainer"):
         trainer.train()
     assert sum("dropout" in record.message for record in caplog.records) == 1
-    assert not has_dropout(build(tiny_policy, tmp_path).model)
+    assert not random_layers(build(tiny_policy, tmp_path).model)
     functional = OPTConfig(**OPT, dropout=0.1)  # of which no module is made
-    assert has_dropout(AutoModelForCausalLM.from_config(functional))
-    assert not has_dropout(AutoModelForCausalLM.from_config(OPTConfig(**OPT, dropout=0.0)))
+    assert random_layers(AutoModelForCausalLM.from_config(functional))
+    assert not random_layers(AutoModelForCausalLM.from_config(OPTConfig(**OPT, dropout=0.0)))
 
 
 def test_tool_output_and_dead_groups(passes, tiny_policy, tmp_path):

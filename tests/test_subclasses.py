@@ -232,6 +232,8 @@ WITHOUT_A_CASE = {
     "_save_checkpoint": "files, no gradient",
     "_load_optimizer_and_scheduler": "as above",
     "train": "which checkpoint it goes on from; the training is TRL's",
+    "evaluate": "no gradient; TRL's, with our head there",
+    "predict": "as above",
     "end": "after the last gradient",
 }
 

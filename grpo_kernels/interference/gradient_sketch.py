@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from grpo_kernels.backend import rounds_products
@@ -26,6 +27,7 @@ from .projections import PARTS, Projections
 from .sequence_rows import SequenceRows
 from .tap_check import GradientPart, TapCheck
 
+StopRecomputation: Any = getattr(torch.utils.checkpoint, "_StopRecomputationError", ())
 CHECK_EVERY = 8  # steps, of a parameter that was found right before
 WHOLE = "model"  # the only section, unless by parts
 
@@ -344,6 +346,8 @@ class GradientSketch:
                 raise TypeError(f"layer {layer.name!r} isn't called with one tensor for another")
             if output.grad_fn is not None:
                 tap(output, inputs[0], lambda gradient, kept: self._guarded(layer, rows, gradient, kept))
+        except StopRecomputation:  # how checkpointing ends a recomputed forward, once the last tensor is saved
+            raise
         except Exception as error:
             self._fail(layer, error)
 

@@ -44,6 +44,10 @@ from .skipping import EVERYTHING, WhatRuns, live_sequences, noise_by_row_length,
 from .step_statistics import StepStatistics
 
 KEY = "micro_batch"  # in TRL's dict
+COST_OF_OWN_METHOD = (
+    " So sequences without a gradient run too and prompts aren't shared: a step often takes 2 to 5 times as long. What "
+    "only times or logs a step belongs in a TrainerCallback (on_step_begin, on_step_end)."
+)
 # a subclass's batch may not have them
 OF_SKIPPED = (
     "prompt_id", "prompt_key", "group_rewards", "group_position", "function_rewards", "generated", "advantages",
@@ -222,7 +226,8 @@ class MicroBatches:
             part["token_weight"] = token_weights(part, settings, training=True)
         runs = self.what_runs(settings, parts[0])
         wanted_but_not = self.options.skip_zero_advantage and not runs.skipped
-        self.run.say_once(runs.why, level="warning" if wanted_but_not else "info")
+        cost = COST_OF_OWN_METHOD if self.own is not None and self.own in runs.why else ""
+        self.run.say_once(runs.why + cost, level="warning" if wanted_but_not else "info")
         self.skipping = runs.skipped
         self._say_whether_shared(runs)
         if not runs.regrouped:

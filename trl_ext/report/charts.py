@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from .groups import Group, mean_and_band
@@ -114,6 +115,15 @@ def _log_axis(figure: go.Figure, values: Sequence[float]) -> None:
     figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
 
 
+def without_outliers(values: Sequence[float]) -> tuple[float, float]:
+    """The smallest and largest of the values that lie within 3 interquartile ranges of the quartiles: a few far ones
+    would take the whole scale."""
+    lower, upper = np.quantile(values, [0.25, 0.75])
+    room = 3 * (upper - lower)
+    kept = [value for value in values if lower - room <= value <= upper + room]
+    return float(min(kept)), float(max(kept))
+
+
 def always_zero(chart: Curves, curves: dict[str, dict[str, list[Any]]]) -> bool:
     """Whether all that was logged of it is 0."""
     values = [value for name in chart.metrics if name in curves for value in curves[name]["values"]]
@@ -216,6 +226,11 @@ def sigma_and_curvature(points: Sequence[dict[str, Any]]) -> go.Figure:
     )  # fmt: skip
     figure.update_xaxes(title="sigma, std of the prompt's rewards")
     figure.update_yaxes(title="curvature along its gradient")
+    low, high = without_outliers([point["curvature"] for point in points])
+    outside = sum(not low <= point["curvature"] <= high for point in points)
+    if outside:
+        margin = 0.05 * (high - low)
+        figure.update_yaxes(range=[low - margin, high + margin], title=f"curvature along its gradient ({outside} beyond)")
     return figure
 
 
@@ -231,6 +246,7 @@ def what_if(table: dict[str, Any]) -> go.Figure:
             "color": [gain if gain is not None else min(known) for gain in gains], "colorscale": "Viridis",
             "colorbar": {"title": {"text": "gain", "font": {"size": 11}}, "thickness": 10},
         }  # fmt: skip
+        marker["cmin"], marker["cmax"] = without_outliers(known)
     spreads = [one["spread"] for one in methods.values()]
     told = [
         f"{name}<br>cosine {one['cos']:.3f}<br>factor {one['factor']:.3g}, spread "

@@ -1,7 +1,8 @@
 """A few hundred of a run's answers, for the report: ``<run folder>/sampled_completions.json``.
 
 At the steps that log interference (every ``EVERY``-th without) two prompts of the batch, one whose answers' rewards
-differ and one whose don't, with at most ``ANSWERS`` answers each. Beyond ``MOST`` rows every other step is dropped, and
+differ and one whose don't, with at most ``ANSWERS`` answers each: that of the lowest and that of the highest reward,
+and between them a spread. Beyond ``MOST`` rows every other step is dropped, and
 from there on as rarely kept. On the main process; a failure is said once, and training goes on.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,26 @@ def rows_of(logs: Mapping[str, Any], step: int, num_generations: int) -> list[di
     for start in chosen:
         if start is None:
             continue
-        for i in range(start, start + min(ANSWERS, num_generations)):
+        for i in spread_by_reward(range(start, start + num_generations), rewards):
             row = {"step": step, "prompt": prompt_text(prompts[i])[:TEXT], "answer": answer_text(answers[i])[:TEXT]}
             row["rewards"] = {name: values[i] for name, values in rewards.items()}
             rows.append({**row, "advantage": advantages[i]})
     return rows
+
+
+def spread_by_reward(rows: Sequence[int], rewards: Mapping[str, Sequence[float | None]]) -> list[int]:
+    """At most ``ANSWERS`` of these rows, in order: of the lowest reward, of the highest, and evenly between them.
+
+    By the sum over functions, where one that is missing counts 0."""
+
+    def total(row: int) -> float:
+        given = (values[row] for values in rewards.values())
+        return sum(value for value in given if value is not None and value == value)
+
+    ordered = sorted(rows, key=total)
+    count = min(ANSWERS, len(ordered))
+    places = {round(i * (len(ordered) - 1) / max(count - 1, 1)) for i in range(count)}
+    return sorted(ordered[place] for place in places)
 
 
 def read_completions(folder: Path) -> list[dict[str, Any]]:

@@ -30,6 +30,15 @@ def started_at(folder: Path) -> float | None:
         return None
 
 
+def _ends_a_line(path: Path) -> bool:
+    """Whether a file ends with a whole line, or has none."""
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
 def describe_run(args: Any, model: Any, trainer: type, reward_functions: list[str]) -> dict[str, Any]:
     """For the run's folder: every option, and what else tells runs apart."""
     return {
@@ -60,8 +69,10 @@ class RunFiles(TrainerCallback):
                 (folder / LOG_FILE).unlink(missing_ok=True)
             else:
                 config[STARTED] = started_at(folder) or config[STARTED]
-                with open(folder / LOG_FILE, "a") as file:  # a kill may have left half a line
-                    file.write("\n" + json.dumps({RESUMED: True, "step": state.global_step}) + "\n")
+                half_a_line = not _ends_a_line(folder / LOG_FILE)  # a kill may have left one
+                with open(folder / LOG_FILE, "a") as file:
+                    resumed = json.dumps({RESUMED: True, "step": state.global_step})
+                    file.write(("\n" if half_a_line else "") + resumed + "\n")
             scratch = folder / f".{CONFIG_FILE}.{os.getpid()}"
             scratch.write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
             scratch.replace(folder / CONFIG_FILE)

@@ -13,6 +13,7 @@ from grpo_kernels.normalize.std_rule import WORTH_A_WORD, std_exponent, std_gain
 from .evidence import ends, interval
 from .read_run import Run
 
+LEAST_POINTS = 4  # of fewer a change has no error, and isn't claimed
 SMALL_CHANGE = 0.02  # of accuracy or reward, no change worth a word
 STEADY_BLIND = ("adam", "paged_adam", "lion")  # optimizers that take no notice of a steady factor
 MANY_ANSWERS = 32  # to a prompt: with which the std was seen to be worth more than a learning rate
@@ -49,11 +50,21 @@ def _learned(run: Run) -> str:
             continue
         error = _accuracy_error(run, values) if name == "eval_accuracy" else _scatter(values)
         first, last = f"{values[0]:.3f} at step {steps[0]}", f"{values[-1]:.3f} at step {steps[-1]}"
+        if len(values) < LEAST_POINTS:
+            return (
+                f"Too early to tell whether it learned: {label} {first}, {last}, measured {len(values)} times "
+                f"(it takes {LEAST_POINTS})."
+            )
         told = f" (a difference has an error of about {error:.3f})" if error else ""
         return f"It {_moved(values[0], values[-1], error)}: {label} {first}, {last}{told}."
     values = run.series("reward")[1]
     if len(values) < 2:
         return "Whether it learned can't be told: fewer than two rewards are in the log."
+    if len(values) < LEAST_POINTS:
+        return (
+            f"Too early to tell whether it learned: {len(values)} rewards are in the log, from {values[0]:.3f} to "
+            f"{values[-1]:.3f} (it takes {LEAST_POINTS})."
+        )
     before, after = ends(values)
     error = _scatter(values) / math.sqrt(max(1, round(len(values) / 10)))
     change = f"from {before:.3f} to {after:.3f}, first and last tenth of the log"
@@ -87,7 +98,8 @@ def _phase(run: Run) -> str:
         return "Its phase can't be told: too few live prompts, too low a reliability, or no interference logged."
     meaning = {1: "gradients of prompts are near-orthogonal", 2: "they begin to interfere", 3: "they interfere"}
     last = spans[-1]
-    return f"Phase {last['phase']} at step {last['last']}: {meaning[last['phase']]}."
+    since = f"since step {last['first']}, last measured at step {last['last']}"
+    return f"Phase {last['phase']} {since}: {meaning[last['phase']]}."
 
 
 def _theory(run: Run) -> str:

@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from . import mixture, small_policy
 from .mixture import LETTERS, TASKS, generate_exercises
+from .progress import Progress
 from .small_policy import (
     CHAT_TEMPLATE,
     Encoded,
@@ -119,6 +120,9 @@ def warm_up(
 
 
 def mixed_policy(seed: int = 0, report: Callable[[int, dict[str, float]], None] | None = None) -> Path:
-    """Folder of the warmed-up policy for this seed; trained on the first call, cached afterwards."""
+    """Folder of the warmed-up policy for this seed; trained on the first call, cached afterwards. ``report`` as in
+    ``small_policy``."""
     sources = [inspect.getsource(one) for one in (mixture, small_policy, sys.modules[__name__])]
-    return cached_policy("mixed-policy", [seed, *sources], lambda: warm_up(seed, report)[:2])
+    return cached_policy(
+        "mixed-policy", [seed, *sources], lambda: warm_up(seed, report or Progress(LEARNING_STEPS))[:2]
+    )

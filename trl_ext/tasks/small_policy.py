@@ -30,6 +30,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from . import arithmetic
 from .arithmetic import DEFAULT_LEVELS, Problem, generate_problems
+from .progress import Progress
+from .threads import quickest_threads
 
 PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<user>", "<assistant>"
 CHAT_TEMPLATE = (
@@ -266,10 +268,16 @@ def _widen(matrix_BT: torch.Tensor, width: int, fill: int) -> torch.Tensor:
 def small_policy(
     seed: int = 0, levels: tuple[int, ...] = DEFAULT_LEVELS, report: Callable[[int, float], None] | None = None
 ) -> Path:
-    """Folder of the warmed-up policy for this seed and these levels; trained on the first call, cached afterwards."""
+    """Folder of the warmed-up policy for this seed and these levels; trained on the first call, cached afterwards.
+
+    The first call takes a minute or two on two idle cores. ``report(step, accuracy)`` is called as it goes; None: it
+    prints its progress on standard error.
+    """
     sources = [inspect.getsource(one) for one in (arithmetic, sys.modules[__name__])]
     recipe = [seed, list(levels), *sources]
-    return cached_policy("small-policy", recipe, lambda: warm_up(seed, levels, report)[:2])
+    return cached_policy(
+        "small-policy", recipe, lambda: warm_up(seed, levels, report or Progress(LEARNING_STEPS))[:2]
+    )
 
 
 def cached_policy(name: str, recipe: list, make: Callable[[], tuple]) -> Path:
@@ -279,8 +287,17 @@ def cached_policy(name: str, recipe: list, make: Callable[[], tuple]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # a second process waits for the first one's
         if not folder.exists():
-            save_atomically(folder, *make())
+            with quickest_threads(trial_step()):
+                save_atomically(folder, *make())
     return folder
+
+
+def trial_step() -> Callable[[], None]:
+    """A step like the warm-up's, of a model that is thrown away: for timing."""
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=640, **MODEL))
+        ids = torch.randint(640, (BATCH, 24))
+    return lambda: model(input_ids=ids, labels=ids).loss.backward()
 
 
 def save_atomically(folder: Path, model, tokenizer) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from trl_ext.report.evidence import State, ends, state
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, either, graded, lasting, missing
+from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, either, graded, lasting, missing, too_few
 
 CUT, ALL_CUT = 0.5, 0.95  # of answers, at the length limit
 SAME_LENGTH = 0.9  # of the longest answer: all that are cut off have it
 REPEATED = 0.5  # of an answer's runs of four tokens
 COLLAPSED = (0.1, 0.02)  # of the entropy at the start, and nats
 RISEN = (2.0, 0.5)
+LEAST = 5  # log lines
 LONGER, SHORTER, TOKENS = 2.0, 0.5, 8  # times the length at the start, and tokens at least
 
 
@@ -75,8 +76,8 @@ def length_hacking(run: Run) -> Finding | Unknown | None:
     steps, values = run.series("completions/mean_length")
     rewards = run.series("reward")[1]
     held_out = either(run, "eval_accuracy", "eval_reward")[2]
-    if len(values) < 5 or len(rewards) < 5:
-        return missing("completions/mean_length")
+    if min(len(values), len(rewards)) < LEAST:
+        return too_few(run, LEAST, "completions/mean_length", "reward")
     start = ends(values)[0]
     longer = state(steps, values, lambda length: length > LONGER * start and length > start + TOKENS)
     shorter = state(steps, values, lambda length: length < SHORTER * start and length < start - TOKENS, low=True)

@@ -43,6 +43,14 @@ def missing(*names: str) -> Unknown:
     return Unknown(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not in the log")
 
 
+def too_few(run: Run, least: int, *names: str) -> Unknown:
+    """These metrics were not logged ``least`` times: not at all, or not often enough yet."""
+    absent = [name for name in names if not run.series(name)[0]]
+    if absent:
+        return missing(*absent)
+    return Unknown(f"{' and '.join(names)}: too few log lines yet, it takes {least}")
+
+
 def either(run: Run, *names: str) -> tuple[str, list[int], list[float]]:
     """The first of them that was logged."""
     for name in names:

@@ -9,7 +9,7 @@ import numpy as np
 from trl_ext.report.evidence import State, above, interval, state
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, WARNING, Finding, Unknown, lasting, missing
+from .finding import ADVICE, WARNING, Finding, Unknown, lasting, missing, too_few
 
 UNCOVERED, UNCHECKED, UNRELIABLE = 0.9, 0.15, 0.1
 DOMINATED, ALMOST_ALL, PROMPTS = 0.5, 0.9, 5  # of the squared gradients, by one of so many live prompts
@@ -50,7 +50,7 @@ def contradicts_theory(run: Run) -> Finding | Unknown | None:
     steps, values = run.series("curvature/directional_corr")
     constant = run.last("curvature/speedup_constant")
     if len(values) < 3 or constant is None:
-        return missing("curvature/directional_corr, at three steps, and C")
+        return missing("C") if constant is None else too_few(run, 3, "curvature/directional_corr")
     mean, low, high = interval(values)
     if high >= 0:
         return None

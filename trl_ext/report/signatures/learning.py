@@ -10,7 +10,7 @@ import numpy as np
 from trl_ext.report.evidence import above, state
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, missing
+from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, missing, too_few
 
 GAP = {False: 0.15, True: 0.04}  # of reward, more than at the start; on fresh and on repeated problems
 WINDOW, SOON = 50, 5  # steps before an evaluation that stand beside it; of the first logged step, for one at 0
@@ -28,7 +28,8 @@ def gap(run: Run) -> Finding | Unknown | None:
         if steps and len(eval_steps) > 1:
             break
     else:
-        return missing("eval_accuracy or eval_reward, at two steps,")
+        name = "accuracy" if run.series("eval_accuracy")[0] else "reward"
+        return too_few(run, 2, name, f"eval_{name}")
     apart: list[tuple[int, float]] = []  # of each evaluation that training rewards stand beside
     for i, (step, value) in enumerate(zip(eval_steps, eval_values, strict=True)):
         since = max(eval_steps[i - 1] if i else 0, step - WINDOW)
@@ -46,7 +47,7 @@ def gap(run: Run) -> Finding | Unknown | None:
         if near:
             apart.append((step, float(np.mean(near)) - value))
     if len(apart) < 2:
-        return missing(f"{train} beside {held_out}, at two steps,")
+        return Unknown(f"{train} and {held_out}: too few log lines of both at about one step, it takes 2")
     begun = apart[0][1]
     changes = [value - begun for _, value in apart[1:]]
     epochs = max(run.series("epoch")[1], default=0.0)
@@ -85,7 +86,7 @@ def fell(run: Run) -> Finding | Unknown | None:
             sure = _normal(drop / (math.sqrt(2) * noise)) if noise else 1.0
             return Finding(CRITICAL, reward_steps[best + 4], evidence, sure, remedy)
     if len(values) < 4:
-        return missing("eval_accuracy, at four steps,") if len(rewards) < 10 else None
+        return too_few(run, 4, "eval_accuracy") if len(rewards) < 10 else None
     pairs = np.convolve(values, np.ones(2) / 2, mode="valid")  # the best of many single ones is best by chance
     best = int(np.argmax(pairs))
     drop, noise = float(pairs[best] - pairs[-1]), float(np.std(np.diff(values))) / 2

@@ -9,7 +9,7 @@ import numpy as np
 from trl_ext.report.evidence import State, above, state
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, graded, lasting, missing
+from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, graded, lasting, missing, too_few
 
 TINY = 0.05  # of the mean denominator
 HUGE = 10.0  # advantage
@@ -64,7 +64,7 @@ def coefficient_spikes(run: Run) -> Finding | Unknown | None:
 def gradient_spikes(run: Run) -> Finding | Unknown | None:
     steps, values = run.series("grad_norm")
     if len(values) < 10:
-        return missing("grad_norm, ten times,")
+        return too_few(run, 10, "grad_norm")
     spikes = []
     for i in range(5, len(values)):
         before = [value for value in values[max(0, i - 50) : i] if value > 0]
