@@ -7,7 +7,6 @@ project's options, ``--help_all`` TRL's too.
 
 import os
 import sys
-from contextlib import nullcontext
 
 # This file's name is also the standard library's. With this folder on the path, `import math` anywhere (torch, random,
 # the worker processes) would import this script, so the folder goes before anything else is imported. Only `os` and
@@ -377,6 +376,8 @@ def main(arguments: list[str]) -> None:
     def say(text: str) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             print(text, flush=True)
+
+    from contextlib import nullcontext
 
     from trl_ext.checkpoints import CheckpointError
     from trl_ext.tasks.small_policy import trial_step

@@ -1,4 +1,4 @@
-"""The one place that decides whether a kernel runs in Triton or in plain torch, and in which dtype products are made."""
+"""The one place that decides whether a kernel runs in Triton or in plain torch, and in which dtype it multiplies."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from trl_ext.interference.measure import Recorded
 from trl_ext.interference.sequences import pack_known
 from trl_ext.interference.what_if_log import STATELESS, WhatIfLog
 from trl_ext.rewards.normalizer import UsedNormalization
-from trl_ext.rewards.normalizer import UsedNormalization
 
 
 class Crew:

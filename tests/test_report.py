@@ -329,9 +329,11 @@ def test_odd_lines_in_a_log(tmp_path):
 
 
 RUNS = {
-    "learned": ([{"eval_accuracy": 0.2}, {"eval_accuracy": 0.5}], 0, "It learned: held-out accuracy 0.200 at step 0"),
+    "learned": ([{"eval_accuracy": a} for a in (0.2, 0.3, 0.4, 0.5)], 0, "It learned: held-out accuracy 0.200 at step"),
+    "three evaluations": ([{"eval_accuracy": a} for a in (0.2, 0.4, 0.9)], 0, "Too early to tell whether it learned"),
+    "three rewards": ([{"reward": a} for a in (0.9, 0.4, 0.1)], 0, "Too early to tell whether it learned: 3 rewards"),
     "the same": ([{"reward": 0.5}] * 4, 0, "By its reward it did not change: from 0.500 to 0.500"),
-    "worse": ([{"reward": 0.5}, {"reward": 0.1}], 0, "it got worse"),
+    "worse": ([{"reward": a} for a in (0.9, 0.6, 0.3, 0.0)], 0, "it got worse"),
     "one value": ([{"reward": 0.5}], 0, "can't be told"),
     "helps": ([{"curvature/speedup_constant": 0.5}], 2, "converges faster with division by the std (C = 0.50"),
     "doesn't": ([{"curvature/speedup_constant": 1.5}], 2, "gains nothing from division by the std (C = 1.50"),
@@ -341,7 +343,8 @@ RUNS = {
                 "it doesn't, against the theory"),
     "not told": ([{"curvature/speedup_constant": 0.5, "curvature/directional_corr": c} for c in (-0.5, 0.6, 0.1)], 2,
                  "can't tell"),
-    "phase": ([{"phase": 1}, {"phase": 2}], 1, "Phase 2 at step 1: they begin to interfere"),
+    "phase": ([{"phase": 1}, {"phase": 2}], 1, "Phase 2 since step 1, last measured at step 1: they begin to interfere"),
+    "phase 2 from the first": ([{"phase": 2}] * 4, 1, "Phase 2 since step 0, last measured at step 3"),
     "no choice": ([{"curvature/sigma_mean": 0.5}], 3, "can't be told: no C"),
     "saved": ([{"compute/sequences_skipped_frac": 0.5, "compute/flops_saved_frac": 0.6}], 4, "50% of the sequences"),
 }  # fmt: skip

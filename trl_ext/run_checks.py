@@ -117,7 +117,7 @@ def _has_transform(dataset: Any) -> bool:
 
 
 def _stored_prompts(dataset: Any, most: int | None = MOST_ROWS) -> Iterator[Any]:
-    """The first ``most`` prompts that a dataset stores (None: all); none of one that is streamed, or that makes them."""
+    """The first ``most`` prompts that a dataset stores (None: all); none where it is streamed, or makes them."""
     stored = hasattr(dataset, "__len__") and hasattr(dataset, "with_format") and not _has_transform(dataset)
     if not stored or "prompt" not in dataset.column_names:
         return
@@ -173,8 +173,8 @@ class Context:
             length, number = max(beyond)
             room = "no room for an answer" if length >= self.size else "an answer may go beyond it"
             self.say_once(
-                f"{what(number)} has {length} tokens, and the model's context (max_position_embeddings) is {self.size}: "
-                f"{room} (max_completion_length={self.answer}; {len(beyond)} such prompts were seen). "
+                f"{what(number)} has {length} tokens, and the model's context (max_position_embeddings) is "
+                f"{self.size}: {room} (max_completion_length={self.answer}; {len(beyond)} such prompts were seen). "
                 "The model wasn't trained for what comes after."
             )
 

@@ -87,8 +87,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         trl_surface.say_unscored_once()
         check_before_model(args, rest, kwargs)
         refuse_tensor_parallelism(model, args)
-        ours_is_there = trl_surface.without_trl_head(self, add_forward) if read_options(args).fused_loss else nullcontext()
-        with ours_is_there:
+        fused = read_options(args).fused_loss
+        with trl_surface.without_trl_head(self, add_forward) if fused else nullcontext():
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         trl_surface.check_trainer(self)
         keep_trainable(self.model)
@@ -106,8 +106,9 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._task_names = TaskNames(self.accelerator.num_processes, run.say_once)
         self._task_means = {"train": TaskMeans(), "eval": TaskMeans()}
         self._resampling = Resampling(run, self._normalizer) if run.options.resample_zero_variance else None
-        of_run = {"used": lambda: self._normalizer.used(self.reward_weights), "score": self._score_with_graph}
-        self._interference = InterferenceLog(run, self.model, observer=self, **of_run)
+        self._interference = InterferenceLog(
+            run, self.model, observer=self, used=self._used_normalization, score=self._score_with_graph
+        )
         self._completion_mask, self._shared_prompts = CompletionMask(), SharedPrompts()
         self._deferred = DeferredLogprobs(run, self._score)
         self._patches = ModelPatches()
@@ -136,7 +137,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def _check_reward_functions(self):
         """Also those that a callback has put there since."""
         limit = self._run.options.reward_timeout
-        self.reward_funcs = checked_rewards(self.reward_funcs, self.reward_func_names, self._failures, limit)
+        functions: list[Any] = self.reward_funcs
+        self.reward_funcs = checked_rewards(functions, self.reward_func_names, self._failures, limit)
 
     @ours
     def _generate(self, prompts):
@@ -303,6 +305,9 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None:
         """For ``curvature``: measured curvatures of prompts of the latest batch; the same on every process."""
         self._normalizer.observe_curvature(prompt_id_P, curvature_P)
+
+    def _used_normalization(self):
+        return self._normalizer.used(self.reward_weights)
 
     def _log_metrics(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

@@ -394,7 +394,8 @@ def forward_without_trl_head(model: Any) -> Any:
         code = getattr(function, "__code__", None)
         if code is None or not code.co_qualname.startswith("add_fused_lm_head."):
             return forward
-        there = dict(zip(code.co_freevars, function.__closure__, strict=True)).get("original_forward")
+        cells: Any = getattr(function, "__closure__", None) or ()
+        there = dict(zip(code.co_freevars, cells, strict=True)).get("original_forward")
         if there is None:
             return forward
         forward = there.cell_contents

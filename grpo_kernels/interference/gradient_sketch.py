@@ -60,8 +60,9 @@ class GradientSketch:
                     loss_of(model(batch["input_ids"])).backward()
         gram_BB = recorded[0].gram()
 
-    Between steps nothing hangs on the model. The taps never change a forward or backward value. Tapped are trainable Linear (also
-    GPT-2's, transposed) and Embedding layers (so LoRA's A and B, also over 4-bit weights, which stay frozen), and
+    Between steps nothing hangs on the model. The taps never change a forward or backward value. Tapped are trainable
+    Linear (also GPT-2's, transposed) and Embedding layers (so LoRA's A and B, also over 4-bit weights, which stay
+    frozen), and
     norms: modules with one vector as weight, and maybe a bias, by which their output is linear in it. Tied weights
     share their projection. What isn't followed rightly ``leave_out_wrong`` finds out.
     Gradient checkpointing of both kinds, autocast, DDP and FSDP2 are fine; ``torch.compile`` of the whole model isn't:

@@ -27,10 +27,10 @@ def join(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RowTable:
-    """What a plan needs of each row, on the CPU, (B,) int64 each: a GPU is waited for once, however many rows there are.
+    """What a plan needs of each row, on the CPU, (B,) int64 each: a GPU is waited for once, whatever the rows' number.
 
     ``prompt_B``, ``answer_B``: tokens of prompt and completion; ``last_B``: the completion's columns up to its last
-    token (a mask may have gaps); ``live_B``: tokens that the loss counts; ``id_B``: the prompt, -1 where it isn't known.
+    token (a mask may have gaps); ``live_B``: tokens that the loss counts; ``id_B``: the prompt, -1 where there is none.
     ``wanted_B`` (B,) bool: to be run. ``gaps``: whether a row has one, or no prompt.
     """
 
@@ -43,7 +43,7 @@ class RowTable:
     gaps: bool
 
     @property
-    def length_B(self) -> torch.Tensor:
+    def length_B(self) -> torch.Tensor:  # noqa: N802
         """(B,) tokens of prompt and completion."""
         return self.prompt_B + self.answer_B
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,12 +34,12 @@ from .columns import trimmed_columns
 from .shared_batches import (
     CAN_NOT,
     as_many,
-    without_adapters,
     can_share,
     largest,
     packed_positions,
     shared_batches,
     why_not_shared,
+    without_adapters,
 )
 from .skipping import EVERYTHING, WhatRuns, live_sequences, noise_by_row_length, random_layers, what_runs
 from .step_statistics import StepStatistics
@@ -118,7 +119,8 @@ def compute_metrics(counts: StepCounts) -> dict[str, float]:
         "compute/tokens_run": float(counts.tokens_run),
         "compute/padding_removed_frac": 1 - padding_run / padding if padding else 0.0,
         "compute/micro_batches": float(counts.micro_batches),
-        "compute/flops_saved_frac": 1 - (counts.positions_run + counts.positions_looked_at / 3) / max(counts.positions, 1),
+        "compute/flops_saved_frac": 1
+        - (counts.positions_run + counts.positions_looked_at / 3) / max(counts.positions, 1),
     }
 
 
@@ -188,7 +190,7 @@ class MicroBatches:
         if self.not_shared is None:
             for one in (model, self._ref_model):
                 if one is not None:
-                    self._add_patch(lambda one=one: let_share(without_adapters(one)))
+                    self._add_patch(partial(let_share, without_adapters(one)))
 
     def next(
         self, parts: Sequence[dict[str, Any]], position: StepPosition, settings: LossSettings, *, by_sequence: bool
@@ -273,7 +275,9 @@ class MicroBatches:
             packed = packed_positions(row_B, table) if shared else 0
             one = MicroBatch(row_B=row_B, last=last, packed=packed)
             batch[KEY] = replace(one, skipped=skipped, not_run=not_run) if last else one
-        run = [batch[KEY].packed or int(table.length_B[row_B].sum()) for batch, row_B in zip(batches, indices, strict=True)]
+        run = [
+            batch[KEY].packed or int(table.length_B[row_B].sum()) for batch, row_B in zip(batches, indices, strict=True)
+        ]
         self._count(parts, batches, (int(table.length_B.sum()), sum(run)), looked_at)
         return [{KEY: NOTHING} for _ in range(len(parts) - n_batches)] + batches
 

@@ -178,7 +178,9 @@ class InterferenceLog:
             if self._failed_before is not None:
                 raise self._failed_before
             if self.sketch is not None and not self.sketch.is_of(self._model):
-                self.run.say_once("Parameters were frozen, unfrozen or added: interference follows what is trained now.")
+                self.run.say_once(
+                    "Parameters were frozen, unfrozen or added: interference follows what is trained now."
+                )
                 self.sketch = None
             if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
                 model = self._model = self.accelerator.unwrap_model(model)
@@ -409,7 +411,9 @@ class InterferenceLog:
         pairs = zip(self._squares, parameters, strict=True)
         tapped = sum(square for square, parameter in pairs if id(parameter) in followed)
         if self._total_square == 0:
-            self.run.say_once(f"interference/coverage isn't logged of step {self._opened_in}: its gradient is 0.", "info")
+            self.run.say_once(
+                f"interference/coverage isn't logged of step {self._opened_in}: its gradient is 0.", "info"
+            )
             return {}
         found = {"interference/coverage": tapped / self._total_square}
         if tapped > 0:

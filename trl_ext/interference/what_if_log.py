@@ -106,7 +106,8 @@ def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None, tasks
 
 
 class WhatIfLog:
-    """``used`` gives the run's normalisation as it is now. ``attempt``: on all processes or on none (``Together``). ``latest``: the latest step's table."""
+    """``used`` gives the run's normalisation as it is now. ``attempt``: on all processes or on none (``Together``).
+    ``latest``: the latest step's table."""
 
     def __init__(
         self,
@@ -117,7 +118,9 @@ class WhatIfLog:
         self.attempt = attempt
         self.run, self._used = run, used
         names = STATELESS if run.options.what_if is None else tuple(run.options.what_if)
-        options = (run.options.normalization_kwargs or {}) if used().name is not None else {}  # a function's are its own
+        options = (
+            (run.options.normalization_kwargs or {}) if used().name is not None else {}
+        )  # a function's are its own
         self.methods = candidates(names, **{name: options[name] for name in ("eps", "alpha") if name in options})
         self.latest: dict[str, Any] | None = None
 

@@ -348,7 +348,9 @@ def _forward_with_head(model: Any) -> Any:
     """A forward that asks the model's ``HEAD``, where it has one, and else is the one that was there."""
     there = forward_without_trl_head(model)
     bound = getattr(there, "__self__", None) is model
-    inner = there.__func__ if bound else lambda self, *args, **kwargs: there(*args, **kwargs)  # a deep copy's is its own
+    inner = (
+        there.__func__ if bound else lambda self, *args, **kwargs: there(*args, **kwargs)
+    )  # a deep copy's is its own
 
     # the signature stays: `generate` checks its arguments against it
     @functools.wraps(type(model).forward)

@@ -230,7 +230,9 @@ def sigma_and_curvature(points: Sequence[dict[str, Any]]) -> go.Figure:
     outside = sum(not low <= point["curvature"] <= high for point in points)
     if outside:
         margin = 0.05 * (high - low)
-        figure.update_yaxes(range=[low - margin, high + margin], title=f"curvature along its gradient ({outside} beyond)")
+        figure.update_yaxes(
+            range=[low - margin, high + margin], title=f"curvature along its gradient ({outside} beyond)"
+        )
     return figure
 
 

@@ -17,7 +17,6 @@ from trl_ext.trl_surface import get_callable_name, is_async_callable
 
 from .reward_timeout import TookTooLong, await_limited, call_limited
 
-
 CHECKED = "_curvature_grpo_checked"  # of a function that is checked already
 
 

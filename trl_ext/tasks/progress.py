@@ -16,8 +16,8 @@ class Progress:
     def __init__(self, most_steps: int) -> None:
         self.most_steps, self._started = most_steps, time.monotonic()
         self._print(
-            "Warming the built-in policy up: supervised learning of a model of a million parameters, on this CPU, once; "
-            "later calls find it in a cache."
+            "Warming the built-in policy up: supervised learning of a model of a million parameters, on this CPU, "
+            "once; later calls find it in a cache."
         )
 
     def __call__(self, step: int, accuracy: float | Mapping[str, float]) -> None:

@@ -1,0 +1,177 @@
+"""A model is its user's: between runs nothing of ours hangs on it, and it goes from one trainer to the next."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from test_fused_trainer import digits
+from test_trainer_equality import prompts
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
+
+COMMON = {
+    "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6, "max_steps": 2,
+    "learning_rate": 0.05, "optim": "sgd", "bf16": False, "save_strategy": "no", "gradient_checkpointing": False,
+    "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "seed": 3,
+}  # fmt: skip
+
+
+def load(policy, **options):
+    return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32, **options)
+
+
+def trained(kind, model, policy, folder, **options):
+    """The model after some steps of ``ours``, ``trl`` or ``sft``; the trainer is kept alive with it."""
+    tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")
+    torch.manual_seed(0)
+    if kind == "sft":
+        names = ("max_steps", "learning_rate", "optim", "bf16", "save_strategy", "report_to", "disable_tqdm", "use_cpu")
+        config = SFTConfig(str(folder), **{name: COMMON[name] for name in names}, max_length=32, seed=3)
+        data = Dataset.from_dict({"text": ["What is 1 + 1? 2", "What is 2 + 2? 4"] * 8})
+        trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+    else:
+        trainer_class, config_class = {
+            "ours": (CurvatureGRPOTrainer, CurvatureGRPOConfig), "trl": (GRPOTrainer, GRPOConfig),
+        }[kind]  # fmt: skip
+        own = {"interference_every": 1} if kind == "ours" else {}
+        peft_config = options.pop("peft_config", None)
+        config = config_class(output_dir=str(folder), **{**COMMON, **own, **options})
+        trainer = trainer_class(
+            model=model, reward_funcs=digits, args=config, train_dataset=prompts(32), processing_class=tokenizer,
+            peft_config=peft_config,
+        )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def parameters(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=1e-6, msg=name)
+
+
+def marks(model):
+    """What hangs on a model beside its own: forwards of instances, hooks, attributes of ours."""
+    found = []
+    for name, module in model.named_modules():
+        if "forward" in vars(module):
+            found.append(f"{name}.forward")
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        found += [f"{name}{hook}" for hook in hooks if getattr(module, hook)]
+        found += [f"{name}.{key}" for key in vars(module) if "curvature" in key]
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"share_prompts": False}, {"beta": 0.05}, {"fused_loss": True, "bf16": True}],
+                         ids=["default", "unshared", "KL", "autocast"])  # fmt: skip
+def test_nothing_hangs_on_a_model_between_runs(options, tiny_policy, tmp_path):
+    """While the trainer lives: it can be saved, pickled, copied and asked, before training and after."""
+    model = load(tiny_policy)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy, padding_side="left")
+    config = CurvatureGRPOConfig(output_dir=str(tmp_path), **{**COMMON, "interference_every": 1, **options})
+    trainer = CurvatureGRPOTrainer(
+        model=model, reward_funcs=digits, args=config, train_dataset=prompts(32), eval_dataset=prompts(8, "held_out"),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    ids = torch.tensor([[5, 6, 7]])
+    for act in (lambda: None, trainer.evaluate, trainer.train, trainer.evaluate):
+        act()
+        if not options.get("bf16"):  # accelerate leaves its own wrapper of the forward, for TRL's trainer too
+            assert marks(model) == []
+        torch.save(model, io.BytesIO())
+        twin = copy.deepcopy(model)
+        again = pickle.loads(pickle.dumps(model))
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits
+            for other in (twin, again):
+                torch.testing.assert_close(other(input_ids=ids).logits, logits, rtol=1e-2, atol=1e-2)
+            next(twin.parameters()).mul_(2.0)  # a copy's forward is the copy's, not the original's
+            assert not torch.allclose(twin(input_ids=ids).logits, logits, atol=1e-2)
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert len(read_interference(tmp_path)) == 2
+
+
+def test_a_model_goes_from_trainer_to_trainer(tiny_policy, tmp_path):
+    """Ours, ours, TRL's, ours, SFT in turn on one model: each step is what it is on a fresh copy of the weights."""
+    model = load(tiny_policy)
+    alive = []
+    for number, kind in enumerate(("ours", "ours", "trl", "ours", "sft", "ours")):
+        fresh = load(tiny_policy)
+        fresh.load_state_dict(model.state_dict())
+        alive.append(trained(kind, model, tiny_policy, tmp_path / f"{number}"))
+        trained(kind, fresh, tiny_policy, tmp_path / f"{number} fresh")
+        same(parameters(model), parameters(fresh))
+        assert model.config._attn_implementation == fresh.config._attn_implementation
+
+
+@pytest.mark.parametrize("first", ["ours", "trl"])
+def test_a_deep_copy_of_a_trained_model_trains_its_own_weights(first, tiny_policy, tmp_path):
+    """TRL's patch of the original would run the original's weights in the copy."""
+    trainer = trained(first, load(tiny_policy), tiny_policy, tmp_path / "first")
+    twin = copy.deepcopy(trainer.model)
+    fresh = load(tiny_policy)
+    fresh.load_state_dict(trainer.model.state_dict())
+    with torch.no_grad():  # what the original does from here on is of no account
+        for parameter in trainer.model.parameters():
+            parameter.zero_()
+    trained("ours", twin, tiny_policy, tmp_path / "twin")
+    trained("ours", fresh, tiny_policy, tmp_path / "fresh")
+    same(parameters(twin), parameters(fresh))
+
+
+def test_rounds_of_adapters_on_one_model(tiny_policy, tmp_path):
+    """An adapter is trained and merged, and the next one after it."""
+    model = load(tiny_policy)
+    for number in range(3):
+        before = parameters(model)
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        trainer = trained("ours", model, tiny_policy, tmp_path / str(number), peft_config=config)
+        model = trainer.model.merge_and_unload()
+        assert marks(model) == []
+        changed = [name for name, values in parameters(model).items() if not torch.equal(values, before[name])]
+        assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
+
+
+def test_a_copy_made_while_training_is_a_model(tiny_policy, tmp_path):
+    """As an average of weights is kept, by a callback."""
+
+    class Average(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.model = copy.deepcopy(model)
+            self.bytes = pickle.dumps(copy.deepcopy(model).state_dict())
+
+    average, model = Average(), load(tiny_policy)
+    config = CurvatureGRPOConfig(output_dir=str(tmp_path), **COMMON)
+    trainer = CurvatureGRPOTrainer(
+        model=model, reward_funcs=digits, args=config, train_dataset=prompts(32), callbacks=[average],
+        processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+    )  # fmt: skip
+    trainer.train()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(average.model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
+def test_a_head_that_peft_saves_is_followed(tied, share, tiny_policy, tmp_path):
+    """``modules_to_save=["lm_head"]`` trains a copy of the head: it is the one that is used, and sketched."""
+    model = load(tiny_policy, tie_word_embeddings=tied)
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head"])
+    options = {"interference_dim": 0, "share_prompts": share}
+    trained("ours", model, tiny_policy, tmp_path, peft_config=adapter, **options)
+    records = read_interference(tmp_path)
+    assert len(records) == 2
+    for record in records:
+        assert record.metrics["interference/coverage"] > 0.99
+        assert record.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-3)

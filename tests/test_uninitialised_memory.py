@@ -1,0 +1,147 @@
+"""No result depends on what lies in memory that nobody wrote: every buffer is NaN before each call."""
+
+import pytest
+import torch
+from poison import poisoned_memory
+
+from grpo_kernels import linear_grpo_loss, linear_logprob, normalize_rewards, use_backend
+from grpo_kernels.backend import assume_native_half
+from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.normalize.methods import METHODS
+from trl_ext.loss import shared_attention
+from trl_ext.loss.packed_rows import pack
+
+VOCABULARIES = (1, 3, 17, 31, 33, 35, 49, 63, 64, 65, 67, 81, 89, 95, 97, 8192 + 17)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def head(dtype, n_vocabulary, *, trainable, low_rank, entropy, count=33):
+    """All that both functions of the head return, and every gradient."""
+    torch.manual_seed(n_vocabulary)
+    hidden = torch.randn(count, 24).to(dtype).requires_grad_()
+    weight = (torch.randn(n_vocabulary, 24) / 5).to(dtype).requires_grad_(trainable)
+    low = None
+    if low_rank:
+        low = torch.randn(count, 3).to(dtype).requires_grad_(), torch.randn(n_vocabulary, 3).to(dtype).requires_grad_()
+    targets, sequence = torch.randint(0, n_vocabulary, (count,)), torch.arange(count) % 4
+    advantages = torch.tensor([1.0, 0.0, -1.0, 0.5])
+    old = torch.zeros(count) - torch.rand(count)
+    loss = linear_grpo_loss(
+        hidden, weight, targets, sequence, advantages, torch.full((4,), 1 / count), old_logprobs_N=old,
+        entropy_coef=0.1 if entropy else 0.0, low_rank=low,
+    )  # fmt: skip
+    logprobs, entropies = linear_logprob(hidden, weight, targets, entropy=True, low_rank=low)
+    (loss.loss + (logprobs * advantages[sequence]).sum() + (entropies.square().sum() if entropy else 0.0)).backward()
+    tensors = (hidden, weight, *(low or ()))
+    return [loss.loss, loss.logprobs, logprobs, entropies, *(x.grad for x in tensors if x.grad is not None)]
+
+
+def assert_same(given, poisoned):
+    assert len(given) == len(poisoned) > 0
+    for clean, other in zip(given, poisoned, strict=True):
+        assert torch.equal(clean, other)
+        assert clean.isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("native", [True, False], ids=["products in half", "products in float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_head_reads_nothing_that_it_did_not_write(dtype, native, threads):
+    """Also of a width that an earlier call of another dtype left its bits in: oneDNN's bfloat16 product on AMX reads
+    beyond a row's end, and 0 times what it finds there was NaN where V isn't a multiple of 4."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n_vocabulary in VOCABULARIES:
+            for trainable, low_rank, entropy in ((True, False, False), (False, False, False), (True, True, True)):
+                options = {"trainable": trainable, "low_rank": low_rank, "entropy": entropy}
+                with assume_native_half(native):
+                    clean = head(dtype, n_vocabulary, **options)
+                    with poisoned_memory():
+                        poisoned = head(dtype, n_vocabulary, **options)
+                assert_same(clean, poisoned)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_interpreted_kernels_read_nothing_that_they_did_not_write(dtype):
+    for n_vocabulary in (1, 17, 35, 64):
+        with use_backend("triton"):
+            clean = head(dtype, n_vocabulary, trainable=True, low_rank=False, entropy=True, count=5)
+            with poisoned_memory():
+                poisoned = head(dtype, n_vocabulary, trainable=True, low_rank=False, entropy=True, count=5)
+        assert_same(clean, poisoned)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_padding_beside_a_bfloat16_tile_matters_to_somebody(dtype):
+    """The helper finds what it is for: without the head's zeros a row's padding would be NaN."""
+    from grpo_kernels.head.products import HeadProducts
+
+    with poisoned_memory():
+        products = HeadProducts(
+            [(torch.randn(20, 8).to(dtype), torch.randn(35, 8).to(dtype))], dtype, want_inputs=[True], want_weights=[True]
+        )
+        tile = products.logits(slice(0, 20))
+        padded = tile.as_strided((20, 48), (tile.stride(0), 1))
+        assert tile.stride(0) == 48 and (padded[:, 35:] == 0).all() and padded[:, :35].isfinite().all()
+        from grpo_kernels.head import products as module
+
+        assert module.workspace((2, 3), dtype, torch.device("cpu")).isnan().all()
+        assert torch.empty(3).isnan().all() and torch.randn(2).new_empty(3).isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("method", ["std", "median_mad", "rank", "power"])
+def test_normalisation(backend, method):
+    rewards = torch.rand(5, 7)
+    rewards[1, 2], rewards[2] = torch.nan, 0.5
+    options = {"alpha": 0.5} if METHODS[method].options else {}
+    with use_backend(backend):
+        clean = normalize_rewards(rewards, method, **options)
+        with poisoned_memory():
+            poisoned = normalize_rewards(rewards, method, **options)
+    assert torch.equal(clean, poisoned) and clean.isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [0, 8])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_sketches(dim, dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(37, 20), torch.nn.Linear(20, 35), torch.nn.Linear(35, 5)).to(dtype)
+    ids = torch.randint(0, 37, (6, 9))
+
+    def sketch():
+        taps = GradientSketch(model, dim)
+        with taps.step(seed=1) as recorded, taps.rows(torch.arange(6) // 2):
+            model(ids).float().square().sum().backward()
+        return [recorded[0].sketch]
+
+    clean = sketch()
+    with poisoned_memory():
+        poisoned = sketch()
+    assert_same(clean, poisoned)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_packed_attention(dtype):
+    torch.manual_seed(0)
+    ids = torch.randint(1, 50, (5, 14))
+    ids[1:3, :6] = ids[0, :6]
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = mask[2, 12:] = mask[3, :3] = mask[4, 7:] = 0
+    rows = pack(ids, mask, 6)
+    count = len(rows.token_S)
+    made = [torch.randn(1, heads, count, 5).to(dtype) for heads in (4, 2, 2)]
+
+    def attend():
+        given = [x.clone().requires_grad_() for x in made]
+        out = shared_attention.InParts.apply(*given, rows.spans(), 0.4)
+        out.float().square().sum().backward()
+        return [out, *(x.grad for x in given)]
+
+    clean = attend()
+    with poisoned_memory():
+        poisoned = attend()
+    assert_same(clean, poisoned)
