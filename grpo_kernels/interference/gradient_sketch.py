@@ -490,12 +490,12 @@ class GradientSketch:
             if self._projections is not projections or layer.name in self._failed or len(projected_NK) == 0:
                 return
             try:
+                assert self._check is not None
+                if rounds_products(hidden.device, multiplied, self._parameters[weight].dtype):
+                    self._check.made_in_half(weight)
                 if not self.dim:
                     self._add_linear(layer, flat, projected_NK[None], hidden)
                 else:
-                    assert self._check is not None
-                    if rounds_products(hidden.device, multiplied, self._parameters[weight].dtype):
-                        self._check.made_in_half(weight)
                     if self._due(weight):
                         self._signs_of(layer, n_words)
                         mix = self._check.signs(projected_NK.shape[-1], 0, projected_NK)

@@ -1,0 +1,307 @@
+"""What a callback changes while training has the effect that it has with TRL, or one warning."""
+
+import ast
+import inspect
+import logging
+import textwrap
+
+import pytest
+import torch
+from peft import LoraConfig
+from test_fused_trainer import digits
+from test_trainer_equality import prompts
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+
+COMMON = {
+    "num_generations": 4, "per_device_train_batch_size": 16, "max_completion_length": 6, "max_steps": 5,
+    "learning_rate": 0.05, "optim": "sgd", "bf16": False, "save_strategy": "no", "gradient_checkpointing": False,
+    "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "seed": 3, "max_grad_norm": 1e9,
+}  # fmt: skip
+
+
+def lengths(completions, **kwargs):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+def halves(completions, **kwargs):
+    return [len(completion[0]["content"]) % 2 / 2 for completion in completions]
+
+
+class Change(TrainerCallback):
+    """Calls ``change(trainer)`` after a step, and keeps the gradients' norms."""
+
+    def __init__(self, change, at=2):
+        self.change, self.at, self.trainer, self.norms = change, at, None, []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
+        self.norms.append(float(sum(squares) ** 0.5))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            self.change(self.trainer)
+
+
+def run(ours, policy, folder, change, *, reward=(digits, lengths), model=None, **options):
+    trainer_class, config_class = (CurvatureGRPOTrainer, CurvatureGRPOConfig) if ours else (GRPOTrainer, GRPOConfig)
+    callback = Change(change)
+    peft_config = options.pop("peft_config", None)
+    torch.manual_seed(0)
+    trainer = trainer_class(
+        model=model() if model else str(policy), reward_funcs=list(reward),
+        args=config_class(output_dir=str(folder), **{**COMMON, **options}), train_dataset=prompts(64),
+        eval_dataset=prompts(8, "held_out"), callbacks=[callback], peft_config=peft_config,
+        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
+    )  # fmt: skip
+    callback.trainer = trainer
+    trainer.train()
+    return trainer, callback.norms
+
+
+def put(name, value):
+    return lambda trainer: setattr(trainer, name, value)
+
+
+def put_option(name, value):
+    return lambda trainer: setattr(trainer.args, name, value)
+
+
+def another_function(trainer):
+    trainer.reward_funcs = [halves, lengths]
+
+
+def a_third_function(trainer):
+    trainer.reward_funcs = [*trainer.reward_funcs, halves]
+    trainer.reward_func_names = [*trainer.reward_func_names, "halves"]
+    trainer.reward_processing_classes = [*trainer.reward_processing_classes, None]
+    trainer.reward_weights = torch.tensor([1.0, 1.0, 2.0])
+
+
+CHANGES = {
+    "scale_rewards none": put("scale_rewards", "none"),
+    "scale_rewards batch": put("scale_rewards", "batch"),
+    "aggregation": put("multi_objective_aggregation", "normalize_then_sum"),
+    "weights": put("reward_weights", torch.tensor([0.2, 3.0])),
+    "another function": another_function,
+    "a third function": a_third_function,
+    "beta": put("beta", 0.0),
+    "temperature": put("temperature", 0.5),
+    "epsilon": put("epsilon_low", 0.01),
+    "loss type": put("loss_type", "dr_grpo"),
+    "args.delta": put_option("delta", 1.01),
+    "args.scale_rewards": put_option("scale_rewards", "none"),
+    "args.temperature": put_option("temperature", 0.5),
+    "evaluations": put("num_generations_eval", 2),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_has_its_effect_with_trl(name, tiny_policy, tmp_path):
+    options = {"num_iterations": 2 if name in ("epsilon", "args.delta") else 1, "beta": 0.05 if name == "beta" else 0.0}
+    change = CHANGES[name]
+    trl, expected = run(False, tiny_policy, tmp_path / "trl", change, **options)
+    mine, found = run(True, tiny_policy, tmp_path / "ours", change, **options)
+    assert found == pytest.approx(expected, rel=1e-5)
+    if name == "evaluations":
+        torch.manual_seed(1)
+        expected = trl.evaluate()["eval_reward"]
+        torch.manual_seed(1)
+        assert mine.evaluate()["eval_reward"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["scale_rewards none", "scale_rewards batch", "aggregation", "weights"])
+def test_the_changes_do_something(name, tiny_policy, tmp_path):
+    """Or the comparison above would hold of anything."""
+    _, without = run(True, tiny_policy, tmp_path / "without", lambda trainer: None)
+    _, found = run(True, tiny_policy, tmp_path / "with", CHANGES[name])
+    assert found[:2] == pytest.approx(without[:2], rel=1e-6) and found[2:] != pytest.approx(without[2:], rel=1e-3)
+
+
+def test_what_has_no_effect_is_said_once(tiny_policy, tmp_path, caplog):
+    def change(trainer):
+        trainer.scale_rewards = "none"
+        trainer.args.normalization = "mean"
+        trainer.args.interference_every = 1
+
+    with caplog.at_level(logging.WARNING, logger="trl_ext"):
+        run(True, tiny_policy, tmp_path, change, normalization="std")
+    said = [record.message for record in caplog.records]
+    assert len([text for text in said if "scale_rewards='none', set while training, has no effect" in text]) == 1
+    assert len([text for text in said if "interference_every, normalization: changed while training" in text]) == 1
+
+
+def test_a_new_reward_function_is_checked_too(tiny_policy, tmp_path):
+    def broken(completions, **kwargs):
+        raise KeyError("no such column")
+
+    def change(trainer):
+        trainer.reward_funcs = [broken, lengths]
+
+    with pytest.raises(RuntimeError, match="reward function 'digits' raised KeyError"):
+        run(True, tiny_policy, tmp_path, change)
+
+
+# ---- parameters frozen, unfrozen, swapped, added
+
+
+def untied(policy, tie=False):
+    return lambda: AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32, tie_word_embeddings=tie)
+
+
+def freeze_head(trainer):
+    trainer.model.get_output_embeddings().weight.requires_grad_(False)
+
+
+def freeze_half(trainer):
+    for name, parameter in trainer.model.named_parameters():
+        parameter.requires_grad_("layers.0" not in name)
+
+
+def unfreeze_all(trainer):
+    for parameter in trainer.model.parameters():
+        parameter.requires_grad_(True)
+
+
+def frozen(policy):
+    def make():
+        model = untied(policy)()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("layers.0" not in name)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("options", [{}, {"interference_every": 1}, {"interference_every": 1, "interference_dim": 0},
+                                     {"interference_every": 1, "fused_loss": False}],
+                         ids=["default", "every step", "exact", "TRL's head"])  # fmt: skip
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_freezing_the_head_stops_nobody(tied, options, tiny_policy, tmp_path):
+    trl, expected = run(False, tiny_policy, tmp_path / "trl", freeze_head, model=untied(tiny_policy, tied), max_steps=12)
+    mine, found = run(
+        True, tiny_policy, tmp_path / "ours", freeze_head, model=untied(tiny_policy, tied), max_steps=12, **options
+    )
+    assert mine.state.global_step == trl.state.global_step == 12
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["frozen later", "unfrozen later"])
+def test_coverage_is_of_what_has_a_gradient_now(case, tiny_policy, tmp_path, caplog):
+    change, model = (freeze_half, untied(tiny_policy)) if case == "frozen later" else (unfreeze_all, frozen(tiny_policy))
+    with caplog.at_level(logging.WARNING, logger="trl_ext"):
+        trainer, _ = run(True, tiny_policy, tmp_path, change, model=model, interference_every=1, interference_dim=0)
+    logs = [entry for entry in trainer.state.log_history if "interference/coverage" in entry]
+    assert len(logs) == 5
+    for entry in logs:
+        assert entry["interference/coverage"] == pytest.approx(1, abs=1e-6)
+        assert entry["interference/sketch_check"] == pytest.approx(1, abs=1e-3)
+    said = [record.message for record in caplog.records if "interference follows what is trained now" in record.message]
+    assert len(said) == 1
+
+
+def test_coverage_is_a_share_of_all_parameters(tiny_policy, tmp_path):
+    """Of a sketch of some layers, and where a parameter is unfrozen within a step."""
+
+    class Unfreeze(TrainerCallback):
+        def on_substep_end(self, args, state, control, model=None, **kwargs):
+            for parameter in model.parameters():
+                parameter.requires_grad_(True)
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            squares = {n: float(p.grad.square().sum()) for n, p in model.named_parameters() if p.grad is not None}
+            first = sum(square for name, square in squares.items() if "layers.0" in name)
+            self.true = 1 - first / sum(squares.values())
+
+    unfreeze = Unfreeze()
+    trainer = CurvatureGRPOTrainer(
+        model=frozen(tiny_policy)(), reward_funcs=digits, train_dataset=prompts(64), callbacks=[unfreeze],
+        args=CurvatureGRPOConfig(
+            output_dir=str(tmp_path), **{**COMMON, "max_steps": 1, "per_device_train_batch_size": 8},
+            gradient_accumulation_steps=2, interference_every=1, interference_dim=0, skip_zero_advantage=False,
+        ),
+        processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+    )  # fmt: skip
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "interference/coverage" in entry]
+    assert unfreeze.true < 0.99 and entry["interference/coverage"] == pytest.approx(unfreeze.true, rel=1e-4)
+
+
+def test_an_adapter_that_is_swapped_is_followed(tiny_policy, tmp_path):
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+
+    def swap(trainer):
+        trainer.model.add_adapter("second", LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False))
+        trainer.model.set_adapter("second")
+
+    trainer, _ = run(
+        True, tiny_policy, tmp_path, swap, peft_config=adapter, interference_every=1, interference_dim=0
+    )  # fmt: skip
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert all(entry["interference/coverage"] > 0.99 for entry in logs) and len(logs) == 5
+
+
+# ---- what TRL reads
+
+EACH_STEP = (
+    "training_step", "_prepare_inputs", "_calculate_rewards", "_generate", "_generate_and_score_completions",
+    "_get_per_token_logps_and_entropies", "compute_loss", "_compute_loss", "prediction_step", "get_off_policy_mask",
+    "get_high_entropy_mask", "get_gamma_weights",
+)  # fmt: skip
+# TRL's settings that these methods read, and what we do with each
+READ_BY_TRL = {
+    **dict.fromkeys(
+        "args.delta args.sapo_temperature_neg args.sapo_temperature_pos args.use_bias_correction_kl "
+        "args.steps_per_generation beta entropy_coef epsilon_high epsilon_low importance_sampling_level loss_type "
+        "max_completion_length off_policy_mask_threshold router_aux_loss_coef aux_loss_enabled top_entropy_quantile "
+        "use_adaptive_entropy vllm_importance_sampling_correction use_vllm".split(),
+        "read at each step: read_loss_settings",
+    ),
+    **dict.fromkeys(
+        "scale_rewards multi_objective_aggregation reward_funcs reward_func_names reward_weights num_generations "
+        "num_generations_eval".split(),
+        "read at each generation: read_reward_settings, _keep_rewards",
+    ),
+    **dict.fromkeys(
+        "args.report_to args.gradient_checkpointing_kwargs args.per_device_train_batch_size "
+        "args.per_device_eval_batch_size args.vespo_k_neg args.vespo_k_pos args.vespo_lambda_neg args.vespo_lambda_pos "
+        "args.entropy_target args.entropy_coef_delta args.entropy_coef_min args.entropy_coef_max args.gradient_"
+        "accumulation_steps chat_template_kwargs environments environment_factories log_multimodal "
+        "mask_truncated_completions num_iterations pad_to_multiple_of reward_processing_classes rollout_func tools "
+        "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_importance_sampling_mode vllm_mode "
+        "vllm_generation eos_token_ids async_loop".split(),
+        "TRL's own method reads it, which we call",
+    ),
+}
+
+
+def settings_read(method):
+    """``self.x`` and ``self.args.x`` that a method loads, where ``x`` is no method."""
+    found = set()
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method)))):
+        if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load):
+            continue
+        if isinstance(node.value, ast.Name) and node.value.id == "self":
+            found.add(node.attr)
+        if isinstance(node.value, ast.Attribute) and isinstance(node.value.value, ast.Name):
+            if node.value.value.id == "self" and node.value.attr == "args":
+                found.add(f"args.{node.attr}")
+    return {name for name in found if not callable(getattr(GRPOTrainer, name, None))}
+
+
+# no setting of the user's: what a trainer is made of, and what it counts
+STATE = set(
+    "accelerator args model model_wrapped ref_model state processing_class _tokenizer _metrics _logs _step "
+    "_buffered_inputs _dist current_gradient_accumulation_steps _last_loaded_step _pending_metrics _pending_extra_logs "
+    "_entropy_bonus_enabled _last_world_entropy _entropy_window_stats _current_train_step_time _total_train_tokens "
+    "_batch_environments _environment_pool _env_tools _multi_environment _sync_tool_dicts _async_tool_dicts "
+    "_standalone_tools _has_async_funcs _is_vlm _image_pad_token_id _video_pad_token_id _current_rows".split()
+)
+
+
+def test_the_list_of_what_trl_reads_is_whole():
+    """A setting that TRL begins to read at each step has to be looked at: followed, or TRL's own business."""
+    read = set().union(*(settings_read(getattr(GRPOTrainer, name)) for name in EACH_STEP))
+    assert read - STATE - set(READ_BY_TRL) == set()

@@ -1,0 +1,145 @@
+"""A layer is held to the precision of its own products: nothing is left out for autocast or TF32, and a wrong one is
+found all the same."""
+
+import logging
+
+import pytest
+import torch
+from test_fused_trainer import digits
+from test_trainer_equality import prompts
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_kernels.interference.gradient_sketch import GradientSketch
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+
+COMMON = {
+    "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6, "max_steps": 3,
+    "learning_rate": 0.01, "save_strategy": "no", "gradient_checkpointing": False, "report_to": "none",
+    "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "interference_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def coverage(tiny_policy, tmp_path, caplog):
+    """A function that trains, and gives the coverage of each step and the warnings on layers."""
+
+    def train(*, model_dtype=torch.float32, around=None, change=None, **options):
+        model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=model_dtype)
+        if change is not None:
+            change(model)
+        trainer = CurvatureGRPOTrainer(
+            model=model, reward_funcs=digits, train_dataset=prompts(32),
+            args=CurvatureGRPOConfig(output_dir=str(tmp_path), **{**COMMON, "bf16": False, **options}),
+            processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+        )  # fmt: skip
+        if around is not None:
+            inner = trainer.compute_loss_context_manager
+            trainer.compute_loss_context_manager = lambda: around(inner())
+        with caplog.at_level(logging.WARNING, logger="trl_ext"):
+            trainer.train()
+        found = [log["interference/coverage"] for log in trainer.state.log_history if "interference/coverage" in log]
+        return found, [record.message for record in caplog.records if "leaves out" in record.message]
+
+    return train
+
+
+def users_own(dtype):
+    class Both:
+        def __init__(self, inner):
+            self.contexts = [inner, torch.autocast("cpu", dtype)]
+
+        def __enter__(self):
+            for context in self.contexts:
+                context.__enter__()
+
+        def __exit__(self, *error):
+            for context in reversed(self.contexts):
+                context.__exit__(*error)
+
+    return Both
+
+
+@pytest.fixture
+def rounded_float32():
+    """float32 multiplied as bfloat16, what TF32 is on a GPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+CASES = {
+    "float32": {},
+    "autocast by accelerate": {"bf16": True},
+    "autocast by the user": {"around": users_own(torch.bfloat16)},
+    "float16 autocast by the user": {"around": users_own(torch.float16)},
+    "bfloat16 weights": {"model_dtype": torch.bfloat16},
+    "bfloat16 weights, a float32 head": {"model_dtype": torch.bfloat16, "cast_lm_head_to_fp32": True},
+    "autocast, exact": {"bf16": True, "interference_dim": 0},
+    "autocast, TRL's head": {"bf16": True, "share_prompts": False, "skip_zero_advantage": False},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_left_out_for_its_precision(case, coverage):
+    found, said = coverage(**CASES[case])
+    assert len(found) == 3 and min(found) > 0.99 and said == []
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "autocast too"])
+def test_nothing_is_left_out_where_float32_is_rounded(options, coverage, rounded_float32):
+    found, said = coverage(**options)
+    assert len(found) == 3 and min(found) > 0.99 and said == []
+
+
+class Doubled(nn.Linear):
+    """A Linear whose output is more than its weight times its input."""
+
+    def forward(self, values):
+        return super().forward(values) + 0.3 * super().forward(values.detach())
+
+
+def wrong_layer(model):
+    old = model.model.layers[0].mlp.down_proj
+    new = Doubled(old.in_features, old.out_features, bias=old.bias is not None)
+    new.weight = old.weight
+    model.model.layers[0].mlp.down_proj = new
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"around": users_own(torch.bfloat16)}],
+                         ids=["float32", "autocast by accelerate", "autocast by the user"])  # fmt: skip
+def test_a_wrong_layer_is_found_all_the_same(options, coverage):
+    """Its taps see twice the outer products that its gradient is made of."""
+
+    def used_twice(model):  # the weight is used once more, without its layer
+        layer = model.model.layers[0].mlp
+        inner = layer.forward
+        layer.forward = lambda x: inner(x) + 0.5 * nn.functional.linear(layer.up_proj(x), layer.down_proj.weight)
+
+    found, said = coverage(change=used_twice, **options)
+    assert len(said) == 1 and "down_proj" in said[0] and "up_proj" not in said[0]
+    assert all(0.05 < share < 0.999 for share in found)
+
+
+def test_each_layer_has_its_own_bound():
+    """An error of 0.3 % passes in a bfloat16 layer and not in the float32 one beside it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+
+    class Half(nn.Module):
+        def forward(self, values):
+            with torch.autocast("cpu", torch.bfloat16):
+                return model[1](model[0](values).detach().requires_grad_()).float()
+
+    sketch = GradientSketch(model, 4)
+    with sketch.step(seed=0), sketch.rows(torch.arange(6)):
+        values = torch.randn(6, 5, 16)
+        (model[0](values).square().sum() + Half()(values).square().sum()).backward()
+    first, second = (parameter.grad for parameter in sketch.trainable_parameters)
+    assert not sketch.leave_out_wrong([first, second])
+    with sketch.step(seed=1), sketch.rows(torch.arange(6)):
+        (model[0](values).square().sum() + Half()(values).square().sum()).backward()
+    first, second = (parameter.grad / 2 * 1.003 for parameter in sketch.trainable_parameters)
+    sketch._right.clear()  # or each would be looked at again only every eighth step
+    assert list(sketch.leave_out_wrong([first, second])) == ["0.weight"]
