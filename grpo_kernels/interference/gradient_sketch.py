@@ -478,6 +478,8 @@ class GradientSketch:
         layer, rows = self._by_module.get(head), self._rows
         if layer is None or rows is None or layer.weight is None or not torch.is_grad_enabled():
             return None
+        if layer.name in self._failed:
+            return None
         projections, weight = self._projections, layer.weight
         if not self._parameters[weight].requires_grad:  # frozen since the taps were set
             return None

@@ -99,18 +99,23 @@ class InterferenceLog:
         self._opened_in = 0  # the optimizer step, counted from 1 as the log counts those that are done
         if run.torch_compile and not self._off:
             self._switch_off("torch_compile=True: a compiled model doesn't call the layers' hooks")
-        mixed = mixes_rows(self.accelerator.unwrap_model(model))
-        if mixed is not None and not self._off:
-            self._switch_off(f"{mixed}: no sequence has a gradient of its own")
-        if not self._off:  # wrong patterns are named before training
-            try:
-                GradientSketch(self.accelerator.unwrap_model(model), self.dim, self.layers)
-            except ValueError as error:
-                if self.layers is not None:
-                    raise ValueError(f"interference_{error}") from None
-                self._switch_off(str(error))
-            except Exception as error:
-                self._switch_off(f"{type(error).__name__}: {error}")
+        if not self._off:
+            self._try_out(model)
+
+    def _try_out(self, model: torch.nn.Module) -> None:
+        """Names wrong patterns of layers, which are the user's, before training; what else fails switches off."""
+        try:
+            mixed = mixes_rows(self.accelerator.unwrap_model(model))
+            if mixed is not None:
+                self._switch_off(f"{mixed}: no sequence has a gradient of its own")
+                return
+            GradientSketch(self.accelerator.unwrap_model(model), self.dim, self.layers)
+        except ValueError as error:
+            if self.layers is not None:
+                raise ValueError(f"interference_{error}") from None
+            self._switch_off(str(error))
+        except Exception as error:
+            self._switch_off(f"{type(error).__name__}: {error}")
 
     def _switch_off(self, reason: str) -> None:
         logger.warning(f"Interference isn't logged from here on: {reason}. Training goes on without it.")
@@ -155,8 +160,7 @@ class InterferenceLog:
     ) -> Iterator[None]:
         """Around a call of ``training_step``. ``model``: as it is wrapped now. ``some_skipped``: whether sequences may
         have been left out of the step, so that features are of those that ran."""
-        with self._guarded():
-            self._before_micro_batch(position, model)
+        self._before_micro_batch(position, model)
         try:
             with before_deepspeed_steps(self.accelerator, self._look_early) if self._is_open else nullcontext():
                 yield
@@ -175,21 +179,22 @@ class InterferenceLog:
         self._wrong, self._squares = {}, None
         self._opened_at, self._opened_in = position.micro_batch, step + 1
         with self._guarded():
-            if self._failed_before is not None:
-                raise self._failed_before
-            if self.sketch is not None and not self.sketch.is_of(self._model):
-                self.run.say_once(
-                    "Parameters were frozen, unfrozen or added: interference follows what is trained now."
-                )
-                self.sketch = None
-            if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
-                model = self._model = self.accelerator.unwrap_model(model)
-                options: dict[str, Any] = {"by_part": self.run.options.interference_parts}
-                options["on_error"] = self._layer_failed
-                self.sketch = GradientSketch(model, self.dim, self.layers, strict=False, **options)
-                self.features = PromptFeatures(model, on_error=self._fail)
-                rehearse(self.sketch, model, self.accelerator, self.run.say_once)
-            self.sketch.open(self.run.seed * 1_000_003 + step)
+            self._open_taps(model, step)
+
+    def _open_taps(self, model: torch.nn.Module, step: int) -> None:
+        if self._failed_before is not None:
+            raise self._failed_before
+        if self.sketch is not None and not self.sketch.is_of(self._model):
+            self.run.say_once("Parameters were frozen, unfrozen or added: interference follows what is trained now.")
+            self.sketch = None
+        if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
+            model = self._model = self.accelerator.unwrap_model(model)
+            options: dict[str, Any] = {"by_part": self.run.options.interference_parts}
+            options["on_error"] = self._layer_failed
+            self.sketch = GradientSketch(model, self.dim, self.layers, strict=False, **options)
+            self.features = PromptFeatures(model, on_error=self._fail)
+            rehearse(self.sketch, model, self.accelerator, self.run.say_once)
+        self.sketch.open(self.run.seed * 1_000_003 + step)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

@@ -117,26 +117,29 @@ class WhatIfLog:
     ) -> None:
         self.attempt = attempt
         self.run, self._used = run, used
-        names = STATELESS if run.options.what_if is None else tuple(run.options.what_if)
-        options = (
-            (run.options.normalization_kwargs or {}) if used().name is not None else {}
-        )  # a function's are its own
-        self.methods = candidates(names, **{name: options[name] for name in ("eps", "alpha") if name in options})
+        self._on = run.options.what_if != []
         self.latest: dict[str, Any] | None = None
 
     def observe(self, gram_BB: torch.Tensor | InnerProducts, known: Known, tasks: Tasks) -> dict[str, float]:
         """What is logged: ``what_if/<method>/cos``, ``factor`` and ``gain``; ``noise/``."""
         self.latest = None
-        if not self.methods:
+        if not self._on:
             return {}
         try:
             return self.attempt(lambda: self._observe(gram_BB, known, tasks))
         except Exception as error:
-            self.methods = []
+            self._on = False
             self.run.say_once(
                 f"What other normalisations would have done isn't logged from here on: {type(error).__name__}: {error}."
             )
             return {}
+
+    def _methods(self, used: str | None) -> list[Candidate]:
+        """The normalisations to compare with, with the run's own options where ``used`` is of the catalogue."""
+        asked = self.run.options.what_if
+        options = (self.run.options.normalization_kwargs or {}) if used is not None else {}  # a function's are its own
+        given = {name: options[name] for name in ("eps", "alpha") if name in options}
+        return list(candidates(STATELESS if asked is None else tuple(asked), **given))
 
     def _observe(self, gram_BB: torch.Tensor | InnerProducts, known: Known, tasks: Tasks) -> dict[str, float]:
         if isinstance(gram_BB, torch.Tensor):  # thousands of small calls, which on a GPU are launches alone
@@ -148,12 +151,12 @@ class WhatIfLog:
                 "coefficient (off policy, KL, an entropy bonus or mask, an auxiliary loss).", level="info",
             )  # fmt: skip
             return {}
-        methods = self.methods
+        now = self._used()
+        used = now.name if now.name in STATELESS and not now.by_function else None
+        methods = self._methods(now.name)
         if known.function_rewards.shape[1] == 1:
             methods = [one for one in methods if one.name != "decoupled"]
         keys_P = known.prompt_key.new_zeros(len(scores.rewards_PG)).scatter_(0, scores.prompt_B, known.prompt_key)
-        now = self._used()
-        used = now.name if now.name in STATELESS else None
         context = step_context(scores, known.length, known.function_rewards, now.function_weights, keys_P)
         whole = len(scores.rewards_PG) == self.run.prompts_per_generation
         table = step_table(scores, methods, used, context, tasks, whole_batch=whole)

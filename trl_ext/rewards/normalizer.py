@@ -22,13 +22,14 @@ from .rewarded import RewardedBatch
 
 @dataclass(frozen=True)
 class UsedNormalization:
-    """What a logged step compares others with. ``name`` in ``METHODS``, None for a user's function or where each reward
-    function is normalised by itself; ``baseline_size``: rewards in a sequence's baseline, its own among them, 0 where
-    there is none; ``function_weights`` of the reward functions."""
+    """What a logged step compares others with. ``name`` in ``METHODS``, None for a user's function; ``baseline_size``:
+    rewards in a sequence's baseline, its own among them, 0 where there is none; ``function_weights`` of the reward
+    functions; ``by_function``: each of them is normalised by itself."""
 
     name: str | None
     baseline_size: int
     function_weights: list[float]
+    by_function: bool = False
 
 
 class Normalizer:
@@ -74,8 +75,8 @@ class Normalizer:
 
     def used(self, weights_F: torch.Tensor) -> UsedNormalization:
         """As it is now, with these weights of the reward functions."""
-        name = self.name if self.aggregation == "sum_then_normalize" else None
-        return UsedNormalization(name, self.baseline_size, weights_F.tolist())
+        by_function = self.aggregation != "sum_then_normalize"
+        return UsedNormalization(self.name, self.baseline_size, weights_F.tolist(), by_function)
 
     @property
     def name(self) -> str | None:

@@ -1,0 +1,110 @@
+"""Whatever raises in what looks at a run, wherever: training goes on as without it, and the log says so once."""
+
+import logging
+
+import pytest
+import torch
+from test_fused_trainer import digits
+from test_trainer_equality import prompts
+from transformers import AutoTokenizer
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+
+# every place at which the trainer, the loss, the head or a hook enters the code that measures interference
+PLACES = [
+    "grpo_kernels.interference.gradient_sketch.GradientSketch.__init__",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch.is_of",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch.open",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch.set_rows",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch.end_rows",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch.head_sketch",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch.leave_out_wrong",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch.take",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch._add_folded",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch._note_precision",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch._linear",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch._norm",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch._embedding",
+    "grpo_kernels.interference.gradient_sketch.tap",
+    "grpo_kernels.interference.projections.Projections.__init__",
+    "grpo_kernels.interference.projections.Projections.vocabulary",
+    "grpo_kernels.interference.projections.Projections.fold_side",
+    "grpo_kernels.interference.sequence_rows.SequenceRows.outer",
+    "grpo_kernels.interference.tap_check.TapCheck.outer",
+    "grpo_kernels.interference.tap_check.TapCheck.errors",
+    "grpo_kernels.head.checks._check_head_sketch",
+    "trl_ext.interference.measure.directional_curvature",
+    "trl_ext.interference.log.mixes_rows",
+    "trl_ext.interference.log.PromptFeatures.__init__",
+    "trl_ext.interference.log.PromptFeatures.set_rows",
+    "trl_ext.interference.log.PromptFeatures._look",
+    "trl_ext.interference.log.PromptFeatures.end_rows",
+    "trl_ext.interference.log.PromptFeatures.take",
+    "trl_ext.interference.log.rehearse",
+    "trl_ext.interference.log.leave_out_wrong",
+    "trl_ext.interference.log.of_sequences",
+    "trl_ext.interference.log.sequence_coefficients",
+    "trl_ext.interference.log.join_sequences",
+    "trl_ext.interference.log.pack_known",
+    "trl_ext.interference.log.measure",
+    "trl_ext.interference.log.write_step",
+    "trl_ext.interference.log.live_cosines",
+    "trl_ext.interference.log.GradientParts.squared_norms",
+    "trl_ext.interference.log.InterferenceLog._all_have",
+    "trl_ext.interference.log.InterferenceLog._checks",
+    "trl_ext.interference.log.InterferenceLog._open_taps",
+    "trl_ext.interference.log.TrainingPhase.observe",
+    "trl_ext.interference.log.SpeedupConstant.observe",
+    "trl_ext.interference.what_if_log.what_if",
+    "trl_ext.interference.beside.Beside.keep",
+    "trl_ext.interference.beside.Beside.sketched",
+    "trl_ext.trainer.prompt_texts",
+    "trl_ext.trainer.TaskNames.of_prompts",
+    "trl_ext.trainer.dead_rows",
+    "trl_ext.rewards.normalizer.Normalizer.observe_curvature",
+    "trl_ext.rewards.normalizer.Normalizer.used",
+    "trl_ext.report.completions.rows_of",
+    "trl_ext.report.live.draw_overview",
+    "trl_ext.report.watch.diagnose",
+    "trl_ext.trainer.describe_run",
+]
+
+
+def train(policy, folder, **options):
+    config = CurvatureGRPOConfig(
+        output_dir=str(folder), num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+        max_completion_length=6, max_steps=2, learning_rate=0.05, optim="sgd", bf16=False, save_strategy="no",
+        gradient_checkpointing=False, report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1, seed=3,
+        share_prompts=False, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    trainer = CurvatureGRPOTrainer(
+        model=str(policy), reward_funcs=digits, args=config, train_dataset=prompts(32),
+        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 2
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+@pytest.fixture(scope="module")
+def without(tiny_policy, tmp_path_factory):
+    return train(tiny_policy, tmp_path_factory.mktemp("without"), interference_every=0)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError], ids=["error", "no memory"])
+def test_training_goes_on(place, kind, without, tiny_policy, tmp_path, monkeypatch, caplog):
+    if kind is MemoryError and PLACES.index(place) % 5:
+        pytest.skip("one place in five with the other error")
+
+    def broken(*args, **kwargs):
+        raise kind("the diagnostic is broken")
+
+    monkeypatch.setattr(place, broken)
+    with caplog.at_level(logging.INFO, logger="trl_ext"):
+        found = train(tiny_policy, tmp_path, interference_every=1, what_if_dead=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, without, strict=True))
+    said = [record.message for record in caplog.records if "the diagnostic is broken" in record.message]
+    assert len(said) == len(set(said))
+    assert said or place.endswith(("live_cosines", "draw_overview"))  # of images, which nobody asked for here
