@@ -180,7 +180,9 @@ def frozen(policy):
                          ids=["default", "every step", "exact", "TRL's head"])  # fmt: skip
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_freezing_the_head_stops_nobody(tied, options, tiny_policy, tmp_path):
-    trl, expected = run(False, tiny_policy, tmp_path / "trl", freeze_head, model=untied(tiny_policy, tied), max_steps=12)
+    trl, expected = run(
+        False, tiny_policy, tmp_path / "trl", freeze_head, model=untied(tiny_policy, tied), max_steps=12
+    )
     mine, found = run(
         True, tiny_policy, tmp_path / "ours", freeze_head, model=untied(tiny_policy, tied), max_steps=12, **options
     )
@@ -190,7 +192,9 @@ def test_freezing_the_head_stops_nobody(tied, options, tiny_policy, tmp_path):
 
 @pytest.mark.parametrize("case", ["frozen later", "unfrozen later"])
 def test_coverage_is_of_what_has_a_gradient_now(case, tiny_policy, tmp_path, caplog):
-    change, model = (freeze_half, untied(tiny_policy)) if case == "frozen later" else (unfreeze_all, frozen(tiny_policy))
+    change, model = (
+        (freeze_half, untied(tiny_policy)) if case == "frozen later" else (unfreeze_all, frozen(tiny_policy))
+    )
     with caplog.at_level(logging.WARNING, logger="trl_ext"):
         trainer, _ = run(True, tiny_policy, tmp_path, change, model=model, interference_every=1, interference_dim=0)
     logs = [entry for entry in trainer.state.log_history if "interference/coverage" in entry]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_kernels import linear_grpo_loss, linear_logprob, normalize_rewards, use_backend
+from grpo_kernels.backend import assume_native_half, native_half
 from grpo_kernels.head import products
 from grpo_kernels.reference import grpo_loss, head_logprobs
 
@@ -566,6 +567,63 @@ def test_float16_with_a_gradient_scaler(scale):
     assert distance(gradient, truth * scale) <= 5e-3 * truth.norm().item() * scale
 
 
+@pytest.mark.parametrize("rows", [512, 16], ids=["one tile", "several"])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-6, 2.0**-12])
+def test_float16_stays_finite_where_plain_float16_does(scale, rows, monkeypatch):
+    """Off policy a ratio may be 665 times what it is on policy, on a hidden state of 200: with a unit that doesn't know
+    it the gradient of the weight overflows at every loss scale. On a device that multiplies float16 itself."""
+    monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", rows)
+    torch.manual_seed(3)
+    hidden = torch.randn(32, 64)
+    hidden[:, 5] *= 80
+    hidden[3, 5] = 200.0
+    weight = torch.randn(200, 64) * 0.03
+    weight[:, 5] *= 0.05
+    hidden, weight, targets = hidden.half(), weight.half(), torch.randint(0, 200, (32,))
+    advantages, weights = torch.ones(32), torch.full((32,), 1 / 32)
+    advantages[3] = -1.0
+
+    def logprobs(h, w):
+        return (h @ w.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    old = logprobs(hidden.float(), weight.float())
+    old[3] -= 6.5
+
+    def gradient(dtype, logprob_function):
+        w = weight.to(dtype, copy=True).requires_grad_()
+        ratio = (logprob_function(hidden.to(dtype), w).to(torch.promote_types(dtype, torch.float32)) - old).exp()
+        loss = (weights * -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)).sum()
+        return torch.autograd.grad(loss * scale, [w])[0]
+
+    truth = gradient(torch.float64, logprobs)
+    plain_half = gradient(torch.float16, lambda h, w: logprobs(h, w).float())
+    assert plain_half.isfinite().all()
+    w = weight.clone().requires_grad_()
+    with assume_native_half(True):
+        out = linear_grpo_loss(hidden, w, targets, torch.arange(32), advantages, weights, old_logprobs_N=old)
+        (found,) = torch.autograd.grad(out.loss * scale, [w])
+        of_logprobs = gradient(torch.float16, lambda h, w: linear_logprob(h, w, targets))
+    for ours_half in (found, of_logprobs):
+        assert ours_half.dtype == torch.float16
+        assert_no_worse(ours_half, plain_half, truth, EPS[torch.float16], "weight", floor=1e-6)
+
+
+def test_a_cpu_multiplies_float16_in_float32(monkeypatch):
+    """And bfloat16 where it has instructions for it, of which the user may switch some off."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert not native_half(torch.float16, cpu)
+    assert native_half(torch.float16, gpu) and native_half(torch.bfloat16, gpu)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        for limit, allows in (("", True), ("AVX2", False), ("AVX512_CORE", False), ("AVX512_CORE_BF16", True),
+                              ("avx512_core_amx", True), ("ALL", True)):  # fmt: skip
+            monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+            assert native_half(torch.bfloat16, cpu) == (has and allows)
+    with assume_native_half(True):
+        assert native_half(torch.float16, cpu)
+
+
 def test_autocast_is_linears():
     tensors, data = example(n=32, h=16, v=50, dtype=torch.float32, scale=0.5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -635,6 +693,18 @@ def test_inside_a_compiled_backbone():
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 class TestTriton:
     """The row kernels under the interpreter, against the torch backend."""
+
+    @pytest.mark.parametrize("size", [1e-4, 1e-2, 0.3, 1.0, 4.0])
+    def test_a_softcap_is_as_exact_as_plain_torchs(self, size):
+        """Small logits under a large cap: tanh's digits must not cancel."""
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(6, 16) * size, torch.randn(40, 16) / 4
+        targets = torch.randint(0, 40, (6,))
+        truth, _ = head_logprobs(hidden.double(), weight.double(), targets, softcap=30.0, temperature=0.01)
+        same, _ = head_logprobs(hidden, weight, targets, softcap=30.0, temperature=0.01)
+        with use_backend("triton"):
+            found = linear_logprob(hidden, weight, targets, softcap=30.0, temperature=0.01)
+        assert_no_worse(found, same, truth, EPS[torch.float32], "logprobs", slack=1.5)
 
     @pytest.mark.parametrize("options", OFF_POLICY.values(), ids=OFF_POLICY)
     @pytest.mark.parametrize("off_policy", [True, False])

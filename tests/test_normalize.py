@@ -574,6 +574,42 @@ def test_context_gives_the_whole_batch_to_one_part():
             torch.testing.assert_close(torch.cat(parts).double(), whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("offset, spread", [(0.0, 1.0), (100.0, 0.01), (1000.0, 1e-3), (1e4, 0.01), (-1e6, 1.0)])
+@pytest.mark.parametrize("method", ["std", "mean", "loo", "mean_abs", "median_mad", "iqr", "power", "batch_std"])
+def test_rewards_with_an_offset_keep_their_digits(method, offset, spread, backend):
+    """The error is float32's own of the result, and a group still sums to 0."""
+    torch.manual_seed(1)
+    rewards = (offset + spread * torch.rand(32, 8)).float()
+    options = {"alpha": 0.5} if method == "power" else {}
+    truth = torch.tensor(normalize_rewards_reference(rewards.double().tolist(), method, **options), dtype=torch.float64)
+    with use_backend(backend):
+        found = normalize_rewards(rewards, method, **options).double()
+    assert (found - truth).abs().max() <= 4e-7 * truth.abs().max()
+    if method not in ("median_mad", "iqr"):
+        assert found.sum(1).abs().max() <= 2e-6 * truth.abs().max()
+
+
+@pytest.mark.parametrize("method", ["std", "mean_abs", "median_mad", "iqr", "batch_std", "global", "power", "rank"])
+def test_huge_rewards_give_neither_nan_nor_zeros(method):
+    rewards = torch.tensor([[3e38, -3e38, 0.0, 1.0], [1e38, 2e38, -1e38, 3e38]])
+    options = {"alpha": 1.0} if method == "power" else {}
+    found = []
+    for backend in ("torch", "triton"):
+        with use_backend(backend):
+            found.append(normalize_rewards(rewards, method, eps=0.0, **options))
+    torch.testing.assert_close(*found)
+    assert found[0].isfinite().all() and (found[0].abs().amax(1) > 0.5).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_two_neighbouring_numbers(backend):
+    low = torch.tensor(0.1)
+    rewards = torch.stack([low, torch.nextafter(low, torch.tensor(1.0))])[None]
+    with use_backend(backend):
+        assert normalize_rewards(rewards, "std", eps=0.0).tolist() == [pytest.approx([-(0.5**0.5), 0.5**0.5])]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes_dtypes_and_strides(backend):
     base = torch.randn(4, 12)

@@ -11,6 +11,7 @@ import warnings
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,13 +24,13 @@ from test_trainer_equality import prompts
 from grpo_kernels.interference.step_gradients import StepGradients
 from trl_ext.interference.files import read_interference, write_step
 from trl_ext.report import live
-from trl_ext.report.charts import curves_of_a_run
+from trl_ext.report.charts import curves_of_a_run, sigma_and_curvature, what_if, without_outliers
 from trl_ext.report.command import main
-from trl_ext.report.completions import read_completions
+from trl_ext.report.completions import read_completions, rows_of
 from trl_ext.report.groups import differences, group_runs, mean_and_band
 from trl_ext.report.numbers import MOST_HEATMAPS, MOST_PROMPTS, cluster_order, extreme_pairs, histogram, report_numbers
 from trl_ext.report.read_run import read_run
-from trl_ext.report.run_files import CONFIG_FILE, LOG_FILE, STARTED
+from trl_ext.report.run_files import CONFIG_FILE, LOG_FILE, STARTED, RunFiles
 from trl_ext.report.sections import Curves
 from trl_ext.report.summary import summary
 
@@ -343,7 +344,7 @@ RUNS = {
                 "it doesn't, against the theory"),
     "not told": ([{"curvature/speedup_constant": 0.5, "curvature/directional_corr": c} for c in (-0.5, 0.6, 0.1)], 2,
                  "can't tell"),
-    "phase": ([{"phase": 1}, {"phase": 2}], 1, "Phase 2 since step 1, last measured at step 1: they begin to interfere"),
+    "phase": ([{"phase": 1}, {"phase": 2}], 1, "Phase 2 since step 1, last measured at step 1: they begin to"),
     "phase 2 from the first": ([{"phase": 2}] * 4, 1, "Phase 2 since step 0, last measured at step 3"),
     "no choice": ([{"curvature/sigma_mean": 0.5}], 3, "can't be told: no C"),
     "saved": ([{"compute/sequences_skipped_frac": 0.5, "compute/flops_saved_frac": 0.6}], 4, "50% of the sequences"),
@@ -711,3 +712,48 @@ def test_in_a_browser(width, browser, run_folder, tmp_path):
     assert not errors
     browser.save_screenshot(str(tmp_path / f"page_{width}.png"))
     assert Path(tmp_path / f"page_{width}.png").stat().st_size > 10_000
+
+
+# ---- what a page says of few points, far points and saved answers
+
+
+@pytest.mark.parametrize(
+    "rewards", [[0, 0, 0, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0, 1], [0.5, 0.1, 0.9, 0.3, 0.2, 0.4, 0.8, 0.7]]
+)
+def test_saved_answers_span_the_rewards(rewards):
+    """The lowest and the highest of a group are among the four that are kept."""
+    logs = {
+        "prompt": ["p"] * 8, "completion": [f"answer {i}" for i in range(8)], "advantages": [1.0] * 8,
+        "rewards": {"f": rewards},
+    }  # fmt: skip
+    kept = [row["rewards"]["f"] for row in rows_of(logs, 1, 8)]
+    assert len(kept) == 4 and min(kept) == min(rewards) and max(kept) == max(rewards)
+
+
+def test_a_resumed_log_has_no_empty_line(tmp_path):
+    """Where a kill left half a line, the next entry begins a line of its own."""
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    files, state = RunFiles(dict), SimpleNamespace(is_world_process_zero=True, global_step=0)
+    files.on_train_begin(args, state, None)
+    files.on_log(args, state, None, {"reward": 1.0})
+    for tail in ("", '{"reward": 0.'):
+        with open(tmp_path / LOG_FILE, "a") as file:
+            file.write(tail)
+        state.global_step += 1
+        files.on_train_begin(args, state, None)
+    lines = (tmp_path / LOG_FILE).read_text().splitlines()
+    assert "" not in lines and len(lines) == 4 and lines[2] == '{"reward": 0.'
+    assert [json.loads(lines[i])["step"] for i in (0, 1, 3)] == [0, 1, 2]
+
+
+def test_a_far_point_does_not_take_the_scale():
+    values = [0.01 * i for i in range(20)] + [4.0]
+    assert without_outliers(values) == (0.0, pytest.approx(0.19))
+    assert without_outliers([1.0, 2.0]) == (1.0, 2.0)
+    points = [{"step": i, "sigma": 0.3, "curvature": value} for i, value in enumerate(values)]
+    axis = sigma_and_curvature(points).layout.yaxis
+    assert axis.range[1] < 0.3 and "1 beyond" in axis.title.text
+    rows = {f"m{i}": {"cos": 1.0, "factor": 1.0, "spread": None, "factor_low": 0.9, "factor_high": 1.1, "gain": value}
+            for i, value in enumerate(values)}  # fmt: skip
+    marker = what_if({"methods": rows}).data[0].marker
+    assert marker.cmax == pytest.approx(0.19) and max(marker.color) == 4.0

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import DistributedType
 from allpairspy import AllPairs
 from architectures import build as architecture
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from test_fused_trainer import TINY, tool_rollout
@@ -721,3 +721,85 @@ def test_two_processes_with_different_live_counts(name, tiny_policy, tmp_path):
     if not options.get("beta"):
         assert live[0] != live[1], "both had as much to do, so nothing was tried"
         assert any(log["compute/micro_batches"] < 4 for log in logs)
+
+
+# ---- random numbers, and what is logged of the work
+
+
+def test_neftune_keeps_rows_as_they_are(tiny_policy, tmp_path, monkeypatch, caplog):
+    """The noise on an embedding is at most alpha / sqrt(length of the row * width): a row keeps TRL's length."""
+    from transformers.integrations import neftune
+
+    noisy = neftune.neftune_post_forward_hook
+    results = []
+    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (CurvatureGRPOTrainer, CurvatureGRPOConfig)):
+        lengths = set()
+
+        def keep(module, args, output, lengths=lengths):
+            if module.training and torch.is_grad_enabled():
+                lengths.add(output.shape[1])
+            return noisy(module, args, output)
+
+        monkeypatch.setattr(neftune, "neftune_post_forward_hook", keep)
+        config = config_class(
+            output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=16, max_completion_length=8,
+            max_steps=2, bf16=False, save_strategy="no", gradient_checkpointing=False, report_to="none",
+            disable_tqdm=True, use_cpu=True, neftune_noise_alpha=5.0, seed=3,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        trainer = trainer_class(
+            model=str(tiny_policy), reward_funcs=digits, args=config, train_dataset=prompts(32),
+            processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+        )  # fmt: skip
+        with caplog.at_level(logging.WARNING, logger="trl_ext"):
+            trainer.train()
+        results.append(lengths)
+    theirs, ours = results
+    assert ours and ours <= theirs
+    assert len([one for one in caplog.records if "NEFTune's noise depends on the length of a row" in one.message]) == 1
+
+
+def test_random_layers_are_named():
+    plain = AutoModelForCausalLM.from_config(OPTConfig(**OPT, dropout=0.0))
+    assert random_layers(plain) is None
+    assert random_layers(AutoModelForCausalLM.from_config(OPTConfig(**OPT, dropout=0.0, layerdrop=0.1))) == "layerdrop"
+    plain.model.decoder.layers[0].jitter_noise = 0.01  # as a mixture's router keeps it
+    assert random_layers(plain) == "jitter_noise"
+    plain.model.decoder.layers[0].jitter_noise = 0.0
+    plain.model.decoder.layers[0].module_dropout = {"default": 0.2}  # as PEFT's LoKr keeps it
+    assert random_layers(plain) == "module_dropout"
+
+
+class OwnStep(CurvatureGRPOTrainer):
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs)
+
+
+def test_a_step_of_ones_own_is_warned_of_with_its_cost(tiny_policy, tmp_path, caplog):
+    trainer = build(tiny_policy, tmp_path, trainer_class=OwnStep)
+    with caplog.at_level(logging.INFO, logger="trl_ext"):
+        trainer.train()
+    (said,) = [one for one in caplog.records if "OwnStep has a training_step of its own" in one.message
+               and "Prompts aren't shared" not in one.message]  # fmt: skip
+    assert said.levelname == "WARNING" and "2 to 5 times as long" in said.message
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    full_entropy=st.booleans(), share=st.booleans(), skip=st.booleans(), dead=st.sampled_from([0.0, 0.5, 1.0]),
+    beta=st.sampled_from([0.0, 0.05]), multiple_of=st.sampled_from([None, 8]), every=st.sampled_from([0, 1]),
+    accumulation=st.sampled_from([1, 4]),
+)  # fmt: skip
+def test_shares_of_work_are_shares(
+    full_entropy, share, skip, dead, beta, multiple_of, every, accumulation, tiny_policy, tmp_path
+):
+    trainer = build(
+        tiny_policy, tmp_path, reward_with_dead(dead), max_steps=1, full_entropy=full_entropy, share_prompts=share,
+        skip_zero_advantage=skip, beta=beta, pad_to_multiple_of=multiple_of, interference_every=every,
+        per_device_train_batch_size=16 // accumulation, gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    trainer.train()
+    (entry,) = [log for log in trainer.state.log_history if "compute/micro_batches" in log]
+    for name, value in entry.items():
+        if name.startswith("compute/") and name.endswith("_frac"):
+            assert 0 <= value <= 1, (name, value)

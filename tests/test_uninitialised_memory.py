@@ -81,7 +81,10 @@ def test_the_padding_beside_a_bfloat16_tile_matters_to_somebody(dtype):
 
     with poisoned_memory():
         products = HeadProducts(
-            [(torch.randn(20, 8).to(dtype), torch.randn(35, 8).to(dtype))], dtype, want_inputs=[True], want_weights=[True]
+            [(torch.randn(20, 8).to(dtype), torch.randn(35, 8).to(dtype))],
+            dtype,
+            want_inputs=[True],
+            want_weights=[True],
         )
         tile = products.logits(slice(0, 20))
         padded = tile.as_strided((20, 48), (tile.stride(0), 1))

@@ -168,6 +168,7 @@ class MicroBatches:
         if not is_sharded(self.accelerator):
             self.ask(self._model)
         self._looked_for_random_layers = False
+        self._said_whether_shared = False
         self.skipping = False  # whether sequences may be left out of what was planned last
         self._planned: list[dict[str, Any]] = []
         self._expected = -1  # TRL's count of micro-batches at the next call
@@ -282,7 +283,7 @@ class MicroBatches:
         return [{KEY: NOTHING} for _ in range(len(parts) - n_batches)] + batches
 
     def _say_whether_shared(self, runs: WhatRuns) -> None:
-        if not self.options.share_prompts:
+        if not self.options.share_prompts or self._said_whether_shared:
             return
         reason = self.not_shared if runs.regrouped else "every sequence runs in TRL's own micro-batches"
         chosen = not runs.regrouped or not self.options.fused_loss or self.run.torch_compile  # the user knows
@@ -332,7 +333,7 @@ class MicroBatches:
                 "Rows keep the length that TRL gives them, and prompts aren't shared: NEFTune's noise depends on the "
                 "length of a row."
             )
-        self.trim, self.not_shared = (False, False), "NEFTune's noise depends on the length of a row"
+        self.trim, self.not_shared, self._said_whether_shared = (False, False), "NEFTune is active", True
 
     def _name_random_layers(self) -> None:
         if self._looked_for_random_layers:
