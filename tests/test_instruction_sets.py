@@ -1,0 +1,42 @@
+"""The same on a CPU with fewer instructions: oneDNN takes other products for AVX2, AVX512, its bfloat16, and AMX.
+
+A few tests of each kind run here; ``make nightly PARTS=test_instruction_sets`` runs all of them on each.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+INSTRUCTION_SETS = ("AVX2", "AVX512_CORE", "AVX512_CORE_BF16")  # the other tests run on the CPU's best
+FEW = (
+    "tests/test_precision.py",
+    "tests/test_uninitialised_memory.py::test_the_head_reads_nothing_that_it_did_not_write[dtype1-products in half-1]",
+    "tests/test_uninitialised_memory.py::test_the_head_reads_nothing_that_it_did_not_write[dtype2-products in half-1]",
+    "tests/test_head.py::test_no_worse_than_plain_torch",
+    "tests/test_head.py::test_float16_stays_finite_where_plain_float16_does",
+    "tests/test_head.py::test_float16_with_a_gradient_scaler",
+    "tests/test_trainer_equality.py::test_a_plain_grpo_config_does_as_well",
+)
+
+
+def run_tests(instruction_set, *arguments):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**inherited, "ONEDNN_MAX_CPU_ISA": instruction_set, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_a_few_tests_of_each_kind(instruction_set):
+    assert " passed" in run_tests(instruction_set, "-n", "0", *FEW)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("instruction_set", [*INSTRUCTION_SETS, "ALL"])
+def test_everything(instruction_set):
+    assert " passed" in run_tests(instruction_set, "-n", "2", "--dist", "worksteal")
