@@ -73,6 +73,21 @@ class Patient(Keyboard):
         return 0.5 * len(self.pressed)
 
 
+class Asks(Keyboard):
+    """Owns its questions too: the dataset has none."""
+
+    number = 0
+
+    def reset(self, **kwargs):
+        super().reset(**kwargs)
+        Asks.number += 1
+        return f"What is {Asks.number // 4 % 9} + 1?"
+
+
+class AsksMore(Asks):
+    get_reward = None
+
+
 def by_length(completion_ids, **kwargs):
     return [(len(ids) % 3) / 2 for ids in completion_ids]
 
@@ -85,6 +100,9 @@ def train(trainer_class, config_class, policy, folder, factory, reward_funcs, **
     rows = {"prompt": [[{"role": "user", "content": one.question}] for one in generate_problems(32)]}
     if isinstance(factory, dict):
         rows["environment"] = [list(factory)[number % len(factory)] for number in range(32)]
+        if issubclass(next(iter(factory.values())), Asks):
+            del rows["prompt"]
+            Asks.number = 0
     trainer = trainer_class(
         model=str(policy),
         reward_funcs=reward_funcs,
@@ -111,6 +129,7 @@ CASES = {
     "asynchronous": (Patient, None, {}),
     "several": ({"scores": Keyboard, "waits": Patient}, by_length, {}),
     "one of two": ({"scores": Keyboard, "doesn't": Silent}, by_length, {}),
+    "their own questions": ({"asks": Asks, "more": AsksMore}, by_length, {}),
     "KL, twice": (Keyboard, None, {"beta": 0.05, "num_iterations": 2}),
 }
 
@@ -127,7 +146,7 @@ def test_environments_are_trls(case, tiny_policy, tmp_path):
     logs = [log for log in theirs[1].logs if "loss" in log]
     assert sum(log["grad_norm"] > 0 for log in logs) >= 2
     assert any(0 < log["tools/call_frequency"] for log in logs), "no tool was called"
-    for name in {type(one).__name__ for one in theirs[0].environments} - {"Silent"}:
+    for name in {type(one).__name__ for one in theirs[0].environments} - {"Silent", "AsksMore"}:
         assert any(log[f"rewards/{name}/mean"] > 0 for log in logs), "an environment's reward is always 0"
     assert any("interference/cos_mean" in log for log in ours[1].logs)
 

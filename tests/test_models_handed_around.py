@@ -175,3 +175,32 @@ def test_a_head_that_peft_saves_is_followed(tied, share, tiny_policy, tmp_path):
     for record in records:
         assert record.metrics["interference/coverage"] > 0.99
         assert record.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_breaks_off_leaves_the_model_as_it_was(error, tiny_policy, tmp_path):
+    """In the middle of a step whose interference is logged, in a generation: the next trainer goes on with it."""
+
+    def broken(completions, trainer_state, **kwargs):
+        calls.append(trainer_state.global_step)
+        if len(calls) > 1:
+            raise error("stop")
+        return digits(completions)
+
+    calls, model = [], load(tiny_policy)
+    config = CurvatureGRPOConfig(
+        output_dir=str(tmp_path), **COMMON, interference_every=1, gradient_accumulation_steps=4, steps_per_generation=2
+    )
+    trainer = CurvatureGRPOTrainer(
+        model=model, reward_funcs=broken, args=config, train_dataset=prompts(32),
+        processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+    )  # fmt: skip
+    with pytest.raises((error, RuntimeError)):
+        trainer.train()
+    assert marks(model) == []
+    pickle.dumps(model)
+    fresh = load(tiny_policy)
+    fresh.load_state_dict(model.state_dict())
+    trained("ours", model, tiny_policy, tmp_path / "next")
+    trained("ours", fresh, tiny_policy, tmp_path / "fresh")
+    same(parameters(model), parameters(fresh))

@@ -32,10 +32,7 @@ class ModelPatches:
             yield
             return
         with ExitStack() as self._undo:
-            try:
-                for apply in self._patches:
-                    self._undo.callback(apply())
-                yield
-            finally:
-                undo, self._undo = self._undo, None
-                undo.close()
+            self._undo.callback(setattr, self, "_undo", None)
+            for apply in self._patches:
+                self._undo.callback(apply())
+            yield

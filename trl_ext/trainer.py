@@ -112,6 +112,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._completion_mask, self._shared_prompts = CompletionMask(), SharedPrompts()
         self._deferred = DeferredLogprobs(run, self._score)
         self._patches = ModelPatches()
+        self._patches.add(lambda: self._interference.abandon)  # taps of a step that broke off
         if run.options.fused_loss:
             known = self._completion_mask, self._shared_prompts, self._interference.head_sketch
             for patch in fused_heads(run, self.model, self.ref_model, *known):

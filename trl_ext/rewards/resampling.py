@@ -37,7 +37,14 @@ def check_dataset(dataset: Any) -> None:
             f"resample_zero_variance=True: other prompts can't be drawn from a {type(dataset).__name__}, "
             "which has no length; it needs a map-style train_dataset"
         )
-    images = {"image", "images"} & set(getattr(dataset, "column_names", None) or ())
+    columns = set(getattr(dataset, "column_names", None) or ())
+    transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"  # which may make any column
+    if columns and not transformed and "prompt" not in columns:
+        raise ValueError(
+            "resample_zero_variance=True: train_dataset has no column 'prompt', so there are no other prompts to draw "
+            "(an environment makes them)"
+        )
+    images = {"image", "images"} & columns
     if images:
         raise ValueError(f"resample_zero_variance=True: the column {images.pop()!r} of train_dataset isn't supported")
 
