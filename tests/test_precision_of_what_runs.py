@@ -126,3 +126,40 @@ def test_each_layer_has_its_own_bound():
             (model[0](values).square().sum() + Half()(values).square().sum()).backward()
         gradients = [parameter.grad * factor for parameter in sketch.trainable_parameters]
         assert list(sketch.leave_out_wrong(gradients)) == expected
+
+
+def test_a_gradient_scaler_changes_nothing():
+    """float16 autocast over float32 weights, the loss times 2^16: what is seen is scaled as the gradient is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 20))
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    ids = torch.randint(0, 20, (6, 5))
+    sketch = GradientSketch(model, 8)
+    with sketch.step(seed=0), sketch.rows(torch.arange(6)):
+        with torch.autocast("cpu", torch.float16):
+            logits = model(ids)
+        scaler.scale(nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert not sketch.leave_out_wrong([parameter.grad for parameter in sketch.trainable_parameters])
+
+
+def test_adapters_over_a_quantized_base(tiny_policy, tmp_path, caplog):
+    """bitsandbytes multiplies in bfloat16 below float32 adapters."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy, quantization_config=quantized, dtype=torch.float32)
+    assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+    trainer = CurvatureGRPOTrainer(
+        model=model, reward_funcs=digits, train_dataset=prompts(32),
+        args=CurvatureGRPOConfig(output_dir=str(tmp_path), **COMMON, bf16=False),
+        processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="trl_ext"):
+        trainer.train()
+    found = [log["interference/coverage"] for log in trainer.state.log_history if "interference/coverage" in log]
+    assert len(found) == 3 and min(found) > 0.99
+    assert not [record for record in caplog.records if "leaves out" in record.message]
