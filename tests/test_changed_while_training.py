@@ -309,3 +309,11 @@ def test_the_list_of_what_trl_reads_is_whole():
     """A setting that TRL begins to read at each step has to be looked at: followed, or TRL's own business."""
     read = set().union(*(settings_read(getattr(GRPOTrainer, name)) for name in EACH_STEP))
     assert read - STATE - set(READ_BY_TRL) == set()
+
+
+def test_another_group_size_ends_interference_with_a_word(tiny_policy, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="trl_ext"):
+        trainer, _ = run(True, tiny_policy, tmp_path, put("num_generations", 8), interference_every=1)
+    assert trainer.state.global_step == 5
+    said = [one.message for one in caplog.records if "num_generations=8 was set while training" in one.message]
+    assert len(said) == 1 and "Interference isn't logged from here on" in said[0]

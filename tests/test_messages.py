@@ -35,7 +35,6 @@ def asked(*texts):
             {"train_dataset": Dataset.from_dict({"question": ["a"] * 8, "answer": ["b"] * 8})},
             r"train_dataset has no column 'prompt', only 'question', 'answer': rename one, as in dataset.rename_column",
         ),
-        ({"train_dataset": asked("1+1=", "")}, r"train_dataset: the prompt of row 1 is empty \(''\)"),
         ({"train_dataset": asked([{"role": "user", "content": "a"}], [])}, r"the prompt of row 1 is empty \(\[\]\)"),
         ({"train_dataset": asked("a").select([])}, "train_dataset has 0 rows, and a generation takes 2 different"),
         (

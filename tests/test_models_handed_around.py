@@ -204,3 +204,76 @@ def test_a_run_that_breaks_off_leaves_the_model_as_it_was(error, tiny_policy, tm
     trained("ours", model, tiny_policy, tmp_path / "next")
     trained("ours", fresh, tiny_policy, tmp_path / "fresh")
     same(parameters(model), parameters(fresh))
+
+
+def other_trainer(model, policy, folder):
+    config = CurvatureGRPOConfig(output_dir=str(folder), **COMMON)
+    return CurvatureGRPOTrainer(
+        model=model, reward_funcs=digits, args=config, train_dataset=prompts(32), eval_dataset=prompts(8, "held_out"),
+        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["built", "evaluates", "built and evaluates"])
+def test_another_trainer_on_the_model_while_one_trains(case, tiny_policy, tmp_path):
+    """In a callback: the training that goes on ends as without it."""
+
+    class Other(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.random.fork_rng(devices=[]):
+                other = earlier if case == "evaluates" else other_trainer(model, tiny_policy, tmp_path / "inner")
+                if "evaluates" in case:
+                    other.evaluate()
+
+    model, alone = load(tiny_policy), load(tiny_policy)
+    earlier = other_trainer(model, tiny_policy, tmp_path / "earlier")
+    outer = other_trainer(model, tiny_policy, tmp_path / "outer")
+    outer.add_callback(Other())
+    torch.manual_seed(0)
+    outer.train()
+    undisturbed = other_trainer(alone, tiny_policy, tmp_path / "alone")
+    torch.manual_seed(0)
+    undisturbed.train()
+    assert outer.state.global_step == 2 and marks(model) == []
+    assert model.config._attn_implementation == alone.config._attn_implementation
+    model(input_ids=torch.tensor([[5, 6]]))
+    if case == "evaluates":  # a trainer that is built seeds everything, TRL's too
+        same(parameters(model), parameters(alone))
+
+
+def test_a_snapshot_taken_while_training_is_a_whole_model(tiny_policy, tmp_path):
+    """The best model so far, kept by a callback: saved, asked, and trained on."""
+
+    class Best(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.model = copy.deepcopy(model)
+
+    best, trainer = Best(), other_trainer(load(tiny_policy), tiny_policy, tmp_path / "first")
+    trainer.add_callback(best)
+    trainer.train()
+    torch.save(best.model, io.BytesIO())
+    pickle.dumps(best.model)
+    fresh = load(tiny_policy)
+    fresh.load_state_dict(best.model.state_dict())
+    trained("ours", best.model, tiny_policy, tmp_path / "best")
+    trained("ours", fresh, tiny_policy, tmp_path / "fresh")
+    same(parameters(best.model), parameters(fresh))
+
+
+@pytest.mark.parametrize("by", ["compute_loss", "training_step"])
+def test_a_backward_of_ones_own_outside_of_training(by, tiny_policy, tmp_path):
+    """With checkpointing, which computes layers again in the backward."""
+    trainer = other_trainer(load(tiny_policy), tiny_policy, tmp_path)
+    trainer.args.gradient_checkpointing = True
+    trainer.train()
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.model.train()
+    trainer.model.zero_grad()
+    before = marks(trainer.model)  # checkpointing's own hook
+    batch = next(iter(trainer.get_train_dataloader()))
+    if by == "training_step":
+        trainer.training_step(trainer.model, batch, None)
+    else:
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).backward()
+    assert any(p.grad is not None and p.grad.isfinite().all() for p in trainer.model.parameters())
+    assert marks(trainer.model) == before and len(before) == 1

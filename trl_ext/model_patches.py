@@ -19,6 +19,11 @@ class ModelPatches:
         self._patches: list[Apply] = []
         self._undo: ExitStack | None = None  # while they are applied
 
+    @property
+    def active(self) -> bool:
+        """Whether they are applied now."""
+        return self._undo is not None
+
     def add(self, apply: Apply) -> None:
         """Adds a patch, and applies it at once where the others are applied."""
         self._patches.append(apply)

@@ -34,9 +34,10 @@ def check_before_model(args: Any, positional: Sequence[Any], named: Mapping[str,
     given = {**dict(zip(arguments_after("args"), positional, strict=False)), **named}
     train, held_out = given.get("train_dataset"), given.get("eval_dataset")
     prompt_needed = given.get("environment_factory") is None  # an environment makes prompts of its own
-    _check_prompts(train, "train_dataset", prompt_needed)
+    texts = given.get("rollout_func") is None  # which may take what isn't text
+    _check_prompts(train, "train_dataset", prompt_needed, texts)
     for name, part in held_out.items() if isinstance(held_out, dict) else [("", held_out)]:
-        _check_prompts(part, f"eval_dataset[{name!r}]" if name else "eval_dataset", prompt_needed)
+        _check_prompts(part, f"eval_dataset[{name!r}]" if name else "eval_dataset", prompt_needed, texts)
     if args is not None:
         _check_rows(train, args)
     if read_options(args).resample_zero_variance:
@@ -88,7 +89,7 @@ def say_truncated_sampling(args: Any, say_once: Callable[[str], None]) -> None:
         )
 
 
-def _check_prompts(dataset: Any, name: str, needed: bool) -> None:
+def _check_prompts(dataset: Any, name: str, needed: bool, check_numbers: bool = True) -> None:
     columns = getattr(dataset, "column_names", None)
     # none given, or one whose columns only its rows tell: a stream's, or what a transform makes of what is stored
     if not isinstance(columns, list) or _has_transform(dataset):
@@ -100,14 +101,20 @@ def _check_prompts(dataset: Any, name: str, needed: bool) -> None:
             f"{name} has no column 'prompt', only {', '.join(map(repr, columns)) or 'none at all'}: "
             "rename one, as in dataset.rename_column('question', 'prompt')"
         )
-    for row, prompt in enumerate(_stored_prompts(dataset)):
-        _check_prompt(prompt, f"{name}: the prompt of row {row}")
+    if check_numbers:
+        for row, prompt in enumerate(_stored_prompts(dataset)):
+            _check_prompt(prompt, f"{name}: the prompt of row {row}")
 
 
 def _check_prompt(prompt: Any, what: str) -> None:
-    if isinstance(prompt, int | float):  # a rollout_func may take what isn't text
+    if isinstance(prompt, int | float):
         raise ValueError(f"{what} is {prompt!r}, neither a text nor a list of messages")
-    if not prompt:
+    _refuse_empty(prompt, what)
+
+
+def _refuse_empty(prompt: Any, what: str) -> None:
+    """TRL fails at a prompt without a message; a text of no length it trains on, beside longer ones."""
+    if prompt is None or (isinstance(prompt, list) and not prompt):
         raise ValueError(f"{what} is empty ({prompt!r}); nothing can be generated from it")
 
 
@@ -194,14 +201,16 @@ def check_stored_context(dataset: Any, context: Context | None) -> None:
         context.check(_stored_prompts(dataset), lambda row: f"The prompt of row {row} of train_dataset")
 
 
-def check_batch(prompts: Sequence[Any], context: Context | None) -> None:
+def check_batch(prompts: Sequence[Any], context: Context | None, say_once: Callable[..., None]) -> None:
     """Of the prompts of a batch that was drawn, before they are answered."""
 
     def what(number: int) -> str:
         return f"The prompt {str(prompts[number])[:200]!r} of this batch"
 
     for number, prompt in enumerate(prompts):
-        _check_prompt(prompt, what(number))
+        _refuse_empty(prompt, what(number))
+    if "" in prompts:
+        say_once("A prompt of a batch is an empty text: its answers are made from nothing.")
     if context is not None:
         context.check(prompts, what)
 

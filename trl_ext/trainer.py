@@ -138,12 +138,12 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def _check_reward_functions(self):
         """Also those that a callback has put there since."""
         limit = self._run.options.reward_timeout
-        functions: list[Any] = self.reward_funcs
+        functions: Any = vars(self)["reward_funcs"]
         self.reward_funcs = checked_rewards(functions, self.reward_func_names, self._failures, limit)
 
     @ours
     def _generate(self, prompts):
-        check_batch(prompts, self._context)
+        check_batch(prompts, self._context, self._run.say_once)
         with self._seconds.stage("generation", self.model.training):
             generated = super()._generate(prompts)
         tool_mask = None if overridden(self, "_generate") else generated[2]  # a subclass may return another
@@ -157,6 +157,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._deferred.ready()
         self._check_reward_functions()
         self._normalizer.follow(trl_surface.read_reward_settings(self))
+        if self.num_generations != self._run.num_generations:
+            self._interference.stop(f"num_generations={self.num_generations} was set while training")
         with self._seconds.stage("rewards", self.model.training):
             rewards_BF = calculate(inputs, prompts, completions, completion_ids_list)
             self._failures.raise_together(self.accelerator.process_index)
@@ -244,13 +246,15 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return inputs
-        now, by_sequence = trl_surface.read_position(self), self._interference.is_open
+        # a backward that a user calls by himself would recompute shared rows on a model without our hooks
+        now, by_sequence = trl_surface.read_position(self), self._interference.is_open or not self._patches.active
         return self._micro_batches.next(self._buffered_inputs, now, self._loss_settings(), by_sequence=by_sequence)
 
     @ours
     def training_step(self, model, inputs, num_items_in_batch=None):
         position, some_skipped = trl_surface.read_position(self), lambda: self._micro_batches.skipping
-        with self._seconds.stage("step"), self._interference.micro_batch(position, self.model, some_skipped):
+        logged = self._interference.micro_batch(position, self.model, some_skipped)
+        with self._patches.applied(), self._seconds.stage("step"), logged:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if position.last:
             self._log_metrics(self._seconds.take())

@@ -122,7 +122,7 @@ def usable_sketch(sketch: HeadSketch | None, weight_VH: torch.Tensor) -> HeadSke
 
 
 def _check_head_sketch(sketch: HeadSketch, weight_VH: torch.Tensor) -> None:
-    """It projects from the head's V words on its device, and wants its weight to be trainable."""
+    """Checks that the projection fits the vocabulary and the device, and that the weight is trainable."""
     if not weight_VH.requires_grad:
         raise ValueError("head_sketch is of dL/dweight, and weight doesn't require a gradient")
     projection = sketch.projection

@@ -344,7 +344,7 @@ class GradientSketch:
             return
         try:
             if not isinstance(output, torch.Tensor) or not inputs or not isinstance(inputs[0], torch.Tensor):
-                raise TypeError(f"layer {layer.name!r} isn't called with one tensor for another")
+                raise TypeError(f"layer {layer.name!r} must take a tensor and return a tensor")
             if output.grad_fn is not None:
                 tap(output, inputs[0], lambda gradient, kept: self._guarded(layer, rows, gradient, kept))
         except StopRecomputation:  # how checkpointing ends a recomputed forward, once the last tensor is saved

@@ -27,7 +27,7 @@ def join(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RowTable:
-    """What a plan needs of each row, on the CPU, (B,) int64 each: a GPU is waited for once, whatever the rows' number.
+    """Lengths and flags of each row, (B,) int64, copied to the CPU once, so that planning waits for a GPU once.
 
     ``prompt_B``, ``answer_B``: tokens of prompt and completion; ``last_B``: the completion's columns up to its last
     token (a mask may have gaps); ``live_B``: tokens that the loss counts; ``id_B``: the prompt, -1 where there is none.

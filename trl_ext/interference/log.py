@@ -103,7 +103,7 @@ class InterferenceLog:
             self._try_out(model)
 
     def _try_out(self, model: torch.nn.Module) -> None:
-        """Names wrong patterns of layers, which are the user's, before training; what else fails switches off."""
+        """Raises for wrong ``interference_layers``; any other failure switches interference off."""
         try:
             mixed = mixes_rows(self.accelerator.unwrap_model(model))
             if mixed is not None:
@@ -125,6 +125,11 @@ class InterferenceLog:
             if taps is not None:
                 taps.close()
         self.sketch = self.features = None
+
+    def stop(self, reason: str) -> None:
+        """Interference isn't logged from here on; the same on every process."""
+        if not self._off:
+            self._switch_off(reason)
 
     @property
     def is_open(self) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, is_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor, Partial
@@ -187,11 +187,15 @@ def fused_heads(
             raise ValueError("cast_lm_head_to_fp32=True can't be used with an adapter on lm_head")
         head_adapter(head, torch.zeros(1, head.get_base_layer().in_features, device=model.device))  # refuses
     of_policy = FusedHead(settings, completion_mask, shared_prompts, entropy=True, head_sketch=head_sketch)
-    patches = [lambda: add_fused_head(base, of_policy), lambda: register_head_with_zero3(model, base)]
+    zero = run.accelerator.distributed_type == DistributedType.DEEPSPEED
+    patches = [lambda: add_fused_head(base, of_policy)]
+    if zero:
+        patches.append(lambda: register_head_with_zero3(model, base))
     if ref_model is not None:
         reference = run.accelerator.unwrap_model(ref_model)
         of_reference = FusedHead(settings, completion_mask, shared_prompts, entropy=False)
-        patches.append(lambda: register_head_with_zero3(reference, reference))
+        if zero:
+            patches.append(lambda: register_head_with_zero3(reference, reference))
         patches.append(lambda: add_fused_head(reference, of_reference))
     return patches
 
@@ -202,10 +206,10 @@ def register_head_with_zero3(outermost: torch.nn.Module, model: Any) -> Callable
     gathers when. Returns what undoes it."""
 
     def register(module: torch.nn.Module, args: Any) -> None:
+        import deepspeed
+
         for parameter in model.get_output_embeddings().parameters():
             if hasattr(parameter, "ds_id"):
-                import deepspeed
-
                 deepspeed.zero.register_external_parameter(module, parameter)
 
     return outermost.register_forward_pre_hook(register, prepend=True).remove
@@ -309,19 +313,22 @@ class FusedHead:
 
 
 def add_fused_head(model: torch.nn.Module, head: FusedHead) -> Callable[[], None]:
-    """Gives ``model``, without an adapter's wrapper around it, this head until the returned function is called."""
-    remove_forward = add_forward(model)
+    """Gives ``model``, without an adapter's wrapper around it, this head until the returned function is called, which
+    gives it back the head of another trainer that is using it too."""
+    remove_forward, before = add_forward(model), getattr(model, HEAD, None)
     setattr(model, HEAD, head)
 
     def undo() -> None:
         delattr(model, HEAD)
+        if before is not None:
+            setattr(model, HEAD, before)
         remove_forward()
 
     return undo
 
 
 def add_forward(model: torch.nn.Module) -> Callable[[], None]:
-    """Gives ``model`` a forward that looks for a head, and is the one that was there as long as there is none.
+    """Replaces ``model.forward`` by one that uses the model's head; without a head it calls the previous forward.
 
     Returns what undoes it. A wrapper that was put around it meanwhile (accelerate's, for autocast) stays with it.
     """
@@ -345,7 +352,7 @@ def add_forward(model: torch.nn.Module) -> Callable[[], None]:
 
 
 def _forward_with_head(model: Any) -> Any:
-    """A forward that asks the model's ``HEAD``, where it has one, and else is the one that was there."""
+    """A forward that uses the model's ``HEAD`` if it is set, and else calls the previous forward."""
     there = forward_without_trl_head(model)
     bound = getattr(there, "__self__", None) is model
     inner = (

@@ -26,25 +26,36 @@ ATTRIBUTE = "_attn_implementation"  # of a configuration
 AttentionInterface.register(NAME, attention)
 
 
+class _Sharing:
+    """The hooks of a backbone's modules. A class of the module, so that a model that is copied or saved while training
+    can be; and another trainer's hooks on the same modules change nothing, whichever are called first."""
+
+    def __init__(self) -> None:
+        self._before: list[str | None] = []  # what a call found, None where it found ours
+
+    def enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get(KEYWORD) is None:
+            return
+        found = module.config._attn_implementation
+        self._before.append(None if found == NAME else found)
+        module.config._attn_implementation = NAME
+
+    def leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get(KEYWORD) is None:
+            return
+        before = self._before.pop()
+        if before is not None:
+            module.config._attn_implementation = before
+
+
 def let_share(backbone: Any) -> Callable[[], None]:
     """Until the returned function is called, the backbone may be called with ``PackedRows.inputs``; other calls are as
     they were."""
     configured = [module for module in backbone.modules() if hasattr(getattr(module, "config", None), ATTRIBUTE)]
-    before: list[str] = []
-
-    def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get(KEYWORD) is not None:
-            before.append(module.config._attn_implementation)
-            module.config._attn_implementation = NAME
-
-    def leave(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if kwargs.get(KEYWORD) is not None:
-            module.config._attn_implementation = before.pop()
-
-    handles = []
+    sharing, handles = _Sharing(), []
     for module in configured:  # attention among them; checkpointing calls a layer's forward without the layer's hooks
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+        handles.append(module.register_forward_pre_hook(sharing.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(sharing.leave, with_kwargs=True, always_call=True))
 
     def undo() -> None:
         for handle in handles:

@@ -52,7 +52,7 @@ class Normalizer:
         self.states = [make_state(self.method, self.options) for _ in range(count)]
 
     def follow(self, now: RewardSettings) -> None:
-        """Takes over what a callback has changed since, as TRL does, or warns that it has no effect."""
+        """Applies the settings that a callback changed, as TRL does, or warns that they have no effect."""
         before, self.now = self.now, now
         if now == before:
             return

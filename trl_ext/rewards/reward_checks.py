@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from trl_ext.trl_surface import get_callable_name, is_async_callable
 
 from .reward_timeout import TookTooLong, await_limited, call_limited
 
+LARGEST = torch.finfo(torch.float32).max  # rewards are gathered in float32, in which more is infinite
 CHECKED = "_curvature_grpo_checked"  # of a function that is checked already
 
 
@@ -82,7 +83,7 @@ def _check(name: str, rewards: Any, completions: list | None) -> Any:
             value = float(reward)
         except (TypeError, ValueError):
             raise WrongRewards(f"reward function {name!r} returned {reward!r} for row {row}, not a number") from None
-        if math.isinf(value):
+        if abs(value) > LARGEST:
             of = "" if completions is None else f" (completion: {completions[row]!r:.200})"
             raise WrongRewards(
                 f"reward function {name!r} returned {value} for row {row}{of}: "
@@ -92,8 +93,9 @@ def _check(name: str, rewards: Any, completions: list | None) -> Any:
 
 
 def _list_of(rewards: Any) -> Any:
-    """An iterator (``map``, a generator) as the list that it gives, for it gives it once."""
-    return list(rewards) if isinstance(rewards, Iterator) else rewards
+    """What can only be iterated (``map``, a generator, an object of the user's) as a list; anything else as it is."""
+    iterates = hasattr(rewards, "__iter__") or hasattr(rewards, "__getitem__")
+    return list(rewards) if iterates and not hasattr(rewards, "__len__") else rewards
 
 
 def _listed(function: Callable) -> Callable:

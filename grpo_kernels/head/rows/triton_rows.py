@@ -272,8 +272,8 @@ def _tile(tile_CV: torch.Tensor, bias: torch.Tensor | None, transform: Transform
 
 
 def _columns(number: int, count: int, device: torch.device) -> torch.Tensor:
-    """``number`` vectors (count,) of float32, undefined, each at a multiple of 64 bytes: a pointer's alignment is part
-    of what a kernel is compiled for, and must not change with the number of rows."""
+    """``number`` undefined vectors (count,) of float32, each aligned to 64 bytes: Triton compiles once for each
+    alignment of a pointer, which must not change with the number of rows."""
     return torch.empty((number, -(-count // 16) * 16), dtype=torch.float32, device=device)[:, :count]
 
 

@@ -44,11 +44,12 @@ def missing(*names: str) -> Unknown:
 
 
 def too_few(run: Run, least: int, *names: str) -> Unknown:
-    """These metrics were not logged ``least`` times: not at all, or not often enough yet."""
+    """Each of these metrics must be logged ``least`` times, and isn't: not at all, or not often enough yet."""
     absent = [name for name in names if not run.series(name)[0]]
     if absent:
         return missing(*absent)
-    return Unknown(f"{' and '.join(names)}: too few log lines yet, it takes {least}")
+    logged = min(len(run.series(name)[0]) for name in names)
+    return Unknown(f"{' and '.join(names)}: {least} log lines are needed, {logged} are there")
 
 
 def either(run: Run, *names: str) -> tuple[str, list[int], list[float]]:

@@ -47,7 +47,7 @@ def gap(run: Run) -> Finding | Unknown | None:
         if near:
             apart.append((step, float(np.mean(near)) - value))
     if len(apart) < 2:
-        return Unknown(f"{train} and {held_out}: too few log lines of both at about one step, it takes 2")
+        return Unknown(f"fewer than 2 steps have both {train} and {held_out}")
     begun = apart[0][1]
     changes = [value - begun for _, value in apart[1:]]
     epochs = max(run.series("epoch")[1], default=0.0)
