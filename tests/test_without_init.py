@@ -138,8 +138,20 @@ def whole_training(trainer_class, monkeypatch):
     return bare(trainer_class).train("auto", trial=None)  # not looked for
 
 
+def evaluation(trainer_class, monkeypatch):
+    monkeypatch.setattr(transformers.Trainer, "evaluate", lambda self, *args, **kwargs: (args, kwargs))
+    return bare(trainer_class).evaluate("held out", metric_key_prefix="test")
+
+
+def prediction(trainer_class, monkeypatch):
+    monkeypatch.setattr(transformers.Trainer, "predict", lambda self, *args, **kwargs: (args, kwargs))
+    return bare(trainer_class).predict("held out", metric_key_prefix="test")
+
+
 CASES = {
     "train": whole_training,
+    "evaluate": evaluation,
+    "predict": prediction,
     "_generate": generate,
     "_generate_and_score_completions": score,
     "_get_per_token_logps_and_entropies": log_probs,
