@@ -106,7 +106,7 @@ LINES = [
     r"  '.*' -> '.*'",
     r"Warming the built-in policy up: .*",
     r"  step +\d+: right with probability sums [\d.]+, reversals [\d.]+, sorting [\d.]+, puzzles [\d.]+ "
-    r"\(\d+ s, at most \d+ s to go\)",
+    r"\((\d+ s, at most \d+ s to go|ready after \d+ s)\)",
     r" *" + " +".join(COLUMNS),
     r"[ \d.-]+",
     r"Held-out accuracy: [\d.]+ before, [\d.]+ after \([+-][\d.]+\)",

@@ -275,7 +275,11 @@ def small_policy(
     """
     sources = [inspect.getsource(one) for one in (arithmetic, sys.modules[__name__])]
     recipe = [seed, list(levels), *sources]
-    return cached_policy("small-policy", recipe, lambda: warm_up(seed, levels, report or Progress(LEARNING_STEPS))[:2])
+    return cached_policy(
+        "small-policy",
+        recipe,
+        lambda: warm_up(seed, levels, report or Progress(LEARNING_STEPS, 3 * CARELESS_STEPS))[:2],
+    )
 
 
 def cached_policy(name: str, recipe: list, make: Callable[[], tuple]) -> Path:
