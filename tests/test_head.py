@@ -609,7 +609,7 @@ def test_float16_stays_finite_where_plain_float16_does(scale, rows, monkeypatch)
 
 
 def test_a_cpu_multiplies_float16_in_float32(monkeypatch):
-    """And bfloat16 where it has instructions for it, of which the user may switch some off."""
+    """It multiplies bfloat16 itself only if it has the instructions and ``ONEDNN_MAX_CPU_ISA`` allows them."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert not native_half(torch.float16, cpu)
     assert native_half(torch.float16, gpu) and native_half(torch.bfloat16, gpu)

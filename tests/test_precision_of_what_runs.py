@@ -96,7 +96,7 @@ def test_nothing_is_left_out_where_float32_is_rounded(options, coverage, rounded
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"around": users_own(torch.bfloat16)}],
                          ids=["float32", "autocast by accelerate", "autocast by the user"])  # fmt: skip
 def test_a_wrong_layer_is_found_all_the_same(options, coverage):
-    """Its taps see twice the outer products that its gradient is made of."""
+    """A weight that is also used without its layer has a gradient that the taps see a part of."""
 
     def used_twice(model):  # the weight is used once more, without its layer
         layer = model.model.layers[0].mlp
@@ -109,7 +109,7 @@ def test_a_wrong_layer_is_found_all_the_same(options, coverage):
 
 
 def test_each_layer_has_its_own_bound():
-    """An error of 0.3 % passes in a bfloat16 layer and not in the float32 one beside it."""
+    """A gradient that is 0.3 % off is accepted for the bfloat16 layer and rejected for the float32 layer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
 

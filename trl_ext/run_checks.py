@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 
 from .config import CurvatureGRPOConfig, check_liger, read_options, resolve_normalization
 from .rejoin import OWN_STORE, lacks_own_store
-from .rewards.resampling import check_dataset
+from .rewards.resampling import check_dataset, has_transform
 from .trl_surface import arguments_after
 
 logger = get_logger(__name__)
@@ -92,7 +92,7 @@ def say_truncated_sampling(args: Any, say_once: Callable[[str], None]) -> None:
 def _check_prompts(dataset: Any, name: str, needed: bool, check_numbers: bool = True) -> None:
     columns = getattr(dataset, "column_names", None)
     # none given, or one whose columns only its rows tell: a stream's, or what a transform makes of what is stored
-    if not isinstance(columns, list) or _has_transform(dataset):
+    if not isinstance(columns, list) or has_transform(dataset):
         return
     if "prompt" not in columns:
         if not needed:
@@ -118,14 +118,9 @@ def _refuse_empty(prompt: Any, what: str) -> None:
         raise ValueError(f"{what} is empty ({prompt!r}); nothing can be generated from it")
 
 
-def _has_transform(dataset: Any) -> bool:
-    """Whether rows are made on the fly (``set_transform``, ``with_transform``)."""
-    return (getattr(dataset, "format", None) or {}).get("type") == "custom"
-
-
 def _stored_prompts(dataset: Any, most: int | None = MOST_ROWS) -> Iterator[Any]:
     """The first ``most`` prompts that a dataset stores (None: all); none where it is streamed, or makes them."""
-    stored = hasattr(dataset, "__len__") and hasattr(dataset, "with_format") and not _has_transform(dataset)
+    stored = hasattr(dataset, "__len__") and hasattr(dataset, "with_format") and not has_transform(dataset)
     if not stored or "prompt" not in dataset.column_names:
         return
     plain = dataset.with_format(None).select_columns(["prompt"])

@@ -70,8 +70,8 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 
 
 def opened(module: Any) -> Any:
-    """The module that runs: of PEFT's ``modules_to_save``, which keeps a trained copy beside the original, the copy
-    that is active, or the original where adapters are disabled. Any other module is returned as it is."""
+    """Returns the module that runs. PEFT's ``modules_to_save`` wraps a module and keeps a trained copy of it: this
+    returns the active copy, or the original where adapters are disabled. Other modules are returned unchanged."""
     copies = getattr(module, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict) or not hasattr(module, "original_module"):
         return module

@@ -30,6 +30,11 @@ from .rewarded import RewardedBatch
 PADDED = {name: column for name, column in COLUMNS.items() if column.side != "both"}
 
 
+def has_transform(dataset: Any) -> bool:
+    """Whether rows are made on the fly (``set_transform``, ``with_transform``), maybe with columns that aren't stored."""
+    return (getattr(dataset, "format", None) or {}).get("type") == "custom"
+
+
 def check_dataset(dataset: Any) -> None:
     """Raises ``ValueError`` for one that other prompts can't be drawn from, or whose images couldn't be moved."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
@@ -38,8 +43,7 @@ def check_dataset(dataset: Any) -> None:
             "which has no length; it needs a map-style train_dataset"
         )
     columns = set(getattr(dataset, "column_names", None) or ())
-    transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"  # which may make any column
-    if columns and not transformed and "prompt" not in columns:
+    if columns and not has_transform(dataset) and "prompt" not in columns:
         raise ValueError(
             "resample_zero_variance=True: train_dataset has no column 'prompt', so there are no other prompts to draw "
             "(an environment makes them)"
