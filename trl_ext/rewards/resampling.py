@@ -31,7 +31,7 @@ PADDED = {name: column for name, column in COLUMNS.items() if column.side != "bo
 
 
 def has_transform(dataset: Any) -> bool:
-    """Whether rows are made on the fly (``set_transform``, ``with_transform``), maybe with columns that aren't stored."""
+    """Whether a transform makes the rows when they are read, maybe with columns that aren't stored."""
     return (getattr(dataset, "format", None) or {}).get("type") == "custom"
 
 
