@@ -1,5 +1,5 @@
 """A short run of a user's, in a process of its own: resumed from what is there, killed, out of room, with a reward
-function that fails or hangs. ``main`` of each process; the parameters it ends with go to ``end.<rank>.pt``."""
+function that fails. ``main`` of each process; the parameters it ends with go to ``end.<rank>.pt``."""
 
 import os
 import random
@@ -19,14 +19,12 @@ STAGES = ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "sav
 def main(policy, folder, options, behaviour):
     torch.use_deterministic_algorithms(True)
     rank = int(os.environ.get("RANK", "0"))
-    misbehave = behaviour.get("misbehave") if behaviour.get("rank", rank) == rank else None
+    fails = behaviour.get("fails") and behaviour["rank"] == rank
     calls = []
 
     def reward(completion_ids, prompts, **kwargs):
         calls.append(1)
-        if misbehave and len(calls) == 3:
-            if misbehave == "hang":
-                time.sleep(1000)
+        if fails and len(calls) == 3:
             raise KeyError("boom")
         return [float(sum(ids) % 5) for ids in completion_ids]
 

@@ -304,16 +304,14 @@ def test_kill_9(processes, kill, undisturbed, tiny_policy, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("misbehave", ["raise", "hang"])
-def test_rewards_that_fail_at_step_3_leave_a_checkpoint_of_step_2(misbehave, processes, tiny_policy, tmp_path):
+def test_rewards_that_fail_at_step_3_leave_a_checkpoint_of_step_2(processes, tiny_policy, tmp_path):
     """On one of two processes: both stop. Resumed, the run ends as if nothing had been."""
-    options = {"save_steps": 100, "per_device_train_batch_size": 8 // processes, "reward_timeout": 1.0}
+    options = {"save_steps": 100, "per_device_train_batch_size": 8 // processes}
     arguments = (str(tiny_policy), str(tmp_path), options)
-    behaviour = {"misbehave": misbehave, "rank": processes - 1}
+    behaviour = {"fails": True, "rank": processes - 1}
     started = start(processes, evening_worker.main, *arguments, behaviour, folder=tmp_path / "output")
     assert started.finish(60) == [1] * processes, started.text()[-2000:]
-    told = "raised KeyError: 'boom'" if misbehave == "raise" else "took more than 1 s (reward_timeout)"
-    assert f"reward function 'reward' {told}" in started.text(), started.text()[-2000:]
+    assert "reward function 'reward' raised KeyError: 'boom'" in started.text(), started.text()[-2000:]
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert what_is_broken(tmp_path / "checkpoint-2") is None
     again = start(processes, evening_worker.main, *arguments, {}, folder=tmp_path / "output")

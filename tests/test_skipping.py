@@ -347,7 +347,6 @@ def test_join_is_the_way_back():
 def test_compute_metrics_by_hand():
     counts = StepCounts(
         micro_batches=2, sequences=16, sequences_run=6, tokens=200, tokens_run=80, positions=320, positions_run=90,
-        positions_looked_at=30,
     )  # fmt: skip
     assert compute_metrics(counts) == pytest.approx(
         {
@@ -356,26 +355,13 @@ def test_compute_metrics_by_hand():
             "compute/tokens_run": 80.0,
             "compute/padding_removed_frac": 1 - 10 / 120,
             "compute/micro_batches": 2.0,
-            "compute/flops_saved_frac": 1 - 100 / 320,  # a forward alone counts a third
+            "compute/flops_saved_frac": 1 - 90 / 320,
         }
     )
-    assert compute_metrics(StepCounts(1, 4, 4, 20, 20, 20, 20, 0))["compute/padding_removed_frac"] == 0
+    assert compute_metrics(StepCounts(1, 4, 4, 20, 20, 20, 20))["compute/padding_removed_frac"] == 0
 
 
 # ---- the trainer
-
-
-def test_entropy_of_all_is_paid_for(tiny_policy, tmp_path):
-    setting = {"accumulation": (4, 4)}
-    extra = {"reward": reward_with_dead(0.7)}
-    theirs = train(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "trl", setting, **extra)
-    ours = train(
-        CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", setting, full_entropy=True, **extra
-    )
-    for log in ours[1].logs:
-        log.pop("entropy_live", None)
-    assert_same(ours, theirs)  # "entropy" among the metrics
-    assert any("entropy" in log for log in ours[1].logs)
 
 
 def test_entropy_live_is_of_what_has_a_gradient(tiny_policy, tmp_path):
@@ -698,7 +684,7 @@ def test_a_filler_without_tokens_takes_no_layer_away(tiny_policy, tmp_path, capl
 
 
 TWO = {
-    "DDP": {"full_entropy": True},
+    "DDP": {},
     "KL": {"beta": 0.02, "num_iterations": 2},
 }
 
@@ -706,13 +692,12 @@ TWO = {
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes_with_different_live_counts(name, tiny_policy, tmp_path):
     """24 rows a process in four micro-batches, most groups dead, unevenly split: TRL's run, in fewer passes."""
-    ours_alone = {n: value for n, value in TWO[name].items() if n == "full_entropy"}
     options = {
         "gradient_accumulation_steps": 4, "per_device_train_batch_size": 6, "steps_per_generation": 4, "max_steps": 4,
-        **{n: value for n, value in TWO[name].items() if n not in ours_alone},
+        **TWO[name],
     }  # fmt: skip
     theirs = run_processes(2, tiny_policy, tmp_path / "trl", trainer="trl", dead=0.6, **options)
-    ours = run_processes(2, tiny_policy, tmp_path / "ours", dead=0.6, **options, **ours_alone)
+    ours = run_processes(2, tiny_policy, tmp_path / "ours", dead=0.6, **options)
     assert_same_run(ours[0], theirs[0])
     for parameter, value in ours[0]["parameters"].items():
         assert torch.equal(value, ours[1]["parameters"][parameter])
@@ -786,15 +771,13 @@ def test_a_step_of_ones_own_is_warned_of_with_its_cost(tiny_policy, tmp_path, ca
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    full_entropy=st.booleans(), share=st.booleans(), skip=st.booleans(), dead=st.sampled_from([0.0, 0.5, 1.0]),
+    share=st.booleans(), skip=st.booleans(), dead=st.sampled_from([0.0, 0.5, 1.0]),
     beta=st.sampled_from([0.0, 0.05]), multiple_of=st.sampled_from([None, 8]), every=st.sampled_from([0, 1]),
     accumulation=st.sampled_from([1, 4]),
 )  # fmt: skip
-def test_shares_of_work_are_shares(
-    full_entropy, share, skip, dead, beta, multiple_of, every, accumulation, tiny_policy, tmp_path
-):
+def test_shares_of_work_are_shares(share, skip, dead, beta, multiple_of, every, accumulation, tiny_policy, tmp_path):
     trainer = build(
-        tiny_policy, tmp_path, reward_with_dead(dead), max_steps=1, full_entropy=full_entropy, share_prompts=share,
+        tiny_policy, tmp_path, reward_with_dead(dead), max_steps=1, share_prompts=share,
         skip_zero_advantage=skip, beta=beta, pad_to_multiple_of=multiple_of, interference_every=every,
         per_device_train_batch_size=16 // accumulation, gradient_accumulation_steps=accumulation,
     )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import numbers
 import pickle
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -42,7 +41,6 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         skip_zero_advantage: sequences that can't contribute a gradient aren't run through the model, and the others go
             into few, evenly long micro-batches without needless padding; the gradient is the same. The log says once
             where it can't be done, and why. ``entropy`` is then logged of what runs, as ``entropy_live``.
-        full_entropy: log ``entropy`` of all sequences all the same: those that are skipped get a forward pass.
         share_prompts: answers to one prompt run in one row with the prompt once and no padding, forward and backward:
             the same gradient, for less work. Where a model or an option doesn't allow it the log says so once. Steps
             that log interference run without.
@@ -53,8 +51,6 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
             ``resample_max_rounds`` times, and take the place of dead ones. ``reward`` and the like are then of all that
             was drawn; ``resampling/`` says how much that was.
 
-        reward_timeout: seconds that one call of a reward function may take; one that takes longer is named with the
-            prompt that it was at, and the run stops with a checkpoint. None: any time.
         interference_every: optimizer steps between two that log how the prompts' gradients interfere, under
             ``interference/``, ``curvature/``, ``theory/`` and ``phase``, and keep a file of it in the run's folder
             (``trl_ext.read_interference``). 0: never.
@@ -92,11 +88,6 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
             super().__post_init__()
         resolve_normalization(self)
         check_liger(self)
-        limit = self.reward_timeout
-        if limit is not None and (
-            isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= threading.TIMEOUT_MAX
-        ):
-            raise ValueError(f"reward_timeout={limit!r} must be a finite number of seconds above 0, or None")
         for name in ("interference_every", "interference_dim"):
             self._check_whole(name, 0, "0 or more")
         self._check_whole("tokens_per_micro_batch", 1, "above 0, or None", optional=True)
@@ -139,7 +130,6 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
     def _check_resampling(self) -> None:
         for name in (
             "skip_zero_advantage",
-            "full_entropy",
             "resample_zero_variance",
             "share_prompts",
             "interference_parts",
@@ -232,13 +222,11 @@ class Options:
 
     fused_loss: bool
     skip_zero_advantage: bool
-    full_entropy: bool
     share_prompts: bool
     tokens_per_micro_batch: int | None
     resample_zero_variance: bool
     resample_max_rounds: int
     resample_live_prompts: int | None
-    reward_timeout: float | None
     interference_every: int
     interference_dim: int
     interference_layers: list[str] | None

@@ -18,14 +18,14 @@ SCALE_REWARDS_METHOD = {"group": "std", "batch": "batch_std", "none": "mean"}
 GROUPS = {
     "Normalisation (default: as TRL's)": ("normalization", "normalization_kwargs"),
     "Work": (
-        *("fused_loss", "skip_zero_advantage", "full_entropy", "share_prompts", "tokens_per_micro_batch"),
+        *("fused_loss", "skip_zero_advantage", "share_prompts", "tokens_per_micro_batch"),
         *("resample_zero_variance", "resample_max_rounds", "resample_live_prompts"),
     ),
     "Interference": (
         *("interference_every", "interference_dim", "interference_layers", "interference_parts"),
         *("what_if", "what_if_dead"),
     ),
-    "Safeguards": ("reward_timeout", "stop_on"),
+    "Safeguards": ("stop_on",),
 }
 
 
@@ -40,7 +40,6 @@ class CurvatureOptions:
 
     fused_loss: bool = field(default=True, metadata={"help": "Head, loss and gradients in one pass."})
     skip_zero_advantage: bool = field(default=True, metadata={"help": "Don't run what has no gradient."})
-    full_entropy: bool = field(default=False, metadata={"help": "Log the entropy of what is skipped too."})
 
     share_prompts: bool = field(default=True, metadata={"help": "A prompt and its answers in one row."})
     tokens_per_micro_batch: int | None = field(
@@ -51,10 +50,6 @@ class CurvatureOptions:
     resample_max_rounds: int = field(default=MOST_ROUNDS, metadata={"help": "Generations for them in a step, at most."})
     resample_live_prompts: int | None = field(
         default=None, metadata={"help": "Prompts with unequal rewards; default: all."}
-    )
-
-    reward_timeout: float | None = field(
-        default=None, metadata={"help": "Seconds a reward function may take; default: any."}
     )
 
     interference_every: int = field(default=10, metadata={"help": "Log interference each n-th step; 0: never."})

@@ -119,9 +119,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
                 self._patches.add(patch)
         own = overridden(self, *skipping.OWN_METHODS)
         with self._patches.applied():
-            self._micro_batches = MicroBatches(
-                run, self.model, self.ref_model, own=own, score=self._score, add_patch=self._patches.add
-            )
+            self._micro_batches = MicroBatches(run, self.model, self.ref_model, own=own, add_patch=self._patches.add)
         self._checkpoint_state = CheckpointState(
             self._normalizer, self._interference, on_start=(self._micro_batches.forget, self._generations.forget)
         )
@@ -137,9 +135,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     def _check_reward_functions(self):
         """Also those that a callback has put there since."""
-        limit = self._run.options.reward_timeout
         functions: Any = vars(self)["reward_funcs"]
-        self.reward_funcs = checked_rewards(functions, self.reward_func_names, self._failures, limit)
+        self.reward_funcs = checked_rewards(functions, self.reward_func_names, self._failures)
 
     @ours
     def _generate(self, prompts):

@@ -170,7 +170,6 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
         "optim": options.optim,
         "max_grad_norm": options.max_grad_norm,
         "interference_every": options.interference_every,
-        "full_entropy": True,  # of the same answers whatever the method
         "max_steps": options.max_steps,
         "eval_steps": options.eval_every,
         "eval_on_start": True,

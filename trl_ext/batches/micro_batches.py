@@ -25,7 +25,7 @@ from accelerate.utils import DistributedType
 
 from trl_ext.asked_model import is_sharded
 from trl_ext.loss.shared_prompts import let_share
-from trl_ext.loss.token_weights import live_mask, token_weights
+from trl_ext.loss.token_weights import token_weights
 from trl_ext.mixed_rows import mixes_rows
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
@@ -100,7 +100,6 @@ class StepCounts:
     positions_run: int
     tokens: int  # prompts and completions, no padding
     tokens_run: int
-    positions_looked_at: int  # by a forward pass alone
 
 
 def compute_metrics(counts: StepCounts) -> dict[str, float]:
@@ -109,8 +108,8 @@ def compute_metrics(counts: StepCounts) -> dict[str, float]:
     ``sequences_skipped_frac``, ``tokens_skipped_frac``: shares that don't run (of a shared prompt's tokens, all but
     once). ``tokens_run``: prompt and completion tokens, of all processes. ``padding_removed_frac``: of the padding that
     TRL would run. ``micro_batches``: forward and backward passes of each process. ``flops_saved_frac``: of the
-    backbone's matrix products, the same for every position, padding or not (a forward alone, for ``full_entropy``,
-    counts a third); attention, which grows with the length, saves a little more than this.
+    backbone's matrix products, the same for every position, padding or not; attention, which grows with the
+    length, saves a little more than this.
     """
     padding, padding_run = counts.positions - counts.tokens, counts.positions_run - counts.tokens_run
     return {
@@ -119,8 +118,7 @@ def compute_metrics(counts: StepCounts) -> dict[str, float]:
         "compute/tokens_run": float(counts.tokens_run),
         "compute/padding_removed_frac": 1 - padding_run / padding if padding else 0.0,
         "compute/micro_batches": float(counts.micro_batches),
-        "compute/flops_saved_frac": 1
-        - (counts.positions_run + counts.positions_looked_at / 3) / max(counts.positions, 1),
+        "compute/flops_saved_frac": 1 - counts.positions_run / max(counts.positions, 1),
     }
 
 
@@ -143,8 +141,7 @@ class MicroBatches:
     """Hands out the micro-batches of each optimizer step, planned at the first of them.
 
     An optimizer step that takes its micro-batches from several generations is planned generation by generation.
-    ``own``: of ``skipping.OWN_METHODS``, what to say of the one that a subclass has, or None. ``score``
-    (model or None for the policy, batch, compute_entropy=True) gives entropies (B, T) second, for ``full_entropy``.
+    ``own``: of ``skipping.OWN_METHODS``, what to say of the one that a subclass has, or None.
     ``add_patch`` takes what changes the models while the trainer uses them (``model_patches.py``).
     """
 
@@ -155,11 +152,10 @@ class MicroBatches:
         ref_model: torch.nn.Module | None,
         *,
         own: str | None,
-        score: Callable[..., tuple[Any, Any, Any]],
         add_patch: Callable[[Callable[[], Callable[[], None]]], None],
     ) -> None:
         self.run, self.accelerator, self.options, self.own = run, run.accelerator, run.options, own
-        self.score, self._model, self._add_patch = score, self.accelerator.unwrap_model(model), add_patch
+        self._model, self._add_patch = self.accelerator.unwrap_model(model), add_patch
         self._ref_model = None if ref_model is None else self.accelerator.unwrap_model(ref_model)
         self.mixed = mixes_rows(self._model)
         self.trim: tuple[bool, bool] = (False, False)
@@ -242,8 +238,7 @@ class MicroBatches:
         table = read_rows(rows, live_sequences(rows, runs))
         live_B = table.wanted_B
         n_live = int(live_B.sum())
-        needed = self._over_processes([-(-n_live // most), -(-(len(live_B) - n_live) // most)]).amax(0).tolist()
-        n_batches, least = max(1, needed[0]), 1
+        n_batches, least = max(1, int(self._over_processes([-(-n_live // most)]).max())), 1
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             n_batches = least = len(parts)  # its engine counts every backward and expects the model's hooks in each
         indices = even_batches(live_B, table.length_B, n_batches, empty_B=table.live_B == 0)
@@ -257,11 +252,8 @@ class MicroBatches:
             table.live_B.to(rows["prompt_ids"].device),
             live_B,
             n_parts=len(parts),
-            entropy=not runs.skipped or self.options.full_entropy,
+            entropy=not runs.skipped,
         )
-        looked_at = []
-        if runs.skipped and self.options.full_entropy and needed[1] > 0:
-            looked_at = self._look_at_dead(rows, table, needed[1])
         left_B = torch.ones_like(live_B)
         left_B[torch.cat(indices)] = False
         skipped = {name: rows[name][left_B] for name in OF_SKIPPED if name in rows}
@@ -279,7 +271,7 @@ class MicroBatches:
         run = [
             batch[KEY].packed or int(table.length_B[row_B].sum()) for batch, row_B in zip(batches, indices, strict=True)
         ]
-        self._count(parts, batches, (int(table.length_B.sum()), sum(run)), looked_at)
+        self._count(parts, batches, (int(table.length_B.sum()), sum(run)))
         return [{KEY: NOTHING} for _ in range(len(parts) - n_batches)] + batches
 
     def _say_whether_shared(self, runs: WhatRuns) -> None:
@@ -352,15 +344,12 @@ class MicroBatches:
         parts: list[dict[str, Any]],
         batches: list[dict[str, Any]],
         token_counts: tuple[int, int],
-        looked_at: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """Of one plan, on this process: what TRL would run, what runs, and what gets a forward pass alone.
-
-        ``token_counts``: of TRL's, and of what runs."""
+        """Of one plan, on this process: what TRL would run, and what runs. ``token_counts``: of both."""
         counts = [len(batches)]
         for count in (sequences, positions):
             counts += [sum(map(count, parts)), sum(map(count, batches))]
-        self._counts.append([*counts, *token_counts, sum(map(positions, looked_at))])
+        self._counts.append([*counts, *token_counts])
 
     def _log_counts(self) -> None:
         """Of the whole optimizer step, over all processes."""
@@ -374,17 +363,6 @@ class MicroBatches:
     def _over_processes(self, numbers: list[int]) -> torch.Tensor:
         """(processes, numbers) int64, on the CPU."""
         return self.accelerator.gather(torch.tensor([numbers], device=self.accelerator.device)).cpu()
-
-    def _look_at_dead(self, rows: dict[str, Any], table: RowTable, n_batches: int) -> list[dict[str, Any]]:
-        """Entropies of sequences without a gradient: a forward alone, in as many batches on every process."""
-        batches = []
-        for row_B in even_batches(~table.wanted_B, table.length_B, n_batches):
-            batch = self._select(rows, row_B, table)
-            self._statistics.set_entropy(
-                row_B, (self.score(None, batch, compute_entropy=True)[1] * live_mask(batch)).sum(1)
-            )
-            batches.append(batch)
-        return batches
 
     def record(self, part: MicroBatch, statistics_BS: torch.Tensor, *, last_of_step: bool) -> None:
         """Statistics of a micro-batch's loss; with the last one planned together all is logged."""

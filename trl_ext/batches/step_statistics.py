@@ -19,8 +19,8 @@ TOKENS, ENTROPY = STATISTICS.index("tokens"), STATISTICS.index("entropy")
 class StepStatistics:
     """A table of B rows; what isn't run has its tokens in it, and nothing of it is clipped.
 
-    ``live_B``: the sequences whose statistics will be recorded. ``entropy``: whether that of all sequences will be
-    known, those that don't run too.
+    ``live_B``: the sequences whose statistics will be recorded. ``entropy``: whether every sequence runs, so
+    that the entropy of all will be known.
     """
 
     def __init__(
@@ -29,10 +29,6 @@ class StepStatistics:
         self.settings, self.n_parts, self.entropy, self.live_B = settings, n_parts, entropy, live_B
         self.table_BS = torch.zeros(len(tokens_B), len(STATISTICS), device=tokens_B.device)
         self.table_BS[:, TOKENS] = tokens_B.float()
-
-    def set_entropy(self, row_B: torch.Tensor, entropy_B: torch.Tensor) -> None:
-        """Sums over the tokens of sequences that don't run."""
-        self.table_BS[row_B, ENTROPY] = entropy_B.to(self.table_BS)
 
     def record(self, row_B: torch.Tensor, statistics_BS: torch.Tensor) -> None:
         """What ``sequence_statistics`` found of a micro-batch of these rows; of live ones alone."""

@@ -15,14 +15,12 @@ from torch import nn
 
 from trl_ext.trl_surface import get_callable_name, is_async_callable
 
-from .reward_timeout import TookTooLong, await_limited, call_limited
-
 LARGEST = torch.finfo(torch.float32).max  # rewards are gathered in float32, in which more is infinite
 CHECKED = "_curvature_grpo_checked"  # of a function that is checked already
 
 
 class RewardFailed(Exception):  # noqa: N818
-    """A reward function raised, hung, or returned what can't be used: on every process."""
+    """A reward function raised, or returned what can't be used: on every process."""
 
 
 class RewardRaised(RewardFailed, RuntimeError):  # noqa: N818
@@ -98,27 +96,15 @@ def _list_of(rewards: Any) -> Any:
     return list(rewards) if iterates and not hasattr(rewards, "__len__") else rewards
 
 
-def _listed(function: Callable) -> Callable:
-    """``function``, whose iterator is read within the call: what it raises there is the function's own failure."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return _list_of(function(*args, **kwargs))
-
-    return call
-
-
 def checked_reward(
     function: Callable,
     name: str | None = None,
     failures: RewardFailures | None = None,
-    timeout: float | None = None,
 ) -> Callable:
     """``function`` with its name in every error, and its result checked. Models are returned as they are.
 
-    An exception inside becomes a ``RewardRaised`` (a ``RuntimeError``), with the original as its cause; so does
-    taking more than ``timeout`` seconds. A result that isn't one finite number (or None) per completion is a
-    ``WrongRewards`` (a ``ValueError``) naming the row.
+    An exception inside becomes a ``RewardRaised`` (a ``RuntimeError``), with the original as its cause. A result that
+    isn't one finite number (or None) per completion is a ``WrongRewards`` (a ``ValueError``) naming the row.
     """
     if isinstance(function, nn.Module):
         return function
@@ -126,12 +112,9 @@ def checked_reward(
         return function
     name = name or get_callable_name(function)
     failures = failures or RewardFailures(1)
-    call = _listed(function)
 
     def judged(rewards: Any, error: Exception | None, completions: list | None) -> Any:
         try:
-            if isinstance(error, TookTooLong):
-                raise RewardRaised(str(error)) from None
             if error is not None:
                 raise RewardRaised(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
             return _check(name, rewards, completions)
@@ -143,10 +126,7 @@ def checked_reward(
         async def checked(*args: Any, **kwargs: Any) -> Any:
             rewards, failed = None, None
             try:
-                if timeout is None:
-                    rewards = _list_of(await function(*args, **kwargs))
-                else:
-                    rewards = _list_of(await await_limited(function, timeout, name, args, kwargs))
+                rewards = _list_of(await function(*args, **kwargs))
             except Exception as error:
                 failed = error
             return judged(rewards, failed, kwargs.get("completions"))
@@ -156,10 +136,7 @@ def checked_reward(
         def checked(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
             rewards, failed = None, None
             try:
-                if timeout is None:
-                    rewards = call(*args, **kwargs)
-                else:
-                    rewards = call_limited(call, timeout, name, args, kwargs)
+                rewards = _list_of(function(*args, **kwargs))
             except Exception as error:
                 failed = error
             return judged(rewards, failed, kwargs.get("completions"))
@@ -180,9 +157,7 @@ def say_if_unscored(rewards_BF: torch.Tensor, names: Sequence[str], say_once: Ca
         )
 
 
-def checked_rewards(
-    functions: Sequence[Callable], names: Sequence[str], failures: RewardFailures, timeout: float | None
-) -> list[Callable]:
+def checked_rewards(functions: Sequence[Callable], names: Sequence[str], failures: RewardFailures) -> list[Callable]:
     """``checked_reward`` of each; those that are checked already stay. TRL objects where ``names`` are fewer."""
     pairs = itertools.zip_longest(functions, names[: len(functions)])
-    return [checked_reward(one, name, failures, timeout) for one, name in pairs]
+    return [checked_reward(one, name, failures) for one, name in pairs]

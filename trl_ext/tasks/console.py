@@ -24,7 +24,7 @@ COLUMNS = (
 LEGEND = (
     "reward, accuracy: of the sampled answers. held-out: accuracy on problems never trained on. zero-var: share of\n"
     "prompts whose answers all got the same reward, so that nothing can be learned from them: they aren't run, and\n"
-    "entropy is of the others (--full_entropy true: of all).\n"
+    "entropy is of the others.\n"
     "loss is about 0 by construction, and no sign of trouble: on policy every ratio is 1, and it is the mean of the\n"
     "advantages, weighed by length, which sum to 0 in a group. Its gradient isn't 0: watch reward and grad."
 )

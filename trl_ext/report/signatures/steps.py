@@ -129,10 +129,7 @@ def slow_rewards(run: Run) -> Finding | Unknown | None:
     if share <= SLOW_REWARDS or len(parts["rewards"]) < 3:
         return None
     evidence = f"{share:.0%} of the time goes into reward functions ({np.mean(parts['rewards']):.1f} s a step)"
-    remedy = (
-        "Reward functions that work in parallel (async ones run together), or are cheaper; reward_timeout "
-        "names a slow one."
-    )
+    remedy = "Reward functions that work in parallel (async ones run together), or are cheaper."
     found = state(*run.series("compute/seconds_rewards"), above(0.0))
     sure = found.confidence if found is not None else 0.5
     return Finding(ADVICE, run.series("compute/seconds_rewards")[0][0], evidence, sure, remedy)
