@@ -12,9 +12,9 @@ import torch
 from head_memory import peak_beyond_now
 from transformers import AutoModelForCausalLM
 
+from examples.tasks.smollm2 import smollm2
 from grpo_kernels import linear_grpo_loss
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from trl_ext.tasks.smollm2 import smollm2
 
 PROMPTS, SEQUENCES, TOKENS, COMPLETION = 4, 16, 150, 75
 

@@ -30,9 +30,9 @@ from head_memory import in_use, peak_beyond_now
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from examples.tasks.smollm2 import smollm2
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.tasks.small_policy import build_tokenizer
-from trl_ext.tasks.smollm2 import smollm2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS, GENERATIONS, MICRO_BATCHES = (8, 8, 4) if DEVICE == "cuda" else (4, 4, 4)

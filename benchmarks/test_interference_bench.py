@@ -26,10 +26,10 @@ from datasets import Dataset
 from interference_memory import PROMPTS, SEQUENCES, TOKENS, forward_backward, make_model
 from transformers import AutoTokenizer, TrainerCallback
 
+from examples.tasks.smollm2 import smollm2
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
 from trl_ext.tasks.small_policy import build_model, build_tokenizer
-from trl_ext.tasks.smollm2 import smollm2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS, SHORT_ROUNDS = 5, 3  # with and without --full

@@ -13,9 +13,9 @@ import pytest
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from examples.tasks.correctness import Correctness
+from examples.tasks.questions import arithmetic_questions, build_dataset
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.tasks.correctness import Correctness
-from trl_ext.tasks.questions import arithmetic_questions, build_dataset
 from trl_ext.tasks.small_policy import small_policy
 
 STEPS, GAIN, LEVELS = 60, 0.2, (1, 4)

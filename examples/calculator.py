@@ -9,9 +9,12 @@ skipped, prompts run once and interference is logged as in any other run. Option
 import os
 import sys
 
-# this folder's math.py must not become the standard library's: see there
+# the repository's root takes this folder's place on the path: see math.py
 _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.getcwd()) != os.path.realpath(_HERE)]
+sys.path.insert(0, os.path.dirname(_HERE))
+if os.path.realpath(os.getcwd()) == os.path.realpath(_HERE):
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 DEFAULTS = {
     "output_dir": "runs/calculator",
@@ -41,9 +44,9 @@ def parse_arguments(arguments: list[str]):
     """A ``CurvatureGRPOConfig``; ``ValueError`` for what can be known to fail before the policy is warmed up."""
     from trl import TrlParser
 
+    from examples.tasks.command_line import unknown_option
     from trl_ext import CurvatureGRPOConfig
     from trl_ext.checkpoints import check_output_dir
-    from trl_ext.tasks.command_line import unknown_option
 
     class Parser(TrlParser):
         def error(self, message):
@@ -71,9 +74,9 @@ def main(arguments: list[str]) -> None:
     from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
     from transformers.utils import logging
 
+    from examples.tasks.calculator import SameNumber, calculate, calculator_policy, questions
     from trl_ext import CurvatureGRPOTrainer
     from trl_ext.checkpoints import CheckpointError
-    from trl_ext.tasks.calculator import SameNumber, calculate, calculator_policy, questions
 
     logging.disable_progress_bar()
     try:

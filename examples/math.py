@@ -9,18 +9,21 @@ import os
 import sys
 
 # This file's name is also the standard library's. With this folder on the path, `import math` anywhere (torch, random,
-# the worker processes) would import this script, so the folder goes before anything else is imported. Only `os` and
-# `sys` come earlier: the interpreter has loaded them already.
+# the worker processes) would import this script. So the repository's root, where `examples.tasks` is found, takes its
+# place before anything else is imported; only `os` and `sys` come earlier: the interpreter has loaded them already.
 _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.getcwd()) != os.path.realpath(_HERE)]
+sys.path.insert(0, os.path.dirname(_HERE))
+if os.path.realpath(os.getcwd()) == os.path.realpath(_HERE):
+    os.environ["PYTHONSAFEPATH"] = "1"  # a spawned worker would put the current folder, this one, on its path
 
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
+from examples.tasks.load_model import BUILT_IN, MADE_HERE
+
 DEMO_RECIPE = Path(_HERE) / "recipes" / "demo.yaml"
-BUILT_IN = "small"
-MADE_HERE = (BUILT_IN, "smollm2")
 INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
 
 
@@ -50,8 +53,8 @@ class MathArguments:
 
 def short_help() -> str:
     """This project's options; TRL is not even imported."""
+    from examples.tasks import command_line
     from trl_ext.options import GROUPS, CurvatureOptions
-    from trl_ext.tasks import command_line
 
     model = [
         command_line.Shown("model_name_or_path", BUILT_IN, "Hub id, folder, small (built in) or smollm2."),
@@ -77,8 +80,8 @@ def parse_arguments(arguments: list[str]):
     """(MathArguments, CurvatureGRPOConfig, ModelConfig) from the command line and ``--config FILE.yaml``."""
     from trl import ModelConfig, TrlParser
 
+    from examples.tasks.command_line import unknown_option
     from trl_ext import CurvatureGRPOConfig
-    from trl_ext.tasks.command_line import unknown_option
 
     class Parser(TrlParser):
         def error(self, message):
@@ -103,10 +106,10 @@ def parse_arguments(arguments: list[str]):
 
 def check_arguments(script, training, model, say) -> None:
     """Raises ``ValueError`` for what can be known to fail before a model or a dataset is loaded."""
+    from examples.tasks import reasoning
+    from examples.tasks.questions import DATASETS, PROMPT_STYLES
     from trl_ext.checkpoints import check_output_dir, find_checkpoint
-    from trl_ext.tasks import reasoning
-    from trl_ext.tasks.command_line import load_function
-    from trl_ext.tasks.questions import DATASETS, PROMPT_STYLES
+    from trl_ext.load_function import load_function
 
     gym = script.dataset_path is None and script.dataset.startswith(reasoning.PREFIX)
     if gym:
@@ -142,168 +145,71 @@ def check_arguments(script, training, model, say) -> None:
     training.resume_from_checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir, say)
 
 
-def load_questions(script, seed: int, warn, gym=None):
-    """(training questions, held-out questions), each with a gold answer that can be parsed, unless ``--reward`` or a
-    task of ``gym`` scores it."""
-    from trl_ext.tasks.arithmetic import DEFAULT_LEVELS
-    from trl_ext.tasks.correctness import drop_bad_gold
-    from trl_ext.tasks.questions import (
-        arithmetic_questions,
-        hold_out,
-        hub_questions,
-        mixture_questions,
-        read_questions,
-    )
+def choose_instruction(script, built_in: bool, judged_as_text: bool) -> str:
+    """The line below a chat question. ``built_in``: the small policy, which has learned to answer without one."""
+    from examples.tasks import reasoning
 
-    columns = {"question_column": script.question_column, "answer_column": script.answer_column}
-    if gym is not None:
-        train = gym.questions(script.train_size or 700, held_out=False)
-        held_out = gym.questions(script.eval_size, held_out=True)
-    elif script.dataset_path is not None:
+    if script.instruction is not None:
+        return script.instruction
+    if built_in:
+        return ""
+    return reasoning.INSTRUCTION if judged_as_text else INSTRUCTION
 
-        def read(path: str):
-            if script.reward is not None:
-                return read_questions(path, **columns, own_reward=True)
-            return drop_bad_gold(read_questions(path, **columns), path, warn)
 
-        train = read(script.dataset_path)
-        if script.eval_dataset_path is not None:
-            held_out = read(script.eval_dataset_path)[: script.eval_size]
-        else:
-            train, held_out = hold_out(train, script.eval_size, seed)
-    elif script.dataset == "mixture":
-        train = mixture_questions(script.train_size or 700, held_out=False, seed=seed)
-        held_out = mixture_questions(script.eval_size, held_out=True, seed=seed)
-    elif script.dataset == "arithmetic":
-        levels = tuple(script.levels) or DEFAULT_LEVELS
-        train = arithmetic_questions(script.train_size or 700, held_out=False, levels=levels, seed=seed)
-        held_out = arithmetic_questions(script.eval_size, held_out=True, levels=levels, seed=seed)
+def choose_rewards(script, gym, stop: str | None, say) -> list:
+    """Reward functions; ``stop``: where a few-shot completion has gone on to a question of its own."""
+    from examples.tasks import reasoning
+    from examples.tasks.correctness import Correctness, MarkedAnswer, SameText
+    from examples.tasks.load_questions import is_mixture
+    from trl_ext.load_function import load_function
+
+    if script.reward is not None:
+        rewards: list = [load_function(script.reward, "--reward")]
+    elif gym is not None:
+        rewards = [reasoning.GymScore(gym, say, stop)]
     else:
-        train = drop_bad_gold(hub_questions(script.dataset, held_out=False, **columns), script.dataset, warn)
-        held_out = hub_questions(script.dataset, held_out=True, **columns)
-        held_out = drop_bad_gold(held_out, f"{script.dataset} (held out)", warn)[: script.eval_size]
-    return train, held_out
-
-
-def find_model(script, name: str, seed: int, state, say) -> str:
-    """The folder or hub id of a model: ``small`` and ``smollm2`` are made (and cached) here, on one process first."""
-    if name not in MADE_HERE:
-        return name
-    from trl_ext.tasks.arithmetic import DEFAULT_LEVELS
-    from trl_ext.tasks.mixed_policy import mixed_policy
-    from trl_ext.tasks.small_policy import small_policy
-    from trl_ext.tasks.smollm2 import smollm2
-
-    with state.local_main_process_first():
-        if name == "smollm2":
-            return str(smollm2())
-        if is_mixture(script):
-            return str(mixed_policy(seed))
-        levels = tuple(script.levels) or DEFAULT_LEVELS
-        return str(small_policy(seed, levels))
-
-
-def is_mixture(script) -> bool:
-    return script.dataset_path is None and script.dataset == "mixture"
-
-
-def known_models() -> str:
-    """What ``--model_name_or_path`` may be, with the folders that lie here."""
-    here = sorted({str(path.parent) for depth in ("*", "*/*") for path in Path().glob(f"{depth}/config.json")})
-    folders = f"folders with a model ({', '.join(here[:5])})" if here else "a folder with a model (none lies here)"
-    return f"there are {', '.join(MADE_HERE)}, {folders}, and the hub's, such as Qwen/Qwen2.5-0.5B-Instruct"
-
-
-def check_model(name: str) -> None:
-    """Raises ``ValueError`` for a local folder that holds no model, or a name the hub can't have or hardly has."""
-    from trl_ext.tasks.command_line import did_you_mean
-
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"--model_name_or_path {name}: the folder holds no config.json")
-    hint = did_you_mean(name, MADE_HERE, closeness=0.8)  # small-model may be somebody's on the hub
-    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or hint):
-        raise ValueError(f"--model_name_or_path {name}: no such folder{hint or ';'} {known_models()}")
-
-
-def load_tokenizer(path: str, name: str, **options):
-    """Raises ``ValueError`` where neither a folder nor the hub has a model of this name."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, padding_side="left", **options)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--model_name_or_path {name}: {known_models()}. The hub's answer: {reason}") from None
+        rewards = [SameText(stop) if is_mixture(script) else Correctness(stop)]
+    return [*rewards, MarkedAnswer(stop)] if script.format_reward_weight else rewards
 
 
 def build_trainer(script, training, model, say):
-    """Everything up to the first step: questions, prompts, rewards, the model, the trainer."""
-    from accelerate import PartialState
+    """Builds the trainer: loads questions, model and tokenizer, makes prompts, chooses rewards."""
     from transformers import AutoConfig, PrinterCallback, ProgressCallback
     from transformers.utils import logging
     from trl import get_peft_config, get_quantization_config
 
+    from examples.tasks.load_model import check_model, find_model, load_tokenizer
+    from examples.tasks.load_questions import (
+        choose_style,
+        is_mixture,
+        levels_of,
+        load_gym,
+        load_questions,
+        make_prompts,
+    )
+    from examples.tasks.questions import NEXT_QUESTION
     from trl_ext import CurvatureGRPOTrainer
     from trl_ext.checkpoints import StopWithCheckpoint
-    from trl_ext.run_checks import context_of, rows_within
-    from trl_ext.tasks import reasoning
-    from trl_ext.tasks.command_line import load_function
-    from trl_ext.tasks.console import ConsoleCallback
-    from trl_ext.tasks.correctness import Correctness, MarkedAnswer, SameText
-    from trl_ext.tasks.questions import NEXT_QUESTION, build_dataset
+    from trl_ext.console import ConsoleCallback
+    from trl_ext.run_checks import context_of
 
     logging.disable_progress_bar()  # of loading weights, in the middle of the table
-    built_in = model.model_name_or_path == BUILT_IN
-    if model.model_name_or_path not in MADE_HERE:
-        check_model(model.model_name_or_path)
-    gym = None
-    if script.dataset_path is None and script.dataset.startswith(reasoning.PREFIX):
-        names = reasoning.task_names(script.dataset)
-        weights = reasoning.task_weights(names, script.task_weights)
-        gym = reasoning.Tasks(names, weights, reasoning.task_options(names, script.task_options), training.seed)
-    train, held_out = load_questions(script, training.seed, say, gym)
+    name, mixture = model.model_name_or_path, is_mixture(script)
+    if name not in MADE_HERE:
+        check_model(name)
+    gym = load_gym(script, training.seed)
+    questions = load_questions(script, training.seed, say, gym)
 
-    path = find_model(script, model.model_name_or_path, training.seed, PartialState(), say)
+    path = find_model(name, training.seed, levels_of(script), mixture)
     loading = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
-    tokenizer = load_tokenizer(path, model.model_name_or_path, **loading)
-    style = script.prompt_style
-    if style == "auto":
-        style = "chat" if tokenizer.chat_template else "few_shot"
-    if style == "chat" and not tokenizer.chat_template:
-        raise ValueError(f"--prompt_style chat: the tokenizer of {model.model_name_or_path} has no chat template")
-    as_text = gym is not None or is_mixture(script)
-    to_reason = reasoning.INSTRUCTION if as_text else INSTRUCTION
-    instruction = script.instruction if script.instruction is not None else ("" if built_in else to_reason)
-    shots = script.num_shots if style == "few_shot" else 0
-    if (there := min(len(train), script.train_size or len(train))) <= shots:
-        raise ValueError(f"--num_shots {shots} needs more than the {there} training questions there are")
-    examples, train = train[:shots], train[shots:]
+    tokenizer = load_tokenizer(path, name, **loading)
+    style = choose_style(script.prompt_style, tokenizer, name)
+    instruction = choose_instruction(script, name == BUILT_IN, judged_as_text=gym is not None or mixture)
     context = context_of(AutoConfig.from_pretrained(path, **loading))
+    prompts = make_prompts(script, questions, style, instruction, tokenizer, context, say)
 
-    def prompts_of(questions, whose: str):
-        """The prompts, without those that leave no room for an answer."""
-        dataset = build_dataset(questions, style, instruction=instruction, examples=examples)
-        rows = rows_within(dataset, tokenizer, context)
-        if len(rows) < len(dataset):
-            say(
-                f"{len(dataset) - len(rows)} {whose} questions are left out: longer than the model's context, {context}"
-            )
-        return dataset.select(rows)
-
-    train_dataset = prompts_of(train, "training")
-    if script.train_size is not None:
-        train_dataset = train_dataset.select(range(min(script.train_size - shots, len(train_dataset))))
-    eval_dataset = prompts_of(held_out, "held-out")
-
-    stop = NEXT_QUESTION if style == "few_shot" else None
-    rewards: list = [SameText(stop) if is_mixture(script) else Correctness(stop)]
-    if gym is not None:
-        rewards = [reasoning.GymScore(gym, say, stop)]
-    if script.reward is not None:
-        rewards = [load_function(script.reward, "--reward")]
+    rewards = choose_rewards(script, gym, NEXT_QUESTION if style == "few_shot" else None, say)
     if script.format_reward_weight:
-        rewards.append(MarkedAnswer(stop))
         training.reward_weights = training.reward_weights or [1.0, script.format_reward_weight]
     loading |= {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = {**loading, **(training.model_init_kwargs or {})}
@@ -314,8 +220,8 @@ def build_trainer(script, training, model, say):
         model=path,
         reward_funcs=rewards,
         args=training,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset if training.eval_strategy != "no" else None,
+        train_dataset=prompts.train,
+        eval_dataset=prompts.held_out if training.eval_strategy != "no" else None,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
@@ -324,65 +230,70 @@ def build_trainer(script, training, model, say):
         trainer.remove_callback(replaced)
     trainer.add_callback(ConsoleCallback())
     trainer.add_callback(StopWithCheckpoint())
-    processes = trainer.accelerator.num_processes
-    count = f"{processes} process" + ("es" if processes > 1 else "")
-    if started_alone(processes):
-        say("accelerate was asked for several processes on CPUs and started one, without telling: to have two, add")
-        say("--config_file examples/accelerate/cpu_two_processes.yaml after accelerate launch.")
-    sizes = f"{len(train_dataset)} training and {len(eval_dataset)} held-out questions"
-    say(f"{sizes} on {count}, prompts as {style}, for example:")
-    say(f"  {train[0].question!r} -> {train[0].answer[-40:]!r}")
+    say_start(trainer.accelerator.num_processes, prompts, style, say)
     return trainer
 
 
+def say_start(processes: int, prompts, style: str, say) -> None:
+    """Says how many questions and processes there are, and shows a question."""
+    if started_alone(processes):
+        say("accelerate was asked for several processes on CPUs and started one, without telling: to have two, add")
+        say("--config_file examples/accelerate/cpu_two_processes.yaml after accelerate launch.")
+    sizes = f"{len(prompts.train)} training and {len(prompts.held_out)} held-out questions"
+    say(f"{sizes} on {processes} process{'es' if processes > 1 else ''}, prompts as {style}, for example:")
+    say(f"  {prompts.first.question!r} -> {prompts.first.answer[-40:]!r}")
+
+
 def started_alone(processes: int) -> bool:
-    """Whether ``accelerate launch`` was given several processes and began one: it then names a meeting point (for MPI,
-    which it leaves to the caller), but nobody to meet there."""
+    """Whether ``accelerate launch`` was given several processes and started one.
+
+    On CPUs it leaves starting the others to MPI: it sets the master's address, and no number of processes.
+    """
     launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ)
     return processes == 1 and launched and "WORLD_SIZE" not in os.environ
 
 
-def held_out_logs(trainer) -> tuple[str, list[dict[str, float]]]:
-    """What is measured on the held-out questions (sampled as in training), the accuracy, or the mean of a reward of
-    one's own; and the logs that have it so far, the first before training."""
-    logs = trainer.state.log_history
-    name = "accuracy" if any("eval_accuracy" in log for log in logs) else "reward"
-    return name, [log for log in logs if f"eval_{name}" in log]
+def finish(trainer, say) -> None:
+    """Evaluates the final model, saves it, and says what came of the run."""
+    from examples.tasks.held_out import held_out_lines, held_out_logs
+
+    output = trainer.args.output_dir
+    evaluated = [log["step"] for log in held_out_logs(trainer.state.log_history)[1]][-1:]
+    # the best checkpoint's model isn't the one that the last step was evaluated with
+    if trainer.eval_dataset is not None and (
+        evaluated != [trainer.state.global_step] or trainer.args.load_best_model_at_end
+    ):
+        trainer.evaluate()
+    try:
+        trainer.save_model(output)
+        trainer.save_state()
+    except Exception as error:  # safetensors, torch and Python each have one of their own for a full disk
+        reason = str(error).strip().splitlines()[0]
+        sys.exit(f"error: the model couldn't be saved in {output}: {reason}. Its checkpoints are there")
+    for line in held_out_lines(trainer.state.log_history):
+        say(line)
+    say(f"Model and checkpoints: {output}    Logs: {output}/trainer_state.json (log_history)")
+    say(f"To look at the run: python -m trl_ext report {output}")
+    say("Next: --normalization mean (or loo, power, ...) to compare; --model_name_or_path smollm2 or a hub id and")
+    say("--dataset gsm8k for a real model; examples/recipes/ for whole configurations.")
 
 
-def held_out_by_task(trainer) -> list[str]:
-    """Mean rewards on the held-out questions of each of several tasks, before and after, and whom the steps heard."""
-    logs, evaluated = trainer.state.log_history, held_out_logs(trainer)[1]
-    first, last = evaluated[0], evaluated[-1]
-    before, after = "eval_tasks/", "/reward"
-    names = [key[len(before) : -len(after)] for key in last if key.startswith(before) and key.endswith(after)]
-    if len(names) < 2:
-        return []
-    lines = ["By task (mean reward):" + " " * 5 + "before   after   share of the gradient"]
-    for name in names:
-        rewards = [log.get(f"eval_tasks/{name}/reward") for log in (first, last)]
-        heard = [log[f"tasks/{name}/heard"] for log in logs if f"tasks/{name}/heard" in log]
-        cells = [*rewards, sum(heard) / len(heard) if heard else None]
-        told = ("-" if cell is None else f"{cell:.3f}" for cell in cells)
-        lines.append(f"  {name[:23]:<23} " + "".join(cell.rjust(8) for cell in told))
-    return lines
+def say_on_main_process(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)
 
 
 def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(short_help())
         return
-
-    def say(text: str) -> None:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(text, flush=True)
-
     from contextlib import nullcontext
 
     from trl_ext.checkpoints import CheckpointError
     from trl_ext.tasks.small_policy import trial_step
     from trl_ext.tasks.threads import quickest_threads
 
+    say = say_on_main_process
     try:
         script, training, model = parse_arguments(arguments)
         check_arguments(script, training, model, say)
@@ -390,7 +301,6 @@ def main(arguments: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
 
-    output = training.output_dir
     try:
         # a model of a million parameters: more threads may be slower
         with quickest_threads(trial_step()) if model.model_name_or_path == BUILT_IN else nullcontext():
@@ -399,33 +309,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: {error}")
     stop = next(item for item in trainer.callback_handler.callbacks if type(item).__name__ == "StopWithCheckpoint")
     if stop.stopped:
-        say(
-            f"\nStopped at step {trainer.state.global_step} with a checkpoint in {output}. To go on, repeat the command"
-        )
+        where = f"step {trainer.state.global_step} with a checkpoint in {training.output_dir}"
+        say(f"\nStopped at {where}. To go on, repeat the command")
         say("with --resume_from_checkpoint auto")
     else:
-        evaluated = [log["step"] for log in held_out_logs(trainer)[1]][-1:]
-        # the best checkpoint's model isn't the one that the last step was evaluated with
-        if trainer.eval_dataset is not None and (
-            evaluated != [trainer.state.global_step] or training.load_best_model_at_end
-        ):
-            trainer.evaluate()
-        try:
-            trainer.save_model(output)
-            trainer.save_state()
-        except Exception as error:  # safetensors, torch and Python each have one of their own for a full disk
-            reason = str(error).strip().splitlines()[0]
-            sys.exit(f"error: the model couldn't be saved in {output}: {reason}. Its checkpoints are there")
-        name, logs = held_out_logs(trainer)
-        if logs:
-            before, after = logs[0][f"eval_{name}"], logs[-1][f"eval_{name}"]
-            say(f"\nHeld-out {name}: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
-            for line in held_out_by_task(trainer):
-                say(line)
-        say(f"Model and checkpoints: {output}    Logs: {output}/trainer_state.json (log_history)")
-        say(f"To look at the run: python -m trl_ext report {output}")
-        say("Next: --normalization mean (or loo, power, ...) to compare; --model_name_or_path smollm2 or a hub id and")
-        say("--dataset gsm8k for a real model; examples/recipes/ for whole configurations.")
+        finish(trainer, say)
     trainer.end()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_ext.tasks import mixed_policy as mixed
+from examples.tasks import mixed_policy as mixed
 from trl_ext.tasks import small_policy
 from trl_ext.tasks.small_policy import build_model, build_tokenizer, cache_folder
 

@@ -5,8 +5,7 @@ import peft  # noqa: F401
 import torch
 import trl.trainer.grpo_trainer  # noqa: F401
 
-import trl_ext.tasks.console
-import trl_ext.tasks.correctness
+import trl_ext.console
 import trl_ext.trainer  # noqa: F401
 
 torch.set_num_threads(1)

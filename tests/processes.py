@@ -59,8 +59,8 @@ class Started:
 def _run_server() -> None:
     """Starts what is forked from. It finds modules by PYTHONPATH alone, and passes over those that it doesn't find."""
     before = os.environ.get("PYTHONPATH")
-    here = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = here if before is None else os.pathsep.join([here, before])
+    here = Path(__file__).parent
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), *([before] if before else [])])
     try:
         forkserver.ensure_running()
     finally:
@@ -117,7 +117,7 @@ def run_script(script: Path, arguments: list[str], wait_at: int | None = None, f
     """A script as ``python script.py``. ``wait_at``: its reward function says in ``folder`` that this many optimizer
     steps are done (a file ``here``), and goes on when there is a file ``go``."""
     if wait_at is not None and folder is not None:
-        from trl_ext.tasks.correctness import SameText
+        from examples.tasks.correctness import SameText
 
         judge = SameText.__call__
 

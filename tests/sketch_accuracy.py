@@ -17,13 +17,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.tasks.smollm2 import smollm2
 from grpo_kernels import linear_grpo_loss, normalize_rewards
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.sketch_error import predicted_rmse
 from trl_ext.tasks.arithmetic import generate_problems
 from trl_ext.tasks.small_policy import small_policy
-from trl_ext.tasks.smollm2 import smollm2
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "test.jsonl"
 DRAWS, DIM = 20, 64

@@ -8,7 +8,7 @@ from processes import run_script, start
 from test_math_example import load_script
 from trl.chat_template_utils import supports_tool_calling
 
-from trl_ext.tasks.calculator import SameNumber, build_tokenizer, calculate, calculator_policy, questions
+from examples.tasks.calculator import SameNumber, build_tokenizer, calculate, calculator_policy, questions
 
 ROOT = Path(__file__).parents[1]
 

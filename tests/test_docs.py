@@ -12,8 +12,8 @@ from processes import start
 from test_trainer import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_ext.tasks.correctness import Correctness
-from trl_ext.tasks.questions import arithmetic_questions, build_dataset
+from examples.tasks.correctness import Correctness
+from examples.tasks.questions import arithmetic_questions, build_dataset
 from trl_ext.tasks.small_policy import encode, expected_accuracy
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from processes import run_script, start
 
-from trl_ext.tasks.console import LEGEND
+from trl_ext.console import LEGEND
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "math.py"
@@ -297,7 +297,7 @@ def test_kill_9_and_a_half_written_checkpoint(mixed_policy, tmp_path):
 )
 def test_bad_input_ends_before_a_model_is_loaded(arguments, message, tmp_path, monkeypatch, capsys):
     script = load_script()
-    monkeypatch.setattr(script, "find_model", lambda *args: pytest.fail("got as far as the model"))
+    monkeypatch.setattr("examples.tasks.load_model.find_model", lambda *args: pytest.fail("got as far as the model"))
     (tmp_path / "bad.jsonl").write_text('{"question": "q", "answer": "1"}\n{oops\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9", "answer": "1"}\n')
@@ -321,7 +321,7 @@ def test_four_bits_without_bitsandbytes(tmp_path, monkeypatch):
 
 
 def test_smollm2_without_its_packages(tmp_path, monkeypatch):
-    from trl_ext.tasks import smollm2
+    from examples.tasks import smollm2
 
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     monkeypatch.setenv("CURVATURE_GRPO_CACHE", str(tmp_path))

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext.tasks import mixed_policy as mixed
-from trl_ext.tasks.correctness import SameText
-from trl_ext.tasks.mixture import SPLITS, TASKS, content_split, generate_exercises
-from trl_ext.tasks.questions import mixture_questions
+from examples.tasks import mixed_policy as mixed
+from examples.tasks.correctness import SameText
+from examples.tasks.mixture import SPLITS, TASKS, content_split, generate_exercises
+from examples.tasks.questions import mixture_questions
 
 
 def solve(question):

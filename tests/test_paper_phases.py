@@ -23,7 +23,7 @@ from phases_results import (
     within,
 )
 
-from trl_ext.tasks.correctness import SameText
+from examples.tasks.correctness import SameText
 
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "examples" / "paper"

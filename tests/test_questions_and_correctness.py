@@ -6,8 +6,8 @@ import threading
 import pytest
 from datasets import Dataset
 
-from trl_ext.tasks.correctness import Correctness, MarkedAnswer, drop_bad_gold, is_correct, parse_gold
-from trl_ext.tasks.questions import (
+from examples.tasks.correctness import Correctness, MarkedAnswer, drop_bad_gold, is_correct, parse_gold
+from examples.tasks.questions import (
     NEXT_QUESTION,
     Question,
     build_dataset,

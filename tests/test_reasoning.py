@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_math_example import environment
 
-from trl_ext.tasks import reasoning
-from trl_ext.tasks.command_line import load_function
-from trl_ext.tasks.questions import build_dataset, read_questions
-from trl_ext.tasks.reasoning import GymScore, Tasks, counts, final_answer, task_names, task_options, task_weights
+from examples.tasks import reasoning
+from examples.tasks.questions import build_dataset, read_questions
+from examples.tasks.reasoning import GymScore, Tasks, counts, final_answer, task_names, task_options, task_weights
+from trl_ext.load_function import load_function
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "math.py"
 

@@ -14,9 +14,10 @@ from test_math_example import SCRIPT, load_script
 
 import grpo_kernels
 import trl_ext
+from examples.tasks.command_line import did_you_mean
+from examples.tasks.load_model import check_model, known_models
 from trl_ext import CurvatureGRPOConfig
 from trl_ext.options import GROUPS, CurvatureOptions
-from trl_ext.tasks.command_line import did_you_mean
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "trl", "transformers", "datasets", "numpy")
@@ -117,12 +118,12 @@ def test_models_that_lie_here_are_named(tmp_path, monkeypatch):
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "models" / "mine" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    assert "folders with a model (models/mine)" in load_script().known_models()
+    assert "folders with a model (models/mine)" in known_models()
 
 
 def test_nothing_close_is_not_suggested():
     assert did_you_mean("--zzz", ["--learning_rate"]) == ""
-    load_script().check_model("small-model")  # may be the hub's
+    check_model("small-model")  # may be the hub's
 
 
 # ---- what is set by itself

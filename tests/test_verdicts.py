@@ -292,10 +292,10 @@ def test_healthy_runs_raise_nothing_above_advice(tmp_path):
     was looked at when thresholds were set. None of 20 bounds the share of false alarms at 14 % (95 %)."""
     from transformers import AutoTokenizer
 
+    from examples.tasks.correctness import Correctness
+    from examples.tasks.questions import arithmetic_questions, build_dataset
     from trl_ext import CurvatureGRPOTrainer
     from trl_ext.report.signatures.groups import HEALTHY_LIVE
-    from trl_ext.tasks.correctness import Correctness
-    from trl_ext.tasks.questions import arithmetic_questions, build_dataset
     from trl_ext.tasks.small_policy import small_policy
 
     settings = [

@@ -97,9 +97,9 @@ def check_arguments(options: argparse.Namespace) -> None:
     """Raises ``ValueError`` for what can be known to fail before anything is trained."""
     from ablation_runs import training_config
 
+    from examples.tasks.mixture import generate_exercises
     from trl_ext.checkpoints import check_output_dir
     from trl_ext.tasks.arithmetic import DEFAULT_LEVELS, generate_problems
-    from trl_ext.tasks.mixture import generate_exercises
 
     if find_spec("matplotlib") is None:
         raise ValueError("the plot needs matplotlib: pip install -e '.[report]'")

@@ -31,11 +31,11 @@ from ablation_results import Run, tidy_rows
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
+from examples.tasks.correctness import Correctness, SameText
+from examples.tasks.mixed_policy import LEARNING_STEPS as MIXED_STEPS
+from examples.tasks.mixed_policy import mixed_policy
+from examples.tasks.questions import arithmetic_questions, build_dataset, mixture_questions
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.tasks.correctness import Correctness, SameText
-from trl_ext.tasks.mixed_policy import LEARNING_STEPS as MIXED_STEPS
-from trl_ext.tasks.mixed_policy import mixed_policy
-from trl_ext.tasks.questions import arithmetic_questions, build_dataset, mixture_questions
 from trl_ext.tasks.small_policy import LEARNING_STEPS as ARITHMETIC_STEPS
 from trl_ext.tasks.small_policy import small_policy
 

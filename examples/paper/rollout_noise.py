@@ -51,9 +51,9 @@ def run(policy: str, output_dir: str, seed: int, **training: Any) -> Any:
     from transformers.utils import logging
     from yaml import safe_load
 
+    from examples.tasks.correctness import SameText
+    from examples.tasks.questions import build_dataset, mixture_questions
     from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-    from trl_ext.tasks.correctness import SameText
-    from trl_ext.tasks.questions import build_dataset, mixture_questions
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -77,7 +77,7 @@ def run(policy: str, output_dir: str, seed: int, **training: Any) -> Any:
 
 def train_policy(task: tuple[int, int, str]) -> None:
     """Trains a seed's policy and saves it, whole or not at all."""
-    from trl_ext.tasks.mixed_policy import mixed_policy
+    from examples.tasks.mixed_policy import mixed_policy
 
     seed, steps, folder = task
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as scratch:
@@ -90,7 +90,7 @@ def train_policy(task: tuple[int, int, str]) -> None:
 
 def measure(task: tuple[int, str, str | None, int, int, str]) -> None:
     """Measures one policy with one group size, a row for each step, to a file of its own."""
-    from trl_ext.tasks.mixed_policy import mixed_policy
+    from examples.tasks.mixed_policy import mixed_policy
 
     seed, state, policy, group, steps, file = task
     with tempfile.TemporaryDirectory() as scratch:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_ext.tasks.command_line import load_function
+from trl_ext.load_function import load_function
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

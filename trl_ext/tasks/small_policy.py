@@ -52,7 +52,6 @@ MODEL = {
 NUMBERS = 199  # 0 to 198, the sums of two numbers below 100
 BATCH = 64
 LEARNING_RATE = 3e-3
-MUON_LEARNING_RATE = 5e-3
 LEARNING_STEPS = 900  # the learning rate falls linearly towards this
 LEARNED_ACCURACY = 0.88  # then the careless teacher takes over
 PROBLEMS = {1: 350, 2: 800, 3: 800, 4: 800, 5: 800}  # to learn from, by level; level 1 has no more
@@ -70,41 +69,34 @@ def cache_folder() -> Path:
 
 def build_tokenizer(levels: tuple[int, ...]) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the task's own questions; whole numbers up to 198 are tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     questions = [problem.question for problem in generate_problems(300, levels=levels, seed=0)]
     numbers = [f" {number}" for number in range(NUMBERS)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=640,
-        special_tokens=[PAD, EOS, USER, ASSISTANT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(questions * 2 + numbers * 100, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left", model_max_length=128
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return train_tokenizer(questions * 2 + numbers * 100, split, max_length=128)
 
 
-def digit_tokenizer(texts: Sequence[str], vocab_size: int, chat_template: str, *more: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on ``texts`` whose digits are single tokens; ``more``: special tokens of one's own."""
+def train_tokenizer(
+    texts: Sequence[str],
+    split: pre_tokenizers.PreTokenizer,
+    *,
+    vocab_size: int = 640,
+    max_length: int = 512,
+    chat_template: str = CHAT_TEMPLATE,
+    special: Sequence[str] = (),
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE on ``texts``. ``split`` cuts texts into words; ``special`` adds special tokens."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, EOS, USER, ASSISTANT, *more],
+        special_tokens=[PAD, EOS, USER, ASSISTANT, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left", model_max_length=512
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left", model_max_length=max_length
     )
     fast.chat_template = chat_template
     return fast
@@ -220,33 +212,6 @@ def warm_up(
         if report is not None:
             report(step, reached)
     return model, tokenizer, reached
-
-
-class Warming:
-    """Muon for a model's matrices and AdamW for its embeddings and norms, their rates up over 30 steps and then
-    linearly down over ``steps``."""
-
-    def __init__(self, model: LlamaForCausalLM, steps: int) -> None:
-        self.model = model
-        matrices = [one for one in model.model.layers.parameters() if one.ndim == 2]
-        others = [one for one in model.parameters() if all(one is not matrix for matrix in matrices)]
-        self.optimizers = [
-            torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1),
-        ]
-        self.rates = [
-            torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: min((step + 1) / 30, 1.0) * max(1 - (step + 1) / steps, 0.05)
-            )
-            for optimizer in self.optimizers
-        ]
-
-    def step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            rate.step()
 
 
 def draw_batch(right: Encoded, slips: Encoded, careless: float, pad: int) -> Encoded:

@@ -13,7 +13,8 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from pyarrow import ArrowException, parquet
 
-from .arithmetic import generate_problems
+from trl_ext.tasks.arithmetic import generate_problems
+
 from .mixture import generate_exercises
 
 # hub id, configuration and split of the training and of the held-out questions

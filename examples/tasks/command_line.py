@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
@@ -65,21 +63,3 @@ def unknown_option(left_over: Sequence[str], dataclasses: Iterable[Any]) -> str:
     if not names:
         return f"{' '.join(left_over)}: belongs to no option"
     return f"{names[0]}: no such option{did_you_mean(names[0], known)}"
-
-
-def load_function(place: str, option: str) -> Callable[..., Any]:
-    """``module:name``, also of the folder that one is in. Raises ``ValueError`` saying what is wrong. ``option``: what
-    it was given by."""
-    module_name, colon, name = place.partition(":")
-    if not colon or not module_name or not name:
-        raise ValueError(f"{option} {place!r} must be module:name")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # whatever a module does when it is imported
-        raise ValueError(f"{option} {place}: {type(error).__name__}: {error}") from None
-    if not callable(function):
-        raise ValueError(f"{option} {place} is not a function")
-
-    return function

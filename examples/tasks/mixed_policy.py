@@ -20,20 +20,21 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from . import mixture, small_policy
-from .mixture import LETTERS, TASKS, generate_exercises
-from .progress import Progress
-from .small_policy import (
-    CHAT_TEMPLATE,
+from trl_ext.tasks import small_policy
+from trl_ext.tasks.progress import Progress
+from trl_ext.tasks.small_policy import (
     Encoded,
-    Warming,
     cached_policy,
-    digit_tokenizer,
     draw_batch,
     encode,
     expected_accuracy,
     random_model,
 )
+
+from . import mixture
+from . import warm_up as shared
+from .mixture import LETTERS, TASKS, generate_exercises
+from .warm_up import WarmUpOptimizer, digit_tokenizer
 
 EXERCISES = {"sums": 680, "reversals": 2000, "sorting": 4000, "puzzles": 4000}  # to learn from; there are 711 sums
 CHECKED = 70  # held-out exercises of each task
@@ -49,7 +50,7 @@ NEAR = 0.05  # of a target
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the mixture's own questions; digits are tokens, and letters that stand alone."""
     questions = [exercise.question for exercise in generate_exercises(1200, seed=0)]
-    return digit_tokenizer(questions + [f" {letter}" for letter in LETTERS] * 100, 640, CHAT_TEMPLATE)
+    return digit_tokenizer(questions + [f" {letter}" for letter in LETTERS] * 100, 640)
 
 
 def _data(task: str, seed: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Encoded, Encoded, Encoded]:
@@ -93,10 +94,10 @@ def warm_up(
             ids, labels = draw_batch(right, slips, careless, tokenizer.pad_token_id)
             model(input_ids=ids, labels=labels).loss.backward()
 
-        warming = Warming(model, LEARNING_STEPS)
+        optimizer = WarmUpOptimizer(model, LEARNING_STEPS)
         for step in range(1, LEARNING_STEPS + 1):
             backward(TURNS[step % len(TURNS)], careless=0.0)
-            warming.step()
+            optimizer.step()
             if step % 25 == 0:
                 reached = accuracies()
                 if report is not None:
@@ -104,15 +105,15 @@ def warm_up(
                 if min(reached.values()) >= LEARNED_ACCURACY:
                     break
 
-        optimizer = torch.optim.AdamW(model.parameters(), lr=CARELESS_LEARNING_RATE, betas=(0.5, 0.98))
+        careless = torch.optim.AdamW(model.parameters(), lr=CARELESS_LEARNING_RATE, betas=(0.5, 0.98))
         reached = accuracies()
         last = step + CARELESS_STEPS
         while step < last and any(abs(reached[task] - target) > NEAR for task, target in TARGETS.items()):
             for task, target in TARGETS.items():
                 backward(task, _slips(reached[task], target))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            careless.step()
+            careless.zero_grad()
             reached, step = accuracies(), step + 1
         if report is not None:
             report(step, reached)
@@ -122,7 +123,7 @@ def warm_up(
 def mixed_policy(seed: int = 0, report: Callable[[int, dict[str, float]], None] | None = None) -> Path:
     """Folder of the warmed-up policy for this seed; trained on the first call, cached afterwards. ``report`` as in
     ``small_policy``."""
-    sources = [inspect.getsource(one) for one in (mixture, small_policy, sys.modules[__name__])]
+    sources = [inspect.getsource(one) for one in (mixture, small_policy, shared, sys.modules[__name__])]
     return cached_policy(
         "mixed-policy",
         [seed, *sources],

@@ -18,9 +18,13 @@ import torch
 from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from . import mixture, small_policy
+from trl_ext.tasks import small_policy
+from trl_ext.tasks.small_policy import ASSISTANT, EOS, USER, cached_policy, random_model
+
+from . import mixture
+from . import warm_up as shared
 from .mixture import content_split
-from .small_policy import ASSISTANT, EOS, USER, Warming, cached_policy, digit_tokenizer, random_model
+from .warm_up import WarmUpOptimizer, digit_tokenizer
 
 CALL, RESULT = "<call>", "<result>"
 CALLING = f"{CALL}calculate expression"  # then the sum
@@ -120,7 +124,7 @@ def _answer(messages: list[dict[str, Any]]) -> str | None:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Digits are tokens; the chat template writes calls and results, the response template reads them."""
     texts = [_question((12, 34, 56)), CALLING.removeprefix(CALL)] * 10
-    fast = digit_tokenizer(texts, 320, CHAT_TEMPLATE, CALL, RESULT)
+    fast = digit_tokenizer(texts, 320, CHAT_TEMPLATE, (CALL, RESULT))
     fast.response_template = RESPONSE_TEMPLATE
     return fast
 
@@ -163,12 +167,12 @@ def warm_up(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = random_model(tokenizer)
-        warming = Warming(model, LEARNING_STEPS)
+        optimizer = WarmUpOptimizer(model, LEARNING_STEPS)
         for step in range(1, LEARNING_STEPS + 1):
             ids, labels = _batch(rng, tokenizer)
             loss = model(input_ids=ids, labels=labels).loss
             loss.backward()
-            warming.step()
+            optimizer.step()
             if report is not None and step % 50 == 0:
                 report(step, loss.item())
     return model, tokenizer
@@ -176,5 +180,5 @@ def warm_up(
 
 def calculator_policy(seed: int = 0, report: Callable[[int, float], None] | None = None) -> Path:
     """Folder of the warmed-up policy for this seed; trained on the first call, cached afterwards."""
-    sources = [inspect.getsource(one) for one in (mixture, small_policy, sys.modules[__name__])]
+    sources = [inspect.getsource(one) for one in (mixture, small_policy, shared, sys.modules[__name__])]
     return cached_policy("calculator-policy", [seed, *sources], lambda: warm_up(seed, report))

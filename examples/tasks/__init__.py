@@ -1,0 +1,1 @@
+"""Questions, rewards and policies of the example scripts."""
