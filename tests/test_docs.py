@@ -18,7 +18,7 @@ from trl_ext.tasks.small_policy import encode, expected_accuracy
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("examples/*/*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ablation_results import Run
+    from examples.ablation.curves import Run
 
-# Worker processes would look for modules in the working directory, and in examples/ a math.py lies: they find those
-# beside this script by its folder alone.
-os.environ["PYTHONSAFEPATH"] = "1"
-if (_HERE := str(Path(__file__).resolve().parent)) not in sys.path:
-    sys.path.insert(0, _HERE)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository's root, where `examples` is found
+    # worker processes must not look for modules in the working directory: in examples/ a math.py lies
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 DEMO_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 BUILT_IN = "small"
@@ -95,8 +94,7 @@ def parse_method(text: str) -> tuple[str, dict[str, float]]:
 
 def check_arguments(options: argparse.Namespace) -> None:
     """Raises ``ValueError`` for what can be known to fail before anything is trained."""
-    from ablation_runs import training_config
-
+    from examples.ablation.runs import training_config
     from examples.tasks.mixture import generate_exercises
     from trl_ext.checkpoints import check_output_dir
     from trl_ext.tasks.arithmetic import DEFAULT_LEVELS, generate_problems
@@ -194,8 +192,8 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
 
 
 def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, list]) -> None:
-    from ablation_plot import draw_ablation, draw_alpha, draw_tasks
-    from ablation_results import by_task, markdown_tables, rates_table, summarize, task_names
+    from examples.ablation.plots import draw_ablation, draw_alpha, draw_tasks
+    from examples.ablation.tables import by_task, markdown_tables, rates_table, summarize, task_names
 
     folder = Path(options.output_dir)
     tidy = [
@@ -238,8 +236,8 @@ def compare(
     ``last``: the trainer's options that only the runs at the best rates have. Ends the program where arguments are
     wrong, a worker is killed, or on Ctrl-C.
     """
-    from ablation_results import best_learning_rate
-    from ablation_runs import Workers
+    from examples.ablation.curves import best_learning_rate
+    from examples.ablation.runs import Workers
 
     try:
         check_arguments(options)

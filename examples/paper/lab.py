@@ -21,12 +21,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-_HERE = Path(__file__).resolve().parent
-for _folder in (_HERE, _HERE.parent / "ablation"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
+import numpy as np
 
-import numpy as np  # noqa: E402 - as above
+if __name__ == "__main__":  # as in ablate.py
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONSAFEPATH"] = "1"
+
 
 TUNING_SEEDS = list(range(100, 108))
 SEEDS = list(range(20))
@@ -89,7 +89,7 @@ def cells(coarse: bool) -> list[tuple[str, dict[str, Any]]]:
 
 def measure(cell: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each method; those of the seeds are lists, as ``"1.5 2.0"``."""
-    from log_linear import Policies, Setting
+    from examples.paper.log_linear import Policies, Setting
 
     part, described = cell
     setting = Setting(**described)
@@ -102,7 +102,7 @@ def measure(cell: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def measure_method(method: str, tuning: Any, reported: Any) -> dict[str, Any]:
     """Its best rates on the tuning seeds; what it does with them on the reported ones."""
-    from log_linear import assumptions, steps_to, train
+    from examples.paper.log_linear import assumptions, steps_to, train
 
     chosen = train(tuning, method, np.broadcast_to(RATES, (len(tuning.seeds), len(RATES))), STEPS)
     start = chosen.accuracy[0].mean()
@@ -161,7 +161,7 @@ def measure_method(method: str, tuning: Any, reported: Any) -> dict[str, Any]:
 
 def write_cells(path: Path, todo: list[tuple[str, dict[str, Any]]], jobs: int) -> None:
     """Measures what ``path`` lacks; a setting is written as soon as it is known."""
-    from log_linear import Setting
+    from examples.paper.log_linear import Setting
 
     done = keep_whole(path, ["part", *(field.name for field in dataclasses.fields(Setting))])
     left = [
@@ -230,9 +230,9 @@ def main(arguments: list[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
     write_cells(folder / "cells.csv", cells(options.coarse), options.jobs)
 
-    from lab_cells import read_cells, summary_rows
-    from lab_plot import draw_map, draw_predictor
-    from lab_results import tables
+    from examples.paper.lab_cells import read_cells, summary_rows
+    from examples.paper.lab_plot import draw_map, draw_predictor
+    from examples.paper.lab_results import tables
 
     measured = read_cells(folder / "cells.csv")
     rows = summary_rows(measured)

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablation_results import mean_interval
-from log_linear import Policies, Setting
+
+from examples.ablation.curves import mean_interval
+
+from .log_linear import Policies, Setting
 
 DIALS = ("overlap", "spread", "pass_rate", "group", "noise")
 STRUCTURE = ("prompts", "answers", "features", "shared_features")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from lab_cells import Cell
+
+from .lab_cells import Cell
 
 
 def draw_map(cells: Sequence[Cell], path: Path) -> None:

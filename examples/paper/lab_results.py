@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from lab_cells import DIALS, STRUCTURE, Cell, start_constant
+
+from .lab_cells import DIALS, STRUCTURE, Cell, start_constant
 
 OVERLAPS = (0.0, 0.25, 0.5, 0.75, 0.9)
 RESAMPLES = 2000

@@ -10,15 +10,13 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["PYTHONSAFEPATH"] = "1"  # as in ablate.py
-_HERE = Path(__file__).resolve().parent
-for _folder in (_HERE, _HERE.parent / "ablation"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
+if __name__ == "__main__":  # as in ablate.py
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def main(arguments: list[str]) -> None:
-    from ablate import compare, make_parser, write_results
+    from examples.ablation.ablate import compare, make_parser, write_results
 
     parser = make_parser(__doc__ or "", "phases.py")
     parser.set_defaults(
@@ -42,7 +40,7 @@ def main(arguments: list[str]) -> None:
     exact = {"interference_dim": 0, "interference_every": options.measure_every, "what_if": []}
     sweep, finals, failed = compare(options, exact)
     if finals:
-        from phases_results import draw_phases, measured_rows, phases_text
+        from examples.paper.phases_results import draw_phases, measured_rows, phases_text
 
         write_results(options, sweep, finals)
         folder = Path(options.output_dir)

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation_results import Run, mean_interval, mean_over_training, rates_table, steps_to_target
+from examples.ablation.curves import Run, mean_interval, mean_over_training, steps_to_target
+from examples.ablation.tables import rates_table
 
 Finals = Mapping[str, Sequence[Run]]
 SPANS = 5
@@ -195,9 +196,10 @@ def phases_text(finals: Finals, sweep: Sequence[Run]) -> str:
 
 def draw_phases(finals: Finals, path: Path) -> None:
     """Accuracy, its lead, orthogonality, cosines raw and corrected, sigma, M and pairs that aren't above 0."""
-    from ablation_plot import COLOURS, LINES
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from examples.ablation.plots import COLOURS, LINES
 
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -19,11 +19,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ["PYTHONSAFEPATH"] = "1"  # as in ablate.py
-_HERE = Path(__file__).resolve().parent
-for _folder in (_HERE, _HERE.parent / "ablation"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
+if __name__ == "__main__":  # as in ablate.py
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 GROUPS = [4, 8, 16, 32, 64]
 PROMPTS = 16  # of a step
@@ -46,11 +44,11 @@ def run(policy: str, output_dir: str, seed: int, **training: Any) -> Any:
 
     # isort: split
     import torch
-    from ablate import DEMO_RECIPE
     from transformers import AutoTokenizer, PrinterCallback
     from transformers.utils import logging
     from yaml import safe_load
 
+    from examples.ablation.ablate import DEMO_RECIPE
     from examples.tasks.correctness import SameText
     from examples.tasks.questions import build_dataset, mixture_questions
     from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
@@ -119,7 +117,7 @@ def measure(task: tuple[int, str, str | None, int, int, str]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """``rollout_noise.md``: means over seeds of means over steps, with 95% intervals."""
-    from ablation_results import mean_interval
+    from examples.ablation.curves import mean_interval
 
     lines = [f"| | G | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS)]
     for state in dict.fromkeys(row["state"] for row in rows):

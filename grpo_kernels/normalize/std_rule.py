@@ -1,7 +1,7 @@
 """Whether dividing by the std is more than a learning rate: by the theorem's constant C, and how much by the group.
 
 C = 8/3 of the mean, over prompts and steps, of the population std of a group's rewards (arXiv 2601.23135, Theorem 3.2).
-On a log-linear policy, each method at its own best learning rate (``examples/paper/lab.py``, ``docs/paper.md``), the
+On a log-linear policy, each method at its own best learning rate (``examples/paper/lab.py`` and its ``README.md``), the
 gain of ``std`` over ``mean`` falls with C, as the theorem has it, and grows with the group: the theorem divides by the
 true sigma, a trainer by an estimate from G answers, which of a live group of 8 rewards of 0 or 1 lies between 0.35 and
 0.53 whatever the prompt.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from math import log2
 
 # Gain in accuracy, a mean over training: measured at these group sizes, in ranges of the C that the first batches show
-# with these middles. docs/paper_lab.csv is what it comes from; tests/test_paper_lab.py compares.
+# with these middles. examples/paper/results/lab.csv is what it comes from; examples/paper/test_lab.py compares.
 GROUPS = (4, 8, 32, 128)
 CONSTANTS = (0.5, 0.8, 1.0, 1.2)
 GAIN_GC = (

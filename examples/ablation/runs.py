@@ -26,11 +26,11 @@ import trl_ext  # noqa: F401 - before transformers: it keeps a start quiet
 
 # isort: split
 import torch
-from ablation_progress import AblationProgress
-from ablation_results import Run, tidy_rows
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
+from examples.ablation.curves import Run, tidy_rows
+from examples.ablation.progress import AblationProgress
 from examples.tasks.correctness import Correctness, SameText
 from examples.tasks.mixed_policy import LEARNING_STEPS as MIXED_STEPS
 from examples.tasks.mixed_policy import mixed_policy

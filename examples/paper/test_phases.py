@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ablation_runs
 import pytest
-from ablation_results import Run, tidy_rows
-from phases_results import (
+
+from examples.ablation.curves import Run, tidy_rows
+from examples.ablation.runs import Flipped
+from examples.paper.phases_results import (
     bound_table,
     interference_table,
     lead,
@@ -22,11 +23,9 @@ from phases_results import (
     speed_table,
     within,
 )
-
 from examples.tasks.correctness import SameText
 
-ROOT = Path(__file__).parents[1]
-PAPER = ROOT / "examples" / "paper"
+EXAMPLES = Path(__file__).parents[1]
 
 
 def run_of(method, seed, accuracies, *, orthogonal=(), bounds=(), sigma=0.3):
@@ -101,7 +100,7 @@ def test_rows_of_what_was_measured():
 def test_flipped_rewards():
     """A tenth of 20,000, in training alone; what is logged as accuracy isn't flipped."""
     logged = []
-    judge = ablation_runs.Flipped(SameText(), 0.1, seed=0)
+    judge = Flipped(SameText(), 0.1, seed=0)
     answers, gold = ["a"] * 20_000, ["a", "b"] * 10_000
     rewards = judge(answers, noisy=[True] * 20_000, gold=gold, log_metric=lambda *one: logged.append(one))
     wrong = sum(reward != (truth == "a") for reward, truth in zip(rewards, gold, strict=True))
@@ -113,7 +112,7 @@ def test_flipped_rewards():
 def launch(script, *arguments):
     return subprocess.run(
         [sys.executable, f"paper/{script}", *arguments],
-        cwd=ROOT / "examples",  # the worst place: its math.py must not become the standard library's
+        cwd=EXAMPLES,  # the worst place: its math.py must not become the standard library's
         env={**os.environ, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
