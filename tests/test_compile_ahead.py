@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,11 +12,13 @@ from grpo_kernels import METHODS
 
 pytest.importorskip("triton")
 
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compile_ahead.py"
+
 # every kernel on sm_90; the two variants of --quick are compiled for every dtype, vocabulary and target besides
 EVERY_VARIANT = """
 import json, torch
 from dataclasses import asdict
-from grpo_kernels.gpu.compile_ahead import cases, report
+from compile_ahead import cases, report
 chosen = [case for case in cases() if (case.tile, case.gradient) == (torch.float32, torch.bfloat16)
           or not case.n_vocabulary]
 print(json.dumps([asdict(report(case, "sm_90")) for case in chosen if case.n_vocabulary != 49152]))
@@ -23,7 +26,7 @@ print(json.dumps([asdict(report(case, "sm_90")) for case in chosen if case.n_voc
 # a tile whose rows have no padding: the bound of a load isn't known to divide by 16
 UNPADDED = """
 import torch
-from grpo_kernels.gpu.compile_ahead import Case, report
+from compile_ahead import Case, report
 half = torch.bfloat16
 for tile, gradient in ((torch.float32, torch.float32), (half, half)):
     print(report(Case("grpo", 50257, tile, gradient, padded=False), "sm_90").narrowest)
@@ -36,7 +39,7 @@ import json, torch
 from unittest.mock import patch
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from grpo_kernels.gpu import compile_ahead
+import compile_ahead
 from grpo_kernels.head.rows import plain, triton_rows
 from grpo_kernels.head.token_losses import GroupRewards, TokenInputs, TokenLoss
 
@@ -74,7 +77,9 @@ print(json.dumps([
 
 
 def run_compiler(folder, *arguments, interpret="0"):
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(folder)}
+    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    own = {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": path}
+    environment = {**os.environ, **own}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -96,7 +101,7 @@ def command(request, cache):
     """Its table and rows, of one target; nightly of all, as it is called without ``--targets``."""
     table = cache / "table.json"
     targets = [] if request.param == ALL else ["--targets", *request.param]
-    done = run_compiler(cache, "-m", "grpo_kernels.gpu.compile_ahead", "--quick", "--json", str(table), *targets)
+    done = run_compiler(cache, str(SCRIPT), "--quick", "--json", str(table), *targets)
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, done.stdout, json.loads(table.read_text())
 
@@ -142,7 +147,7 @@ def test_a_bound_not_known_to_divide_by_16_is_seen(cache):
 
 
 def test_interpreted_kernels_are_refused(tmp_path):
-    done = run_compiler(tmp_path, "-m", "grpo_kernels.gpu.compile_ahead", "--quick", interpret="1")
+    done = run_compiler(tmp_path, str(SCRIPT), "--quick", interpret="1")
     assert done.returncode != 0
     assert done.stderr.startswith("TRITON_INTERPRET=1")
 

@@ -363,8 +363,9 @@ def test_a_weight_that_is_there_in_the_forward_only(frozen, monkeypatch):
     """As under ZeRO-3, of which only this is imitated: parts are gathered for a while, and gone in the backward."""
     from contextlib import contextmanager
 
+    from reference import head_logprobs
+
     from grpo_kernels import linear_logprob
-    from grpo_kernels.reference import head_logprobs
 
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 11, bias=False)

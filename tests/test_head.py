@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import grpo_loss, head_logprobs
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_kernels import linear_grpo_loss, linear_logprob, normalize_rewards, use_backend
 from grpo_kernels.backend import assume_native_half, native_half
 from grpo_kernels.head import products
-from grpo_kernels.reference import grpo_loss, head_logprobs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EPS = {torch.float32: 1.2e-7, torch.bfloat16: 7.8e-3, torch.float16: 9.8e-4, torch.float64: 2.3e-16}

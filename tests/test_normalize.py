@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from reference import normalize_rewards_reference
 
 from grpo_kernels import (
     METHODS,
@@ -17,7 +18,6 @@ from grpo_kernels import (
     normalize_with_statistics,
     use_backend,
 )
-from grpo_kernels.reference import normalize_rewards_reference
 
 NAN = float("nan")
 BACKENDS = ["torch", "triton"]

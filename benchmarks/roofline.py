@@ -1,6 +1,6 @@
 """What the fused head should take on a GPU: a prediction from operations and bytes, nothing measured here.
 
-    python -m grpo_kernels.gpu.roofline [--tokens 8192 --vocabulary 151936 --hidden 4096]
+    python benchmarks/roofline.py [--tokens 8192 --vocabulary 151936 --hidden 4096]
 
 Half-precision operands, a float32 tile, gradients of hidden states and (trainable) of the head.
 """
@@ -119,11 +119,8 @@ def lines(n_tokens: int, n_vocabulary: int, hidden: int) -> Iterator[str]:
         yield f"  {name}: {time_cited}"
 
 
-NAME = "python -m grpo_kernels.gpu.roofline"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=NAME, description="Predicts; measures nothing.")
+    parser = argparse.ArgumentParser(description="Predicts; measures nothing.")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--hidden", type=int, default=4096)

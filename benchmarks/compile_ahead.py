@@ -1,6 +1,6 @@
 """Compiles every kernel for GPUs that aren't here, and reads what the machine code says of its speed.
 
-    python -m grpo_kernels.gpu.compile_ahead [--targets sm_90 gfx942] [--quick] [--json FILE]
+    python benchmarks/compile_ahead.py [--targets sm_90 gfx942] [--quick] [--json FILE]
 
 A kernel is compiled as its launcher would have it compiled: the launcher runs, on small CPU tensors, up to the launch,
 whose arguments, and the fields of those that are tuples, the JIT then specialises (what is None or 1 becomes a
@@ -347,11 +347,8 @@ def table(reports: Iterable[Report]) -> Iterator[str]:
         )
 
 
-NAME = "python -m grpo_kernels.gpu.compile_ahead"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=NAME, description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
     parser.add_argument("--quick", action="store_true", help="two variants of the fused kernel only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
