@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -16,14 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_resampling import live_or_not
 from test_skipping import build, reward_with_dead
 from test_trainer import build as build_plain
 from test_trainer_equality import prompts
 
 from grpo_kernels.interference.step_gradients import StepGradients
 from trl_ext.interference.files import read_interference, write_step
-from trl_ext.report import live
 from trl_ext.report.charts import curves_of_a_run, sigma_and_curvature, what_if, without_outliers
 from trl_ext.report.command import main
 from trl_ext.report.completions import read_completions, rows_of
@@ -463,74 +460,6 @@ def test_bad_input_is_named(run_folder, three_runs, tmp_path):
 
 
 # ---- while it goes
-
-
-def watched(policy, folder, **options):
-    return build(
-        policy, folder, live_or_not(0.0), interference_every=1, interference_dim=8, max_steps=7,
-        per_device_train_batch_size=8, gradient_accumulation_steps=2, **options,
-    )  # fmt: skip
-
-
-def test_tensorboard_gets_images(tiny_policy, tmp_path, monkeypatch):
-    """Every fifth logged step, read back from its files."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    watched(tiny_policy, tmp_path, report_to="tensorboard").train()
-    events = EventAccumulator(str(tmp_path / "board"))
-    events.Reload()
-    images = events.Images(live.TAG)
-    assert [(image.step, image.width, image.height) for image in images] == [(1, 800, 360), (6, 800, 360)]
-
-
-@pytest.mark.skipif(not (find_spec("wandb") and find_spec("trackio")), reason="needs wandb and trackio")
-def test_images_go_to_wandb_and_trackio(tiny_policy, tmp_path):
-    """The real packages, without a server, in a process that reads where they keep things when it imports them."""
-    kept = {name: tmp_path / name for name in ("wandb", "trackio")}
-    for folder in kept.values():
-        folder.mkdir()
-    path = [
-        str(Path(__file__).parent),
-        os.environ.get("PYTHONPATH", ""),
-    ]  # an ablation in this process hides the folder
-    places = {
-        "PYTHONPATH": os.pathsep.join(path),
-        "WANDB_MODE": "offline",
-        "WANDB_DIR": str(kept["wandb"]),
-        "TRACKIO_DIR": str(kept["trackio"]),
-    }
-    code = (
-        "import sys, pathlib, test_report; policy, folder = map(pathlib.Path, sys.argv[1:])\n"
-        "test_report.watched(policy, folder, report_to=['wandb', 'trackio']).train()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_policy), str(tmp_path / "run")], cwd=Path(__file__).parent,
-        env={**os.environ, **places}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Images of interference" not in done.stdout + done.stderr
-    for folder in kept.values():
-        images = [path.read_bytes() for path in folder.rglob("*.png")]
-        assert len(images) == 2, folder  # of seven logged steps
-        for image in images:  # a PNG's header: 800 x 360
-            assert image[1:4] == b"PNG" and image[16:24] == (800).to_bytes(4) + (360).to_bytes(4)
-
-
-def test_a_backend_that_fails_is_left_out(tiny_policy, tmp_path, monkeypatch):
-    """Said once, and training goes on."""
-    said = []
-    monkeypatch.setattr(live.logger, "warning", lambda text, *args, **kwargs: said.append(text))
-
-    def no_network(*args):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(live.LiveImages, "_to_tensorboard", no_network)
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    trainer = watched(tiny_policy, tmp_path, report_to="tensorboard")
-    trainer.train()
-    assert trainer.state.global_step == 7
-    assert len(said) == 1 and "tensorboard: ConnectionError: no network" in said[0]
 
 
 def test_the_runs_files_never_stop_a_run(tiny_policy, tmp_path, monkeypatch):

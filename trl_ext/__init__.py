@@ -5,10 +5,10 @@ Names are imported when they are asked for (PEP 562), so that a command that nee
 
 from __future__ import annotations
 
+import logging
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from ._quiet import drop_lines_nobody_can_act_on
 
 if TYPE_CHECKING:
     from .config import CurvatureGRPOConfig
@@ -23,7 +23,14 @@ _MODULES = {
     "read_interference": ".interference.files",
 }
 
-drop_lines_nobody_can_act_on()
+# Two messages of other libraries that read like a failure, and that no user can act on: TRL itself sets the deprecated
+# name, and the kernel that bitsandbytes misses is an optional one of CPUs with AVX512-BF16.
+warnings.filterwarnings(
+    "ignore", r"`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning, module="transformers"
+)
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+)
 
 
 def __getattr__(name: str) -> Any:

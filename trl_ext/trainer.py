@@ -43,7 +43,6 @@ from .overrides import answered_by, ours, overridden
 from .paper import PAPER
 from .quantized import keep_trainable
 from .report.completions import KeptCompletions
-from .report.live import LiveImages
 from .report.run_files import RunFiles, describe_run
 from .report.watch import Watch
 from .rewards.group_columns import add_group_columns
@@ -124,10 +123,9 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             self._normalizer, self._interference, on_start=(self._micro_batches.forget, self._generations.forget)
         )
         files = RunFiles(lambda: describe_run(self.args, self.model, type(self), self.reward_func_names))
-        images = LiveImages(self._interference, lambda: self.callback_handler.callbacks)
         watch = Watch(run, self._log_metrics)
         self._kept = KeptCompletions(run.options.interference_every, run.num_generations)
-        for callback in (self._checkpoint_state, self._random_states, files, images, watch, self._kept):
+        for callback in (self._checkpoint_state, self._random_states, files, watch, self._kept):
             self.add_callback(callback)
         self.is_set_up = True  # else the methods below are the parent's
 

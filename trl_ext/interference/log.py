@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate.logging import get_logger
 
@@ -40,13 +39,6 @@ from .what_if_log import WhatIfLog
 logger = get_logger(__name__)
 
 
-def live_cosines(groups: PromptGroups) -> np.ndarray:
-    """(L, L) cosines of the gradients of the prompts that have one."""
-    gram_LL = groups.gram_PP[groups.live_P][:, groups.live_P]
-    norm_L = gram_LL.diagonal().sqrt()
-    return (gram_LL / norm_L[:, None] / norm_L).clamp(-1, 1).cpu().numpy()
-
-
 class Observer(Protocol):
     """Who uses what is measured: the normalisation, through the trainer."""
 
@@ -58,8 +50,7 @@ class InterferenceLog:
 
     The projections of a step are drawn from the seed and the step's number, so that a resumed run draws the same.
     ``observer`` is told what was measured. ``used`` gives the run's normalisation as it is now. ``score``: a
-    batch's log-probs (B, T) with their graph. ``keeps_latest`` may be set: whether the latest step's cosines are
-    wanted, for images.
+    batch's log-probs (B, T) with their graph.
     """
 
     def __init__(
@@ -71,7 +62,7 @@ class InterferenceLog:
         used: Callable[[], UsedNormalization],
         score: Callable[[dict[str, Any]], torch.Tensor],
     ) -> None:
-        self.run, self.accelerator, self._used, self.keeps_latest = run, run.accelerator, used, False
+        self.run, self.accelerator, self._used = run, run.accelerator, used
         self.every, self.dim = run.options.interference_every, run.options.interference_dim
         self.layers = run.options.interference_layers
         self.observer, self._together = observer, Together(run.accelerator)
@@ -83,7 +74,6 @@ class InterferenceLog:
         self.beside = Beside(run, score)
         self.prompt_texts: dict[int, str] = {}
         self.prompt_tasks: dict[int, str] = {}  # none without a column of that name
-        self.latest: np.ndarray | None = None  # cosines of the live prompts of the latest logged step, (L, L)
         self._off = self.every == 0
         self._is_open = False
         self._failure: str | None = None
@@ -382,18 +372,8 @@ class InterferenceLog:
         # of the last generation alone, which is the one that the normalisation's state has seen last
         first = int(found.known.prompt_id.max()) // self.run.prompts_per_generation * self.run.prompts_per_generation
         self.observer.observe_curvature(prompt_P[prompt_P >= first] - first, curvature_P[prompt_P >= first])
-        if self.accelerator.is_main_process:
-            self._keep_latest(found.groups)
-            if self._writes:
-                self._write(found)
-
-    def _keep_latest(self, groups: PromptGroups) -> None:
-        """For the images; of this process alone, so that nothing of it may end the others' step."""
-        try:
-            if self.keeps_latest:
-                self.latest = live_cosines(groups)
-        except Exception as error:
-            logger.warning(f"Images of interference aren't drawn of this step: {type(error).__name__}: {error}")
+        if self.accelerator.is_main_process and self._writes:
+            self._write(found)
 
     def _write(self, found: Measured) -> None:
         try:
