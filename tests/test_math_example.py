@@ -166,25 +166,6 @@ def test_two_launched_processes(mixed_policy, tmp_path):
     assert history(tmp_path)[-1]["step"] == 2
 
 
-@needs_shared_object
-def test_spawned_workers_get_the_standard_module(tmp_path):
-    code = (
-        "import sys; sys.argv = ['math.py']\n"
-        f"exec(compile(open({str(SCRIPT)!r}).read().split('from dataclasses')[0], {str(SCRIPT)!r}, 'exec'))\n"
-    )
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        f"__file__ = {str(SCRIPT)!r}\nimport sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n{code}"
-        "import multiprocessing\nfrom math import sqrt\n"
-        "if __name__ == '__main__':\n"
-        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
-        "        assert pool.map(sqrt, [9.0]) == [3.0]\n"
-        "    print('fine')\n"
-    )
-    done = subprocess.run([sys.executable, str(driver)], capture_output=True, text=True, env=environment(), timeout=60)
-    assert done.stdout.strip() == "fine", done.stderr
-
-
 def test_two_processes_agree_on_what_is_logged(mixed_policy, tmp_path):
     output = run_math(tmp_path / "run", "--max_steps", 3, "--logging_steps", 1, *SMALL, processes=2)
     assert output.count("Held-out accuracy") == 1  # one process speaks
