@@ -5,8 +5,11 @@ Run in a fresh process, whose allocator has no freed memory to reuse. Prints byt
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for examples.tasks, where this is run as a script
 
 import torch
 from head_memory import peak_beyond_now
@@ -41,10 +44,14 @@ def forward_backward(backbone, head, sketch: GradientSketch | None = None, rows:
     hidden_NH = backbone(input_ids=ids).last_hidden_state[:, -COMPLETION - 1 : -1].flatten(0, 1)
     sequence_N = torch.arange(len(ids), device=ids.device).repeat_interleave(COMPLETION)
     linear_grpo_loss(
-        hidden_NH, head.weight, ids[:, -COMPLETION:].flatten(), sequence_N, advantages_B,
+        hidden_NH,
+        head.weight,
+        ids[:, -COMPLETION:].flatten(),
+        sequence_N,
+        advantages_B,
         torch.full((len(ids),), 1 / (SEQUENCES * COMPLETION), device=ids.device),
         head_sketch=None if sketch is None else sketch.head_sketch(head, hidden_NH, sequence_N),
-    ).loss.backward()  # fmt: skip
+    ).loss.backward()
 
 
 def main(kind: str, lora: bool, checkpointing: bool) -> None:

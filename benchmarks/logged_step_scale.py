@@ -97,9 +97,12 @@ class Process:
         self.together = Together(accelerator)
         options = SimpleNamespace(interference_parts=False, what_if=None, normalization_kwargs=None)
         self.run = SimpleNamespace(
-            options=options, num_generations=G, prompts_per_generation=prompts, aggregation="sum_then_normalize",
+            options=options,
+            num_generations=G,
+            prompts_per_generation=prompts,
+            aggregation="sum_then_normalize",
             say_once=lambda *said: None,
-        )  # fmt: skip
+        )
         self.n = prompts * G // processes
         self.most = max(len(set(range(r * self.n // G, -(-(r + 1) * self.n // G)))) for r in range(processes))
         generator = torch.Generator().manual_seed(rank)
@@ -112,19 +115,30 @@ class Process:
         self.sketch = torch.randn(self.n, 2, K * K // 2, generator=generator) * advantage_B[:, None, None]
         self.features_BH = torch.randn(self.n, H, generator=generator)
         self.known = {
-            "prompt_id": prompt_B, "prompt_key": prompt_B, "position": position_B, "length": position_B,
-            "square": squared_norms(self.sketch.flatten(1)), "advantage": advantage_B, "made_at": advantage_B,
-            "weight": torch.ones(self.n), "group_rewards": rewards_BG, "function_rewards": reward_B[:, None],
+            "prompt_id": prompt_B,
+            "prompt_key": prompt_B,
+            "position": position_B,
+            "length": position_B,
+            "square": squared_norms(self.sketch.flatten(1)),
+            "advantage": advantage_B,
+            "made_at": advantage_B,
+            "weight": torch.ones(self.n),
+            "group_rewards": rewards_BG,
+            "function_rewards": reward_B[:, None],
             "coefficient": -advantage_B,
-        }  # fmt: skip
+        }
 
     def ours(self) -> dict[str, float]:
         totals_PH = torch.zeros(self.prompts, H + 1)
         totals_PH.index_add_(0, self.known["prompt_id"], torch.nn.functional.pad(self.features_BH, (0, 1), value=1.0))
         recorded = measure.Recorded(
-            self.sketch, {"model": slice(0, K * K // 2)}, pack_known(self.known, self.processes), totals_PH, 1,
+            self.sketch,
+            {"model": slice(0, K * K // 2)},
+            pack_known(self.known, self.processes),
+            totals_PH,
+            1,
             summed=False,
-        )  # fmt: skip
+        )
         what = WhatIfLog(self.run, "std", [1.0], self.together.attempt)
         largest = [self.most, 0]
         found = self.together.attempt(

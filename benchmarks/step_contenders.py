@@ -20,9 +20,12 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for examples.tasks, where this is run as a script
 
 import torch
 from datasets import Dataset
@@ -73,9 +76,15 @@ def make_model():
     if DEVICE == "cpu":
         return str(smollm2()), AutoTokenizer.from_pretrained(smollm2(), padding_side="left")
     config = Qwen2Config(
-        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-        vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=4096,
-    )  # fmt: skip
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+    )
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = Qwen2ForCausalLM(config)
@@ -129,22 +138,30 @@ class Contender:
             model=model,
             reward_funcs=self.reward,
             args=config_class(
-                output_dir=tempfile.mkdtemp(), num_generations=generations,
+                output_dir=tempfile.mkdtemp(),
+                num_generations=generations,
                 per_device_train_batch_size=PROMPTS * generations // MICRO_BATCHES,
                 gradient_accumulation_steps=accumulation,
                 max_steps=self.options["num_iterations"] * MICRO_BATCHES // accumulation,
                 max_completion_length=512,
                 learning_rate=0.0,  # nothing moves: all measure the same parameters, and gradients can be compared
-                bf16=DEVICE == "cuda", gradient_checkpointing=DEVICE == "cuda",
-                shuffle_dataset=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
-                use_cpu=DEVICE == "cpu", seed=1, **self.options,
+                bf16=DEVICE == "cuda",
+                gradient_checkpointing=DEVICE == "cuda",
+                shuffle_dataset=False,
+                report_to="none",
+                save_strategy="no",
+                logging_steps=1,
+                disable_tqdm=True,
+                use_cpu=DEVICE == "cpu",
+                seed=1,
+                **self.options,
             ),
             train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(PROMPTS)]}),
             processing_class=tokenizer,
             rollout_func=self.rollout,
             peft_config=LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0) if lora else None,
             callbacks=[self.clock],
-        )  # fmt: skip
+        )
 
     def rollout(self, prompts, trainer):
         of_prompt = self.rollouts.generations

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -73,16 +74,25 @@ def test_a_step_that_logs(benchmark, record, full, lora, tmp_path):
         model=str(folder),
         reward_funcs=alternating,
         args=CurvatureGRPOConfig(
-            output_dir=str(tmp_path), interference_every=2, max_steps=2 * rounds + 2, learning_rate=1e-6,
-            num_generations=SEQUENCES // PROMPTS, per_device_train_batch_size=SEQUENCES, bf16=False,
-            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
-            disable_tqdm=True, use_cpu=DEVICE == "cpu",
+            output_dir=str(tmp_path),
+            interference_every=2,
+            max_steps=2 * rounds + 2,
+            learning_rate=1e-6,
+            num_generations=SEQUENCES // PROMPTS,
+            per_device_train_batch_size=SEQUENCES,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=DEVICE == "cpu",
         ),
         train_dataset=Dataset.from_dict({"prompt": [f"Question {i}" for i in range(64)]}),
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
         rollout_func=stored_rollouts,
         peft_config=LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False) if lora else None,
-    )  # fmt: skip
+    )
     clock = StepSeconds()
     trainer.add_callback(clock)
     benchmark.pedantic(trainer.train, rounds=1)
@@ -171,6 +181,25 @@ def test_peak_memory(benchmark, record, lora, checkpointing):
     )
 
 
+def wrap_for_opacus(model, tokenizer):
+    """Returns a copy of the model and Opacus's wrapper of it. Opacus refuses tied weights: the head gets a copy."""
+    from opacus import GradSampleModule
+
+    untied = build_model(tokenizer).to(DEVICE)
+    untied.load_state_dict(model.state_dict())
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    return untied, GradSampleModule(untied, strict=False, loss_reduction="sum")
+
+
+def gram_by_opacus(untied, wrapped, backward) -> torch.Tensor:
+    """The sequences' inner products, from Opacus's gradient of each."""
+    backward(wrapped)
+    samples = {name: p.grad_sample for name, p in untied.named_parameters()}
+    embedding, head = samples.pop("model.embed_tokens.weight"), samples.pop("lm_head.weight")
+    flat = torch.cat([(embedding + head).flatten(1), *(sample.flatten(1) for sample in samples.values())], 1)
+    return flat @ flat.T
+
+
 def test_against_gradients_of_each_sequence(benchmark, record):
     """The built-in policy: a whole gradient of each sequence by ``vmap(grad)`` and by Opacus; sketch and exact mode."""
     tokenizer = build_tokenizer((1, 4))
@@ -201,27 +230,16 @@ def test_against_gradients_of_each_sequence(benchmark, record):
         return recorded[0].gram()
 
     contenders = {
-        "plain": plain, "sketch": lambda: by_taps(sketch), "exact": lambda: by_taps(exact), "vmap(grad)": by_vmap,
-    }  # fmt: skip
+        "plain": plain,
+        "sketch": lambda: by_taps(sketch),
+        "exact": lambda: by_taps(exact),
+        "vmap(grad)": by_vmap,
+    }
     truth = by_vmap()
     torch.testing.assert_close(by_taps(exact).float(), truth, rtol=1e-3, atol=1e-3)
     if find_spec("opacus"):
-        from opacus import GradSampleModule
-
-        untied = build_model(tokenizer).to(DEVICE)  # Opacus refuses tied weights: the head gets a copy
-        untied.load_state_dict(model.state_dict())
-        untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
-        wrapped = GradSampleModule(untied, strict=False, loss_reduction="sum")
-
-        def by_opacus() -> torch.Tensor:
-            plain(wrapped)
-            samples = {name: p.grad_sample for name, p in untied.named_parameters()}
-            embedding, head = samples.pop("model.embed_tokens.weight"), samples.pop("lm_head.weight")
-            flat = torch.cat([(embedding + head).flatten(1), *(sample.flatten(1) for sample in samples.values())], 1)
-            return flat @ flat.T
-
-        torch.testing.assert_close(by_opacus(), truth, rtol=1e-3, atol=1e-3)
-        contenders["Opacus"] = by_opacus
+        contenders["Opacus"] = partial(gram_by_opacus, *wrap_for_opacus(model, tokenizer), plain)
+        torch.testing.assert_close(contenders["Opacus"](), truth, rtol=1e-3, atol=1e-3)
     medians = alternate(contenders, rounds=15)
     benchmark.extra_info.update(medians)
     names = {"sketch": "ours", "exact": "ours, exact", "vmap(grad)": "vmap(grad)", "Opacus": "Opacus"}
@@ -260,15 +278,27 @@ def test_options_of_a_step_that_logs(benchmark, record, tmp_path):
             model=str(tmp_path / "policy"),
             reward_funcs=half_dead,
             args=CurvatureGRPOConfig(
-                output_dir=str(tmp_path / name), interference_every=2, interference_dim=32, max_steps=32,
-                learning_rate=1e-6, num_generations=8, per_device_train_batch_size=128, bf16=False,
-                gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
-                disable_tqdm=True, use_cpu=DEVICE == "cpu", share_prompts=False, **options,
+                output_dir=str(tmp_path / name),
+                interference_every=2,
+                interference_dim=32,
+                max_steps=32,
+                learning_rate=1e-6,
+                num_generations=8,
+                per_device_train_batch_size=128,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to="none",
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                use_cpu=DEVICE == "cpu",
+                share_prompts=False,
+                **options,
             ),
             train_dataset=Dataset.from_dict({"prompt": [f"Question {i}" for i in range(64)]}),
             processing_class=tokenizer,
             rollout_func=rollouts,
-        )  # fmt: skip
+        )
         clock = StepSeconds()
         trainer.add_callback(clock)
         trainer.train()
@@ -276,9 +306,11 @@ def test_options_of_a_step_that_logs(benchmark, record, tmp_path):
         return statistics.median(logged / plain for logged, plain in pairs)
 
     kinds = {
-        "without what-if": {"what_if": []}, "what-if and noise": {}, "by part": {"interference_parts": True},
+        "without what-if": {"what_if": []},
+        "what-if and noise": {},
+        "by part": {"interference_parts": True},
         "what_if_dead": {"what_if_dead": True},
-    }  # fmt: skip
+    }
     rounds = [{kind: ratio(f"{kind}{i}", **options) for kind, options in kinds.items()} for i in range(3)]
     found = {kind: statistics.median(one[kind] for one in rounds) for kind in kinds}
     benchmark.pedantic(lambda: ratio("last"), rounds=1)

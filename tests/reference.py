@@ -1,4 +1,4 @@
-"""The obviously right versions: slow, a few lines each, no Triton, no vectorisation. Oracles for the tests."""
+"""Reference implementations for the tests: obviously right and slow, without Triton and vectorisation."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ def normalize_rewards_reference(
     if method == "decoupled":
         assert function_rewards is not None
         return _decoupled_reference(function_rewards, function_weights, eps)
-    if method in ("batch_mean", "batch_std", "global"):
-        everything = [reward for group in rewards for reward in group if not math.isnan(reward)]
-        batch_mean = statistics.fmean(everything) if everything else 0.0
-        batch_std = statistics.stdev(everything) if len(everything) > 1 else 0.0
+    everything = [reward for group in rewards for reward in group if not math.isnan(reward)]
+    batch_mean = statistics.fmean(everything) if everything else 0.0
+    batch_std = statistics.stdev(everything) if len(everything) > 1 else 0.0
     scorable_groups = [[reward for reward in group if not math.isnan(reward)] for group in rewards]
 
     def advantage(p: int, index: int) -> float:
@@ -46,38 +45,46 @@ def normalize_rewards_reference(
             return reward - _shrinkage_baseline(reward, others, scorable_groups[:p] + scorable_groups[p + 1 :])
         if len(scorable) < 2 or max(scorable) == min(scorable):
             return 0.0
-        mean, std = statistics.fmean(scorable), statistics.stdev(scorable)
-        middle = statistics.median(scorable)
-        if method == "median_mad":
-            mad = statistics.median([abs(other - middle) for other in scorable])
-            return (reward - middle) / ((mad if mad > 0.01 * std else std) + eps)
-        if method == "iqr":
-            lower, _, upper = statistics.quantiles(scorable, n=4, method="inclusive")
-            return (reward - middle) / ((upper - lower if upper - lower > 0.01 * std else std) + eps)
-        if method == "rank":
-            smaller, equal = sum(x < reward for x in scorable), sum(x == reward for x in scorable)
-            mid_rank = smaller + (equal + 1) / 2
-            return (mid_rank - (len(scorable) + 1) / 2) / ((len(scorable) - 1) / 2)
+        if method in ("median_mad", "iqr", "rank"):
+            return _by_order(method, reward, scorable, eps)
         if method == "length_weighted":
             assert lengths is not None
             weights = [lengths[p][j] for j in range(len(rewards[p])) if not math.isnan(rewards[p][j])]
             weights = weights if sum(weights) > 0 else [1.0] * len(scorable)
             return reward - statistics.fmean(scorable, weights)
-        return {
-            "mean": lambda: reward - mean,
-            "loo": lambda: reward - statistics.fmean(others),
-            "std": lambda: (reward - mean) / (std + eps),
-            "batch_std": lambda: (reward - mean) / (batch_std + eps),
-            "power": lambda: (reward - mean) / (std + eps) ** alpha,
-            "adaptive": lambda: (reward - mean) / (std + eps) ** alpha,
-            "mean_abs": lambda: (reward - mean) / (statistics.fmean([abs(x - mean) for x in scorable]) + eps),
-            "max_rl": lambda: (reward - mean) / (mean + eps),
-            "beta": lambda: (reward - mean) / _beta_density(mean, [statistics.fmean(g) for g in scorable_groups if g]),
-            "running_std": lambda: (reward - mean) / (math.sqrt(running_variance) + eps),
-            "curvature": lambda: (reward - mean) / ((curvature_scale or [])[p] + eps),
+        if method == "loo":
+            return reward - statistics.fmean(others)
+        mean, std = statistics.fmean(scorable), statistics.stdev(scorable)
+        scale = {
+            "mean": lambda: 1.0,
+            "std": lambda: std + eps,
+            "batch_std": lambda: batch_std + eps,
+            "power": lambda: (std + eps) ** alpha,
+            "adaptive": lambda: (std + eps) ** alpha,
+            "mean_abs": lambda: statistics.fmean([abs(x - mean) for x in scorable]) + eps,
+            "max_rl": lambda: mean + eps,
+            "beta": lambda: _beta_density(mean, [statistics.fmean(group) for group in scorable_groups if group]),
+            "running_std": lambda: math.sqrt(running_variance) + eps,
+            "curvature": lambda: (curvature_scale or [])[p] + eps,
         }[method]()
+        return (reward - mean) / scale
 
     return [[advantage(p, index) for index in range(len(group))] for p, group in enumerate(rewards)]
+
+
+def _by_order(method: str, reward: float, scorable: Sequence[float], eps: float) -> float:
+    """Methods of the sorted group: median with its absolute deviation, quartiles, mid-ranks."""
+    if method == "rank":
+        smaller, equal = sum(x < reward for x in scorable), sum(x == reward for x in scorable)
+        mid_rank = smaller + (equal + 1) / 2
+        return (mid_rank - (len(scorable) + 1) / 2) / ((len(scorable) - 1) / 2)
+    std, middle = statistics.stdev(scorable), statistics.median(scorable)
+    if method == "median_mad":
+        spread = statistics.median([abs(other - middle) for other in scorable])
+    else:
+        lower, _, upper = statistics.quantiles(scorable, n=4, method="inclusive")
+        spread = upper - lower
+    return (reward - middle) / ((spread if spread > 0.01 * std else std) + eps)
 
 
 def _shrinkage_baseline(reward: float, others: Sequence[float], other_groups: Sequence[Sequence[float]]) -> float:

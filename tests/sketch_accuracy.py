@@ -8,10 +8,13 @@ import argparse
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for examples.tasks, where this is run as a script
 
 import torch
 from peft import LoraConfig, get_peft_model

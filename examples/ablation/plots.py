@@ -52,8 +52,12 @@ def draw_ablation(
     for k, (column, label) in enumerate(COLUMNS.items()):
         curves = {method: mean_curve(runs, column, eval_every) for method, runs in finals.items()}
         for i, (method, curve) in enumerate(curves.items()):
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "label": method,
-                     "linestyle": LINES[i % len(LINES)]}  # fmt: skip
+            style = {
+                "color": COLOURS[i % len(COLOURS)],
+                "marker": MARKERS[i % len(MARKERS)],
+                "label": method,
+                "linestyle": LINES[i % len(LINES)],
+            }
             _draw(together_axes[k], curve, style, band=False)
             axes = apart_axes[k][i]
             if REFERENCE in curves and method != REFERENCE:
@@ -92,8 +96,12 @@ def draw_tasks(finals: Mapping[str, Sequence[Run]], names: Sequence[str], file: 
                 curves = [dict(zip(*run.curve(f"{column}/{name}"), strict=True)) for run in runs]
                 steps = sorted(set.intersection(*(set(curve) for curve in curves)))
                 points = [mean_interval([curve[step] for curve in curves]) for step in steps]
-                style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "label": method,
-                         "linestyle": LINES[i % len(LINES)]}  # fmt: skip
+                style = {
+                    "color": COLOURS[i % len(COLOURS)],
+                    "marker": MARKERS[i % len(MARKERS)],
+                    "label": method,
+                    "linestyle": LINES[i % len(LINES)],
+                }
                 _draw(axes, (steps, points), style, band=False)
             axes.grid(alpha=0.3)
             if k == 0:

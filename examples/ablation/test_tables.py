@@ -75,8 +75,16 @@ def test_tidy_rows():
         {"step": 2, "eval_accuracy": 0.6},
         {"step": 2, "train_runtime": 3.0},
     ]
-    columns = ["step", "reward", "held_out_accuracy", "sigma_mean", "scale_mean", "zero_variance_frac", "grad_norm",
-               "entropy"]  # fmt: skip
+    columns = [
+        "step",
+        "reward",
+        "held_out_accuracy",
+        "sigma_mean",
+        "scale_mean",
+        "zero_variance_frac",
+        "grad_norm",
+        "entropy",
+    ]
     assert [[row[name] for name in columns] for row in tidy_rows(history)] == [
         [0, None, 0.4, None, None, None, None, None],
         [1, 0.5, None, None, None, 0.25, 1.5, None],
@@ -88,11 +96,18 @@ def task_run(method, seed, last, heard):
     """Two tasks evaluated at steps 0 and 10; interference logged twice, the second time of one task alone."""
     history = [
         {"step": 0, "eval_accuracy": 0.3, "eval_tasks/a b/reward": 0.2, "eval_tasks/c/reward": 0.4},
-        {"step": 1, "reward": 0.4, "tasks/a b/heard": heard, "tasks/c/heard": 1 - heard, "tasks/a b/cos/c": 0.1,
-         "tasks/a b/cos_error/c": 0.02, "tasks/a b/reward": 0.25},
+        {
+            "step": 1,
+            "reward": 0.4,
+            "tasks/a b/heard": heard,
+            "tasks/c/heard": 1 - heard,
+            "tasks/a b/cos/c": 0.1,
+            "tasks/a b/cos_error/c": 0.02,
+            "tasks/a b/reward": 0.25,
+        },
         {"step": 6, "reward": 0.5, "tasks/a b/heard": 1.0, "tasks/a b/reward": 0.5},
         {"step": 10, "eval_accuracy": 0.5, "eval_tasks/a b/reward": last, "eval_tasks/c/reward": 0.6},
-    ]  # fmt: skip
+    ]
     return Run(method, 1e-4, seed, tidy_rows(history))
 
 
@@ -112,8 +127,11 @@ def test_tables_by_task(tmp_path):
     lines = by_task(finals).splitlines()
     titles = [line for line in lines if line.startswith("| ") and "a b" in line]
     assert [title.split("|")[1].strip() for title in titles] == [
-        "final held-out accuracy", "held-out accuracy over training", "heard (share of the gradient)", "cosine",
-    ]  # fmt: skip
+        "final held-out accuracy",
+        "held-out accuracy over training",
+        "heard (share of the gradient)",
+        "cosine",
+    ]
     # 0.5 and 0.7: mean 0.6, half-width 12.706 * 0.1; from a straight line between 0.2 and the end: 0.35 and 0.45
     assert "| `mean` | 0.600 [-0.671, 1.871] | 0.600 [0.600, 0.600] |" in lines
     assert "| `mean` | 0.400 [-0.235, 1.035] | 0.500 [0.500, 0.500] |" in lines

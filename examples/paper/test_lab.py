@@ -123,8 +123,11 @@ def test_constant_at_the_start():
 
 def test_gain_by_constant_by_hand():
     # C: 0.513, 0.667 at G = 2, 1.33 exact
-    cells = [cell_of(0.02, group=2, pass_rate=0.2, noise=0.1), cell_of(-0.04, group=2, pass_rate=0.5),
-             cell_of(0.01, group=0, pass_rate=0.5)]  # fmt: skip
+    cells = [
+        cell_of(0.02, group=2, pass_rate=0.2, noise=0.1),
+        cell_of(-0.04, group=2, pass_rate=0.5),
+        cell_of(0.01, group=0, pass_rate=0.5),
+    ]
     head, _, two, endless = lab_results.by_constant(cells)
     assert head == "| answers a prompt | C below 0.7 | C 0.7 to 0.9 | C 0.9 to 1.1 | C 1.1 on |"
     assert two == "| 2 | -0.010 (1, 1 of 2) |  |  |  |"
@@ -135,8 +138,10 @@ def test_what_explains_the_gain():
     """A gain that is made of one of them is explained by it."""
     settings = [
         {"group": group, "pass_rate": rate, "overlap": overlap}
-        for group in (4, 8, 32) for rate in (0.05, 0.1, 0.3, 0.5) for overlap in (0.0, 0.5)
-    ]  # fmt: skip
+        for group in (4, 8, 32)
+        for rate in (0.05, 0.1, 0.3, 0.5)
+        for overlap in (0.0, 0.5)
+    ]
     by_c = [cell_of(0.1 - 0.05 * lab_cells.start_constant(dataclasses.asdict(Setting(**s))), **s) for s in settings]
     shares = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in lab_results.explained(by_c)[2:]}
     assert shares["C at the start"] == shares["log2 G, C at the start, their product"] == 1
@@ -148,14 +153,18 @@ def test_what_explains_the_gain():
 
 def test_best_rates_and_other_methods_by_hand():
     cells = [cell_of(0.01, rate=2.0, group=8), cell_of(0.01, rate=2.0, group=8), cell_of(0.01, rate=4.0, group=0)]
-    assert lab_results.rates(cells)[2:] == ["| exact | 1 | 4.00 [4.00, 4.00] | 1, 0 |",
-                                            "| sampled | 2 | 2.00 [2.00, 2.00] | 2, 0 |"]  # fmt: skip
+    assert lab_results.rates(cells)[2:] == [
+        "| exact | 1 | 4.00 [4.00, 4.00] | 1, 0 |",
+        "| sampled | 2 | 2.00 [2.00, 2.00] | 2, 0 |",
+    ]
     two = [
         cell_of(0.01, methods=("mean", "std", "adaptive"), group=8),
         cell_of(-0.02, methods=("mean", "std", "adaptive")),
     ]
-    assert lab_results.methods_table(two)[2:] == ["| `std` | 8 | -0.020, -0.005, +0.010 | 1, 1, 2 |",
-                                                  "| `adaptive` | 8 | -0.040, -0.010, +0.020 | 1, 1, 2 |"]  # fmt: skip
+    assert lab_results.methods_table(two)[2:] == [
+        "| `std` | 8 | -0.020, -0.005, +0.010 | 1, 1, 2 |",
+        "| `adaptive` | 8 | -0.040, -0.010, +0.020 | 1, 1, 2 |",
+    ]
     assert "| +0.010 [+0.010, +0.010] |" in lab_results.adaptive_table(two)[2]
 
 

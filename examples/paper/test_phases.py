@@ -42,10 +42,12 @@ def run_of(method, seed, accuracies, *, orthogonal=(), bounds=(), sigma=0.3):
 
 
 FINALS = {
-    "mean": [run_of("mean", 0, (0.2, 0.4, 0.8), orthogonal=(1.0, 0.9, 0.8, 0.8), bounds=(1, 1000, 5, 20)),
-             run_of("mean", 1, (0.2, 0.6, 0.8), orthogonal=(0.8, 0.9, 0.8, 0.8), bounds=(3, 3, 5, 20))],
+    "mean": [
+        run_of("mean", 0, (0.2, 0.4, 0.8), orthogonal=(1.0, 0.9, 0.8, 0.8), bounds=(1, 1000, 5, 20)),
+        run_of("mean", 1, (0.2, 0.6, 0.8), orthogonal=(0.8, 0.9, 0.8, 0.8), bounds=(3, 3, 5, 20)),
+    ],
     "std": [run_of("std", 0, (0.2, 0.6, 0.8)), run_of("std", 1, (0.2, 0.9, 0.8))],
-}  # fmt: skip
+}
 
 
 def test_spans_of_steps():
