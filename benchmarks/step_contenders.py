@@ -25,7 +25,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for examples.tasks, where this is run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for examples.tasks, where this is run as a script
 
 import torch
 from datasets import Dataset
