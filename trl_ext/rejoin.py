@@ -1,7 +1,9 @@
-"""A process that torchrun started again after a failure: back with the others within a minute, or an end with an error.
+"""Ends a process that torchrun restarted, with an error, unless it finds the other processes within a minute.
 
 torch waits up to half an hour for processes that can't find each other (seen over gloo, where a restart finds addresses
-of processes that are gone), and nobody restarts what doesn't end.
+of processes that are gone), and torchrun restarts only what has ended. A shorter timeout of the process group can't
+take the place of this timer: transformers passes none on CPUs, where the problem was seen, and a group's timeout is
+that of every later exchange too, where ranks may wait longer than a minute for one whose answers are long.
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ CODE = 75  # EX_TEMPFAIL: try again
 
 
 def restarts() -> int:
-    """How often torchrun has started this process anew."""
+    """How often torchrun has restarted this process."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def lacks_own_store() -> bool:
-    """Whether torchrun may restart, and would do so with the store of the processes that are gone."""
+    """Whether a restart by torchrun would find the store of the processes that are gone."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and os.environ.get(OWN_STORE) != "1"
 
 
 @contextmanager
 def rejoined_in_time(seconds: float = SECONDS) -> Iterator[None]:
-    """Around what joins the other processes. In a restart, where it takes longer, this process ends with an error."""
+    """Wraps the rendezvous of all processes. In a restart, a process that takes longer ends with exit code ``CODE``."""
     if not restarts():
         yield
         return

@@ -31,7 +31,6 @@ from .checkpoints.find import find_checkpoint
 from .checkpoints.saving import RandomStates, checkpoint_folder, saved_when, whole_or_none
 from .checkpoints.state import CheckpointState
 from .config import read_options
-from .gloo import let_gloo_finish
 from .interference.log import InterferenceLog
 from .loss.fused_head import CompletionMask, add_forward, fused_heads
 from .loss.fused_loss import one_pass_loss, why_not_one_pass, without_tool_logprobs
@@ -41,6 +40,7 @@ from .loss.token_weights import token_weights
 from .model_patches import ModelPatches
 from .overrides import answered_by, ours, overridden
 from .paper import PAPER
+from .process_group import keep_process_group
 from .quantized import keep_trainable
 from .report.completions import KeptCompletions
 from .report.run_files import RunFiles, describe_run
@@ -338,5 +338,5 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     @ours
     def end(self):
+        keep_process_group()
         super().end()
-        let_gloo_finish(self.accelerator.num_processes)

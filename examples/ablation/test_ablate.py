@@ -141,8 +141,8 @@ def test_the_script(tiny_policy, tmp_path):
     rows = read_csv(tmp_path / "results.csv")
     # (2 methods x 2 rates x 1 seed + 2 methods x 2 seeds) runs, steps 0 and 1
     assert len(rows) == 8 * 2
-    runs = {(row["phase"], row["method"], row["learning_rate"], row["seed"]) for row in rows}
-    assert len(runs) == 8 and {run[3] for run in runs if run[0] == "final"} == {"0", "1"}
+    trained = {(row["phase"], row["method"], row["learning_rate"], row["seed"]) for row in rows}
+    assert len(trained) == 8 and {run[3] for run in trained if run[0] == "final"} == {"0", "1"}
     assert all(0 <= float(row["held_out_accuracy"]) <= 1 for row in rows)
     assert all((row["reward"] == "") == (row["step"] == "0") for row in rows)
     table = read_csv(tmp_path / "table.csv")
