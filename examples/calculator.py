@@ -42,26 +42,11 @@ COLUMNS = ("reward", "eval_accuracy", "tools/call_frequency", "tools/failure_fre
 
 def parse_arguments(arguments: list[str]):
     """A ``CurvatureGRPOConfig``; ``ValueError`` for what can be known to fail before the policy is warmed up."""
-    from trl import TrlParser
-
-    from examples.tasks.command_line import unknown_option
+    from examples.tasks.command_line import parse
     from trl_ext import CurvatureGRPOConfig
     from trl_ext.checkpoints import check_output_dir
 
-    class Parser(TrlParser):
-        def error(self, message):
-            raise ValueError(message)  # without a thousand lines of usage before it
-
-    if "--config" in arguments:
-        recipe = arguments[arguments.index("--config") + 1 :][:1]
-        if not recipe or not os.path.isfile(recipe[0]):
-            raise ValueError(f"--config {' '.join(recipe)}: no such file")
-    kinds = (CurvatureGRPOConfig,)
-    parser = Parser(kinds, prog="examples/calculator.py")
-    parser.set_defaults(**DEFAULTS)
-    training, left_over = parser.parse_args_and_config(args=arguments, return_remaining_strings=True)
-    if left_over:
-        raise ValueError(unknown_option(left_over, kinds))
+    (training,) = parse((CurvatureGRPOConfig,), arguments, "examples/calculator.py", **DEFAULTS)
     check_output_dir(training.output_dir)
     training.eval_on_start = training.eval_strategy != "no" and training.resume_from_checkpoint is None
     return training

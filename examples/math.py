@@ -78,30 +78,17 @@ def short_help() -> str:
 
 def parse_arguments(arguments: list[str]):
     """(MathArguments, CurvatureGRPOConfig, ModelConfig) from the command line and ``--config FILE.yaml``."""
-    from trl import ModelConfig, TrlParser
+    from trl import ModelConfig
 
-    from examples.tasks.command_line import unknown_option
+    from examples.tasks.command_line import parse
     from trl_ext import CurvatureGRPOConfig
-
-    class Parser(TrlParser):
-        def error(self, message):
-            raise ValueError(message)  # without a thousand lines of usage before it
 
     model_given = any(item.split("=", 1)[0] == "--model_name_or_path" for item in arguments)
     if "--config" not in arguments and not model_given:
         arguments = ["--config", str(DEMO_RECIPE), *arguments]
     arguments = ["--help" if item == "--help_all" else item for item in arguments]
-    if "--config" in arguments:
-        recipe = arguments[arguments.index("--config") + 1 :][:1]
-        if not recipe or not Path(recipe[0]).is_file():
-            raise ValueError(f"--config {' '.join(recipe)}: no such file")
     kinds = (MathArguments, CurvatureGRPOConfig, ModelConfig)
-    parser = Parser(kinds, prog="examples/math.py")
-    parser.set_defaults(model_name_or_path=BUILT_IN, output_dir="runs/math")
-    *parsed, left_over = parser.parse_args_and_config(args=arguments, return_remaining_strings=True)
-    if left_over:
-        raise ValueError(unknown_option(left_over, kinds))
-    return parsed
+    return parse(kinds, arguments, "examples/math.py", model_name_or_path=BUILT_IN, output_dir="runs/math")
 
 
 def check_arguments(script, training, model, say) -> None:

@@ -8,7 +8,6 @@ Without arguments a small comparison, some minutes on two CPU cores. Repeat an i
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Mapping
@@ -193,7 +192,7 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
 
 def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, list]) -> None:
     from examples.ablation.plots import draw_ablation, draw_alpha, draw_tasks
-    from examples.ablation.tables import by_task, markdown_tables, rates_table, summarize, task_names
+    from examples.ablation.tables import by_task, markdown_tables, rates_table, summarize, task_names, write_csv
 
     folder = Path(options.output_dir)
     tidy = [
@@ -203,12 +202,8 @@ def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, li
         for row in run.rows
     ]
     table = summarize(finals, options.learning_rates, options.target_accuracy, options.max_steps)
-    for name, rows in (("results.csv", tidy), ("table.csv", table)):
-        columns = list(dict.fromkeys(column for row in rows for column in row))  # a step may lack a task
-        with open(folder / name, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+    write_csv(folder / "results.csv", tidy)
+    write_csv(folder / "table.csv", table)
     text = markdown_tables(table, options.target_accuracy, options.max_steps) + rates_table(sweep) + by_task(finals)
     (folder / "table.md").write_text(text)
     clipping = f"clipped at {options.max_grad_norm:g}" if options.max_grad_norm else "not clipped"
@@ -256,14 +251,13 @@ def compare(
     ]
     workers = Workers(options.jobs, total=len(sweep_settings) + len(options.methods) * len(options.seeds))
     try:
-        later = options.seeds if options.model_name_or_path == BUILT_IN else []
-        sweep = workers.run(output, sweep_settings, warm_ups=later) if swept else []
+        sweep = workers.run(output, sweep_settings) if swept else []
         chosen = {}
         for method in options.methods:
             own = [run for run in sweep if run.method == method]
             if own or not swept:
                 chosen[method] = best_learning_rate(own) if swept else rates[0]
-                workers.progress.say(f"{method}: learning rate {chosen[method]:g}")
+                print(f"{method}: learning rate {chosen[method]:g}", flush=True)
         wanted = [
             run_settings(options, method, rate, seed) for method, rate in chosen.items() for seed in options.seeds
         ]

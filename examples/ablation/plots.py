@@ -40,11 +40,9 @@ def draw_ablation(
     finals: Mapping[str, Sequence[Run]], target: float, eval_every: int, title: str, files: Sequence[Path]
 ) -> None:
     """Draws the runs of each method into the files, whose suffixes name the formats."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(10.0, 1.9 * len(finals)), 10), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
     halves = figure.subfigures(2, 1, squeeze=False)[:, 0]
     together_axes = halves[0].subplots(1, len(COLUMNS))
@@ -83,11 +81,9 @@ def draw_ablation(
 
 def draw_tasks(finals: Mapping[str, Sequence[Run]], names: Sequence[str], file: Path) -> None:
     """Held-out accuracy of each task, all methods; below, each task's share of the gradient."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(names), 6), layout="constrained")
-    FigureCanvasAgg(figure)
     rows = {"held_out": "held-out accuracy", "heard": "share of the gradient"}
     grid = figure.subplots(len(rows), len(names), sharex=True, sharey="row", squeeze=False)
     for k, (column, label) in enumerate(rows.items()):
@@ -115,11 +111,9 @@ def draw_tasks(finals: Mapping[str, Sequence[Run]], names: Sequence[str], file: 
 
 def draw_alpha(runs: Sequence[Run], file: Path) -> None:
     """``adaptive``: the constant C that was measured, and alpha, which follows it; mean and 95% band over seeds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for i, (column, (label, factor)) in enumerate(ALPHA_COLUMNS.items()):
         curves = [dict(zip(*run.curve(column), strict=True)) for run in runs]

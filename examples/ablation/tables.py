@@ -6,9 +6,11 @@ ratios of medians and of learning rates.
 
 from __future__ import annotations
 
+import csv
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,14 @@ from .curves import Interval, Run, mean_interval, mean_over_training, steps_to_t
 RESAMPLES = 10_000
 REFERENCE = "std"  # what differences are taken to
 BASELINE = "mean"  # what speed-ups are measured over
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows of named values; a column that only some rows have is empty in the others."""
+    with open(path, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def interpolated_rate(scores: Mapping[float, float]) -> float:

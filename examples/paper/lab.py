@@ -230,16 +230,13 @@ def main(arguments: list[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
     write_cells(folder / "cells.csv", cells(options.coarse), options.jobs)
 
+    from examples.ablation.tables import write_csv
     from examples.paper.lab_cells import read_cells, summary_rows
     from examples.paper.lab_plot import draw_map, draw_predictor
     from examples.paper.lab_results import tables
 
     measured = read_cells(folder / "cells.csv")
-    rows = summary_rows(measured)
-    with open(folder / "lab.csv", "w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "lab.csv", summary_rows(measured))
     (folder / "lab.md").write_text(tables(measured))
     on_map = [cell for cell in measured if cell.part == "map"]
     draw_map(on_map, folder / "map.png")

@@ -5,7 +5,6 @@ Trains the built-in policy with ``mean`` and ``std``, each at its best learning 
 without a sketch. Writes ``phases.md``, ``phases.png`` and ``phases.csv``. Repeat an interrupted command to go on.
 """
 
-import csv
 import os
 import sys
 from pathlib import Path
@@ -40,15 +39,12 @@ def main(arguments: list[str]) -> None:
     exact = {"interference_dim": 0, "interference_every": options.measure_every, "what_if": []}
     sweep, finals, failed = compare(options, exact)
     if finals:
+        from examples.ablation.tables import write_csv
         from examples.paper.phases_results import draw_phases, measured_rows, phases_text
 
         write_results(options, sweep, finals)
         folder = Path(options.output_dir)
-        rows = measured_rows(finals)
-        with open(folder / "phases.csv", "w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(folder / "phases.csv", measured_rows(finals))
         text = phases_text(finals, sweep)
         (folder / "phases.md").write_text(text)
         draw_phases(finals, folder / "phases.png")

@@ -196,13 +196,11 @@ def phases_text(finals: Finals, sweep: Sequence[Run]) -> str:
 
 def draw_phases(finals: Finals, path: Path) -> None:
     """Accuracy, its lead, orthogonality, cosines raw and corrected, sigma, M and pairs that aren't above 0."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from examples.ablation.plots import COLOURS, LINES
 
     figure = Figure(figsize=(12, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3, sharex=True).flatten()
     panels = [
         ("held-out accuracy", ["held_out_accuracy"]),

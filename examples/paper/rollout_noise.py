@@ -9,7 +9,6 @@ raw cosines grow with G where prompts really overlap, corrected ones shouldn't. 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
@@ -139,6 +138,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    from examples.ablation.tables import write_csv
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     parser.add_argument("--groups", nargs="+", type=int, default=GROUPS, help="answers to a prompt")
@@ -182,10 +183,7 @@ def main(arguments: list[str]) -> None:
             print(f"{number} of {len(tasks)}", flush=True)
 
     rows = [row for file in files for row in json.loads(file.read_text())]
-    with open(folder / "rollout_noise.csv", "w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "rollout_noise.csv", rows)
     (folder / "rollout_noise.md").write_text(table(rows))
     print(f"\n{table(rows)}\nWritten to {folder}: rollout_noise.csv, rollout_noise.md")
 

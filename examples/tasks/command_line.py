@@ -1,8 +1,9 @@
-"""A script's command line: a help of one screen, and an answer to a name that isn't there. Imports no torch, no TRL."""
+"""A script's command line: a help of one screen, a parser, a message for an unknown name. It imports TRL late."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -63,3 +64,32 @@ def unknown_option(left_over: Sequence[str], dataclasses: Iterable[Any]) -> str:
     if not names:
         return f"{' '.join(left_over)}: belongs to no option"
     return f"{names[0]}: no such option{did_you_mean(names[0], known)}"
+
+
+def parse(kinds: Sequence[Any], arguments: Sequence[str], prog: str, **defaults: Any) -> list[Any]:
+    """Parses a command line, and the YAML file of its ``--config``, into dataclasses by TRL's parser.
+
+    Args:
+        kinds: the dataclasses.
+        prog: the script's name, for its help.
+        defaults: of options, in place of the dataclasses'.
+
+    Raises:
+        ValueError: what is wrong, in one line: an unknown option, a missing file, a value of another type.
+    """
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message):
+            raise ValueError(message)  # without a thousand lines of usage before it
+
+    if "--config" in arguments:
+        recipe = arguments[arguments.index("--config") + 1 :][:1]
+        if not recipe or not os.path.isfile(recipe[0]):
+            raise ValueError(f"--config {' '.join(recipe)}: no such file")
+    parser = Parser(kinds, prog=prog)
+    parser.set_defaults(**defaults)
+    *parsed, left_over = parser.parse_args_and_config(args=list(arguments), return_remaining_strings=True)
+    if left_over:
+        raise ValueError(unknown_option(left_over, kinds))
+    return parsed
