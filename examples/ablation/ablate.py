@@ -191,7 +191,7 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
 
 
 def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, list]) -> None:
-    from examples.ablation.plots import draw_ablation, draw_alpha, draw_tasks
+    from examples.ablation.plots import draw_ablation, draw_tasks
     from examples.ablation.tables import by_task, markdown_tables, rates_table, summarize, task_names, write_csv
 
     folder = Path(options.output_dir)
@@ -216,9 +216,6 @@ def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, li
     if task_names(finals):
         files.append(folder / "tasks.png")
         draw_tasks(finals, task_names(finals), files[-1])
-    if "adaptive" in finals:
-        files.append(folder / "alpha.png")
-        draw_alpha(finals["adaptive"], files[-1])
     names = ", ".join(file.name for file in files)
     print(f"\n{text}\nWritten to {folder}: results.csv, table.csv, table.md, {names}")
 

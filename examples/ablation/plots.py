@@ -1,4 +1,4 @@
-"""The plots of an ablation: reward and held-out accuracy against steps, mean and 95% band over seeds; alpha.
+"""The plots of an ablation: reward and held-out accuracy against steps, mean and 95% band over seeds.
 
 Above, all methods together, by their means; below, each method by itself with its band, beside ``std``. Line styles
 and markers tell the methods apart without colours.
@@ -16,7 +16,6 @@ from .tables import REFERENCE
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")
-ALPHA_COLUMNS = {"sigma_mean": ("C of the batch, 8/3 of sigma", 8 / 3), "alpha": ("alpha, by its moving average", 1.0)}
 COLUMNS = {"reward": "reward of the sampled answers", "held_out_accuracy": "held-out accuracy"}
 
 
@@ -26,6 +25,12 @@ def mean_curve(runs: Sequence[Run], column: str, eval_every: int) -> tuple[list[
     if column == "reward":
         curves = [block_means(*curve, eval_every) for curve in curves]
     return curves[0][0], [mean_interval(values) for values in zip(*(values for _, values in curves), strict=True)]
+
+
+def line_style(i: int, method: str) -> dict[str, str]:
+    """Of the i-th method: told apart without colours, too."""
+    marker, line = MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]
+    return {"color": COLOURS[i % len(COLOURS)], "marker": marker, "label": method, "linestyle": line}
 
 
 def _draw(axes: Any, curve: tuple[list[float], list[Interval]], style: dict[str, Any], band: bool) -> None:
@@ -50,12 +55,7 @@ def draw_ablation(
     for k, (column, label) in enumerate(COLUMNS.items()):
         curves = {method: mean_curve(runs, column, eval_every) for method, runs in finals.items()}
         for i, (method, curve) in enumerate(curves.items()):
-            style = {
-                "color": COLOURS[i % len(COLOURS)],
-                "marker": MARKERS[i % len(MARKERS)],
-                "label": method,
-                "linestyle": LINES[i % len(LINES)],
-            }
+            style = line_style(i, method)
             _draw(together_axes[k], curve, style, band=False)
             axes = apart_axes[k][i]
             if REFERENCE in curves and method != REFERENCE:
@@ -92,12 +92,7 @@ def draw_tasks(finals: Mapping[str, Sequence[Run]], names: Sequence[str], file: 
                 curves = [dict(zip(*run.curve(f"{column}/{name}"), strict=True)) for run in runs]
                 steps = sorted(set.intersection(*(set(curve) for curve in curves)))
                 points = [mean_interval([curve[step] for curve in curves]) for step in steps]
-                style = {
-                    "color": COLOURS[i % len(COLOURS)],
-                    "marker": MARKERS[i % len(MARKERS)],
-                    "label": method,
-                    "linestyle": LINES[i % len(LINES)],
-                }
+                style = line_style(i, method)
                 _draw(axes, (steps, points), style, band=False)
             axes.grid(alpha=0.3)
             if k == 0:
@@ -106,23 +101,4 @@ def draw_tasks(finals: Mapping[str, Sequence[Run]], names: Sequence[str], file: 
                 axes.set_xlabel("step")
         grid[k][0].set_ylabel(label)
     grid[0][0].legend(fontsize=8)
-    figure.savefig(file, dpi=130)
-
-
-def draw_alpha(runs: Sequence[Run], file: Path) -> None:
-    """``adaptive``: the constant C that was measured, and alpha, which follows it; mean and 95% band over seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for i, (column, (label, factor)) in enumerate(ALPHA_COLUMNS.items()):
-        curves = [dict(zip(*run.curve(column), strict=True)) for run in runs]
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        points = [mean_interval([factor * curve[step] for curve in curves]) for step in steps]
-        style = {"color": COLOURS[i], "linestyle": LINES[1 - i], "label": label}
-        _draw(axes, (steps, points), style, band=True)
-    axes.set_xlabel("step")
-    axes.set_title(f"adaptive: {len(runs)} seeds", fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
     figure.savefig(file, dpi=130)

@@ -77,32 +77,11 @@ def test_runs_differ_in_method_learning_rate_and_seed_alone(tmp_path):
 
 
 def options_of(policy, folder, *more):
-    return [
-        "--methods",
-        "mean",
-        "power:alpha=0.5",
-        "--learning_rates",
-        "1e-3",
-        "2e-3",
-        "--sweep_seeds",
-        "7",
-        "--seeds",
-        "0",
-        "1",
-        "--max_steps",
-        "1",
-        "--eval_every",
-        "1",
-        "--eval_size",
-        "4",
-        "--target_accuracy",
-        "0.5",
-        "--model_name_or_path",
-        str(policy),
-        "--output_dir",
-        str(folder),
-        *more,
-    ]
+    options = (
+        "--methods mean power:alpha=0.5 --learning_rates 1e-3 2e-3 --sweep_seeds 7 --seeds 0 1 --max_steps 1 "
+        "--eval_every 1 --eval_size 4 --target_accuracy 0.5"
+    )
+    return [*options.split(), "--model_name_or_path", str(policy), "--output_dir", str(folder), *more]
 
 
 QUIET = {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}

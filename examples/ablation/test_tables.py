@@ -15,7 +15,7 @@ from examples.ablation.curves import (
     steps_to_target,
     tidy_rows,
 )
-from examples.ablation.plots import draw_alpha, draw_tasks, mean_curve
+from examples.ablation.plots import draw_tasks, mean_curve
 from examples.ablation.tables import (
     at_edge,
     by_task,
@@ -75,16 +75,7 @@ def test_tidy_rows():
         {"step": 2, "eval_accuracy": 0.6},
         {"step": 2, "train_runtime": 3.0},
     ]
-    columns = [
-        "step",
-        "reward",
-        "held_out_accuracy",
-        "sigma_mean",
-        "scale_mean",
-        "zero_variance_frac",
-        "grad_norm",
-        "entropy",
-    ]
+    columns = "step reward held_out_accuracy sigma_mean scale_mean zero_variance_frac grad_norm entropy".split()
     assert [[row[name] for name in columns] for row in tidy_rows(history)] == [
         [0, None, 0.4, None, None, None, None, None],
         [1, 0.5, None, None, None, 0.25, 1.5, None],
@@ -142,21 +133,6 @@ def test_tables_by_task(tmp_path):
     assert by_task({"std": [run_of("std", [0.4, 0.5, 0.6])]}) == ""
     draw_tasks(finals, task_names(finals), tmp_path / "tasks.png")
     assert (tmp_path / "tasks.png").read_bytes()[1:4] == b"PNG"
-
-
-def test_alpha_is_drawn_beside_the_constant(tmp_path):
-    """Also where a step measured nothing in one run, and where nothing was measured at all."""
-    logs = [
-        [{"step": t, "curvature/sigma_mean": 0.5 + t / 10, "normalization/alpha": 0.6} for t in steps]
-        for steps in ((1, 2, 3), (1, 3))
-    ]
-    runs = [Run("adaptive", 1e-4, seed, tidy_rows(history)) for seed, history in enumerate(logs)]
-    assert runs[1].curve("sigma_mean") == ([1.0, 3.0], [0.6, 0.8])
-    assert runs[1].curve("alpha") == ([1.0, 3.0], [0.6, 0.6])
-    draw_alpha(runs, tmp_path / "alpha.png")
-    draw_alpha([run_of("adaptive", (0.4, 0.5))], tmp_path / "none.png")
-    sizes = [(tmp_path / name).stat().st_size for name in ("alpha.png", "none.png")]
-    assert sizes[0] > sizes[1] > 1000
 
 
 # Learning rates

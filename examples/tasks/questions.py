@@ -31,22 +31,9 @@ PROMPT_STYLES = ("auto", "chat", "few_shot")
 TASKS = {1: "sums to 20", 2: "sums to 50", 3: "sums to 99", 4: "one-step stories", 5: "two-step stories"}
 # columns that are TRL's, or ours already
 NOT_PASSED_ON = (
-    "prompt",
-    "prompts",
-    "completion",
-    "completions",
-    "completion_ids",
-    "question",
-    "gold",
-    "task",
-    "image",
-    "images",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-    "tools",
-    "environment_kwargs",
-)
+    "prompt prompts completion completions completion_ids question gold task image images trainer_state log_extra "
+    "log_metric tools environment_kwargs"
+).split()
 NEXT_QUESTION = "\nQuestion:"  # where a few-shot completion has gone on to a question of its own
 
 
