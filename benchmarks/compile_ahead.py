@@ -167,7 +167,7 @@ QUICK = ("grpo", "grpo, all options")
 
 
 class _Launch:
-    """Stands where a launcher expects a kernel: keeps the arguments of the launch, and launches nothing."""
+    """Takes the place of a kernel in its launcher: keeps the launch's arguments, and launches nothing."""
 
     def __init__(self) -> None:
         self.positional: tuple[Any, ...] = ()
@@ -181,7 +181,7 @@ class _Launch:
 
 
 def _launch(case: Case, target: GPUTarget) -> tuple[JITFunction, _Launch]:
-    """The kernel of a case, and the arguments that its launcher gives it on such a GPU."""
+    """Returns the kernel of a case, and the arguments that its launcher gives it on such a GPU."""
     module: ModuleType = triton_rows
     if case.variant in VARIANTS:
         name, call = VARIANTS[case.variant]
@@ -201,7 +201,7 @@ def _launch(case: Case, target: GPUTarget) -> tuple[JITFunction, _Launch]:
 
 
 def _compile(case: Case, target: GPUTarget) -> tuple[Any, int | None]:
-    """(what the JIT would compile were a GPU of that kind here, BLOCK_V), by the JIT's own steps."""
+    """Compiles by the JIT's own steps, as on a GPU of that kind. Returns the compiled kernel and BLOCK_V."""
     kernel, launch = _launch(case, target)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -212,7 +212,7 @@ def _compile(case: Case, target: GPUTarget) -> tuple[Any, int | None]:
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, SASS) by the cuobjdump that Triton carries."""
+    """Returns resource usage and SASS, by the cuobjdump that Triton carries."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -262,7 +262,7 @@ def _access(name: str) -> tuple[str, int] | None:
 
 
 def _loops(instructions: list[Instruction], elements: int | None) -> list[Loop]:
-    """The loops that access global memory, from backward branches; of a kernel without any, all of it."""
+    """Finds the loops that access global memory, by backward branches. A kernel without any counts as one loop."""
     ranges: list[tuple[int, int]] = []
     for first, last in sorted((goal, place) for place, _, goal in instructions if goal is not None and goal < place):
         if ranges and first <= ranges[-1][1]:

@@ -33,7 +33,7 @@ AGAIN = 2  # logged steps in a row, before advice is given
 
 
 def advice(metrics: Mapping[str, float | None], max_completion_length: int) -> dict[str, str]:
-    """What makes learning impossible in this logged step, and what to change."""
+    """Returns reasons why nothing can be learned in this logged step, each with what to change."""
     found = {}
     if metrics.get("completions/clipped_ratio") == 1:
         found["cut"] = (
@@ -51,7 +51,7 @@ def advice(metrics: Mapping[str, float | None], max_completion_length: int) -> d
 
 
 def format_row(metrics: dict[str, float | None]) -> str:
-    """One line of the table; a metric that isn't there leaves its cell empty."""
+    """Formats one line of the table; a missing metric leaves its cell empty."""
     cells = []
     for _, width, name, layout in COLUMNS:
         value = metrics.get(name, metrics.get(f"{name}_live"))

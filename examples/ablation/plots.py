@@ -20,7 +20,9 @@ COLUMNS = {"reward": "reward of the sampled answers", "held_out_accuracy": "held
 
 
 def mean_curve(runs: Sequence[Run], column: str, eval_every: int) -> tuple[list[float], list[Interval]]:
-    """(steps, mean over runs with its interval at each); the noisy reward as means of ``eval_every`` steps."""
+    """Returns steps, and the mean over runs with its interval at each. The noisy reward is averaged over ``eval_every``
+    steps.
+    """
     curves = [run.curve(column) for run in runs]
     if column == "reward":
         curves = [block_means(*curve, eval_every) for curve in curves]
@@ -28,7 +30,7 @@ def mean_curve(runs: Sequence[Run], column: str, eval_every: int) -> tuple[list[
 
 
 def line_style(i: int, method: str) -> dict[str, str]:
-    """Of the i-th method: told apart without colours, too."""
+    """Returns the i-th method's line, which differs from the others' in more than its colour."""
     marker, line = MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]
     return {"color": COLOURS[i % len(COLOURS)], "marker": marker, "label": method, "linestyle": line}
 
@@ -80,7 +82,7 @@ def draw_ablation(
 
 
 def draw_tasks(finals: Mapping[str, Sequence[Run]], names: Sequence[str], file: Path) -> None:
-    """Held-out accuracy of each task, all methods; below, each task's share of the gradient."""
+    """Draws the held-out accuracy of each task for all methods, and below it each task's share of the gradient."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(names), 6), layout="constrained")

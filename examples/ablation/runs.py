@@ -131,7 +131,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def run_file(output_dir: str | Path, settings: Settings) -> Path:
-    """Where a run's result lies; other settings, another file."""
+    """Returns the file of a run's result. Other settings have another file."""
     training = settings["training"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     method = settings["method"].replace(":", "-")
@@ -145,7 +145,7 @@ def run_name(settings: Settings) -> str:
 
 
 def read_run(output_dir: str | Path, settings: Settings) -> Run | None:
-    """The ``Run``, or None where it isn't done: no file, or one that was cut off."""
+    """Reads a run's result. Returns None where there is no file, or one that was cut off."""
     try:
         rows = json.loads(run_file(output_dir, settings).read_text())["rows"]
     except (OSError, ValueError):
@@ -169,7 +169,7 @@ class Workers:
             worker.terminate()
 
     def close(self) -> None:
-        """When all is done."""
+        """Ends the workers when they have nothing left to do."""
         self.pool.shutdown()
 
     def _each(self, calls: Mapping[str, tuple[Any, ...]], report: Callable[[str], None]) -> None:

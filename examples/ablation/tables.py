@@ -69,7 +69,7 @@ def rate_ratios(sweep: Sequence[Run], reference: str = REFERENCE) -> dict[str, I
 
 
 def rates_table(sweep: Sequence[Run]) -> str:
-    """``rate_ratios`` for people; empty without a sweep over rates, seeds and the reference."""
+    """Formats ``rate_ratios``. Empty without a sweep over rates and seeds, or without the reference."""
     if len({run.learning_rate for run in sweep}) < 2 or REFERENCE not in {run.method for run in sweep}:
         return ""
     lines = ["", f"| method | best learning rate / `{REFERENCE}`'s |", "|---|---|"]
@@ -110,7 +110,7 @@ def speed_up(baseline_steps: Sequence[float], steps: Sequence[float], max_steps:
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Their quotient. 0 steps over 0 steps, both there from the start, is 1; inf never meets inf here."""
+    """Divides. 0 steps over 0 steps, both there from the start, is 1; inf never meets inf here."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where((numerator == 0) & (denominator == 0), 1.0, numerator / denominator)
 
@@ -219,7 +219,7 @@ def markdown_tables(rows: Sequence[Mapping[str, Any]], target: float, max_steps:
 
 
 def task_names(finals: Mapping[str, Sequence[Run]]) -> list[str]:
-    """Of all runs, sorted; empty where there is one task or none."""
+    """Returns the tasks of all runs, sorted; none where there is one task or no column of tasks."""
     columns = dict.fromkeys(column for runs in finals.values() for run in runs for row in run.rows for column in row)
     names = [column.removeprefix("held_out/") for column in columns if column.startswith("held_out/")]
     return sorted(names) if len(names) > 1 else []
@@ -256,7 +256,7 @@ def _task_table(
     columns: Sequence[str],
     reduce: Callable[[Sequence[float], Sequence[float]], float],
 ) -> list[str]:
-    """A row for each method, a cell for each column: the reduced curves' mean over runs; empty where none is."""
+    """Makes a row for each method and a cell for each column: the mean over runs of the reduced curves."""
     if not any(run.curve(column)[0] for runs in finals.values() for run in runs for column in columns):
         return []
     names = [", ".join(column.split("/")[1:]) for column in columns]

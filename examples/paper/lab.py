@@ -79,7 +79,7 @@ def structure_settings(coarse: bool) -> Iterator[dict[str, Any]]:
 
 
 def cells(coarse: bool) -> list[tuple[str, dict[str, Any]]]:
-    """(part, setting) of all that is to be measured."""
+    """Lists (part, setting) of everything that is measured."""
     parts = {"map": map_settings, "methods": method_settings, "structures": structure_settings}
     return [(part, setting) for part, settings in parts.items() for setting in settings(coarse)]
 
@@ -88,7 +88,7 @@ def cells(coarse: bool) -> list[tuple[str, dict[str, Any]]]:
 
 
 def measure(cell: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method; those of the seeds are lists, as ``"1.5 2.0"``."""
+    """Measures a setting: a row for each method. Values of several seeds are text, as ``"1.5 2.0"``."""
     from examples.paper.log_linear import Policies, Setting
 
     part, described = cell
@@ -101,7 +101,7 @@ def measure(cell: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measure_method(method: str, tuning: Any, reported: Any) -> dict[str, Any]:
-    """Its best rates on the tuning seeds; what it does with them on the reported ones."""
+    """Finds a method's best rates on the tuning seeds, and measures it with them on the reported seeds."""
     from examples.paper.log_linear import assumptions, steps_to, train
 
     chosen = train(tuning, method, np.broadcast_to(RATES, (len(tuning.seeds), len(RATES))), STEPS)
@@ -160,7 +160,7 @@ def measure_method(method: str, tuning: Any, reported: Any) -> dict[str, Any]:
 
 
 def write_cells(path: Path, todo: list[tuple[str, dict[str, Any]]], jobs: int) -> None:
-    """Measures what ``path`` lacks; a setting is written as soon as it is known."""
+    """Measures the settings that ``path`` lacks, and writes each as soon as it is known."""
     from examples.paper.log_linear import Setting
 
     done = keep_whole(path, ["part", *(field.name for field in dataclasses.fields(Setting))])
@@ -187,7 +187,7 @@ def write_cells(path: Path, todo: list[tuple[str, dict[str, Any]]], jobs: int) -
 
 
 def keep_whole(path: Path, keys: list[str]) -> set[tuple[str, ...]]:
-    """The settings that ``path`` has with all their methods; what a kill cut off is taken out of it."""
+    """Removes from ``path`` the settings that a kill cut off, and returns those that have all their methods."""
     if not path.is_file():
         return set()
     with open(path, newline="") as stream:
@@ -207,7 +207,7 @@ def keep_whole(path: Path, keys: list[str]) -> set[tuple[str, ...]]:
 
 @cache
 def columns() -> list[str]:
-    """Of ``cells.csv``: those of ``mean``, which has all."""
+    """Returns the columns of ``cells.csv``: those of ``mean``, which has all."""
     rows = measure(("map", {"prompts": 4, "group": 2}))
     return list(rows[0])
 

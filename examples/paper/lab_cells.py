@@ -40,7 +40,7 @@ class Cell:
         return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
     def area_gain(self, method: str = "std", reference: str = "mean") -> tuple[float, float, float]:
-        """Estimate, low, high of the gain in area."""
+        """Returns estimate, low end and high end of the gain in area."""
         found = mean_interval(list(self.rows[method]["area"] - self.rows[reference]["area"]))
         return found.estimate, found.low, found.high
 
@@ -63,7 +63,7 @@ class Cell:
 
 
 def read_cells(path: Path) -> list[Cell]:
-    """In the order of the map, whatever the order in which they were measured."""
+    """Reads ``cells.csv``, sorted by setting."""
     found: dict[tuple[Any, ...], Cell] = {}
     with open(path, newline="") as stream:
         for row in csv.DictReader(stream):

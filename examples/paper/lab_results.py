@@ -18,7 +18,7 @@ GAIN_BY_CONSTANT = (0.0, 0.7, 0.9, 1.1, math.inf)
 
 
 def gains_of(cells: Sequence[Cell], method: str = "std") -> tuple[np.ndarray, int, int]:
-    """The cells' gains in area over ``mean``; of how many the whole interval is above 0, and below."""
+    """Returns the gains in area over ``mean``, and in how many cells the whole interval is above 0, and below."""
     found = np.array([cell.area_gain(method) for cell in cells])
     return found[:, 0], int((found[:, 1] > 0).sum()), int((found[:, 2] < 0).sum())
 
@@ -60,7 +60,7 @@ class Fit:
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> Fit | None:
-    """None with fewer than ten cells that have both."""
+    """Fits a line; None with fewer than ten cells that have both values."""
     x, y = np.asarray(x), np.asarray(y)
     known = np.isfinite(x) & np.isfinite(y)
     x, y = x[known], y[known]
@@ -85,7 +85,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit | None:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's, over the cells that have both."""
+    """Computes Spearman's rank correlation over the cells that have both values."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     known = np.isfinite(x) & np.isfinite(y)
     if known.sum() < 10 or np.ptp(x[known]) == 0 or np.ptp(y[known]) == 0:
@@ -209,7 +209,7 @@ def explained(cells: Sequence[Cell]) -> list[str]:
 
 
 def rates(cells: Sequence[Cell]) -> list[str]:
-    """mean's best rate over std's, and whether edges won."""
+    """Compares the best rates of ``mean`` and ``std``, and counts where the largest rate won."""
     lines = [
         "| | cells | best rate of `mean` / `std`: median [10 %, 90 %] | largest rate won: steps, area |",
         "|---|---|---|---|",

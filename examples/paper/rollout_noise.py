@@ -38,7 +38,7 @@ COLUMNS = {
 
 
 def run(policy: str, output_dir: str, seed: int, **training: Any) -> Any:
-    """A trainer on the mixture that has run with these options, quietly."""
+    """Trains on the mixture with these options, without messages, and returns the trainer."""
     import trl_ext  # noqa: F401 - before transformers: it keeps a start quiet
 
     # isort: split
@@ -86,7 +86,7 @@ def train_policy(task: tuple[int, int, str]) -> None:
 
 
 def measure(task: tuple[int, str, str | None, int, int, str]) -> None:
-    """Measures one policy with one group size, a row for each step, to a file of its own."""
+    """Measures one policy with one group size, and writes a row for each step to a file of its own."""
     from examples.tasks.mixed_policy import mixed_policy
 
     seed, state, policy, group, steps, file = task

@@ -116,13 +116,13 @@ class SameNumber:
 
 
 def _answer(messages: list[dict[str, Any]]) -> str | None:
-    """None where the policy came to none: a conversation that was cut ends with a call, or with what the tool said."""
+    """Returns the policy's answer, or None: a conversation that was cut ends with a call, or with the tool's result."""
     last = messages[-1]
     return None if last["role"] != "assistant" or last.get("tool_calls") else (last.get("content") or "").strip()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Digits are tokens; the chat template writes calls and results, the response template reads them."""
+    """Trains a tokenizer of digits, whose templates write and read the tool's calls and results."""
     texts = [_question((12, 34, 56)), CALLING.removeprefix(CALL)] * 10
     fast = digit_tokenizer(texts, 320, CHAT_TEMPLATE, (CALL, RESULT))
     fast.response_template = RESPONSE_TEMPLATE
@@ -130,7 +130,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _conversation(rng: random.Random) -> list[tuple[str, bool]]:
-    """Pieces of text, each with whether the policy wrote it: by a teacher who calls, or answers what he has."""
+    """Draws a conversation of a teacher who calls the tool, or answers with the number he has. Each piece says who
+    wrote it.
+    """
     a, b, c = (rng.randint(10, 99) for _ in range(3))
     while content_split((a, b, c)) != "train":
         a, b, c = (rng.randint(10, 99) for _ in range(3))
@@ -146,7 +148,7 @@ def _conversation(rng: random.Random) -> list[tuple[str, bool]]:
 
 
 def _batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, T), right padded, and labels that are -100 on what the policy doesn't write."""
+    """Returns token ids (B, T), right padded, and labels that are -100 on what the policy doesn't write."""
     rows, marks = [], []
     for _ in range(BATCH):
         pieces = [(tokenizer.encode(text), own) for text, own in _conversation(rng)]

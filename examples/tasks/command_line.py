@@ -21,7 +21,7 @@ class Shown:
 
 
 def shown(of: Any, names: Iterable[str]) -> list[Shown]:
-    """These fields of a dataclass, whose ``metadata`` has the help, with their defaults."""
+    """Returns fields of a dataclass with their defaults, and the help that their ``metadata`` holds."""
     by_name = {one.name: one for one in fields(of)}
     found = []
     for one in (by_name[name] for name in names):
@@ -33,7 +33,7 @@ def shown(of: Any, names: Iterable[str]) -> list[Shown]:
 
 
 def short_help(usage: str, description: str, groups: Mapping[str, Sequence[Shown]], epilog: str) -> str:
-    """A help with these options alone, in groups, as wide as the terminal."""
+    """Formats a help text of these options alone, in groups, as wide as the terminal."""
     width = shutil.get_terminal_size((110, 24)).columns
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -52,13 +52,13 @@ def short_help(usage: str, description: str, groups: Mapping[str, Sequence[Shown
 
 
 def did_you_mean(name: str, known: Iterable[str], closeness: float = 0.6) -> str:
-    """``", did you mean x?"``, or nothing where no name is as close (difflib's ratio)."""
+    """Returns ``", did you mean x?"``, or nothing where no known name is close (difflib's ratio)."""
     close = get_close_matches(name, list(known), n=1, cutoff=closeness)
     return f", did you mean {close[0]}?" if close else ""
 
 
 def unknown_option(left_over: Sequence[str], dataclasses: Iterable[Any]) -> str:
-    """What to say of arguments that no option took."""
+    """Returns the error message for arguments that belong to no option."""
     known = [f"--{one.name}" for of in dataclasses for one in fields(of)] + ["--config", "--help", "--help_all"]
     names = [item.split("=", 1)[0] for item in left_over if item.startswith("-")]
     if not names:

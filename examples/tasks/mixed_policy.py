@@ -54,7 +54,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _data(task: str, seed: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Encoded, Encoded, Encoded]:
-    """Training exercises with answers, the same with slips, and held-out ones with answers."""
+    """Encodes training exercises with answers, the same with slips, and held-out ones with answers."""
     train = generate_exercises(EXERCISES[task], tasks=(task,), seed=seed)
     held_out = generate_exercises(CHECKED, split="held_out", tasks=(task,), seed=seed)
     return (
@@ -65,7 +65,7 @@ def _data(task: str, seed: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Enc
 
 
 def _slips(accuracy: float, target: float) -> float:
-    """How often the careless teacher slips: 1 - target where the policy is there, more often above it, less below."""
+    """Returns the teacher's rate of slips: 1 - target at the target, more above it, less below."""
 
     def logit(probability: float) -> float:
         return math.log(max(probability, 1e-3) / max(1 - probability, 1e-3))

@@ -56,7 +56,7 @@ def problem_split(operands: tuple[int, ...], operation: str) -> str:
 
 
 def _draw(level: int, rng: random.Random) -> tuple[Problem, str]:
-    """A random problem of this level and the split its operands belong to."""
+    """Draws a problem of this level. Returns it and the split that its operands belong to."""
     name, other = rng.sample(NAMES, 2)
     words = {"name": name, "other": other, "things": rng.choice(THINGS)}
     a, b = rng.randint(0, LARGEST[level]), rng.randint(0, LARGEST[level])

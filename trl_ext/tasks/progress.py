@@ -1,4 +1,4 @@
-"""What a built-in policy's warm-up prints while it goes, on standard error."""
+"""Prints the progress of a built-in policy's warm-up, on standard error."""
 
 from __future__ import annotations
 

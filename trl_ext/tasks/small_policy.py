@@ -68,7 +68,7 @@ def cache_folder() -> Path:
 
 
 def build_tokenizer(levels: tuple[int, ...]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the task's own questions; whole numbers up to 198 are tokens."""
+    """Trains a byte-level BPE on the task's own questions; whole numbers up to 198 are tokens."""
     questions = [problem.question for problem in generate_problems(300, levels=levels, seed=0)]
     numbers = [f" {number}" for number in range(NUMBERS)]
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -215,7 +215,7 @@ def warm_up(
 
 
 def draw_batch(right: Encoded, slips: Encoded, careless: float, pad: int) -> Encoded:
-    """``BATCH`` random rows, each with the right answer, or with probability ``careless`` its slip."""
+    """Draws ``BATCH`` rows, each with the right answer, or with probability ``careless`` its slip."""
     rows = torch.randint(len(right[0]), (BATCH,))
     from_careless = torch.rand(BATCH, 1) < careless
     width = max(right[0].shape[1], slips[0].shape[1])
@@ -260,7 +260,7 @@ def cached_policy(name: str, recipe: list, make: Callable[[], tuple]) -> Path:
 
 
 def trial_step() -> Callable[[], None]:
-    """A step like the warm-up's, of a model that is thrown away: for timing."""
+    """Returns a step like the warm-up's, of a model that is thrown away, for timing."""
     with torch.random.fork_rng(devices=[]):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=640, **MODEL))
         ids = torch.randint(640, (BATCH, 24))

@@ -1,4 +1,4 @@
-"""How many threads a model of a million parameters is trained with."""
+"""Chooses the number of threads with which a model of a million parameters is trained."""
 
 from __future__ import annotations
 
