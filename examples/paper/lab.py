@@ -42,7 +42,7 @@ METHODS = {  # of each part
 # Which settings
 
 
-def map_settings(coarse: bool) -> Iterator[dict[str, Any]]:
+def map_settings(coarse: bool) -> Iterator[dict[str, float]]:
     """The map: every combination, for ``mean`` and ``std``."""
     overlaps = (0.0, 0.5, 0.9) if coarse else (0.0, 0.25, 0.5, 0.75, 0.9)
     spreads = (0.0, 2.0) if coarse else (0.0, 1.0, 2.0)
@@ -53,7 +53,7 @@ def map_settings(coarse: bool) -> Iterator[dict[str, Any]]:
         yield {"overlap": overlap, "spread": spread, "pass_rate": pass_rate, "group": group, "noise": noise}
 
 
-def method_settings(coarse: bool) -> Iterator[dict[str, Any]]:
+def method_settings(coarse: bool) -> Iterator[dict[str, float]]:
     """A slice of the map, for every method."""
     prompts = ((0.0, 0.5), (0.0, 0.1), (2.0, 0.1))
     for group, overlap, (spread, pass_rate), noise in product((8, 32), (0.0, 0.5), prompts, (0.0, 0.1)):
@@ -61,7 +61,7 @@ def method_settings(coarse: bool) -> Iterator[dict[str, Any]]:
             yield {"overlap": overlap, "spread": spread, "pass_rate": pass_rate, "group": group, "noise": noise}
 
 
-def structure_settings(coarse: bool) -> Iterator[dict[str, Any]]:
+def structure_settings(coarse: bool) -> Iterator[dict[str, float]]:
     """Other policies: a table of logits, fewer features, more answers, fewer prompts, fewer common directions."""
     structures = ({"features": 0}, {"features": 2}, {"answers": 32}, {"prompts": 16}, {"shared_features": 8})
     for structure, overlap, (spread, pass_rate), group in product(
@@ -78,7 +78,7 @@ def structure_settings(coarse: bool) -> Iterator[dict[str, Any]]:
             }
 
 
-def cells(coarse: bool) -> list[tuple[str, dict[str, Any]]]:
+def cells(coarse: bool) -> list[tuple[str, dict[str, float]]]:
     """Lists (part, setting) of everything that is measured."""
     parts = {"map": map_settings, "methods": method_settings, "structures": structure_settings}
     return [(part, setting) for part, settings in parts.items() for setting in settings(coarse)]
@@ -87,7 +87,7 @@ def cells(coarse: bool) -> list[tuple[str, dict[str, Any]]]:
 # One cell -> rows
 
 
-def measure(cell: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def measure(cell: tuple[str, dict[str, float]]) -> list[dict[str, Any]]:
     """Measures a setting: a row for each method. Values of several seeds are text, as ``"1.5 2.0"``."""
     from examples.paper.log_linear import Policies, Setting
 
@@ -159,7 +159,7 @@ def measure_method(method: str, tuning: Any, reported: Any) -> dict[str, Any]:
 # All cells -> files
 
 
-def write_cells(path: Path, todo: list[tuple[str, dict[str, Any]]], jobs: int) -> None:
+def write_cells(path: Path, todo: list[tuple[str, dict[str, float]]], jobs: int) -> None:
     """Measures the settings that ``path`` lacks, and writes each as soon as it is known."""
     from examples.paper.log_linear import Setting
 
