@@ -52,29 +52,48 @@ def parse_arguments(arguments: list[str]):
     return training
 
 
+def build_trainer(training):
+    """Builds the trainer: warms the policy up, or finds it in the cache; questions, reward and tool."""
+    from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+
+    from examples.tasks.calculator import SameNumber, calculate, calculator_policy, questions
+    from trl_ext import CurvatureGRPOTrainer
+
+    def report(step: int, loss: float) -> None:
+        say(f"warming the policy up (half a minute, then cached): step {step}, loss {loss:.3f}")
+
+    policy = str(calculator_policy(training.seed, report))
+    trainer = CurvatureGRPOTrainer(
+        model=policy,
+        reward_funcs=[SameNumber()],
+        args=training,
+        train_dataset=questions(700, held_out=False, seed=training.seed),
+        eval_dataset=questions(64, held_out=True, seed=training.seed),
+        # with its chat and response templates
+        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
+        tools=[calculate],
+    )
+    for replaced in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(replaced)
+    return trainer
+
+
+def say(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)
+
+
 def main(arguments: list[str]) -> None:
     import trl_ext  # noqa: F401 - before transformers: it keeps a start quiet
 
     # isort: split
-    from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+    from transformers import TrainerCallback
     from transformers.utils import logging
 
-    from examples.tasks.calculator import SameNumber, calculate, calculator_policy, questions
-    from trl_ext import CurvatureGRPOTrainer
     from trl_ext.checkpoints import CheckpointError
 
-    logging.disable_progress_bar()
-    try:
-        training = parse_arguments(arguments)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-    def say(text: str) -> None:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(text, flush=True)
-
     class Table(TrainerCallback):
-        """A line for each log: what the trainer measured of ``COLUMNS``."""
+        """Prints a line for each log: what the trainer measured of ``COLUMNS``."""
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             found = {name: (logs or {}).get(name) for name in COLUMNS}
@@ -82,22 +101,12 @@ def main(arguments: list[str]) -> None:
                 cells = {name: "" if value is None else f"{value:.3f}" for name, value in found.items()}
                 say(f"{state.global_step:>5}" + "".join(cell.rjust(len(name) + 2) for name, cell in cells.items()))
 
-    def of_warm_up(step: int, loss: float) -> None:
-        say(f"warming the policy up (half a minute, then cached): step {step}, loss {loss:.3f}")
-
-    policy = str(calculator_policy(training.seed, of_warm_up))
-    tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")  # with its chat and response templates
-    trainer = CurvatureGRPOTrainer(
-        model=policy,
-        reward_funcs=[SameNumber()],
-        args=training,
-        train_dataset=questions(700, held_out=False, seed=training.seed),
-        eval_dataset=questions(64, held_out=True, seed=training.seed),
-        processing_class=tokenizer,
-        tools=[calculate],
-    )
-    for replaced in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(replaced)
+    logging.disable_progress_bar()
+    try:
+        training = parse_arguments(arguments)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    trainer = build_trainer(training)
     trainer.add_callback(Table())
     say(" step" + "".join(f"  {name}" for name in COLUMNS))
     try:

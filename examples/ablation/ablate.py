@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,15 +92,8 @@ def parse_method(text: str) -> tuple[str, dict[str, float]]:
     return name, options
 
 
-def check_arguments(options: argparse.Namespace) -> None:
-    """Raises ``ValueError`` for what can be known to fail before anything is trained."""
-    from examples.ablation.runs import training_config
-    from examples.tasks.mixture import generate_exercises
-    from trl_ext.checkpoints import check_output_dir
-    from trl_ext.tasks.arithmetic import DEFAULT_LEVELS, generate_problems
-
-    if find_spec("matplotlib") is None:
-        raise ValueError("the plot needs matplotlib: pip install -e '.[report]'")
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raises ``ValueError`` for a list with repetitions, or a number out of its range."""
     for name in ("methods", "learning_rates", "sweep_seeds", "seeds"):
         values = getattr(options, name)
         if repeated := sorted({str(value) for value in values if values.count(value) > 1}):
@@ -130,6 +124,18 @@ def check_arguments(options: argparse.Namespace) -> None:
         raise ValueError(f"--max_grad_norm {options.max_grad_norm} must be a finite number that is not negative")
     if not 0 < options.target_accuracy <= 1:
         raise ValueError(f"--target_accuracy {options.target_accuracy} must be in (0, 1]")
+
+
+def check_arguments(options: argparse.Namespace) -> None:
+    """Raises ``ValueError`` for what can be known to fail before anything is trained."""
+    from examples.ablation.runs import training_config
+    from examples.tasks.mixture import generate_exercises
+    from trl_ext.checkpoints import check_output_dir
+    from trl_ext.tasks.arithmetic import DEFAULT_LEVELS, generate_problems
+
+    if find_spec("matplotlib") is None:
+        raise ValueError("the plot needs matplotlib: pip install -e '.[report]'")
+    check_numbers(options)
     if options.model_name_or_path != BUILT_IN and not (Path(options.model_name_or_path) / "config.json").is_file():
         raise ValueError(f"--model_name_or_path {options.model_name_or_path}: no folder with a config.json")
     if options.levels and options.dataset != "arithmetic":
@@ -240,11 +246,7 @@ def compare(
 
     swept = len(rates) > 1
     sweep_settings = [
-        run_settings(options, method, rate, seed)
-        for method in options.methods
-        for rate in rates
-        for seed in options.sweep_seeds
-        if swept
+        run_settings(options, *run) for run in product(options.methods, rates, options.sweep_seeds) if swept
     ]
     workers = Workers(options.jobs, total=len(sweep_settings) + len(options.methods) * len(options.seeds))
     try:

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from itertools import product
@@ -102,7 +102,7 @@ def measure(cell: tuple[str, dict[str, float]]) -> list[dict[str, Any]]:
 
 def measure_method(method: str, tuning: Any, reported: Any) -> dict[str, Any]:
     """Finds a method's best rates on the tuning seeds, and measures it with them on the reported seeds."""
-    from examples.paper.log_linear import assumptions, steps_to, train
+    from examples.paper.log_linear import steps_to, train
 
     chosen = train(tuning, method, np.broadcast_to(RATES, (len(tuning.seeds), len(RATES))), STEPS)
     start = chosen.accuracy[0].mean()
@@ -135,25 +135,39 @@ def measure_method(method: str, tuning: Any, reported: Any) -> dict[str, Any]:
         "flow_time": taken[:, 2] * RATES[slowest],
     }
     if method == "mean":
-        last = np.where(np.isfinite(taken), np.ceil(taken), STEPS).astype(int)  # (S, R)
-        for column, name in ((0, "steps"), (1, "area"), (2, "slowest")):
-            until = [slice(None, max(int(end), 1)) for end in last[:, column]]
-            for key, values in (("c", runs.sigma), ("c_logged", runs.group_sigma)):
-                averages = [values[rows, seed, column].mean() for seed, rows in enumerate(until)]
-                row[f"{key}_{name}"] = 8 / 3 * np.array(averages)
-        until = [slice(None, max(int(end), 2)) for end in last[:, 2]]
-        row["variation_prompts"] = [runs.variation[rows, seed, 2].mean() for seed, rows in enumerate(until)]
-        row["variation_time"] = [
-            runs.sigma[rows, seed, 2].std() / runs.sigma[rows, seed, 2].mean() for seed, rows in enumerate(until)
-        ]
-        row["dead"] = [runs.dead[rows, seed, 0].mean() for seed, rows in enumerate(until)]
-        for when, share in (("start", 0.0), ("half", 0.5)):
-            states = np.stack([kept[int(share * end)][seed] for seed, end in enumerate(last[:, 2])])
-            row |= {f"{when}_{name}": values for name, values in assumptions(reported, states).items()}
+        row |= averages_of_mean(runs, taken, reported, kept)
     return {
         name: " ".join(f"{v:.5g}" for v in value) if isinstance(value, (list, np.ndarray)) else value
         for name, value in row.items()
     }
+
+
+def averages_of_mean(runs: Any, taken: np.ndarray, reported: Any, kept: Mapping[int, np.ndarray]) -> dict[str, Any]:
+    """What ``mean``'s runs (at the fastest, the best and a slow rate) say of C, of sigma, and of the assumptions.
+
+    Args:
+        taken: steps to the target, (seeds, rates).
+        kept: the policies of the slow run before each step.
+    """
+    from examples.paper.log_linear import assumptions
+
+    row: dict[str, Any] = {}
+    last = np.where(np.isfinite(taken), np.ceil(taken), STEPS).astype(int)  # (S, R)
+    for column, name in ((0, "steps"), (1, "area"), (2, "slowest")):
+        until = [slice(None, max(int(end), 1)) for end in last[:, column]]
+        for key, values in (("c", runs.sigma), ("c_logged", runs.group_sigma)):
+            averages = [values[rows, seed, column].mean() for seed, rows in enumerate(until)]
+            row[f"{key}_{name}"] = 8 / 3 * np.array(averages)
+    until = [slice(None, max(int(end), 2)) for end in last[:, 2]]
+    row["variation_prompts"] = [runs.variation[rows, seed, 2].mean() for seed, rows in enumerate(until)]
+    row["variation_time"] = [
+        runs.sigma[rows, seed, 2].std() / runs.sigma[rows, seed, 2].mean() for seed, rows in enumerate(until)
+    ]
+    row["dead"] = [runs.dead[rows, seed, 0].mean() for seed, rows in enumerate(until)]
+    for when, share in (("start", 0.0), ("half", 0.5)):
+        states = np.stack([kept[int(share * end)][seed] for seed, end in enumerate(last[:, 2])])
+        row |= {f"{when}_{name}": values for name, values in assumptions(reported, states).items()}
+    return row
 
 
 # All cells -> files

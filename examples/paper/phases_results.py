@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.ablation.curves import Run, mean_interval, mean_over_training, steps_to_target
+from examples.ablation.plots import COLOURS, LINES
 from examples.ablation.tables import rates_table
 
 Finals = Mapping[str, Sequence[Run]]
@@ -194,11 +195,32 @@ def phases_text(finals: Finals, sweep: Sequence[Run]) -> str:
     return f"Learning rates: {rates}; {len(next(iter(finals.values())))} seeds.\n\n{text}{rates_table(sweep)}"
 
 
+def draw_columns(axis: Any, finals: Finals, columns: Sequence[str]) -> None:
+    """Draws each method's mean over seeds: of the first column with its interval, of others dotted."""
+    for i, (method, runs) in enumerate(finals.items()):
+        for k, column in enumerate(columns):
+            curves = [dict(zip(*run.curve(column), strict=True)) for run in runs]
+            steps = sorted({step for curve in curves for step in curve})
+            found = [mean_interval([c[step] for c in curves if step in c]) for step in steps]
+            style = {"color": COLOURS[i + 1], "linestyle": ":" if k else LINES[i], "linewidth": 1.4}
+            axis.plot(steps, [one.estimate for one in found], label=None if k else method, **style)
+            if not k:
+                low, high = [one.low for one in found], [one.high for one in found]
+                axis.fill_between(steps, low, high, color=COLOURS[i + 1], alpha=0.15, linewidth=0)
+
+
+def draw_lead(axis: Any, found: Sequence[tuple[float, float, float, float]]) -> None:
+    """Draws what ``lead`` found, with its intervals."""
+    steps, estimates, lows, highs = zip(*found, strict=True)
+    below = [estimate - low for estimate, low in zip(estimates, lows, strict=True)]
+    above = [high - estimate for estimate, high in zip(estimates, highs, strict=True)]
+    axis.errorbar(steps, estimates, [below, above], color="black", marker="o", markersize=3, capsize=2)
+    axis.axhline(0, color="grey", linewidth=0.8)
+
+
 def draw_phases(finals: Finals, path: Path) -> None:
     """Accuracy, its lead, orthogonality, cosines raw and corrected, sigma, M and pairs that aren't above 0."""
     from matplotlib.figure import Figure
-
-    from examples.ablation.plots import COLOURS, LINES
 
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True).flatten()
@@ -210,30 +232,11 @@ def draw_phases(finals: Finals, path: Path) -> None:
         ("pairs not above 0", ["negative_pairs_frac"]),
     ]
     for axis, (title, columns) in zip(axes[:5], panels, strict=True):
-        for i, (method, runs) in enumerate(finals.items()):
-            for k, column in enumerate(columns):
-                curves = [dict(zip(*run.curve(column), strict=True)) for run in runs]
-                steps = sorted({step for curve in curves for step in curve})
-                found = [mean_interval([c[step] for c in curves if step in c]) for step in steps]
-                style = {"color": COLOURS[i + 1], "linestyle": ":" if k else LINES[i], "linewidth": 1.4}
-                axis.plot(steps, [one.estimate for one in found], label=None if k else method, **style)
-                if not k:
-                    low, high = [one.low for one in found], [one.high for one in found]
-                    axis.fill_between(steps, low, high, color=COLOURS[i + 1], alpha=0.15, linewidth=0)
+        draw_columns(axis, finals, columns)
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
     if {"mean", "std"} <= set(finals):
-        found = lead(finals)
-        axes[5].errorbar(
-            [step for step, *_ in found],
-            [estimate for _, estimate, *_ in found],
-            [[e - low for _, e, low, _ in found], [high - e for _, e, _, high in found]],
-            color="black",
-            marker="o",
-            markersize=3,
-            capsize=2,
-        )
-        axes[5].axhline(0, color="grey", linewidth=0.8)
+        draw_lead(axes[5], lead(finals))
     axes[5].set_title("lead of std in held-out accuracy", fontsize=9)
     axes[5].grid(alpha=0.3)
     axes[1].axhline(0.9, color="grey", linewidth=0.8, linestyle="--")

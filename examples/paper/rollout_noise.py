@@ -137,9 +137,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def main(arguments: list[str]) -> None:
-    from examples.ablation.tables import write_csv
-
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Ends the program where an argument is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     parser.add_argument("--groups", nargs="+", type=int, default=GROUPS, help="answers to a prompt")
@@ -157,6 +156,13 @@ def main(arguments: list[str]) -> None:
         values = getattr(options, name)
         if repeated := [value for value in values if values.count(value) > 1]:
             sys.exit(f"error: --{name} has {repeated[0]} more than once")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    from examples.ablation.tables import write_csv
+
+    options = parse_arguments(arguments)
     folder = Path(options.output_dir)
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)

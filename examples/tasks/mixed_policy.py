@@ -105,19 +105,30 @@ def warm_up(
                 if min(reached.values()) >= LEARNED_ACCURACY:
                     break
 
-        careless = torch.optim.AdamW(model.parameters(), lr=CARELESS_LEARNING_RATE, betas=(0.5, 0.98))
-        reached = accuracies()
-        last = step + CARELESS_STEPS
-        while step < last and any(abs(reached[task] - target) > NEAR for task, target in TARGETS.items()):
-            for task, target in TARGETS.items():
-                backward(task, _slips(reached[task], target))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            careless.step()
-            careless.zero_grad()
-            reached, step = accuracies(), step + 1
+        step, reached = _follow_careless_teacher(model, step, accuracies, backward)
         if report is not None:
             report(step, reached)
     return model, tokenizer, reached
+
+
+def _follow_careless_teacher(
+    model: LlamaForCausalLM,
+    step: int,
+    accuracies: Callable[[], dict[str, float]],
+    backward: Callable[[str, float], None],
+) -> tuple[int, dict[str, float]]:
+    """Trains until each task's accuracy is near its target, at most ``CARELESS_STEPS``; returns step and accuracies."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=CARELESS_LEARNING_RATE, betas=(0.5, 0.98))
+    reached = accuracies()
+    last = step + CARELESS_STEPS
+    while step < last and any(abs(reached[task] - target) > NEAR for task, target in TARGETS.items()):
+        for task, target in TARGETS.items():
+            backward(task, _slips(reached[task], target))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        reached, step = accuracies(), step + 1
+    return step, reached
 
 
 def mixed_policy(seed: int = 0, report: Callable[[int, dict[str, float]], None] | None = None) -> Path:

@@ -55,6 +55,7 @@ LEARNING_RATE = 3e-3
 LEARNING_STEPS = 900  # the learning rate falls linearly towards this
 LEARNED_ACCURACY = 0.88  # then the careless teacher takes over
 PROBLEMS = {1: 350, 2: 800, 3: 800, 4: 800, 5: 800}  # to learn from, by level; level 1 has no more
+CHECKED = 70  # held-out problems of each level
 CARELESS_LEARNING_RATE = 3e-4
 CARELESS_STEPS = 60
 TARGET_ACCURACY = 0.45
@@ -149,6 +150,13 @@ def _encode_problems(problems: list[Problem], tokenizer) -> Encoded:
     return encode([one.question for one in problems], [str(one.answer) for one in problems], tokenizer)
 
 
+def _training_data(level: int, seed: int, tokenizer) -> tuple[Encoded, Encoded]:
+    """Problems of a level with right answers, and with the careless teacher's."""
+    problems = generate_problems(PROBLEMS[level], levels=(level,), seed=seed)
+    careless = encode([one.question for one in problems], [_first_number(one) for one in problems], tokenizer)
+    return _encode_problems(problems, tokenizer), careless
+
+
 def _first_number(problem: Problem) -> str:
     return str(int(re.findall(r"\d+", problem.question)[0]))
 
@@ -173,13 +181,12 @@ def warm_up(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(tokenizer)
-        train, check = [], []
-        for level in levels:  # a level a batch: rows of about the same length
-            problems = generate_problems(PROBLEMS[level], levels=(level,), seed=seed)
-            careless = encode([one.question for one in problems], [_first_number(one) for one in problems], tokenizer)
-            train.append((_encode_problems(problems, tokenizer), careless))
-            problems = generate_problems(70, split="held_out", levels=(level,), seed=seed)
-            check.append(_encode_problems(problems, tokenizer))
+        # a level a batch: rows of about the same length
+        train = [_training_data(level, seed, tokenizer) for level in levels]
+        check = [
+            _encode_problems(generate_problems(CHECKED, split="held_out", levels=(level,), seed=seed), tokenizer)
+            for level in levels
+        ]
 
         def accuracy() -> float:
             return sum(expected_accuracy(model, *level) for level in check) / len(check)
