@@ -73,7 +73,6 @@ def step_context(
 def step_table(
     scores: StepScores,
     methods: Sequence[Candidate],
-    used: str | None,
     context: Mapping[str, Any],
     tasks: Tasks,
     *,
@@ -82,7 +81,7 @@ def step_table(
     """``whole_batch``: the step's prompts are those that advantages were made of; else methods of the batch are out."""
     left_out = {} if whole_batch else {one.name: PART for one in methods if one.of_batch}
     chosen, tasks_TP = [one for one in methods if one.name not in left_out], tasks.members
-    table = what_if(scores, chosen, used=used, context=context, tasks_TP=tasks_TP.to(scores.prompt_B.device))
+    table = what_if(scores, chosen, context=context, tasks_TP=tasks_TP.to(scores.prompt_B.device))
     table.absent.update(left_out)
     return table
 
@@ -91,18 +90,19 @@ def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None, tasks
     """For a file, as JSON holds it; of a row's tasks what is known, by name."""
     rows: dict[str, dict[str, Any]] = {}
     for name, row in table.rows.items():
-        rows[name] = {key: value for key, value in vars(row).items() if value is not None}
-        for key in ("share_P", "tasks"):
-            del rows[name][key]
+        rows[name] = {"cos": row.cos, "factor": row.factor}
         if tasks.names:
-            finite = [{key: value for key, value in one.items() if math.isfinite(value)} for one in row.tasks]
-            rows[name]["tasks"] = dict(zip(tasks.names, finite, strict=True))
+            shares = zip(tasks.names, row.task_share_T.tolist(), strict=True)
+            rows[name]["tasks"] = {task: {"share": share} for task, share in shares if math.isfinite(share)}
         rows[name]["share"] = [round(share, 5) for share in row.share_P.tolist()]
     return {
-        "used": used, "rows": rows, "absent": table.absent, "no_gain": table.no_gain,
-        "mutual": table.mutual_MM.tolist(), "factors": table.factor_MM.tolist(),
+        "used": used,
+        "rows": rows,
+        "absent": table.absent,
+        "mutual": table.mutual_MM.tolist(),
+        "factors": table.factor_MM.tolist(),
         "noise": None if noise is None else vars(noise),
-    }  # fmt: skip
+    }
 
 
 class WhatIfLog:
@@ -121,7 +121,7 @@ class WhatIfLog:
         self.latest: dict[str, Any] | None = None
 
     def observe(self, gram_BB: torch.Tensor | InnerProducts, known: Known, tasks: Tasks) -> dict[str, float]:
-        """What is logged: ``what_if/<method>/cos``, ``factor`` and ``gain``; ``noise/``."""
+        """What is logged: ``what_if/<method>/cos`` and ``factor``; ``noise/``."""
         self.latest = None
         if not self._on:
             return {}
@@ -159,14 +159,12 @@ class WhatIfLog:
         keys_P = known.prompt_key.new_zeros(len(scores.rewards_PG)).scatter_(0, scores.prompt_B, known.prompt_key)
         context = step_context(scores, known.length, known.function_rewards, now.function_weights, keys_P)
         whole = len(scores.rewards_PG) == self.run.prompts_per_generation
-        table = step_table(scores, methods, used, context, tasks, whole_batch=whole)
+        table = step_table(scores, methods, context, tasks, whole_batch=whole)
         noise = gradient_noise(scores)
         self.latest = as_plain(table, noise, used, tasks)
         metrics: dict[str, float] = {}
         for name, row in table.rows.items():
             metrics |= {f"what_if/{name}/cos": row.cos, f"what_if/{name}/factor": row.factor}
-            if row.gain is not None:
-                metrics[f"what_if/{name}/gain"] = row.gain
         if noise is not None:
             metrics |= {"noise/within": noise.within, "noise/between": noise.between}
             metrics["noise/advised_generations"] = noise.advised

@@ -281,7 +281,7 @@ def report_numbers(run: Run, n_runs: int = 1) -> dict[str, Any]:
         "pairs": extreme_pairs(run.records),
         "what_if": compared,
         "parts": parts(run.records),
-        "tasks": tasks(run, compared),
+        "tasks": tasks(run),
         "completions": read_completions(run.folder),
         "sigma_and_curvature": sigma_and_curvature(run.records),
         "paper": PAPER,
