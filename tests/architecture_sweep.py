@@ -276,7 +276,7 @@ def sketch_errors(
     sketch.set_rows(torch.arange(len(rows)))
     model.zero_grad()
     loss(weights).backward()
-    totals = dict(sketch._seen[0].total)
+    totals = dict(sketch._sums.seen[0].total)
     left_out += sketch.leave_out_wrong([p.grad for p in parameters])  # as a step does
     tapped = {id(p) for p in sketch.tapped_parameters}
     sketch.abandon()

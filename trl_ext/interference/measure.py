@@ -32,7 +32,7 @@ MOST_DENSE = 1024  # sequences of which all inner products are kept: 8 MB
 
 @dataclass
 class Recorded:
-    """Of this process. ``sketch_BMN`` float32, (B, M, N) or exact (B, N), as the mean over processes takes it;
+    """Of this process. ``sketch_BMN`` float32, as the mean over processes takes it;
     ``sections`` of its last dimension; ``packed_BN`` (``sequences.pack_known``); ``features_PH`` (P, H + 1): sums over
     the sequences of each prompt id, and their number, 0 where there are none; or None."""
 
@@ -177,9 +177,8 @@ def _by_part(
 ) -> tuple[dict[str, torch.Tensor], float, dict[str, float]]:
     """(P, P) inner products of the prompts' gradients in each part of the model; the error of a cosine in the whole,
     and in each."""
-    shape = recorded.sketch_BMN.shape
-    width = shape[-1]
-    starts = [part * width for part in range(shape[1])] if len(shape) == 3 else [0]
+    _, n_parts, width = recorded.sketch_BMN.shape
+    starts = [part * width for part in range(n_parts)]
     grams_PP: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
     whole_MPP: Any = 0.0
@@ -187,9 +186,9 @@ def _by_part(
         blocks = [slice(start + section.start, start + section.stop) for start in starts]
         made_MPP = columns.of_blocks(row_B, n_prompts, blocks)
         grams_PP[name] = made_MPP.sum(0)
-        errors[name] = rmse_of_parts(made_MPP) if len(starts) > 1 else 0.0
+        errors[name] = rmse_of_parts(made_MPP)
         whole_MPP = whole_MPP + made_MPP
-    return grams_PP, rmse_of_parts(whole_MPP) if len(starts) > 1 and grams_PP else 0.0, errors
+    return grams_PP, rmse_of_parts(whole_MPP), errors
 
 
 def _features(recorded: Recorded, prompt_P: torch.Tensor, most: int, together: Together) -> torch.Tensor | None:
