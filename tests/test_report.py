@@ -22,7 +22,7 @@ from test_trainer import build as build_plain
 from test_trainer_equality import prompts
 
 from grpo_kernels.interference.step_gradients import StepGradients
-from trl_ext.interference.files import read_interference, write_step
+from trl_ext.recorder.files import read_interference, write_step
 from trl_ext.report import live
 from trl_ext.report.charts import curves_of_a_run, sigma_and_curvature, without_outliers
 from trl_ext.report.command import main

@@ -130,13 +130,13 @@ def test_a_large_step_is_logged_as_a_small_one(beta, tiny_policy, tmp_path):
 @pytest.mark.parametrize(
     "place",
     [
-        ("interference.log.GradientSketch", "take"),
-        ("interference.log.GradientParts", "squared_norms"),
-        ("interference.together.Together", "columns"),
-        ("interference.measure", "group_by_prompt"),
-        ("interference.measure", "interference_metrics"),
-        ("interference.log", "pack_known"),
-        ("interference.measure.Recorded", "sizes"),
+        ("recorder.recorder.GradientSketch", "take"),
+        ("recorder.layer_check.GradientParts", "squared_norms"),
+        ("recorder.collectives.Collectives", "columns"),
+        ("recorder.measure", "group_by_prompt"),
+        ("recorder.measure", "interference_metrics"),
+        ("recorder.sequence_table.SequenceTable", "pack"),
+        ("recorder.measure.RecordedStep", "sizes"),
     ],
     ids=lambda place: place[1],
 )
@@ -155,7 +155,7 @@ def test_out_of_memory_on_one_process_ends_the_logging_of_both(place, tiny_polic
 def test_out_of_memory_in_what_if_ends_what_if_alone(tiny_policy, tmp_path):
     broken = run(
         2, tiny_policy, tmp_path / "run", interference_every=1, most_dense=0,
-        no_memory=("interference.what_if_log", "gradient_noise", 1),
+        no_memory=("recorder.what_if", "gradient_noise", 1),
     )  # fmt: skip
     logs = [log for log in broken[0]["logs"] if "reward" in log]
     assert ["what_if/mean/cos" in log for log in logs] == [True, False, False]

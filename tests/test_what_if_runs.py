@@ -12,7 +12,7 @@ from test_trainer import build
 from test_trainer_equality import PLAIN, run
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
-from trl_ext.interference.files import FOLDER
+from trl_ext.recorder.files import FOLDER
 from trl_ext.report.what_if_command import main as what_if_command
 
 
@@ -116,7 +116,7 @@ def test_a_failure_leaves_the_rest(tiny_policy, tmp_path, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("trl_ext.interference.what_if_log.step_table", broken)
+    monkeypatch.setattr("trl_ext.recorder.what_if.step_table", broken)
     with caplog.at_level("WARNING"):
         trainer = build(tiny_policy, tmp_path, by_length, interference_every=1)
         trainer.train()

@@ -12,7 +12,7 @@ from ._quiet import drop_lines_nobody_can_act_on
 
 if TYPE_CHECKING:
     from .config import CurvatureGRPOConfig
-    from .interference.files import read_interference
+    from .recorder.files import read_interference
     from .trainer import CurvatureGRPOTrainer
 
 __all__ = ["CurvatureGRPOConfig", "CurvatureGRPOTrainer", "read_interference"]

@@ -13,7 +13,7 @@ import numpy as np
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from trl_ext.interference.log import InterferenceLog
+from trl_ext.recorder.recorder import InterferenceRecorder
 
 logger = get_logger(__name__)
 IMAGE_BACKENDS = ("wandb", "trackio", "tensorboard")  # of ``report_to``
@@ -57,7 +57,7 @@ def draw_overview(matrix: np.ndarray, step: int, logs: list[dict[str, Any]]) -> 
 class LiveImages(TrainerCallback):
     """Sends ``draw_overview`` to the backends of ``report_to``. ``callbacks`` gives the trainer's."""
 
-    def __init__(self, interference: InterferenceLog, callbacks: Callable[[], Iterable[TrainerCallback]]) -> None:
+    def __init__(self, interference: InterferenceRecorder, callbacks: Callable[[], Iterable[TrainerCallback]]) -> None:
         self.interference, self.callbacks = interference, callbacks
         interference.keeps_latest = bool(set(interference.run.report_to) & set(IMAGE_BACKENDS))
         self._left_out: set[str] = set()

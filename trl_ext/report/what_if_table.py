@@ -15,10 +15,10 @@ import torch
 from grpo_kernels.interference.noise import advised_generations, gradient_noise
 from grpo_kernels.interference.what_if import Candidate, StepScores, candidates
 from grpo_kernels.normalize.methods import METHODS
-from trl_ext.interference.files import InterferenceRecord
-from trl_ext.interference.task_interference import Tasks
-from trl_ext.interference.what_if_log import STATELESS, as_plain, step_context, step_table
 from trl_ext.options import SCALE_REWARDS_METHOD
+from trl_ext.recorder.files import InterferenceRecord
+from trl_ext.recorder.task_interference import Tasks
+from trl_ext.recorder.what_if import STATELESS, as_plain, step_context, step_table
 
 from .read_run import Run
 
