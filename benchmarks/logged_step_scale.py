@@ -22,11 +22,12 @@ from grpo_kernels.interference.inner_products import MatrixProducts, squared_nor
 from grpo_kernels.interference.metrics import interference_metrics
 from grpo_kernels.interference.sketch_error import predicted_rmse
 from grpo_kernels.interference.step_gradients import StepGradients
-from trl_ext.interference import measure
-from trl_ext.interference.sequences import pack_known, unpack_known
-from trl_ext.interference.task_interference import Tasks
-from trl_ext.interference.together import Together
-from trl_ext.interference.what_if_log import WhatIfLog
+from trl_ext.recorder import measure
+from trl_ext.recorder.collectives import Collectives
+from trl_ext.recorder.sequence_table import SequenceTable
+from trl_ext.recorder.task_interference import Tasks
+from trl_ext.recorder.what_if import WhatIfLog
+from trl_ext.rewards.normalizer import UsedNormalization
 
 G, K, H = 16, 64, 4096
 
@@ -94,7 +95,7 @@ class Process:
     def __init__(self, rank: int, processes: int, prompts: int) -> None:
         self.rank, self.processes, self.prompts = rank, processes, prompts
         accelerator = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
-        self.together = Together(accelerator)
+        self.collectives = Collectives(accelerator)
         options = SimpleNamespace(interference_parts=False, what_if=None, normalization_kwargs=None)
         self.run = SimpleNamespace(
             options=options,
@@ -114,57 +115,46 @@ class Process:
         advantage_B = (reward_B - rewards_BG.mean(1)) / (rewards_BG.std(1) + 1e-4)
         self.sketch = torch.randn(self.n, 2, K * K // 2, generator=generator) * advantage_B[:, None, None]
         self.features_BH = torch.randn(self.n, H, generator=generator)
-        self.known = {
-            "prompt_id": prompt_B,
-            "prompt_key": prompt_B,
-            "position": position_B,
-            "length": position_B,
-            "square": squared_norms(self.sketch.flatten(1)),
-            "advantage": advantage_B,
-            "made_at": advantage_B,
-            "weight": torch.ones(self.n),
-            "group_rewards": rewards_BG,
-            "function_rewards": reward_B[:, None],
-            "coefficient": -advantage_B,
-        }
+        self.table = SequenceTable(
+            prompt_id=prompt_B, prompt_key=prompt_B, position=position_B, length=position_B, advantage=advantage_B,
+            made_at=advantage_B, weight=torch.ones(self.n), group_rewards=rewards_BG,
+            function_rewards=reward_B[:, None], square=squared_norms(self.sketch.flatten(1)),
+            coefficient=-advantage_B / processes,
+        )  # fmt: skip
 
     def ours(self) -> dict[str, float]:
         totals_PH = torch.zeros(self.prompts, H + 1)
-        totals_PH.index_add_(0, self.known["prompt_id"], torch.nn.functional.pad(self.features_BH, (0, 1), value=1.0))
-        recorded = measure.Recorded(
-            self.sketch,
-            {"model": slice(0, K * K // 2)},
-            pack_known(self.known, self.processes),
-            totals_PH,
-            1,
-            summed=False,
+        totals_PH.index_add_(0, self.table.prompt_id, torch.nn.functional.pad(self.features_BH, (0, 1), value=1.0))
+        recorded = measure.RecordedStep(
+            self.sketch, {"model": slice(0, K * K // 2)}, self.table, totals_PH, summed=False
         )
-        what = WhatIfLog(self.run, "std", [1.0], self.together.attempt)
+        what = WhatIfLog(self.run, lambda: UsedNormalization("std", G, [1.0]), self.collectives.attempt)
         largest = [self.most, 0]
-        found = self.together.attempt(
-            lambda: measure.measure(recorded, largest, self.together, self.run, G, what.observe, tasks={})
+        found = self.collectives.attempt(
+            lambda: measure.measure(recorded, largest, self.collectives, self.run, G, what.observe, tasks={})
         )
         return found.metrics
 
     def peer(self) -> dict[str, float]:
         """Every process gathers every sketch and makes the whole matrix, as it was before."""
-        sketch = self.together.gather(self.sketch)
-        known = unpack_known(self.together.gather(pack_known(self.known, self.processes)), G, 1)
-        features_BH = self.together.gather(self.features_BH)
+        sketch = self.collectives.gather(self.sketch)
+        table = self.table.unpack(self.collectives.gather(self.table.pack()))
+        features_BH = self.collectives.gather(self.features_BH)
         flat = sketch.flatten(1).double()
         gram_BB = flat @ flat.T
-        step = StepGradients(gram_BB, known.prompt_id, known.reward, known.coefficient, G)
-        features_PH = features_BH.new_zeros(self.prompts, H).index_add_(0, known.prompt_id, features_BH) / G
-        error = predicted_rmse(sketch, known.prompt_id)
+        step = StepGradients(gram_BB, table.prompt_id, table.reward, table.coefficient, G)
+        features_PH = features_BH.new_zeros(self.prompts, H).index_add_(0, table.prompt_id, features_BH) / G
+        error = predicted_rmse(sketch, table.prompt_id)
         features_PP = features_PH.double() @ features_PH.double().T
         metrics = interference_metrics(step, sketch_rmse=error, features_PP=features_PP)
-        what, none = WhatIfLog(self.run, "std", [1.0], lambda work: work()), Tasks.named([""] * self.prompts)
-        return metrics | what.observe(MatrixProducts(gram_BB), known, none)
+        what = WhatIfLog(self.run, lambda: UsedNormalization("std", G, [1.0]), lambda work: work())
+        none = Tasks.named([""] * self.prompts)
+        return metrics | what.observe(MatrixProducts(gram_BB), table, none)
 
     def floor(self) -> None:
         """What it recorded, once to where it is needed: sketches as columns, features summed by prompt."""
-        self.together.columns(self.sketch.flatten(1))
-        self.together.sum(self.features_BH.new_zeros(self.prompts, H))
+        self.collectives.columns(self.sketch.flatten(1))
+        self.collectives.sum(self.features_BH.new_zeros(self.prompts, H))
 
 
 def peak_of(work) -> float:
@@ -195,7 +185,7 @@ def work(rank: int, processes: int, prompts: int, rounds: int, folder: str) -> N
         found[name] = {"MB sent": sent.bytes / 1e6, "calls": sent.calls, "MB held": peak, "seconds": []}
     for _ in range(rounds):
         for name, contender in contenders.items():
-            process.together.agree()
+            process.collectives.agree()
             begun = time.perf_counter()
             contender()
             found[name]["seconds"].append(time.perf_counter() - begun)
@@ -219,7 +209,7 @@ def computed(processes: int, prompts: int = 512) -> dict[str, Sent]:
             getattr(process, name)()
         found[name] = sent
     sent = found["peer"] = Sent(processes)
-    for values in (process.sketch, pack_known(process.known, processes), process.features_BH):
+    for values in (process.sketch, process.table.pack(), process.features_BH):
         sent.all_gather_into_tensor(None, values)
     return found
 

@@ -354,7 +354,7 @@ def test_what_if_against_a_backward_for_each(benchmark, record):
         a = advantages["std"]
         scores = StepScores(recorded[0].gram(), -a, a, a, prompt_B, position_B, reward_PG)
         gradient_noise(scores)
-        return {name: row.cos for name, row in what_if(scores, chosen, used="std").rows.items()}
+        return {name: row.cos for name, row in what_if(scores, chosen).rows.items()}
 
     def by_backward() -> dict[str, float]:
         flat = {}

@@ -30,8 +30,8 @@ from trl import GRPOConfig, GRPOTrainer
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
-from trl_ext.interference.followed import rehearse
 from trl_ext.mixed_rows import mixes_rows
+from trl_ext.recorder.layer_check import rehearse
 from trl_ext.tasks.small_policy import build_tokenizer
 
 PROMPTS, GENERATIONS, STEPS = 4, 4, 3
@@ -276,7 +276,7 @@ def sketch_errors(
     sketch.set_rows(torch.arange(len(rows)))
     model.zero_grad()
     loss(weights).backward()
-    totals = dict(sketch._seen[0].total)
+    totals = dict(sketch._sums.seen[0].total)
     left_out += sketch.leave_out_wrong([p.grad for p in parameters])  # as a step does
     tapped = {id(p) for p in sketch.tapped_parameters}
     sketch.abandon()

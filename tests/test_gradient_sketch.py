@@ -244,11 +244,12 @@ def test_memory_does_not_grow_with_depth():
         sketch.open(0)
         sketch.set_rows(torch.arange(ROWS))
         loss_of(model, ids, mask, WEIGHTS).backward()
-        assert {p: tuple(x.shape) for (_, p), x in sketch._rows.entries.items()} == {PARTS: (PARTS, ROWS, 24, 24)}
-        sketch._fold()
-        assert not sketch._rows.entries
-        assert [tuple(x.shape) for x in sketch._rows.total.values()] == [(ROWS, PARTS, 64 // PARTS)]
-        sizes.append(sketch._projections.numbers())
+        sums = sketch._sums
+        assert {p: tuple(x.shape) for (_, p), x in sums.rows.entries.items()} == {PARTS: (PARTS, ROWS, 24, 24)}
+        sums.finish()
+        assert not sums.rows.entries
+        assert [tuple(x.shape) for x in sums.rows.total.values()] == [(ROWS, PARTS, 64 // PARTS)]
+        sizes.append(sums.projection.numbers())
     features = PARTS * (2 * (4 * 64 + 2 * (64 + 32)) + 2 * 3 * (64 + 112) + 4 * 64)  # of two more layers
     assert sizes[1] - sizes[0] <= features
 
@@ -281,10 +282,10 @@ def test_a_large_layer_takes_few_launches(monkeypatch):
     sketch._right.add(0)  # the layer was checked before: seven steps of eight don't again
     d, a = torch.randn(2, 3, 4096), torch.randn(2, 3, 4096)
     with sketch.step(0) as recorded, sketch.rows(torch.arange(2)):
-        tapped, rows = sketch.layers[0], sketch._rows
-        sketch._linear(tapped, rows, d, a)  # the entries are there
+        tapped, sums = sketch.layers[0], sketch._sums
+        sums.add(tapped, sums.rows, d, a)  # the entries are there
         with Launches() as seen:
-            sketch._linear(tapped, rows, d, a)
+            sums.add(tapped, sums.rows, d, a)
     assert len(seen.names) <= 10, seen.names
     assert not seen.waits
     want = 2 * torch.einsum("rtd,rta->rda", d, a).flatten(1)

@@ -15,10 +15,10 @@ from grpo_kernels.interference.metrics import interference_metrics
 from grpo_kernels.interference.noise import gradient_noise
 from grpo_kernels.interference.step_gradients import StepGradients
 from grpo_kernels.interference.what_if import StepScores, candidates, what_if
-from trl_ext.interference import measure, together
-from trl_ext.interference.measure import Recorded
-from trl_ext.interference.sequences import pack_known
-from trl_ext.interference.what_if_log import STATELESS, WhatIfLog
+from trl_ext.recorder import collectives, measure
+from trl_ext.recorder.measure import RecordedStep
+from trl_ext.recorder.sequence_table import SequenceTable
+from trl_ext.recorder.what_if import STATELESS, WhatIfLog
 from trl_ext.rewards.normalizer import UsedNormalization
 
 
@@ -131,8 +131,7 @@ def factor(gram_BB):
 
 
 def test_every_figure_is_that_of_the_matrix(scores):
-    """Interference, curvature, theory, what-if and noise, on three processes. Methods of the batch aside, which need
-    the matrix for their gain."""
+    """Interference, curvature, theory, what-if and noise, on three processes."""
     fields = {**vars(scores)}
     matrix = scores.gram_BB
     reward_B = scores.rewards_PG[scores.prompt_B, scores.position_B]
@@ -140,20 +139,15 @@ def test_every_figure_is_that_of_the_matrix(scores):
     def figures(gram_BB):
         step = StepGradients(gram_BB, scores.prompt_B, reward_B, scores.coefficient_B, 6)
         of_step = StepScores(**{**fields, "gram_BB": gram_BB})
-        table = what_if(of_step, candidates(["mean", "std", "batch_std", "loo"]), used="std")
+        table = what_if(of_step, candidates(["mean", "std", "batch_std", "loo"]))
         noise = gradient_noise(of_step)
-        rows = {
-            f"{name}/{key}": value
-            for name, row in table.rows.items()
-            for key, value in vars(row).items()
-            if key != "tasks"
-        }
+        rows = {f"{name}/{key}": value for name, row in table.rows.items() for key, value in vars(row).items()}
         return interference_metrics(step, sketch_rmse=0.02), rows, vars(noise), table.mutual_MM
 
     crew = Crew(3)
     columns = spread(factor(matrix), crew)
     expected = figures(matrix)
-    assert len(expected[0]) > 20 and len(expected[1]) == 4 * 7
+    assert len(expected[0]) > 20 and len(expected[1]) == 4 * 4
     for found in crew.run(lambda rank: figures(columns[rank])):
         for ours, theirs in zip(found[:3], expected[:3], strict=True):
             assert ours.keys() == theirs.keys()
@@ -217,9 +211,9 @@ def one_of_eight(summed, monkeypatch, measured, device="cpu"):
     """What the first process finds of a step, everything that it makes of it within ``measured``, a context."""
     network = OneOfEight()
     for name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single"):
-        monkeypatch.setattr(together.dist, name, getattr(network, name))
+        monkeypatch.setattr(collectives.dist, name, getattr(network, name))
     accelerator = SimpleNamespace(num_processes=PROCESSES, process_index=0, device=torch.device(device))
-    exchanges = together.Together(accelerator)
+    exchanges = collectives.Collectives(accelerator)
     options = SimpleNamespace(interference_parts=False, what_if=None, normalization_kwargs=None)
     run = SimpleNamespace(
         options=options, num_generations=G, prompts_per_generation=P, aggregation="sum_then_normalize",
@@ -236,15 +230,14 @@ def one_of_eight(summed, monkeypatch, measured, device="cpu"):
         with measured:
             sketch = torch.randn(n, 2, K * K // 2).mul_(advantage_B[:, None, None])
             features = torch.cat([torch.randn(n // G, H), torch.full((n // G, 1), float(G))], dim=1)
-            known = {
-                "prompt_id": prompt_B, "prompt_key": prompt_B, "position": position_B, "length": position_B,
-                "square": squared_norms(sketch.flatten(1)), "advantage": advantage_B, "made_at": advantage_B,
-                "weight": torch.ones(n), "group_rewards": rewards_BG, "function_rewards": reward_B[:, None],
-                "coefficient": None if summed else -advantage_B,
-            }  # fmt: skip
-            packed = pack_known(known, PROCESSES)
-            recorded = Recorded(sketch, {"model": slice(0, K * K // 2)}, packed, features, 1, summed=summed)
-            del sketch, features, known
+            table = SequenceTable(
+                prompt_id=prompt_B, prompt_key=prompt_B, position=position_B, length=position_B, advantage=advantage_B,
+                made_at=advantage_B, weight=torch.ones(n), group_rewards=rewards_BG,
+                function_rewards=reward_B[:, None], square=squared_norms(sketch.flatten(1)),
+                coefficient=None if summed else -advantage_B / PROCESSES,
+            )  # fmt: skip
+            recorded = RecordedStep(sketch, {"model": slice(0, K * K // 2)}, table, features, summed=summed)
+            del sketch, features, table
             tasks = {key: f"task {key % 4}" for key in range(n // G)}
             found = measure.measure(recorded, recorded.sizes(), exchanges, run, G, what.observe, tasks=tasks)
     assert found.metrics["interference/live_prompts"] > P - 8
@@ -252,7 +245,7 @@ def one_of_eight(summed, monkeypatch, measured, device="cpu"):
     assert ("what_if/std/cos" in found.metrics) is not summed and ("noise/between" in found.metrics) is not summed
     if not summed:
         names = [name for name in STATELESS if name != "decoupled"]
-        assert all(f"what_if/{name}/gain" in found.metrics for name in names)
+        assert all(f"what_if/{name}/cos" in found.metrics for name in names)
     return found
 
 

@@ -9,7 +9,8 @@ from test_trainer import build, digits, prompts
 from test_two_processes import run
 
 from trl_ext import read_interference
-from trl_ext.interference import log as interference_log
+from trl_ext.recorder import failures
+from trl_ext.recorder import recorder as interference_recorder
 
 
 def unit(completion_ids, **kwargs):
@@ -121,7 +122,8 @@ def test_training_is_bit_equal_with_logging_on_off_and_failing(
     gradient_checkpointing, tiny_policy, tmp_path, monkeypatch
 ):
     said = []
-    monkeypatch.setattr(interference_log.logger, "warning", lambda text, *args, **kwargs: said.append(text))
+    for module in (interference_recorder, failures):
+        monkeypatch.setattr(module.logger, "warning", lambda text, *args, **kwargs: said.append(text))
     options = {"gradient_checkpointing": gradient_checkpointing, "share_prompts": False}  # as a logged step runs
     off, _ = parameters_after(tiny_policy, tmp_path / "off", interference_every=0, **options)
     on, log = parameters_after(tiny_policy, tmp_path / "on", interference_every=1, **options)
@@ -134,9 +136,9 @@ def test_training_is_bit_equal_with_logging_on_off_and_failing(
 
     failing = {
         "a layer": ("grpo_kernels.interference.sequence_rows.SequenceRows.outer", "MemoryError: no room"),
-        "the metrics": ("trl_ext.interference.measure.interference_metrics", "Interference isn't logged from here on"),
-        "the file": ("trl_ext.interference.log.write_step", "without its files"),
-        "the taps": ("trl_ext.interference.log.GradientSketch.open", "Interference isn't logged from here on"),
+        "the metrics": ("trl_ext.recorder.measure.interference_metrics", "Interference isn't logged from here on"),
+        "the file": ("trl_ext.recorder.recorder.write_step", "without its files"),
+        "the taps": ("trl_ext.recorder.recorder.GradientSketch.open", "Interference isn't logged from here on"),
     }
     for name, (place, message) in failing.items():
         said.clear()
@@ -255,12 +257,12 @@ def test_features_of_the_prompts(peft_config, tiny_policy, tmp_path):
 
 def test_features_that_fail_switch_it_off(tiny_policy, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(interference_log.logger, "warning", lambda text, *args, **kwargs: said.append(text))
+    monkeypatch.setattr(interference_recorder.logger, "warning", lambda text, *args, **kwargs: said.append(text))
 
     def broken(*args):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("trl_ext.interference.prompt_features.PromptFeatures._look", broken)
+    monkeypatch.setattr("trl_ext.recorder.prompt_features.PromptFeatures._look", broken)
     trainer = build(tiny_policy, tmp_path, unit, **LOGGED)
     trainer.train()
     assert trainer.state.global_step == 2 and len(said) == 1 and "MemoryError: no room" in said[0]
@@ -295,7 +297,7 @@ def wrongly_followed(policy, folder, **options):
 def test_a_layer_that_is_followed_wrongly_is_named_and_left_out(rehearsed, tiny_policy, tmp_path, caplog, monkeypatch):
     """By the rehearsal before any step; without it (parameters on several processes) by the first, which it costs."""
     if not rehearsed:
-        monkeypatch.setattr(interference_log, "rehearse", lambda *args: None)
+        monkeypatch.setattr(interference_recorder, "rehearse", lambda *args: None)
     trainer = wrongly_followed(tiny_policy, tmp_path, interference_dim=0, gradient_accumulation_steps=2)
     trainer.train()
     records = read_interference(tmp_path)
@@ -310,13 +312,13 @@ def test_a_layer_that_is_followed_wrongly_is_named_and_left_out(rehearsed, tiny_
 
 def test_a_rehearsal_changes_nothing(tiny_policy, tmp_path):
     """No gradient, no mode, no random number, no step: and what it finds out is right of the built-in model."""
-    from trl_ext.interference.followed import rehearse
+    from trl_ext.recorder.layer_check import rehearse
 
     trainer = build(tiny_policy, tmp_path, unit)
     model = trainer.model.train()
     model.lm_head.eval()
     before, said = torch.get_rng_state(), []
-    sketch = interference_log.GradientSketch(model, 8)
+    sketch = interference_recorder.GradientSketch(model, 8)
     rehearse(sketch, model, trainer.accelerator, lambda *text: said.append(text))
     assert torch.equal(torch.get_rng_state(), before) and not said
     assert all(parameter.grad is None for parameter in model.parameters())

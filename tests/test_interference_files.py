@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from grpo_kernels.interference.step_gradients import StepGradients
-from trl_ext.interference import files as interference_files
-from trl_ext.interference.files import MOST_SEQUENCES, read_interference, write_step
+from trl_ext.recorder import files as interference_files
+from trl_ext.recorder.files import MOST_SEQUENCES, read_interference, write_step
 
 NAN = float("nan")
 

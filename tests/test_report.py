@@ -20,8 +20,8 @@ from test_trainer import build as build_plain
 from test_trainer_equality import prompts
 
 from grpo_kernels.interference.step_gradients import StepGradients
-from trl_ext.interference.files import read_interference, write_step
-from trl_ext.report.charts import curves_of_a_run, sigma_and_curvature, what_if, without_outliers
+from trl_ext.recorder.files import read_interference, write_step
+from trl_ext.report.charts import curves_of_a_run, sigma_and_curvature, without_outliers
 from trl_ext.report.command import main
 from trl_ext.report.completions import read_completions, rows_of
 from trl_ext.report.groups import differences, group_runs, mean_and_band
@@ -682,7 +682,3 @@ def test_a_far_point_does_not_take_the_scale():
     points = [{"step": i, "sigma": 0.3, "curvature": value} for i, value in enumerate(values)]
     axis = sigma_and_curvature(points).layout.yaxis
     assert axis.range[1] < 0.3 and "1 beyond" in axis.title.text
-    rows = {f"m{i}": {"cos": 1.0, "factor": 1.0, "spread": None, "factor_low": 0.9, "factor_high": 1.1, "gain": value}
-            for i, value in enumerate(values)}  # fmt: skip
-    marker = what_if({"methods": rows}).data[0].marker
-    assert marker.cmax == pytest.approx(0.19) and max(marker.color) == 4.0

@@ -63,7 +63,7 @@ SHARES = {"most": 0.7, "all": 1.0, "none": 0.0}
 @pytest.fixture
 def passes(monkeypatch):
     """(sequences, columns) of each forward with a gradient through the backbone, the rehearsal's left aside."""
-    monkeypatch.setattr("trl_ext.interference.log.rehearse", lambda *args: None)
+    monkeypatch.setattr("trl_ext.recorder.recorder.rehearse", lambda *args: None)
     seen = []
     forward = torch.nn.Embedding.forward
 

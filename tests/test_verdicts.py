@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from grpo_kernels.interference.step_gradients import StepGradients
 from trl_ext import CurvatureGRPOConfig
-from trl_ext.interference.files import write_step
+from trl_ext.recorder.files import write_step
 from trl_ext.report.evidence import interval, state, student
 from trl_ext.report.read_run import Run, read_run
 from trl_ext.report.signatures import SIGNATURES

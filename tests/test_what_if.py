@@ -10,19 +10,15 @@ import pytest
 import torch
 
 from grpo_kernels import normalize_rewards
-from grpo_kernels.interference.inner_products import MatrixProducts
-from grpo_kernels.interference.noise import GradientNoise, _pairs_of_pairs, advised_generations, gradient_noise
-from grpo_kernels.interference.what_if import (
-    StepScores,
-    candidates,
-    gain_of_fixed,
-    gain_without_each,
-    jackknife,
-    objective,
-    what_if,
+from grpo_kernels.interference.noise import (
+    GradientNoise,
+    _pairs_of_pairs,
+    advised_generations,
+    gradient_noise,
+    raw_gradient_factors,
 )
+from grpo_kernels.interference.what_if import StepScores, candidates, what_if
 
-EVERY = torch.ones(1, 6, dtype=torch.float64)  # six prompts, judged by all
 METHODS = ("none", "mean", "std", "max_rl", "power", "batch_std", "global", "rank", "median_mad")
 
 
@@ -82,7 +78,7 @@ def step_of(score_PGD, reward_PG, method, weight=0.25, **options):
 @pytest.mark.parametrize("trained", ["std", "mean", "rank"])
 def test_cosine_factor_and_share_are_of_the_methods_own_steps(drawn, trained):
     score, reward = drawn
-    table = what_if(make_scores(score, reward, trained), candidates(METHODS), used=trained)
+    table = what_if(make_scores(score, reward, trained), candidates(METHODS))
     now = step_of(score, reward, trained)
     assert {"mean", "std", "max_rl", "power", "batch_std", "rank"} <= set(table.rows)
     steps = {}
@@ -95,8 +91,6 @@ def test_cosine_factor_and_share_are_of_the_methods_own_steps(drawn, trained):
         torch.testing.assert_close(row.share_P, of_prompts @ its / its.square().sum(), rtol=1e-8, atol=1e-10)
         assert float(row.share_P.sum()) == pytest.approx(1)
     assert table.rows[trained].cos == pytest.approx(1) and table.rows[trained].factor == pytest.approx(1)
-    assert table.rows[trained].ahead == pytest.approx(0) and table.rows[trained].ahead_error == pytest.approx(0)
-    assert "2 prompts" not in str(table.no_gain) and table.no_gain is None
     names = list(table.rows)
     for i, one in enumerate(names):
         for j, other in enumerate(names):
@@ -105,141 +99,41 @@ def test_cosine_factor_and_share_are_of_the_methods_own_steps(drawn, trained):
             assert float(table.factor_MM[i, j]) == pytest.approx(float(a.norm() / b.norm()), rel=1e-8)
 
 
-@pytest.mark.parametrize("name", ["mean", "max_rl", "batch_std"])
-def test_the_gain_by_brute_force(drawn, name):
-    """Each prompt left out in turn, by loops; and two at once for the error, the advantages kept."""
-    score, reward = drawn
-    n = len(reward)
-
-    def one_out(q, also=None):
-        kept = [p for p in range(n) if p != q]
-        advantage = normalize_rewards(reward[kept], name)
-        rows = [i for i, p in enumerate(kept) if p != also]
-        step = -(0.25 * advantage[rows][:, :, None] * score[kept][rows]).sum((0, 1))
-        centred = reward[q] - reward[q].mean()
-        gradient = (centred[:, None] * score[q]).sum(0) / (reward.shape[1] - 1)
-        return float(-step @ gradient / step.norm())
-
-    row = what_if(make_scores(score, reward), candidates([name]), used="std").rows[name]
-    assert row.gain == pytest.approx(sum(one_out(q) for q in range(n)) / n, rel=1e-8)
-    without = torch.tensor([sum(one_out(q, r) for q in range(n) if q != r) / (n - 1) for r in range(n)])
-    assert row.gain_error == pytest.approx(jackknife(without[None])[0], rel=1e-5)
-
-
-def test_a_task_is_judged_by_its_own_prompts(drawn):
-    """Gains by hand, over the prompts of each of two tasks; shares sum to the whole's; one prompt has no error."""
-    score, reward = drawn
-    n = len(reward)
+def test_the_share_of_a_task_is_that_of_its_prompts(drawn):
     tasks = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
-
-    def one_out(name, q, also=None):
-        kept = [p for p in range(n) if p != q]
-        advantage = normalize_rewards(reward[kept], name)
-        rows = [i for i, p in enumerate(kept) if p != also]
-        step = -(0.25 * advantage[rows][:, :, None] * score[kept][rows]).sum((0, 1))
-        gradient = ((reward[q] - reward[q].mean())[:, None] * score[q]).sum(0) / (reward.shape[1] - 1)
-        return float(-step @ gradient / step.norm())
-
-    table = what_if(make_scores(score, reward), candidates(["std", "mean", "global"]), used="std", tasks_TP=tasks)
-    for name, row in table.rows.items():
-        assert sum(task["share"] for task in row.tasks) == pytest.approx(1.0)
-        for task, of in zip(row.tasks, tasks, strict=True):
-            members = of.nonzero().flatten().tolist()
-            gain = sum(one_out(name, q) for q in members) / len(members)
-            assert task["gain"] == pytest.approx(gain, rel=1e-8)
-            assert task["share"] == pytest.approx(float(row.share_P[of].sum()))
-            if len(members) > 1:
-                without = [
-                    sum(one_out(name, q, r) for q in members if q != r) / (len(members) - (r in members))
-                    for r in range(n)
-                ]
-                assert task["gain_error"] == pytest.approx(jackknife(torch.tensor([without]))[0], rel=1e-5)
-            else:
-                assert task["gain_error"] != task["gain_error"]  # not a number
-            std = sum(one_out("std", q) for q in members) / len(members)
-            assert task["ahead"] == pytest.approx(gain - std, abs=1e-9)
-    assert what_if(make_scores(score, reward), candidates(["std"])).rows["std"].tasks == ()
+    table = what_if(make_scores(*drawn), candidates(["std", "mean", "global"]), tasks_TP=tasks)
+    for row in table.rows.values():
+        expected = torch.stack([row.share_P[of].sum() for of in tasks])
+        torch.testing.assert_close(row.task_share_T, expected)
+        assert float(row.task_share_T.sum()) == pytest.approx(1.0)
+    assert len(what_if(make_scores(*drawn), candidates(["std"])).rows["std"].task_share_T) == 0
     with pytest.raises(ValueError, match=r"tasks_TP has shape \(1, 5\): expected \(T, 6\)"):
-        what_if(make_scores(score, reward), candidates(["std"]), tasks_TP=tasks[:1, :5])
+        what_if(make_scores(*drawn), candidates(["std"]), tasks_TP=tasks[:1, :5])
 
 
-def test_the_gain_by_prompts_is_that_by_sequences(drawn):
-    """And sequences may come in any order."""
-    score, reward = drawn
-    scores = make_scores(score, reward)
-    gamma, _ = objective(scores)
-    products = MatrixProducts(scores.gram_BB)
-    judged = products.along(scores.prompt_B, 6, gamma)
-    factors = torch.rand(36, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    others = (scores.prompt_B != torch.arange(6)[:, None]).double()
-    sums = products.of_sums(scores.prompt_B, 6, factors, torch.stack([factors, gamma]))
-    one, other = (
-        gain_of_fixed(*sums, float(factors.square() @ scores.gram_BB.diagonal()), EVERY),
-        gain_without_each(scores.gram_BB, others * factors, judged, EVERY),
-    )
-    torch.testing.assert_close(one[0], other[0])
-    assert one[0] != 0
-    torch.testing.assert_close(one[1], other[1])
-
-    order = torch.randperm(36, generator=torch.Generator().manual_seed(3))
-    shuffled = make_scores(score, reward, chosen=order)
-    want, found = (what_if(one, candidates(METHODS), used="std").rows for one in (scores, shuffled))
-    assert found.keys() == want.keys()
+def test_sequences_may_come_in_any_order(drawn):
+    scores = make_scores(*drawn)
+    shuffled = make_scores(*drawn, chosen=torch.randperm(36, generator=torch.Generator().manual_seed(3)))
+    expected, found = (what_if(one, candidates(METHODS)).rows for one in (scores, shuffled))
+    assert found.keys() == expected.keys()
     for name, row in found.items():
-        expected = want[name]
-        assert (row.cos, row.factor, row.gain) == pytest.approx((expected.cos, expected.factor, expected.gain))
-        assert (row.gain_error, row.ahead) == pytest.approx((expected.gain_error, expected.ahead), abs=1e-9)
-        torch.testing.assert_close(row.share_P, expected.share_P)
+        assert (row.cos, row.factor) == pytest.approx((expected[name].cos, expected[name].factor))
+        torch.testing.assert_close(row.share_P, expected[name].share_P)
     assert astuple(gradient_noise(shuffled)) == pytest.approx(astuple(gradient_noise(scores)))
 
 
-def population_gain(toy, score, reward, method):
-    """Of the steps without each prompt, on true gradients."""
-    total = 0.0
-    for q in range(len(reward)):
-        kept = [p for p in range(len(reward)) if p != q]
-        step = step_of(score[kept], reward[kept], method)
-        length = float(step.norm())
-        total += float(-step @ toy.gradient_PD[q]) / length if length else 0.0
-    return total / len(reward)
-
-
-def test_the_gain_is_that_on_the_population_and_one_by_its_own_samples_is_not():
-    """The mean over 300 steps within 3 standard errors of the truth; judged by its own samples 10 errors above."""
-    toy, generator = Toy(prompts=6, size=12), torch.Generator().manual_seed(0)
-    found, own, truth = {"mean": [], "std": []}, {"mean": [], "std": []}, {"mean": [], "std": []}
-    for _ in range(300):
-        score, reward = toy.draw(generator, 4)
-        scores = make_scores(score, reward, "mean")
-        table = what_if(scores, candidates(["mean", "std"]), used="mean")
-        if table.no_gain is not None:
-            continue
-        centred = reward - reward.mean(1, keepdim=True)
-        sampled = (centred[:, :, None] * score).sum(1) / 3
-        for name, row in table.rows.items():
-            found[name].append(row.gain)
-            truth[name].append(population_gain(toy, score, reward, name))
-            step = step_of(score, reward, name)
-            own[name].append(float(-(sampled @ step).mean() / step.norm()))
-    for name in found:
-        difference = torch.tensor(found[name]) - torch.tensor(truth[name])
-        error = float(difference.std() / len(difference) ** 0.5)
-        assert abs(float(difference.mean())) < 3 * error
-        biased = torch.tensor(own[name]) - torch.tensor(truth[name])
-        assert float(biased.mean()) > 10 * error and float(torch.tensor(truth[name]).mean()) > 10 * error
-
-
 def test_scores_that_are_missing(drawn):
-    """Trained with ``none``, wrong answers have no score: ``mean`` and the gain need them, ``none`` doesn't."""
+    """Trained with ``none``, wrong answers have no score: ``mean`` and noise need them, ``none`` doesn't."""
     score, reward = drawn
-    table = what_if(make_scores(score, reward, "none"), candidates(["none", "mean", "global"]), used="none")
-    assert set(table.rows) == {"none"} and table.rows["none"].gain is None
+    table = what_if(make_scores(score, reward, "none"), candidates(["none", "mean", "global"]))
+    assert set(table.rows) == {"none"}
     wrong = int((reward == 0).sum())
     assert table.absent["mean"] == f"{wrong} sequences without a score would have an advantage"
-    assert table.no_gain == f"{wrong} sequences without a score have a reward that differs from their group's mean"
+    reason = f"{wrong} sequences without a score have a reward that differs from their group's mean"
+    assert raw_gradient_factors(make_scores(score, reward, "none"))[1] == reason
     assert gradient_noise(make_scores(score, reward, "none")) is None
 
-    table = what_if(make_scores(score, reward, "std"), candidates(["none", "std"]), used="std")
+    table = what_if(make_scores(score, reward, "std"), candidates(["none", "std"]))
     assert table.absent == {"none": "6 sequences without a score would have an advantage"}  # the all-equal group's
 
 
@@ -254,8 +148,8 @@ def test_scored_beside_the_step(drawn):
         contribution @ contribution.T, coefficient, torch.where(dead, 1.0, scores.made_at_B), scores.advantage_B,
         scores.prompt_B, scores.position_B, reward,
     )  # fmt: skip
-    table = what_if(whole, candidates(METHODS), used="std")
-    assert set(table.rows) == set(METHODS) and table.no_gain is None
+    table = what_if(whole, candidates(METHODS))
+    assert set(table.rows) == set(METHODS)
     now = step_of(score, reward, "std")
     for name in ("none", "global"):
         its = step_of(score, reward, name)
@@ -270,7 +164,7 @@ def test_sequences_of_no_token_are_nothing_under_any(drawn):
         torch.where(cut | cut[:, None], 0.0, scores.gram_BB), torch.where(cut, 0.0, scores.coefficient_B),
         scores.made_at_B, scores.advantage_B, scores.prompt_B, scores.position_B, reward,
     )  # fmt: skip
-    row = what_if(masked, candidates(["mean"]), used="std").rows["mean"]
+    row = what_if(masked, candidates(["mean"])).rows["mean"]
     score = score.clone()
     score[0, 0] = 0.0
     its, now = step_of(score, reward, "mean"), step_of(score, reward, "std")
@@ -279,10 +173,8 @@ def test_sequences_of_no_token_are_nothing_under_any(drawn):
 
 def test_what_can_not_be_told(drawn):
     score, reward = drawn
-    part = what_if(make_scores(score, reward, chosen=torch.arange(36) % 5 > 0), candidates(["mean"]))
-    assert part.no_gain == "the step holds parts of groups" and part.rows["mean"].gain is None
-    few = what_if(make_scores(score[1:3], reward[1:3]), candidates(["mean"]))
-    assert few.no_gain == "1 prompts with a gradient, of 3 that it takes"
+    part = make_scores(score, reward, chosen=torch.arange(36) % 5 > 0)
+    assert raw_gradient_factors(part)[1] == "the step holds parts of groups" and gradient_noise(part) is None
     graded = what_if(make_scores(score, 2 * reward), candidates(["max_rl"]))
     assert "needs rewards in [0, 1]" in graded.absent["max_rl"]
     nothing = what_if(make_scores(score, torch.ones_like(reward)), candidates(["mean"]))
@@ -296,16 +188,12 @@ def test_a_function_of_ones_own(drawn):
         return torch.where(rewards_PG == rewards_PG.amax(1, keepdim=True), 1.0, 0.0) * (context["lengths"] > 0)
 
     lengths = torch.ones_like(reward)
-    table = what_if(
-        make_scores(score, reward), candidates([best_only, "std"]), used="std", context={"lengths": lengths}
-    )
+    table = what_if(make_scores(score, reward), candidates([best_only, "std"]), context={"lengths": lengths})
     name = next(iter(table.absent))
     assert name.endswith("best_only") and "without a score" in table.absent[name]
     reward[2, 0] = 0.0
-    table = what_if(
-        make_scores(score, reward), candidates([best_only, "std"]), used="std", context={"lengths": lengths}
-    )
-    assert len(table.rows) == 2 and 0 < table.rows[name].cos < 1 and table.rows[name].gain is not None
+    table = what_if(make_scores(score, reward), candidates([best_only, "std"]), context={"lengths": lengths})
+    assert len(table.rows) == 2 and 0 < table.rows[name].cos < 1
 
 
 @pytest.mark.parametrize(
@@ -398,12 +286,3 @@ def test_advice_at_its_ends():
     assert advised_generations(9.0, 1.0, 100) == pytest.approx(4.0)
     assert advised_generations(1.0, 0.0, 64) == 64 and advised_generations(1.0, -1.0, 64) == 64
     assert advised_generations(0.0, 1.0, 64) == 2 and advised_generations(1e9, 1.0, 64) == 64
-
-
-def test_a_gain_of_a_step_that_cancels_is_nothing():
-    gram = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    factors = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 0.0]], dtype=torch.float64)
-    gain, without = gain_without_each(gram, factors, gram, torch.ones(1, len(gram), dtype=gram.dtype))
-    # q = 0: -<u1 + u2, g0> / sqrt(2) = 1 / sqrt(2); q = 1 the same; q = 2: u0 + u1 = 0
-    assert float(gain) == pytest.approx(2 * 0.5**0.5 / 3)
-    assert without.isfinite().all()

@@ -21,8 +21,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 import trl_ext
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.interference import log as interference_log
-from trl_ext.interference import measure
+from trl_ext.recorder import measure
+from trl_ext.recorder import recorder as interference_recorder
 from trl_ext.report import watch
 from trl_ext.tasks.arithmetic import generate_problems
 
@@ -163,7 +163,7 @@ def train(spec):
         peft_config=LoraConfig(task_type="CAUSAL_LM", **spec["lora"]) if spec["lora"] else None,
     )
     if spec["wrong_layer"]:  # multiplies what it is given by three, which its tap can't know, and isn't rehearsed
-        interference_log.rehearse = lambda *args: None
+        interference_recorder.rehearse = lambda *args: None
         layer = trainer.model.get_submodule(spec["wrong_layer"])
         layer.forward = lambda x, forward=layer.forward: forward(3 * x)
     if spec["blind"] == trainer.accelerator.process_index:  # a process that can't look at its log

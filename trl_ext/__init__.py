@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import CurvatureGRPOConfig
-    from .interference.files import read_interference
+    from .recorder.files import read_interference
     from .trainer import CurvatureGRPOTrainer
 
 __all__ = ["CurvatureGRPOConfig", "CurvatureGRPOTrainer", "read_interference"]

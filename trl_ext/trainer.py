@@ -7,8 +7,8 @@ TRL's per-sequence dict, and our columns      trl_surface.py, rewards/group_colu
 old and reference log-probs of what is used   batches/deferred_logprobs.py
 micro-batches of what has a gradient          batches/micro_batches.py, batches/skipping.py
 backbone, head and loss in one pass           loss/fused_loss.py, loss/fused_head.py
-backward: each sequence's gradient            interference/log.py
-the log, the run's folder, images, verdicts   interference/files.py, report/run_files.py, live.py, watch.py
+backward: each sequence's gradient            recorder/recorder.py
+the log, the run's folder, images, verdicts   recorder/files.py, report/run_files.py, live.py, watch.py
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from .checkpoints.find import find_checkpoint
 from .checkpoints.saving import RandomStates, checkpoint_folder, saved_when, whole_or_none
 from .checkpoints.state import CheckpointState
 from .config import read_options
-from .interference.log import InterferenceLog
 from .loss.fused_head import CompletionMask, add_forward, fused_heads
 from .loss.fused_loss import one_pass_loss, why_not_one_pass, without_tool_logprobs
 from .loss.shared_prompts import SharedPrompts
@@ -42,6 +41,7 @@ from .overrides import answered_by, ours, overridden
 from .paper import PAPER
 from .process_group import keep_process_group
 from .quantized import keep_trainable
+from .recorder.recorder import InterferenceRecorder
 from .report.completions import KeptCompletions
 from .report.run_files import RunFiles, describe_run
 from .report.watch import Watch
@@ -105,7 +105,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._task_names = TaskNames(self.accelerator.num_processes, run.say_once)
         self._task_means = {"train": TaskMeans(), "eval": TaskMeans()}
         self._resampling = Resampling(run, self._normalizer) if run.options.resample_zero_variance else None
-        self._interference = InterferenceLog(
+        self._interference = InterferenceRecorder(
             run, self.model, observer=self, used=self._used_normalization, score=self._score_with_graph
         )
         self._completion_mask, self._shared_prompts = CompletionMask(), SharedPrompts()

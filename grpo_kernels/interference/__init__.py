@@ -1,1 +1,5 @@
-"""From the gradients of one step's sequences to how prompts interfere: sketches, metrics, curvature, phases."""
+"""How the gradients of a step's prompts interfere: sketches of gradients, inner products, metrics."""
+
+from .gradient_recorder import GradientRecorder, RecordedGradients
+
+__all__ = ["GradientRecorder", "RecordedGradients"]

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from grpo_kernels.backend import rounds_products
-from grpo_kernels.head.products import HeadSketch, compute_dtype
+from grpo_kernels.head.products import HeadSketch
 
-from .layer_taps import Layer, find_layers, norm_at, tap, whole_shape
+from .layer_sums import LayerSums, head_rows, rows_of
+from .layer_taps import Layer, find_layers, tap, whole_shape
 from .model_parts import PARTS_OF_MODEL, block_of, part_of
-from .projections import PARTS, Projections
-from .sequence_rows import SequenceRows
+from .projections import IdentityProjection, Projections
 from .tap_check import GradientPart, TapCheck
 
 StopRecomputation: Any = getattr(torch.utils.checkpoint, "_StopRecomputationError", ())
@@ -34,7 +34,7 @@ WHOLE = "model"  # the only section, unless by parts
 
 @dataclass(frozen=True)
 class StepSketch:
-    """One step's sequences: ``sketch`` (B, parts, numbers) or, exact, (B, parameters), float32, and ``prompt_B``.
+    """One step's sequences: ``sketch`` (B, parts, numbers), float32, and ``prompt_B``.
 
     ``sections``: of the model, by name: which of the last dimension's numbers are of it. Inner products of sections
     sum to the whole's.
@@ -109,17 +109,15 @@ class GradientSketch:
             layer.section = part_of(layer.name, layer.kind, n_blocks) if by_part else WHOLE
         known = {layer.section for layer in self.layers}
         self.sections = [name for name in (WHOLE, *PARTS_OF_MODEL) if name in known]
-        self._section_of = {n: layer.section for layer in self.layers for n in (layer.weight, layer.bias)}
-        self._projections: Projections | None = None
-        self._rows: SequenceRows | None = None
-        self._checked = True  # whether these rows are of the gradient that is checked
-        self._seen: list[SequenceRows] = []
-        self._check: TapCheck | None = None
+        self._section_of = {
+            n: layer.section for layer in self.layers for n in (layer.weight, layer.bias) if n is not None
+        }
+        self._sums: LayerSums | None = None  # of the step that is open
+        self._check: TapCheck | None = None  # of the latest step
         self._right: set[int] = set()  # parameters that were found right
         self._opened = 0  # steps
-        self._word_signs: dict[int, torch.Tensor] = {}  # of weights whose rows are words, for the check
         self._failed: set[str] = set()
-        self._handles: list[Any] = []  # of the hooks, which are there while a step is open
+        self._handles: list[RemovableHandle] = []  # of the hooks, which are there while a step is open
 
     @property
     def tapped_parameters(self) -> list[nn.Parameter]:
@@ -155,25 +153,28 @@ class GradientSketch:
             yield recorded
             recorded.append(self.take())
         finally:
-            if self._projections is not None:
+            if self._sums is not None:
                 self.abandon()
 
     def open(self, seed: int) -> None:
         """Begins a step; ``take`` ends it."""
-        if self._projections is not None:
+        if self._sums is not None:
             raise ValueError("a step is open already")
-        device = self._parameters[0].device
-        shapes = [whole_shape(parameter) for parameter in self._parameters]
-        self._projections = Projections(self.dim, seed, device, shapes)
-        self._seen, self._rows, self._checked = [], None, True
-        self._check, self._word_signs = TapCheck(device), {}
+        device, shapes = self._parameters[0].device, [whole_shape(parameter) for parameter in self._parameters]
+        projection = Projections(self.dim, seed, device, shapes) if self.dim else IdentityProjection(shapes)
         self._opened += 1
+        self._check = TapCheck(device, self._due())
+        self._sums = LayerSums(projection, self._check, self._parameters)
         self._handles = [layer.module.register_forward_hook(self._hook) for layer in self.layers]
+
+    def _due(self) -> frozenset[int]:
+        """The parameters that this step checks: until one was found right, then in every eighth step."""
+        numbers = range(len(self._parameters))
+        return frozenset(n for n in numbers if n not in self._right or (self._opened + n) % CHECK_EVERY == 0)
 
     def abandon(self) -> None:
         """Ends a step, if one is open, and forgets it."""
-        self._projections, self._rows, self._seen = None, None, []
-        self._check, self._word_signs = None, {}
+        self._sums = self._check = None
         self.close()
 
     def set_rows(
@@ -186,27 +187,14 @@ class GradientSketch:
             sequence_RT: where a row isn't a sequence: (R, T), each position's sequence in [0, S), -1 for none.
             checked: False: of a pass that the step's gradient isn't made of, so that ``leave_out_wrong`` ignores it.
         """
-        if self._projections is None:
+        if self._sums is None:
             raise ValueError("rows are told outside a step: open one first")
-        if not isinstance(prompt_S, torch.Tensor) or prompt_S.ndim != 1 or prompt_S.is_floating_point():
-            got = f"{tuple(prompt_S.shape)} of {prompt_S.dtype}" if isinstance(prompt_S, torch.Tensor) else prompt_S
-            raise ValueError(f"prompt ids must be an integer tensor (S,), got {got}")
-        if sequence_RT is not None:
-            right = isinstance(sequence_RT, torch.Tensor) and sequence_RT.ndim == 2
-            if not right or sequence_RT.is_floating_point():
-                given = tuple(sequence_RT.shape) if isinstance(sequence_RT, torch.Tensor) else sequence_RT
-                raise ValueError(f"sequence_RT must be an integer tensor (R, T), got {given}")
-            if sequence_RT.numel() and not -1 <= int(sequence_RT.min()) <= int(sequence_RT.max()) < len(prompt_S):
-                raise ValueError(f"sequence_RT must hold values in [-1, {len(prompt_S)}): prompt ids are for that many")
-        self._fold()  # what the micro-batch before has added up
-        n_rows = len(prompt_S) if sequence_RT is None else len(sequence_RT)
-        self._rows = SequenceRows(prompt_S.clone(), sequence_RT, n_rows)
-        self._seen.append(self._rows)
-        self._checked = checked
+        self._sums.begin(rows_of(prompt_S, sequence_RT, checked))
 
     def end_rows(self) -> None:
         """What follows is of no row: not recorded."""
-        self._rows, self._checked = None, True
+        if self._sums is not None:
+            self._sums.rows = None
 
     @contextmanager
     def rows(self, prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None = None) -> Iterator[None]:
@@ -246,7 +234,7 @@ class GradientSketch:
         if len(gradients) != len(self._parameters):
             raise ValueError(f"got {len(gradients)} gradients for {len(self._parameters)} trainable parameters")
         names = self._names(failed=True)  # what failed on one process alone is wrong on all
-        due = sorted(number for number in names if self._due(number))
+        due = sorted(number for number in names if number in self._check.due)
         for number in due:
             part, shape = gradients[number], whole_shape(self._parameters[number])
             if isinstance(part, torch.Tensor):
@@ -254,7 +242,7 @@ class GradientSketch:
                     name = self._parameter_names[number]
                     raise ValueError(f"the gradient of {name} is {tuple(part.shape)}, not {tuple(shape)}")
                 part = GradientPart(part, copies=processes)
-            self._check.expect(number, part, shape, self._word_signs.get(number))
+            self._check.expect(number, part, shape)
         wrong, right = self._check.errors(due, reduce=reduce, processes=processes)
         if not rehearsal:
             self._right.update(right)
@@ -262,10 +250,6 @@ class GradientSketch:
             layer.weight = None if layer.weight in wrong else layer.weight
             layer.bias = None if layer.bias in wrong else layer.bias
         return {names[number]: error for number, error in wrong.items()}
-
-    def _due(self, number: int) -> bool:
-        """Whether this step checks the parameter: until it was found right once, then in every eighth step."""
-        return self._checked and (number not in self._right or (self._opened + number) % CHECK_EVERY == 0)
 
     @property
     def untapped(self) -> list[str]:
@@ -284,188 +268,51 @@ class GradientSketch:
 
     def take(self) -> StepSketch:
         """Ends the step and returns what was recorded, the micro-batches' sequences one after the other."""
-        if self._projections is None:
+        if self._sums is None:
             raise ValueError("no step is open")
-        self._fold()
-        device = self._projections.device
-        # the same on every process, whichever layers were used there
-        keys: list[Any] = self.sections
-        if not self.dim:  # parameters, those of a section after one another
-            keys = sorted({key for rows in self._seen for key in rows.total})
-            keys.sort(key=lambda number: self.sections.index(self._section_of[number]))
-        of_rows = [
-            [
-                rows.total[key].flatten(1).to(device)
-                if key in rows.total
-                else torch.zeros(len(rows.prompt_S), self._size(key), device=device)
-                for key in keys
-            ]
-            for rows in self._seen
-        ]
-        prompts = [rows.prompt_S.to(device) for rows in self._seen]
-        empty = self._size(None)
-        self._projections, self._rows, self._seen = None, None, []  # the check stays
+        sums, device = self._sums, self._parameters[0].device
+        sums.finish()
+        self._sums = None  # the check stays
         self.close()
-        if not of_rows:
+        if not sums.seen:
             raise ValueError("no rows were told in this step")
-        prompt_B = torch.cat(prompts)
-        if not keys:
-            return StepSketch(torch.zeros(len(prompt_B), empty, device=device), prompt_B)
-        columns = [torch.cat(of_key) for of_key in zip(*of_rows, strict=True)]
-        del of_rows  # as much memory again
-        if self.dim:
-            columns = [column.view(len(column), PARTS, -1) for column in columns]
+        columns: list[torch.Tensor] = []
         sections: dict[str, slice] = {}
         first = 0
-        for key, column in zip(keys, columns, strict=True):
-            name, last = key if self.dim else self._section_of[key], first + column.shape[-1]
+        for key, name in sums.projection.keys(self.sections, self._section_of):
+            columns.append(sums.take(key, device))
+            last = first + columns[-1].shape[-1]
             sections[name] = slice(sections[name].start if name in sections else first, last)
             first = last
+        prompt_B = torch.cat([rows.prompt_S.to(device) for rows in sums.seen])
         return StepSketch(columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1), prompt_B, sections)
-
-    def _fold(self) -> None:
-        """Makes numbers of the sketch of the layers that were added up."""
-        assert self._projections is not None
-        for rows in self._seen:
-            for (section, _), entries in rows.entries.items():
-                rows.add(section, self._projections.fold_entries(entries))
-            rows.entries.clear()
-
-    def _size(self, key: Any) -> int:
-        """The numbers of a sequence under this key, in an open step."""
-        assert self._projections is not None
-        return whole_shape(self._parameters[key]).numel() if isinstance(key, int) else PARTS * self._projections.slots
 
     # ---- what a layer adds
 
-    def _hook(self, module, inputs, output):
-        rows, layer = self._rows, self._by_module[module]
-        if rows is None or not torch.is_grad_enabled() or layer.name in self._failed:
+    def _hook(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        layer, sums = self._by_module[module], self._sums
+        if sums is None or sums.rows is None or not torch.is_grad_enabled() or layer.name in self._failed:
             return
+        rows = sums.rows
+
+        def record(gradient: torch.Tensor, layer_input: Callable[[], torch.Tensor]) -> None:
+            followed = layer.weight is not None or layer.bias is not None
+            if self._sums is not sums or layer.name in self._failed or not followed:
+                return
+            try:
+                sums.add(layer, rows, gradient, layer_input())
+            except Exception as error:
+                self._fail(layer, error)
+
         try:
             if not isinstance(output, torch.Tensor) or not inputs or not isinstance(inputs[0], torch.Tensor):
                 raise TypeError(f"layer {layer.name!r} must take a tensor and return a tensor")
             if output.grad_fn is not None:
-                tap(output, inputs[0], lambda gradient, kept: self._guarded(layer, rows, gradient, kept))
+                tap(output, inputs[0], record)
         except StopRecomputation:  # how checkpointing ends a recomputed forward, once the last tensor is saved
             raise
         except Exception as error:
             self._fail(layer, error)
-
-    def _guarded(
-        self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, kept: Callable[[], torch.Tensor]
-    ) -> None:
-        if layer.name in self._failed or self._projections is None or (layer.weight is None and layer.bias is None):
-            return
-        try:
-            record = {"embedding": self._embedding, "norm": self._norm}.get(layer.kind, self._linear)
-            record(layer, rows, gradient, kept())
-        except Exception as error:
-            self._fail(layer, error)
-
-    def _linear(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
-        d, a = rows.tokens(layer.name, gradient), rows.tokens(layer.name, a)
-        self._add_linear(layer, rows, d, a)
-
-    def _add_linear(self, layer: Layer, rows: SequenceRows, d: torch.Tensor, a: torch.Tensor) -> None:
-        assert self._check is not None
-        left, right = (a, d) if layer.kind == "transposed" else (d, a)
-        self._note_precision(layer, d, a)
-        if layer.weight is not None and self._due(layer.weight):
-            signs = self._signs_of(layer, left.shape[-1]).to(left.dtype)
-            self._check.outer(layer.weight, rows, left @ signs, right)
-        if layer.weight is not None and not self.dim:
-            rows.add(layer.weight, rows.outer(left, right))
-        elif layer.weight is not None:
-            assert self._projections is not None
-            if layer.kind == "head":
-                projected = left @ self._projections.vocabulary(left.shape[-1], layer.weight, left.dtype)
-                folded = self._projections.split_vocabulary(projected)
-            else:
-                folded = self._projections.fold_side(left, "out", layer.weight)
-            self._add_folded(layer, rows, folded, right)
-        if layer.bias is not None:
-            self._add_vector(layer, layer.bias, rows, rows.sums(d))
-
-    def _add_folded(self, layer: Layer, rows: SequenceRows, left: torch.Tensor, right: torch.Tensor) -> None:
-        """``left`` is folded already, for each part; ``right`` is of the weight's input side."""
-        assert self._projections is not None and layer.weight is not None
-        projections, weight = self._projections, layer.weight
-        right = projections.fold_side(right, "in", weight)
-        place = projections.place(weight, left.shape[-1], right.shape[-1])
-        sides = ["in"] if layer.kind in ("head", "embedding") else ["out", "in"]  # words are projected
-
-        def turn(sums: torch.Tensor) -> torch.Tensor:
-            return projections.turn_narrow(sums, weight, sides)
-
-        rows.add_outer(layer.section, left, right, projections.side, place, turn)
-
-    def _embedding(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, ids: torch.Tensor) -> None:
-        d = rows.tokens(layer.name, gradient)
-        self._note_precision(layer, d)
-        ids = ids.reshape(d.shape[:2])
-        embedding: Any = layer.module
-        if type(embedding).forward is not nn.Embedding.forward:  # Gemma's, and whose else multiplies what it looks up
-            scale = getattr(embedding, "embed_scale", 1.0)
-            d = d * (scale.to(d.dtype) if isinstance(scale, torch.Tensor) else scale)
-        n_words = embedding.num_embeddings
-        if embedding.padding_idx is not None:  # that row gets no gradient
-            d = d * (ids != embedding.padding_idx)[..., None]
-        if layer.weight is None:
-            return
-        assert self._projections is not None and self._check is not None
-        if self._due(layer.weight):
-            self._check.outer(layer.weight, rows, self._signs_of(layer, n_words).to(d.dtype)[ids], d)
-        if self.dim:
-            words = self._projections.of_words(ids, n_words, layer.weight, d.dtype)
-            self._add_folded(layer, rows, self._projections.split_vocabulary(words), d)
-            return
-        one_hot = torch.nn.functional.one_hot(ids, n_words).to(d.dtype)
-        rows.add(layer.weight, rows.outer(one_hot, d))
-
-    def _norm(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
-        """A norm's output is linear in its weight: the slope is its output at weight 1 less that at weight 0."""
-        d = rows.tokens(layer.name, gradient)
-        self._note_precision(layer, d, a)
-        slope = rows.tokens(layer.name, norm_at(layer.module, 1.0, a.float()))
-        if not layer.zero_at_zero:
-            slope = slope - rows.tokens(layer.name, norm_at(layer.module, 0.0, a.float()))
-        if layer.weight is not None:
-            self._add_vector(layer, layer.weight, rows, rows.sums(d.float() * slope.float()))
-        if layer.bias is not None:
-            self._add_vector(layer, layer.bias, rows, rows.sums(d))
-
-    def _note_precision(self, layer: Layer, *operands: torch.Tensor) -> None:
-        """Tells the check in what precision the layer's gradient is made: its products', and what it is kept in."""
-        assert self._check is not None
-        for number in (layer.weight, layer.bias):
-            if number is not None:
-                dtypes = (*(tensor.dtype for tensor in operands), self._parameters[number].dtype)
-                if rounds_products(operands[0].device, *dtypes):
-                    self._check.made_in_half(number)
-
-    def _signs_of(self, layer: Layer, width: int) -> torch.Tensor:
-        """(width, PROBES): by what the check projects the weight's left side. Where its rows are words, made from the
-        sketch's own projection: of dL/dlogits in the fused head nothing else is known."""
-        assert self._check is not None and self._projections is not None and layer.weight is not None
-        if layer.kind not in ("head", "embedding") or not self.dim:
-            return self._check.signs(width, 0)
-        if layer.weight not in self._word_signs:
-            words = self._projections.vocabulary(width, layer.weight, torch.float32)
-            self._word_signs[layer.weight] = words @ self._check.signs(words.shape[1], 0, words)
-        return self._word_signs[layer.weight]
-
-    def _add_vector(self, layer: Layer, number: int, rows: SequenceRows, vector_SD: torch.Tensor) -> None:
-        assert self._check is not None
-        if self._due(number):
-            self._check.vector(number, vector_SD)
-        if not self.dim:
-            rows.add(number, vector_SD)
-            return
-        assert self._projections is not None
-        rows.add(layer.section, self._projections.fold_vector(vector_SD, number))
-
-    # ---- the LM head, when a fused loss takes its place
 
     def head_sketch(self, head: nn.Module, hidden_NH: torch.Tensor, sequence_N: torch.Tensor) -> HeadSketch | None:
         """What ``linear_grpo_loss`` and ``linear_logprob`` take as ``head_sketch`` in place of a tap on ``head``.
@@ -475,39 +322,23 @@ class GradientSketch:
             hidden_NH: the hidden states they are given.
             sequence_N: (N,) the sequence of each, in [0, S).
         """
-        layer, rows = self._by_module.get(head), self._rows
-        if layer is None or rows is None or layer.weight is None or not torch.is_grad_enabled():
+        layer, sums = self._by_module.get(head), self._sums
+        if layer is None or sums is None or sums.rows is None or layer.weight is None or not torch.is_grad_enabled():
             return None
-        if layer.name in self._failed:
+        parameter = self._parameters[layer.weight]
+        if layer.name in self._failed or not parameter.requires_grad:  # frozen since the taps were set
             return None
-        projections, weight = self._projections, layer.weight
-        if not self._parameters[weight].requires_grad:  # frozen since the taps were set
-            return None
-        multiplied = compute_dtype(hidden_NH)
-        assert projections is not None
-        flat = SequenceRows(rows.prompt_S, sequence_N[None], 1, rows.total, rows.entries)
-        hidden = hidden_NH.detach()[None]
+        rows, hidden, n_words = head_rows(sums.rows, sequence_N), hidden_NH.detach(), whole_shape(parameter)[0]
 
         def add(projected_NK: torch.Tensor) -> None:
-            if self._projections is not projections or layer.name in self._failed or len(projected_NK) == 0:
+            if self._sums is not sums or layer.name in self._failed or len(projected_NK) == 0:
                 return
             try:
-                assert self._check is not None
-                if rounds_products(hidden.device, multiplied, self._parameters[weight].dtype):
-                    self._check.made_in_half(weight)
-                if not self.dim:
-                    self._add_linear(layer, flat, projected_NK[None], hidden)
-                else:
-                    if self._due(weight):
-                        self._signs_of(layer, n_words)
-                        mix = self._check.signs(projected_NK.shape[-1], 0, projected_NK)
-                        self._check.outer(weight, flat, projected_NK[None] @ mix, hidden.to(projected_NK.dtype))
-                    self._add_folded(layer, flat, projections.split_vocabulary(projected_NK[None]), hidden)
+                sums.add_head(layer, rows, projected_NK, hidden, n_words)
             except Exception as error:
                 self._fail(layer, error)
 
-        n_words = whole_shape(self._parameters[weight])[0]
-        projection = projections.vocabulary(n_words, weight, hidden_NH.dtype) if self.dim else None
+        projection = sums.projection.vocabulary(n_words, layer.weight, hidden_NH.dtype)
         return HeadSketch(projection, add, on_error=lambda error: self._fail(layer, error))
 
     def _fail(self, layer: Layer, error: Exception) -> None:

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import torch
 
 from .inner_products import as_products
-from .what_if import StepScores, objective
+from .what_if import StepScores
 
 DRAWS = 200  # of the bootstrap
 INTERVAL = (0.05, 0.95)
+ROUNDING = 1e-6  # of a group's spread: a centred reward below it is 0
 LEAST = 4  # answers to a prompt, for two pairs that have none in common
 
 
@@ -48,9 +49,38 @@ class GradientNoise:
         return (self.between + (one_by_one + self.pairs / (generations - 1)) / generations) / prompts
 
 
+def raw_gradient_factors(scores: StepScores) -> tuple[torch.Tensor, str | None]:
+    """Returns (B,) gamma with raw g_q = sum over q's sequences of gamma_j z_j, and why it isn't known, or None.
+
+    gamma_j = (r_j - mean) / (c_j (n - 1)), n the group's scorable rewards; 0 in all-equal groups.
+    """
+    rewards_PG = scores.rewards_PG.double()
+    count_P1 = (~rewards_PG.isnan()).sum(1, keepdim=True)
+    centred_PG = (rewards_PG - rewards_PG.nanmean(1, keepdim=True)).nan_to_num(0.0)
+    spread_P1 = centred_PG.abs().amax(1, keepdim=True)
+    centred_PG = torch.where(centred_PG.abs() > ROUNDING * spread_P1, centred_PG, 0.0)
+    equal_P1 = rewards_PG.nan_to_num(-torch.inf).amax(1, keepdim=True) == rewards_PG.nan_to_num(torch.inf).amin(
+        1, keepdim=True
+    )
+    centred_PG = torch.where(equal_P1 | (count_P1 < 2), 0.0, centred_PG / (count_P1 - 1).clamp(min=1))
+    a_B = centred_PG[scores.prompt_B, scores.position_B]
+    known_B = scores.known
+    unknown = int(((a_B != 0) & ~known_B & ~scores.silent).sum())
+    here_P = torch.zeros(len(rewards_PG), dtype=torch.int64, device=rewards_PG.device)
+    here_P.index_add_(0, scores.prompt_B, torch.ones_like(scores.prompt_B))
+    if unknown:
+        reason = f"{unknown} sequences without a score have a reward that differs from their group's mean"
+    elif (here_P < rewards_PG.shape[1]).any():
+        reason = "the step holds parts of groups"
+    else:
+        reason = None
+    coefficient_B = torch.where(known_B, scores.coefficient_B.double(), 1.0)
+    return torch.where(known_B, a_B.to(coefficient_B) / coefficient_B, 0.0), reason
+
+
 def gradient_noise(scores: StepScores, seed: int = 0) -> GradientNoise | None:
     """None where it can't be told: scores that aren't known, a single prompt or answer, parts of groups."""
-    gamma_B, unknown = objective(scores)
+    gamma_B, unknown = raw_gradient_factors(scores)
     n_prompts, n_answers = scores.rewards_PG.shape
     if unknown is not None or n_prompts < 2 or n_answers < 2:
         return None
@@ -128,7 +158,7 @@ def _pairs_of_pairs(scores: StepScores) -> tuple[torch.Tensor, torch.Tensor, tor
     live_PG = there_PG & (apart_PGG.abs().amax(2) > 0).any(1, keepdim=True)
     rough_P = (n_P < LEAST) | (live_PG & ~known_PG).any(1)
     if rough_P.any():
-        gamma_B, _ = objective(scores)
+        gamma_B, _ = raw_gradient_factors(scores)
         gamma_PG = torch.where(there_PG, gamma_B[row_PG], 0.0)
         raw_PGG = gram_PGG * gamma_PG[:, :, None] * gamma_PG[:, None, :]
         whole_P, trace_P = raw_PGG.sum((1, 2)), raw_PGG.diagonal(dim1=1, dim2=2).sum(1)

@@ -23,9 +23,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
+
+from .layer_taps import Layer
+from .sequence_rows import SequenceRows
 
 PARTS = 2
 SIDE = 3  # a side is folded to this many times k
@@ -82,6 +86,76 @@ def _fold_in_few_launches(values_ND: torch.Tensor, signs_P1D: torch.Tensor, shif
     torch.sum(signed.unflatten(-1, (blocks, side)), dim=2, dtype=out_PNK.dtype, out=out_PNK)
 
 
+class Projection(Protocol):
+    """Turns each layer's gradient into numbers that are added up by sequence, in ``SequenceRows.total``.
+
+    ``parts``: independent sketches of the same gradient. ``left`` and ``right``, (R, T, width), are of the two sides of
+    a layer's weight.
+    """
+
+    parts: int
+
+    def outer(self, rows: SequenceRows, layer: Layer, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Adds each sequence's ``sum_t left_t right_t^T`` of a layer's weight."""
+
+    def words(self, rows: SequenceRows, layer: Layer, ids: torch.Tensor, n_words: int, right: torch.Tensor) -> None:
+        """The same, ``left`` being the one-hot vectors of these words."""
+
+    def projected_words(self, rows: SequenceRows, layer: Layer, projected: torch.Tensor, right: torch.Tensor) -> None:
+        """The same, of a ``left`` that was multiplied by ``vocabulary`` already."""
+
+    def vector(self, rows: SequenceRows, layer: Layer, number: int, vector_SD: torch.Tensor) -> None:
+        """Adds each sequence's part of the gradient of a vector, which is parameter ``number``."""
+
+    def vocabulary(self, n_words: int, weight: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """(V, k): what the rows of a weight that are words are multiplied by; None: by nothing."""
+
+    def finish(self, rows: SequenceRows) -> None:
+        """Folds what was added up to the numbers that are kept."""
+
+    def keys(self, sections: Sequence[str], section_of: Mapping[int, str]) -> list[tuple[Any, str]]:
+        """The keys of ``SequenceRows.total`` and the section of each, the same on every process."""
+
+    def size(self, key: Any) -> int:
+        """How many numbers a sequence has under this key."""
+
+
+class IdentityProjection:
+    """Keeps gradients as they are, for small models and tests: a sequence has as many numbers as the model.
+
+    ``shapes``: of all parameters, by number.
+    """
+
+    parts = 1
+
+    def __init__(self, shapes: Sequence[torch.Size]) -> None:
+        self._shapes = shapes
+
+    def outer(self, rows: SequenceRows, layer: Layer, left: torch.Tensor, right: torch.Tensor) -> None:
+        rows.add(layer.weight, rows.outer(left, right))
+
+    def words(self, rows: SequenceRows, layer: Layer, ids: torch.Tensor, n_words: int, right: torch.Tensor) -> None:
+        self.outer(rows, layer, torch.nn.functional.one_hot(ids, n_words).to(right.dtype), right)
+
+    def projected_words(self, rows: SequenceRows, layer: Layer, projected: torch.Tensor, right: torch.Tensor) -> None:
+        self.outer(rows, layer, projected, right)
+
+    def vector(self, rows: SequenceRows, layer: Layer, number: int, vector_SD: torch.Tensor) -> None:
+        rows.add(number, vector_SD)
+
+    def vocabulary(self, n_words: int, weight: int, dtype: torch.dtype) -> None:
+        return None
+
+    def finish(self, rows: SequenceRows) -> None:
+        pass
+
+    def keys(self, sections: Sequence[str], section_of: Mapping[int, str]) -> list[tuple[Any, str]]:
+        return [(number, name) for name in sections for number in sorted(section_of) if section_of[number] == name]
+
+    def size(self, key: Any) -> int:
+        return self._shapes[key].numel()
+
+
 class Projections:
     """The random signs of one draw; the same seed gives the same ones in every process, on every device.
 
@@ -92,13 +166,15 @@ class Projections:
         shapes: of all parameters, by number.
     """
 
+    parts = PARTS
+
     def __init__(self, dim: int, seed: int, device: torch.device, shapes: Sequence[Sequence[int]]) -> None:
         self.dim, self.device = dim, device
         self.side = SIDE * dim
         self.slots = max(1, dim**2 // PARTS)  # the numbers of a part
         self._seed = seed
         # drawn for all layers at once: on a GPU one by one took longer than to use them
-        self._sizes = [PARTS * size for shape in shapes for size in shape] if dim else []
+        self._sizes = [PARTS * size for shape in shapes for size in shape]
         self._first = [0]
         for shape in shapes:
             self._first.append(self._first[-1] + len(shape))
@@ -204,6 +280,51 @@ class Projections:
     def split_vocabulary(projected: torch.Tensor) -> torch.Tensor:
         """(R, T, parts * width), what was multiplied by ``vocabulary``, to (parts, R, T, width)."""
         return projected.unflatten(-1, (PARTS, -1)).movedim(-2, 0)
+
+    # ---- what a layer adds, as ``Projection`` has it
+
+    def outer(self, rows: SequenceRows, layer: Layer, left: torch.Tensor, right: torch.Tensor) -> None:
+        assert layer.weight is not None
+        if layer.kind == "head":
+            projected = left @ self.vocabulary(left.shape[-1], layer.weight, left.dtype)
+            self.projected_words(rows, layer, projected, right)
+        else:
+            self._add_folded(rows, layer, self.fold_side(left, "out", layer.weight), right, ("out", "in"))
+
+    def words(self, rows: SequenceRows, layer: Layer, ids: torch.Tensor, n_words: int, right: torch.Tensor) -> None:
+        assert layer.weight is not None
+        self.projected_words(rows, layer, self.of_words(ids, n_words, layer.weight, right.dtype), right)
+
+    def projected_words(self, rows: SequenceRows, layer: Layer, projected: torch.Tensor, right: torch.Tensor) -> None:
+        self._add_folded(rows, layer, self.split_vocabulary(projected), right, ("in",))
+
+    def _add_folded(
+        self, rows: SequenceRows, layer: Layer, left: torch.Tensor, right: torch.Tensor, turned: Sequence[str]
+    ) -> None:
+        """``left`` is folded already, for each part; ``turned``: the sides that get their signs after the sum."""
+        assert layer.weight is not None
+        weight = layer.weight
+        right = self.fold_side(right, "in", weight)
+        place = self.place(weight, left.shape[-1], right.shape[-1])
+
+        def turn(sums: torch.Tensor) -> torch.Tensor:
+            return self.turn_narrow(sums, weight, turned)
+
+        rows.add_outer(layer.section, left, right, self.side, place, turn)
+
+    def vector(self, rows: SequenceRows, layer: Layer, number: int, vector_SD: torch.Tensor) -> None:
+        rows.add(layer.section, self.fold_vector(vector_SD, number))
+
+    def finish(self, rows: SequenceRows) -> None:
+        for (section, _), entries in rows.entries.items():
+            rows.add(section, self.fold_entries(entries))
+        rows.entries.clear()
+
+    def keys(self, sections: Sequence[str], section_of: Mapping[int, str]) -> list[tuple[Any, str]]:
+        return [(name, name) for name in sections]
+
+    def size(self, key: Any) -> int:
+        return PARTS * self.slots
 
     def numbers(self) -> int:
         """How many signs are kept."""

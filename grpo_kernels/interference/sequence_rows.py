@@ -23,6 +23,7 @@ class SequenceRows:
     prompt_S: torch.Tensor
     sequence_RT: torch.Tensor | None  # the sequence of each position, -1 for none; None: each row is one
     n_rows: int
+    checked: bool = True  # whether the step's gradient is made of these rows
     # a section's (S, parts, slots) sketch; exact, a parameter's
     total: dict[Any, torch.Tensor] = field(default_factory=dict)
     # by section and P: (P, S, side, side), yet to be folded

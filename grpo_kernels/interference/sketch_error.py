@@ -35,9 +35,14 @@ def predicted_rmse(sketch_BMK: torch.Tensor, prompt_B: torch.Tensor) -> float:
 
 
 def rmse_of_parts(gram_MPP: torch.Tensor) -> float:
-    """The same from the inner products of the prompts' gradients in each part, (M > 1, P, P) float64."""
-    if gram_MPP.ndim != 3 or len(gram_MPP) < 2 or gram_MPP.shape[1] != gram_MPP.shape[2]:
-        raise ValueError(f"gram_MPP has shape {tuple(gram_MPP.shape)}: expected (M > 1, P, P)")
+    """The same from the inner products of the prompts' gradients in each part, (M, P, P) float64.
+
+    0.0 for one part, which is no sketch but the gradients themselves.
+    """
+    if gram_MPP.ndim != 3 or not len(gram_MPP) or gram_MPP.shape[1] != gram_MPP.shape[2]:
+        raise ValueError(f"gram_MPP has shape {tuple(gram_MPP.shape)}: expected (M, P, P)")
+    if len(gram_MPP) == 1:
+        return 0.0
     norm_P = gram_MPP.diagonal(dim1=1, dim2=2).sum(0).sqrt()
     live_P = norm_P > 0
     n_parts, n_prompts = len(gram_MPP), int(live_P.sum())

@@ -39,10 +39,15 @@ class GradientPart:
 
 
 class TapCheck:
-    """What was seen of each parameter in a step, by its number: sums over sequences, and the sum of their squares."""
+    """What was seen of each parameter in a step, by its number: sums over sequences, and the sum of their squares.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    ``due``: the parameters that this step checks. ``word_signs``: of weights whose rows are words, what their rows are
+    projected with, where it isn't ``signs``.
+    """
+
+    def __init__(self, device: torch.device, due: frozenset[int] = frozenset()) -> None:
+        self._device, self.due = device, due
+        self.word_signs: dict[int, torch.Tensor] = {}
         self._signs: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
         self._sums: dict[int, torch.Tensor] = {}
         self._squares: dict[int, torch.Tensor] = {}
@@ -77,13 +82,8 @@ class TapCheck:
             total, square = total + self._sums[number].to(total.device), square + self._squares[number]
         self._sums[number], self._squares[number] = total, square
 
-    def expect(
-        self, number: int, part: GradientPart | None, shape: Sequence[int], left: torch.Tensor | None = None
-    ) -> None:
-        """What the parameter's gradient, of this shape, is projected to; None counts as 0.
-
-        ``left`` (rows of the gradient, PROBES): what the left side was projected with, where it isn't ``signs``.
-        """
+    def expect(self, number: int, part: GradientPart | None, shape: Sequence[int]) -> None:
+        """What the parameter's gradient, of this shape, is projected to; None counts as 0."""
         if part is None or not part.rows.numel():
             return
         rows = part.rows.detach().float()
@@ -91,6 +91,7 @@ class TapCheck:
         signs = self.signs(shape[-1], 1, rows)
         probe = rows @ (signs if rows.ndim == 2 else signs[here])
         if rows.ndim == 2:
+            left = self.word_signs.get(number)
             left = self.signs(shape[0], 0, rows) if left is None else left
             probe = left[here].to(probe).T @ probe
         self._expected[number] = probe.flatten() / part.copies

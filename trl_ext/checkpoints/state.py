@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from trl_ext.interference.log import InterferenceLog
+from trl_ext.recorder.recorder import InterferenceRecorder
 from trl_ext.rewards.normalizer import Normalizer
 
 from .whole import OUR_STATE
@@ -23,7 +23,7 @@ class CheckpointState(TrainerCallback):
     """
 
     def __init__(
-        self, normalizer: Normalizer, interference: InterferenceLog, *, on_start: Iterable[Callable[[], None]]
+        self, normalizer: Normalizer, interference: InterferenceRecorder, *, on_start: Iterable[Callable[[], None]]
     ) -> None:
         self.normalizer, self.interference, self.on_start = normalizer, interference, on_start
 

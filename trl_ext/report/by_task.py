@@ -1,4 +1,4 @@
-"""Where a dataset has a column ``task``: do the tasks interfere, who is heard, and what would let the weakest learn?"""
+"""Where a dataset has a column ``task``: how the tasks interfere, and which has the lowest reward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .evidence import interval, student
+from .evidence import interval
 from .read_run import Run
 from .sections import Curves
 from .signatures.gradients import task_cosines
@@ -37,9 +37,9 @@ def task_charts(names: list[str]) -> list[Curves]:
     return found
 
 
-def tasks(run: Run, table: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Task against task: mean cosines over steps, and their intervals as text; gains by normalisation and task, from
-    the what-if ``table``; sentences. None with fewer than two tasks."""
+def tasks(run: Run) -> dict[str, Any] | None:
+    """Task against task: mean cosines over steps, and their intervals as text; sentences. None with fewer than two
+    tasks."""
     pairs = task_cosines(run)
     names = sorted({name for pair in pairs for name in pair})
     if len(names) < 2:
@@ -51,18 +51,8 @@ def tasks(run: Run, table: dict[str, Any] | None) -> dict[str, Any] | None:
         told = f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
         for i, j in ((names.index(a), names.index(b)), (names.index(b), names.index(a))):
             cosines[i][j], texts[i][j] = mean, told
-    found = {"names": names, "cosines": cosines, "texts": texts, "gains": _gains(table, names)}
-    return {**found, "told": [_interfering(pairs), *_weakest(run, table, names)]}
-
-
-def _gains(table: dict[str, Any] | None, names: list[str]) -> list[dict[str, Any]]:
-    """A row for each normalisation that has a gain of some task, by its cosine."""
-    rows = []
-    for method, one in sorted((table or {"methods": {}})["methods"].items(), key=lambda item: -item[1]["cos"]):
-        cells = [one.get("tasks", {}).get(name, {}) for name in names]
-        if any("gain" in cell for cell in cells):
-            rows.append({"method": method, "cells": cells})
-    return rows
+    found = {"names": names, "cosines": cosines, "texts": texts}
+    return {**found, "told": [_interfering(pairs), *_weakest(run, names)]}
 
 
 def _interfering(pairs: dict[tuple[str, str], tuple[list[int], list[float]]]) -> str:
@@ -88,8 +78,8 @@ def _interfering(pairs: dict[tuple[str, str], tuple[list[int], list[float]]]) ->
     return f"Gradients of tasks that go {'; '.join(told)}."
 
 
-def _weakest(run: Run, table: dict[str, Any] | None, names: list[str]) -> list[str]:
-    """Which task has the lowest reward lately, and by which normalisation it would gain more."""
+def _weakest(run: Run, names: list[str]) -> list[str]:
+    """Names the task with the lowest reward in the last quarter of the log."""
     rewards = {}
     for name in names:
         _, values = run.curve(f"tasks/{name}/reward")
@@ -99,25 +89,4 @@ def _weakest(run: Run, table: dict[str, Any] | None, names: list[str]) -> list[s
     if len(rewards) < 2:
         return []
     weakest = min(rewards, key=lambda name: rewards[name])
-    told = f"The weakest task is {weakest}: a mean reward of {rewards[weakest]:.2f} in the last quarter of the log. "
-    ahead = {
-        method: {**one["tasks"][weakest], "steps": one["steps"]}
-        for method, one in (table or {"methods": {}})["methods"].items()
-        if one.get("tasks", {}).get(weakest, {}).get("ahead_error")
-    }
-    used = (table or {}).get("used") or "the step taken"
-    sure = {  # at 95 % for all of them together
-        method: one
-        for method, one in ahead.items()
-        if one["steps"] > 2 and one["ahead"] > student(one["steps"] - 1, 0.025 / len(ahead)) * one["ahead_error"]
-    }
-    if not ahead:
-        return [told + "What it would gain by other normalisations can't be told."]
-    if not sure:
-        return [told + f"No normalisation can be told to let it gain more than {used} does, per unit of step length."]
-    best = max(sure, key=lambda method: sure[method]["ahead"])
-    one = sure[best]
-    return [
-        f"{told}Per unit of step length it would gain most by {best}: {one['ahead']:+.2g} +- {one['ahead_error']:.2g} "
-        f"more than by {used}."
-    ]
+    return [f"The weakest task is {weakest}: a mean reward of {rewards[weakest]:.2f} in the last quarter of the log."]

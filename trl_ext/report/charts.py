@@ -237,31 +237,20 @@ def sigma_and_curvature(points: Sequence[dict[str, Any]]) -> go.Figure:
 
 
 def what_if(table: dict[str, Any]) -> go.Figure:
-    """Each normalisation's cosine with the step taken, and its factor on the learning rate; colour: gain."""
+    """Each normalisation's cosine with the step taken, and its factor on the learning rate."""
     figure = go.Figure()
     methods = table["methods"]
-    gains = [one.get("gain") for one in methods.values()]
-    known = [gain for gain in gains if gain is not None]
-    marker: dict[str, Any] = {"size": 10, "line": {"width": 1, "color": "#333"}}
-    if known:
-        marker |= {
-            "color": [gain if gain is not None else min(known) for gain in gains], "colorscale": "Viridis",
-            "colorbar": {"title": {"text": "gain", "font": {"size": 11}}, "thickness": 10},
-        }  # fmt: skip
-        marker["cmin"], marker["cmax"] = without_outliers(known)
-    spreads = [one["spread"] for one in methods.values()]
     told = [
         f"{name}<br>cosine {one['cos']:.3f}<br>factor {one['factor']:.3g}, spread "
-        f"{'-' if spread is None else format(spread, '.2g')}<br>gain "
-        + ("-" if one.get("gain") is None else f"{one['gain']:.3g} ± {one.get('gain_error') or 0:.2g}")
-        for (name, one), spread in zip(methods.items(), spreads, strict=True)
+        + ("-" if one["spread"] is None else f"{one['spread']:.2g}")
+        for name, one in methods.items()
     ]
     low = [one["factor"] - one["factor_low"] for one in methods.values()]
     high = [one["factor_high"] - one["factor"] for one in methods.values()]
     figure.add_scatter(
         x=[one["cos"] for one in methods.values()], y=[one["factor"] for one in methods.values()],
         text=_labels(methods), mode="markers+text", textposition="middle left", textfont={"size": 10},
-        marker=marker, hovertext=told, hoverinfo="text", showlegend=False,
+        marker={"size": 10, "line": {"width": 1, "color": "#333"}}, hovertext=told, hoverinfo="text", showlegend=False,
         error_y={"type": "data", "array": high, "arrayminus": low, "thickness": 0.8, "width": 2, "color": "#999"},
     )  # fmt: skip
     least = min(one["cos"] for one in methods.values())

@@ -22,7 +22,6 @@ DEFINITIONS = {
         "cosine": "of the step that the normalisation would have taken with the one that was taken",
         "factor": "on the learning rate that its length amounts to, median over steps; bars from the least to the largest",
         "spread": "std of the factor's logarithm over steps: up to 0.15 a rate, above a schedule",
-        "gain": "first-order gain in the mean reward per unit of step length, each prompt judging the step of the others",
     },
     "noise": {
         "noise/between": "variance of the prompts' true gradients, estimated without bias, so that it may be below 0",

@@ -20,7 +20,7 @@ import torch
 from grpo_kernels.interference.curvature import directional_curvature
 from grpo_kernels.interference.model_parts import PARTS_OF_MODEL
 from grpo_kernels.interference.step_gradients import StepGradients
-from trl_ext.interference.files import InterferenceRecord
+from trl_ext.recorder.files import InterferenceRecord
 
 from .by_task import task_metric_names, tasks
 from .completions import read_completions
@@ -281,7 +281,7 @@ def report_numbers(run: Run, n_runs: int = 1) -> dict[str, Any]:
         "pairs": extreme_pairs(run.records),
         "what_if": compared,
         "parts": parts(run.records),
-        "tasks": tasks(run, compared),
+        "tasks": tasks(run),
         "completions": read_completions(run.folder),
         "sigma_and_curvature": sigma_and_curvature(run.records),
         "paper": PAPER,

@@ -114,7 +114,7 @@ def _what_if(page: Page, numbers: dict[str, Any], whose: str) -> list[Part]:
     if not table or not table["methods"]:
         return []
     rows = sorted(table["methods"].items(), key=lambda item: -item[1]["cos"])
-    told = ["Gain: in reward, per unit of step length, mean over steps and its error; paired with the step taken."]
+    told = []
     if str(table["optimizer"] or "").startswith(STEADY_BLIND):
         told.append(f"{table['optimizer']} takes no notice of a factor that stays the same.")
     told += [f"One and the same here, but for a learning rate: {', '.join(group)}." for group in table["same"]]
@@ -156,9 +156,6 @@ def _own(page: Page, section: str, numbers: dict[str, Any], whose: str) -> list[
         found = numbers["tasks"]
         parts: list[Part] = [{"note": whose + told, "wide": True} for told in found["told"]]
         parts.append(page.place(charts.tasks(found), f"{whose}Task against task", 340, tall=True))
-        if found["gains"]:
-            title = f"{whose}What each task would gain, by normalisation"
-            parts.append({"title": title, "gains": found["gains"], "names": found["names"], "tall": True})
         return parts
     if section == "curvature" and numbers["sigma_and_curvature"]:
         figure = charts.sigma_and_curvature(numbers["sigma_and_curvature"])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl_ext.interference.files import FOLDER, InterferenceRecord, read_interference
+from trl_ext.recorder.files import FOLDER, InterferenceRecord, read_interference
 
 from .run_files import CONFIG_FILE, LOG_FILE, RESUMED, started_at
 

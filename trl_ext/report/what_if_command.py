@@ -48,34 +48,25 @@ def counted(steps: int) -> str:
     return f"{steps} step{'' if steps == 1 else 's'}"
 
 
-def with_error(one: dict[str, Any], key: str) -> str:
-    """value +- error, over steps."""
-    return f"{number(one.get(key))} +- {number(one.get(f'{key}_error'), 2)}" if key in one else "-"
-
-
 def lines(table: dict[str, Any]) -> list[str]:
     """What is printed."""
     from .summary import STEADY_BLIND
 
     steps, used = table["steps"], table["used"] or "a normalisation that can't be made again"
     told = [f"{table['run']}: {counted(len(steps))} ({steps[0]} to {steps[-1]}), trained with {used}", ""]
-    header = ("", "cosine", "factor", "over steps", "spread", "gain", f"more than {table['used'] or 'used'}", "steps")
+    header = ("", "cosine", "factor", "over steps", "spread", "steps")
     rows = [header]
     for name, one in sorted(table["methods"].items(), key=lambda item: -item[1]["cos"]):
         over = f"{number(one['factor_low'])} to {number(one['factor_high'])}"
         spread = f"{number(one['spread'], 2)} {one['kind'] or ''}".rstrip()
-        both = with_error(one, "gain"), with_error(one, "ahead")
-        rows.append((name, f"{one['cos']:.3f}", number(one["factor"]), over, spread, *both, str(one["steps"])))
+        rows.append((name, f"{one['cos']:.3f}", number(one["factor"]), over, spread, str(one["steps"])))
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     for row in rows:
         told.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     told += ["", "cosine: with the step that was taken. factor: on its learning rate (median). spread: std of its log;"]
-    told.append(
-        "up to 0.15 it is a learning rate, above a schedule. gain: in reward, per unit of step length, over steps."
-    )
+    told.append("up to 0.15 it is a learning rate, above a schedule.")
     if (table["optimizer"] or "").startswith(STEADY_BLIND):
         told.append(f"{table['optimizer']} takes no notice of a factor that stays the same.")
-    told += _by_task(table)
     told += [f"One and the same here, but for a learning rate: {', '.join(group)}." for group in table["same"]]
     absent: dict[tuple[int, str], list[str]] = {}
     for name, (count, reason) in table["absent"].items():
@@ -92,21 +83,6 @@ def lines(table: dict[str, Any]) -> list[str]:
             f"{noise['advised']:.1f} answers to a prompt ({noise['low']:.1f} to {noise['high']:.1f}, 90 %).",
         ]
     return told
-
-
-def _by_task(table: dict[str, Any]) -> list[str]:
-    """Gains of each task's own prompts, where there are tasks."""
-    names = sorted({name for one in table["methods"].values() for name in one.get("tasks", {})})
-    if len(names) < 2:
-        return []
-    rows = [("", *names)]
-    for method, one in sorted(table["methods"].items(), key=lambda item: -item[1]["cos"]):
-        cells = [one.get("tasks", {}).get(name, {}) for name in names]
-        rows.append((method, *(with_error(cell, "gain") for cell in cells)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    told = ["", "Gain by task, in reward of its own prompts:", ""]
-    told += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [*told, ""]
 
 
 def main(arguments: Sequence[str]) -> None:

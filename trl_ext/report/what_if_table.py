@@ -15,10 +15,10 @@ import torch
 from grpo_kernels.interference.noise import advised_generations, gradient_noise
 from grpo_kernels.interference.what_if import Candidate, StepScores, candidates
 from grpo_kernels.normalize.methods import METHODS
-from trl_ext.interference.files import InterferenceRecord
-from trl_ext.interference.task_interference import Tasks
-from trl_ext.interference.what_if_log import STATELESS, as_plain, step_context, step_table
 from trl_ext.options import SCALE_REWARDS_METHOD
+from trl_ext.recorder.files import InterferenceRecord
+from trl_ext.recorder.task_interference import Tasks
+from trl_ext.recorder.what_if import STATELESS, as_plain, step_context, step_table
 
 from .read_run import Run
 
@@ -114,7 +114,7 @@ def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, A
             here = [one for one in chosen if one.name != "decoupled" or methods is not None]
         whole = n_prompts is None or len(scores.rewards_PG) == n_prompts
         tasks = Tasks.named(record.task_P or [""] * len(scores.rewards_PG))
-        table = step_table(scores, here, used, context, tasks, whole_batch=whole)
+        table = step_table(scores, here, context, tasks, whole_batch=whole)
         steps.append((record.step, as_plain(table, gradient_noise(scores), used, tasks)))
     if not any(table["rows"] for _, table in steps):
         reasons = "; ".join(skipped) or "; ".join({r for _, table in steps for r in table["absent"].values()})
@@ -129,12 +129,6 @@ def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, A
 
 def _are_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
-
-
-def _mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Over steps; the error is None for one."""
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-    return float(np.mean(values)), error
 
 
 def _pooled(tables: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -152,10 +146,6 @@ def _pooled(tables: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         }  # fmt: skip
         if len(rows) > 1:
             one["kind"] = "rate" if spread is not None and spread <= STEADY else "schedule"
-        for key in ("gain", "ahead"):
-            values = [row[key] for row in rows if key in row]
-            if values:
-                one[key], one[f"{key}_error"] = _mean_and_error(values)
         if tasks := _pooled_tasks(rows):
             one["tasks"] = tasks
         pooled[name] = one
@@ -163,14 +153,14 @@ def _pooled(tables: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _pooled_tasks(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By task, means over the steps that have it, and their errors."""
+    """Each task's mean share of the step, over the steps that have the task, and its standard error."""
     pooled: dict[str, dict[str, Any]] = {}
     for name in sorted({name for row in rows for name in row.get("tasks", {})}):
         found = [row["tasks"][name] for row in rows if name in row.get("tasks", {})]
-        for key in ("share", "gain", "ahead"):
-            values = [one[key] for one in found if key in one]
-            if values:
-                pooled.setdefault(name, {})[key], pooled[name][f"{key}_error"] = _mean_and_error(values)
+        shares = [one["share"] for one in found if "share" in one]
+        if shares:
+            error = float(np.std(shares, ddof=1)) / math.sqrt(len(shares)) if len(shares) > 1 else None
+            pooled[name] = {"share": float(np.mean(shares)), "share_error": error}
     return pooled
 
 

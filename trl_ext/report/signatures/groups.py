@@ -78,7 +78,7 @@ def few_live_prompts(run: Run) -> Finding | Unknown | None:
     )
 
     def told(found: State) -> str:
-        return f"on average {found.mean:.1f} prompts of a logged step have a gradient: no phase and no gain can be told"
+        return f"on average {found.mean:.1f} prompts of a logged step have a gradient: no phase can be told"
 
     return lasting(run, "interference/live_prompts", lambda count: count < 3, ADVICE, told, remedy, low=True)
 

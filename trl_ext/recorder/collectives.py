@@ -1,10 +1,10 @@
-"""What processes do together for a logged step, so that all of it happens or none: exchanges, each agreed on before.
+"""Collectives of a logged step that can't hang: before each one the ranks agree that none of them has failed.
 
-A process that runs out of memory between two exchanges would leave the others waiting for ever. So everything that an
-exchange needs is there before the processes agree on it, and one that has failed says so in the place of its next
-exchange: all of them drop what they were attempting.
+A rank that ran out of memory between two collectives would leave the others waiting for ever. So a rank allocates what
+a collective needs before the ranks agree on it, and a rank that failed reports it in place of its next collective; then
+all ranks abort what they were attempting.
 
-Shapes: R processes, B rows of this process, K numbers of a row.
+Shapes: R ranks, B rows of this rank, K numbers of a row.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ T = TypeVar("T")
 PIECE = 4 << 20  # bytes that a process sends at a time
 
 
-class OnAnotherProcessError(Exception):
-    """What was attempted failed, on a process that isn't this one."""
+class OtherRankFailedError(Exception):
+    """Another rank failed in what all of them attempted."""
+
+    def __init__(self) -> None:
+        super().__init__("it failed on another process")
 
 
-class Together:
-    """Exchanges of an ``Accelerator``'s processes; with one process, nothing of the kind."""
+class Collectives:
+    """The collectives of an ``Accelerator``'s ranks; with one rank each of them returns its argument."""
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator, self.processes = accelerator, accelerator.num_processes
-        self._failed = torch.zeros(1, device=accelerator.device)  # made while there is memory
+        self._failed = torch.zeros(1, device=accelerator.device)  # allocated while there is memory
 
     def _all_well(self, well: bool) -> bool:
         if self.processes == 1:
@@ -39,15 +42,15 @@ class Together:
         return self._failed.item() == 0
 
     def agree(self) -> None:
-        """Before an exchange: raises ``OnAnotherProcessError`` where another process has failed."""
+        """Raises ``OtherRankFailedError`` where another rank has failed; every rank calls it before a collective."""
         if not self._all_well(True):
-            raise OnAnotherProcessError("it failed on another process")
+            raise OtherRankFailedError
 
     def attempt(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns, or its error, or ``OnAnotherProcessError``: on all processes a result, or on none."""
+        """Returns what ``work`` returns, or raises its error or ``OtherRankFailedError``: all ranks return, or none."""
         try:
             done = work()
-        except OnAnotherProcessError:
+        except OtherRankFailedError:
             raise
         except Exception:
             self._all_well(False)
@@ -56,7 +59,7 @@ class Together:
         return done
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Over processes, in place where it can be."""
+        """The sum over ranks, in place where it can be."""
         if self.processes == 1:
             return values
         values = values.to(self.accelerator.device).contiguous()
@@ -75,8 +78,8 @@ class Together:
         return gathered
 
     def columns(self, values_BK: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """(R * B, K / R), rounded up and filled with zeros: of every process's rows the same columns, others on each
-        process; and the number of the first. A process sends and gets what it had."""
+        """Redistributes rows to columns: returns the same K / R columns (rounded up, filled with zeros) of every rank's
+        rows, (R * B, K / R), and the number of the first. A rank sends as much as it had, and gets as much."""
         if self.processes == 1:
             return values_BK, 0
         values_BK = values_BK.to(self.accelerator.device)

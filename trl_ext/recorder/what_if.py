@@ -1,4 +1,4 @@
-"""A logged step's sequences -> what other normalisations would have done, and its noise: for the log and the file.
+"""Compares a logged step with the steps of other normalisations, and finds its noise: for the log and the file.
 
 Shapes: B sequences of all processes, P prompts, G completions of one prompt, F reward functions.
 """
@@ -16,33 +16,38 @@ from grpo_kernels.interference.noise import GradientNoise, gradient_noise
 from grpo_kernels.interference.what_if import Candidate, StepScores, WhatIf, candidates, what_if
 from grpo_kernels.normalize.methods import METHODS
 
-if TYPE_CHECKING:
+from .failures import OptionalPart
+from .task_interference import Tasks
+
+if TYPE_CHECKING:  # the report uses this module without TRL
     from trl_ext.rewards.normalizer import UsedNormalization
     from trl_ext.trl_surface import RunSettings
 
-    from .sequences import Known
-    from .task_interference import Tasks
+    from .sequence_table import SequenceTable
 
 # of the catalogue, those that need nothing of earlier steps; decoupled, where there are several functions
 STATELESS = tuple(name for name, method in METHODS.items() if method.kind != "state")
+Products = torch.Tensor | InnerProducts
 PART = "the step holds a part of the batch"
 
 
-def step_scores(gram_BB: torch.Tensor | InnerProducts, known: Known) -> StepScores | None:
-    """Of the step as it was trained, and of what was scored beside it; None where its sequences have no coefficients,
+def step_scores(gram_BB: Products, sequences: SequenceTable) -> StepScores | None:
+    """Of the step as it was trained, and of what the extra pass scored; None where its sequences have no coefficients,
     or no advantages of their own."""
-    if known.coefficient is None or known.advantage.isnan().any():
+    if sequences.coefficient is None or sequences.advantage.isnan().any():
         return None
-    _, prompt_B = known.prompt_id.unique(return_inverse=True)
-    rewards_PG = known.group_rewards.new_full((int(prompt_B.max()) + 1, known.group_rewards.shape[1]), torch.nan)
-    rewards_PG[prompt_B] = known.group_rewards
+    _, prompt_B = sequences.prompt_id.unique(return_inverse=True)
+    rewards_PG = sequences.group_rewards.new_full(
+        (int(prompt_B.max()) + 1, sequences.group_rewards.shape[1]), torch.nan
+    )
+    rewards_PG[prompt_B] = sequences.group_rewards
     return StepScores(
         gram_BB=gram_BB,
-        coefficient_B=known.coefficient,
-        made_at_B=known.made_at,
-        advantage_B=known.advantage,
+        coefficient_B=sequences.coefficient,
+        made_at_B=sequences.made_at,
+        advantage_B=sequences.advantage,
         prompt_B=prompt_B,
-        position_B=known.position,
+        position_B=sequences.position,
         rewards_PG=rewards_PG,
     )
 
@@ -73,7 +78,6 @@ def step_context(
 def step_table(
     scores: StepScores,
     methods: Sequence[Candidate],
-    used: str | None,
     context: Mapping[str, Any],
     tasks: Tasks,
     *,
@@ -82,7 +86,7 @@ def step_table(
     """``whole_batch``: the step's prompts are those that advantages were made of; else methods of the batch are out."""
     left_out = {} if whole_batch else {one.name: PART for one in methods if one.of_batch}
     chosen, tasks_TP = [one for one in methods if one.name not in left_out], tasks.members
-    table = what_if(scores, chosen, used=used, context=context, tasks_TP=tasks_TP.to(scores.prompt_B.device))
+    table = what_if(scores, chosen, context=context, tasks_TP=tasks_TP.to(scores.prompt_B.device))
     table.absent.update(left_out)
     return table
 
@@ -91,23 +95,27 @@ def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None, tasks
     """For a file, as JSON holds it; of a row's tasks what is known, by name."""
     rows: dict[str, dict[str, Any]] = {}
     for name, row in table.rows.items():
-        rows[name] = {key: value for key, value in vars(row).items() if value is not None}
-        for key in ("share_P", "tasks"):
-            del rows[name][key]
+        rows[name] = {"cos": row.cos, "factor": row.factor}
         if tasks.names:
-            finite = [{key: value for key, value in one.items() if math.isfinite(value)} for one in row.tasks]
-            rows[name]["tasks"] = dict(zip(tasks.names, finite, strict=True))
+            shares = zip(tasks.names, row.task_share_T.tolist(), strict=True)
+            rows[name]["tasks"] = {task: {"share": share} for task, share in shares if math.isfinite(share)}
         rows[name]["share"] = [round(share, 5) for share in row.share_P.tolist()]
     return {
-        "used": used, "rows": rows, "absent": table.absent, "no_gain": table.no_gain,
-        "mutual": table.mutual_MM.tolist(), "factors": table.factor_MM.tolist(),
+        "used": used,
+        "rows": rows,
+        "absent": table.absent,
+        "mutual": table.mutual_MM.tolist(),
+        "factors": table.factor_MM.tolist(),
         "noise": None if noise is None else vars(noise),
-    }  # fmt: skip
+    }
 
 
 class WhatIfLog:
-    """``used`` gives the run's normalisation as it is now. ``attempt``: on all processes or on none (``Together``).
-    ``latest``: the latest step's table."""
+    """Compares each logged step with the other normalisations'; ``latest`` is the latest step's table, for its file.
+
+    ``used`` gives the run's normalisation as it is now. ``attempt``: ``Collectives.attempt``, as the part is switched
+    off on all ranks or on none.
+    """
 
     def __init__(
         self,
@@ -115,24 +123,15 @@ class WhatIfLog:
         used: Callable[[], UsedNormalization],
         attempt: Callable[[Callable[[], dict[str, float]]], dict[str, float]],
     ) -> None:
-        self.attempt = attempt
-        self.run, self._used = run, used
-        self._on = run.options.what_if != []
+        self.run, self._used, self._attempt = run, used, attempt
+        missing = "What other normalisations would have done isn't logged"
+        self._part = OptionalPart(missing, on=run.options.what_if != [])
         self.latest: dict[str, Any] | None = None
 
-    def observe(self, gram_BB: torch.Tensor | InnerProducts, known: Known, tasks: Tasks) -> dict[str, float]:
-        """What is logged: ``what_if/<method>/cos``, ``factor`` and ``gain``; ``noise/``."""
+    def observe(self, gram_BB: Products, sequences: SequenceTable, tasks: Tasks) -> dict[str, float]:
+        """Returns what is logged: ``what_if/<method>/cos`` and ``factor``; ``noise/``."""
         self.latest = None
-        if not self._on:
-            return {}
-        try:
-            return self.attempt(lambda: self._observe(gram_BB, known, tasks))
-        except Exception as error:
-            self._on = False
-            self.run.say_once(
-                f"What other normalisations would have done isn't logged from here on: {type(error).__name__}: {error}."
-            )
-            return {}
+        return self._part.run(lambda: self._attempt(lambda: self._observe(gram_BB, sequences, tasks)), {})
 
     def _methods(self, used: str | None) -> list[Candidate]:
         """The normalisations to compare with, with the run's own options where ``used`` is of the catalogue."""
@@ -141,32 +140,33 @@ class WhatIfLog:
         given = {name: options[name] for name in ("eps", "alpha") if name in options}
         return list(candidates(STATELESS if asked is None else tuple(asked), **given))
 
-    def _observe(self, gram_BB: torch.Tensor | InnerProducts, known: Known, tasks: Tasks) -> dict[str, float]:
+    def _observe(self, gram_BB: Products, sequences: SequenceTable, tasks: Tasks) -> dict[str, float]:
         if isinstance(gram_BB, torch.Tensor):  # thousands of small calls, which on a GPU are launches alone
-            gram_BB, known = gram_BB.cpu(), known.cpu()
-        scores = step_scores(gram_BB, known)
+            gram_BB, sequences = gram_BB.cpu(), sequences.cpu()
+        scores = step_scores(gram_BB, sequences)
         if scores is None:
             self.run.say_once(
                 "What other normalisations would have done isn't logged: a sequence's tokens don't share one "
-                "coefficient (off policy, KL, an entropy bonus or mask, an auxiliary loss).", level="info",
-            )  # fmt: skip
+                "coefficient (off policy, KL, an entropy bonus or mask, an auxiliary loss).",
+                level="info",
+            )
             return {}
         now = self._used()
         used = now.name if now.name in STATELESS and not now.by_function else None
         methods = self._methods(now.name)
-        if known.function_rewards.shape[1] == 1:
+        if sequences.function_rewards.shape[1] == 1:
             methods = [one for one in methods if one.name != "decoupled"]
-        keys_P = known.prompt_key.new_zeros(len(scores.rewards_PG)).scatter_(0, scores.prompt_B, known.prompt_key)
-        context = step_context(scores, known.length, known.function_rewards, now.function_weights, keys_P)
+        keys_P = sequences.prompt_key.new_zeros(len(scores.rewards_PG)).scatter_(
+            0, scores.prompt_B, sequences.prompt_key
+        )
+        context = step_context(scores, sequences.length, sequences.function_rewards, now.function_weights, keys_P)
         whole = len(scores.rewards_PG) == self.run.prompts_per_generation
-        table = step_table(scores, methods, used, context, tasks, whole_batch=whole)
+        table = step_table(scores, methods, context, tasks, whole_batch=whole)
         noise = gradient_noise(scores)
         self.latest = as_plain(table, noise, used, tasks)
         metrics: dict[str, float] = {}
         for name, row in table.rows.items():
             metrics |= {f"what_if/{name}/cos": row.cos, f"what_if/{name}/factor": row.factor}
-            if row.gain is not None:
-                metrics[f"what_if/{name}/gain"] = row.gain
         if noise is not None:
             metrics |= {"noise/within": noise.within, "noise/between": noise.between}
             metrics["noise/advised_generations"] = noise.advised

@@ -28,7 +28,7 @@ from grpo_kernels.interference.inner_products import InnerProducts
 from grpo_kernels.interference.step_gradients import PromptGroups, StepGradients, group_by_prompt
 
 if TYPE_CHECKING:
-    from .sequences import Known
+    from .sequence_table import SequenceTable
 
 FOLDER = "interference"
 MOST_SEQUENCES = 512
@@ -44,10 +44,10 @@ class InterferenceRecord:
     sequences, and of the gradients of prompts. ``trace_P``: sum of a prompt's squared contributions, float32.
     ``prompt_id_P`` int64, ``prompt_B`` int64, ``reward_B`` (NaN: unscorable) and ``coefficient_B`` (or None) float64:
     as in ``StepGradients``. ``position_B`` int64, ``advantage_B``, ``weight_B``, ``length_B``, ``rewards_PG`` (whole
-    groups) and ``function_rewards_BF``: as in ``sequences.Known``, None in files of earlier versions. ``what_if``: the
-    step's table (``what_if_log.as_plain``), or None. ``gram_parts``: by part of the model, as ``gram_PP``, which is
+    groups) and ``function_rewards_BF``: as in ``SequenceTable``, None in files of earlier versions. ``what_if``: the
+    step's table (``what_if.as_plain``), or None. ``gram_parts``: by part of the model, as ``gram_PP``, which is
     their sum; None where parts weren't asked for. ``scores_BB``, ``score_coefficient_B`` and ``made_at_B``: as
-    ``gram_BB``, ``coefficient_B`` and ``advantage_B``, with what was scored beside the step (``what_if_dead``); None
+    ``gram_BB``, ``coefficient_B`` and ``advantage_B``, with what the extra pass scored (``what_if_dead``); None
     where nothing was. ``sigma_P``: population std of a prompt's rewards, NaN where none is scorable. ``prompt_key_P``:
     int64, the same for the same prompt in every step. ``prompt_text_P``: its first 200 characters, or None. ``task_P``:
     what the dataset's column ``task`` says of it, None without one.
@@ -81,28 +81,60 @@ class InterferenceRecord:
 
 # in a file: float32, or int64
 OF_SEQUENCES = {
-    "position": "position_B", "advantage": "advantage_B", "weight": "weight_B", "length": "length_B",
-    "group_rewards": "rewards_PG", "function_rewards": "function_rewards_BF",
-}  # fmt: skip
+    "position": "position_B",
+    "advantage": "advantage_B",
+    "weight": "weight_B",
+    "length": "length_B",
+    "group_rewards": "rewards_PG",
+    "function_rewards": "function_rewards_BF",
+}
 
 
-def sequence_columns(known: Known) -> dict[str, np.ndarray]:
+def _sequence_columns(table: SequenceTable) -> dict[str, np.ndarray]:
     """What a file keeps of a step's sequences; of rewards of whole groups a row for each prompt."""
-    prompts, row_B = known.prompt_id.unique(return_inverse=True)
-    rewards_PG = known.group_rewards.new_empty(len(prompts), known.group_rewards.shape[1])
-    rewards_PG[row_B] = known.group_rewards
-    found = {name: getattr(known, name) for name in OF_SEQUENCES} | {"group_rewards": rewards_PG}
-    return {name: value.cpu().numpy() for name, value in found.items()}
+    prompts, row_B = table.prompt_id.unique(return_inverse=True)
+    rewards_PG = table.group_rewards.new_empty(len(prompts), table.group_rewards.shape[1])
+    rewards_PG[row_B] = table.group_rewards
+    columns = {name: getattr(table, name) for name in OF_SEQUENCES} | {"group_rewards": rewards_PG}
+    return {name: value.cpu().numpy() for name, value in columns.items()}
 
 
-def score_columns(scores_BB: torch.Tensor | InnerProducts, known: Known) -> dict[str, np.ndarray]:
-    """What a file keeps of a step of which sequences of advantage 0 were scored beside it; none beyond
-    ``MOST_SEQUENCES``."""
-    assert known.coefficient is not None
-    if not isinstance(scores_BB, torch.Tensor) or len(scores_BB) > MOST_SEQUENCES:
+def _score_columns(scores_BB: torch.Tensor | InnerProducts | None, table: SequenceTable) -> dict[str, np.ndarray]:
+    """What a file keeps of the extra pass; nothing where there was none, or beyond ``MOST_SEQUENCES``."""
+    if not isinstance(scores_BB, torch.Tensor) or len(scores_BB) > MOST_SEQUENCES or not table.extra.any():
         return {}
-    columns = {"score_coefficient": known.coefficient.cpu().numpy(), "made_at": known.made_at.cpu().numpy()}
+    assert table.coefficient is not None
+    columns = {"score_coefficient": table.coefficient.cpu().numpy(), "made_at": table.made_at.cpu().numpy()}
     return {"scores": _upper_triangle(scores_BB.cpu().numpy()), **columns}
+
+
+@dataclass(frozen=True)
+class MoreOfStep:
+    """What a file also holds, where it is known.
+
+    ``table``: of the step's sequences. ``scores``: their inner products, those of the extra pass too. ``what_if``: for
+    JSON. ``grams_PP``: inner products of the prompts' gradients by part of the model. ``tasks``: one for each prompt.
+    """
+
+    table: SequenceTable | None = None
+    scores: torch.Tensor | InnerProducts | None = None
+    what_if: Mapping[str, Any] | None = None
+    grams_PP: Mapping[str, torch.Tensor] | None = None
+    tasks: Sequence[str] | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By the names that they have in the file."""
+        arrays: dict[str, np.ndarray] = {}
+        if self.table is not None:
+            arrays |= _sequence_columns(self.table) | _score_columns(self.scores, self.table)
+        if self.grams_PP:
+            arrays["part_names"] = _as_json(list(self.grams_PP))
+            arrays["parts"] = np.stack([_upper_triangle(gram_PP.cpu().numpy()) for gram_PP in self.grams_PP.values()])
+        if self.what_if is not None:
+            arrays["what_if"] = _as_json(self.what_if)
+        if self.tasks is not None:
+            arrays["tasks"] = _as_json([task[:TEXT_LENGTH] for task in self.tasks])
+        return arrays
 
 
 def write_step(
@@ -113,58 +145,33 @@ def write_step(
     prompt_keys: Sequence[int],
     prompt_texts: Sequence[str] | None = None,
     *,
-    sequences: Mapping[str, np.ndarray] | None = None,
-    what_if: Mapping[str, Any] | None = None,
-    parts: Mapping[str, np.ndarray] | None = None,
-    scores: Mapping[str, np.ndarray] | None = None,
-    tasks: Sequence[str] | None = None,
+    more: MoreOfStep | None = None,
     groups: PromptGroups | None = None,
 ) -> Path:
     """Writes one step's file, over one of the same step (a resumed run), and returns its path.
 
-    ``prompt_keys`` and ``prompt_texts``: one for each prompt, in ascending order of prompt id. ``sequences``: as
-    ``sequence_columns`` gives them, ``scores`` as ``score_columns`` does. ``what_if``: for JSON. ``parts``: (P, P)
-    inner products by part of the model. ``tasks``: one for each prompt, as ``prompt_keys``. ``groups``: of
+    ``prompt_keys`` and ``prompt_texts``: one for each prompt, in ascending order of prompt id. ``groups``: of
     ``gradients``, where they are made already.
     """
     if step < 0:
         raise ValueError(f"step={step} must not be negative")
+    more = MoreOfStep() if more is None else more
     groups = group_by_prompt(gradients) if groups is None else groups
     n_prompts = len(groups.prompt_P)
-    for name, values in (("prompt_keys", prompt_keys), ("prompt_texts", prompt_texts), ("tasks", tasks)):
+    for name, values in (("prompt_keys", prompt_keys), ("prompt_texts", prompt_texts), ("tasks", more.tasks)):
         if values is not None and len(values) != n_prompts:
             raise ValueError(
                 f"{name} has {len(values)} entries: expected one for each of the step's {n_prompts} prompts"
             )
     arrays = {
         "step": np.array(step),
-        "prompt_id": groups.prompt_P.cpu().numpy(),
         "prompt_key": np.asarray(prompt_keys, dtype=np.int64),
-        "trace": groups.trace_P.cpu().numpy().astype(np.float32),
-        "sigma": groups.sigma_P.cpu().numpy(),
-        "prompt": gradients.prompt_B.cpu().numpy(),
-        "reward": gradients.reward_B.double().cpu().numpy(),
         "metrics": _as_json(dict(metrics)),
+        **_gradient_arrays(gradients, groups),
+        **more.arrays(),
     }
-    if groups.coefficient_B is not None:
-        arrays["coefficient"] = groups.coefficient_B.cpu().numpy()
-    arrays.update(sequences or {})
-    arrays.update(scores or {})
-    if parts:
-        arrays["part_names"] = _as_json(list(parts))
-        arrays["parts"] = np.stack([_upper_triangle(gram_PP) for gram_PP in parts.values()])
-    if what_if is not None:
-        arrays["what_if"] = _as_json(what_if)
     if prompt_texts is not None:
         arrays["texts"] = _as_json([text[:TEXT_LENGTH] for text in prompt_texts])
-    if tasks is not None:
-        arrays["tasks"] = _as_json([task[:TEXT_LENGTH] for task in tasks])
-    gram_BB = gradients.gram_BB
-    if isinstance(gram_BB, torch.Tensor) and len(gram_BB) <= MOST_SEQUENCES:
-        arrays["sequences"] = _upper_triangle(gram_BB.cpu().numpy())
-    else:
-        arrays["prompts"] = _upper_triangle(groups.gram_PP.cpu().numpy())
-
     folder = Path(run_folder) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.npz"
@@ -173,6 +180,25 @@ def write_step(
         np.savez_compressed(file, allow_pickle=False, **arrays)
     os.replace(unfinished, path)
     return path
+
+
+def _gradient_arrays(gradients: StepGradients, groups: PromptGroups) -> dict[str, np.ndarray]:
+    """Inner products, of sequences or beyond ``MOST_SEQUENCES`` of prompts, and what they are of."""
+    arrays = {
+        "prompt_id": groups.prompt_P.cpu().numpy(),
+        "trace": groups.trace_P.cpu().numpy().astype(np.float32),
+        "sigma": groups.sigma_P.cpu().numpy(),
+        "prompt": gradients.prompt_B.cpu().numpy(),
+        "reward": gradients.reward_B.double().cpu().numpy(),
+    }
+    if groups.coefficient_B is not None:
+        arrays["coefficient"] = groups.coefficient_B.cpu().numpy()
+    gram_BB = gradients.gram_BB
+    if isinstance(gram_BB, torch.Tensor) and len(gram_BB) <= MOST_SEQUENCES:
+        arrays["sequences"] = _upper_triangle(gram_BB.cpu().numpy())
+    else:
+        arrays["prompts"] = _upper_triangle(groups.gram_PP.cpu().numpy())
+    return arrays
 
 
 def read_interference(run_folder: str | os.PathLike[str]) -> list[InterferenceRecord]:
@@ -212,10 +238,10 @@ def _read(path: Path) -> InterferenceRecord:
         gram_PP = _from_upper_triangle(arrays["prompts"], len(prompt_id_P))
     texts = _texts(arrays, "texts", len(prompt_id_P))
     metrics = _from_json(arrays["metrics"])
-    beside: dict[str, np.ndarray] = {}
+    extra: dict[str, np.ndarray] = {}
     if "scores" in arrays:
-        beside = {"score_coefficient_B": arrays["score_coefficient"], "made_at_B": arrays["made_at"]}
-        beside["scores_BB"] = _from_upper_triangle(arrays["scores"], len(prompt_B))
+        extra = {"score_coefficient_B": arrays["score_coefficient"], "made_at_B": arrays["made_at"]}
+        extra["scores_BB"] = _from_upper_triangle(arrays["scores"], len(prompt_B))
     _check(arrays, prompt_id_P, gram_PP, metrics)
     return InterferenceRecord(
         step=int(arrays["step"]),
@@ -238,7 +264,7 @@ def _read(path: Path) -> InterferenceRecord:
         if "parts" in arrays
         else None,
         **{field: arrays[name] for name, field in OF_SEQUENCES.items() if name in arrays},
-        **beside,
+        **extra,
         task_P=_texts(arrays, "tasks", len(prompt_id_P)),
     )
 
@@ -253,9 +279,9 @@ def _texts(arrays: dict[str, np.ndarray], name: str, count: int) -> list[str] | 
 def _check(arrays: dict[str, np.ndarray], prompt_id_P: np.ndarray, gram_PP: np.ndarray, metrics) -> None:
     """Raises ``ValueError`` for a file whose parts don't fit one another."""
     n_sequences, n_prompts = len(arrays["prompt"]), len(prompt_id_P)
-    for name, count in (("reward", n_sequences), ("coefficient", n_sequences), ("prompt_id", n_prompts),
-                        ("score_coefficient", n_sequences), ("made_at", n_sequences),
-                        ("prompt_key", n_prompts), ("trace", n_prompts), ("sigma", n_prompts)):  # fmt: skip
+    counts = dict.fromkeys(("reward", "coefficient", "score_coefficient", "made_at"), n_sequences)
+    counts |= dict.fromkeys(("prompt_id", "prompt_key", "trace", "sigma"), n_prompts)
+    for name, count in counts.items():
         if name in arrays and (arrays[name].shape != (count,) or arrays[name].dtype.kind not in "iuf"):
             raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}: expected {count} numbers")
     sizes = {"group_rewards": n_prompts, "function_rewards": n_sequences}

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from grpo_kernels.interference.tap_check import GradientPart
 
-from .together import Together
+from .collectives import Collectives
 
 
 class GradientParts(Sequence[GradientPart | None]):
@@ -28,9 +28,9 @@ class GradientParts(Sequence[GradientPart | None]):
     fetch of a DTensor that is cut otherwise: every process asks for the same ones in the same order.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], together: Together) -> None:
-        self.parameters, self._together, self.processes = parameters, together, together.processes
-        self._zero = together.accelerator.distributed_type == DistributedType.DEEPSPEED
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], collectives: Collectives) -> None:
+        self.parameters, self._collectives, self.processes = parameters, collectives, collectives.processes
+        self._zero = collectives.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def __len__(self) -> int:
         return len(self.parameters)
@@ -41,7 +41,7 @@ class GradientParts(Sequence[GradientPart | None]):
         if self._zero:
             from deepspeed.utils import safe_get_full_grad
 
-            self._together.agree()
+            self._collectives.agree()
             gradient = safe_get_full_grad(parameter)
         if gradient is None:
             return None
@@ -49,7 +49,7 @@ class GradientParts(Sequence[GradientPart | None]):
             return GradientPart(gradient, copies=self.processes)
         shard = first_row_of(gradient)
         if shard is None:
-            self._together.agree()
+            self._collectives.agree()
             return GradientPart(gradient.full_tensor(), copies=self.processes)
         first_row, shards = shard
         return GradientPart(gradient.to_local(), first_row, self.processes // shards)
@@ -60,7 +60,7 @@ class GradientParts(Sequence[GradientPart | None]):
         The rows' norms first: no copy of a gradient is made, and float32 sums stay short. One exchange, and one wait
         for the device.
         """
-        device = self._together.accelerator.device
+        device = self._collectives.accelerator.device
         squares = []
         for part in self:
             if part is None or not part.rows.numel():
@@ -68,7 +68,7 @@ class GradientParts(Sequence[GradientPart | None]):
                 continue
             norms = torch.linalg.vector_norm(part.rows.detach(), dim=-1, dtype=torch.float32)
             squares.append(norms.double().square().sum().to(device) / part.copies)
-        return self._together.sum(torch.stack(squares)).tolist()
+        return self._collectives.sum(torch.stack(squares)).tolist()
 
 
 def first_row_of(gradient: DTensor) -> tuple[int, int] | None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from grpo_kernels.interference.step_gradients import PromptGroups
 from grpo_kernels.interference.tasks import task_gradients
 
-from .sequences import Known
+if TYPE_CHECKING:  # the report uses this module without TRL
+    from .sequence_table import SequenceTable
 
 MOST = 8  # tasks whose pairs are logged; files have them all
 
@@ -27,10 +29,10 @@ class Tasks:
     task_P: torch.Tensor
 
     @classmethod
-    def of(cls, known: Known, row_B: torch.Tensor, tasks: Mapping[int, str]) -> Tasks:
+    def of(cls, sequences: SequenceTable, row_B: torch.Tensor, tasks: Mapping[int, str]) -> Tasks:
         """``row_B``: each sequence's prompt in [0, P); ``tasks``: by the prompts' keys."""
         n_prompts = int(row_B.max()) + 1 if len(row_B) else 0
-        key_P = known.prompt_key.new_zeros(n_prompts).scatter_(0, row_B, known.prompt_key)
+        key_P = sequences.prompt_key.new_zeros(n_prompts).scatter_(0, row_B, sequences.prompt_key)
         return cls.named([tasks.get(key, "") for key in key_P.tolist()], key_P.device)
 
     @classmethod

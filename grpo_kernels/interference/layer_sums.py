@@ -1,0 +1,175 @@
+"""What the layers add up in one open step: each sequence's numbers, and sums to check against the gradient.
+
+Shapes: S sequences of a micro-batch, R rows, T positions, N tokens of all rows, H hidden, V words, D width of a vector.
+
+A Linear layer's gradient is a sum over tokens, ``sum_t d_t a_t^T``, of the output's gradient d and the input a. Each
+function here makes these two of what a tap saw, and hands them to the projection and to the check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo_kernels.backend import rounds_products
+from grpo_kernels.head.products import compute_dtype
+
+from .layer_taps import Layer, norm_at
+from .projections import Projection
+from .sequence_rows import SequenceRows
+from .tap_check import TapCheck
+
+
+class LayerSums:
+    """The sums of one open step. ``seen``: the rows of its micro-batches. ``rows``: those of the passes that run now,
+    None for what belongs to no row."""
+
+    def __init__(self, projection: Projection, check: TapCheck, parameters: Sequence[nn.Parameter]) -> None:
+        self.projection, self.check, self._parameters = projection, check, parameters
+        self.rows: SequenceRows | None = None
+        self.seen: list[SequenceRows] = []
+
+    def begin(self, rows: SequenceRows) -> None:
+        """What comes is of these rows; what the micro-batch before has added up is folded."""
+        self.finish()
+        self.rows = rows
+        self.seen.append(rows)
+
+    def finish(self) -> None:
+        """Folds what was added up to the numbers that are kept."""
+        for rows in self.seen:
+            self.projection.finish(rows)
+
+    def take(self, key: Any, device: torch.device) -> torch.Tensor:
+        """(B, parts, numbers) of all rows under this key of the projection, zeros where nothing was added; once."""
+        size = self.projection.size(key)
+        of_rows = [
+            rows.total.pop(key).flatten(1).to(device)
+            if key in rows.total
+            else torch.zeros(len(rows.prompt_S), size, device=device)
+            for rows in self.seen
+        ]
+        return torch.cat(of_rows).unflatten(1, (self.projection.parts, -1))
+
+    def add(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, layer_input: torch.Tensor) -> None:
+        """Adds a layer's part, of the gradient of its output and its input."""
+        add = {"embedding": self._embedding, "norm": self._norm}.get(layer.kind, self._linear)
+        add(layer, rows, gradient, layer_input)
+
+    def _linear(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, layer_input: torch.Tensor) -> None:
+        d, a = rows.tokens(layer.name, gradient), rows.tokens(layer.name, layer_input)
+        left, right = (a, d) if layer.kind == "transposed" else (d, a)
+        self._note_precision(layer, d, a)
+        if layer.weight is not None:
+            if self._due(layer.weight, rows):
+                signs = self._left_signs(layer, left.shape[-1]).to(left.dtype)
+                self.check.outer(layer.weight, rows, left @ signs, right)
+            self.projection.outer(rows, layer, left, right)
+        if layer.bias is not None:
+            self._vector(layer, layer.bias, rows, rows.sums(d))
+
+    def _embedding(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, ids: torch.Tensor) -> None:
+        d = rows.tokens(layer.name, gradient)
+        self._note_precision(layer, d)
+        ids = ids.reshape(d.shape[:2])
+        embedding: Any = layer.module
+        if type(embedding).forward is not nn.Embedding.forward:  # Gemma's, and whose else multiplies what it looks up
+            scale = getattr(embedding, "embed_scale", 1.0)
+            d = d * (scale.to(d.dtype) if isinstance(scale, torch.Tensor) else scale)
+        if embedding.padding_idx is not None:  # that row gets no gradient
+            d = d * (ids != embedding.padding_idx)[..., None]
+        if layer.weight is None:
+            return
+        n_words = embedding.num_embeddings
+        if self._due(layer.weight, rows):
+            self.check.outer(layer.weight, rows, self._left_signs(layer, n_words).to(d.dtype)[ids], d)
+        self.projection.words(rows, layer, ids, n_words, d)
+
+    def _norm(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
+        """A norm's output is linear in its weight: the slope is its output at weight 1 less that at weight 0."""
+        d = rows.tokens(layer.name, gradient)
+        self._note_precision(layer, d, a)
+        slope = rows.tokens(layer.name, norm_at(layer.module, 1.0, a.float()))
+        if not layer.zero_at_zero:
+            slope = slope - rows.tokens(layer.name, norm_at(layer.module, 0.0, a.float()))
+        if layer.weight is not None:
+            self._vector(layer, layer.weight, rows, rows.sums(d.float() * slope.float()))
+        if layer.bias is not None:
+            self._vector(layer, layer.bias, rows, rows.sums(d))
+
+    def add_head(
+        self, layer: Layer, rows: SequenceRows, projected_NK: torch.Tensor, hidden_NH: torch.Tensor, n_words: int
+    ) -> None:
+        """Adds the LM head's part where a fused loss takes its place.
+
+        Args:
+            rows: of which the N tokens are the only row.
+            projected_NK: dL/dlogits multiplied by the projection's ``vocabulary``.
+            hidden_NH: the hidden states.
+            n_words: V.
+        """
+        assert layer.weight is not None
+        weight, projected, hidden = layer.weight, projected_NK[None], hidden_NH[None]
+        if rounds_products(hidden.device, compute_dtype(hidden_NH), self._parameters[weight].dtype):
+            self.check.made_in_half(weight)
+        if self._due(weight, rows):
+            self._left_signs(layer, n_words)
+            mix = self.check.signs(projected.shape[-1], 0, projected)
+            self.check.outer(weight, rows, projected @ mix, hidden.to(projected.dtype))
+        self.projection.projected_words(rows, layer, projected, hidden)
+
+    def _vector(self, layer: Layer, number: int, rows: SequenceRows, vector_SD: torch.Tensor) -> None:
+        if self._due(number, rows):
+            self.check.vector(number, vector_SD)
+        self.projection.vector(rows, layer, number, vector_SD)
+
+    def _due(self, number: int, rows: SequenceRows) -> bool:
+        """Whether this parameter is checked, by these rows."""
+        return rows.checked and number in self.check.due
+
+    def _note_precision(self, layer: Layer, *operands: torch.Tensor) -> None:
+        """Tells the check in what precision the layer's gradient is made: its products', and what it is kept in."""
+        for number in (layer.weight, layer.bias):
+            if number is not None:
+                dtypes = (*(tensor.dtype for tensor in operands), self._parameters[number].dtype)
+                if rounds_products(operands[0].device, *dtypes):
+                    self.check.made_in_half(number)
+
+    def _left_signs(self, layer: Layer, width: int) -> torch.Tensor:
+        """(width, PROBES): what the check multiplies the weight's left side by.
+
+        Where its rows are words these are made from the projection's own, as of dL/dlogits in the fused head nothing
+        else is known.
+        """
+        assert layer.weight is not None
+        words = None
+        if layer.kind in ("head", "embedding") and layer.weight not in self.check.word_signs:
+            words = self.projection.vocabulary(width, layer.weight, torch.float32)
+        if words is not None:
+            self.check.word_signs[layer.weight] = words @ self.check.signs(words.shape[1], 0, words)
+        signs = self.check.word_signs.get(layer.weight)
+        return self.check.signs(width, 0) if signs is None else signs
+
+
+def head_rows(rows: SequenceRows, sequence_N: torch.Tensor) -> SequenceRows:
+    """The same rows' sums, of tokens that stand in one row: ``sequence_N`` (N,), the sequence of each."""
+    return SequenceRows(rows.prompt_S, sequence_N[None], 1, rows.checked, rows.total, rows.entries)
+
+
+def rows_of(prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None, checked: bool) -> SequenceRows:
+    """The rows of a micro-batch; raises ``ValueError`` for prompts and positions that can't be such."""
+    if not isinstance(prompt_S, torch.Tensor) or prompt_S.ndim != 1 or prompt_S.is_floating_point():
+        got = f"{tuple(prompt_S.shape)} of {prompt_S.dtype}" if isinstance(prompt_S, torch.Tensor) else prompt_S
+        raise ValueError(f"prompt ids must be an integer tensor (S,), got {got}")
+    if sequence_RT is not None:
+        right = isinstance(sequence_RT, torch.Tensor) and sequence_RT.ndim == 2
+        if not right or sequence_RT.is_floating_point():
+            given = tuple(sequence_RT.shape) if isinstance(sequence_RT, torch.Tensor) else sequence_RT
+            raise ValueError(f"sequence_RT must be an integer tensor (R, T), got {given}")
+        if sequence_RT.numel() and not -1 <= int(sequence_RT.min()) <= int(sequence_RT.max()) < len(prompt_S):
+            raise ValueError(f"sequence_RT must hold values in [-1, {len(prompt_S)}): prompt ids are for that many")
+    n_rows = len(prompt_S) if sequence_RT is None else len(sequence_RT)
+    return SequenceRows(prompt_S.clone(), sequence_RT, n_rows, checked)

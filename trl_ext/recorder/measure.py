@@ -1,0 +1,242 @@
+"""Exchanges what each process recorded of a logged step, and makes inner products, metrics and what-if of it.
+
+Sketches aren't gathered: every process gets the same few columns of all of them (``Collectives.columns``), and whatever
+is logged is a sum over columns (``grpo_kernels/interference/inner_products.py``). A process moves what it recorded,
+whatever their number. Only up to ``MOST_DENSE`` sequences is the matrix of all inner products made.
+
+Shapes: B sequences of this process's or of all processes' step, P prompts, H hidden, K numbers of a sketch in M parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from grpo_kernels.interference.curvature import directional_curvature
+from grpo_kernels.interference.inner_products import PIECE, ColumnProducts, InnerProducts, PromptProducts, sum_rows
+from grpo_kernels.interference.metrics import interference_metrics, orthogonality
+from grpo_kernels.interference.model_parts import part_metrics
+from grpo_kernels.interference.sketch_error import rmse_of_parts
+from grpo_kernels.interference.step_gradients import PromptGroups, StepGradients, group_by_prompt
+from trl_ext.trl_surface import RunSettings
+
+from .collectives import Collectives, OtherRankFailedError
+from .sequence_table import SequenceTable
+from .task_interference import Tasks, interference_of_tasks
+
+MOST_DENSE = 1024  # sequences of which all inner products are kept: 8 MB
+
+Products = torch.Tensor | InnerProducts
+
+
+@dataclass
+class RecordedStep:
+    """What this process recorded of a step.
+
+    ``sketch_BMN`` float32, as the mean over processes takes it; ``sections`` of its last dimension. ``sequences``: of
+    its rows. ``features_PH`` (P, H + 1): sums over the sequences of each prompt id, and their number, 0 where there are
+    none; or None. ``summed``: sketches are summed by prompt before they are sent, as nothing is logged of single
+    sequences.
+    """
+
+    sketch_BMN: torch.Tensor
+    sections: dict[str, slice]
+    sequences: SequenceTable
+    features_PH: torch.Tensor | None
+    summed: bool
+
+    def forget_sketch(self) -> None:
+        """Drops the sketch but for its shape, to have its memory back."""
+        self.sketch_BMN = self.sketch_BMN.new_empty(0, *self.sketch_BMN.shape[1:])
+
+    def sizes(self) -> list[int]:
+        """What is to be as large as the largest of all processes': prompts with features, prompts."""
+        prompts = len(self.sequences.prompt_id.unique()) if self.summed else 0
+        seen = 0 if self.features_PH is None else int((self.features_PH[:, -1] > 0).sum())
+        return [seen, prompts]
+
+
+def only_prompts_matter(coefficient_B: torch.Tensor | None, n_sequences: int) -> bool:
+    """Whether nothing is logged of single sequences: their coefficients are unknown, and they are too many to keep."""
+    return coefficient_B is None and n_sequences > MOST_DENSE
+
+
+def largest_sizes(recorded: RecordedStep, collectives: Collectives) -> list[int]:
+    """The largest of all processes' ``sizes``; a collective call that raises where shapes differ between processes."""
+    sequences, features_PH = recorded.sequences, recorded.features_PH
+    hidden = 0 if features_PH is None else features_PH.shape[1]
+    widths = [sequences.group_rewards.shape[1], sequences.function_rewards.shape[1], hidden, int(recorded.summed)]
+    shape = [*recorded.sketch_BMN.flatten(1).shape, *widths]
+    own = torch.tensor([[*shape, *recorded.sizes()]], device=collectives.accelerator.device)
+    numbers = collectives.gather(own)
+    shapes = numbers[:, : len(shape)]
+    if not (shapes == shapes[0]).all() or shapes[0, 0] == 0:
+        raise OtherRankFailedError
+    return numbers[:, len(shape) :].amax(0).tolist()
+
+
+@dataclass(frozen=True)
+class StepProducts:
+    """Inner products over all processes. ``scores``: of the sequences, those of the extra pass too; ``step`` without
+    them. ``grams_PP``: of the prompts' gradients, by part of the model. ``rmse``: of a cosine in the whole, and in each
+    part."""
+
+    scores: Products
+    step: Products
+    grams_PP: dict[str, torch.Tensor]
+    rmse: float
+    rmse_by_part: dict[str, float]
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A step of all processes, the same on each. ``curvature``: prompts and their directional curvature."""
+
+    sequences: SequenceTable
+    step: StepGradients
+    groups: PromptGroups
+    products: StepProducts
+    metrics: dict[str, float]
+    orthogonality: float | None
+    curvature: tuple[torch.Tensor, torch.Tensor]
+
+
+def measure(
+    recorded: RecordedStep,
+    largest: list[int],
+    collectives: Collectives,
+    run: RunSettings,
+    baseline_size: int,
+    what_if: Callable[[Products, SequenceTable, Tasks], dict[str, float]],
+    *,
+    tasks: Mapping[int, str],
+) -> MeasuredStep:
+    """Measures a step; a collective call.
+
+    Args:
+        recorded: of this process; its sketch is dropped.
+        largest: of all processes' ``sizes``.
+        collectives: of the processes.
+        run: the run's settings.
+        baseline_size: as in ``StepGradients``.
+        what_if: gives more metrics, of sequences.
+        tasks: by the prompts' keys, of those that have one.
+    """
+    packed_BN = collectives.gather(recorded.sequences.pack())
+    order_B = None
+    if len(packed_BN) > MOST_DENSE:  # sums over prompts that come one after the other are faster
+        order_B = (packed_BN[:, 0] * run.num_generations + packed_BN[:, 2]).argsort()
+        packed_BN = packed_BN[order_B]
+    sequences = recorded.sequences.unpack(packed_BN)
+    prompt_P, row_B = sequences.prompt_id.unique(return_inverse=True)
+    if recorded.summed:
+        products = _of_prompts(recorded, sequences, prompt_P, row_B, largest[1], collectives)
+    else:
+        products = _of_sequences(recorded, sequences, order_B, row_B, len(prompt_P), collectives)
+    coefficient_B = sequences.coefficient
+    step = StepGradients(
+        gram_BB=products.step,
+        prompt_B=sequences.prompt_id,
+        reward_B=sequences.reward,
+        coefficient_B=None if coefficient_B is None else coefficient_B.masked_fill(sequences.extra, 0.0),
+        baseline_size=baseline_size,
+    )
+    groups = group_by_prompt(step)
+    features_PP = _features(recorded, prompt_P, largest[0], collectives)
+    metrics = interference_metrics(groups, sketch_rmse=products.rmse, features_PP=features_PP)
+    if run.options.interference_parts:
+        metrics |= part_metrics(products.grams_PP, products.rmse_by_part)
+    of_tasks = Tasks.of(sequences, row_B, tasks)
+    metrics |= interference_of_tasks(groups, of_tasks, products.rmse)
+    metrics |= what_if(products.scores, sequences, of_tasks)
+    among = orthogonality(groups, products.rmse)
+    return MeasuredStep(sequences, step, groups, products, metrics, among, directional_curvature(groups))
+
+
+def _of_sequences(
+    recorded: RecordedStep,
+    sequences: SequenceTable,
+    order_B: torch.Tensor | None,
+    row_B: torch.Tensor,
+    n_prompts: int,
+    collectives: Collectives,
+) -> StepProducts:
+    values_BK, first = collectives.columns(recorded.sketch_BMN.flatten(1))
+    recorded.forget_sketch()
+    if order_B is not None:
+        for piece_Bk in values_BK.split(max(1, PIECE // (4 * len(values_BK))), dim=1):
+            piece_Bk.copy_(piece_Bk[order_B])
+    columns = ColumnProducts(values_BK, sequences.square, collectives.sum, first=first)
+    scores = columns.matrix() if len(sequences) <= MOST_DENSE else columns
+    of_step: Products = scores
+    extra_B = sequences.extra
+    if extra_B.any():
+        of_step = columns = columns.masked(extra_B)
+        if isinstance(scores, torch.Tensor):
+            of_step = scores.masked_fill(extra_B | extra_B[:, None], 0.0)
+    return StepProducts(scores, of_step, *_by_part(columns, row_B, n_prompts, recorded))
+
+
+def _of_prompts(
+    recorded: RecordedStep,
+    sequences: SequenceTable,
+    prompt_P: torch.Tensor,
+    row_B: torch.Tensor,
+    most: int,
+    collectives: Collectives,
+) -> StepProducts:
+    """From each process's sums over its prompts, of which no process has more than ``most``."""
+    own_P, own_row_B = recorded.sequences.prompt_id.unique(return_inverse=True)
+    sums_PK = sum_rows(recorded.sketch_BMN.flatten(1), own_row_B, len(own_P))
+    recorded.forget_sketch()
+    columns, row_U = _sums_by_columns(sums_PK, own_P, prompt_P, most, collectives)
+    grams_PP, rmse, rmse_by_part = _by_part(columns, row_U, len(prompt_P), recorded)
+    products = PromptProducts(sum(grams_PP.values(), torch.zeros(())), row_B, sequences.square)
+    return StepProducts(products, products, grams_PP, rmse, rmse_by_part)
+
+
+def _sums_by_columns(
+    sums_PK: torch.Tensor, own_P: torch.Tensor, prompt_P: torch.Tensor, most: int, collectives: Collectives
+) -> tuple[ColumnProducts, torch.Tensor]:
+    """Of each process's sums over its prompts ``own_P``, of which no process has more than ``most``."""
+    missing = most - len(own_P)  # rows of 0 belong anywhere
+    ids_U = collectives.gather(torch.cat([own_P, prompt_P[:1].expand(missing)]))
+    values_UK, first = collectives.columns(torch.nn.functional.pad(sums_PK, (0, 0, 0, missing)))
+    nothing_U = values_UK.new_zeros(len(values_UK), dtype=torch.float64)
+    return ColumnProducts(values_UK, nothing_U, collectives.sum, first=first), torch.searchsorted(prompt_P, ids_U)
+
+
+def _by_part(
+    columns: ColumnProducts, row_B: torch.Tensor, n_prompts: int, recorded: RecordedStep
+) -> tuple[dict[str, torch.Tensor], float, dict[str, float]]:
+    """(P, P) inner products of the prompts' gradients in each part of the model; the error of a cosine in the whole,
+    and in each."""
+    _, n_parts, width = recorded.sketch_BMN.shape
+    grams_MPP: dict[str, torch.Tensor] = {}
+    for name, section in recorded.sections.items():
+        starts = [part * width for part in range(n_parts)]
+        blocks = [slice(start + section.start, start + section.stop) for start in starts]
+        grams_MPP[name] = columns.of_blocks(row_B, n_prompts, blocks)
+    whole_MPP = sum(grams_MPP.values(), torch.zeros(()))
+    errors = {name: rmse_of_parts(gram_MPP) for name, gram_MPP in grams_MPP.items()}
+    return {name: gram_MPP.sum(0) for name, gram_MPP in grams_MPP.items()}, rmse_of_parts(whole_MPP), errors
+
+
+def _features(
+    recorded: RecordedStep, prompt_P: torch.Tensor, most: int, collectives: Collectives
+) -> torch.Tensor | None:
+    """(P, P) inner products of the means over each prompt's sequences, of those that have one that ran; None: none."""
+    totals_PH, recorded.features_PH = recorded.features_PH, None
+    if totals_PH is None or most == 0:
+        return None
+    own_P = (totals_PH[:, -1] > 0).nonzero()[:, 0]
+    columns, row_U = _sums_by_columns(totals_PH[own_P, :-1], own_P, prompt_P, most, collectives)
+    count_P = totals_PH.new_zeros(len(prompt_P))
+    count_P[torch.searchsorted(prompt_P, own_P)] = totals_PH[own_P, -1]
+    count_P = collectives.sum(count_P)
+    hidden = slice(0, totals_PH.shape[1] - 1)
+    gram_PP = columns.of_blocks(row_U, len(prompt_P), [hidden])[0]
+    ran_P = count_P > 0
+    return (gram_PP / count_P[:, None] / count_P)[ran_P][:, ran_P]
