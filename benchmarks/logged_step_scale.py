@@ -22,12 +22,12 @@ from grpo_kernels.interference.inner_products import MatrixProducts, squared_nor
 from grpo_kernels.interference.metrics import interference_metrics
 from grpo_kernels.interference.sketch_error import predicted_rmse
 from grpo_kernels.interference.step_gradients import StepGradients
+from trl_ext.advantages.normalizer import UsedNormalization
 from trl_ext.recorder import measure
 from trl_ext.recorder.collectives import Collectives
 from trl_ext.recorder.sequence_table import SequenceTable
 from trl_ext.recorder.task_interference import Tasks
 from trl_ext.recorder.what_if import WhatIfLog
-from trl_ext.rewards.normalizer import UsedNormalization
 
 G, K, H = 16, 64, 4096
 

@@ -10,7 +10,7 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import nanstd
 
 from grpo_kernels import METHODS, normalize_rewards
-from trl_ext.rewards.advantages import (
+from trl_ext.advantages.compute import (
     compute_advantages,
     normalization_metrics,
     number_of_states,
@@ -18,7 +18,7 @@ from trl_ext.rewards.advantages import (
     weighted_rewards,
     zero_variance_groups,
 )
-from trl_ext.rewards.normalization_state import make_state
+from trl_ext.advantages.normalization_state import make_state
 
 NAN = float("nan")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")

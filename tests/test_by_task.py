@@ -13,13 +13,13 @@ from grpo_kernels import Normalized
 from grpo_kernels.interference.step_gradients import group_by_prompt
 from grpo_kernels.interference.tasks import task_gradients
 from trl_ext import read_interference
+from trl_ext.advantages.prompt_keys import NO_TASK, task_key
+from trl_ext.advantages.rewarded import RewardedBatch
+from trl_ext.advantages.tasks import TaskMeans, TaskNames, task_sums
 from trl_ext.report.by_task import tasks as tasks_of_report
 from trl_ext.report.command import main as report_command
 from trl_ext.report.read_run import read_run
 from trl_ext.report.what_if_command import main as what_if_command
-from trl_ext.rewards.prompt_keys import NO_TASK, task_key
-from trl_ext.rewards.rewarded import RewardedBatch
-from trl_ext.rewards.tasks import TaskMeans, TaskNames, task_sums
 
 
 def test_gradients_of_tasks_by_hand():

@@ -14,10 +14,10 @@ import torch
 from processes import start
 from test_trainer import build
 
+from trl_ext.advantages.reward_checks import RewardRaised, WrongRewards
 from trl_ext.checkpoints import CheckpointError, find_checkpoint
 from trl_ext.checkpoints.saving import whole_or_none
 from trl_ext.checkpoints.whole import what_is_broken
-from trl_ext.rewards.reward_checks import RewardRaised, WrongRewards
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "interference_every": 0}
 

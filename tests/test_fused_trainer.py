@@ -9,10 +9,10 @@ from test_trainer_equality import PLAIN, Recorder, assert_same, digits, prompts,
 from transformers import AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfig, MixtralConfig
 from transformers.models.auto import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
+from trl_ext.loss import fused_head
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.loss import fused_head
-from trl_ext.loss.fused_head import head_adapter
+from trl_ext.head.forward import head_adapter
 
 OFF_POLICY = {"num_iterations": 2}
 
@@ -233,7 +233,7 @@ def test_an_adapter_on_the_head_is_used_and_trained(tiny_policy, tmp_path):
     """TRL refuses one; ours gives the log-probs of the merged model, and its gradients are autograd's."""
     from peft import get_peft_model
 
-    from trl_ext.loss.fused_head import gathered_head
+    from trl_ext.head.forward import gathered_head
 
     config = CurvatureGRPOConfig(
         output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=8,

@@ -14,11 +14,11 @@ from test_shared_prompts import batch as shared_batch
 from test_trainer import build
 from test_trainer_equality import run
 from trl import GRPOConfig, GRPOTrainer
+from trl_ext.loss import flash, shared_attention
 
 from grpo_kernels import use_backend
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
-from trl_ext.loss import flash, shared_attention
-from trl_ext.loss.packed_rows import pack
+from trl_ext.sharing.packed_rows import pack
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,8 +5,8 @@ import collections
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_ext.batches.batch_rows import even_batches, read_rows, select
-from trl_ext.batches.shared_batches import as_many, can_share, largest, packed_positions, shared_batches
+from trl_ext.plan.rows import even_batches, read_rows, select
+from trl_ext.plan.shared_batches import as_many, can_share, largest, packed_positions, shared_batches
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_consecutive")
 

@@ -15,11 +15,11 @@ from grpo_kernels.interference.metrics import interference_metrics
 from grpo_kernels.interference.noise import gradient_noise
 from grpo_kernels.interference.step_gradients import StepGradients
 from grpo_kernels.interference.what_if import StepScores, candidates, what_if
+from trl_ext.advantages.normalizer import UsedNormalization
 from trl_ext.recorder import collectives, measure
 from trl_ext.recorder.measure import RecordedStep
 from trl_ext.recorder.sequence_table import SequenceTable
 from trl_ext.recorder.what_if import STATELESS, WhatIfLog
-from trl_ext.rewards.normalizer import UsedNormalization
 
 
 class Crew:

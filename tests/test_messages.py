@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.advantages.reward_checks import RewardFailures, RewardRaised, checked_reward
 from trl_ext.console import ConsoleCallback, advice
-from trl_ext.rewards.reward_checks import RewardFailures, RewardRaised, checked_reward
 from trl_ext.run_checks import say_engine
 
 NOWHERE = "no-model-here"

@@ -11,7 +11,7 @@ from test_trainer import build
 from test_two_processes import run, start_worker
 from transformers import TrainerCallback
 
-from trl_ext.rewards.normalization_state import make_state, restore_states
+from trl_ext.advantages.normalization_state import make_state, restore_states
 
 NAN = float("nan")
 UNMEASURED = {"interference_every": 0}  # the signals are the test's own

@@ -13,9 +13,9 @@ from test_two_processes import run as run_processes
 from transformers import AutoTokenizer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
-from trl_ext.batches.batch_rows import join
-from trl_ext.rewards import resampling
-from trl_ext.rewards.resampling import Resampling, pad_rows, split_rows
+from trl_ext.advantages import resampling
+from trl_ext.advantages.resampling import Resampling, pad_rows, split_rows
+from trl_ext.plan.rows import join
 
 ON = {"resample_zero_variance": True}
 

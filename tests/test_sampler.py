@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_trainer import build
 
-from trl_ext.batches.sampler import sampler_metrics
+from trl_ext.advantages.sampler import sampler_metrics
 from trl_ext.run_checks import say_truncated_sampling
 
 ALONE = SimpleNamespace(gather=lambda values: values)

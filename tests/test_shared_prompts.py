@@ -20,16 +20,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from trl import GRPOConfig, GRPOTrainer
+from trl_ext.loss import flash, packed_rows, shared_attention
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.batches import shared_batches as shared_batches_module
-from trl_ext.batches.batch_rows import RowTable, read_rows
-from trl_ext.batches.columns import trimmed_columns
-from trl_ext.batches.shared_batches import as_many, can_share, packed_positions, shared_batches, why_not_shared
-from trl_ext.loss import flash, packed_rows, shared_attention
-from trl_ext.loss.fused_head import CompletionMask, FusedHead, add_fused_head, read_settings
-from trl_ext.loss.packed_rows import Spans, pack
-from trl_ext.loss.shared_prompts import let_share
+from trl_ext.head.forward import CompletionMask, FusedHead, add_fused_head, read_settings
+from trl_ext.plan import shared_batches as shared_batches_module
+from trl_ext.plan.padding import trimmed_columns
+from trl_ext.plan.rows import RowTable, read_rows
+from trl_ext.plan.shared_batches import as_many, can_share, packed_positions, shared_batches, why_not_shared
+from trl_ext.sharing.hooks import let_share
+from trl_ext.sharing.packed_rows import Spans, pack
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -319,7 +319,7 @@ def test_the_trainer_against_trl(loss_type, iterations, tiny_policy, tmp_path):
     packed = []
     pack_rows = packed_rows.pack
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trl_ext.loss.fused_head.pack", lambda *args: packed.append(pack_rows(*args)) or packed[-1])
+        patch.setattr("trl_ext.head.forward.pack", lambda *args: packed.append(pack_rows(*args)) or packed[-1])
         setting["share_prompts"] = True
         ours = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", setting)
     assert_same(ours, theirs)

@@ -21,11 +21,11 @@ from transformers.models.auto import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.batches import columns, micro_batches
-from trl_ext.batches.batch_rows import even_batches, join, read_rows, select
-from trl_ext.batches.columns import columns_by_rule, moved_by_padding, trimmed_columns
-from trl_ext.batches.micro_batches import KEY, StepCounts, compute_metrics
-from trl_ext.batches.skipping import random_layers
+from trl_ext.plan import columns, micro_batches
+from trl_ext.plan.micro_batches import KEY, StepCounts, compute_metrics
+from trl_ext.plan.padding import columns_by_rule, moved_by_padding, trimmed_columns
+from trl_ext.plan.rows import even_batches, join, read_rows, select
+from trl_ext.plan.rules import random_layers
 
 OPTIONS = {
     "loss_type": ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"],
@@ -484,7 +484,7 @@ def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
 
 
 def test_vllms_correction_keeps_old_log_probs_complete(tiny_policy, tmp_path):
-    from trl_ext.batches.deferred_logprobs import why_complete
+    from trl_ext.plan.postponed_logprobs import why_complete
 
     def why(trainer):
         return why_complete(trainer._run.options, trainer._loss_settings(), None)

@@ -10,7 +10,7 @@ from test_trainer_equality import run
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.rewards.reward_checks import checked_reward
+from trl_ext.advantages.reward_checks import checked_reward
 
 PLAIN = {
     "loss_type": "dapo", "beta": 0.0, "num_iterations": 1, "accumulation": (2, 2), "lora": False, "rewards": "one",

@@ -162,7 +162,7 @@ def test_bad_configuration_stops_before_a_model_is_loaded(options, message, tmp_
 
 
 def test_the_kernel_gets_rewards_only_where_they_say_everything(tiny_policy, tmp_path, monkeypatch):
-    import trl_ext.loss.fused_loss as fused_loss
+    import trl_ext.objective.fused as fused_loss
 
     seen = {}
     for method, options in (

@@ -9,7 +9,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext import CurvatureGRPOTrainer
-from trl_ext.loss.fused_head import read_settings
+from trl_ext.head.forward import read_settings
 from trl_ext.overrides import overridden
 from trl_ext.trl_surface import ALWAYS, ChangedTRL, check_batch, check_class, check_trainer
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from poison import poisoned_memory
+from trl_ext.loss import shared_attention
 
 from grpo_kernels import linear_grpo_loss, linear_logprob, normalize_rewards, use_backend
 from grpo_kernels.backend import assume_native_half
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.normalize.methods import METHODS
-from trl_ext.loss import shared_attention
-from trl_ext.loss.packed_rows import pack
+from trl_ext.sharing.packed_rows import pack
 
 VOCABULARIES = (1, 3, 17, 31, 33, 35, 49, 63, 64, 65, 67, 81, 89, 95, 97, 8192 + 17)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

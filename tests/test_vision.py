@@ -25,7 +25,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
-from trl_ext.rewards.prompt_keys import prompt_key, prompt_text
+from trl_ext.advantages.prompt_keys import prompt_key, prompt_text
 from trl_ext.tasks.small_policy import build_tokenizer
 
 SIDE, PATCH = 16, 8

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 
+from .advantages.resampling import check_dataset, has_transform
 from .config import CurvatureGRPOConfig, check_liger, read_options, resolve_normalization
 from .rejoin import OWN_STORE, lacks_own_store
-from .rewards.resampling import check_dataset, has_transform
 from .trl_surface import arguments_after
 
 logger = get_logger(__name__)

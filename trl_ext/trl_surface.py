@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import trl
 from trl import GRPOTrainer
@@ -41,40 +41,6 @@ __all__ = [
     "pad",
     "use_adapter",
 ]
-
-
-# The per-sequence dict that ``_generate_and_score_completions`` returns and ``_compute_loss`` gets
-
-
-class Column(NamedTuple):
-    """A (B, T) entry: the side its padding is on, and what it is padded with (None: the tokenizer's padding token).
-
-    ``both``: prompt and completion in one row, padded on both sides.
-    """
-
-    side: str
-    padding: float | None
-
-
-COLUMNS = {
-    "prompt_ids": Column("left", None),
-    "prompt_mask": Column("left", 0),
-    "completion_ids": Column("right", None),
-    "completion_mask": Column("right", 0),
-    "tool_mask": Column("right", 1),
-    "old_per_token_logps": Column("right", 0.0),
-    "ref_per_token_logps": Column("right", 0.0),
-    "sampling_per_token_logps": Column("right", 0.0),
-    "importance_sampling_ratio": Column("right", 1.0),
-    "token_type_ids": Column("both", 0),
-    "mm_token_type_ids": Column("both", 0),
-}
-ALWAYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
-LOGPROBS = tuple(name for name in COLUMNS if name.endswith("_per_token_logps"))
-TOKEN_TYPES = tuple(name for name, column in COLUMNS.items() if column.side == "both")
-IMAGES = ("pixel_values", "image_grid_thw", "num_images")
-ONE_EACH = ("advantages",)  # (B,)
-OF_THE_BATCH = ("num_items_in_batch",)  # 0-d
 
 
 # Methods that we override or call, with the parameters that we pass or take
@@ -164,16 +130,10 @@ def check_trainer(trainer: Any) -> None:
             raise ChangedTRL(f"GRPOTrainer.{name} has no {', '.join(missing)}")
     try:
         read_run_settings(trainer, None, None)
-        read_loss_settings(trainer, None)
+        read_loss_settings(trainer)
         trainer._step, trainer.accelerator.sync_gradients  # noqa: B018
     except AttributeError as error:
         raise ChangedTRL(f"{error.obj.__class__.__name__} has no attribute {error.name}") from None
-
-
-def check_batch(batch: Mapping[str, Any]) -> None:
-    """Raises ``ChangedTRL`` where TRL's per-sequence dict lacks what it always had."""
-    if missing := [name for name in ALWAYS if name not in batch]:
-        raise ChangedTRL(f"the batch that GRPOTrainer makes has no {', '.join(missing)}")
 
 
 # What is read of a trainer
@@ -256,9 +216,8 @@ class LossSettings:
     """What a micro-batch's loss depends on beside the batch: TRL's options by TRL's names, or what they come to.
 
     ``entropy_coef`` counts where ``entropy_bonus``, ``aux_loss_coef`` where ``aux_loss``. ``importance_correction``:
-    vLLM's. ``own_group``: method and options of the normalisation where it needs nothing but the group's own rewards,
-    so that the kernel can make the advantages; else None. ``own_logprobs``: what to say of log-probs that a subclass
-    makes, which the one pass wouldn't ask for, or None.
+    vLLM's. ``own_logprobs``: what to say of log-probs that a subclass makes, which the one pass wouldn't ask for, or
+    None.
     """
 
     loss_type: str
@@ -280,13 +239,10 @@ class LossSettings:
     max_completion_length: int
     num_processes: int
     steps_per_generation: int
-    own_group: tuple[str, Mapping[str, Any]] | None
     own_logprobs: str | None
 
 
-def read_loss_settings(
-    trainer: Any, own_group: tuple[str, Mapping[str, Any]] | None, own_logprobs: str | None = None
-) -> LossSettings:
+def read_loss_settings(trainer: Any, own_logprobs: str | None = None) -> LossSettings:
     """As they are now."""
     args = trainer.args
     return LossSettings(
@@ -309,7 +265,6 @@ def read_loss_settings(
         max_completion_length=trainer.max_completion_length,
         num_processes=trainer.accelerator.num_processes,
         steps_per_generation=args.steps_per_generation,
-        own_group=own_group,
         own_logprobs=own_logprobs,
     )
 

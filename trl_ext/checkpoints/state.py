@@ -8,8 +8,8 @@ from typing import Any
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
+from trl_ext.advantages.normalizer import Normalizer
 from trl_ext.recorder.recorder import InterferenceRecorder
-from trl_ext.rewards.normalizer import Normalizer
 
 from .whole import OUR_STATE
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from trl_ext.loss.token_weights import live_mask
-from trl_ext.trl_surface import IMAGES, LossSettings, RunSettings
+from trl_ext.schema import Sequences
+from trl_ext.trl_surface import LossSettings, RunSettings
 
 from .failures import OptionalPart
 from .sequence_table import SequenceTable, sequence_coefficients
@@ -27,11 +26,11 @@ UNTESTED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"
 class ExtraPass:
     """``score``: a batch's log-probs (B, T), as the loss makes them, with their graph."""
 
-    def __init__(self, run: RunSettings, score: Callable[[dict[str, Any]], torch.Tensor]) -> None:
+    def __init__(self, run: RunSettings, score: Callable[[Sequences], torch.Tensor]) -> None:
         self.run, self.score = run, score
         wanted = run.options.what_if_dead and run.options.interference_every > 0 and run.options.what_if != []
         self._part = OptionalPart("what_if_dead=True: sequences of advantage 0 aren't scored", on=wanted)
-        self._kept: list[tuple[dict[str, Any], SequenceTable]] = []
+        self._kept: list[tuple[Sequences, SequenceTable]] = []
         if run.accelerator.distributed_type in UNTESTED:
             self._part.switch_off(f"an extra pass under {UNTESTED[run.accelerator.distributed_type]} hasn't been tried")
 
@@ -39,13 +38,13 @@ class ExtraPass:
         """Drops the batches that were kept for a pass."""
         self._kept = []
 
-    def keep(self, batches: list[dict[str, Any]], settings: LossSettings, accumulation: int, first_prompt: int) -> None:
+    def keep(self, batches: list[Sequences], settings: LossSettings, accumulation: int, first_prompt: int) -> None:
         """Keeps batches of sequences of advantage 0; none with images, or whose sequences have no coefficient."""
         for batch in batches if self._part.on else ():
-            if any(batch.get(name) is not None for name in IMAGES):
+            if batch.has_images:
                 self._part.switch_off("images travel with the rows")
                 return
-            at_one = {**batch, "advantages": torch.ones_like(batch["advantages"])}
+            at_one = batch.with_columns(advantages=torch.ones_like(batch.advantages))
             coefficient_B = sequence_coefficients(at_one, settings, accumulation)
             if coefficient_B is not None:
                 self._kept.append((batch, SequenceTable.of_batch(batch, first_prompt, coefficient_B)))
@@ -61,7 +60,7 @@ class ExtraPass:
 
         return self._part.run(passes, None)
 
-    def _pass(self, sketch: GradientSketch, batch: dict[str, Any], table: SequenceTable, loss_scale: float) -> None:
+    def _pass(self, sketch: GradientSketch, batch: Sequences, table: SequenceTable, loss_scale: float) -> None:
         device = self.run.accelerator.device
         sketch.set_rows(table.prompt_id, checked=False)
         try:
@@ -69,7 +68,7 @@ class ExtraPass:
             with torch.random.fork_rng(devices, device_type=kind), torch.enable_grad():
                 logprobs_BT = self.score(batch)
                 assert table.coefficient is not None
-                loss = (logprobs_BT * live_mask(batch)).sum(1) @ table.coefficient.to(logprobs_BT) * loss_scale
+                loss = (logprobs_BT * batch.live_mask).sum(1) @ table.coefficient.to(logprobs_BT) * loss_scale
                 torch.autograd.grad(loss, sketch.trainable_parameters, allow_unused=True)
         finally:
             sketch.end_rows()

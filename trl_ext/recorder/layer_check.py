@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
 from grpo_kernels.interference.step_gradients import PromptGroups
-from trl_ext.asked_model import can_be_asked, evaluation_mode, some_ids
+from trl_ext.probe_model import can_be_asked, evaluation_mode, some_ids
 from trl_ext.say_once import SayOnce
 
 from .collectives import Collectives

@@ -12,6 +12,7 @@ import torch
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.inner_products import squared_norms
+from trl_ext.schema import Sequences
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .extra_pass import ExtraPass, place_scores
@@ -45,8 +46,8 @@ class LoggedStep:
 
     def add(
         self,
-        batch: dict[str, Any],
-        skipped: dict[str, torch.Tensor],
+        batch: Sequences,
+        skipped: Sequences | None,
         first_prompt: int,
         settings: LossSettings,
         accumulation: int,
@@ -54,7 +55,7 @@ class LoggedStep:
         """Adds a micro-batch's sequences, and those that are left out of the step."""
         coefficient_B = sequence_coefficients(batch, settings, accumulation)
         self.sequences.append(SequenceTable.of_batch(batch, first_prompt, coefficient_B))
-        if skipped:
+        if skipped is not None:
             self.skipped.append(SequenceTable.of_skipped(skipped, first_prompt))
 
     def take(

@@ -27,8 +27,9 @@ from accelerate.logging import get_logger
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
+from trl_ext.advantages.normalizer import UsedNormalization
 from trl_ext.mixed_rows import mixes_rows
-from trl_ext.rewards.normalizer import UsedNormalization
+from trl_ext.schema import Sequences
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .collectives import Collectives, OtherRankFailedError
@@ -85,7 +86,7 @@ class InterferenceRecorder:
         *,
         observer: Observer,
         used: Callable[[], UsedNormalization],
-        score: Callable[[dict[str, Any]], torch.Tensor],
+        score: Callable[[Sequences], torch.Tensor],
     ) -> None:
         self.run, self.accelerator, self.observer, self._used = run, run.accelerator, observer, used
         self._collectives = Collectives(run.accelerator)
@@ -248,11 +249,11 @@ class InterferenceRecorder:
 
     def rows(
         self,
-        batch: dict[str, Any],
-        skipped: dict[str, torch.Tensor],
+        batch: Sequences,
+        skipped: Sequences | None,
         position: StepPosition,
         loss_settings: LossSettings,
-        dead: Callable[[], list[dict[str, Any]]],
+        dead: Callable[[], list[Sequences]],
     ) -> None:
         """The forward and backward to come are of this micro-batch: open -> recording.
 
@@ -263,8 +264,8 @@ class InterferenceRecorder:
             return
         with self.guarded():
             first = step.first_prompt(position, self.run.prompts_per_generation)
-            sketch.set_rows(batch["prompt_id"] + first)
-            features.set_rows(batch["prompt_mask"], batch["prompt_id"] + first)
+            sketch.set_rows(batch.prompt_id + first)
+            features.set_rows(batch.prompt_mask, batch.prompt_id + first)
             self._state = State.RECORDING
             step.add(batch, skipped, first, loss_settings, position.accumulation)
             if self.run.options.what_if_dead:

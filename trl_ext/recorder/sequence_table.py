@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from trl_ext.loss.token_weights import live_mask
+from trl_ext.schema import Sequences
 from trl_ext.trl_surface import LossSettings
 
 
-def sequence_coefficients(batch: dict[str, Any], settings: LossSettings, accumulation: int) -> torch.Tensor | None:
+def sequence_coefficients(batch: Sequences, settings: LossSettings, accumulation: int) -> torch.Tensor | None:
     """(B,) c_i with u_i = c_i grad log pi(o_i | q_p), u_i the sequence's part of the loss's gradient on this process.
 
     None where a sequence's tokens don't share one: off policy, vLLM's correction, KL, an entropy bonus or mask, an
@@ -27,7 +27,7 @@ def sequence_coefficients(batch: dict[str, Any], settings: LossSettings, accumul
     the ratio at ``epsilon_high`` itself.
     """
     if (
-        batch.get("old_per_token_logps") is not None
+        batch.old_logprobs is not None
         or settings.importance_correction
         or settings.beta != 0
         or settings.entropy_bonus
@@ -35,12 +35,12 @@ def sequence_coefficients(batch: dict[str, Any], settings: LossSettings, accumul
         or settings.top_entropy_quantile < 1.0
         or settings.off_policy_mask_threshold is not None
         or settings.loss_type == "vespo"
-        or batch["advantages"].dim() != 1
+        or batch.advantages.dim() != 1
     ):
         return None
     clamp = min(1.0, settings.epsilon_high) if settings.loss_type == "cispo" else 1.0
-    alive_B = live_mask(batch).any(dim=1)
-    return torch.where(alive_B, -batch["advantages"] * batch["token_weight"] * (clamp / accumulation), 0.0)
+    alive_B = batch.live_mask.any(dim=1)
+    return torch.where(alive_B, -batch.advantages * batch.token_weight * (clamp / accumulation), 0.0)
 
 
 @dataclass(frozen=True)
@@ -68,29 +68,29 @@ class SequenceTable:
     coefficient: torch.Tensor | None
 
     @classmethod
-    def of_batch(cls, batch: dict[str, Any], first_prompt: int, coefficient_B: torch.Tensor | None) -> SequenceTable:
-        """Reads TRL's dict; the batch's prompt ids are counted from ``first_prompt``."""
-        advantage_B = batch["advantages"]
+    def of_batch(cls, batch: Sequences, first_prompt: int, coefficient_B: torch.Tensor | None) -> SequenceTable:
+        """The batch's prompt ids are counted from ``first_prompt``."""
+        advantage_B = batch.advantages
         if advantage_B.dim() != 1:
             advantage_B = torch.full_like(advantage_B[:, 0], torch.nan)
         return cls(
-            prompt_id=batch["prompt_id"] + first_prompt,
-            prompt_key=batch["prompt_key"],
-            position=batch["group_position"],
-            length=batch["generated"],
+            prompt_id=batch.prompt_id + first_prompt,
+            prompt_key=batch.prompt_key,
+            position=batch.group_position,
+            length=batch.generated,
             advantage=advantage_B,
             made_at=advantage_B,
-            weight=batch["token_weight"],
-            group_rewards=batch["group_rewards"],
-            function_rewards=batch["function_rewards"],
+            weight=batch.token_weight,
+            group_rewards=batch.group_rewards,
+            function_rewards=batch.function_rewards,
             square=torch.zeros_like(advantage_B, dtype=torch.float64),
             coefficient=coefficient_B,
         )
 
     @classmethod
-    def of_skipped(cls, batch: dict[str, Any], first_prompt: int) -> SequenceTable:
+    def of_skipped(cls, batch: Sequences, first_prompt: int) -> SequenceTable:
         """The same of sequences that don't run: their coefficient is 0."""
-        return cls.of_batch(batch, first_prompt, torch.zeros_like(batch["token_weight"]))
+        return cls.of_batch(batch, first_prompt, torch.zeros_like(batch.token_weight))
 
     @classmethod
     def join(cls, tables: Sequence[SequenceTable]) -> SequenceTable:

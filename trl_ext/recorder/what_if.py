@@ -20,7 +20,7 @@ from .failures import OptionalPart
 from .task_interference import Tasks
 
 if TYPE_CHECKING:  # the report uses this module without TRL
-    from trl_ext.rewards.normalizer import UsedNormalization
+    from trl_ext.advantages.normalizer import UsedNormalization
     from trl_ext.trl_surface import RunSettings
 
     from .sequence_table import SequenceTable

@@ -17,7 +17,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from trl_ext.rewards.prompt_keys import prompt_text
+from trl_ext.advantages.prompt_keys import prompt_text
 
 logger = get_logger(__name__)
 FILE = "sampled_completions.json"

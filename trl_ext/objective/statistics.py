@@ -5,7 +5,6 @@ Shapes: B sequences of a micro-batch, S statistics of a sequence, N live tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,19 +12,10 @@ import torch
 from grpo_kernels.head.token_losses import SURROGATES
 from trl_ext.trl_surface import LossSettings
 
+from .interface import LossResult
+
 STATISTICS = ("tokens", "entropy", "kl", "low", "high")  # of a sequence: sums over its tokens
 CLIPPED = tuple(name for name, surrogate in SURROGATES.items() if surrogate == "clip")
-
-
-@dataclass(frozen=True)
-class OnePass:
-    """``loss``, 0-d with its graph, divided by the accumulation as TRL's is; detached, what is logged of it:
-    ``statistics_BS``, ``policy_loss`` as TRL logs it, and ``aux_loss`` or None."""
-
-    loss: torch.Tensor
-    statistics_BS: torch.Tensor
-    policy_loss: torch.Tensor
-    aux_loss: torch.Tensor | None
 
 
 def sequence_statistics(
@@ -77,12 +67,13 @@ def micro_batch_metrics(table_BS: torch.Tensor, settings: LossSettings, *, entro
 
 
 def whole_micro_batch_metrics(
-    one: OnePass, settings: LossSettings, accelerator: Any, *, last: bool
+    one: LossResult, settings: LossSettings, accelerator: Any, *, last: bool
 ) -> dict[str, float]:
     """All that TRL logs of the loss of one of its own micro-batches, in one gather and one wait for the device.
 
     ``last``: of an optimizer step in training, when TRL logs the entropy bonus's coefficient.
     """
+    assert one.statistics_BS is not None and one.policy_loss is not None
     aux_loss = torch.zeros_like(one.policy_loss) if one.aux_loss is None else one.aux_loss
     scalars = torch.stack([x.to(one.statistics_BS) for x in (one.policy_loss, aux_loss)])
     of_process = scalars.expand(len(one.statistics_BS), 2)

@@ -15,31 +15,19 @@ epoch may have fewer).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from trl_ext.schema import Sequences
 from trl_ext.trl_surface import LossSettings
 
 
-def live_mask(batch: dict[str, Any]) -> torch.Tensor:
-    """(B, T) bool: completion tokens that the loss counts, neither padding nor tool output."""
-    mask_BT = batch["completion_mask"]
-    return (mask_BT if "tool_mask" not in batch else mask_BT * batch["tool_mask"]).bool()
-
-
-def live_tokens(batch: dict[str, Any]) -> torch.Tensor:
-    """How many of them each sequence has, (B,) int64."""
-    return live_mask(batch).sum(dim=1)
-
-
-def token_weights(batch: dict[str, Any], settings: LossSettings, *, training: bool) -> torch.Tensor:
+def token_weights(batch: Sequences, settings: LossSettings, *, training: bool) -> torch.Tensor:
     """Weights (B,) float32 as in the module's table, of one of TRL's micro-batches, or of an evaluation batch.
 
     From the mask as it is now, which a subclass may have changed. An evaluation batch is neither split nor accumulated:
     it has one step a generation.
     """
-    lengths_B = live_tokens(batch).float()
+    lengths_B = batch.live_tokens.float()
     ones_B = torch.ones_like(lengths_B)
     if settings.loss_type in ("grpo", "sapo"):
         return 1 / (len(lengths_B) * lengths_B.clamp(min=1))
@@ -49,5 +37,5 @@ def token_weights(batch: dict[str, Any], settings: LossSettings, *, training: bo
         return ones_B / len(lengths_B)
     if settings.loss_type in ("dapo", "cispo", "vespo"):
         steps = settings.steps_per_generation if training else 1
-        return ones_B * (settings.num_processes * steps) / batch["num_items_in_batch"].clamp(min=1)
+        return ones_B * (settings.num_processes * steps) / batch.num_items.clamp(min=1)
     return ones_B / lengths_B.sum().clamp(min=1)  # bnpo

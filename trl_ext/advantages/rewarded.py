@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .advantages import weighted_rewards
+from .compute import weighted_rewards
 from .prompt_keys import NO_TASK, prompt_key, task_key
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from transformers import AttentionInterface
 
+from .attention import attention
 from .packed_rows import KEYWORD
-from .shared_attention import attention
 
 NAME = "curvature_grpo_shared_prompts"
 ATTRIBUTE = "_attn_implementation"  # of a configuration

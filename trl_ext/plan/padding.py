@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from trl_ext.asked_model import can_be_asked, evaluation_mode, multiplies_in_half, some_ids
+from trl_ext.probe_model import can_be_asked, evaluation_mode, multiplies_in_half, some_ids
 from trl_ext.say_once import SayOnce
 
 TOKENS, LEFT, RIGHT = 8, 24, 8  # of the row that asks, and the padding around it

@@ -5,13 +5,14 @@ Shapes: B sequences, T padded completion positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from trl_ext.schema import Sequences
 
-def sampler_metrics(batch: Mapping[str, Any], accelerator: Any) -> dict[str, float]:
+
+def sampler_metrics(batch: Sequences, accelerator: Any) -> dict[str, float]:
     """Of the batch of all processes, as it was generated; nothing where one of the two log-probs isn't there.
 
     With mu the sampler, pi the trainer and r = pi / mu of a token that mu drew, over tokens that have both:
@@ -22,11 +23,11 @@ def sampler_metrics(batch: Mapping[str, Any], accelerator: Any) -> dict[str, flo
     * ``sampler/ess_tokens``: effective sample size as a share, (sum r)^2 / (n sum r^2); ``sampler/ess``: the same over
       sequences, whose ratio is the product of their tokens'. 1: samples are as good as the trainer's own.
     """
-    trainer_BT, sampler_BT = batch.get("old_per_token_logps"), batch.get("sampling_per_token_logps")
+    trainer_BT, sampler_BT = batch.old_logprobs, batch.sampling_logprobs
     if trainer_BT is None or sampler_BT is None:
         return {}
     log_ratio_BT = trainer_BT.double() - sampler_BT.double()
-    mask_BT = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool() & ~log_ratio_BT.isnan()
+    mask_BT = batch.live_mask & ~log_ratio_BT.isnan()
     log_ratio_BT = log_ratio_BT.masked_fill(~mask_BT, 0.0)  # a ratio of 1
     ratio_BT = log_ratio_BT.exp()
     sums = [mask_BT, ratio_BT - 1 - log_ratio_BT, (ratio_BT - 1).square()]

@@ -19,15 +19,13 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import IterableDataset
 
-from trl_ext.trl_surface import COLUMNS, OF_THE_BATCH, ONE_EACH, RunSettings, logged_columns, pad, replace_latest
+from trl_ext.schema import Sequences, check_rows, num_items, pad_rows, split_rows
+from trl_ext.trl_surface import RunSettings, logged_columns, replace_latest
 
-from .advantages import zero_variance_groups
+from .compute import zero_variance_groups
 from .normalizer import Normalizer
 from .prompt_keys import prompt_key
 from .rewarded import RewardedBatch
-
-# the entries of TRL's dict that can be taken apart by row and padded again
-PADDED = {name: column for name, column in COLUMNS.items() if column.side != "both"}
 
 
 def has_transform(dataset: Any) -> bool:
@@ -62,51 +60,6 @@ class Round:
     rewarded: RewardedBatch
     logged: dict[str, list[Any]]
     dead_P: torch.Tensor
-
-
-def split_rows(output: dict[str, Any], lengths: list[int]) -> list[dict[str, torch.Tensor]]:
-    """TRL's dict as a dict for each of this process's sequences, without padding, on the CPU."""
-    check_rows(output)
-    rows: list[dict[str, torch.Tensor]] = []
-    for i, length in enumerate(lengths):
-        row = {}
-        for name, column in PADDED.items():
-            if name not in output:
-                continue
-            value = output[name][i]
-            if column.side == "left":
-                value = value[output["prompt_mask"][i].bool()]
-            elif len(value) == 1:  # an importance ratio of the sequence, or of its only token
-                value = value[0]
-            else:
-                value = value[:length]
-            row[name] = value.cpu()
-        row.update({name: output[name][i].cpu() for name in ONE_EACH})
-        rows.append(row)
-    return rows
-
-
-def check_rows(output: dict[str, Any]) -> None:
-    """``ValueError`` for what isn't a row's own, such as images."""
-    unknown = set(output) - set(PADDED) - set(ONE_EACH) - set(OF_THE_BATCH)
-    if unknown:
-        raise ValueError(f"resample_zero_variance=True doesn't support batches with {', '.join(sorted(unknown))}")
-
-
-def pad_rows(rows: list[dict[str, torch.Tensor]], pad_token_id: int, multiple_of: int | None, device: Any):
-    """The way back: TRL's dict of these rows."""
-    output = {name: torch.stack([row[name] for row in rows]).to(device) for name in ONE_EACH}
-    for name, (side, value) in PADDED.items():
-        if name not in rows[0]:
-            continue
-        values = [row[name] for row in rows]
-        if all(v.ndim == 0 for v in values):
-            output[name] = torch.stack(values)[:, None].to(device)
-            continue
-        values = [v.view(-1) for v in values]
-        filling = pad_token_id if value is None else value
-        output[name] = pad(values, filling, side, pad_to_multiple_of=multiple_of).to(device)  # type: ignore[arg-type]
-    return output
 
 
 class GenerationCount:
@@ -157,7 +110,7 @@ class Resampling:
         drawn from. ``logs``: TRL's completions table, which then holds the batch. ``generate`` answers this process's
         examples. Drawn by ``step`` and the number of the ``generation`` in it.
         """
-        n_local = len(output["prompt_ids"])
+        n_local = len(Sequences(output))
         check_rows(output)
         rounds = [self._take(rewarded, logs)]
         seen = set(rewarded.keys_B.tolist())
@@ -188,7 +141,7 @@ class Resampling:
         return sum(int((~one.dead_P).sum()) for one in rounds)
 
     def _rows(self, output: dict[str, Any], rewarded: RewardedBatch) -> list[dict[str, torch.Tensor]]:
-        n_local = len(output["prompt_ids"])
+        n_local = len(Sequences(output))
         first = self.accelerator.process_index * n_local
         return split_rows(output, rewarded.lengths_B[first : first + n_local].tolist())
 
@@ -231,7 +184,7 @@ class Resampling:
         self, rounds: list[Round], output: dict[str, Any], logs: Mapping[str, Any]
     ) -> tuple[dict[str, Any], RewardedBatch]:
         """The chosen groups as TRL's dict of this process, and their rewards; the table of completions holds them."""
-        last, n_local = rounds[-1].rewarded, len(output["prompt_ids"])
+        last, n_local = rounds[-1].rewarded, len(Sequences(output))
         dead_P = torch.cat([one.dead_P for one in rounds])
         group_P = torch.cat([(~dead_P).nonzero().flatten(), dead_P.nonzero().flatten()])[: self.n_prompts]
         row_B = (group_P.sort().values[:, None] * last.num_generations + torch.arange(last.num_generations)).flatten()
@@ -250,10 +203,7 @@ class Resampling:
         }
         rows = [found[i] for i in row_B.tolist()]
         merged = pad_rows(rows[first : first + n_local], self.run.pad_token_id, self.run.pad_to_multiple_of, device)
-        live = (row["completion_mask"] * row.get("tool_mask", 1) for row in rows)
-        merged["num_items_in_batch"] = torch.as_tensor(
-            sum(int(mask.sum()) for mask in live), device=device, dtype=output["num_items_in_batch"].dtype
-        )
+        merged |= num_items(rows, output)
         for name, column in logged_columns(logs).items():
             values = [value for one in rounds for value in one.logged.get(name, [None] * n)]
             replace_latest(column, [values[row] for row in row_B.tolist()])

@@ -15,7 +15,7 @@ from grpo_kernels import METHODS, Normalized
 from trl_ext.config import resolve_normalization, trl_method
 from trl_ext.trl_surface import RewardSettings, RunSettings
 
-from .advantages import compute_advantages, normalization_metrics, number_of_states, observe_rewards
+from .compute import compute_advantages, normalization_metrics, number_of_states, observe_rewards
 from .normalization_state import make_state, restore_states
 from .rewarded import RewardedBatch
 

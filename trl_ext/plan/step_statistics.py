@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trl_ext.loss.statistics import STATISTICS, micro_batch_metrics
+from trl_ext.objective.statistics import STATISTICS, micro_batch_metrics
 from trl_ext.trl_surface import LossSettings
 
 TOKENS, ENTROPY = STATISTICS.index("tokens"), STATISTICS.index("entropy")

@@ -1,0 +1,51 @@
+"""The loss of a micro-batch: by which objective, and what is logged of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .objective.fused import FusedObjective
+from .objective.interface import LossContext, Objective
+from .objective.statistics import whole_micro_batch_metrics
+from .objective.token_weights import token_weights
+from .objective.trl import TRLObjective
+from .plan.micro_batches import MicroBatches, micro_batch
+from .schema import Batch, Sequences
+from .trl_surface import LossSettings, RunSettings
+
+
+class LossStep:
+    """Makes losses for ``GRPOTrainer._compute_loss``."""
+
+    def __init__(self, run: RunSettings, micro_batches: MicroBatches) -> None:
+        self.run, self.micro_batches = run, micro_batches
+        self.fused = FusedObjective(run.accelerator.autocast)
+
+    def loss(
+        self, model: Any, inputs: Batch, settings: LossSettings, compute: Callable[..., Any], accumulation: float | None
+    ) -> torch.Tensor:
+        """0-d, with its graph.
+
+        ``compute``: TRL's own ``_compute_loss``. ``accumulation``: micro-batches of this optimizer step; None: an
+        evaluation.
+        """
+        batch, part = Sequences(inputs), micro_batch(inputs)
+        objective: Objective = self.fused
+        obstacle = self.fused.why_not(settings, batch)
+        if obstacle is not None:
+            self.run.say_once(f"The loss isn't made in one pass, but by TRL on our head's log-probs: {obstacle}.")
+            objective = TRLObjective(compute)
+        # planned sequences keep the weights that they have in TRL's own micro-batches
+        training = accumulation is not None
+        weights_B = token_weights(batch, settings, training=training) if part.whole else batch.token_weight
+        context = LossContext(settings, weights_B, accumulation or 1.0, part.method, part.packed > 0)
+        result = objective.loss(model, batch, context)
+        last = training and self.run.accelerator.sync_gradients
+        if result.statistics_BS is not None and part.whole:
+            self.run.log(whole_micro_batch_metrics(result, settings, self.run.accelerator, last=last))
+        elif result.statistics_BS is not None:
+            self.micro_batches.record(part, result.statistics_BS, last_of_step=last)
+        return result.loss

@@ -1,0 +1,145 @@
+"""The loss in one pass inside the model's forward: backbone, head, loss and the head's gradients.
+
+Shapes: B sequences of a micro-batch, T completion positions, C columns of prompt and completion, N live tokens, in the
+order of the (B, T) mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grpo_kernels.head.loss_checks import check_loss_options
+from grpo_kernels.head.token_losses import SURROGATES
+from trl_ext.head.forward import HeadCall
+from trl_ext.schema import Sequences
+from trl_ext.trl_surface import LossSettings
+
+from .interface import LossContext, LossResult, Method
+from .statistics import sequence_statistics
+
+
+def why_not_fused(settings: LossSettings, batch: Sequences) -> str | None:
+    """What of this micro-batch's loss isn't a sum over single tokens (TRL then computes it on our head), or None."""
+    if settings.own_logprobs is not None:
+        return settings.own_logprobs
+    if settings.loss_type not in SURROGATES:
+        return f"loss_type={settings.loss_type!r} weighs whole sequences"
+    if settings.top_entropy_quantile < 1.0:
+        return f"top_entropy_quantile={settings.top_entropy_quantile} depends on the entropies of all tokens"
+    if settings.off_policy_mask_threshold is not None:
+        return f"off_policy_mask_threshold={settings.off_policy_mask_threshold} masks whole sequences"
+    if settings.use_adaptive_entropy:
+        return "use_adaptive_entropy steers the entropy bonus by its own count"
+    if settings.importance_sampling_level != "token":
+        if batch.old_logprobs is not None:
+            return "importance_sampling_level='sequence' off policy"
+        if settings.beta != 0 and settings.kl_times_ratio:
+            return "importance_sampling_level='sequence' with KL times the ratio"
+    if batch.has_images:
+        return "images travel with the rows"
+    try:
+        check_loss_options(**loss_options(settings))
+    except ValueError as error:  # what TRL computes with, and we refuse
+        return str(error)
+    return None
+
+
+def loss_options(settings: LossSettings) -> dict[str, Any]:
+    """The loss's options as ``linear_grpo_loss`` names them."""
+    return {
+        "epsilon": settings.epsilon_low,
+        "loss_type": settings.loss_type,
+        "epsilon_high": settings.epsilon_high,
+        "delta": settings.delta,
+        "sapo_temperatures": settings.sapo_temperatures,
+        "beta": settings.beta,
+        "kl_times_ratio": settings.kl_times_ratio,
+    }
+
+
+def advantage_inputs(batch: Sequences, method: Method | None, mask_BT: torch.Tensor) -> dict[str, Any]:
+    """The arguments of ``linear_grpo_loss`` that give it advantages.
+
+    With a ``method``, that of the run where it needs nothing but a group's own rewards, the kernel normalises the
+    rewards itself, by the definition that the trainer's advantages come from.
+    """
+    if method is not None:
+        rewards = (batch.group_rewards, batch.group_position)
+        return {"advantages": None, "rewards": rewards, "normalization": method}
+    advantages = batch.advantages
+    if advantages.dim() == 2:  # a subclass's: one for each token
+        return {"advantages": None, "advantages_N": advantages.expand(mask_BT.shape)[mask_BT]}
+    return {"advantages": advantages}
+
+
+def completion_labels(input_ids_BC: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """(B, C) the token ids at completion positions where the (B, T) mask is true, -100 elsewhere."""
+    labels_BC = torch.full_like(input_ids_BC, -100)
+    width = mask_BT.shape[1]
+    labels_BC[:, -width:][mask_BT] = input_ids_BC[:, -width:][mask_BT]
+    return labels_BC
+
+
+def loss_inputs(batch: Sequences, context: LossContext, mask_BT: torch.Tensor) -> dict[str, Any]:
+    """The arguments of ``linear_grpo_loss`` beyond hidden states, weight and targets."""
+    settings, accumulation = context.settings, context.accumulation
+    policy_scale_N = None
+    if settings.importance_correction:
+        policy_scale_N = batch.importance_ratio.expand(mask_BT.shape)[mask_BT].float()
+    old_BT = batch.old_logprobs
+    return {
+        "sequence_N": mask_BT.nonzero()[:, 0],
+        "weights_B": context.weights_B / accumulation,
+        **advantage_inputs(batch, context.method, mask_BT),
+        "old_logprobs_N": None if old_BT is None else old_BT[mask_BT],
+        "ref_logprobs_N": batch.ref_logprobs[mask_BT] if settings.beta != 0 else None,
+        "policy_scale_N": policy_scale_N,
+        **loss_options(settings),
+        "entropy_coef": settings.entropy_coef / accumulation if settings.entropy_bonus else 0.0,
+    }
+
+
+@dataclass(frozen=True)
+class FusedObjective:
+    """TRL's ``_compute_loss`` for losses that are sums over single tokens, in one pass.
+
+    ``autocast`` makes the context that the forward runs in.
+    """
+
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+    def why_not(self, settings: LossSettings, batch: Sequences) -> str | None:
+        """Why this micro-batch's loss can't be made in one pass, or None."""
+        return why_not_fused(settings, batch)
+
+    def loss(self, model: torch.nn.Module, batch: Sequences, context: LossContext) -> LossResult:
+        """The loss and its statistics, from one forward pass."""
+        settings, accumulation = context.settings, context.accumulation
+        mask_BT, input_ids_BC = batch.live_mask, batch.input_ids
+        inputs = loss_inputs(batch, context, mask_BT)
+        with self.autocast():
+            output = model(
+                input_ids=input_ids_BC,
+                attention_mask=batch.attention_mask,
+                labels=completion_labels(input_ids_BC, mask_BT),
+                fused_lm_head=True,
+                head_call=HeadCall(inputs, batch.prompt_width if context.shared else None),
+                **({"output_router_logits": True} if settings.aux_loss else {}),
+                **batch.token_types,
+            )
+        loss = output.grpo_loss
+        if settings.aux_loss:
+            loss = loss + settings.aux_loss_coef * output.aux_loss / accumulation
+        # TRL logs the policy loss before the division by the accumulation, but for losses over the global token count
+        policy_loss = output.policy_loss * (1.0 if settings.loss_type in ("dapo", "cispo") else accumulation)
+        return LossResult(
+            loss=loss,
+            statistics_BS=sequence_statistics(output, inputs["sequence_N"], len(mask_BT), settings),
+            policy_loss=policy_loss.detach(),
+            aux_loss=None if output.aux_loss is None else output.aux_loss.detach(),
+        )

@@ -1,0 +1,148 @@
+"""What a trainer works with, built once its model and data are there."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+
+from . import trl_surface
+from .advantages.normalizer import Normalizer, UsedNormalization
+from .advantages.prompt_keys import prompt_texts
+from .advantages.rewarded import RewardedBatch
+from .advantages.tasks import TaskNames
+from .checkpoints.saving import RandomStates
+from .checkpoints.state import CheckpointState
+from .config import read_options
+from .head.patch import add_forward, fused_heads
+from .loss_step import LossStep
+from .model_patches import ModelPatches
+from .objective.interface import Method
+from .overrides import overridden
+from .plan import log_probs, rules
+from .plan.log_probs import UsedLogProbs
+from .plan.micro_batches import MicroBatches, StepRequest
+from .plan.model_limits import ModelLimits
+from .quantized import keep_trainable
+from .recorder.recorder import InterferenceRecorder
+from .report.completions import KeptCompletions
+from .report.run_files import RunFiles, describe_run
+from .report.watch import Watch
+from .rollout import Owners, RolloutParts, Rollouts
+from .run_checks import (
+    check_before_model,
+    check_stored_context,
+    read_context,
+    refuse_tensor_parallelism,
+    say_engine,
+    say_truncated_sampling,
+)
+from .say_once import SayOnce
+from .stage_seconds import StageSeconds
+from .trl_surface import LossSettings, RunSettings
+
+
+def before_model(trainer: Any, model: Any, args: Any, rest: Any, kwargs: Any) -> AbstractContextManager[Any]:
+    """Checks what can be known to be wrong before a model is loaded; the context that the parent's ``__init__`` runs
+    in."""
+    trl_surface.check_class()
+    trl_surface.say_unscored_once()
+    check_before_model(args, rest, kwargs)
+    refuse_tensor_parallelism(model, args)
+    fused = read_options(args).fused_loss
+    return trl_surface.without_trl_head(trainer, add_forward) if fused else nullcontext()
+
+
+@dataclass
+class Parts:
+    """The parts of one trainer. ``ours``: the class whose overrides they belong to."""
+
+    trainer: Any
+    ours: type
+    run: RunSettings
+    seconds: StageSeconds
+    random_states: RandomStates
+    patches: ModelPatches
+    normalizer: Normalizer
+    recorder: InterferenceRecorder
+    micro_batches: MicroBatches
+    rollouts: Rollouts
+    losses: LossStep
+    checkpoint_state: CheckpointState
+    callbacks: tuple[TrainerCallback, ...]
+
+    def loss_settings(self) -> LossSettings:
+        """As they are now."""
+        own_logprobs = overridden(self.trainer, self.ours, "_get_per_token_logps_and_entropies")
+        return trl_surface.read_loss_settings(self.trainer, own_logprobs)
+
+    def owners(self) -> Owners:
+        """What a subclass has of the methods that decide what can be skipped, and what can wait."""
+        return Owners(
+            plan=overridden(self.trainer, self.ours, *rules.OWN_METHODS),
+            log_probs=overridden(self.trainer, self.ours, *log_probs.OWN_METHODS),
+        )
+
+    def step_request(self) -> StepRequest:
+        """What the plan of the optimizer step depends on, as it is now."""
+        own = self.owners().plan
+        computed_elsewhere = own is not None or not vars(self.trainer).keys().isdisjoint(rules.OWN_METHODS)
+        method: Method | None = None if computed_elsewhere else self.normalizer.own_group
+        # a backward that a user calls by himself would recompute shared rows on a model without our hooks
+        by_sequence = self.recorder.is_open or not self.patches.active
+        return StepRequest(self.loss_settings(), self.rollouts.latest_advantages, method, own, by_sequence)
+
+
+def build_parts(trainer: Any, ours: type) -> Parts:
+    """Of a trainer whose parent's ``__init__`` has run."""
+    trl_surface.check_trainer(trainer)
+    keep_trainable(trainer.model)
+    run = trl_surface.read_run_settings(trainer, trainer._log_metrics, SayOnce(get_logger("trl_ext.trainer")))
+    refuse_tensor_parallelism(trainer.model, trainer.args)
+    say_engine(trainer.args, run.accelerator, run.say_once)
+    say_truncated_sampling(trainer.args, run.say_once)
+    context = read_context(trainer.processing_class, trainer.model, trainer.args, run.say_once)
+    check_stored_context(trainer.train_dataset, context)
+    normalizer = Normalizer(run, trainer.args, trl_surface.read_reward_settings(trainer))
+
+    def used() -> UsedNormalization:
+        return normalizer.used(trainer.reward_weights)
+
+    recorder = InterferenceRecorder(run, trainer.model, observer=trainer, used=used, score=trainer._score_with_graph)
+    patches = patches_of(run, trainer, recorder)
+    kept = KeptCompletions(run.options.interference_every, run.num_generations)
+
+    def on_batch(rewarded: RewardedBatch, task_names: TaskNames, first: bool) -> None:
+        def known() -> tuple[dict[int, str], dict[int, str]]:
+            return prompt_texts(trainer._logs["prompt"], rewarded.keys_B), task_names.of_prompts(rewarded)
+
+        recorder.see_prompts(known, anew=first)
+        kept.see(trainer._logs)
+
+    with patches.applied():
+        limits = ModelLimits(run, trainer.model, trainer.ref_model, patches.add)
+    micro_batches = MicroBatches(run, trainer.model, limits)
+    used_log_probs = UsedLogProbs(run, micro_batches, trainer.ref_model, trainer.args.gradient_checkpointing_kwargs)
+    seconds, random_states = StageSeconds(), RandomStates()
+    parts = RolloutParts(context, seconds, normalizer, recorder, micro_batches, used_log_probs, on_batch)
+    rollouts = Rollouts(trainer, run, parts)
+    state = CheckpointState(normalizer, recorder, on_start=(micro_batches.forget, rollouts.generations.forget))
+    files = RunFiles(lambda: describe_run(trainer.args, trainer.model, type(trainer), trainer.reward_func_names))
+    callbacks = (state, random_states, files, Watch(run, trainer._log_metrics), kept)
+    return Parts(
+        trainer, ours, run, seconds, random_states, patches, normalizer, recorder, micro_batches, rollouts,
+        LossStep(run, micro_batches), state, callbacks,
+    )  # fmt: skip
+
+
+def patches_of(run: RunSettings, trainer: Any, recorder: InterferenceRecorder) -> ModelPatches:
+    """What changes the models while the trainer uses them."""
+    patches = ModelPatches()
+    patches.add(lambda: recorder.abandon)  # removes the taps of a step that broke off
+    if run.options.fused_loss:
+        for patch in fused_heads(run, trainer.model, trainer.ref_model, recorder.head_sketch):
+            patches.add(patch)
+    return patches

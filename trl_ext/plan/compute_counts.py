@@ -1,0 +1,76 @@
+"""How much of TRL's work an optimizer step runs: sequences, tokens, padding."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+from accelerate import Accelerator
+
+from trl_ext.schema import Sequences
+
+from .rows import RowTable
+from .step_plan import StepPlan
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Of an optimizer step, over all ranks: what TRL would run, and what runs here."""
+
+    micro_batches: int
+    sequences: int
+    sequences_run: int
+    positions: int  # with padding
+    positions_run: int
+    tokens: int  # prompts and completions, no padding
+    tokens_run: int
+
+
+def count_own(parts: list[Sequences]) -> StepCounts:
+    """Where TRL's own micro-batches run."""
+    sequences, positions = sum(map(len, parts)), sum(part.positions for part in parts)
+    tokens = int(torch.stack([part.token_count for part in parts]).sum())
+    return StepCounts(len(parts), sequences, sequences, positions, positions, tokens, tokens)
+
+
+def count_planned(parts: list[Sequences], batches: list[Sequences], plan: StepPlan, table: RowTable) -> StepCounts:
+    """Where ``plan``'s ``batches`` run in place of TRL's ``parts``."""
+    packed = plan.positions(table)
+    tokens_run = [own or int(table.length_B[row_B].sum()) for own, row_B in zip(packed, plan.batches, strict=True)]
+    positions_run = [own or batch.positions for own, batch in zip(packed, batches, strict=True)]
+    return StepCounts(
+        micro_batches=len(batches),
+        sequences=sum(map(len, parts)),
+        sequences_run=sum(map(len, batches)),
+        positions=sum(part.positions for part in parts),
+        positions_run=sum(positions_run),
+        tokens=int(table.length_B.sum()),
+        tokens_run=sum(tokens_run),
+    )
+
+
+def over_ranks(counts: list[StepCounts], accelerator: Accelerator) -> StepCounts:
+    """The sum of an optimizer step's plans, over all ranks, which have as many micro-batches each."""
+    of_step = torch.tensor([astuple(one) for one in counts], device=accelerator.device).sum(0, keepdim=True)
+    gathered = accelerator.gather(of_step).cpu()
+    return StepCounts(int(gathered[0, 0]), *gathered[:, 1:].sum(0).tolist())
+
+
+def compute_metrics(counts: StepCounts) -> dict[str, float]:
+    """What is logged under ``compute/``.
+
+    ``sequences_skipped_frac``, ``tokens_skipped_frac``: shares that don't run (of a shared prompt's tokens, all but
+    once). ``tokens_run``: prompt and completion tokens, of all ranks. ``padding_removed_frac``: of the padding that
+    TRL would run. ``micro_batches``: forward and backward passes of each rank. ``flops_saved_frac``: of the
+    backbone's matrix products, the same for every position, padding or not; attention, which grows with the length,
+    saves a little more than this.
+    """
+    padding, padding_run = counts.positions - counts.tokens, counts.positions_run - counts.tokens_run
+    return {
+        "compute/sequences_skipped_frac": 1 - counts.sequences_run / counts.sequences,
+        "compute/tokens_skipped_frac": 1 - counts.tokens_run / max(counts.tokens, 1),
+        "compute/tokens_run": float(counts.tokens_run),
+        "compute/padding_removed_frac": 1 - padding_run / padding if padding else 0.0,
+        "compute/micro_batches": float(counts.micro_batches),
+        "compute/flops_saved_frac": 1 - counts.positions_run / max(counts.positions, 1),
+    }

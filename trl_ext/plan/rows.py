@@ -1,0 +1,106 @@
+"""What planning knows of each sequence, and how sequences are put into evenly long batches.
+
+Shapes: B sequences of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trl_ext.schema import Sequences
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Lengths and flags of each row, (B,) int64, copied to the CPU once, so that planning waits for a GPU once.
+
+    ``prompt_B``, ``answer_B``: tokens of prompt and completion; ``last_B``: the completion's columns up to its last
+    token (a mask may have gaps); ``live_B``: tokens that the loss counts; ``id_B``: the prompt, -1 where there is none.
+    ``wanted_B`` (B,) bool: to be run. ``packable``: prompts can be shared: they are known, no row has a gap or lacks a
+    prompt, and no token types travel with the ids. ``unchanged``: the advantages are those that the normalisation made.
+    """
+
+    prompt_B: torch.Tensor
+    answer_B: torch.Tensor
+    last_B: torch.Tensor
+    live_B: torch.Tensor
+    id_B: torch.Tensor
+    wanted_B: torch.Tensor
+    packable: bool
+    unchanged: bool = False
+
+    @property
+    def length_B(self) -> torch.Tensor:  # noqa: N802
+        """(B,) tokens of prompt and completion."""
+        return self.prompt_B + self.answer_B
+
+    def longest(self, index_B: torch.Tensor) -> tuple[int, int]:
+        """Prompt and completion columns that these rows need, at least 1 each."""
+        return max(int(self.prompt_B[index_B].max()), 1), max(int(self.last_B[index_B].max()), 1)
+
+
+def read_rows(rows: Sequences, wanted_B: torch.Tensor, unchanged_B: torch.Tensor | None = None) -> RowTable:
+    """The table of ``rows``. ``wanted_B`` (B,) bool: to be run; ``unchanged_B`` (B,) bool: the advantage is the
+    normalisation's (None: not known)."""
+    prompt_BT, answer_BT = rows.prompt_mask, rows.completion_mask
+    column_T = torch.arange(1, answer_BT.shape[1] + 1, device=answer_BT.device)
+    nothing_B = answer_BT.new_zeros(len(answer_BT))
+    gap_B = (prompt_BT.diff(dim=1) < 0).any(1) | (answer_BT.diff(dim=1) > 0).any(1) | (prompt_BT[:, -1] == 0)
+    prompt_id_B = rows.prompt_id
+    columns = [
+        prompt_BT.sum(1),
+        answer_BT.sum(1),
+        (answer_BT * column_T).amax(1) if answer_BT.shape[1] else nothing_B,
+        rows.live_tokens,
+        nothing_B - 1 if prompt_id_B is None else prompt_id_B,
+        wanted_B,
+        gap_B,
+        nothing_B if unchanged_B is None else unchanged_B,
+    ]
+    table = torch.stack([column.to(answer_BT.device, torch.int64) for column in columns]).cpu()
+    prompt_B, answer_B, last_B, live_B, id_B, wanted_B, gap_B, unchanged_B = table.unbind(0)
+    packable = prompt_id_B is not None and not rows.token_types and not bool(gap_B.any())
+    unchanged = len(table[0]) > 0 and bool(unchanged_B.all())
+    return RowTable(prompt_B, answer_B, last_B, live_B, id_B, wanted_B.bool(), packable, unchanged)
+
+
+def even_batches(table: RowTable, n_batches: int) -> list[torch.Tensor]:
+    """The rows (indices) of each of ``n_batches``: the wanted ones, sorted by length, in even numbers.
+
+    Where fewer are wanted than there are batches, the shortest of the others make up for them, those without a token
+    that counts last of all. Longest first: a run that is out of memory is so at once.
+    """
+    if n_batches == 0:
+        return []
+    order_B = table.length_B.argsort(descending=True, stable=True)
+    chosen = order_B[table.wanted_B[order_B]]
+    if len(chosen) < n_batches:
+        others = order_B[~table.wanted_B[order_B]]
+        empty_B = table.live_B[others] == 0
+        others = torch.cat([others[empty_B], others[~empty_B]])
+        chosen = torch.cat([chosen, others[len(others) - (n_batches - len(chosen)) :]])
+    return list(chosen.tensor_split(n_batches))
+
+
+@dataclass(frozen=True)
+class Trimming:
+    """Which columns of padding may go: before prompts, after completions; widths stay a multiple of ``multiple_of``
+    (TRL's ``pad_to_multiple_of``)."""
+
+    prompts: bool = False
+    completions: bool = False
+    multiple_of: int | None = None
+
+    def select(self, rows: Sequences, index_B: torch.Tensor, table: RowTable) -> Sequences:
+        """These rows, without the columns that are padding in all of them."""
+        prompt, completion = table.longest(index_B)
+        return rows.select(
+            index_B,
+            self._width(prompt, rows.prompt_width) if self.prompts else None,
+            self._width(completion, rows.width) if self.completions else None,
+        )
+
+    def _width(self, needed: int, most: int) -> int:
+        return needed if self.multiple_of is None else min(most, -(-needed // self.multiple_of) * self.multiple_of)

@@ -1,0 +1,256 @@
+"""TRL's per-sequence dict: the only file that knows its keys, and those of the columns that we add.
+
+``GRPOTrainer._generate_and_score_completions`` returns it, TRL shuffles and splits it, ``_compute_loss`` gets a part.
+``Sequences`` reads it by attribute.
+
+Shapes: B sequences, W prompt columns (padded on the left), T completion columns (padded on the right), C = W + T, G
+completions of one prompt, F reward functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .trl_surface import ChangedTRL, pad
+
+Batch = dict[str, Any]
+
+
+class Column(NamedTuple):
+    """A (B, T) entry: the side its padding is on, and what it is padded with (None: the tokenizer's padding token).
+
+    ``both``: prompt and completion in one row, padded on both sides.
+    """
+
+    side: str
+    padding: float | None
+
+
+COLUMNS = {
+    "prompt_ids": Column("left", None),
+    "prompt_mask": Column("left", 0),
+    "completion_ids": Column("right", None),
+    "completion_mask": Column("right", 0),
+    "tool_mask": Column("right", 1),
+    "old_per_token_logps": Column("right", 0.0),
+    "ref_per_token_logps": Column("right", 0.0),
+    "sampling_per_token_logps": Column("right", 0.0),
+    "importance_sampling_ratio": Column("right", 1.0),
+    "token_type_ids": Column("both", 0),
+    "mm_token_type_ids": Column("both", 0),
+}
+ALWAYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
+OLD, REFERENCE = "old_per_token_logps", "ref_per_token_logps"
+POSTPONED = (OLD, REFERENCE)
+TOKEN_TYPES = tuple(name for name, column in COLUMNS.items() if column.side == "both")
+IMAGES = ("pixel_values", "image_grid_thw", "num_images")
+ONE_EACH = ("advantages",)  # (B,)
+OF_THE_BATCH = ("num_items_in_batch",)  # 0-d
+# the entries that can be taken apart by row and padded again
+PADDED = {name: column for name, column in COLUMNS.items() if column.side != "both"}
+# what is kept of sequences that no micro-batch runs; a subclass's batch may lack our own columns
+OF_SKIPPED = (
+    "prompt_id",
+    "prompt_key",
+    "group_rewards",
+    "group_position",
+    "function_rewards",
+    "generated",
+    "advantages",
+    "token_weight",
+)
+
+
+def _column(name: str) -> Any:
+    """A column by TRL's name or ours; None where the batch hasn't got it."""
+    return property(lambda sequences: sequences.columns.get(name))
+
+
+class Sequences:
+    """B sequences of TRL's dict, read by attribute. Nothing is copied, and ``columns`` isn't changed.
+
+    Our own columns: ``prompt_id`` (B,) int64, the group's number in the generation batch, the same on every rank;
+    ``group_position`` (B,) int64 in [0, G); ``prompt_key`` (B,) int64, the same whenever the prompt comes back;
+    ``group_rewards`` (B, G), the weighted rewards of the sequence's group, NaN where unscorable; ``function_rewards``
+    (B, F), its own by function; ``generated`` (B,) int64, its tokens; ``token_weight`` (B,), in a planned micro-batch.
+    """
+
+    def __init__(self, columns: Batch) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["prompt_ids"])
+
+    prompt_mask = _column("prompt_mask")  # (B, W)
+    completion_mask = _column("completion_mask")  # (B, T)
+    completion_ids = _column("completion_ids")  # (B, T)
+    advantages = _column("advantages")  # (B,); a subclass may make one for each token, (B, T)
+    tool_mask = _column("tool_mask")  # (B, T)
+    old_logprobs = _column(OLD)  # (B, T)
+    ref_logprobs = _column(REFERENCE)  # (B, T)
+    sampling_logprobs = _column("sampling_per_token_logps")  # (B, T), vLLM's
+    importance_ratio = _column("importance_sampling_ratio")  # (B, T) or (B, 1)
+    num_items = _column("num_items_in_batch")  # 0-d: tokens of the generation batch that the loss counts
+    prompt_id = _column("prompt_id")
+    group_position = _column("group_position")
+    prompt_key = _column("prompt_key")
+    group_rewards = _column("group_rewards")
+    function_rewards = _column("function_rewards")
+    generated = _column("generated")
+    token_weight = _column("token_weight")
+
+    @property
+    def prompt_width(self) -> int:
+        """W."""
+        return self.columns["prompt_ids"].shape[1]
+
+    @property
+    def width(self) -> int:
+        """T."""
+        return self.completion_ids.shape[1]
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """(B, C) token ids of prompt and completion."""
+        return torch.cat([self.columns["prompt_ids"], self.completion_ids], dim=1)
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """(B, C)."""
+        return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
+
+    @property
+    def live_mask(self) -> torch.Tensor:
+        """(B, T) bool: completion tokens that the loss counts, neither padding nor tool output."""
+        mask_BT = self.completion_mask
+        return (mask_BT if self.tool_mask is None else mask_BT * self.tool_mask).bool()
+
+    @property
+    def live_tokens(self) -> torch.Tensor:
+        """(B,) int64: how many tokens of each sequence the loss counts."""
+        return self.live_mask.sum(dim=1)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether pixels travel with the rows."""
+        return any(self.columns.get(name) is not None for name in IMAGES)
+
+    @property
+    def token_types(self) -> Batch:
+        """The (B, C) columns of token types that the model takes, by name."""
+        return {name: self.columns[name] for name in TOKEN_TYPES if self.columns.get(name) is not None}
+
+    @property
+    def positions(self) -> int:
+        """Token positions that the backbone sees, padding included."""
+        return len(self) * (self.prompt_width + self.width)
+
+    @property
+    def token_count(self) -> torch.Tensor:
+        """0-d: tokens of prompts and completions, without padding."""
+        return self.prompt_mask.sum() + self.completion_mask.sum()
+
+    def with_columns(self, **columns: Any) -> Sequences:
+        """The same sequences with these columns added or replaced, in a dict of its own."""
+        return Sequences({**self.columns, **columns})
+
+    def select(self, index_B: torch.Tensor, prompt_width: int | None = None, width: int | None = None) -> Sequences:
+        """These rows, with the last ``prompt_width`` prompt columns and the first ``width`` completion columns (None:
+        all)."""
+        n_rows, all_prompt, all_completion = len(self), self.prompt_width, self.width
+        cut = all_prompt - (all_prompt if prompt_width is None else prompt_width)
+        kept = all_completion if width is None else width
+        chosen: Batch = {}
+        for name, value in self.columns.items():
+            if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == n_rows:
+                value = value[index_B]
+                side = COLUMNS[name].side if name in COLUMNS else None
+                if side == "left":
+                    value = value[:, cut:]
+                elif side == "right" and value.shape[1] == all_completion:
+                    value = value[:, :kept]
+                elif side == "both":
+                    value = value[:, cut : all_prompt + kept]
+            elif isinstance(value, list) and len(value) == n_rows:
+                value = [value[i] for i in index_B.tolist()]
+            chosen[name] = value
+        return Sequences(chosen)
+
+    def of_skipped(self, index_B: torch.Tensor) -> Sequences | None:
+        """Our columns of sequences that no micro-batch runs; None where a subclass's batch hasn't got them."""
+        if any(name not in self.columns for name in OF_SKIPPED):
+            return None
+        return Sequences({name: self.columns[name][index_B] for name in OF_SKIPPED})
+
+
+def join(parts: Sequence[Sequences]) -> Sequences:
+    """Batches of the same widths as one; an entry that isn't of a sequence is the first one's."""
+    columns = dict(parts[0].columns)
+    for name, value in parts[0].columns.items():
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            columns[name] = torch.cat([part.columns[name] for part in parts])
+        elif isinstance(value, list):
+            columns[name] = [item for part in parts for item in part.columns[name]]
+    return Sequences(columns)
+
+
+def check_keys(batch: Mapping[str, Any]) -> None:
+    """Raises ``ChangedTRL`` where TRL's dict lacks what it always had."""
+    missing = [name for name in ALWAYS if name not in batch]
+    if missing:
+        raise ChangedTRL(f"the batch that GRPOTrainer makes has no {', '.join(missing)}")
+
+
+def split_rows(output: Batch, lengths: list[int]) -> list[dict[str, torch.Tensor]]:
+    """TRL's dict as a dict for each of this process's sequences, without padding, on the CPU."""
+    check_rows(output)
+    rows: list[dict[str, torch.Tensor]] = []
+    for i, length in enumerate(lengths):
+        row = {}
+        for name, column in PADDED.items():
+            if name not in output:
+                continue
+            value = output[name][i]
+            if column.side == "left":
+                value = value[output["prompt_mask"][i].bool()]
+            elif len(value) == 1:  # an importance ratio of the sequence, or of its only token
+                value = value[0]
+            else:
+                value = value[:length]
+            row[name] = value.cpu()
+        row.update({name: output[name][i].cpu() for name in ONE_EACH})
+        rows.append(row)
+    return rows
+
+
+def check_rows(output: Batch) -> None:
+    """``ValueError`` for what isn't a row's own, such as images."""
+    unknown = set(output) - set(PADDED) - set(ONE_EACH) - set(OF_THE_BATCH)
+    if unknown:
+        raise ValueError(f"resample_zero_variance=True doesn't support batches with {', '.join(sorted(unknown))}")
+
+
+def pad_rows(rows: list[dict[str, torch.Tensor]], pad_token_id: int, multiple_of: int | None, device: Any):
+    """The way back: TRL's dict of these rows."""
+    output = {name: torch.stack([row[name] for row in rows]).to(device) for name in ONE_EACH}
+    for name, (side, value) in PADDED.items():
+        if name not in rows[0]:
+            continue
+        values = [row[name] for row in rows]
+        if all(v.ndim == 0 for v in values):
+            output[name] = torch.stack(values)[:, None].to(device)
+            continue
+        values = [v.view(-1) for v in values]
+        filling = pad_token_id if value is None else value
+        output[name] = pad(values, filling, side, pad_to_multiple_of=multiple_of).to(device)  # type: ignore[arg-type]
+    return output
+
+
+def num_items(rows: list[Batch], output: Batch) -> Batch:
+    """TRL's count of the tokens of ``rows`` that the loss counts, in place of that of ``output``."""
+    count = sum(int((row["completion_mask"] * row.get("tool_mask", 1)).sum()) for row in rows)
+    before = output["num_items_in_batch"]
+    return {"num_items_in_batch": torch.as_tensor(count, device=before.device, dtype=before.dtype)}
