@@ -116,11 +116,18 @@ class Process:
         self.sketch = torch.randn(self.n, 2, K * K // 2, generator=generator) * advantage_B[:, None, None]
         self.features_BH = torch.randn(self.n, H, generator=generator)
         self.table = SequenceTable(
-            prompt_id=prompt_B, prompt_key=prompt_B, position=position_B, length=position_B, advantage=advantage_B,
-            made_at=advantage_B, weight=torch.ones(self.n), group_rewards=rewards_BG,
-            function_rewards=reward_B[:, None], square=squared_norms(self.sketch.flatten(1)),
+            prompt_id=prompt_B,
+            prompt_key=prompt_B,
+            position=position_B,
+            length=position_B,
+            advantage=advantage_B,
+            made_at=advantage_B,
+            weight=torch.ones(self.n),
+            group_rewards=rewards_BG,
+            function_rewards=reward_B[:, None],
+            square=squared_norms(self.sketch.flatten(1)),
             coefficient=-advantage_B / processes,
-        )  # fmt: skip
+        )
 
     def ours(self) -> dict[str, float]:
         totals_PH = torch.zeros(self.prompts, H + 1)

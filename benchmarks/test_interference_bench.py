@@ -259,6 +259,23 @@ def half_dead(completion_ids, **kwargs):
     return [float(place % 2 and (place // 8) % 2) for place in range(len(completion_ids))]
 
 
+LOGGED_RUN = {
+    "interference_every": 2,
+    "interference_dim": 32,
+    "max_steps": 32,
+    "learning_rate": 1e-6,
+    "num_generations": 8,
+    "per_device_train_batch_size": 128,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "share_prompts": False,
+}
+
+
 @pytest.mark.full
 def test_options_of_a_step_that_logs(benchmark, record, tmp_path):
     """The built-in policy, 16 x 8 sequences of 12 tokens, half of the groups dead, k = 32: a step that logs, by what it
@@ -279,20 +296,8 @@ def test_options_of_a_step_that_logs(benchmark, record, tmp_path):
             reward_funcs=half_dead,
             args=CurvatureGRPOConfig(
                 output_dir=str(tmp_path / name),
-                interference_every=2,
-                interference_dim=32,
-                max_steps=32,
-                learning_rate=1e-6,
-                num_generations=8,
-                per_device_train_batch_size=128,
-                bf16=False,
-                gradient_checkpointing=False,
-                report_to="none",
-                save_strategy="no",
-                logging_strategy="no",
-                disable_tqdm=True,
                 use_cpu=DEVICE == "cpu",
-                share_prompts=False,
+                **LOGGED_RUN,
                 **options,
             ),
             train_dataset=Dataset.from_dict({"prompt": [f"Question {i}" for i in range(64)]}),

@@ -48,8 +48,7 @@ def normalize_rewards_reference(
         if method in ("median_mad", "iqr", "rank"):
             return _by_order(method, reward, scorable, eps)
         if method == "length_weighted":
-            assert lengths is not None
-            weights = [lengths[p][j] for j in range(len(rewards[p])) if not math.isnan(rewards[p][j])]
+            weights = [(lengths or [])[p][j] for j in range(len(rewards[p])) if not math.isnan(rewards[p][j])]
             weights = weights if sum(weights) > 0 else [1.0] * len(scorable)
             return reward - statistics.fmean(scorable, weights)
         if method == "loo":
