@@ -105,7 +105,6 @@ class Process:
             say_once=lambda *said: None,
         )
         self.n = prompts * G // processes
-        self.most = max(len(set(range(r * self.n // G, -(-(r + 1) * self.n // G)))) for r in range(processes))
         generator = torch.Generator().manual_seed(rank)
         sequence_B = rank * self.n + torch.arange(self.n)
         prompt_B, position_B = sequence_B // G, sequence_B % G
@@ -132,13 +131,10 @@ class Process:
     def ours(self) -> dict[str, float]:
         totals_PH = torch.zeros(self.prompts, H + 1)
         totals_PH.index_add_(0, self.table.prompt_id, torch.nn.functional.pad(self.features_BH, (0, 1), value=1.0))
-        recorded = measure.RecordedStep(
-            self.sketch, {"model": slice(0, K * K // 2)}, self.table, totals_PH, summed=False
-        )
+        recorded = measure.RecordedStep(self.sketch, {"model": slice(0, K * K // 2)}, self.table, totals_PH)
         what = WhatIfLog(self.run, lambda: UsedNormalization("std", G, [1.0]), self.collectives.attempt)
-        largest = [self.most, 0]
         found = self.collectives.attempt(
-            lambda: measure.measure(recorded, largest, self.collectives, self.run, G, what.observe, tasks={})
+            lambda: measure.measure(recorded, self.collectives, self.run, G, what.observe, tasks={})
         )
         return found.metrics
 

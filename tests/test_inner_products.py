@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from memory import PeakMemory
 from test_what_if import make_scores
 
-from grpo_kernels.interference.inner_products import ColumnProducts, MatrixProducts, PromptProducts, squared_norms
+from grpo_kernels.interference.inner_products import ColumnProducts, MatrixProducts, squared_norms
 from grpo_kernels.interference.metrics import interference_metrics
 from grpo_kernels.interference.noise import gradient_noise
 from grpo_kernels.interference.step_gradients import StepGradients
@@ -159,18 +159,6 @@ def test_every_figure_is_that_of_the_matrix(scores):
         torch.testing.assert_close(found[3], expected[3], rtol=1e-4, atol=1e-6)
 
 
-def test_sums_of_prompts_know_nothing_of_sequences():
-    row_B = torch.tensor([0, 0, 1])
-    products = PromptProducts(torch.eye(2), row_B, torch.ones(3))
-    ones = torch.ones(3)
-    torch.testing.assert_close(products.of_sums(row_B, 2, ones, ones[None])[0], torch.eye(2).double())
-    with pytest.raises(ValueError, match="only the sums over whole prompts are known, and these are others"):
-        products.of_sums(row_B, 2, ones, torch.tensor([[1.0, 2.0, 1.0]]))
-    for ask in (products.within, products.of_totals):
-        with pytest.raises(ValueError, match="not those of single sequences"):
-            ask(row_B)
-
-
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"gram_BB has shape \(3, 2\)"):
         MatrixProducts(torch.ones(3, 2))
@@ -198,16 +186,13 @@ class OneOfEight:
         gathered.view(PROCESSES, *values.shape)[:] = values
         columns = gathered.view(PROCESSES, *values.shape)
         first_P1 = torch.arange(PROCESSES, device=values.device)[:, None] * (P // PROCESSES)
-        if values.dtype == torch.int64 and values.ndim == 2:  # other processes have other prompts
-            columns[:, :, 0] = first_P1 + values[:, 0]
-        elif values.dtype == torch.int64:
-            columns[:] = first_P1 + values
+        columns[:, :, 0] = first_P1 + values[:, 0]  # other processes have other prompts
 
     def all_to_all_single(self, arrived, sent):
         arrived.copy_(sent)
 
 
-def one_of_eight(summed, monkeypatch, measured, device="cpu"):
+def one_of_eight(known, monkeypatch, measured, device="cpu"):
     """What the first process finds of a step, everything that it makes of it within ``measured``, a context."""
     network = OneOfEight()
     for name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single"):
@@ -234,24 +219,24 @@ def one_of_eight(summed, monkeypatch, measured, device="cpu"):
                 prompt_id=prompt_B, prompt_key=prompt_B, position=position_B, length=position_B, advantage=advantage_B,
                 made_at=advantage_B, weight=torch.ones(n), group_rewards=rewards_BG,
                 function_rewards=reward_B[:, None], square=squared_norms(sketch.flatten(1)),
-                coefficient=None if summed else -advantage_B / PROCESSES,
+                coefficient=-advantage_B / PROCESSES if known else None,
             )  # fmt: skip
-            recorded = RecordedStep(sketch, {"model": slice(0, K * K // 2)}, table, features, summed=summed)
+            recorded = RecordedStep(sketch, {"model": slice(0, K * K // 2)}, table, features)
             del sketch, features, table
             tasks = {key: f"task {key % 4}" for key in range(n // G)}
-            found = measure.measure(recorded, recorded.sizes(), exchanges, run, G, what.observe, tasks=tasks)
+            found = measure.measure(recorded, exchanges, run, G, what.observe, tasks=tasks)
     assert found.metrics["interference/live_prompts"] > P - 8
     assert sum(found.metrics[f"tasks/task {i}/heard"] for i in range(4)) == pytest.approx(1)
-    assert ("what_if/std/cos" in found.metrics) is not summed and ("noise/between" in found.metrics) is not summed
-    if not summed:
+    assert ("what_if/std/cos" in found.metrics) is known and ("noise/between" in found.metrics) is known
+    if known:
         names = [name for name in STATELESS if name != "decoupled"]
         assert all(f"what_if/{name}/cos" in found.metrics for name in names)
     return found
 
 
-@pytest.mark.parametrize("summed", [False, True], ids=["sequences", "prompts alone"])
-def test_a_process_of_eight_holds_64_megabytes_at_most(summed, monkeypatch):
+@pytest.mark.parametrize("known", [True, False], ids=["coefficients", "no coefficients"])
+def test_a_process_of_eight_holds_64_megabytes_at_most(known, monkeypatch):
     """Sketch, features and all that is made of them, as allocations of tensors; what-if and noise with it."""
     memory = PeakMemory()
-    one_of_eight(summed, monkeypatch, memory)
+    one_of_eight(known, monkeypatch, memory)
     assert 20e6 < memory.peak <= 64e6

@@ -49,7 +49,7 @@ PLACES = [
     "trl_ext.recorder.recorder.measure",
     "trl_ext.recorder.recorder.write_step",
     "trl_ext.recorder.layer_check.GradientParts.squared_norms",
-    "trl_ext.recorder.recorder.largest_sizes",
+    "trl_ext.recorder.recorder.check_shapes",
     "trl_ext.recorder.layer_check.LayerCheck.metrics",
     "trl_ext.recorder.recorder.InterferenceRecorder._open_taps",
     "trl_ext.recorder.recorder.TrainingPhase.observe",

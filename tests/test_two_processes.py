@@ -109,9 +109,9 @@ def test_both_processes_leave_out_a_layer_that_is_followed_wrongly(tiny_policy, 
 NOT_ALIKE = ("step_time", "runtime", "per_second", "compute/", "interference/sketch_check")
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.04], ids=["sequences", "prompts alone"])
+@pytest.mark.parametrize("beta", [0.0, 0.04], ids=["coefficients", "no coefficients"])
 def test_a_large_step_is_logged_as_a_small_one(beta, tiny_policy, tmp_path):
-    """By columns in place of the matrix, and, with KL, of sums over prompts: two processes, and one."""
+    """By columns in place of the matrix, also with KL: two processes, and one."""
     options = {"interference_every": 1, "beta": beta, "learning_rate": 0.05, "interference_parts": True}
     small = run(1, tiny_policy, tmp_path / "small", **options)[0]
     for processes in (1, 2):
@@ -136,7 +136,7 @@ def test_a_large_step_is_logged_as_a_small_one(beta, tiny_policy, tmp_path):
         ("recorder.measure", "group_by_prompt"),
         ("recorder.measure", "interference_metrics"),
         ("recorder.sequence_table.SequenceTable", "pack"),
-        ("recorder.measure.RecordedStep", "sizes"),
+        ("recorder.recorder", "check_shapes"),
     ],
     ids=lambda place: place[1],
 )

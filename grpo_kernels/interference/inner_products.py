@@ -226,29 +226,6 @@ class ColumnProducts:
         return ColumnProducts(self.values_BK, self._squares_B, self._reduce, first=self.first, dropped_B=dropped_B)
 
 
-class PromptProducts:
-    """Where only the sums of prompts are known: their inner products ``gram_PP``, and |z_i|^2 of every vector."""
-
-    def __init__(self, gram_PP: torch.Tensor, row_B: torch.Tensor, squares_B: torch.Tensor) -> None:
-        self.gram_PP, self._row_B, self._squares_B = gram_PP.double(), row_B, squares_B.double()
-
-    def __len__(self) -> int:
-        return len(self._squares_B)
-
-    def squares(self) -> torch.Tensor:
-        return self._squares_B
-
-    def of_sums(self, row_B: torch.Tensor, n_rows: int, left_B: torch.Tensor, right_NB: torch.Tensor) -> torch.Tensor:
-        if not torch.equal(row_B, self._row_B) or (left_B != 1).any() or (right_NB != 1).any():
-            raise ValueError("only the sums over whole prompts are known, and these are others")
-        return self.gram_PP.expand(len(right_NB), -1, -1)
-
-    def _unknown(self, *_: object) -> torch.Tensor:
-        raise ValueError("only the sums over whole prompts are known, not those of single sequences")
-
-    within = squared_along = of_totals = _unknown
-
-
 def as_products(given: torch.Tensor | InnerProducts) -> InnerProducts:
     """A matrix as what answers for it."""
     return MatrixProducts(given) if isinstance(given, torch.Tensor) else given

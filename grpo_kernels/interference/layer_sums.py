@@ -18,7 +18,7 @@ from grpo_kernels.backend import rounds_products
 from grpo_kernels.head.products import compute_dtype
 
 from .layer_taps import Layer, norm_at
-from .projections import Projection
+from .projections import IdentityProjection, Projections
 from .sequence_rows import SequenceRows
 from .tap_check import TapCheck
 
@@ -27,7 +27,9 @@ class LayerSums:
     """The sums of one open step. ``seen``: the rows of its micro-batches. ``rows``: those of the passes that run now,
     None for what belongs to no row."""
 
-    def __init__(self, projection: Projection, check: TapCheck, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, projection: Projections | IdentityProjection, check: TapCheck, parameters: Sequence[nn.Parameter]
+    ) -> None:
         self.projection, self.check, self._parameters = projection, check, parameters
         self.rows: SequenceRows | None = None
         self.seen: list[SequenceRows] = []

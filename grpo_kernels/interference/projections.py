@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -86,44 +86,9 @@ def _fold_in_few_launches(values_ND: torch.Tensor, signs_P1D: torch.Tensor, shif
     torch.sum(signed.unflatten(-1, (blocks, side)), dim=2, dtype=out_PNK.dtype, out=out_PNK)
 
 
-class Projection(Protocol):
-    """Turns each layer's gradient into numbers that are added up by sequence, in ``SequenceRows.total``.
-
-    ``parts``: independent sketches of the same gradient. ``left`` and ``right``, (R, T, width), are of the two sides of
-    a layer's weight.
-    """
-
-    parts: int
-
-    def outer(self, rows: SequenceRows, layer: Layer, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Adds each sequence's ``sum_t left_t right_t^T`` of a layer's weight."""
-
-    def words(self, rows: SequenceRows, layer: Layer, ids: torch.Tensor, n_words: int, right: torch.Tensor) -> None:
-        """The same, ``left`` being the one-hot vectors of these words."""
-
-    def projected_words(self, rows: SequenceRows, layer: Layer, projected: torch.Tensor, right: torch.Tensor) -> None:
-        """The same, of a ``left`` that was multiplied by ``vocabulary`` already."""
-
-    def vector(self, rows: SequenceRows, layer: Layer, number: int, vector_SD: torch.Tensor) -> None:
-        """Adds each sequence's part of the gradient of a vector, which is parameter ``number``."""
-
-    def vocabulary(self, n_words: int, weight: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """(V, k): what the rows of a weight that are words are multiplied by; None: by nothing."""
-
-    def finish(self, rows: SequenceRows) -> None:
-        """Folds what was added up to the numbers that are kept."""
-
-    def keys(self, sections: Sequence[str], section_of: Mapping[int, str]) -> list[tuple[Any, str]]:
-        """The keys of ``SequenceRows.total`` and the section of each, the same on every process."""
-
-    def size(self, key: Any) -> int:
-        """How many numbers a sequence has under this key."""
-
-
 class IdentityProjection:
-    """Keeps gradients as they are, for small models and tests: a sequence has as many numbers as the model.
-
-    ``shapes``: of all parameters, by number.
+    """Keeps gradients as they are, for small models and tests; what it has in common with ``Projections`` is documented
+    there. ``shapes``: of all parameters, by number.
     """
 
     parts = 1
@@ -281,9 +246,10 @@ class Projections:
         """(R, T, parts * width), what was multiplied by ``vocabulary``, to (parts, R, T, width)."""
         return projected.unflatten(-1, (PARTS, -1)).movedim(-2, 0)
 
-    # ---- what a layer adds, as ``Projection`` has it
+    # ---- what a layer adds: ``left`` and ``right`` (R, T, width) are of the two sides of its weight
 
     def outer(self, rows: SequenceRows, layer: Layer, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Adds each sequence's ``sum_t left_t right_t^T`` to the rows' sums."""
         assert layer.weight is not None
         if layer.kind == "head":
             projected = left @ self.vocabulary(left.shape[-1], layer.weight, left.dtype)
@@ -292,10 +258,12 @@ class Projections:
             self._add_folded(rows, layer, self.fold_side(left, "out", layer.weight), right, ("out", "in"))
 
     def words(self, rows: SequenceRows, layer: Layer, ids: torch.Tensor, n_words: int, right: torch.Tensor) -> None:
+        """The same, ``left`` being the one-hot vectors of these words."""
         assert layer.weight is not None
         self.projected_words(rows, layer, self.of_words(ids, n_words, layer.weight, right.dtype), right)
 
     def projected_words(self, rows: SequenceRows, layer: Layer, projected: torch.Tensor, right: torch.Tensor) -> None:
+        """The same, of a ``left`` that was multiplied by ``vocabulary`` already."""
         self._add_folded(rows, layer, self.split_vocabulary(projected), right, ("in",))
 
     def _add_folded(
@@ -313,17 +281,21 @@ class Projections:
         rows.add_outer(layer.section, left, right, self.side, place, turn)
 
     def vector(self, rows: SequenceRows, layer: Layer, number: int, vector_SD: torch.Tensor) -> None:
+        """Adds each sequence's part of the gradient of a vector, which is parameter ``number``."""
         rows.add(layer.section, self.fold_vector(vector_SD, number))
 
     def finish(self, rows: SequenceRows) -> None:
+        """Folds what was added up to the numbers that are kept."""
         for (section, _), entries in rows.entries.items():
             rows.add(section, self.fold_entries(entries))
         rows.entries.clear()
 
     def keys(self, sections: Sequence[str], section_of: Mapping[int, str]) -> list[tuple[Any, str]]:
+        """The keys of ``SequenceRows.total`` and the section of each, the same on every process."""
         return [(name, name) for name in sections]
 
     def size(self, key: Any) -> int:
+        """How many numbers a sequence has under this key."""
         return PARTS * self.slots
 
     def numbers(self) -> int:

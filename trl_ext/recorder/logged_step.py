@@ -17,7 +17,7 @@ from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .extra_pass import ExtraPass, place_scores
 from .layer_check import LayerCheck
-from .measure import RecordedStep, only_prompts_matter
+from .measure import RecordedStep
 from .sequence_table import SequenceTable, sequence_coefficients
 
 
@@ -78,5 +78,4 @@ class LoggedStep:
             sections=recorded.sections,
             sequences=replace(table, square=squared_norms(sketch_BMN.flatten(1)), coefficient=coefficient_B),
             features_PH=features_PH,
-            summed=only_prompts_matter(coefficient_B, processes * len(sketch_BMN)),
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo_kernels.interference.curvature import directional_curvature
-from grpo_kernels.interference.inner_products import PIECE, ColumnProducts, InnerProducts, PromptProducts, sum_rows
+from grpo_kernels.interference.inner_products import PIECE, ColumnProducts, InnerProducts
 from grpo_kernels.interference.metrics import interference_metrics, orthogonality
 from grpo_kernels.interference.model_parts import part_metrics
 from grpo_kernels.interference.sketch_error import rmse_of_parts
@@ -37,44 +37,28 @@ class RecordedStep:
 
     ``sketch_BMN`` float32, as the mean over processes takes it; ``sections`` of its last dimension. ``sequences``: of
     its rows. ``features_PH`` (P, H + 1): sums over the sequences of each prompt id, and their number, 0 where there are
-    none; or None. ``summed``: sketches are summed by prompt before they are sent, as nothing is logged of single
-    sequences.
+    none; or None.
     """
 
     sketch_BMN: torch.Tensor
     sections: dict[str, slice]
     sequences: SequenceTable
     features_PH: torch.Tensor | None
-    summed: bool
 
     def forget_sketch(self) -> None:
         """Drops the sketch but for its shape, to have its memory back."""
         self.sketch_BMN = self.sketch_BMN.new_empty(0, *self.sketch_BMN.shape[1:])
 
-    def sizes(self) -> list[int]:
-        """What is to be as large as the largest of all processes': prompts with features, prompts."""
-        prompts = len(self.sequences.prompt_id.unique()) if self.summed else 0
-        seen = 0 if self.features_PH is None else int((self.features_PH[:, -1] > 0).sum())
-        return [seen, prompts]
 
-
-def only_prompts_matter(coefficient_B: torch.Tensor | None, n_sequences: int) -> bool:
-    """Whether nothing is logged of single sequences: their coefficients are unknown, and they are too many to keep."""
-    return coefficient_B is None and n_sequences > MOST_DENSE
-
-
-def largest_sizes(recorded: RecordedStep, collectives: Collectives) -> list[int]:
-    """The largest of all processes' ``sizes``; a collective call that raises where shapes differ between processes."""
+def check_shapes(recorded: RecordedStep, collectives: Collectives) -> None:
+    """Raises ``OtherRankFailedError`` on all processes where they recorded different shapes; a collective call."""
     sequences, features_PH = recorded.sequences, recorded.features_PH
     hidden = 0 if features_PH is None else features_PH.shape[1]
-    widths = [sequences.group_rewards.shape[1], sequences.function_rewards.shape[1], hidden, int(recorded.summed)]
-    shape = [*recorded.sketch_BMN.flatten(1).shape, *widths]
-    own = torch.tensor([[*shape, *recorded.sizes()]], device=collectives.accelerator.device)
-    numbers = collectives.gather(own)
-    shapes = numbers[:, : len(shape)]
-    if not (shapes == shapes[0]).all() or shapes[0, 0] == 0:
+    widths = [sequences.group_rewards.shape[1], sequences.function_rewards.shape[1], hidden]
+    shape = torch.tensor([[*recorded.sketch_BMN.shape, *widths]], device=collectives.accelerator.device)
+    shapes = collectives.gather(shape)
+    if not (shapes == shapes[0]).all() or not len(sequences):
         raise OtherRankFailedError
-    return numbers[:, len(shape) :].amax(0).tolist()
 
 
 @dataclass(frozen=True)
@@ -105,7 +89,6 @@ class MeasuredStep:
 
 def measure(
     recorded: RecordedStep,
-    largest: list[int],
     collectives: Collectives,
     run: RunSettings,
     baseline_size: int,
@@ -117,7 +100,6 @@ def measure(
 
     Args:
         recorded: of this process; its sketch is dropped.
-        largest: of all processes' ``sizes``.
         collectives: of the processes.
         run: the run's settings.
         baseline_size: as in ``StepGradients``.
@@ -131,10 +113,7 @@ def measure(
         packed_BN = packed_BN[order_B]
     sequences = recorded.sequences.unpack(packed_BN)
     prompt_P, row_B = sequences.prompt_id.unique(return_inverse=True)
-    if recorded.summed:
-        products = _of_prompts(recorded, sequences, prompt_P, row_B, largest[1], collectives)
-    else:
-        products = _of_sequences(recorded, sequences, order_B, row_B, len(prompt_P), collectives)
+    products = _products(recorded, sequences, order_B, row_B, len(prompt_P), collectives)
     coefficient_B = sequences.coefficient
     step = StepGradients(
         gram_BB=products.step,
@@ -144,7 +123,7 @@ def measure(
         baseline_size=baseline_size,
     )
     groups = group_by_prompt(step)
-    features_PP = _features(recorded, prompt_P, largest[0], collectives)
+    features_PP = _features(recorded.features_PH, prompt_P, collectives)
     metrics = interference_metrics(groups, sketch_rmse=products.rmse, features_PP=features_PP)
     if run.options.interference_parts:
         metrics |= part_metrics(products.grams_PP, products.rmse_by_part)
@@ -155,7 +134,7 @@ def measure(
     return MeasuredStep(sequences, step, groups, products, metrics, among, directional_curvature(groups))
 
 
-def _of_sequences(
+def _products(
     recorded: RecordedStep,
     sequences: SequenceTable,
     order_B: torch.Tensor | None,
@@ -179,35 +158,6 @@ def _of_sequences(
     return StepProducts(scores, of_step, *_by_part(columns, row_B, n_prompts, recorded))
 
 
-def _of_prompts(
-    recorded: RecordedStep,
-    sequences: SequenceTable,
-    prompt_P: torch.Tensor,
-    row_B: torch.Tensor,
-    most: int,
-    collectives: Collectives,
-) -> StepProducts:
-    """From each process's sums over its prompts, of which no process has more than ``most``."""
-    own_P, own_row_B = recorded.sequences.prompt_id.unique(return_inverse=True)
-    sums_PK = sum_rows(recorded.sketch_BMN.flatten(1), own_row_B, len(own_P))
-    recorded.forget_sketch()
-    columns, row_U = _sums_by_columns(sums_PK, own_P, prompt_P, most, collectives)
-    grams_PP, rmse, rmse_by_part = _by_part(columns, row_U, len(prompt_P), recorded)
-    products = PromptProducts(sum(grams_PP.values(), torch.zeros(())), row_B, sequences.square)
-    return StepProducts(products, products, grams_PP, rmse, rmse_by_part)
-
-
-def _sums_by_columns(
-    sums_PK: torch.Tensor, own_P: torch.Tensor, prompt_P: torch.Tensor, most: int, collectives: Collectives
-) -> tuple[ColumnProducts, torch.Tensor]:
-    """Of each process's sums over its prompts ``own_P``, of which no process has more than ``most``."""
-    missing = most - len(own_P)  # rows of 0 belong anywhere
-    ids_U = collectives.gather(torch.cat([own_P, prompt_P[:1].expand(missing)]))
-    values_UK, first = collectives.columns(torch.nn.functional.pad(sums_PK, (0, 0, 0, missing)))
-    nothing_U = values_UK.new_zeros(len(values_UK), dtype=torch.float64)
-    return ColumnProducts(values_UK, nothing_U, collectives.sum, first=first), torch.searchsorted(prompt_P, ids_U)
-
-
 def _by_part(
     columns: ColumnProducts, row_B: torch.Tensor, n_prompts: int, recorded: RecordedStep
 ) -> tuple[dict[str, torch.Tensor], float, dict[str, float]]:
@@ -225,18 +175,17 @@ def _by_part(
 
 
 def _features(
-    recorded: RecordedStep, prompt_P: torch.Tensor, most: int, collectives: Collectives
+    features_PH: torch.Tensor | None, prompt_P: torch.Tensor, collectives: Collectives
 ) -> torch.Tensor | None:
     """(P, P) inner products of the means over each prompt's sequences, of those that have one that ran; None: none."""
-    totals_PH, recorded.features_PH = recorded.features_PH, None
-    if totals_PH is None or most == 0:
+    if features_PH is None:
         return None
-    own_P = (totals_PH[:, -1] > 0).nonzero()[:, 0]
-    columns, row_U = _sums_by_columns(totals_PH[own_P, :-1], own_P, prompt_P, most, collectives)
-    count_P = totals_PH.new_zeros(len(prompt_P))
-    count_P[torch.searchsorted(prompt_P, own_P)] = totals_PH[own_P, -1]
-    count_P = collectives.sum(count_P)
-    hidden = slice(0, totals_PH.shape[1] - 1)
-    gram_PP = columns.of_blocks(row_U, len(prompt_P), [hidden])[0]
-    ran_P = count_P > 0
-    return (gram_PP / count_P[:, None] / count_P)[ran_P][:, ran_P]
+    here_P = prompt_P < len(features_PH)
+    totals_PH = features_PH.new_zeros(len(prompt_P), features_PH.shape[1])
+    totals_PH[here_P] = features_PH[prompt_P[here_P]]
+    totals_PH = collectives.sum(totals_PH)
+    ran_P = totals_PH[:, -1] > 0
+    if not ran_P.any():
+        return None
+    total_PH, count_P = totals_PH[ran_P, :-1].double(), totals_PH[ran_P, -1]
+    return (total_PH @ total_PH.T).float().double() / count_P[:, None] / count_P

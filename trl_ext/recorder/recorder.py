@@ -39,7 +39,7 @@ from .files import MoreOfStep, write_step
 from .gradients import before_deepspeed_steps
 from .layer_check import check_layers, name_wrong, rehearse
 from .logged_step import LoggedStep, loss_scale
-from .measure import MeasuredStep, largest_sizes, measure
+from .measure import MeasuredStep, check_shapes, measure
 from .prompt_features import PromptFeatures
 from .what_if import WhatIfLog
 
@@ -314,7 +314,7 @@ class InterferenceRecorder:
         assert self._features is not None
         features_PH = self._features.take()
         recorded = step.take(sketch, features_PH, self._extra_pass, self.run)
-        largest = largest_sizes(recorded, self._collectives)
+        check_shapes(recorded, self._collectives)
         if step.check is None:
             self._check(step, sketch)
         assert step.check is not None
@@ -323,7 +323,7 @@ class InterferenceRecorder:
             self.run.say_once(f"Interference of optimizer step {step.number} isn't logged.")
             return None
         of_run = self.run, self._used().baseline_size, self._what_if.observe
-        return measure(recorded, largest, self._collectives, *of_run, tasks=self._prompt_tasks)
+        return measure(recorded, self._collectives, *of_run, tasks=self._prompt_tasks)
 
     def _report(self, step: LoggedStep, sketch: GradientSketch, found: MeasuredStep, *, some_skipped: bool) -> None:
         """Logs a measured step, gives its signals to the observer, and writes its file."""
