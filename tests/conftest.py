@@ -65,3 +65,14 @@ def real_data() -> Path:
     if not DATA.is_dir():
         pytest.skip("the folder with real data, ../shared/data, isn't there")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def reported_run(tiny_policy, tmp_path_factory) -> Path:
+    """Folder of a real run of six steps, all of them logged: for the report."""
+    from harness import reward_with_dead, train
+
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    options = {"gradient_accumulation_steps": 4, "interference_every": 1, "interference_dim": 16, "max_steps": 6}
+    train(tiny_policy, folder, reward_with_dead(0.2), save_strategy="steps", save_steps=4, **options).save_state()
+    return folder

@@ -8,21 +8,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from harness import build
+from pages import DOCS, ROOT, blocks
 from processes import start
-from test_trainer import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.tasks.correctness import Correctness
-from examples.tasks.questions import arithmetic_questions, build_dataset
+from trl_ext.tasks.correctness import Correctness
+from trl_ext.tasks.questions import arithmetic_questions, build_dataset
 from trl_ext.tasks.small_policy import encode, expected_accuracy
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("examples/*/*.md"))]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 # ---- README

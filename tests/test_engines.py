@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_two_processes import assert_same_run
+from two_process_worker import assert_same_run
 
 from trl_ext.tasks.small_policy import build_model, build_tokenizer
 

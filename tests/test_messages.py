@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
-from test_trainer import build
-from test_trainer_equality import prompts
+from harness import build, prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 

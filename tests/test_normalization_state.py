@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_trainer import build
-from test_two_processes import run, start_worker
+from harness import build
 from transformers import TrainerCallback
+from two_process_worker import run_processes, start_processes
 
 from trl_ext.rewards.normalization_state import make_state, restore_states
 
@@ -171,15 +171,15 @@ def test_adaptive_is_mean_where_rewards_vary_much(tiny_policy, tmp_path):
 def test_killed_and_resumed_on_two_processes(tiny_policy, tmp_path):
     """Killed at the end of step 3; what checkpoint-2 held is taken up bit for bit, and goes on as without the kill."""
     options = {"normalization": "curvature", "save_strategy": "steps", "save_steps": 1, "max_steps": 4, **UNMEASURED}
-    whole = run(1, tiny_policy, tmp_path / "whole", signals=True, **options)[0]
+    whole = run_processes(1, tiny_policy, tmp_path / "whole", signals=True, **options)[0]
     folder = tmp_path / "killed"
-    killed = start_worker(2, tiny_policy, folder, signals=True, kill_at=3, **options)
+    killed = start_processes(2, tiny_policy, folder, signals=True, kill_at=3, **options)
     assert killed.finish() == [-signal.SIGKILL] * 2 and not (folder / "result.0.pt").exists()
     checkpoint = folder / "checkpoint-2"
     assert (checkpoint / "trainer_state.json").exists() and not (folder / "checkpoint-3").exists()
     saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["CurvatureGRPOTrainer"]
 
-    resumed = run(2, tiny_policy, folder, signals=True, resume=str(checkpoint), **options)
+    resumed = run_processes(2, tiny_policy, folder, signals=True, resume=str(checkpoint), **options)
     for one in resumed:
         assert one["states"][0] == saved["normalization"]  # when training began
         assert one["states"] == resumed[0]["states"]  # on both processes, at every step

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from far_tensors import CurrentDevice, Far, InterpretedKernel, far_away, near
-from test_head import INTERPRETED
-from test_normalize import context_of, options
+from kernel_inputs import INTERPRETED, context_of, method_options
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from grpo_kernels import METHODS, linear_grpo_loss, linear_logprob, normalize_with_statistics, use_backend
@@ -244,10 +243,10 @@ def test_normalisation(method, device, launched):
         for name, value in context_of(method, rewards_PG.tolist()).items()
     }
     with use_backend("torch"):
-        expected = normalize_with_statistics(rewards_PG, method, context=context, **options(method))
+        expected = normalize_with_statistics(rewards_PG, method, context=context, **method_options(method))
     rewards, context = away(rewards_PG, device), away(context, device)
     with far_away(device):
-        found = normalize_with_statistics(rewards, method, context=context, **options(method))
+        found = normalize_with_statistics(rewards, method, context=context, **method_options(method))
     assert_there(found._asdict(), expected._asdict(), device)
     assert set(launched) == {"_normalize_kernel"}
 

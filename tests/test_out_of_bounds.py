@@ -8,9 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from guarded_memory import OutOfBounds, guard
-from test_head import INTERPRETED
-from test_normalize import context_of, options
-from test_odd_tensors import CALLS, LAYOUTS, inputs
+from kernel_inputs import CALLS, INTERPRETED, LAYOUTS, context_of, head_inputs, method_options
 
 from grpo_kernels import METHODS, normalize_with_statistics, use_backend
 from grpo_kernels.head.rows import plain, triton_rows
@@ -146,7 +144,7 @@ def test_normalisation(method, guarded):
         made = []
         for backend in ("torch", "triton"):
             with use_backend(backend):
-                made.append(normalize_with_statistics(rewards_PG, method, context=context, **options(method)))
+                made.append(normalize_with_statistics(rewards_PG, method, context=context, **method_options(method)))
         torch.testing.assert_close(made[1], made[0], rtol=1e-4, atol=1e-4, equal_nan=True)
     assert set(guarded[1]) == {"_normalize_kernel"}
 
@@ -154,7 +152,7 @@ def test_normalisation(method, guarded):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize(("call", "signal", "names"), CALLS, ids=["rewards", "advantages", "advantages_N", "logprob"])
 def test_public_functions_on_odd_layouts(call, signal, names, layout, guarded):
-    given = inputs()
+    given = head_inputs()
     odd = {name: layout(tensor) if name in names else tensor for name, tensor in given.items()}
     odd["weights_B"] = odd["weights_B"][:1].expand(len(given["weights_B"]))
     given["weights_B"] = odd["weights_B"].clone()

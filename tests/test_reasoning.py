@@ -10,7 +10,7 @@ pytest.importorskip("reasoning_gym", reason="the extra 'reasoning' isn't install
 
 from hypothesis import given
 from hypothesis import strategies as st
-from test_math_example import environment
+from processes import environment
 
 from examples.tasks import reasoning
 from examples.tasks.questions import build_dataset, read_questions

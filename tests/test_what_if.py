@@ -8,6 +8,7 @@ from dataclasses import astuple
 
 import pytest
 import torch
+from kernel_inputs import make_scores
 
 from grpo_kernels import normalize_rewards
 from grpo_kernels.interference.noise import (
@@ -41,26 +42,6 @@ class Toy:
         prompt_P1 = (torch.arange(len(self.reward_PK)) if chosen_P is None else chosen_P)[:, None]
         answer_PG = torch.randint(self.reward_PK.shape[1], (len(prompt_P1), count), generator=generator)
         return self.score_PKD[prompt_P1, answer_PG], self.reward_PK[prompt_P1, answer_PG]
-
-
-def make_scores(score_PGD, reward_PG, method="std", weight=0.25, chosen=None, **options):
-    """As a step trained with ``method`` leaves them; ``chosen``: which of the P G sequences it holds."""
-    n_prompts, count = reward_PG.shape
-    advantage = normalize_rewards(reward_PG, method, **options)
-    coefficient = -advantage * weight
-    contribution = (coefficient[:, :, None] * score_PGD).flatten(0, 1)
-    row = torch.arange(n_prompts * count)
-    if chosen is not None:
-        row = row[chosen]
-    return StepScores(
-        gram_BB=(contribution @ contribution.T)[row][:, row],
-        coefficient_B=coefficient.flatten()[row],
-        made_at_B=advantage.flatten()[row],
-        advantage_B=advantage.flatten()[row],
-        prompt_B=row // count,
-        position_B=row % count,
-        rewards_PG=reward_PG,
-    )
 
 
 @pytest.fixture
