@@ -43,9 +43,12 @@ def one_of_eight(summed, monkeypatch, measured, device="cpu"):
     exchanges = together.Together(accelerator)
     options = SimpleNamespace(interference_parts=False, what_if=None, normalization_kwargs=None)
     run = SimpleNamespace(
-        options=options, num_generations=G, prompts_per_generation=P, aggregation="sum_then_normalize",
+        options=options,
+        num_generations=G,
+        prompts_per_generation=P,
+        aggregation="sum_then_normalize",
         say_once=lambda text, level="warning": None if level == "info" else pytest.fail(text),
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     n = P * G // PROCESSES
     with torch.device(device):
@@ -58,11 +61,18 @@ def one_of_eight(summed, monkeypatch, measured, device="cpu"):
             sketch = torch.randn(n, 2, K * K // 2).mul_(advantage_B[:, None, None])
             features = torch.cat([torch.randn(n // G, H), torch.full((n // G, 1), float(G))], dim=1)
             known = {
-                "prompt_id": prompt_B, "prompt_key": prompt_B, "position": position_B, "length": position_B,
-                "square": squared_norms(sketch.flatten(1)), "advantage": advantage_B, "made_at": advantage_B,
-                "weight": torch.ones(n), "group_rewards": rewards_BG, "function_rewards": reward_B[:, None],
+                "prompt_id": prompt_B,
+                "prompt_key": prompt_B,
+                "position": position_B,
+                "length": position_B,
+                "square": squared_norms(sketch.flatten(1)),
+                "advantage": advantage_B,
+                "made_at": advantage_B,
+                "weight": torch.ones(n),
+                "group_rewards": rewards_BG,
+                "function_rewards": reward_B[:, None],
                 "coefficient": None if summed else -advantage_B,
-            }  # fmt: skip
+            }
             packed = pack_known(known, PROCESSES)
             recorded = Recorded(sketch, {"model": slice(0, K * K // 2)}, packed, features, 1, summed=summed)
             del sketch, features, known

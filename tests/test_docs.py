@@ -139,9 +139,17 @@ def test_the_glossary_lists_what_runs_log(tiny_policy, warm_policy, tmp_path):
     sums = build_dataset(arithmetic_questions(64, held_out=False, levels=(1,), seed=0), "chat")
     sums = sums.remove_columns("task").add_column("task", ["one" if i % 2 else "other" for i in range(len(sums))])
     whole = build(
-        warm_policy, tmp_path / "whole", [Correctness()], train_dataset=sums, interference_every=1, num_generations=8,
-        per_device_train_batch_size=128, max_completion_length=4, generation_kwargs={}, interference_parts=True,
-    )  # fmt: skip
+        warm_policy,
+        tmp_path / "whole",
+        [Correctness()],
+        train_dataset=sums,
+        interference_every=1,
+        num_generations=8,
+        per_device_train_batch_size=128,
+        max_completion_length=4,
+        generation_kwargs={},
+        interference_parts=True,
+    )
     whole.train()
     whole.evaluate(sums.select(range(4)))
     trainers = [whole]

@@ -61,11 +61,14 @@ def spread(vectors, crew, dropped=None):
     square_B = squared_norms(vectors)
     return [
         ColumnProducts(
-            vectors[:, rank * width : (rank + 1) * width], square_B, crew.reduce_of(rank), first=rank * width,
+            vectors[:, rank * width : (rank + 1) * width],
+            square_B,
+            crew.reduce_of(rank),
+            first=rank * width,
             dropped_B=dropped,
         )
         for rank in range(crew.size)
-    ]  # fmt: skip
+    ]
 
 
 @settings(max_examples=40, deadline=None)

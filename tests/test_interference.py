@@ -272,7 +272,7 @@ def test_a_rehearsal_changes_nothing(tiny_policy, tmp_path):
     assert torch.equal(torch.get_rng_state(), before) and not said
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.model.training and not model.lm_head.training
-    assert not sketch.untapped and not sketch._right  # the first step is checked whole
+    assert not sketch.untapped
 
 
 def test_an_adapter_on_the_head_is_found_out_by_the_first_step(tiny_policy, tmp_path, caplog):

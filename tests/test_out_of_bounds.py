@@ -51,10 +51,15 @@ def tokens(count, group, targets, *, method=None, off_policy=False, advantages=F
     numbers = [torch.randn(n, generator=generator) * 0.1 for _ in range(4)]
     grouped = GroupRewards(rewards, sequence % group, method or "std", 1e-4, 0.5)
     return TokenInputs(
-        every, sequence, numbers[0].abs() + 0.1, numbers[1] if advantages else None, None if advantages else grouped,
-        numbers[2] - 3 if off_policy else None, numbers[3] - 3 if off_policy else None,
+        every,
+        sequence,
+        numbers[0].abs() + 0.1,
+        numbers[1] if advantages else None,
+        None if advantages else grouped,
+        numbers[2] - 3 if off_policy else None,
+        numbers[3] - 3 if off_policy else None,
         numbers[0].abs() + 0.5 if off_policy else None,
-    )  # fmt: skip
+    )
 
 
 def compare_rows(
@@ -63,9 +68,11 @@ def compare_rows(
     logits_CV, _ = logits(count, width)
     rows = slice(1, count + 1) if rows is None else rows
     named = {
-        "bias": torch.linspace(-1, 1, width) if bias else None, "options": options, "entropy_grad": entropy_grad,
+        "bias": torch.linspace(-1, 1, width) if bias else None,
+        "options": options,
+        "entropy_grad": entropy_grad,
         "gradient": True,
-    }  # fmt: skip
+    }
     transform = Transform(0.9, 1.1, softcap)
     expected = plain.grpo_rows_(logits_CV.clone(), rows, tokens, transform, **named)
     found = triton_rows.grpo_rows_(tile_of(logits_CV, spare), rows, tokens, transform, **named, dtype=dtype)

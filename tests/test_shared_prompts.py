@@ -1,13 +1,8 @@
 """A prompt that runs once: its layout, attention in parts and by masks against rows of their own in float64, models
 that may and that may not, and TRL's trainer (test_trainer_equality.py has it among its options)."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from accelerate import Accelerator
-from architectures import NAMES
-from architectures import build as build_architecture
 from harness import PLAIN, assert_same, build, distance, norm_of, train
 from kernel_inputs import ANSWERS, LONGEST, PROMPT_OF, PROMPTS, WIDTH, shared_rows
 from peft import LoraConfig, get_peft_model
@@ -23,10 +18,8 @@ from trl import GRPOTrainer
 
 from trl_ext.batches import shared_batches as shared_batches_module
 from trl_ext.batches.batch_rows import RowTable, read_rows
-from trl_ext.batches.columns import trimmed_columns
-from trl_ext.batches.shared_batches import as_many, can_share, packed_positions, shared_batches, why_not_shared
+from trl_ext.batches.shared_batches import as_many, can_share, packed_positions, shared_batches
 from trl_ext.loss import flash, packed_rows, shared_attention
-from trl_ext.loss.fused_head import CompletionMask, FusedHead, add_fused_head, read_settings
 from trl_ext.loss.packed_rows import Spans, pack
 from trl_ext.loss.shared_prompts import let_share
 
@@ -183,83 +176,6 @@ def test_in_parts_against_finite_differences():
     torch.manual_seed(0)
     made = [torch.randn(1, 2, len(rows.token_S), 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     torch.autograd.gradcheck(lambda q, k, v: shared_attention.InParts.apply(q, k, v, rows.spans(), 0.5), made)
-
-
-# ---- which models
-
-
-def asked(name):
-    """What a trainer of this architecture would say, and how far its hidden states move."""
-    torch.manual_seed(0)
-    model = build_architecture(name)
-    said = []
-    options = SimpleNamespace(share_prompts=True, fused_loss=True)
-    settings = SimpleNamespace(options=options, accelerator=Accelerator(cpu=True), torch_compile=False)
-    trim = trimmed_columns(model, settings.accelerator, said.append)
-    add_fused_head(model, FusedHead(read_settings(model), CompletionMask(), entropy=True))
-    return why_not_shared(settings, model, trim[0]), model
-
-
-KNOWN = {
-    "llama": None,
-    "qwen2": None,
-    "qwen3": None,
-    "gemma3_text": None,
-    "mistral": None,
-    "olmo2": None,
-    "phi3": None,
-    "qwen3_moe": None,
-    "gpt2": "depends on what stands before",
-    "mamba": "depends on what stands before",
-    "bloom": "depends on what stands before",
-    "gpt_oss": "",
-    "gemma2": "its attention takes softcap",
-    "phimoe": "its sliding window is in the mask alone",
-}
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in KNOWN else pytest.param(name, marks=pytest.mark.nightly) for name in NAMES]
-)
-def test_architectures_that_may_and_may_not(name):
-    """Where one may, rows of all lengths are those of its own, sliding windows (16 here) and all."""
-    not_shared, model = asked(name)
-    if name in KNOWN:
-        assert (not_shared is None) == (KNOWN[name] is None), not_shared
-        assert KNOWN[name] is None or KNOWN[name] in str(not_shared)
-    if not_shared is not None:
-        return
-    model = model.eval()
-    let_share(model)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, 96, (4, 40), generator=generator)
-    ids[1:3, :10] = ids[0, :10]
-    mask = (torch.arange(40) < torch.tensor([[40], [25], [12], [33]])).long()
-    mask[3, :4] = 0
-    backbone = model.base_model if model.base_model is not model else model.model
-    rows = pack(ids, mask, 10)
-    with torch.no_grad():
-        own = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
-        packed = backbone(**rows.inputs(ids), use_cache=False).last_hidden_state[0]
-    assert (packed[rows.packed_BC[mask.bool()]] - own).norm() <= 1e-5 * own.norm()
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"share_prompts": False}, "share_prompts=False"),
-        ({"fused_loss": False}, "fused_loss=False"),
-        ({"torch_compile": True}, "torch_compile=True"),
-    ],
-)
-def test_options_that_do_not_allow_it(options, reason):
-    model = MODELS["llama"]()
-    settings = SimpleNamespace(
-        options=SimpleNamespace(**{"share_prompts": True, "fused_loss": True, **options}),
-        accelerator=Accelerator(cpu=True),
-        torch_compile=options.get("torch_compile", False),
-    )
-    assert why_not_shared(settings, model, True) == reason
 
 
 # ---- micro-batches

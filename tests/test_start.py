@@ -25,8 +25,12 @@ HEAVY = ("torch", "trl", "transformers", "datasets", "numpy")
 def run_python(code, *arguments, **variables):
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 WITHOUT = f"""

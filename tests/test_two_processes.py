@@ -114,9 +114,13 @@ def test_out_of_memory_on_one_process_ends_the_logging_of_both(place, tiny_polic
 
 def test_out_of_memory_in_what_if_ends_what_if_alone(tiny_policy, tmp_path):
     broken = run_processes(
-        2, tiny_policy, tmp_path / "run", interference_every=1, most_dense=0,
+        2,
+        tiny_policy,
+        tmp_path / "run",
+        interference_every=1,
+        most_dense=0,
         no_memory=("interference.what_if_log", "gradient_noise", 1),
-    )  # fmt: skip
+    )
     logs = [log for log in broken[0]["logs"] if "reward" in log]
     assert ["what_if/mean/cos" in log for log in logs] == [True, False, False]
     assert all("interference/live_prompts" in log for log in logs)

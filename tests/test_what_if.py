@@ -128,7 +128,7 @@ def test_scored_beside_the_step(drawn):
     whole = StepScores(
         contribution @ contribution.T, coefficient, torch.where(dead, 1.0, scores.made_at_B), scores.advantage_B,
         scores.prompt_B, scores.position_B, reward,
-    )  # fmt: skip
+    )
     table = what_if(whole, candidates(METHODS))
     assert set(table.rows) == set(METHODS)
     now = step_of(score, reward, "std")
@@ -144,7 +144,7 @@ def test_sequences_of_no_token_are_nothing_under_any(drawn):
     masked = StepScores(
         torch.where(cut | cut[:, None], 0.0, scores.gram_BB), torch.where(cut, 0.0, scores.coefficient_B),
         scores.made_at_B, scores.advantage_B, scores.prompt_B, scores.position_B, reward,
-    )  # fmt: skip
+    )
     row = what_if(masked, candidates(["mean"])).rows["mean"]
     score = score.clone()
     score[0, 0] = 0.0
@@ -218,7 +218,7 @@ def test_pairs_of_pairs_by_loops(drawn):
         h = {
             (i, j): (reward[p, i] - reward[p, j]) * (score[p, i] - score[p, j]) / 2
             for i in range(6) for j in range(6) if i < j
-        }  # fmt: skip
+        }
         inner = {n: [] for n in (0, 1, 2)}
         for a in h:
             for b in h:
