@@ -3,9 +3,9 @@
 import math
 
 import torch
+from reference import grpo_loss, head_logprobs
 
 from grpo_kernels import linear_grpo_loss
-from grpo_kernels.reference import grpo_loss, head_logprobs
 
 EPS = {torch.float32: 1.2e-7, torch.bfloat16: 7.8e-3, torch.float16: 9.8e-4, torch.float64: 2.3e-16}
 OFF_POLICY = {

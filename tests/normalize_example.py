@@ -5,9 +5,9 @@ import math
 import numpy as np
 import torch
 from kernel_inputs import context_of, method_options
+from reference import normalize_rewards_reference
 
 from grpo_kernels import METHODS, normalize_with_statistics
-from grpo_kernels.reference import normalize_rewards_reference
 
 NAN = float("nan")
 ZERO_IF_EQUAL = [name for name, method in METHODS.items() if method.zero_if_equal]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from grpo_kernels.interference.inner_products import squared_norms
-from trl_ext.interference import measure, together
-from trl_ext.interference.measure import Recorded
-from trl_ext.interference.sequences import pack_known
-from trl_ext.interference.what_if_log import STATELESS, WhatIfLog
+from trl_ext.recorder import collectives, measure
+from trl_ext.recorder.measure import RecordedStep
+from trl_ext.recorder.sequence_table import SequenceTable
+from trl_ext.recorder.what_if import STATELESS, WhatIfLog
 from trl_ext.rewards.normalizer import UsedNormalization
 
 P, G, K, H, PROCESSES = 512, 16, 64, 4096, 8
@@ -38,9 +38,9 @@ def one_of_eight(summed, monkeypatch, measured, device="cpu"):
     """What the first process finds of a step, everything that it makes of it within ``measured``, a context."""
     network = OneOfEight()
     for name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single"):
-        monkeypatch.setattr(together.dist, name, getattr(network, name))
+        monkeypatch.setattr(collectives.dist, name, getattr(network, name))
     accelerator = SimpleNamespace(num_processes=PROCESSES, process_index=0, device=torch.device(device))
-    exchanges = together.Together(accelerator)
+    exchanges = collectives.Collectives(accelerator)
     options = SimpleNamespace(interference_parts=False, what_if=None, normalization_kwargs=None)
     run = SimpleNamespace(
         options=options,
@@ -60,22 +60,18 @@ def one_of_eight(summed, monkeypatch, measured, device="cpu"):
         with measured:
             sketch = torch.randn(n, 2, K * K // 2).mul_(advantage_B[:, None, None])
             features = torch.cat([torch.randn(n // G, H), torch.full((n // G, 1), float(G))], dim=1)
-            known = {
-                "prompt_id": prompt_B,
-                "prompt_key": prompt_B,
-                "position": position_B,
-                "length": position_B,
-                "square": squared_norms(sketch.flatten(1)),
-                "advantage": advantage_B,
-                "made_at": advantage_B,
-                "weight": torch.ones(n),
-                "group_rewards": rewards_BG,
-                "function_rewards": reward_B[:, None],
-                "coefficient": None if summed else -advantage_B,
-            }
-            packed = pack_known(known, PROCESSES)
-            recorded = Recorded(sketch, {"model": slice(0, K * K // 2)}, packed, features, 1, summed=summed)
-            del sketch, features, known
+            table = SequenceTable(
+                **dict.fromkeys(("prompt_id", "prompt_key"), prompt_B),
+                **dict.fromkeys(("position", "length"), position_B),
+                **dict.fromkeys(("advantage", "made_at"), advantage_B),
+                weight=torch.ones(n),
+                group_rewards=rewards_BG,
+                function_rewards=reward_B[:, None],
+                square=squared_norms(sketch.flatten(1)),
+                coefficient=None if summed else -advantage_B / PROCESSES,
+            )
+            recorded = RecordedStep(sketch, {"model": slice(0, K * K // 2)}, table, features, summed=summed)
+            del sketch, features, table
             tasks = {key: f"task {key % 4}" for key in range(n // G)}
             found = measure.measure(recorded, recorded.sizes(), exchanges, run, G, what.observe, tasks=tasks)
     assert found.metrics["interference/live_prompts"] > P - 8
@@ -83,5 +79,5 @@ def one_of_eight(summed, monkeypatch, measured, device="cpu"):
     assert ("what_if/std/cos" in found.metrics) is not summed and ("noise/between" in found.metrics) is not summed
     if not summed:
         names = [name for name in STATELESS if name != "decoupled"]
-        assert all(f"what_if/{name}/gain" in found.metrics for name in names)
+        assert all(f"what_if/{name}/cos" in found.metrics for name in names)
     return found

@@ -13,11 +13,11 @@ from pages import DOCS, ROOT, blocks
 from processes import start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_ext.tasks.correctness import Correctness
-from trl_ext.tasks.questions import arithmetic_questions, build_dataset
+from examples.tasks.correctness import Correctness
+from examples.tasks.questions import arithmetic_questions, build_dataset
 from trl_ext.tasks.small_policy import encode, expected_accuracy
 
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("examples/*/*.md"))]
 
 
 # ---- README

@@ -7,12 +7,12 @@ import pytest
 import torch
 from harness import PLAIN, assert_same, build, distance, first_batch, messages, norm_of, tool_rollout, train, train_both
 from peft import LoraConfig, get_peft_model
+from reference import head_logprobs
 from tiny_models import HEADS, save_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 from grpo_kernels import linear_logprob
-from grpo_kernels.reference import head_logprobs
 from trl_ext import CurvatureGRPOTrainer
 from trl_ext.loss import fused_head
 from trl_ext.loss.fused_head import gathered_head, head_adapter

@@ -9,10 +9,10 @@ from head_example import EPS, OFF_POLICY, assert_no_worse, example, ours, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import BACKENDS, needs_gpu
+from reference import head_logprobs
 
 from grpo_kernels import linear_grpo_loss, linear_logprob, use_backend
 from grpo_kernels.head import products
-from grpo_kernels.reference import head_logprobs
 
 HEADS = [
     {},

@@ -7,10 +7,10 @@ import pytest
 import torch
 from head_example import OFF_POLICY, example, ours
 from kernel_inputs import BACKENDS
+from reference import grpo_loss, head_logprobs
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_kernels import linear_grpo_loss, linear_logprob, use_backend
-from grpo_kernels.reference import grpo_loss, head_logprobs
 
 
 def counted(function, n, h, v):

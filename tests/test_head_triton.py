@@ -7,9 +7,9 @@ import torch
 from allpairspy import AllPairs
 from head_example import EPS, OFF_POLICY, assert_no_worse, example, per_token
 from kernel_inputs import BACKENDS, INTERPRETED, method_options
+from reference import head_logprobs
 
 from grpo_kernels import linear_grpo_loss, linear_logprob, normalize_rewards, use_backend
-from grpo_kernels.reference import head_logprobs
 
 FLAGS = {
     "options": list(OFF_POLICY),

@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 from two_process_worker import run_processes
 
 from trl_ext import read_interference
-from trl_ext.interference import log as interference_log
+from trl_ext.recorder import recorder as interference_recorder
+from trl_ext.recorder.layer_check import rehearse
 
 LOGGED = {"interference_every": 1, "per_device_train_batch_size": 16}
 EXACT = {"interference_every": 1, "interference_dim": 0}
@@ -95,9 +96,9 @@ def parameters_after(policy, folder, **options):
 
 FAILING = {
     "a layer": ("grpo_kernels.interference.sequence_rows.SequenceRows.outer", "MemoryError: no room"),
-    "the metrics": ("trl_ext.interference.measure.interference_metrics", "Interference isn't logged from here on"),
-    "the file": ("trl_ext.interference.log.write_step", "without its files"),
-    "the taps": ("trl_ext.interference.log.GradientSketch.open", "Interference isn't logged from here on"),
+    "the metrics": ("trl_ext.recorder.measure.interference_metrics", "Interference isn't logged from here on"),
+    "the file": ("trl_ext.recorder.recorder.write_step", "without its files"),
+    "the taps": ("trl_ext.recorder.recorder.GradientSketch.open", "Interference isn't logged from here on"),
 }
 
 
@@ -246,7 +247,7 @@ def wrongly_followed(policy, folder, **options):
 def test_a_layer_that_is_followed_wrongly_is_named_and_left_out(rehearsed, tiny_policy, tmp_path, caplog, monkeypatch):
     """By the rehearsal before any step; without it (parameters on several processes) by the first, which it costs."""
     if not rehearsed:
-        monkeypatch.setattr(interference_log, "rehearse", lambda *args: None)
+        monkeypatch.setattr(interference_recorder, "rehearse", lambda *args: None)
     trainer = wrongly_followed(tiny_policy, tmp_path, interference_dim=0, gradient_accumulation_steps=2)
     trainer.train()
     records = read_interference(tmp_path)
@@ -261,13 +262,11 @@ def test_a_layer_that_is_followed_wrongly_is_named_and_left_out(rehearsed, tiny_
 
 def test_a_rehearsal_changes_nothing(tiny_policy, tmp_path):
     """No gradient, no mode, no random number, no step: and what it finds out is right of the built-in model."""
-    from trl_ext.interference.followed import rehearse
-
     trainer = build(tiny_policy, tmp_path)
     model = trainer.model.train()
     model.lm_head.eval()
     before, said = torch.get_rng_state(), []
-    sketch = interference_log.GradientSketch(model, 8)
+    sketch = interference_recorder.GradientSketch(model, 8)
     rehearse(sketch, model, trainer.accelerator, lambda *text: said.append(text))
     assert torch.equal(torch.get_rng_state(), before) and not said
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -6,9 +6,9 @@ import pytest
 import torch
 from kernel_inputs import BACKENDS, method_options
 from normalize_example import NAN, PASSED, UNIT, ZERO_IF_EQUAL, run
+from reference import normalize_rewards_reference
 
 from grpo_kernels import METHODS, check_normalization, normalize_rewards, use_backend
-from grpo_kernels.reference import normalize_rewards_reference
 
 # ---- the traps of other implementations, in the order of the catalogue
 

@@ -11,8 +11,8 @@ import pytest
 from harness import reward_with_dead, train, two_tasks
 from run_folders import change_config, copy, gradients, log_of, metrics, page_of
 
-from trl_ext.interference.files import write_step
-from trl_ext.report.charts import sigma_and_curvature, what_if, without_outliers
+from trl_ext.recorder.files import write_step
+from trl_ext.report.charts import sigma_and_curvature, without_outliers
 from trl_ext.report.command import main
 from trl_ext.report.groups import differences, group_runs, mean_and_band
 from trl_ext.report.numbers import MOST_HEATMAPS, MOST_PROMPTS, cluster_order, extreme_pairs, histogram, report_numbers
@@ -344,9 +344,3 @@ def test_a_far_point_does_not_take_the_scale():
     points = [{"step": i, "sigma": 0.3, "curvature": value} for i, value in enumerate(values)]
     axis = sigma_and_curvature(points).layout.yaxis
     assert axis.range[1] < 0.3 and "1 beyond" in axis.title.text
-    rows = {
-        f"m{i}": {"cos": 1.0, "factor": 1.0, "spread": None, "factor_low": 0.9, "factor_high": 1.1, "gain": value}
-        for i, value in enumerate(values)
-    }
-    marker = what_if({"methods": rows}).data[0].marker
-    assert marker.cmax == pytest.approx(0.19) and max(marker.color) == 4.0

@@ -10,15 +10,15 @@ import torch
 from harness import prompts, train
 from sick_runs import SICK, ByStep, held_out, sick_run
 
+from examples.tasks.correctness import Correctness
+from examples.tasks.questions import arithmetic_questions, build_dataset
 from grpo_kernels.interference.step_gradients import StepGradients
-from trl_ext.interference.files import write_step
+from trl_ext.recorder.files import write_step
 from trl_ext.report.evidence import interval, state, student
 from trl_ext.report.read_run import Run, read_run
 from trl_ext.report.signatures import SIGNATURES
 from trl_ext.report.signatures.groups import HEALTHY_LIVE
 from trl_ext.report.verdicts import diagnose
-from trl_ext.tasks.correctness import Correctness
-from trl_ext.tasks.questions import arithmetic_questions, build_dataset
 from trl_ext.tasks.small_policy import small_policy
 
 MADE = ("sampler_mismatch", "contradicts_theory")  # of logs below: no sampler, and no such model, is here

@@ -126,8 +126,13 @@ def test_scored_beside_the_step(drawn):
     coefficient = torch.where(dead, -0.25, scores.coefficient_B)
     contribution = coefficient[:, None] * score.flatten(0, 1)
     whole = StepScores(
-        contribution @ contribution.T, coefficient, torch.where(dead, 1.0, scores.made_at_B), scores.advantage_B,
-        scores.prompt_B, scores.position_B, reward,
+        contribution @ contribution.T,
+        coefficient,
+        torch.where(dead, 1.0, scores.made_at_B),
+        scores.advantage_B,
+        scores.prompt_B,
+        scores.position_B,
+        reward,
     )
     table = what_if(whole, candidates(METHODS))
     assert set(table.rows) == set(METHODS)
@@ -142,8 +147,13 @@ def test_sequences_of_no_token_are_nothing_under_any(drawn):
     scores = make_scores(score, reward)
     cut = (scores.prompt_B == 0) & (scores.position_B == 0)
     masked = StepScores(
-        torch.where(cut | cut[:, None], 0.0, scores.gram_BB), torch.where(cut, 0.0, scores.coefficient_B),
-        scores.made_at_B, scores.advantage_B, scores.prompt_B, scores.position_B, reward,
+        torch.where(cut | cut[:, None], 0.0, scores.gram_BB),
+        torch.where(cut, 0.0, scores.coefficient_B),
+        scores.made_at_B,
+        scores.advantage_B,
+        scores.prompt_B,
+        scores.position_B,
+        reward,
     )
     row = what_if(masked, candidates(["mean"])).rows["mean"]
     score = score.clone()
@@ -217,7 +227,9 @@ def test_pairs_of_pairs_by_loops(drawn):
     for p in range(3):
         h = {
             (i, j): (reward[p, i] - reward[p, j]) * (score[p, i] - score[p, j]) / 2
-            for i in range(6) for j in range(6) if i < j
+            for i in range(6)
+            for j in range(6)
+            if i < j
         }
         inner = {n: [] for n in (0, 1, 2)}
         for a in h:

@@ -12,7 +12,7 @@ from harness import PLAIN, graded, logged, messages, train
 from peft import LoraConfig
 
 from trl_ext import CurvatureGRPOConfig, read_interference
-from trl_ext.interference.files import FOLDER
+from trl_ext.recorder.files import FOLDER
 from trl_ext.report.what_if_command import main as what_if_command
 
 
@@ -110,7 +110,7 @@ def test_a_failure_leaves_the_rest(tiny_policy, tmp_path, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("trl_ext.interference.what_if_log.step_table", broken)
+    monkeypatch.setattr("trl_ext.recorder.what_if.step_table", broken)
     with caplog.at_level("WARNING"):
         train(tiny_policy, tmp_path, by_length, interference_every=1)
     (said,) = messages(caplog, "isn't logged from here on")
@@ -172,6 +172,22 @@ def test_a_function_and_files_without_its_columns(run_folder, tmp_path, capsys, 
     want = capsys.readouterr().out.split("mean")[1].split()[:3]
     what_if_command([str(old), "--methods", "mean"])
     assert capsys.readouterr().out.split("mean")[1].split()[:3] == want
+
+
+def test_columns_of_earlier_versions_are_ignored(run_folder, tmp_path, capsys):
+    (tmp_path / FOLDER).mkdir()
+    for path in (run_folder / FOLDER).glob("*.npz"):
+        with np.load(path) as file:
+            kept = {name: file[name] for name in file.files if name != "coefficient"}  # so that the table is all it has
+        table = json.loads(kept["what_if"].tobytes().decode())
+        for row in table["rows"].values():
+            row.update(gain=0.5, gain_error=0.1, ahead=0.2, ahead_error=0.1)
+        kept["what_if"] = np.frombuffer(json.dumps({**table, "no_gain": None}).encode(), dtype=np.uint8)
+        np.savez_compressed(tmp_path / FOLDER / path.name, **kept)
+    what_if_command([str(tmp_path), "--json", str(tmp_path / "table.json")])
+    assert "  gain" not in capsys.readouterr().out
+    methods = json.loads((tmp_path / "table.json").read_text())["methods"]
+    assert "mean" in methods and "gain" not in methods["mean"]
 
 
 def test_a_function_that_fails_and_a_run_of_one_step(run_folder, tmp_path, capsys, monkeypatch):
@@ -284,7 +300,7 @@ def test_sketched_tables_of_twenty_draws_are_within_their_error():
             torch.arange(count).repeat(n_prompts),
             reward_PG,
         )
-        return what_if(scores, candidates(["mean", "max_rl", "rank", "power"]), used="std").rows
+        return what_if(scores, candidates(["mean", "max_rl", "rank", "power"])).rows
 
     exact, drawn = table(0, 0), [table(dim, seed) for seed in range(20)]
     for name, row in exact.items():

@@ -20,7 +20,7 @@ __all__ = ["CurvatureGRPOConfig", "CurvatureGRPOTrainer", "read_interference"]
 _MODULES = {
     "CurvatureGRPOConfig": ".config",
     "CurvatureGRPOTrainer": ".trainer",
-    "read_interference": ".interference.files",
+    "read_interference": ".recorder.files",
 }
 
 # Two messages of other libraries that read like a failure, and that no user can act on: TRL itself sets the deprecated
