@@ -117,18 +117,38 @@ def train(trainer_class, config_class, model, tokenizer, adapter, **options):
     seen = Gradients()
     with tempfile.TemporaryDirectory() as folder:
         config = config_class(
-            output_dir=folder, num_generations=GENERATIONS, per_device_train_batch_size=PROMPTS * GENERATIONS // 2,
-            gradient_accumulation_steps=2, max_completion_length=16, max_steps=STEPS, optim="sgd", learning_rate=1e-3,
-            lr_scheduler_type="constant", max_grad_norm=0.0, bf16=False, use_cpu=True, gradient_checkpointing=False,
-            report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no", seed=3,
-            shuffle_dataset=False, **options,
-        )  # fmt: skip
+            output_dir=folder,
+            num_generations=GENERATIONS,
+            per_device_train_batch_size=PROMPTS * GENERATIONS // 2,
+            gradient_accumulation_steps=2,
+            max_completion_length=16,
+            max_steps=STEPS,
+            optim="sgd",
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="no",
+            seed=3,
+            shuffle_dataset=False,
+            **options,
+        )
         torch.manual_seed(0)
         trainer = trainer_class(
-            model=copy.deepcopy(model), reward_funcs=reward, args=config, processing_class=tokenizer,
-            train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(PROMPTS)]}), rollout_func=stored,
-            peft_config=adapter, callbacks=[seen],
-        )  # fmt: skip
+            model=copy.deepcopy(model),
+            reward_funcs=reward,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(PROMPTS)]}),
+            rollout_func=stored,
+            peft_config=adapter,
+            callbacks=[seen],
+        )
         if adapter is not None:
             move_from_the_start(trainer.model)
         trainer.train()

@@ -65,3 +65,32 @@ def real_data() -> Path:
     if not DATA.is_dir():
         pytest.skip("the folder with real data, ../shared/data, isn't there")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def reported_run(tiny_policy, tmp_path_factory) -> Path:
+    """Folder of a real run of six steps, all of them logged: for the report."""
+    from harness import reward_with_dead, train
+
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    options = {"gradient_accumulation_steps": 4, "interference_every": 1, "interference_dim": 16, "max_steps": 6}
+    train(tiny_policy, folder, reward_with_dead(0.2), save_strategy="steps", save_steps=4, **options).save_state()
+    return folder
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[tuple[int, int]]:
+    """(sequences, columns) of each forward with a gradient through the backbone, the rehearsal's left aside."""
+    import torch
+
+    monkeypatch.setattr("trl_ext.recorder.recorder.rehearse", lambda *args: None)
+    seen = []
+    forward = torch.nn.Embedding.forward
+
+    def spy(self, ids):
+        if torch.is_grad_enabled() and ids.dim() == 2:
+            seen.append(tuple(ids.shape))
+        return forward(self, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", spy)
+    return seen

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-from test_trainer import build
+from harness import build
 from transformers import Trainer, TrainerState
 
 STEPS = 5

@@ -14,9 +14,19 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 CROSSES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)  # between devices, as they are asked to
 # without CUDA these stop before they come to ``__torch_dispatch__``
 ASKS_FOR_CUDA = (
-    "__getitem__", "__setitem__", "__invert__", "__int__", "__float__", "__bool__", "__index__", "tolist", "item",
-    "nonzero", "contiguous", "copy_",
-)  # fmt: skip
+    "__getitem__",
+    "__setitem__",
+    "__invert__",
+    "__int__",
+    "__float__",
+    "__bool__",
+    "__index__",
+    "tolist",
+    "item",
+    "nonzero",
+    "contiguous",
+    "copy_",
+)
 READS = (torch.ops.aten._local_scalar_dense.default,)
 
 
@@ -24,9 +34,14 @@ class Far(torch.Tensor):
     @staticmethod
     def __new__(cls, near, device):
         far = torch.Tensor._make_wrapper_subclass(
-            cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype,
-            device="meta", dispatch_device=True,
-        )  # fmt: skip
+            cls,
+            near.shape,
+            strides=near.stride(),
+            storage_offset=near.storage_offset(),
+            dtype=near.dtype,
+            device="meta",
+            dispatch_device=True,
+        )
         far.near, far.far_device = near, torch.device(device)
         return far
 

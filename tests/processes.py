@@ -6,6 +6,7 @@ a script is run in one. Nothing is shared but the imports, so that a child may b
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import runpy
@@ -19,6 +20,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
+QUIET = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["imported_once"])
 
@@ -132,3 +135,19 @@ def run_script(script: Path, arguments: list[str], wait_at: int | None = None, f
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))  # as Python does
     runpy.run_path(str(script), run_name="__main__")
+
+
+def load_script(script: Path = ROOT / "examples" / "math.py") -> Any:
+    """An example as a module; its own name is the standard library's."""
+    name = f"{script.stem}_example"
+    spec = importlib.util.spec_from_file_location(name, script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Variables of a script that is started as a user does."""
+    return {**os.environ, **QUIET, **extra}

@@ -121,10 +121,14 @@ def sketch_accuracy(
         hidden = backbone(input_ids=ids[rows], attention_mask=mask[rows]).last_hidden_state[:, start - 1 : -1]
         hidden_NH, sequence_N = hidden[live[rows]], live[rows].nonzero()[:, 0]
         linear_grpo_loss(
-            hidden_NH, head.weight, ids[rows, start:][live[rows]], sequence_N, advantages_B[rows],
+            hidden_NH,
+            head.weight,
+            ids[rows, start:][live[rows]],
+            sequence_N,
+            advantages_B[rows],
             torch.full((generations,), 1 / (prompts * generations * max_tokens)),
             head_sketch=combined([sketch.head_sketch(head, hidden_NH, sequence_N) for sketch in sketches]),
-        ).loss.backward()  # fmt: skip
+        ).loss.backward()
         exact.append([p.grad for p in sketches[0].trainable_parameters])
 
     tapped = {id(parameter) for parameter in sketches[0].tapped_parameters}

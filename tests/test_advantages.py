@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from test_trainer_equality import digits, prompts, short
-from transformers import AutoTokenizer
+from harness import OPTIONS, digits, prompts, short, tokenizer_of
 from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import nanstd
 
@@ -186,17 +185,14 @@ def test_unit_rewards_are_of_the_sum_or_of_each_function(method):
 @pytest.mark.parametrize("normalize_advantages", [False, True])
 def test_the_real_rloo_trainer(normalize_advantages, tiny_policy, tmp_path):
     """Advantages that TRL's ``RLOOTrainer`` made of its own rollouts, from the rewards it logged of them."""
+    options = {**OPTIONS, "beta": 0.0, "normalize_advantages": normalize_advantages, "reward_weights": [1.0, 0.5]}
     trainer = RLOOTrainer(
         model=str(tiny_policy),
         reward_funcs=[digits, short],
-        args=RLOOConfig(
-            output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=8,
-            max_steps=2, beta=0.0, normalize_advantages=normalize_advantages, reward_weights=[1.0, 0.5], bf16=False,
-            gradient_checkpointing=False, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
-        ),
+        args=RLOOConfig(output_dir=str(tmp_path), **options),
         train_dataset=prompts(32),
-        processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
-    )  # fmt: skip
+        processing_class=tokenizer_of(tiny_policy),
+    )
     trainer.train()
     rewards = torch.tensor(list(trainer._logs["rewards"].values())).T[-8:]
     theirs = torch.tensor(list(trainer._logs["advantages"]))[-8:]

@@ -23,6 +23,7 @@ SHORT_KINDS = (
     "VeRA",
     "p-tuning",
     "prefix tuning",
+    "prompt tuning",
 )
 
 

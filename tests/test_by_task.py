@@ -5,9 +5,9 @@ from collections import defaultdict
 
 import pytest
 import torch
-from test_interference_metrics import step_of
-from test_trainer import build, prompts
-from test_two_processes import run as run_processes
+from harness import build, by_length, logged, prompts, train, two_tasks
+from kernel_inputs import step_of
+from two_process_worker import run_processes
 
 from grpo_kernels import Normalized
 from grpo_kernels.interference.step_gradients import group_by_prompt
@@ -62,9 +62,10 @@ def test_a_task_without_a_gradient():
 def test_wrong_tasks_are_named():
     groups = group_by_prompt(step_of([[1.0], [2.0]], range(2), [1.0] * 2))
     for task_P, message in (
-        (torch.tensor([0]), r"int64 \(1,\): expected int64 \(2,\)"), (torch.tensor([0.0, 1.0]), "torch.float32"),
+        (torch.tensor([0]), r"int64 \(1,\): expected int64 \(2,\)"),
+        (torch.tensor([0.0, 1.0]), "torch.float32"),
         (torch.tensor([0, 7]), "task_P holds 0 to 7: expected -1 to 1"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             task_gradients(groups, task_P, 2)
 
@@ -86,10 +87,15 @@ def test_rewards_by_task_by_hand():
     advantages = torch.tensor([[0.5, -0.5], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     found = task_sums(batch, Normalized(advantages, torch.ones(4, 1), torch.ones(4, 1)), names.names)
     assert found == {
-        "tasks/a/reward": (3.0, 4), "tasks/a/live_share": (1.0, 2), "tasks/a/advantage_abs_mean": (1.0, 4),
-        "tasks/a/batch_share": (2.0, 4), "tasks/b/reward": (0.5, 1), "tasks/b/live_share": (0.0, 1),
-        "tasks/b/advantage_abs_mean": (0.0, 2), "tasks/b/batch_share": (1.0, 4),
-    }  # fmt: skip
+        "tasks/a/reward": (3.0, 4),
+        "tasks/a/live_share": (1.0, 2),
+        "tasks/a/advantage_abs_mean": (1.0, 4),
+        "tasks/a/batch_share": (2.0, 4),
+        "tasks/b/reward": (0.5, 1),
+        "tasks/b/live_share": (0.0, 1),
+        "tasks/b/advantage_abs_mean": (0.0, 2),
+        "tasks/b/batch_share": (1.0, 4),
+    }
 
 
 def test_means_are_over_prompts_and_not_over_batches():
@@ -119,23 +125,13 @@ def test_too_many_names_are_said():
     assert task_sums(batch, Normalized(torch.zeros(20, 2), torch.ones(20, 1), torch.ones(20, 1)), names.names) == {}
 
 
-def by_place(completion_ids, **kwargs):
-    return [(len(ids) % 5) / 4 for ids in completion_ids]
-
-
-def of_two_tasks():
-    return prompts(32).add_column("task", ["up" if i % 2 else "down" for i in range(32)])
-
-
 OPTIONS = {"interference_every": 1, "per_device_train_batch_size": 32, "max_steps": 4}
 
 
 @pytest.fixture(scope="module")
 def run_of_tasks(tiny_policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    trainer = build(tiny_policy, folder, by_place, train_dataset=of_two_tasks(), **OPTIONS)
-    trainer.train()
-    return trainer, folder
+    return train(tiny_policy, folder, by_length, two_tasks(), **OPTIONS), folder
 
 
 def test_held_out_rewards_by_task_are_of_all_its_prompts(tiny_policy, tmp_path):
@@ -143,14 +139,13 @@ def test_held_out_rewards_by_task_are_of_all_its_prompts(tiny_policy, tmp_path):
     seen = defaultdict(list)
 
     def remember(completion_ids, task, **kwargs):
-        rewards = by_place(completion_ids)
+        rewards = by_length(completion_ids)
         for name, reward in zip(task, rewards, strict=True):
             seen[name].append(reward)
         return rewards
 
     held_out = prompts(12).add_column("task", ["up"] * 3 + ["down"] * 9)
-    trainer = build(tiny_policy, tmp_path, remember, train_dataset=of_two_tasks(), eval_dataset=held_out, max_steps=1,
-                    per_device_eval_batch_size=8, num_generations_eval=2)  # fmt: skip
+    trainer = build(tiny_policy, tmp_path, remember, two_tasks(), eval_dataset=held_out, num_generations_eval=2)
     logs = trainer.evaluate()
     assert len(seen["up"]) == 6 and len(seen["down"]) == 18
     for name, rewards in seen.items():
@@ -160,8 +155,7 @@ def test_held_out_rewards_by_task_are_of_all_its_prompts(tiny_policy, tmp_path):
 
 def test_what_a_run_logs_of_its_tasks(run_of_tasks):
     trainer, folder = run_of_tasks
-    logs = [log for log in trainer.state.log_history if "reward" in log]
-    for log, record in zip(logs, read_interference(folder), strict=True):
+    for log, record in zip(logged(trainer), read_interference(folder), strict=True):
         shares = [log[f"tasks/{name}/batch_share"] for name in ("up", "down")]
         assert sum(shares) == 1
         mixed = sum(log[f"tasks/{name}/reward"] * s for name, s in zip(("up", "down"), shares, strict=True))
@@ -206,7 +200,6 @@ def test_the_commands_and_the_report(run_of_tasks, tmp_path):
 
 
 def test_no_column_nothing_of_tasks(tiny_policy, tmp_path):
-    trainer = build(tiny_policy, tmp_path, by_place, **OPTIONS)
-    trainer.train()
+    trainer = train(tiny_policy, tmp_path, by_length, **OPTIONS)
     assert not any(name.startswith("tasks/") for log in trainer.state.log_history for name in log)
     assert tasks_of_report(read_run(tmp_path)) is None

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import run_script, start
-from test_math_example import load_script
+from processes import load_script, run_script, start
 from trl.chat_template_utils import supports_tool_calling
 
 from examples.tasks.calculator import SameNumber, build_tokenizer, calculate, calculator_policy, questions

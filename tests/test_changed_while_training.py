@@ -7,19 +7,14 @@ import textwrap
 
 import pytest
 import torch
+from harness import build, digits, logged, messages, norm_of, train
 from peft import LoraConfig
-from test_fused_trainer import digits
-from test_trainer_equality import prompts
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import GRPOTrainer
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext import CurvatureGRPOTrainer
 
-COMMON = {
-    "num_generations": 4, "per_device_train_batch_size": 16, "max_completion_length": 6, "max_steps": 5,
-    "learning_rate": 0.05, "optim": "sgd", "bf16": False, "save_strategy": "no", "gradient_checkpointing": False,
-    "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "seed": 3, "max_grad_norm": 1e9,
-}  # fmt: skip
+WIDE = {"per_device_train_batch_size": 16, "max_steps": 5, "learning_rate": 0.05, "max_grad_norm": 1e9}
 
 
 def lengths(completions, **kwargs):
@@ -31,34 +26,26 @@ def halves(completions, **kwargs):
 
 
 class Change(TrainerCallback):
-    """Calls ``change(trainer)`` after a step, and keeps the gradients' norms."""
+    """Calls ``change(trainer)`` after the second step."""
 
-    def __init__(self, change, at=2):
-        self.change, self.at, self.trainer, self.norms = change, at, None, []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
-        self.norms.append(float(sum(squares) ** 0.5))
+    def __init__(self, change):
+        self.change, self.trainer = change, None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.at:
+        if state.global_step == 2:
             self.change(self.trainer)
 
 
-def run(ours, policy, folder, change, *, reward=(digits, lengths), model=None, **options):
-    trainer_class, config_class = (CurvatureGRPOTrainer, CurvatureGRPOConfig) if ours else (GRPOTrainer, GRPOConfig)
+def run(ours, policy, folder, change, **options):
+    """(trainer, the norm of each step's gradient)."""
     callback = Change(change)
-    peft_config = options.pop("peft_config", None)
-    torch.manual_seed(0)
-    trainer = trainer_class(
-        model=model() if model else str(policy), reward_funcs=list(reward),
-        args=config_class(output_dir=str(folder), **{**COMMON, **options}), train_dataset=prompts(64),
-        eval_dataset=prompts(8, "held_out"), callbacks=[callback], peft_config=peft_config,
-        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
-    )  # fmt: skip
-    callback.trainer = trainer
-    trainer.train()
-    return trainer, callback.norms
+    trainer_class = CurvatureGRPOTrainer if ours else GRPOTrainer
+    # evaluated once, at the end: it needs a dataset
+    options = {**WIDE, "trainer_class": trainer_class, "callbacks": [callback], "eval_strategy": "no", **options}
+    callback.trainer = build(policy, folder, [digits, lengths], **options)
+    callback.trainer.train()
+    steps = callback.trainer.recorder.gradients
+    return callback.trainer, [float(norm_of({n: g.double() for n, g in step.items()})) for step in steps]
 
 
 def put(name, value):
@@ -128,9 +115,8 @@ def test_what_has_no_effect_is_said_once(tiny_policy, tmp_path, caplog):
 
     with caplog.at_level(logging.WARNING, logger="trl_ext"):
         run(True, tiny_policy, tmp_path, change, normalization="std")
-    said = [record.message for record in caplog.records]
-    assert len([text for text in said if "scale_rewards='none', set while training, has no effect" in text]) == 1
-    assert len([text for text in said if "interference_every, normalization: changed while training" in text]) == 1
+    assert len(messages(caplog, "scale_rewards='none', set while training, has no effect")) == 1
+    assert len(messages(caplog, "interference_every, normalization: changed while training")) == 1
 
 
 def test_a_new_reward_function_is_checked_too(tiny_policy, tmp_path):
@@ -148,7 +134,7 @@ def test_a_new_reward_function_is_checked_too(tiny_policy, tmp_path):
 
 
 def untied(policy, tie=False):
-    return lambda: AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32, tie_word_embeddings=tie)
+    return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32, tie_word_embeddings=tie)
 
 
 def freeze_head(trainer):
@@ -166,44 +152,44 @@ def unfreeze_all(trainer):
 
 
 def frozen(policy):
-    def make():
-        model = untied(policy)()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("layers.0" not in name)
-        return model
-
-    return make
+    model = untied(policy)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.0" not in name)
+    return model
 
 
-@pytest.mark.parametrize("options", [{}, {"interference_every": 1}, {"interference_every": 1, "interference_dim": 0},
-                                     {"interference_every": 1, "fused_loss": False}],
-                         ids=["default", "every step", "exact", "TRL's head"])  # fmt: skip
+FREEZING = {
+    "default": {},
+    "every step": {"interference_every": 1},
+    "exact": {"interference_every": 1, "interference_dim": 0},
+    "TRL's head": {"interference_every": 1, "fused_loss": False},
+}
+
+
+@pytest.mark.parametrize("name", FREEZING)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_freezing_the_head_stops_nobody(tied, options, tiny_policy, tmp_path):
-    trl, expected = run(
-        False, tiny_policy, tmp_path / "trl", freeze_head, model=untied(tiny_policy, tied), max_steps=12
+def test_freezing_the_head_stops_nobody(tied, name, tiny_policy, tmp_path):
+    (trl, expected), (mine, found) = (
+        run(ours, tiny_policy, tmp_path / str(ours), freeze_head, model=untied(tiny_policy, tied), **FREEZING[name])
+        for ours in (False, True)
     )
-    mine, found = run(
-        True, tiny_policy, tmp_path / "ours", freeze_head, model=untied(tiny_policy, tied), max_steps=12, **options
-    )
-    assert mine.state.global_step == trl.state.global_step == 12
+    assert mine.state.global_step == trl.state.global_step == 5
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("case", ["frozen later", "unfrozen later"])
-def test_coverage_is_of_what_has_a_gradient_now(case, tiny_policy, tmp_path, caplog):
-    change, model = (
-        (freeze_half, untied(tiny_policy)) if case == "frozen later" else (unfreeze_all, frozen(tiny_policy))
-    )
+@pytest.mark.parametrize(
+    ("change", "start"), [(freeze_half, untied), (unfreeze_all, frozen)], ids=["frozen later", "unfrozen later"]
+)
+def test_coverage_is_of_what_has_a_gradient_now(change, start, tiny_policy, tmp_path, caplog):
+    options = {"model": start(tiny_policy), "interference_every": 1, "interference_dim": 0}
     with caplog.at_level(logging.WARNING, logger="trl_ext"):
-        trainer, _ = run(True, tiny_policy, tmp_path, change, model=model, interference_every=1, interference_dim=0)
-    logs = [entry for entry in trainer.state.log_history if "interference/coverage" in entry]
+        trainer, _ = run(True, tiny_policy, tmp_path, change, **options)
+    logs = logged(trainer, "interference/coverage")
     assert len(logs) == 5
     for entry in logs:
         assert entry["interference/coverage"] == pytest.approx(1, abs=1e-6)
         assert entry["interference/sketch_check"] == pytest.approx(1, abs=1e-3)
-    said = [record.message for record in caplog.records if "interference follows what is trained now" in record.message]
-    assert len(said) == 1
+    assert len(messages(caplog, "interference follows what is trained now")) == 1
 
 
 def test_coverage_is_a_share_of_all_parameters(tiny_policy, tmp_path):
@@ -220,16 +206,9 @@ def test_coverage_is_a_share_of_all_parameters(tiny_policy, tmp_path):
             self.true = 1 - first / sum(squares.values())
 
     unfreeze = Unfreeze()
-    trainer = CurvatureGRPOTrainer(
-        model=frozen(tiny_policy)(), reward_funcs=digits, train_dataset=prompts(64), callbacks=[unfreeze],
-        args=CurvatureGRPOConfig(
-            output_dir=str(tmp_path), **{**COMMON, "max_steps": 1, "per_device_train_batch_size": 8},
-            gradient_accumulation_steps=2, interference_every=1, interference_dim=0, skip_zero_advantage=False,
-        ),
-        processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
-    )  # fmt: skip
-    trainer.train()
-    (entry,) = [entry for entry in trainer.state.log_history if "interference/coverage" in entry]
+    options = {"gradient_accumulation_steps": 2, "interference_every": 1, "interference_dim": 0, "max_steps": 1}
+    options |= {"model": frozen(tiny_policy), "skip_zero_advantage": False, "callbacks": [unfreeze]}
+    (entry,) = logged(train(tiny_policy, tmp_path, **options), "interference/coverage")
     assert unfreeze.true < 0.99 and entry["interference/coverage"] == pytest.approx(unfreeze.true, rel=1e-4)
 
 
@@ -240,20 +219,18 @@ def test_an_adapter_that_is_swapped_is_followed(tiny_policy, tmp_path):
         trainer.model.add_adapter("second", LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False))
         trainer.model.set_adapter("second")
 
-    trainer, _ = run(
-        True, tiny_policy, tmp_path, swap, peft_config=adapter, interference_every=1, interference_dim=0
-    )  # fmt: skip
-    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    options = {"peft_config": adapter, "interference_every": 1, "interference_dim": 0}
+    logs = logged(run(True, tiny_policy, tmp_path, swap, **options)[0])
     assert all(entry["interference/coverage"] > 0.99 for entry in logs) and len(logs) == 5
 
 
 # ---- what TRL reads
 
 EACH_STEP = (
-    "training_step", "_prepare_inputs", "_calculate_rewards", "_generate", "_generate_and_score_completions",
-    "_get_per_token_logps_and_entropies", "compute_loss", "_compute_loss", "prediction_step", "get_off_policy_mask",
-    "get_high_entropy_mask", "get_gamma_weights",
-)  # fmt: skip
+    *("training_step", "_prepare_inputs", "_calculate_rewards", "_generate", "_generate_and_score_completions"),
+    *("_get_per_token_logps_and_entropies", "compute_loss", "_compute_loss", "prediction_step"),
+    *("get_off_policy_mask", "get_high_entropy_mask", "get_gamma_weights"),
+)
 # TRL's settings that these methods read, and what we do with each
 READ_BY_TRL = {
     **dict.fromkeys(
@@ -315,5 +292,5 @@ def test_another_group_size_ends_interference_with_a_word(tiny_policy, tmp_path,
     with caplog.at_level(logging.WARNING, logger="trl_ext"):
         trainer, _ = run(True, tiny_policy, tmp_path, put("num_generations", 8), interference_every=1)
     assert trainer.state.global_step == 5
-    said = [one.message for one in caplog.records if "num_generations=8 was set while training" in one.message]
-    assert len(said) == 1 and "Interference isn't logged from here on" in said[0]
+    (said,) = messages(caplog, "num_generations=8 was set while training")
+    assert "Interference isn't logged from here on" in said

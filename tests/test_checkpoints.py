@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import evening_worker
 import pytest
 import torch
+from harness import build, train
 from processes import start
-from test_trainer import build
 
-from trl_ext.advantages.reward_checks import RewardRaised, WrongRewards
 from trl_ext.checkpoints import CheckpointError, find_checkpoint
 from trl_ext.checkpoints.saving import whole_or_none
 from trl_ext.checkpoints.whole import what_is_broken
+from trl_ext.advantages.reward_checks import RewardRaised
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "interference_every": 0}
 
@@ -26,7 +26,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1, "interference_every": 0}
 def saved_run(tiny_policy, tmp_path_factory):
     """A run's folder with checkpoints of steps 1 to 3, AdamW's state among them."""
     folder = tmp_path_factory.mktemp("saved")
-    build(tiny_policy, folder, max_steps=3, optim="adamw_torch", **SAVING).train()
+    train(tiny_policy, folder, max_steps=3, optim="adamw_torch", **SAVING)
     return folder
 
 
@@ -39,8 +39,16 @@ def cut(file, fraction=0.5):
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * fraction)])
 
 
-FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "config.json",
-         "tokenizer.json", "trainer_state.json")  # fmt: skip
+FILES = (
+    "model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "training_args.bin",
+    "config.json",
+    "tokenizer.json",
+    "trainer_state.json",
+)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 0.99])
@@ -209,7 +217,7 @@ def test_a_reward_that_fails_is_told_though_nothing_can_be_saved(tiny_policy, tm
     monkeypatch.setattr("trl_ext.checkpoints.saving.logger.warning", said.append)
     monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", full)
     with pytest.raises(RewardRaised, match="raised KeyError: 'boom'"):
-        build(tiny_policy, tmp_path, failing, max_steps=3, **{**SAVING, "save_steps": 100}).train()
+        train(tiny_policy, tmp_path, failing, max_steps=3, **{**SAVING, "save_steps": 100})
     assert len(said) == 1 and "its latest step is lost" in said[0] and "No space left" in said[0]
     assert not list(tmp_path.glob("checkpoint-*"))
 
@@ -220,15 +228,20 @@ def test_what_fails_after_a_checkpoint_leaves_it(tiny_policy, tmp_path, monkeypa
 
     monkeypatch.setattr("transformers.trainer.rotate_checkpoints", no_network)
     with pytest.raises(ConnectionError, match="the hub"):
-        build(tiny_policy, tmp_path, max_steps=2, **SAVING).train()
+        train(tiny_policy, tmp_path, max_steps=2, **SAVING)
     assert what_is_broken(tmp_path / "checkpoint-1") is None
 
 
 def test_two_processes_on_a_full_disk(small_disk, tiny_policy, tmp_path):
     started = start(
-        2, evening_worker.main, str(tiny_policy), str(small_disk), {"save_steps": 1, "per_device_train_batch_size": 4},
-        {}, folder=tmp_path / "output",
-    )  # fmt: skip
+        2,
+        evening_worker.main,
+        str(tiny_policy),
+        str(small_disk),
+        {"save_steps": 1, "per_device_train_batch_size": 4},
+        {},
+        folder=tmp_path / "output",
+    )
     started.wait_for(small_disk / "checkpoint-2" / "trainer_state.json")
     deadline = time.monotonic() + 120
     while all(process.is_alive() for process in started.processes) and time.monotonic() < deadline:
@@ -316,8 +329,15 @@ def test_rewards_that_fail_at_step_3_leave_a_checkpoint_of_step_2(processes, tin
     assert what_is_broken(tmp_path / "checkpoint-2") is None
     again = start(processes, evening_worker.main, *arguments, {}, folder=tmp_path / "output")
     assert again.finish() == [0] * processes, again.text()[-2000:]
-    whole = start(processes, evening_worker.main, str(tiny_policy), str(tmp_path / "whole"), options, {},
-                  folder=tmp_path / "output")  # fmt: skip
+    whole = start(
+        processes,
+        evening_worker.main,
+        str(tiny_policy),
+        str(tmp_path / "whole"),
+        options,
+        {},
+        folder=tmp_path / "output",
+    )
     assert whole.finish() == [0] * processes, whole.text()[-2000:]
     got, want = (torch.load(folder / "end.0.pt") for folder in (tmp_path, tmp_path / "whole"))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -334,17 +354,8 @@ def test_nothing_is_saved_where_nothing_is_to_be(tiny_policy, tmp_path):
         return [float(len(ids)) for ids in completion_ids]
 
     with pytest.raises(RewardRaised, match="raised KeyError: 'boom'") as raised:
-        build(tiny_policy, tmp_path, failing, max_steps=4, **{**SAVING, "save_steps": 100}).train()
+        train(tiny_policy, tmp_path, failing, max_steps=4, **{**SAVING, "save_steps": 100})
     assert isinstance(raised.value.__cause__, KeyError)
     with pytest.raises(RewardRaised):
-        build(tiny_policy, tmp_path, failing, max_steps=4, interference_every=0).train()
+        train(tiny_policy, tmp_path, failing, max_steps=4, interference_every=0)
     assert not list(tmp_path.glob("checkpoint-*"))
-
-
-def test_rewards_that_are_text(tiny_policy, tmp_path):
-    with pytest.raises(WrongRewards, match=r"reward function 'texts' returned '1.0' for row 0, not a number$"):
-        build(tiny_policy, tmp_path, texts).train()
-
-
-def texts(completions, **kwargs):
-    return ["1.0"] * len(completions)

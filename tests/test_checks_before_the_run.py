@@ -7,35 +7,20 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from test_fused_trainer import digits
-from test_trainer_equality import prompts
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-from trl import GRPOConfig, GRPOTrainer
+from harness import build, digits, messages, prompts, question, tokenizer_of, train
+from transformers import GPT2Config, GPT2LMHeadModel
+from trl import GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, run_checks
 
-COMMON = {
-    "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6, "max_steps": 3,
-    "learning_rate": 0.05, "optim": "sgd", "bf16": False, "save_strategy": "no", "gradient_checkpointing": False,
-    "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "seed": 3,
-}  # fmt: skip
 
-
-def trained(ours, policy, folder, dataset, reward=digits, model=None, **options):
-    trainer_class, config_class = (CurvatureGRPOTrainer, CurvatureGRPOConfig) if ours else (GRPOTrainer, GRPOConfig)
-    arguments = {"environment_factory": options.pop("environment_factory")} if "environment_factory" in options else {}
-    torch.manual_seed(0)
-    trainer = trainer_class(
-        model=model or str(policy), reward_funcs=reward, train_dataset=dataset,
-        args=config_class(output_dir=str(folder), **{**COMMON, **options}),
-        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"), **arguments,
-    )  # fmt: skip
-    trainer.train()
-    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
-
-
-def question(text):
-    return [{"role": "user", "content": text}]
+def assert_trains_as_trl(policy, folder, dataset, reward=digits, **options):
+    theirs, ours = (
+        train(policy, folder / one.__name__, reward, dataset, trainer_class=one, **options)
+        for one in (GRPOTrainer, CurvatureGRPOTrainer)
+    )
+    for its, mine in zip(theirs.model.parameters(), ours.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=0, atol=1e-5)
 
 
 class Calls:
@@ -61,43 +46,31 @@ class Calls:
 def test_prompts_made_on_the_fly(name, tiny_policy, tmp_path):
     texts = [f"{i} + {i} =" for i in range(24)]
     results, counts = [], []
-    for ours in (False, True):
+    for trainer_class in (GRPOTrainer, CurvatureGRPOTrainer):
         calls = Calls()
         stored = Dataset.from_dict({"q": texts, "hint": ["!"] * 24, "prompt": [question(t) for t in texts]})
         stored = stored.remove_columns("prompt") if name == "makes_the_column" else stored
         dataset = stored.with_transform(getattr(calls, name))
-        results.append(trained(ours, tiny_policy, tmp_path / str(ours), dataset))
+        trainer = train(tiny_policy, tmp_path / trainer_class.__name__, digits, dataset, trainer_class=trainer_class)
+        results.append(list(trainer.model.parameters()))
         counts.append(calls.count)
-    for theirs, mine in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
     assert counts[0] == counts[1] > 0
 
 
 def test_no_random_number_is_drawn_before_the_run(tiny_policy, tmp_path):
     """Building our trainer leaves every generator where TRL's leaves it."""
     states = []
-    for ours in (False, True):
-        trainer_class, config_class = (CurvatureGRPOTrainer, CurvatureGRPOConfig) if ours else (GRPOTrainer, GRPOConfig)
-        torch.manual_seed(0)
-        trainer_class(
-            model=str(tiny_policy), reward_funcs=digits, train_dataset=prompts(32),
-            args=config_class(output_dir=str(tmp_path), **COMMON),
-            processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
-        )  # fmt: skip
+    for trainer_class in (GRPOTrainer, CurvatureGRPOTrainer):
+        build(tiny_policy, tmp_path, trainer_class=trainer_class)
         states.append((torch.get_rng_state(), np.random.get_state()[1]))
     assert torch.equal(states[0][0], states[1][0]) and (states[0][1] == states[1][1]).all()
 
 
-def test_a_bounded_number_of_rows_is_read(monkeypatch):
-    read = []
-    monkeypatch.setattr(run_checks, "_check_prompt", lambda prompt, what: read.append(what))
+def test_a_bounded_number_of_rows_is_read():
     many = Dataset.from_dict({"prompt": [f"{i}" for i in range(3000)]})
-    run_checks._check_prompts(many, "train_dataset", True)
-    assert len(read) == run_checks.MOST_ROWS == 1000
-    assert (
-        len(list(run_checks._stored_prompts(many))) == 1000
-        and len(list(run_checks._stored_prompts(many, None))) == 3000
-    )
+    assert len(list(run_checks._stored_prompts(many))) == run_checks.MOST_ROWS == 1000
+    assert len(list(run_checks._stored_prompts(many, None))) == 3000
 
 
 class Counter:
@@ -144,21 +117,22 @@ class Iterable:
         return iter(self.values)
 
 
-@pytest.mark.parametrize("kind", [map, "generator", "values", "tuple", "array", "tensor", "iterable"])
-def test_rewards_of_any_kind_that_trl_takes(kind, tiny_policy, tmp_path):
-    def reward(completions, **kwargs):
-        values = digits(completions)
-        return {
-            map: lambda: map(float, values), "generator": lambda: (value for value in values),
-            "values": lambda: dict(enumerate(values)).values(), "tuple": lambda: tuple(values),
-            "array": lambda: np.array(values), "tensor": lambda: torch.tensor(values),
-            "iterable": lambda: Iterable(values),
-        }[kind]()  # fmt: skip
+KINDS = {
+    "map": lambda values: map(float, values),
+    "generator": lambda values: (value for value in values),
+    "values": lambda values: dict(enumerate(values)).values(),
+    "tuple": tuple,
+    "array": np.array,
+    "tensor": torch.tensor,
+    "iterable": Iterable,
+}
 
-    expected = trained(False, tiny_policy, tmp_path / "trl", prompts(32), reward)
-    found = trained(True, tiny_policy, tmp_path / "ours", prompts(32), reward)
-    for theirs, mine in zip(expected, found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rewards_of_any_kind_that_trl_takes(kind, tiny_policy, tmp_path):
+    assert_trains_as_trl(
+        tiny_policy, tmp_path, prompts(32), lambda completions, **kwargs: KINDS[kind](digits(completions))
+    )
 
 
 def test_what_an_iterator_raises_is_the_reward_functions(tiny_policy, tmp_path):
@@ -167,7 +141,7 @@ def test_what_an_iterator_raises_is_the_reward_functions(tiny_policy, tmp_path):
         raise KeyError("answer")
 
     with pytest.raises(RuntimeError, match="reward function 'reward' raised KeyError: 'answer'"):
-        trained(True, tiny_policy, tmp_path, prompts(32), reward)
+        train(tiny_policy, tmp_path, reward)
 
 
 @pytest.mark.parametrize("name", ["interference_every", "interference_dim", "tokens_per_micro_batch"])
@@ -186,20 +160,20 @@ def test_a_long_prompt_of_a_batch_is_named(tiny_policy, tmp_path, caplog):
         lambda rows: {"prompt": [question(t * 200) for t in rows["q"]]}
     )
     with caplog.at_level(logging.WARNING, logger="trl_ext"):
-        trained(True, tiny_policy, tmp_path, dataset, max_steps=1)
-    said = [record.message for record in caplog.records if "of this batch has" in record.message]
-    assert len(said) == 1 and "1 + 1 =1 + 1 =" in said[0] and "no room for an answer" in said[0]
+        train(tiny_policy, tmp_path, train_dataset=dataset, max_steps=1)
+    (said,) = messages(caplog, "of this batch has")
+    assert "1 + 1 =1 + 1 =" in said and "no room for an answer" in said
 
 
 def test_a_prompt_beyond_a_table_of_positions_is_refused(tiny_policy, tmp_path):
     """GPT-2's positions are rows of a table: the model would fail in the middle of the run."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_policy, padding_side="left")
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
-    with pytest.raises(
-        ValueError, match=r"The prompt of row 1 of train_dataset has \d+ tokens, and the model's context"
-    ):
-        trained(True, tiny_policy, tmp_path, Dataset.from_dict({"prompt": ["1", "1 + 1 = " * 40] * 4}), model=model)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer_of(tiny_policy)), **sizes))
+    message = r"The prompt of row 1 of train_dataset has \d+ tokens, and the model's context"
+    with pytest.raises(ValueError, match=message):
+        train(
+            tiny_policy, tmp_path, train_dataset=Dataset.from_dict({"prompt": ["1", "1 + 1 = " * 40] * 4}), model=model
+        )
 
 
 def test_an_empty_text_is_trained_on_beside_others(tiny_policy, tmp_path, caplog):
@@ -207,15 +181,6 @@ def test_an_empty_text_is_trained_on_beside_others(tiny_policy, tmp_path, caplog
         return [len(completion) % 3 / 2 for completion in completions]
 
     dataset = Dataset.from_dict({"prompt": ["1 + 1 =", "", "2 + 2 =", "3"] * 8})
-    options = {"shuffle_dataset": False}  # a batch of empty texts alone fails, as with TRL
-    expected = trained(False, tiny_policy, tmp_path / "trl", dataset, reward, **options)
-    with caplog.at_level(logging.WARNING, logger="trl_ext"):
-        found = trained(True, tiny_policy, tmp_path / "ours", dataset, reward, **options)
-    for theirs, mine in zip(expected, found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
-    assert len([one for one in caplog.records if "is an empty text" in one.message]) == 1
-
-
-def test_a_reward_beyond_float32_is_named(tiny_policy, tmp_path):
-    with pytest.raises(ValueError, match=r"reward function '<lambda>' returned 1e\+39 for row 0"):
-        trained(True, tiny_policy, tmp_path, prompts(32), lambda completions, **kwargs: [1e39] * len(completions))
+    with caplog.at_level(logging.WARNING, logger="trl_ext"):  # a batch of empty texts alone fails, as with TRL
+        assert_trains_as_trl(tiny_policy, tmp_path, dataset, reward, shuffle_dataset=False)
+    assert len(messages(caplog, "is an empty text")) == 1

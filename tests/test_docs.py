@@ -8,21 +8,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from harness import build
+from pages import DOCS, ROOT, blocks
 from processes import start
-from test_trainer import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.tasks.correctness import Correctness
 from examples.tasks.questions import arithmetic_questions, build_dataset
 from trl_ext.tasks.small_policy import encode, expected_accuracy
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("examples/*/*.md"))]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
 # ---- README
@@ -144,9 +139,17 @@ def test_the_glossary_lists_what_runs_log(tiny_policy, warm_policy, tmp_path):
     sums = build_dataset(arithmetic_questions(64, held_out=False, levels=(1,), seed=0), "chat")
     sums = sums.remove_columns("task").add_column("task", ["one" if i % 2 else "other" for i in range(len(sums))])
     whole = build(
-        warm_policy, tmp_path / "whole", [Correctness()], train_dataset=sums, interference_every=1, num_generations=8,
-        per_device_train_batch_size=128, max_completion_length=4, generation_kwargs={}, interference_parts=True,
-    )  # fmt: skip
+        warm_policy,
+        tmp_path / "whole",
+        [Correctness()],
+        train_dataset=sums,
+        interference_every=1,
+        num_generations=8,
+        per_device_train_batch_size=128,
+        max_completion_length=4,
+        generation_kwargs={},
+        interference_parts=True,
+    )
     whole.train()
     whole.evaluate(sums.select(range(4)))
     trainers = [whole]

@@ -29,17 +29,49 @@ class Run:
         self.folder, self.output = folder, folder.with_suffix(".txt")
         torchrun = Path(sys.executable).with_name("torchrun")
         command = [
-            torchrun, "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}", "examples/math.py",
-            "--model_name_or_path", policy, "--max_steps", STEPS, "--save_steps", 3, "--eval_strategy", "no",
-            "--max_completion_length", 12, "--per_device_train_batch_size", 16, "--num_generations", 8,
-            "--learning_rate", "1e-3", "--logging_steps", 1, "--interference_every", 4,
-            "--normalization", "running_std", "--output_dir", folder, "--resume_from_checkpoint", "auto",
-            "--use_cpu", "true",
-        ]  # fmt: skip
+            torchrun,
+            "--standalone",
+            "--nproc_per_node=2",
+            f"--max-restarts={restarts}",
+            "examples/math.py",
+            "--model_name_or_path",
+            policy,
+            "--max_steps",
+            STEPS,
+            "--save_steps",
+            3,
+            "--eval_strategy",
+            "no",
+            "--max_completion_length",
+            12,
+            "--per_device_train_batch_size",
+            16,
+            "--num_generations",
+            8,
+            "--learning_rate",
+            "1e-3",
+            "--logging_steps",
+            1,
+            "--interference_every",
+            4,
+            "--normalization",
+            "running_std",
+            "--output_dir",
+            folder,
+            "--resume_from_checkpoint",
+            "auto",
+            "--use_cpu",
+            "true",
+        ]
         environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
-            "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", **variables,
-        }  # fmt: skip
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+            "PYTHONUNBUFFERED": "1",
+            **variables,
+        }
         with open(self.output, "w") as file:
             self.process = subprocess.Popen(
                 [str(part) for part in command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
@@ -156,8 +188,12 @@ def test_a_restart_that_finds_nobody(tmp_path):
     alone = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     environment = {**os.environ, **alone, "TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "3"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**environment, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**environment, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 75, done.stderr[-3000:]
     assert "error: restart 1 found no way back to the other processes in 3 s: set TORCH_DISABLE" in done.stderr

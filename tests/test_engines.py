@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_two_processes import assert_same_run
+from two_process_worker import assert_same_run
 
 from trl_ext.tasks.small_policy import build_model, build_tokenizer
 
@@ -35,9 +35,14 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_pr
 ON_HEAD = {"r": 16, "lora_alpha": 16, "target_modules": ["q_proj", "lm_head"]}
 # torch can't load a full state dict of an optimizer without a state, as plain SGD's
 SAVED = {
-    "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
-    "normalization": "running_std", "interference_every": 2,
-}  # fmt: skip
+    "optim": "adamw_torch",
+    "learning_rate": 1e-3,
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "normalization": "running_std",
+    "interference_every": 2,
+}
 CASES = {
     "full": {},
     "untied": {"model": "untied"},
@@ -100,19 +105,31 @@ def specification(policies, folder, engine, name, trainer, *, resume=None, envir
     else:
         options = {key: value for key, value in options.items() if key not in OURS_ALONE}
     return {
-        "name": f"{name}-{trainer}", "trainer": trainer, "engine": engine,
-        "model": str(policies / case.get("model", "tied")), "folder": str(folder),
-        "out": str(folder / ("result" if resume is None else "resumed")), "options": options, "resume": resume,
-        "environment": environment or {}, **{key: case[key] for key in ("lora", "dead") if key in case},
-    }  # fmt: skip
+        "name": f"{name}-{trainer}",
+        "trainer": trainer,
+        "engine": engine,
+        "model": str(policies / case.get("model", "tied")),
+        "folder": str(folder),
+        "out": str(folder / ("result" if resume is None else "resumed")),
+        "options": options,
+        "resume": resume,
+        "environment": environment or {},
+        **{key: case[key] for key in ("lora", "dead") if key in case},
+    }
 
 
 def variables(**extra):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return {
-        **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
-        "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", **extra,
-    }  # fmt: skip
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "PYTHONPATH": paths,
+        "PYTHONWARNINGS": "ignore",
+        **extra,
+    }
 
 
 def launch(engine, *command, timeout=600, **extra):
@@ -256,12 +273,35 @@ def test_the_script(engine, warm_policy, tmp_path):
     """``examples/math.py`` by ``accelerate launch`` with our configuration trains, says what it does, saves a model."""
     script = ["examples/math.py"] if engine != "fsdp2" else ["tests/fsdp2_on_cpu.py", "examples/math.py"]
     output = launch(
-        engine, *script, "--model_name_or_path", warm_policy, "--dataset", "arithmetic", "--max_steps", 2,
-        "--eval_size", 16, "--eval_strategy", "steps",
-        "--max_completion_length", 8, "--interference_every", 1, "--logging_steps", 1, "--learning_rate", "1e-3",
-        "--per_device_train_batch_size", 16, "--num_generations", 8, "--use_cpu", "true",
-        "--output_dir", tmp_path / "run",
-    )  # fmt: skip
+        engine,
+        *script,
+        "--model_name_or_path",
+        warm_policy,
+        "--dataset",
+        "arithmetic",
+        "--max_steps",
+        2,
+        "--eval_size",
+        16,
+        "--eval_strategy",
+        "steps",
+        "--max_completion_length",
+        8,
+        "--interference_every",
+        1,
+        "--logging_steps",
+        1,
+        "--learning_rate",
+        "1e-3",
+        "--per_device_train_batch_size",
+        16,
+        "--num_generations",
+        8,
+        "--use_cpu",
+        "true",
+        "--output_dir",
+        tmp_path / "run",
+    )
     assert "on 2 processes" in output and "Held-out accuracy" in output
     assert "Interference doesn't follow" not in output and "FSDP was asked for" not in output
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]

@@ -6,14 +6,12 @@ follows a digit 1.
 """
 
 import pytest
-import torch
 from datasets import Dataset
-from test_trainer_equality import Recorder, assert_same
-from transformers import AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
+from harness import assert_same, logged, prompts, tokenizer_of
+from harness import train as train_tiny
+from trl import GRPOTrainer
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.tasks.arithmetic import generate_problems
+from trl_ext import CurvatureGRPOTrainer
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -28,12 +26,15 @@ RESPONSE = {
     "start_anchor": "<assistant>",
     "fields": {
         "tool_calls": {
-            "open": "1", "close_pattern": "<eos>", "repeats": True, "content": "text",
+            "open": "1",
+            "close_pattern": "<eos>",
+            "repeats": True,
+            "content": "text",
             "transform": {"type": "function", "function": {"name": "press", "arguments": {"keys": "{content}"}}},
         },
         "content": {"close_pattern": "<eos>", "content": "text"},
     },
-}  # fmt: skip
+}
 
 
 class Keyboard:
@@ -92,35 +93,21 @@ def by_length(completion_ids, **kwargs):
     return [(len(ids) % 3) / 2 for ids in completion_ids]
 
 
-def train(trainer_class, config_class, policy, folder, factory, reward_funcs, **options):
-    tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")
+def train(trainer_class, policy, folder, factory, reward_funcs, **options):
+    tokenizer = tokenizer_of(policy)
     tokenizer.chat_template, tokenizer.response_template = TEMPLATE, RESPONSE
-    recorder = Recorder()
-    torch.manual_seed(0)
-    rows = {"prompt": [[{"role": "user", "content": one.question}] for one in generate_problems(32)]}
+    rows = {"prompt": prompts(32)["prompt"]}
     if isinstance(factory, dict):
         rows["environment"] = [list(factory)[number % len(factory)] for number in range(32)]
         if issubclass(next(iter(factory.values())), Asks):
             del rows["prompt"]
             Asks.number = 0
-    trainer = trainer_class(
-        model=str(policy),
-        reward_funcs=reward_funcs,
-        args=config_class(
-            output_dir=str(folder), num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=2,
-            max_completion_length=20, max_steps=3, optim="sgd", learning_rate=0.02, logging_steps=1, seed=7,
-            generation_kwargs={"sequence_bias": [[[1], 4.0], [[tokenizer.encode("1")[0]], 4.0]]},
-            lr_scheduler_type="constant", report_to="none", disable_tqdm=True, use_cpu=True, bf16=False,
-            gradient_checkpointing=False, save_strategy="no", max_tool_calling_iterations=2, **options,
-        ),
-        train_dataset=Dataset.from_dict(rows),
-        processing_class=tokenizer,
-        environment_factory=factory,
-        callbacks=[recorder],
-    )  # fmt: skip
-    trainer.train()
-    parameters = {name: one.detach().clone() for name, one in trainer.model.named_parameters()}
-    return trainer, recorder, parameters
+    calls = {"sequence_bias": [[[1], 4.0], [[tokenizer.encode("1")[0]], 4.0]]}
+    options |= {"gradient_accumulation_steps": 2, "max_completion_length": 20, "max_steps": 3}
+    options |= {"generation_kwargs": calls, "max_tool_calling_iterations": 2, "trainer_class": trainer_class}
+    dataset = Dataset.from_dict(rows)
+    options |= {"environment_factory": factory, "processing_class": tokenizer}
+    return train_tiny(policy, folder, reward_funcs, dataset, **options)
 
 
 CASES = {
@@ -137,18 +124,16 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_environments_are_trls(case, tiny_policy, tmp_path):
     factory, functions, options = CASES[case]
-    theirs = train(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "trl", factory, functions, **options)
-    ours = train(
-        CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", factory, functions,
-        interference_every=1, **options,
-    )  # fmt: skip
+    theirs = train(GRPOTrainer, tiny_policy, tmp_path / "trl", factory, functions, **options)
+    options = {**options, "interference_every": 1}
+    ours = train(CurvatureGRPOTrainer, tiny_policy, tmp_path / "ours", factory, functions, **options)
     assert_same(ours, theirs)
-    logs = [log for log in theirs[1].logs if "loss" in log]
+    logs = logged(theirs, "loss")
     assert sum(log["grad_norm"] > 0 for log in logs) >= 2
     assert any(0 < log["tools/call_frequency"] for log in logs), "no tool was called"
-    for name in {type(one).__name__ for one in theirs[0].environments} - {"Silent", "AsksMore"}:
+    for name in {type(one).__name__ for one in theirs.environments} - {"Silent", "AsksMore"}:
         assert any(log[f"rewards/{name}/mean"] > 0 for log in logs), "an environment's reward is always 0"
-    assert any("interference/cos_mean" in log for log in ours[1].logs)
+    assert logged(ours, "interference/cos_mean")
 
 
 def test_an_environment_whose_reward_fails_is_named(tiny_policy, tmp_path):
@@ -157,4 +142,4 @@ def test_an_environment_whose_reward_fails_is_named(tiny_policy, tmp_path):
             return float("inf")
 
     with pytest.raises(ValueError, match="'Stuck' returned inf for row 0"):
-        train(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path, Stuck, None)
+        train(CurvatureGRPOTrainer, tiny_policy, tmp_path, Stuck, None)

@@ -4,67 +4,54 @@
 """
 
 import contextlib
-import os
 
 import pytest
 import torch
-from test_odd_tensors import CALLS, LAYOUTS, inputs
-from test_shared_prompts import W
-from test_shared_prompts import batch as shared_batch
-from test_trainer import build
-from test_trainer_equality import run
-from trl import GRPOConfig, GRPOTrainer
-from trl_ext.loss import flash, shared_attention
+from harness import EVALUATED, PLAIN, by_length, distance, norm_of, train
+from kernel_inputs import CALLS, LAYOUTS, WIDTH, head_inputs, needs_gpu, shared_rows
+from one_of_eight import one_of_eight
+from peft import LoraConfig
+from trl import GRPOTrainer
 
 from grpo_kernels import use_backend
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
+from trl_ext import CurvatureGRPOTrainer, read_interference
+from trl_ext.loss import flash, shared_attention
 from trl_ext.sharing.packed_rows import pack
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a GPU"
-    ),
-]
+pytestmark = [pytest.mark.gpu, needs_gpu]
 
-PLAIN = {
-    "loss_type": "dapo", "beta": 0.0, "num_iterations": 1, "accumulation": (2, 2), "lora": False, "rewards": "one",
-    "aggregation": "sum_then_normalize", "scale_rewards": "group", "evaluation": False, "fused_loss": True,
-    "skip_zero_advantage": True,
-}  # fmt: skip
+LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
+ALL_ROWS = {**PLAIN, "loss_type": "dapo", "gradient_accumulation_steps": 2, "steps_per_generation": 2}
 SETTINGS = {
     "dapo": {},
-    "LoRA": {"lora": True},
+    "LoRA": {"peft_config": LORA},
     "KL, twice": {"beta": 0.05, "num_iterations": 2},
-    "cispo, batch": {"loss_type": "cispo", "scale_rewards": "batch", "lora": True},
+    "cispo, batch": {"loss_type": "cispo", "scale_rewards": "batch", "peft_config": LORA},
     "sapo": {"loss_type": "sapo"},
     "vespo": {"loss_type": "vespo", "beta": 0.05},
-    "luspo": {"loss_type": "luspo", "accumulation": (2, 4)},
-    "TRL's loss": {"fused_loss": False, "lora": True},
-    "evaluation": {"evaluation": True, "beta": 0.05},
+    "luspo": {"loss_type": "luspo", "steps_per_generation": 4},
+    "TRL's loss": {"fused_loss": False, "peft_config": LORA},
+    "evaluation": {**EVALUATED, "beta": 0.05},
 }
 
 
-def by_length(completion_ids, **kwargs):
-    return [(len(ids) % 5) / 4 for ids in completion_ids]
-
-
-def gradients(base, config, policy, folder, setting, **extra):
-    extra = {"use_cpu": False, "max_grad_norm": 0.0, "reward": by_length, **extra}
-    return run(base, config, policy, folder, {**PLAIN, **SETTINGS[setting]}, **extra)[1].gradients
+def gradients(policy, folder, setting, ours=True, **extra):
+    options = {**ALL_ROWS, **SETTINGS[setting], "use_cpu": False, "max_grad_norm": 0.0, **extra}
+    trainer_class = CurvatureGRPOTrainer if ours else GRPOTrainer
+    return train(policy, folder, by_length, trainer_class=trainer_class, **options).recorder.gradients
 
 
 def error(found, expected):
-    differences = sum((found[name].float() - expected[name].float()).square().sum() for name in expected)
-    return float((differences / sum(its.float().square().sum() for its in expected.values())).sqrt())
+    found, expected = ({name: one.float() for name, one in its.items()} for its in (found, expected))
+    return float(distance(found, expected) / norm_of(expected))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_gradients_are_trls_in_float32(setting, checkpointing, tiny_policy, tmp_path):
     extra = {"gradient_checkpointing": checkpointing}
-    ours = gradients(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", setting, **extra)
-    theirs = gradients(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "theirs", setting, **extra)
+    ours = gradients(tiny_policy, tmp_path / "ours", setting, **extra)
+    theirs = gradients(tiny_policy, tmp_path / "theirs", setting, ours=False, **extra)
     assert len(ours) == len(theirs) > 0
     for mine, its in zip(ours, theirs, strict=True):
         assert all(tensor.is_cuda for tensor in mine.values())
@@ -75,12 +62,12 @@ def test_gradients_are_trls_in_float32(setting, checkpointing, tiny_policy, tmp_
 def test_bf16_is_as_near_to_float32_as_trls(setting, tiny_policy, tmp_path):
     """Before anything moves (one step), so that all three see the same rollouts and parameters."""
 
-    def one(base, config, name, **extra):
-        return gradients(base, config, tiny_policy, tmp_path / name, setting, steps=1, **extra)[0]
+    def one(name, **extra):
+        return gradients(tiny_policy, tmp_path / name, setting, max_steps=1, **extra)[0]
 
-    truth = one(GRPOTrainer, GRPOConfig, "truth")
-    ours = one(CurvatureGRPOTrainer, CurvatureGRPOConfig, "ours", bf16=True)
-    theirs = one(GRPOTrainer, GRPOConfig, "theirs", bf16=True)
+    truth = one("truth", ours=False)
+    ours = one("ours", bf16=True)
+    theirs = one("theirs", ours=False, bf16=True)
     if any(its.shape != truth[name].shape for name, its in theirs.items()):
         pytest.fail("the rollouts differ")
     print(f"\nbf16 against float32, {setting}: ours {error(ours, truth):.4f}, TRL's {error(theirs, truth):.4f}")
@@ -91,8 +78,8 @@ def test_bf16_is_as_near_to_float32_as_trls(setting, tiny_policy, tmp_path):
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_shared_attention_in_parts(dtype, repeats):
     """As near to float64 as with masks, whose attention is torch's own."""
-    ids, mask = (tensor.cuda() for tensor in shared_batch())
-    rows = pack(ids, mask, W)
+    ids, mask = (tensor.cuda() for tensor in shared_rows())
+    rows = pack(ids, mask, WIDTH)
     torch.manual_seed(0)
     sizes = (4, 4 // repeats, 4 // repeats, 4)
     made = [torch.randn(1, heads, len(rows.token_S), 16, dtype=torch.float64, device="cuda") for heads in sizes]
@@ -122,28 +109,22 @@ def test_shared_attention_in_parts(dtype, repeats):
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_shared_prompts_for_each_attention(implementation, bf16, tiny_policy, tmp_path):
     """Sharing is by an attention of our own; without, by the model's."""
-    options = {"model_init_kwargs": {"attn_implementation": implementation}, "bf16": bf16, "steps": 1}
-    both = {
-        share: gradients(
-            CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / str(share), "dapo",
-            share_prompts=share, interference_every=0, **options,
-        )[0]
+    options = {"model_init_kwargs": {"attn_implementation": implementation}, "bf16": bf16, "max_steps": 1}
+    apart, shared = (
+        gradients(tiny_policy, tmp_path / str(share), "dapo", share_prompts=share, interference_every=0, **options)[0]
         for share in (False, True)
-    }  # fmt: skip
-    assert error(both[True], both[False]) < (3e-2 if bf16 else 1e-4)
+    )
+    assert error(shared, apart) < (3e-2 if bf16 else 1e-4)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_interference_on_a_gpu(lora, tiny_policy, tmp_path):
-    from peft import LoraConfig
-
-    options = dict(
-        interference_every=1, num_generations=4, per_device_train_batch_size=16, use_cpu=False, learning_rate=0.0,
-        peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None,
-    )  # fmt: skip
+    options = {"interference_every": 1, "per_device_train_batch_size": 16, "use_cpu": False, "learning_rate": 0.0}
+    if lora:
+        options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     records = {}
     for dim in (0, 64):
-        build(tiny_policy, tmp_path / str(dim), by_length, interference_dim=dim, **options).train()
+        train(tiny_policy, tmp_path / str(dim), by_length, interference_dim=dim, **options)
         records[dim] = read_interference(tmp_path / str(dim))
     for exact, sketched in zip(records[0], records[64], strict=True):
         assert exact.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-3)
@@ -164,24 +145,20 @@ class PeakOnGpu:
         self.peak = torch.cuda.max_memory_allocated() - self.before
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["coefficients", "no coefficients"])
-def test_a_large_step_on_a_gpu(known, monkeypatch):
+@pytest.mark.parametrize("summed", [False, True], ids=["sequences", "prompts alone"])
+def test_a_large_step_on_a_gpu(summed, monkeypatch):
     """One process of eight, 512 prompts of 16 answers: what the allocator has seen, temporaries of operations too."""
-    from test_inner_products import one_of_eight
-
-    one_of_eight(known, monkeypatch, contextlib.nullcontext(), "cuda")  # workspaces of libraries
+    one_of_eight(summed, monkeypatch, contextlib.nullcontext(), "cuda")  # workspaces of libraries
     memory = PeakOnGpu()
-    one_of_eight(known, monkeypatch, memory, "cuda")
+    one_of_eight(summed, monkeypatch, memory, "cuda")
     print(f"{memory.peak / 1e6:.1f} MB held by one of eight on a GPU")
     assert memory.peak <= 64e6
 
 
 def test_logging_changes_no_parameter_on_a_gpu(tiny_policy, tmp_path):
     def parameters(every):
-        trainer = build(
-            tiny_policy, tmp_path / str(every), by_length, interference_every=every, use_cpu=False, share_prompts=False
-        )
-        trainer.train()
+        options = {"interference_every": every, "use_cpu": False, "share_prompts": False}
+        trainer = train(tiny_policy, tmp_path / str(every), by_length, **options)
         return [p.detach().clone() for p in trainer.model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(parameters(0), parameters(1), strict=True))
@@ -190,7 +167,7 @@ def test_logging_changes_no_parameter_on_a_gpu(tiny_policy, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize(("call", "signal", "names"), CALLS, ids=["rewards", "advantages", "advantages_N", "logprob"])
 def test_memory_layout_on_a_gpu(call, signal, names, layout):
-    given = {name: tensor.cuda() for name, tensor in inputs().items()}
+    given = {name: tensor.cuda() for name, tensor in head_inputs().items()}
     with use_backend("torch"):
         expected = call(given, signal)
     for name in names:
@@ -225,7 +202,6 @@ def test_taps_never_wait_for_the_gpu(packed, tiny_policy):
 
 def test_scores_beside_a_step_change_no_parameter_on_a_gpu(tiny_policy, tmp_path):
     """``what_if_dead`` with dropout, in bf16 and with checkpointing: parameters and random numbers as without it."""
-    from peft import LoraConfig
 
     def half_dead(completion_ids, **kwargs):
         return [(len(ids) % 5) / 4 if (place // 4) % 2 else 1.0 for place, ids in enumerate(completion_ids)]
@@ -235,8 +211,7 @@ def test_scores_beside_a_step_change_no_parameter_on_a_gpu(tiny_policy, tmp_path
         options = {"interference_every": 1, "what_if_dead": dead, "per_device_train_batch_size": 16, "max_steps": 3}
         options |= {"use_cpu": False, "bf16": True, "gradient_checkpointing": True}
         lora = LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"])
-        trainer = build(tiny_policy, tmp_path / str(dead), half_dead, peft_config=lora, **options)
-        trainer.train()
+        trainer = train(tiny_policy, tmp_path / str(dead), half_dead, peft_config=lora, **options)
         values = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
         seen.append((torch.rand(4, device="cuda"), values))
         told = [name for log in trainer.state.log_history for name in log if name == "what_if/global/cos"]

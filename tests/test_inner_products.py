@@ -1,25 +1,20 @@
 """Inner products by columns against those of the matrix; what a process of eight holds and moves for a large step."""
 
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_inputs import make_scores
 from memory import PeakMemory
-from test_what_if import make_scores
+from one_of_eight import one_of_eight
 
-from grpo_kernels.interference.inner_products import ColumnProducts, MatrixProducts, squared_norms
+from grpo_kernels.interference.inner_products import ColumnProducts, MatrixProducts, PromptProducts, squared_norms
 from grpo_kernels.interference.metrics import interference_metrics
 from grpo_kernels.interference.noise import gradient_noise
 from grpo_kernels.interference.step_gradients import StepGradients
 from grpo_kernels.interference.what_if import StepScores, candidates, what_if
-from trl_ext.advantages.normalizer import UsedNormalization
-from trl_ext.recorder import collectives, measure
-from trl_ext.recorder.measure import RecordedStep
-from trl_ext.recorder.sequence_table import SequenceTable
-from trl_ext.recorder.what_if import STATELESS, WhatIfLog
 
 
 class Crew:
@@ -66,11 +61,14 @@ def spread(vectors, crew, dropped=None):
     square_B = squared_norms(vectors)
     return [
         ColumnProducts(
-            vectors[:, rank * width : (rank + 1) * width], square_B, crew.reduce_of(rank), first=rank * width,
+            vectors[:, rank * width : (rank + 1) * width],
+            square_B,
+            crew.reduce_of(rank),
+            first=rank * width,
             dropped_B=dropped,
         )
         for rank in range(crew.size)
-    ]  # fmt: skip
+    ]
 
 
 @settings(max_examples=40, deadline=None)
@@ -159,6 +157,18 @@ def test_every_figure_is_that_of_the_matrix(scores):
         torch.testing.assert_close(found[3], expected[3], rtol=1e-4, atol=1e-6)
 
 
+def test_sums_of_prompts_know_nothing_of_sequences():
+    row_B = torch.tensor([0, 0, 1])
+    products = PromptProducts(torch.eye(2), row_B, torch.ones(3))
+    ones = torch.ones(3)
+    torch.testing.assert_close(products.of_sums(row_B, 2, ones, ones[None])[0], torch.eye(2).double())
+    with pytest.raises(ValueError, match="only the sums over whole prompts are known, and these are others"):
+        products.of_sums(row_B, 2, ones, torch.tensor([[1.0, 2.0, 1.0]]))
+    for ask in (products.within, products.of_totals):
+        with pytest.raises(ValueError, match="not those of single sequences"):
+            ask(row_B)
+
+
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"gram_BB has shape \(3, 2\)"):
         MatrixProducts(torch.ones(3, 2))
@@ -171,72 +181,9 @@ def test_wrong_shapes_are_named():
             ColumnProducts(values, squares, **more)
 
 
-# ---- one process of eight, at 512 prompts of 16 answers and k = 64
-
-P, G, K, H, PROCESSES = 512, 16, 64, 4096, 8
-
-
-class OneOfEight:
-    """Its exchanges move nothing, but bring as much as they would: the others have what this one has."""
-
-    def all_reduce(self, values):
-        pass
-
-    def all_gather_into_tensor(self, gathered, values):
-        gathered.view(PROCESSES, *values.shape)[:] = values
-        columns = gathered.view(PROCESSES, *values.shape)
-        first_P1 = torch.arange(PROCESSES, device=values.device)[:, None] * (P // PROCESSES)
-        columns[:, :, 0] = first_P1 + values[:, 0]  # other processes have other prompts
-
-    def all_to_all_single(self, arrived, sent):
-        arrived.copy_(sent)
-
-
-def one_of_eight(known, monkeypatch, measured, device="cpu"):
-    """What the first process finds of a step, everything that it makes of it within ``measured``, a context."""
-    network = OneOfEight()
-    for name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single"):
-        monkeypatch.setattr(collectives.dist, name, getattr(network, name))
-    accelerator = SimpleNamespace(num_processes=PROCESSES, process_index=0, device=torch.device(device))
-    exchanges = collectives.Collectives(accelerator)
-    options = SimpleNamespace(interference_parts=False, what_if=None, normalization_kwargs=None)
-    run = SimpleNamespace(
-        options=options, num_generations=G, prompts_per_generation=P, aggregation="sum_then_normalize",
-        say_once=lambda text, level="warning": None if level == "info" else pytest.fail(text),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    n = P * G // PROCESSES
-    with torch.device(device):
-        prompt_B, position_B = torch.arange(n) // G, torch.arange(n) % G
-        rewards_BG = (torch.rand(n // G, G) < 0.5).float()[prompt_B]
-        reward_B = rewards_BG.gather(1, position_B[:, None])[:, 0]
-        advantage_B = (reward_B - rewards_BG.mean(1)) / (rewards_BG.std(1) + 1e-4)
-        what = WhatIfLog(run, lambda: UsedNormalization("std", 4, [1.0]), exchanges.attempt)
-        with measured:
-            sketch = torch.randn(n, 2, K * K // 2).mul_(advantage_B[:, None, None])
-            features = torch.cat([torch.randn(n // G, H), torch.full((n // G, 1), float(G))], dim=1)
-            table = SequenceTable(
-                prompt_id=prompt_B, prompt_key=prompt_B, position=position_B, length=position_B, advantage=advantage_B,
-                made_at=advantage_B, weight=torch.ones(n), group_rewards=rewards_BG,
-                function_rewards=reward_B[:, None], square=squared_norms(sketch.flatten(1)),
-                coefficient=-advantage_B / PROCESSES if known else None,
-            )  # fmt: skip
-            recorded = RecordedStep(sketch, {"model": slice(0, K * K // 2)}, table, features)
-            del sketch, features, table
-            tasks = {key: f"task {key % 4}" for key in range(n // G)}
-            found = measure.measure(recorded, exchanges, run, G, what.observe, tasks=tasks)
-    assert found.metrics["interference/live_prompts"] > P - 8
-    assert sum(found.metrics[f"tasks/task {i}/heard"] for i in range(4)) == pytest.approx(1)
-    assert ("what_if/std/cos" in found.metrics) is known and ("noise/between" in found.metrics) is known
-    if known:
-        names = [name for name in STATELESS if name != "decoupled"]
-        assert all(f"what_if/{name}/cos" in found.metrics for name in names)
-    return found
-
-
-@pytest.mark.parametrize("known", [True, False], ids=["coefficients", "no coefficients"])
-def test_a_process_of_eight_holds_64_megabytes_at_most(known, monkeypatch):
+@pytest.mark.parametrize("summed", [False, True], ids=["sequences", "prompts alone"])
+def test_a_process_of_eight_holds_64_megabytes_at_most(summed, monkeypatch):
     """Sketch, features and all that is made of them, as allocations of tensors; what-if and noise with it."""
     memory = PeakMemory()
-    one_of_eight(known, monkeypatch, memory)
+    one_of_eight(summed, monkeypatch, memory)
     assert 20e6 < memory.peak <= 64e6

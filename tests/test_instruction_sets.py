@@ -12,12 +12,10 @@ import pytest
 
 INSTRUCTION_SETS = ("AVX2", "AVX512_CORE", "AVX512_CORE_BF16")  # the other tests run on the CPU's best
 FEW = (
-    "tests/test_precision.py",
+    "tests/test_head_precision.py",
     "tests/test_uninitialised_memory.py::test_the_head_reads_nothing_that_it_did_not_write[dtype1-products in half-1]",
     "tests/test_uninitialised_memory.py::test_the_head_reads_nothing_that_it_did_not_write[dtype2-products in half-1]",
     "tests/test_head.py::test_no_worse_than_plain_torch",
-    "tests/test_head.py::test_float16_stays_finite_where_plain_float16_does",
-    "tests/test_head.py::test_float16_with_a_gradient_scaler",
     "tests/test_trainer_equality.py::test_a_plain_grpo_config_does_as_well",
 )
 

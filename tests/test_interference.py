@@ -5,24 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_trainer import build, digits, prompts
-from test_two_processes import run
+from harness import build, by_length, digits, logged, loss_batches, messages, prompts, train
+from peft import LoraConfig
+from transformers import TrainerCallback
+from two_process_worker import run_processes
 
 from trl_ext import read_interference
-from trl_ext.recorder import failures
 from trl_ext.recorder import recorder as interference_recorder
+from trl_ext.recorder.layer_check import rehearse
 
-
-def unit(completion_ids, **kwargs):
-    return [(len(ids) % 5) / 4 for ids in completion_ids]
-
-
-LOGGED = {"interference_every": 1, "num_generations": 4, "per_device_train_batch_size": 16, "max_steps": 2}
+LOGGED = {"interference_every": 1, "per_device_train_batch_size": 16}
+EXACT = {"interference_every": 1, "interference_dim": 0}
 
 
 def lora():
-    from peft import LoraConfig
-
     return LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 
 
@@ -48,22 +44,9 @@ def gradients_by_backward(trainer, inputs):
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
 @pytest.mark.parametrize("loss_type", ["dapo", "vespo"])  # in one pass; TRL's loss on our head
 def test_exact_mode_is_one_backward_for_each_sequence(loss_type, peft_config, tiny_policy, tmp_path):
-    trainer = build(
-        tiny_policy, tmp_path, unit, interference_dim=0, loss_type=loss_type, gradient_accumulation_steps=2,
-        per_device_train_batch_size=8, interference_every=1, max_steps=1, peft_config=peft_config, learning_rate=0.0,
-    )  # fmt: skip
-    seen = []
-    compute = trainer._compute_loss
-
-    def keep(model, inputs):
-        seen.append(
-            {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-        )
-        return compute(model, inputs)
-
-    trainer._compute_loss = keep
-    trainer.train()
-    trainer._compute_loss = compute
+    options = {**EXACT, "loss_type": loss_type, "gradient_accumulation_steps": 2, "max_steps": 1, "learning_rate": 0.0}
+    trainer = build(tiny_policy, tmp_path, by_length, peft_config=peft_config, **options)
+    seen = [inputs for inputs, _ in loss_batches(trainer)]
     record = read_interference(tmp_path)[0]
     trainer.current_gradient_accumulation_steps = 2
     truth = torch.cat([gradients_by_backward(trainer, inputs) for inputs in seen])
@@ -86,15 +69,10 @@ def test_exact_mode_is_one_backward_for_each_sequence(loss_type, peft_config, ti
 @pytest.mark.parametrize("loss_type", ["grpo", "cispo", "sapo", "dr_grpo", "luspo"])
 def test_coefficients_are_in_front_of_the_score(loss_type, tiny_policy, tmp_path):
     """u_i / c_i is the gradient of the sequence's log-prob, made by plain autograd."""
-    trainer = build(
-        tiny_policy, tmp_path, unit, interference_dim=0, interference_every=1, max_steps=1, loss_type=loss_type,
-        learning_rate=0.0,
-    )  # fmt: skip
-    seen = []
-    compute = trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: (seen.append(inputs), compute(model, inputs))[1]
-    trainer.train()
-    inputs, record = seen[0], read_interference(tmp_path)[0]
+    options = {**EXACT, "max_steps": 1, "learning_rate": 0.0}
+    trainer = build(tiny_policy, tmp_path, by_length, loss_type=loss_type, **options)
+    inputs = loss_batches(trainer)[0][0]
+    record = read_interference(tmp_path)[0]
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     live = inputs["completion_mask"].float()
@@ -112,57 +90,52 @@ def test_coefficients_are_in_front_of_the_score(loss_type, tiny_policy, tmp_path
 
 
 def parameters_after(policy, folder, **options):
-    trainer = build(policy, folder, unit, max_steps=3, **options)
-    trainer.train()
-    return [p.detach().clone() for p in trainer.model.parameters()], trainer.state.log_history
+    trainer = train(policy, folder, by_length, max_steps=3, **options)
+    return list(trainer.model.parameters()), logged(trainer)
+
+
+FAILING = {
+    "a layer": ("grpo_kernels.interference.sequence_rows.SequenceRows.outer", "MemoryError: no room"),
+    "the metrics": ("trl_ext.recorder.measure.interference_metrics", "Interference isn't logged from here on"),
+    "the file": ("trl_ext.recorder.recorder.write_step", "without its files"),
+    "the taps": ("trl_ext.recorder.recorder.GradientSketch.open", "Interference isn't logged from here on"),
+}
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_training_is_bit_equal_with_logging_on_off_and_failing(
-    gradient_checkpointing, tiny_policy, tmp_path, monkeypatch
+    gradient_checkpointing, tiny_policy, tmp_path, monkeypatch, caplog
 ):
-    said = []
-    for module in (interference_recorder, failures):
-        monkeypatch.setattr(module.logger, "warning", lambda text, *args, **kwargs: said.append(text))
     options = {"gradient_checkpointing": gradient_checkpointing, "share_prompts": False}  # as a logged step runs
     off, _ = parameters_after(tiny_policy, tmp_path / "off", interference_every=0, **options)
-    on, log = parameters_after(tiny_policy, tmp_path / "on", interference_every=1, **options)
+    caplog.clear()
+    on, logs = parameters_after(tiny_policy, tmp_path / "on", interference_every=1, **options)
     assert all(torch.equal(a, b) for a, b in zip(off, on, strict=True))
-    assert len(read_interference(tmp_path / "on")) == 3 and not said
-    assert all("interference/sketch_check" in entry for entry in log if "reward" in entry)
+    assert len(read_interference(tmp_path / "on")) == 3 and not messages(caplog, "nterference")
+    assert all("interference/sketch_check" in entry for entry in logs)
 
     def broken(*args, **kwargs):
         raise MemoryError("no room")
 
-    failing = {
-        "a layer": ("grpo_kernels.interference.sequence_rows.SequenceRows.outer", "MemoryError: no room"),
-        "the metrics": ("trl_ext.recorder.measure.interference_metrics", "Interference isn't logged from here on"),
-        "the file": ("trl_ext.recorder.recorder.write_step", "without its files"),
-        "the taps": ("trl_ext.recorder.recorder.GradientSketch.open", "Interference isn't logged from here on"),
-    }
-    for name, (place, message) in failing.items():
-        said.clear()
+    for name, (place, message) in FAILING.items():
+        caplog.clear()
         with monkeypatch.context() as patch:
             patch.setattr(place, broken)
             failed, _ = parameters_after(tiny_policy, tmp_path / name, interference_every=1, **options)
         assert all(torch.equal(a, b) for a, b in zip(off, failed, strict=True)), name
-        assert any(message in text for text in said), (name, said)
-        assert len(said) == len(set(said)), name
+        said = messages(caplog, "no room")
+        assert any(message in text for text in said) and len(said) == len(set(said)), (name, said)
 
 
 def test_logged_at_its_interval_and_read_back(tiny_policy, tmp_path):
-    trainer = build(
-        tiny_policy, tmp_path, unit, **{**LOGGED, "interference_every": 2, "max_steps": 5}, logging_steps=1
-    )  # fmt: skip
-    trainer.train()
-    records = read_interference(tmp_path)
+    trainer = train(tiny_policy, tmp_path, by_length, **{**LOGGED, "interference_every": 2, "max_steps": 5})
+    records, logs = read_interference(tmp_path), logged(trainer)
     assert [record.step for record in records] == [1, 3, 5]
-    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert ["interference/coverage" in entry for entry in logs] == [True, False, True, False, True]
     first = records[0]
     assert first.gram_BB.shape == (16, 16) and first.gram_PP.shape == (4, 4)
     assert logs[0]["interference/coverage"] == pytest.approx(first.metrics["interference/coverage"])
-    questions = {row[0]["content"] for row in prompts(32)["prompt"]}
+    questions = {row[0]["content"] for row in prompts(64)["prompt"]}
     assert len(set(first.prompt_text_P)) == 4 and set(first.prompt_text_P) <= questions
     assert first.metrics["interference/sketch_check"] == pytest.approx(1, abs=0.2)
     assert len(set(first.prompt_key_P.tolist())) == 4
@@ -172,38 +145,32 @@ def test_logged_at_its_interval_and_read_back(tiny_policy, tmp_path):
 def test_a_step_of_several_generations_has_all_their_prompts(
     accumulation, per_generation, prompts, tiny_policy, tmp_path
 ):
-    trainer = build(
-        tiny_policy, tmp_path, unit, interference_every=1, max_steps=2, gradient_accumulation_steps=accumulation,
-        steps_per_generation=per_generation, per_device_train_batch_size=4, normalization="curvature",
-    )  # fmt: skip
-    trainer.train()
+    options = {"gradient_accumulation_steps": accumulation, "steps_per_generation": per_generation}
+    options |= {"interference_every": 1, "per_device_train_batch_size": 4, "normalization": "curvature"}
+    trainer = train(tiny_policy, tmp_path, by_length, **options)
     for record in read_interference(tmp_path):
         assert len(set(record.prompt_B.tolist())) == prompts and len(record.prompt_B) == 4 * accumulation
         assert all(record.prompt_text_P) and len(set(record.prompt_key_P.tolist())) == prompts
     assert any("normalization/curvature_bins" in log for log in trainer.state.log_history)
 
 
-def test_curvature_follows_what_is_measured(tiny_policy, tmp_path):
-    curved = build(tiny_policy, tmp_path, unit, normalization="curvature", **LOGGED)
-    curved.train()
-    assert curved._normalizer.states[0].ready
-
-
 def test_phase_and_constant_are_saved(tiny_policy, tmp_path):
-    trainer = build(tiny_policy, tmp_path, unit, **LOGGED, save_strategy="steps", save_steps=1)
-    trainer.train()
-    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    saved = state["stateful_callbacks"]["CurvatureGRPOTrainer"]["interference"]
-    assert saved == trainer._interference.state_dict() and saved["speedup"]["steps"] == 2
-    again = build(tiny_policy, tmp_path, unit, **{**LOGGED, "max_steps": 3})
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert again._interference.speedup.steps == 3
+    train(tiny_policy, tmp_path, by_length, **LOGGED, save_strategy="steps", save_steps=1)
+
+    def saved(step):
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        return state["stateful_callbacks"]["CurvatureGRPOTrainer"]["interference"]
+
+    assert saved(2)["speedup"]["steps"] == 2
+    options = {**LOGGED, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    train(tiny_policy, tmp_path, by_length, **options, resume=str(tmp_path / "checkpoint-2"))
+    assert saved(3)["speedup"]["steps"] == 3
 
 
 def test_two_processes_see_what_one_does(tiny_policy, tmp_path):
     options = {"interference_every": 1, "interference_dim": 16, "loss_type": "grpo"}
-    one = run(1, tiny_policy, tmp_path / "one", **options)[0]
-    run(2, tiny_policy, tmp_path / "two", **options)
+    one = run_processes(1, tiny_policy, tmp_path / "one", **options)[0]
+    run_processes(2, tiny_policy, tmp_path / "two", **options)
     ours, theirs = read_interference(tmp_path / "two"), read_interference(tmp_path / "one")
     assert len(ours) == len(theirs) == 3 and one["logs"]
     for record, whole in zip(ours, theirs, strict=True):
@@ -228,19 +195,15 @@ def test_bad_input_is_named_before_training(options, message, tiny_policy, tmp_p
 
 
 def test_layers_can_be_chosen(tiny_policy, tmp_path):
-    trainer = build(tiny_policy, tmp_path, unit, interference_layers=["*mlp*"], train_dataset=prompts(8), **LOGGED)
-    trainer.train()
+    train(tiny_policy, tmp_path, by_length, interference_layers=["*mlp*"], **LOGGED)
     assert 0 < read_interference(tmp_path)[0].metrics["interference/coverage"] < 0.9
 
 
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
 def test_features_of_the_prompts(peft_config, tiny_policy, tmp_path):
     """The mean hidden state of a prompt's tokens alone, without padding and completion, by hand."""
-    options = {**LOGGED, "max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 8,
-               "gradient_accumulation_steps": 2, "peft_config": peft_config,
-               "skip_zero_advantage": False}  # fmt: skip
-    trainer = build(tiny_policy, tmp_path, unit, **options)
-    trainer.train()
+    options = {**LOGGED, "max_steps": 1, "learning_rate": 0.0, "skip_zero_advantage": False}
+    trainer = train(tiny_policy, tmp_path, by_length, peft_config=peft_config, **options)
     record = read_interference(tmp_path)[0]
     model = trainer.accelerator.unwrap_model(trainer.model)
     features = []
@@ -255,25 +218,12 @@ def test_features_of_the_prompts(peft_config, tiny_policy, tmp_path):
     assert record.metrics["interference/feature_cos_abs_mean"] == pytest.approx(cosines.abs().mean().item(), abs=1e-4)
 
 
-def test_features_that_fail_switch_it_off(tiny_policy, tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(interference_recorder.logger, "warning", lambda text, *args, **kwargs: said.append(text))
-
-    def broken(*args):
-        raise MemoryError("no room")
-
-    monkeypatch.setattr("trl_ext.recorder.prompt_features.PromptFeatures._look", broken)
-    trainer = build(tiny_policy, tmp_path, unit, **LOGGED)
-    trainer.train()
-    assert trainer.state.global_step == 2 and len(said) == 1 and "MemoryError: no room" in said[0]
-
-
 def test_a_gradient_scaler_is_undone(tiny_policy, tmp_path):
     """fp16's loss scale is in every gradient that a tap sees, and in none that is logged."""
     records = []
     for scale in (None, 1024.0):
         options = {**LOGGED, "max_steps": 1, "learning_rate": 0.0}
-        trainer = build(tiny_policy, tmp_path / str(scale), unit, **options)
+        trainer = build(tiny_policy, tmp_path / str(scale), by_length, **options)
         if scale is not None:
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         trainer.train()
@@ -286,7 +236,7 @@ def test_a_gradient_scaler_is_undone(tiny_policy, tmp_path):
 
 def wrongly_followed(policy, folder, **options):
     """A trainer whose first MLP's ``down_proj`` multiplies what it is given by three: its tap can't know."""
-    trainer = build(policy, folder, unit, interference_every=1, max_steps=3, learning_rate=0.0, **options)
+    trainer = build(policy, folder, by_length, interference_every=1, max_steps=3, learning_rate=0.0, **options)
     layer = trainer.model.model.layers[0].mlp.down_proj
     forward = layer.forward
     layer.forward = lambda x: forward(3 * x)
@@ -312,9 +262,7 @@ def test_a_layer_that_is_followed_wrongly_is_named_and_left_out(rehearsed, tiny_
 
 def test_a_rehearsal_changes_nothing(tiny_policy, tmp_path):
     """No gradient, no mode, no random number, no step: and what it finds out is right of the built-in model."""
-    from trl_ext.recorder.layer_check import rehearse
-
-    trainer = build(tiny_policy, tmp_path, unit)
+    trainer = build(tiny_policy, tmp_path)
     model = trainer.model.train()
     model.lm_head.eval()
     before, said = torch.get_rng_state(), []
@@ -323,18 +271,13 @@ def test_a_rehearsal_changes_nothing(tiny_policy, tmp_path):
     assert torch.equal(torch.get_rng_state(), before) and not said
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.model.training and not model.lm_head.training
-    assert not sketch.untapped and not sketch._right  # the first step is checked whole
+    assert not sketch.untapped
 
 
 def test_an_adapter_on_the_head_is_found_out_by_the_first_step(tiny_policy, tmp_path, caplog):
     """The fused head takes its B without calling it, which a rehearsal of the model's own forward doesn't show."""
-    from peft import LoraConfig
-
-    config = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
-    trainer = build(
-        tiny_policy, tmp_path, unit, interference_every=1, interference_dim=0, max_steps=3, peft_config=config
-    )  # fmt: skip
-    trainer.train()
+    adapter = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    train(tiny_policy, tmp_path, by_length, **EXACT, max_steps=3, peft_config=adapter)
     records = read_interference(tmp_path)
     assert len(records) >= 2
     assert all(record.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-3) for record in records)
@@ -343,7 +286,6 @@ def test_an_adapter_on_the_head_is_found_out_by_the_first_step(tiny_policy, tmp_
 
 def test_evaluation_between_two_micro_batches_is_of_no_row(tiny_policy, tmp_path):
     """A callback that evaluates in the middle of a logged step: what is logged is what it was without."""
-    from transformers import TrainerCallback
 
     class Evaluates(TrainerCallback):
         def on_substep_end(self, args, state, control, **kwargs):
@@ -351,15 +293,11 @@ def test_evaluation_between_two_micro_batches_is_of_no_row(tiny_policy, tmp_path
             trainer.evaluate()
             torch.set_rng_state(random)
 
+    options = {**EXACT, "gradient_accumulation_steps": 2, "eval_dataset": prompts(8, "held_out")}
     found = []
     for evaluates in (False, True):
-        trainer = build(
-            tiny_policy, tmp_path / str(evaluates), unit, interference_every=1, interference_dim=0, max_steps=2,
-            gradient_accumulation_steps=2, per_device_eval_batch_size=8, num_generations_eval=1,
-        )  # fmt: skip
-        trainer.eval_dataset = prompts(8, "held_out")
-        if evaluates:
-            trainer.add_callback(Evaluates())
+        callbacks = [Evaluates()] if evaluates else []
+        trainer = build(tiny_policy, tmp_path / str(evaluates), by_length, callbacks=callbacks, **options)
         trainer.train()
         found.append(read_interference(tmp_path / str(evaluates)))
     for plain, evaluated in zip(*found, strict=True):

@@ -1,21 +1,16 @@
 """Interference and curvature of a step: worked by hand, from planted truth, invariances; the sketch's error; phases."""
 
-import itertools
-import json
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from kernel_inputs import step_of
 
 from grpo_kernels.interference.curvature import directional_curvature, fisher_trace
-from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.metrics import interference_metrics, orthogonality, signal
-from grpo_kernels.interference.sketch_error import predicted_rmse
 from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
-from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
 
 NAN = float("nan")
 
@@ -27,18 +22,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def step_of(vectors, prompts, rewards, coefficients=None, baseline_size=0) -> StepGradients:
-    """From the contributions u_i themselves."""
-    vectors = torch.as_tensor(vectors, dtype=torch.float64)
-    return StepGradients(
-        gram_BB=vectors @ vectors.T,
-        prompt_B=torch.as_tensor(prompts),
-        reward_B=torch.as_tensor(rewards, dtype=torch.float64),
-        coefficient_B=None if coefficients is None else torch.as_tensor(coefficients, dtype=torch.float64),
-        baseline_size=baseline_size,
-    )
 
 
 def rollouts(rewards_PG, scores_PGD, normalization="mean") -> StepGradients:
@@ -62,7 +45,7 @@ def gaussian(*shape, generator) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-# ---- by hand -------------------------------------------------------------------------------------------------------
+# ---- by hand
 
 
 def interference_of(gradients, **options) -> dict[str, float]:
@@ -75,19 +58,52 @@ def interference_of(gradients, **options) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("gradients", "expected"),
     [
-        (torch.diag(torch.tensor([1.0, 2.0, 2.0])), dict(cos_mean=0, cos_std=0, cos_abs_mean=0, conflict_frac=0,
-            near_orthogonal_frac=1, sum_ratio=1, effective_rank=81 / 33)),
-        (torch.ones(4, 3), dict(cos_mean=1, cos_std=0, cos_abs_mean=1, conflict_frac=0, near_orthogonal_frac=0,
-            sum_ratio=4, effective_rank=1, noise_scale=0)),
-        ([[3.0, 0], [-3, 0]], dict(cos_mean=-1, cos_abs_mean=1, conflict_frac=1, near_orthogonal_frac=0,
-            sum_ratio=0, effective_rank=1)),
+        (
+            torch.diag(torch.tensor([1.0, 2.0, 2.0])),
+            dict(
+                cos_mean=0,
+                cos_std=0,
+                cos_abs_mean=0,
+                conflict_frac=0,
+                near_orthogonal_frac=1,
+                sum_ratio=1,
+                effective_rank=81 / 33,
+            ),
+        ),
+        (
+            torch.ones(4, 3),
+            dict(
+                cos_mean=1,
+                cos_std=0,
+                cos_abs_mean=1,
+                conflict_frac=0,
+                near_orthogonal_frac=0,
+                sum_ratio=4,
+                effective_rank=1,
+                noise_scale=0,
+            ),
+        ),
+        (
+            [[3.0, 0], [-3, 0]],
+            dict(cos_mean=-1, cos_abs_mean=1, conflict_frac=1, near_orthogonal_frac=0, sum_ratio=0, effective_rank=1),
+        ),
         # cosines 0.6, 0, 0.8; K = [[1, .6, 0], [.6, 1, .8], [0, .8, 1]]
-        ([[1.0, 0], [0.6, 0.8], [0, 1]], dict(cos_mean=1.4 / 3, cos_abs_mean=1.4 / 3, conflict_frac=0,
-            cos_std=math.sqrt((1.0 - 1.4**2 / 3) / 2), near_orthogonal_frac=1 / 3, sum_ratio=5.8 / 3,
-            effective_rank=9 / 5, noise_scale=(1 - 1.4 / 3) / (1.4 / 3))),
+        (
+            [[1.0, 0], [0.6, 0.8], [0, 1]],
+            dict(
+                cos_mean=1.4 / 3,
+                cos_abs_mean=1.4 / 3,
+                conflict_frac=0,
+                cos_std=math.sqrt((1.0 - 1.4**2 / 3) / 2),
+                near_orthogonal_frac=1 / 3,
+                sum_ratio=5.8 / 3,
+                effective_rank=9 / 5,
+                noise_scale=(1 - 1.4 / 3) / (1.4 / 3),
+            ),
+        ),
     ],
     ids=["orthogonal", "identical", "opposite", "three"],
-)  # fmt: skip
+)
 def test_interference_by_hand(gradients, expected):
     metrics = interference_of(gradients)
     live = float(len(gradients))
@@ -184,7 +200,7 @@ def test_corrected_cosines_of_the_expected_gradient():
     assert metrics["interference/reliability"] == pytest.approx(0.0, abs=1e-6)
 
 
-# ---- what isn't there ------------------------------------------------------------------------------------------------
+# ---- what isn't there
 
 
 def test_all_equal_groups_have_nothing_to_interfere():
@@ -257,7 +273,7 @@ def test_unscorable_and_masked_completions():
     assert directional_curvature(skewed)[1].tolist() == pytest.approx([(0.36 / 3 - 2 / 3 * 0.09) / 2])
 
 
-# ---- planted truth ---------------------------------------------------------------------------------------------------
+# ---- planted truth
 
 
 @pytest.mark.parametrize("n", [4, 8])
@@ -310,14 +326,6 @@ def test_reliability_and_corrected_cosines_recover_planted_truth():
     assert metrics["interference/cos_mean"] < 0.3
 
 
-def test_pure_noise_has_no_reliability():
-    generator = torch.Generator().manual_seed(2)
-    rewards = bernoulli(60, 8, generator)
-    metrics = interference_metrics(rollouts(rewards, gaussian(60, 8, 3000, generator=generator)))
-    assert abs(metrics["interference/reliability"]) < 0.02
-    assert metrics["interference/near_orthogonal_frac"] == 1.0  # apparent orthogonality
-
-
 def test_directional_curvature_with_the_own_rollout_in_it_measures_itself():
     """Scores independent of rewards, pass rates below a half: no correlation. With i in v_i: about -0.9, of itself."""
     generator = torch.Generator().manual_seed(0)
@@ -365,14 +373,18 @@ def test_orthogonality():
     assert orthogonality(noisy, sketch_rmse=0.08) == pytest.approx(1.0, abs=0.01)
 
 
-# ---- invariances -------------------------------------------------------------------------------------------------
+# ---- invariances
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 5), st.sampled_from(["mean", "none"]),
-    st.floats(1e-6, 1e6), st.sampled_from([torch.float32, torch.float64]),
-)  # fmt: skip
+    st.integers(0, 10_000),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.sampled_from(["mean", "none"]),
+    st.floats(1e-6, 1e6),
+    st.sampled_from([torch.float32, torch.float64]),
+)
 def test_order_ids_and_units_do_not_matter(seed, prompts, n, normalization, scale, dtype):
     generator = torch.Generator().manual_seed(seed)
     rewards = bernoulli(prompts, n, generator, 0.1, 0.9)
@@ -408,149 +420,7 @@ def test_order_ids_and_units_do_not_matter(seed, prompts, n, normalization, scal
     assert orthogonality(part) is None or 0 <= orthogonality(part) <= 1
 
 
-# ---- the sketch's error ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dim", [16, 32])
-def test_predicted_rmse_is_the_observed_on_a_transformer(dim, tiny_policy):
-    """Against exact cosines of the same gradients, over 8 draws: within 25%."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    prompts, n = 6, 2
-    prompt_B = torch.arange(prompts).repeat_interleave(n)
-    ids = torch.randint(0, model.config.vocab_size, (prompts * n, 16), generator=generator)
-    advantages = torch.randn(prompts * n, generator=generator)
-
-    def sketched(width, seed):
-        taps = GradientSketch(model, dim=width)
-        with taps.step(seed=seed) as recorded, taps.rows(prompt_B):
-            logprobs = model(input_ids=ids).logits[:, 7:-1].log_softmax(-1).gather(2, ids[:, 8:, None])
-            (advantages * logprobs.sum((1, 2))).sum().backward()
-        model.zero_grad()
-        taps.close()
-        return recorded[0]
-
-    def cosines(step_sketch):
-        gram = step_sketch.gram().view(prompts, n, prompts, n).sum((1, 3))
-        return (gram / gram.diagonal().outer(gram.diagonal()).sqrt())[torch.triu_indices(prompts, prompts, 1).unbind()]
-
-    exact = cosines(sketched(0, 0))
-    draws = [sketched(dim, seed) for seed in range(8)]
-    observed = sum((cosines(draw) - exact).square().mean().item() for draw in draws)
-    predicted = sum(predicted_rmse(draw.sketch, draw.prompt_B) ** 2 for draw in draws)
-    assert (predicted / observed) ** 0.5 == pytest.approx(1.0, abs=0.25)
-
-
-@pytest.mark.parametrize("cosine", [0.0, 0.6, 0.95])
-@pytest.mark.parametrize("numbers", [6000, 100])
-@pytest.mark.parametrize("parts", [2, 4])
-def test_predicted_rmse_of_folded_numbers(parts, numbers, cosine):
-    """Numbers with random signs into 400 entries in all: the error is (1 - cos^2) / sqrt(400), however few meet."""
-    generator = torch.Generator().manual_seed(1)
-    pair = gaussian(2, numbers, generator=generator)
-    pair[1] = cosine * pair[0] + math.sqrt(1 - cosine**2) * pair[1]
-    exact = torch.nn.functional.cosine_similarity(*pair, dim=0)
-    observed, predicted = [], []
-    for _ in range(600):
-        signs = torch.randint(0, 2, (parts, 1, numbers), generator=generator) * 2 - 1
-        place = torch.randint(0, 400 // parts, (parts, numbers), generator=generator)
-        empty = torch.zeros(2, 400 // parts, dtype=torch.float64)
-        sketch = torch.stack([empty.index_add(1, p, pair * s) for p, s in zip(place, signs, strict=True)], dim=1)
-        observed.append((torch.nn.functional.cosine_similarity(*sketch.flatten(1), dim=0) - exact).square())
-        predicted.append(predicted_rmse(sketch, torch.tensor([4, 1])) ** 2)
-    ratio = (sum(predicted) / sum(observed).item()) ** 0.5
-    assert ratio == pytest.approx(1.0, abs=0.15)
-    assert (sum(predicted) / 600) ** 0.5 == pytest.approx((1 - exact.item() ** 2) / 20, rel=0.15)
-
-
-def test_predicted_rmse_sums_sequences_and_needs_a_pair():
-    generator = torch.Generator().manual_seed(0)
-    sketch = torch.randn(6, 4, 16, generator=generator)
-    halves, prompts = torch.cat([sketch * 0.25, sketch * 0.75]), torch.tensor([4, 9, 1, 0, 2, 3])
-    whole = predicted_rmse(sketch, prompts)
-    assert predicted_rmse(halves, torch.cat([prompts, prompts])) == pytest.approx(whole, rel=1e-5)
-    assert predicted_rmse(1e-12 * sketch, prompts) == pytest.approx(whole, rel=1e-5)
-    # 64 independent entries: the variance of a cosine is 1/64
-    assert whole == pytest.approx(1 / 8, rel=0.3)
-    assert predicted_rmse(sketch, torch.zeros(6, dtype=torch.int64)) == 0.0
-    assert predicted_rmse(sketch * (torch.arange(6) == 2)[:, None, None], prompts) == 0.0
-    same = sketch[:1].expand(6, 4, 16)  # a cosine of 1 is exact
-    assert predicted_rmse(same, prompts) == pytest.approx(0.0, abs=1e-7)
-
-
-# ---- across steps ----------------------------------------------------------------------------------------------------
-
-PAPER = [(0.977, 0.045), (0.803, 0.066), (0.524, 0.130)]  # arXiv 2601.23135, Table 3
-
-
-def seen(near_orthogonal, cos_std, reliability=0.5, live=8.0) -> dict[str, float]:
-    names = ("near_orthogonal_frac", "cos_std", "reliability", "live_prompts")
-    values = (near_orthogonal, cos_std, reliability, live)
-    return {f"interference/{name}": value for name, value in zip(names, values, strict=True) if value is not None}
-
-
-def test_the_papers_rows_are_phases_1_2_3():
-    assert [TrainingPhase().observe(seen(*row)) for row in PAPER] == [1, 2, 3]
-    run = TrainingPhase()
-    phases = [run.observe(seen(*row)) for row in [*PAPER, PAPER[0]] for _ in range(40)]
-    assert phases[39::40] == [1, 2, 3, 1]  # and back, through phase 2
-    assert max(abs(after - before) for before, after in itertools.pairwise(phases)) == 1  # through 2, and once each
-    assert sum(after != before for before, after in itertools.pairwise(phases)) == 4
-
-
-def test_phases_have_hysteresis_and_thresholds():
-    at_once = dict(decay=0.0)
-    phase = TrainingPhase(**at_once)
-    shares = [0.95, 0.895, 0.885, 0.905, 0.915]
-    assert [phase.observe(seen(share, 0.05)) for share in shares] == [1, 1, 2, 2, 1]
-    phase = TrainingPhase(**at_once)
-    assert [phase.observe(seen(0.5, std)) for std in (0.05, 0.105, 0.115, 0.095, 0.085)] == [2, 2, 3, 3, 2]
-    assert TrainingPhase(**at_once).observe(seen(0.95, 0.2)) == 1  # near-orthogonal comes first
-    assert TrainingPhase(**at_once).observe(seen(0.9, 0.1)) == 1
-    assert TrainingPhase(**at_once).observe(seen(0.899, 0.1)) == 3
-    assert TrainingPhase(**at_once).observe(seen(0.5, None)) == 2  # the spread is below the sketch's
-    assert TrainingPhase(near_orthogonal=0.98).observe(seen(*PAPER[0])) == 2
-    assert TrainingPhase(cos_std=0.05).observe(seen(*PAPER[1])) == 3
-
-
-def test_no_phase_below_a_reliability_or_a_number_of_prompts():
-    phase = TrainingPhase()
-    assert phase.observe(seen(*PAPER[1], reliability=0.05)) is None
-    assert phase.observe(seen(*PAPER[1], live=3.0)) is None
-    assert phase.observe(seen(*PAPER[1], reliability=None)) is None
-    assert phase.observe({}) is None
-    assert phase.averages["reliability"] == 0.05  # the others weren't averaged
-    assert [phase.observe(seen(*PAPER[1])) for _ in range(5)] == [None, 2, 2, 2, 2]
-    assert TrainingPhase(min_reliability=0.6).observe(seen(*PAPER[1])) is None
-    assert TrainingPhase(min_prompts=2).observe(seen(*PAPER[1], live=2.0)) == 2
-
-
-def test_states_are_restored_from_json():
-    metrics = [seen(0.5, 0.04 * i) | {"curvature/sigma_mean": 0.1 * i} for i in range(12)]
-    rewards = torch.tensor([0.0, 1.0, NAN])
-    phase, constant = TrainingPhase(), SpeedupConstant()
-    whole = [(phase.observe(m), constant.observe(m, rewards)) for m in metrics]
-    phase, constant = TrainingPhase(), SpeedupConstant()
-    half = [(phase.observe(m), constant.observe(m, rewards)) for m in metrics[:6]]
-    saved = json.dumps([phase.state_dict(), constant.state_dict()])
-    phase, constant = TrainingPhase(), SpeedupConstant()
-    for state, one in zip((phase, constant), json.loads(saved), strict=True):
-        state.load_state_dict(one)
-    assert half + [(phase.observe(m), constant.observe(m, rewards)) for m in metrics[6:]] == whole
-    assert len({phase for phase, _ in whole}) > 1
-
-
-def test_speedup_constant_by_hand():
-    constant = SpeedupConstant()
-    unit = torch.tensor([0.0, 1.0])
-    assert constant.observe({}, torch.tensor([NAN])) is None
-    assert constant.observe({"curvature/sigma_mean": 0.3}, unit) == pytest.approx(0.8)
-    assert constant.observe({"curvature/sigma_mean": 0.45}, unit) == pytest.approx(1.0)
-    assert constant.observe({"curvature/sigma_mean": 0.45}, torch.tensor([1.5, 0.0])) is None
-    assert constant.observe({"curvature/sigma_mean": 0.45}, unit) is None  # from then on
-
-
-# ---- bad input -------------------------------------------------------------------------------------------------------
+# ---- bad input
 
 
 @pytest.mark.parametrize(
@@ -589,20 +459,3 @@ def test_bad_options_are_named():
         interference_metrics(step, sketch_rmse=NAN)
     with pytest.raises(ValueError, match=r"features_PP \(2,\)"):
         interference_metrics(step, features_PP=torch.ones(2))
-    with pytest.raises(ValueError, match=r"sketch_BMK has shape \(2, 4\)"):
-        predicted_rmse(torch.ones(2, 4), torch.arange(2))
-    with pytest.raises(ValueError, match=r"sketch_BMK has shape \(2, 1, 4\)"):
-        predicted_rmse(torch.ones(2, 1, 4), torch.arange(2))
-    with pytest.raises(ValueError, match=r"prompt_B has shape \(3,\): expected \(2,\)"):
-        predicted_rmse(torch.ones(2, 4, 4), torch.arange(3))
-    with pytest.raises(ValueError, match="isn't finite"):
-        predicted_rmse(torch.full((2, 4, 4), NAN), torch.arange(2))
-    for name, value in (
-        ("near_orthogonal", 1.0),
-        ("hysteresis", -0.1),
-        ("decay", 1.0),
-        ("cos_std", 0.0),
-        ("min_prompts", 1),
-    ):
-        with pytest.raises(ValueError, match=f"{name}="):
-            TrainingPhase(**{name: value})

@@ -11,32 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import run_script, start
+from processes import QUIET, ROOT, environment, load_script, run_script, start
 
 from trl_ext.console import LEGEND
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "math.py"
 SMALL = ["--train_size", "64", "--eval_size", "8", "--per_device_train_batch_size", "16", "--num_generations", "4",
          "--per_device_eval_batch_size", "16", "--eval_steps", "100"]  # fmt: skip
 needs_shared_object = pytest.mark.skipif("math" in sys.builtin_module_names, reason="math is built into this Python")
-
-
-def load_script(script=SCRIPT):
-    """An example as a module; its own name is the standard library's."""
-    name = f"{script.stem}_example"
-    spec = importlib.util.spec_from_file_location(name, script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-QUIET = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}
-
-
-def environment(**extra):
-    return {**os.environ, **QUIET, **extra}
 
 
 def launch(*arguments, processes=1, cwd=ROOT, script="examples/math.py", timeout=1200, check=True, **extra):

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
-from test_trainer import build
-from test_trainer_equality import prompts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from harness import build, messages, prompts, train
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
@@ -82,9 +81,7 @@ def test_what_agrees_is_let_pass(tiny_policy, tmp_path):
 def test_liger_without_a_gpu_breaks_nothing(tiny_policy, tmp_path):
     with pytest.raises(ValueError, match="needs a GPU"):
         build(tiny_policy, tmp_path, use_liger_kernel=True)
-    trainer = build(tiny_policy, tmp_path)
-    trainer.train()
-    assert trainer.state.global_step == 2
+    assert train(tiny_policy, tmp_path).state.global_step == 2
 
 
 def test_prompts_longer_than_the_context(tiny_policy, tmp_path, caplog):
@@ -115,13 +112,7 @@ def test_tensor_parallelism_is_refused(by, tiny_policy, tmp_path, monkeypatch):
     else:
         monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
     with pytest.raises(ValueError, match=r"tensor parallelism \(tp_size=2\) isn't supported: .* Use FSDP2 or Deep"):
-        CurvatureGRPOTrainer(
-            model,
-            lambda completions, **kwargs: [0.0] * len(completions),
-            CurvatureGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
-            train_dataset=prompts(8),
-            processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
-        )
+        build(tiny_policy, tmp_path, model=model)
 
 
 def test_restarts_with_the_store_of_those_that_are_gone(monkeypatch):
@@ -141,10 +132,9 @@ def test_restarts_with_the_store_of_those_that_are_gone(monkeypatch):
 
 def test_rewards_that_are_all_missing_are_said_once(tiny_policy, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        build(tiny_policy, tmp_path, unscored, max_steps=3).train()
-    said = [record.getMessage() for record in caplog.records]
-    assert sum("No completion of a batch was scored: 'unscored' returned None or NaN" in text for text in said) == 1
-    assert sum("All reward functions returned None" in text for text in said) == 1, "TRL's own, with its dump"
+        train(tiny_policy, tmp_path, unscored, max_steps=3)
+    assert len(messages(caplog, "No completion of a batch was scored: 'unscored' returned None or NaN")) == 1
+    assert len(messages(caplog, "All reward functions returned None")) == 1, "TRL's own, with its dump"
 
 
 # ---- reward functions that fail

@@ -5,9 +5,8 @@ import pytest
 import torch
 from architectures import NAMES
 from architectures import build as build_architecture
+from harness import graded, train
 from peft import LoraConfig
-from test_trainer import build
-from test_what_if_runs import graded
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.model_parts import PARTS_OF_MODEL, part_metrics, part_of
@@ -21,12 +20,15 @@ from trl_ext import read_interference
         ("model.layers.3.mlp.up_proj", "linear", "mlp_middle"),
         ("base_model.model.model.layers.5.self_attn.o_proj.lora_A.default", "linear", "attention_late"),
         ("transformer.h.5.attn.c_attn", "transposed", "attention_late"),
-        ("model.layers.2.input_layernorm", "norm", "norms"), ("model.norm", "norm", "norms"),
-        ("model.embed_tokens", "embedding", "embedding_head"), ("lm_head", "head", "embedding_head"),
-        ("backbone.layers.1.mixer.in_proj", "linear", "mlp_early"), ("score", "linear", "mlp_late"),
+        ("model.layers.2.input_layernorm", "norm", "norms"),
+        ("model.norm", "norm", "norms"),
+        ("model.embed_tokens", "embedding", "embedding_head"),
+        ("lm_head", "head", "embedding_head"),
+        ("backbone.layers.1.mixer.in_proj", "linear", "mlp_early"),
+        ("score", "linear", "mlp_late"),
         ("gpt_neox.layers.2.attention.query_key_value", "linear", "attention_middle"),
     ],
-)  # fmt: skip
+)
 def test_which_part_a_layer_is_of(name, kind, part):
     assert part_of(name, kind, 6) == part and part in PARTS_OF_MODEL
 
@@ -61,16 +63,13 @@ def test_parts_sum_to_the_whole(name, dim):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_run(lora, tiny_policy, tmp_path):
-    options = {
-        "interference_every": 1, "per_device_train_batch_size": 16, "learning_rate": 0.0,
-        "peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None,
-    }  # fmt: skip
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None
+    options = {"interference_every": 1, "per_device_train_batch_size": 16, "learning_rate": 0.0}
+    options |= {"interference_parts": True, "peft_config": adapter}
     found = {}
     for dim in (0, 64):
-        folder = tmp_path / str(dim)
-        trainer = build(tiny_policy, folder, graded, interference_dim=dim, interference_parts=True, **options)
-        trainer.train()
-        found[dim] = read_interference(folder)
+        train(tiny_policy, tmp_path / str(dim), graded, interference_dim=dim, **options)
+        found[dim] = read_interference(tmp_path / str(dim))
         assert len(found[dim]) == 2
     for exact, sketched in zip(found[0], found[64], strict=True):
         np.testing.assert_allclose(sum(exact.gram_parts.values()), exact.gram_PP, rtol=1e-4, atol=1e-8)
@@ -85,8 +84,7 @@ def test_a_run(lora, tiny_policy, tmp_path):
 
 
 def test_without_parts_nothing_of_them_is_logged(tiny_policy, tmp_path):
-    trainer = build(tiny_policy, tmp_path, graded, interference_every=1)
-    trainer.train()
+    trainer = train(tiny_policy, tmp_path, graded, interference_every=1)
     assert not any(name.startswith("parts/") for entry in trainer.state.log_history for name in entry)
     assert all(record.gram_parts is None for record in read_interference(tmp_path))
 
@@ -101,7 +99,10 @@ def test_metrics_by_hand():
     other = torch.diag(torch.tensor([5.0, 0.0, 0.0], dtype=torch.float64))
     found = part_metrics({"norms": gram, "mlp_late": other}, {"norms": 0.1, "mlp_late": 0.2})
     assert found == {
-        "parts/norms/share": 0.5, "parts/norms/cos_mean": 0.5, "parts/norms/cos_abs_mean": 0.5,
-        "parts/norms/sketch_rmse": 0.1, "parts/mlp_late/share": 0.5,
-    }  # fmt: skip
+        "parts/norms/share": 0.5,
+        "parts/norms/cos_mean": 0.5,
+        "parts/norms/cos_abs_mean": 0.5,
+        "parts/norms/sketch_rmse": 0.1,
+        "parts/mlp_late/share": 0.5,
+    }
     assert part_metrics({"norms": 0 * gram}, {"norms": 0.1}) == {}

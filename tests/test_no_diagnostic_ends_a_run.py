@@ -4,11 +4,8 @@ import logging
 
 import pytest
 import torch
-from test_fused_trainer import digits
-from test_trainer_equality import prompts
-from transformers import AutoTokenizer
-
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from harness import messages
+from harness import train as train_tiny
 
 # every place at which the trainer, the loss, the head or a hook enters the code that measures interference
 PLACES = [
@@ -69,20 +66,9 @@ PLACES = [
 
 
 def train(policy, folder, **options):
-    config = CurvatureGRPOConfig(
-        output_dir=str(folder), num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=2,
-        max_completion_length=6, max_steps=2, learning_rate=0.05, optim="sgd", bf16=False, save_strategy="no",
-        gradient_checkpointing=False, report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1, seed=3,
-        share_prompts=False, **options,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    trainer = CurvatureGRPOTrainer(
-        model=str(policy), reward_funcs=digits, args=config, train_dataset=prompts(32),
-        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
-    )  # fmt: skip
-    trainer.train()
+    trainer = train_tiny(policy, folder, gradient_accumulation_steps=2, share_prompts=False, **options)
     assert trainer.state.global_step == 2
-    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    return list(trainer.model.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +89,6 @@ def test_training_goes_on(place, kind, without, tiny_policy, tmp_path, monkeypat
     with caplog.at_level(logging.INFO, logger="trl_ext"):
         found = train(tiny_policy, tmp_path, interference_every=1, what_if_dead=True)
     assert all(torch.equal(a, b) for a, b in zip(found, without, strict=True))
-    said = [record.message for record in caplog.records if "the diagnostic is broken" in record.message]
+    said = messages(caplog, "the diagnostic is broken")
     assert len(said) == len(set(said))
     assert said

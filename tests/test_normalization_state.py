@@ -2,14 +2,13 @@
 
 import json
 import math
+import shutil
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
-from test_trainer import build
-from test_two_processes import run, start_worker
-from transformers import TrainerCallback
+from harness import by_length, logged, messages, train
+from two_process_worker import run_processes, start_processes
 
 from trl_ext.advantages.normalization_state import make_state, restore_states
 
@@ -94,38 +93,31 @@ def test_states_go_through_json_bit_for_bit(method):
     assert restore_states([other], []) is False
 
 
+def saved_state(folder, step):
+    state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return state["stateful_callbacks"]["CurvatureGRPOTrainer"]["normalization"]
+
+
+SAVED = {"save_strategy": "steps", "save_steps": 1, **UNMEASURED}
+
+
 @pytest.mark.parametrize("method", ["running_std", "adaptive"])
 def test_resumed_training_takes_the_state_up(method, tiny_policy, tmp_path):
-    options = {"normalization": method, "save_strategy": "steps", "save_steps": 1, "max_steps": 2, **UNMEASURED}
-    trainer = build(tiny_policy, tmp_path, **options)
-    trainer.train()
-    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    expected = trainer._normalizer.states[0].state_dict()
-    assert saved["stateful_callbacks"]["CurvatureGRPOTrainer"]["normalization"] == [expected]
-    assert None not in expected.values()
-
-    taken_up = []
-
-    class Look(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            taken_up.append(again._normalizer.states[0].state_dict())
-            control.should_training_stop = True
-
-    again = build(tiny_policy, tmp_path, **options)
-    again.add_callback(Look())
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert taken_up == [expected]
+    options = {"normalization": method, "max_steps": 3, **SAVED}
+    trainer = train(tiny_policy, tmp_path, **options)
+    expected = saved_state(tmp_path, 3)
+    assert None not in expected[0].values() and expected != saved_state(tmp_path, 2)
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    train(tiny_policy, tmp_path, **options, resume=str(tmp_path / "checkpoint-2"))
+    assert saved_state(tmp_path, 3) == expected
     name = {"running_std": "normalization/running_std", "adaptive": "normalization/alpha"}[method]
-    assert all(name in log for log in trainer.state.log_history if "reward" in log)
+    assert all(name in log for log in logged(trainer))
 
 
-def test_another_normalisation_starts_anew(tiny_policy, tmp_path, caplog):
-    options = {"save_strategy": "steps", "save_steps": 1, **UNMEASURED}
-    build(tiny_policy, tmp_path, normalization="running_std", max_steps=1, **options).train()
-    trainer = build(tiny_policy, tmp_path, normalization="adaptive", **options)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert trainer.state.global_step == 2
-    assert set(trainer._normalizer.states[0].state_dict()) == {"sigma", "outside"}
+def test_another_normalisation_starts_anew(tiny_policy, tmp_path):
+    train(tiny_policy, tmp_path, normalization="running_std", max_steps=1, **SAVED)
+    train(tiny_policy, tmp_path, normalization="adaptive", **SAVED, resume=str(tmp_path / "checkpoint-1"))
+    assert set(saved_state(tmp_path, 2)[0]) == {"sigma", "outside"}
 
 
 @pytest.mark.parametrize(
@@ -135,22 +127,18 @@ def test_another_normalisation_starts_anew(tiny_policy, tmp_path, caplog):
         ("adaptive", 2.0, "is 'std' in this run: a reward was outside [0, 1]"),
     ],
 )
-def test_where_it_is_std_it_says_so_once(method, most, said_so, tiny_policy, tmp_path, monkeypatch):
-    said = []
-    logger = SimpleNamespace(warning=said.append, info=lambda text: None)
-    monkeypatch.setattr("trl_ext.trainer.get_logger", lambda name: logger)
+def test_where_it_is_std_it_says_so_once(method, most, said_so, tiny_policy, tmp_path, caplog):
+    def scaled(completion_ids, **kwargs):
+        return [most * value for value in by_length(completion_ids)]
 
-    def unit(completion_ids, **kwargs):
-        return [most * (len(ids) % 5) / 4 for ids in completion_ids]
+    assert_same_parameters(tiny_policy, tmp_path, scaled, method, "std")
+    assert len(messages(caplog, f"normalization='{method}' {said_so}")) == 1
 
-    trained = {}
-    for normalization in (method, "std"):
-        trainer = build(tiny_policy, tmp_path, unit, normalization=normalization, **UNMEASURED)
-        trainer.train()
-        trained[normalization] = [p.detach() for p in trainer.model.parameters()]
-    for a, b in zip(trained[method], trained["std"], strict=True):
+
+def assert_same_parameters(policy, folder, reward, method, other):
+    ends = [train(policy, folder, reward, normalization=one, **UNMEASURED).model for one in (method, other)]
+    for a, b in zip(*(model.parameters() for model in ends), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    assert len([text for text in said if f"normalization='{method}' {said_so}" in text]) == 1
 
 
 def test_adaptive_is_mean_where_rewards_vary_much(tiny_policy, tmp_path):
@@ -159,27 +147,21 @@ def test_adaptive_is_mean_where_rewards_vary_much(tiny_policy, tmp_path):
     def halves(completions, **kwargs):
         return [float(i % 2) for i in range(len(completions))]
 
-    trained = {}
-    for normalization in ("adaptive", "mean"):
-        trainer = build(tiny_policy, tmp_path, halves, normalization=normalization, **UNMEASURED)
-        trainer.train()
-        trained[normalization] = [p.detach() for p in trainer.model.parameters()]
-    for a, b in zip(trained["adaptive"], trained["mean"], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert_same_parameters(tiny_policy, tmp_path, halves, "adaptive", "mean")
 
 
 def test_killed_and_resumed_on_two_processes(tiny_policy, tmp_path):
     """Killed at the end of step 3; what checkpoint-2 held is taken up bit for bit, and goes on as without the kill."""
-    options = {"normalization": "curvature", "save_strategy": "steps", "save_steps": 1, "max_steps": 4, **UNMEASURED}
-    whole = run(1, tiny_policy, tmp_path / "whole", signals=True, **options)[0]
+    options = {"normalization": "curvature", "max_steps": 4, **SAVED}
+    whole = run_processes(1, tiny_policy, tmp_path / "whole", signals=True, **options)[0]
     folder = tmp_path / "killed"
-    killed = start_worker(2, tiny_policy, folder, signals=True, kill_at=3, **options)
+    killed = start_processes(2, tiny_policy, folder, signals=True, kill_at=3, **options)
     assert killed.finish() == [-signal.SIGKILL] * 2 and not (folder / "result.0.pt").exists()
     checkpoint = folder / "checkpoint-2"
     assert (checkpoint / "trainer_state.json").exists() and not (folder / "checkpoint-3").exists()
     saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["CurvatureGRPOTrainer"]
 
-    resumed = run(2, tiny_policy, folder, signals=True, resume=str(checkpoint), **options)
+    resumed = run_processes(2, tiny_policy, folder, signals=True, resume=str(checkpoint), **options)
     for one in resumed:
         assert one["states"][0] == saved["normalization"]  # when training began
         assert one["states"] == resumed[0]["states"]  # on both processes, at every step

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from far_tensors import CurrentDevice, Far, InterpretedKernel, far_away, near
-from test_head import INTERPRETED
-from test_normalize import context_of, options
+from kernel_inputs import INTERPRETED, context_of, method_options
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from grpo_kernels import METHODS, linear_grpo_loss, linear_logprob, normalize_with_statistics, use_backend
@@ -77,14 +76,23 @@ def inputs(dtype=torch.float32):
         return torch.randn(*shape, generator=generator)
 
     return {
-        "hidden": normal(N, H).to(dtype), "weight": (normal(V, H) * 0.3).to(dtype), "bias": normal(V),
-        "low_inputs": normal(N, R).to(dtype), "low_weight": normal(V, R).to(dtype),
-        "targets": torch.randint(V, (N,), generator=generator), "sequence": torch.arange(N) // (N // B),
-        "weights": torch.rand(B, generator=generator), "advantages": normal(B).round(),
-        "rewards": torch.randint(2, (B, G), generator=generator).float(), "position": torch.arange(B) % G,
-        "old": normal(N) * 0.3 - 3, "ref": normal(N) * 0.1 - 3, "scale": torch.rand(N, generator=generator) + 0.5,
-        "projection": normal(V, 4), "upstream": normal(N).round(),
-    }  # fmt: skip
+        "hidden": normal(N, H).to(dtype),
+        "weight": (normal(V, H) * 0.3).to(dtype),
+        "bias": normal(V),
+        "low_inputs": normal(N, R).to(dtype),
+        "low_weight": normal(V, R).to(dtype),
+        "targets": torch.randint(V, (N,), generator=generator),
+        "sequence": torch.arange(N) // (N // B),
+        "weights": torch.rand(B, generator=generator),
+        "advantages": normal(B).round(),
+        "rewards": torch.randint(2, (B, G), generator=generator).float(),
+        "position": torch.arange(B) % G,
+        "old": normal(N) * 0.3 - 3,
+        "ref": normal(N) * 0.1 - 3,
+        "scale": torch.rand(N, generator=generator) + 0.5,
+        "projection": normal(V, 4),
+        "upstream": normal(N).round(),
+    }
 
 
 LOSSES = {
@@ -106,12 +114,22 @@ def public_loss(given, signal, loss_type, *, old=False, scaled=False, beta=0.0, 
     }
     named = {"advantages": None, signal: signals[signal]}
     return linear_grpo_loss(
-        given["hidden"], given["weight"], given["targets"], given["sequence"], named.pop("advantages"),
-        given["weights"], **named, loss_type=loss_type, bias=given["bias"].to(given["hidden"].dtype),
-        low_rank=(given["low_inputs"], given["low_weight"]), old_logprobs_N=given["old"] if old else None,
-        ref_logprobs_N=given["ref"] if beta else None, policy_scale_N=given["scale"] if scaled else None, beta=beta,
+        given["hidden"],
+        given["weight"],
+        given["targets"],
+        given["sequence"],
+        named.pop("advantages"),
+        given["weights"],
+        **named,
+        loss_type=loss_type,
+        bias=given["bias"].to(given["hidden"].dtype),
+        low_rank=(given["low_inputs"], given["low_weight"]),
+        old_logprobs_N=given["old"] if old else None,
+        ref_logprobs_N=given["ref"] if beta else None,
+        policy_scale_N=given["scale"] if scaled else None,
+        beta=beta,
         **extra,
-    )  # fmt: skip
+    )
 
 
 def tolerance(dtype):
@@ -174,23 +192,39 @@ def loss_passes(given, need, signal, loss_type, *, old=False, scaled=False, entr
         rewards = make_group_rewards((given["rewards"], given["position"]), None, B, given["rewards"].device)
     advantages = given["upstream"] if signal == "advantages_N" else given["advantages"][given["sequence"]]
     tokens = TokenInputs(
-        given["targets"], given["sequence"], given["weights"][given["sequence"]],
-        None if rewards else advantages, rewards, given["old"] if old else None,
-        given["ref"] if options.get("beta") else None, given["scale"] if scaled else None,
-    )  # fmt: skip
+        given["targets"],
+        given["sequence"],
+        given["weights"][given["sequence"]],
+        None if rewards else advantages,
+        rewards,
+        given["old"] if old else None,
+        given["ref"] if options.get("beta") else None,
+        given["scale"] if scaled else None,
+    )
     defaults = {
-        "epsilon": 0.2, "epsilon_high": None, "delta": None, "sapo_temperatures": (1.0, 1.05), "beta": 0.0,
+        "epsilon": 0.2,
+        "epsilon_high": None,
+        "delta": None,
+        "sapo_temperatures": (1.0, 1.05),
+        "beta": 0.0,
         "kl_times_ratio": True,
-    }  # fmt: skip
+    }
     checked = check_loss_options(loss_type=loss_type, **{**defaults, **options})
     sketched = []
     sketch = HeadSketch(given["projection"], sketched.append) if need[1] else None
     ctx = Context(needs_input_grad=[False] * 7 + need)
     head = (given[name] for name in ("hidden", "weight", "bias", "low_inputs", "low_weight"))
     out = LinearGRPOLossFunction.forward(
-        ctx, compute_dtype(given["hidden"]), tokens, Transform(1.0, 1.0, softcap), checked, entropy_coef / N, True,
-        sketch, *head,
-    )  # fmt: skip
+        ctx,
+        compute_dtype(given["hidden"]),
+        tokens,
+        Transform(1.0, 1.0, softcap),
+        checked,
+        entropy_coef / N,
+        True,
+        sketch,
+        *head,
+    )
     return out, LinearGRPOLossFunction.backward(ctx, torch.full_like(out[0], 2.0)), sketched
 
 
@@ -244,10 +278,10 @@ def test_normalisation(method, device, launched):
         for name, value in context_of(method, rewards_PG.tolist()).items()
     }
     with use_backend("torch"):
-        expected = normalize_with_statistics(rewards_PG, method, context=context, **options(method))
+        expected = normalize_with_statistics(rewards_PG, method, context=context, **method_options(method))
     rewards, context = away(rewards_PG, device), away(context, device)
     with far_away(device):
-        found = normalize_with_statistics(rewards, method, context=context, **options(method))
+        found = normalize_with_statistics(rewards, method, context=context, **method_options(method))
     assert_there(found._asdict(), expected._asdict(), device)
     assert set(launched) == {"_normalize_kernel"}
 
@@ -317,10 +351,11 @@ def test_figures_of_a_step(device):
     sketch_BMK = torch.randn(8, 2, 50, generator=generator)
     flat = sketch_BMK.flatten(1).double()
     tensors = {
-        "gram_BB": flat @ flat.T, "prompt_B": torch.arange(8) // 4,
+        "gram_BB": flat @ flat.T,
+        "prompt_B": torch.arange(8) // 4,
         "coefficient_B": torch.randn(8, generator=generator),
         "reward_B": torch.randint(2, (8,), generator=generator).float(),
-    }  # fmt: skip
+    }
 
     def figures(sketch_BMK, tensors):
         step = StepGradients(**tensors, baseline_size=4)

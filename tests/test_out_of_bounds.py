@@ -8,9 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from guarded_memory import OutOfBounds, guard
-from test_head import INTERPRETED
-from test_normalize import context_of, options
-from test_odd_tensors import CALLS, LAYOUTS, inputs
+from kernel_inputs import CALLS, INTERPRETED, LAYOUTS, context_of, head_inputs, method_options
 
 from grpo_kernels import METHODS, normalize_with_statistics, use_backend
 from grpo_kernels.head.rows import plain, triton_rows
@@ -53,10 +51,15 @@ def tokens(count, group, targets, *, method=None, off_policy=False, advantages=F
     numbers = [torch.randn(n, generator=generator) * 0.1 for _ in range(4)]
     grouped = GroupRewards(rewards, sequence % group, method or "std", 1e-4, 0.5)
     return TokenInputs(
-        every, sequence, numbers[0].abs() + 0.1, numbers[1] if advantages else None, None if advantages else grouped,
-        numbers[2] - 3 if off_policy else None, numbers[3] - 3 if off_policy else None,
+        every,
+        sequence,
+        numbers[0].abs() + 0.1,
+        numbers[1] if advantages else None,
+        None if advantages else grouped,
+        numbers[2] - 3 if off_policy else None,
+        numbers[3] - 3 if off_policy else None,
         numbers[0].abs() + 0.5 if off_policy else None,
-    )  # fmt: skip
+    )
 
 
 def compare_rows(
@@ -65,9 +68,11 @@ def compare_rows(
     logits_CV, _ = logits(count, width)
     rows = slice(1, count + 1) if rows is None else rows
     named = {
-        "bias": torch.linspace(-1, 1, width) if bias else None, "options": options, "entropy_grad": entropy_grad,
+        "bias": torch.linspace(-1, 1, width) if bias else None,
+        "options": options,
+        "entropy_grad": entropy_grad,
         "gradient": True,
-    }  # fmt: skip
+    }
     transform = Transform(0.9, 1.1, softcap)
     expected = plain.grpo_rows_(logits_CV.clone(), rows, tokens, transform, **named)
     found = triton_rows.grpo_rows_(tile_of(logits_CV, spare), rows, tokens, transform, **named, dtype=dtype)
@@ -146,7 +151,7 @@ def test_normalisation(method, guarded):
         made = []
         for backend in ("torch", "triton"):
             with use_backend(backend):
-                made.append(normalize_with_statistics(rewards_PG, method, context=context, **options(method)))
+                made.append(normalize_with_statistics(rewards_PG, method, context=context, **method_options(method)))
         torch.testing.assert_close(made[1], made[0], rtol=1e-4, atol=1e-4, equal_nan=True)
     assert set(guarded[1]) == {"_normalize_kernel"}
 
@@ -154,7 +159,7 @@ def test_normalisation(method, guarded):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize(("call", "signal", "names"), CALLS, ids=["rewards", "advantages", "advantages_N", "logprob"])
 def test_public_functions_on_odd_layouts(call, signal, names, layout, guarded):
-    given = inputs()
+    given = head_inputs()
     odd = {name: layout(tensor) if name in names else tensor for name, tensor in given.items()}
     odd["weights_B"] = odd["weights_B"][:1].expand(len(given["weights_B"]))
     given["weights_B"] = odd["weights_B"].clone()

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_docs import blocks
+from pages import blocks
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("trl_ext", "grpo_kernels", "pyproject.toml", "README.md", "LICENSE")

@@ -5,41 +5,32 @@ import logging
 
 import pytest
 import torch
-from test_fused_trainer import digits
-from test_trainer_equality import prompts
+from harness import build, logged, messages
+from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-
-COMMON = {
-    "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6, "max_steps": 3,
-    "learning_rate": 0.01, "save_strategy": "no", "gradient_checkpointing": False, "report_to": "none",
-    "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "interference_every": 1,
-}  # fmt: skip
 
 
 @pytest.fixture
 def coverage(tiny_policy, tmp_path, caplog):
     """A function that trains, and gives the coverage of each step and the warnings on layers."""
 
-    def train(*, model_dtype=torch.float32, around=None, change=None, **options):
-        model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=model_dtype)
+    def train(*, around=None, change=None, **options):
+        load = {"dtype": torch.float32, **options.pop("load", {})}
+        model = AutoModelForCausalLM.from_pretrained(tiny_policy, **load)
         if change is not None:
             change(model)
-        trainer = CurvatureGRPOTrainer(
-            model=model, reward_funcs=digits, train_dataset=prompts(32),
-            args=CurvatureGRPOConfig(output_dir=str(tmp_path), **{**COMMON, "bf16": False, **options}),
-            processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
-        )  # fmt: skip
+        options = {"max_steps": 3, "learning_rate": 0.01, "interference_every": 1, "optim": "adamw_torch", **options}
+        trainer = build(tiny_policy, tmp_path, model=model, **options)
         if around is not None:
             inner = trainer.compute_loss_context_manager
             trainer.compute_loss_context_manager = lambda: around(inner())
         with caplog.at_level(logging.WARNING, logger="trl_ext"):
             trainer.train()
-        found = [log["interference/coverage"] for log in trainer.state.log_history if "interference/coverage" in log]
-        return found, [record.message for record in caplog.records if "leaves out" in record.message]
+        found = [log["interference/coverage"] for log in logged(trainer, "interference/coverage")]
+        return found, messages(caplog, "leaves out")
 
     return train
 
@@ -74,8 +65,8 @@ CASES = {
     "autocast by accelerate": {"bf16": True},
     "autocast by the user": {"around": users_own(torch.bfloat16)},
     "float16 autocast by the user": {"around": users_own(torch.float16)},
-    "bfloat16 weights": {"model_dtype": torch.bfloat16},
-    "bfloat16 weights, a float32 head": {"model_dtype": torch.bfloat16, "cast_lm_head_to_fp32": True},
+    "bfloat16 weights": {"load": {"dtype": torch.bfloat16}},
+    "bfloat16 weights, a float32 head": {"load": {"dtype": torch.bfloat16}, "cast_lm_head_to_fp32": True},
     "autocast, exact": {"bf16": True, "interference_dim": 0},
     "autocast, TRL's head": {"bf16": True, "share_prompts": False, "skip_zero_advantage": False},
 }
@@ -93,8 +84,11 @@ def test_nothing_is_left_out_where_float32_is_rounded(options, coverage, rounded
     assert len(found) == 3 and min(found) > 0.99 and said == []
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"around": users_own(torch.bfloat16)}],
-                         ids=["float32", "autocast by accelerate", "autocast by the user"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bf16": True}, {"around": users_own(torch.bfloat16)}],
+    ids=["float32", "autocast by accelerate", "autocast by the user"],
+)
 def test_a_wrong_layer_is_found_all_the_same(options, coverage):
     """A weight that is also used without its layer has a gradient that the taps see a part of."""
 
@@ -143,23 +137,14 @@ def test_a_gradient_scaler_changes_nothing():
     assert not sketch.leave_out_wrong([parameter.grad for parameter in sketch.trainable_parameters])
 
 
-def test_adapters_over_a_quantized_base(tiny_policy, tmp_path, caplog):
+def test_adapters_over_a_quantized_base(coverage):
     """bitsandbytes multiplies in bfloat16 below float32 adapters."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    from peft import LoraConfig
-    from transformers import BitsAndBytesConfig
+
+    def has_quantized_layers(model):
+        assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
 
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(tiny_policy, quantization_config=quantized, dtype=torch.float32)
-    assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
-    trainer = CurvatureGRPOTrainer(
-        model=model, reward_funcs=digits, train_dataset=prompts(32),
-        args=CurvatureGRPOConfig(output_dir=str(tmp_path), **COMMON, bf16=False),
-        processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
-    )  # fmt: skip
-    with caplog.at_level(logging.WARNING, logger="trl_ext"):
-        trainer.train()
-    found = [log["interference/coverage"] for log in trainer.state.log_history if "interference/coverage" in log]
-    assert len(found) == 3 and min(found) > 0.99
-    assert not [record for record in caplog.records if "leaves out" in record.message]
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    found, said = coverage(load={"quantization_config": quantized}, change=has_quantized_layers, peft_config=adapter)
+    assert len(found) == 3 and min(found) > 0.99 and said == []

@@ -10,7 +10,7 @@ pytest.importorskip("reasoning_gym", reason="the extra 'reasoning' isn't install
 
 from hypothesis import given
 from hypothesis import strategies as st
-from test_math_example import environment
+from processes import environment
 
 from examples.tasks import reasoning
 from examples.tasks.questions import build_dataset, read_questions
@@ -171,17 +171,40 @@ def script(tmp_path, *arguments):
     import subprocess
 
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, env=environment(), cwd=tmp_path,
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=tmp_path,
         timeout=600,
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout + done.stderr
 
 
 SHORT = (
-    "--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "16", "--max_completion_length", "4",
-    "--logging_steps", "1", "--interference_every", "1", "--num_generations_eval", "1", "--eval_strategy", "steps",
-    "--eval_steps", "2", "--eval_size", "8", "--bf16", "false",
-)  # fmt: skip
+    "--max_steps",
+    "2",
+    "--num_generations",
+    "4",
+    "--per_device_train_batch_size",
+    "16",
+    "--max_completion_length",
+    "4",
+    "--logging_steps",
+    "1",
+    "--interference_every",
+    "1",
+    "--num_generations_eval",
+    "1",
+    "--eval_strategy",
+    "steps",
+    "--eval_steps",
+    "2",
+    "--eval_size",
+    "8",
+    "--bf16",
+    "false",
+)
 
 
 def test_a_mixture_by_the_script(tiny_policy, tmp_path):
@@ -224,8 +247,10 @@ def test_wrong_rewards_are_named_before_anything_is_loaded(tmp_path):
     code, said = script(tmp_path, "--reward", "broken:f")
     assert code == 1 and "error: --reward broken:f: RuntimeError: no luck" in said and "Traceback" not in said
     for place, message in (
-        ("nowhere:f", "No module named 'nowhere'"), ("json:loadz", "no attribute 'loadz'"),
-        ("json", "must be module:name"), ("json:decoder", "is not a function"),
-    ):  # fmt: skip
+        ("nowhere:f", "No module named 'nowhere'"),
+        ("json:loadz", "no attribute 'loadz'"),
+        ("json", "must be module:name"),
+        ("json:decoder", "is not a function"),
+    ):
         with pytest.raises(ValueError, match=f"--reward .*{message}"):
             load_function(place, "--reward")

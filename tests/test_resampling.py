@@ -1,32 +1,20 @@
 """``resample_zero_variance``: other prompts in place of those whose answers all got the same reward."""
 
 import pytest
-import test_skipping
 import torch
 from datasets import Dataset
+from harness import build, dead_share, live_or_not, logged, prompts, reward_with_dead, train
 from hypothesis import given
 from hypothesis import strategies as st
-from test_skipping import build, dead_share, reward_with_dead
-from test_trainer_equality import digits, prompts
-from test_two_processes import assert_same_run
-from test_two_processes import run as run_processes
-from transformers import AutoTokenizer
+from two_process_worker import assert_same_run, run_processes
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
+from trl_ext import read_interference
+from trl_ext.plan.rows import join
 from trl_ext.advantages import resampling
 from trl_ext.advantages.resampling import Resampling, pad_rows, split_rows
-from trl_ext.plan.rows import join
 
-ON = {"resample_zero_variance": True}
-
-
-def live_or_not(share):
-    """Eighths that differ within every group of the other prompts, whatever was said."""
-
-    def reward(prompts, **kwargs):
-        return [0.25 if dead_share(p, share) else (row % 4) / 4 for row, p in enumerate(prompts)]
-
-    return reward
+FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+ON = {**FOUR, "resample_zero_variance": True}
 
 
 def batch_of(trainer):
@@ -34,8 +22,7 @@ def batch_of(trainer):
 
 
 def test_dead_prompts_make_room(tiny_policy, tmp_path):
-    trainer = build(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1, **ON)
-    trainer.train()
+    trainer = train(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1, **ON)
     log = trainer.recorder.logs[0]
     assert log["resampling/rounds"] > 1 and log["resampling/prompts_drawn"] == 4 * log["resampling/rounds"]
     assert log["resampling/live_prompts"] == 4 and log["normalization/zero_variance_frac"] == 0
@@ -44,7 +31,7 @@ def test_dead_prompts_make_room(tiny_policy, tmp_path):
     assert sorted(batch["prompt_id"].tolist()) == sorted([p for p in range(4) for _ in range(4)])
     groups = [set(batch["prompt_key"][batch["prompt_id"] == p].tolist()) for p in range(4)]
     assert all(len(keys) == 1 for keys in groups) and len(set.union(*groups)) == 4
-    texts = [prompt for prompt in trainer._logs["prompt"]]
+    texts = list(trainer._logs["prompt"])
     assert len(texts) == 16 and not any(dead_share(prompt, 0.6) for prompt in texts)
     tokenizer = trainer.processing_class
     said = {completion[0]["content"] for completion in trainer._logs["completion"]}
@@ -61,11 +48,9 @@ def test_dead_prompts_make_room(tiny_policy, tmp_path):
 
 def test_the_first_live_ones_are_kept_in_order(tiny_policy, tmp_path):
     """The live prompts of the first generation stay; the numbers of tokens are those of all that was drawn."""
-    plain = build(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1)
-    plain.train()
+    plain = train(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1, **FOUR)
     drawn = [prompt[0]["content"] for prompt in plain._logs["prompt"]]
-    trainer = build(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1, **ON)
-    trainer.train()
+    trainer = train(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1, **ON)
     kept = [prompt[0]["content"] for prompt in trainer._logs["prompt"]]
     live = [text for text in drawn if not dead_share([{"content": text}], 0.6)]
     assert 0 < len(live) < 16 and kept[: len(live)] == live
@@ -73,35 +58,29 @@ def test_the_first_live_ones_are_kept_in_order(tiny_policy, tmp_path):
 
 
 def test_wanted_and_cap(tiny_policy, tmp_path):
-    everything_dead = build(tiny_policy, tmp_path, live_or_not(1.0), max_steps=2, resample_max_rounds=2, **ON)
-    everything_dead.train()
+    everything_dead = train(tiny_policy, tmp_path, live_or_not(1.0), resample_max_rounds=2, **ON)
     for log in everything_dead.recorder.logs[:2]:
         assert log["resampling/rounds"] == 3 and log["resampling/live_prompts"] == 0 and log["grad_norm"] == 0
-    enough = build(tiny_policy, tmp_path, live_or_not(0.6), max_steps=4, resample_live_prompts=1, **ON)
-    enough.train()
-    logs = [log for log in enough.recorder.logs if "resampling/rounds" in log]
+    enough = train(tiny_policy, tmp_path, live_or_not(0.6), max_steps=4, resample_live_prompts=1, **ON)
+    logs = logged(enough, "resampling/rounds")
     assert all(log["resampling/live_prompts"] >= 1 for log in logs)
     assert sum(log["resampling/rounds"] for log in logs) < 2 * len(logs)
-    off = build(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1)
-    off.train()
+    off = train(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1, **FOUR)
     assert not any("resampling" in key for key in off.recorder.logs[0])
 
 
 def test_rows_are_gathered_only_where_something_is_resampled(tiny_policy, tmp_path, monkeypatch):
     gathered = []
     monkeypatch.setattr(resampling, "gather_object", lambda parts: gathered.append(len(parts[0])) or parts)
-    trainer = build(tiny_policy, tmp_path / "live", live_or_not(0.0), max_steps=2, **ON)
-    trainer.train()
+    trainer = train(tiny_policy, tmp_path / "live", live_or_not(0.0), **ON)
     assert gathered == [] and trainer.recorder.logs[0]["resampling/rounds"] == 1
-    trainer = build(tiny_policy, tmp_path / "dead", live_or_not(0.6), max_steps=1, **ON)
-    trainer.train()
+    trainer = train(tiny_policy, tmp_path / "dead", live_or_not(0.6), max_steps=1, **ON)
     assert trainer.recorder.logs[0]["resampling/rounds"] > 1
     assert gathered == [16]  # the batch that is kept, whatever was drawn
 
 
 def test_a_dataset_without_other_prompts(tiny_policy, tmp_path, caplog):
-    config = {"max_steps": 1, **ON}
-    trainer = build(tiny_policy, tmp_path, live_or_not(1.0), **config)
+    trainer = build(tiny_policy, tmp_path, live_or_not(1.0), max_steps=1, **ON)
     trainer.train_dataset = trainer.train_dataset.select(range(6))
     trainer.train()
     assert trainer.recorder.logs[0]["resampling/rounds"] == 1
@@ -113,10 +92,8 @@ def test_the_gradient_is_that_of_the_batch(options, tiny_policy, tmp_path):
     """Skipping or not, the same parameters: token weights and log-probs are the merged batch's."""
     ends = []
     for skip in (True, False):
-        trainer = build(
-            tiny_policy, tmp_path, reward_with_dead(0.6), max_steps=4, skip_zero_advantage=skip, loss_type="dapo",
-            lr_scheduler_type="constant", learning_rate=0.1, **ON, **options,
-        )  # fmt: skip
+        options = {**ON, **options, "max_steps": 4, "learning_rate": 0.1, "skip_zero_advantage": skip}
+        trainer = build(tiny_policy, tmp_path, reward_with_dead(0.6), **options)
         before = [p.detach().clone() for p in trainer.model.parameters()]
         trainer.train()
         ends.append(trainer)
@@ -125,29 +102,24 @@ def test_the_gradient_is_that_of_the_batch(options, tiny_policy, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         moved += (a - start).abs().max().item()
     assert moved > 1e-3
-    logs = [[log for log in end.recorder.logs if "resampling/rounds" in log] for end in ends]
-    assert any(log["resampling/rounds"] > 1 for log in logs[0])
+    assert any(log["resampling/rounds"] > 1 for log in logged(ends[0], "resampling/rounds"))
+
+
+SAVED = {"save_strategy": "steps", "save_steps": 2, **ON}
 
 
 def test_resumed_runs_draw_the_same(tiny_policy, tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.1, **ON}
-    whole = build(tiny_policy, tmp_path, live_or_not(0.6), **options)
-    whole.train()
-    resumed = build(tiny_policy, tmp_path, live_or_not(0.6), **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    options = {**SAVED, "max_steps": 4, "learning_rate": 0.1}
+    whole = train(tiny_policy, tmp_path, live_or_not(0.6), **options)
+    resumed = train(tiny_policy, tmp_path, live_or_not(0.6), resume=str(tmp_path / "checkpoint-2"), **options)
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert list(whole._logs["prompt"]) == list(resumed._logs["prompt"])
     assert any(log.get("resampling/rounds", 0) > 1 for log in whole.recorder.logs[2:])
 
 
-def six_prompts(policy, folder, monkeypatch, share=0.6, **options):
-    """An epoch of six micro-batches, four an optimizer step: TRL's count of them isn't a step's after it."""
-    monkeypatch.setattr(test_skipping, "prompts", lambda count: prompts(count).select(range(6)))
-    return build(
-        policy, folder, live_or_not(share), gradient_accumulation_steps=4, steps_per_generation=2, num_train_epochs=3,
-        max_steps=-1, **options,
-    )  # fmt: skip
+# an epoch of six micro-batches, four an optimizer step: TRL's count of them isn't a step's after it
+SHORT_STEP = {**FOUR, "steps_per_generation": 2, "num_train_epochs": 3, "max_steps": -1}
 
 
 def test_resumed_runs_draw_the_same_after_a_short_step(tiny_policy, tmp_path, monkeypatch):
@@ -159,17 +131,16 @@ def test_resumed_runs_draw_the_same_after_a_short_step(tiny_policy, tmp_path, mo
         return list(orders[-1][1])
 
     monkeypatch.setattr(Resampling, "_order", spy)
-    options = {"save_strategy": "steps", "save_steps": 2, **ON}
-    six_prompts(tiny_policy, tmp_path, monkeypatch, **options).train()
+    arguments = (tiny_policy, tmp_path, live_or_not(0.6), prompts(6))
+    train(*arguments, **{**SAVED, **SHORT_STEP})
     whole = [one for one in orders if one[0] >= 2]
     orders.clear()
-    resumed = six_prompts(tiny_policy, tmp_path, monkeypatch, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    train(*arguments, **{**SAVED, **SHORT_STEP}, resume=str(tmp_path / "checkpoint-2"))
     assert orders == whole and len(whole) > 2
 
 
-def test_prompts_keep_their_texts_after_a_short_step(tiny_policy, tmp_path, monkeypatch):
-    six_prompts(tiny_policy, tmp_path, monkeypatch, share=0.3, interference_every=1).train()
+def test_prompts_keep_their_texts_after_a_short_step(tiny_policy, tmp_path):
+    train(tiny_policy, tmp_path, live_or_not(0.3), prompts(6), **SHORT_STEP, interference_every=1)
     records = read_interference(tmp_path)
     assert len(records) > 3 and all(all(record.prompt_text_P) for record in records)
 
@@ -183,8 +154,7 @@ def test_columns_that_a_round_does_not_log_are_empty(tiny_policy, tmp_path):
             log_extra("about", [prompt[0]["content"] for prompt in prompts])
         return live_or_not(0.6)(prompts)
 
-    trainer = build(tiny_policy, tmp_path, reward, max_steps=1, **ON)
-    trainer.train()
+    trainer = train(tiny_policy, tmp_path, reward, max_steps=1, **ON)
     pairs = list(zip(trainer._logs["extra"]["about"], trainer._logs["prompt"], strict=True))
     assert all(about in (None, prompt[0]["content"]) for about, prompt in pairs)
     assert len(calls) > 2 and {about is None for about, _ in pairs} == {True, False}
@@ -210,9 +180,9 @@ def test_two_processes_draw_what_one_does(tiny_policy, tmp_path):
     [
         ({"resample_max_rounds": 0, **ON}, "resample_max_rounds=0 must be a whole number, 1 or more"),
         ({"resample_max_rounds": 1.5, **ON}, "resample_max_rounds=1.5"),
-        ({"resample_max_rounds": 2}, "resample_max_rounds=2 contradicts resample_zero_variance=False"),
+        ({**FOUR, "resample_max_rounds": 2}, "resample_max_rounds=2 contradicts resample_zero_variance=False"),
         ({"resample_zero_variance": "yes"}, "resample_zero_variance='yes' must be True or False"),
-        ({"resample_live_prompts": 2}, "resample_live_prompts=2 contradicts resample_zero_variance=False"),
+        ({**FOUR, "resample_live_prompts": 2}, "resample_live_prompts=2 contradicts resample_zero_variance=False"),
         ({"resample_live_prompts": 0, **ON}, "resample_live_prompts=0 must be between 1 and 4"),
         ({"resample_live_prompts": 5, **ON}, "resample_live_prompts=5 must be between 1 and 4"),
         ({"normalization": "global", **ON}, "contradicts normalization='global'"),
@@ -224,20 +194,11 @@ def test_bad_input_is_named(options, message, tiny_policy, tmp_path):
 
 
 def test_datasets_that_cannot_be_drawn_from(tiny_policy, tmp_path):
-    def trainer(dataset):
-        return CurvatureGRPOTrainer(
-            model=str(tiny_policy), reward_funcs=digits, train_dataset=dataset,
-            args=CurvatureGRPOConfig(
-                output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=4, bf16=False, max_steps=1,
-                report_to="none", use_cpu=True, resample_zero_variance=True,
-            ),
-            processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
-        )  # fmt: skip
-
     with pytest.raises(ValueError, match="IterableDataset, which has no length"):
-        trainer(prompts(8).to_iterable_dataset())
+        build(tiny_policy, tmp_path, train_dataset=prompts(8).to_iterable_dataset(), **ON)
+    images = Dataset.from_dict({"prompt": ["a"] * 8, "image": [None] * 8})
     with pytest.raises(ValueError, match="the column 'image' of train_dataset isn't supported"):
-        trainer(Dataset.from_dict({"prompt": ["a"] * 8, "image": [None] * 8}))
+        build(tiny_policy, tmp_path, train_dataset=images, **ON)
 
 
 @given(

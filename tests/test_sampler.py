@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import logged, train
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trainer import build
 
 from trl_ext.advantages.sampler import sampler_metrics
 from trl_ext.run_checks import say_truncated_sampling
@@ -81,9 +81,8 @@ def test_a_run_whose_rollouts_tell_their_log_probs(tiny_policy, tmp_path):
 
     # a step that isn't whole generations: TRL keeps the old log-probs
     options = {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "skip_zero_advantage": False}
-    trainer = build(tiny_policy, tmp_path, reward, rollout_func=rollouts, interference_every=0, **options)
-    trainer.train()
-    log = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    trainer = train(tiny_policy, tmp_path, reward, rollout_func=rollouts, interference_every=0, **options)
+    log = logged(trainer)[0]
     assert log["sampler/kl"] == pytest.approx(2 - 1 - 0.6931472, abs=1e-3)
     assert log["sampler/chi_square"] == pytest.approx(1.0, abs=1e-3)
     assert log["sampler/ess"] == pytest.approx(1.0, abs=1e-4)  # all alike: as good as its own, times a constant

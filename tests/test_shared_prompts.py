@@ -1,16 +1,11 @@
 """A prompt that runs once: its layout, attention in parts and by masks against rows of their own in float64, models
 that may and that may not, and TRL's trainer (test_trainer_equality.py has it among its options)."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from accelerate import Accelerator
-from architectures import NAMES
-from architectures import build as build_architecture
+from harness import PLAIN, assert_same, build, distance, norm_of, train
+from kernel_inputs import ANSWERS, LONGEST, PROMPT_OF, PROMPTS, WIDTH, shared_rows
 from peft import LoraConfig, get_peft_model
-from test_trainer import build
-from test_trainer_equality import PLAIN, assert_same, run
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -19,22 +14,25 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from trl import GRPOConfig, GRPOTrainer
-from trl_ext.loss import flash, packed_rows, shared_attention
+from trl import GRPOTrainer
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.head.forward import CompletionMask, FusedHead, add_fused_head, read_settings
 from trl_ext.plan import shared_batches as shared_batches_module
-from trl_ext.plan.padding import trimmed_columns
 from trl_ext.plan.rows import RowTable, read_rows
-from trl_ext.plan.shared_batches import as_many, can_share, packed_positions, shared_batches, why_not_shared
-from trl_ext.sharing.hooks import let_share
+from trl_ext.plan.shared_batches import as_many, can_share, packed_positions, shared_batches
+from trl_ext.loss import flash, packed_rows, shared_attention
 from trl_ext.sharing.packed_rows import Spans, pack
+from trl_ext.sharing.hooks import let_share
 
 SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 8,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "head_dim": 8,
+}
 WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -42,34 +40,20 @@ MODELS = {
     "gemma3, windows": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **WINDOWS)),
     "llama, eager": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="eager")),
 }
-PROMPT_OF, PROMPTS, ANSWERS, W, R = [0, 0, 1, 1, 1, 2, 0], [4, 6, 1], [9, 3, 1, 5, 9, 2, 4], 6, 9
-
-
-def batch():
-    """Seven answers of three prompts out of order: of lengths 1 to 9, a prompt of one token, one with one answer."""
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(0, 97, (length,), generator=generator) for length in PROMPTS]
-    ids = torch.zeros(len(ANSWERS), W + R, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, length) in enumerate(zip(PROMPT_OF, ANSWERS, strict=True)):
-        first = W - PROMPTS[prompt]
-        ids[row, first:W], mask[row, first : W + length] = prompts[prompt], 1
-        ids[row, W : W + length] = torch.randint(0, 97, (length,), generator=generator)
-    return ids, mask
 
 
 def test_the_layout():
-    ids, mask = batch()
-    rows = pack(ids, mask, W)
+    ids, mask = shared_rows()
+    rows = pack(ids, mask, WIDTH)
     assert len(rows.token_S) == sum(PROMPTS) + sum(ANSWERS)
     packed = ids.flatten()[rows.token_S]
     positions = rows.inputs(ids)["position_ids"][0]
     for row, (prompt, length) in enumerate(zip(PROMPT_OF, ANSWERS, strict=True)):
-        first = W - PROMPTS[prompt]
+        first = WIDTH - PROMPTS[prompt]
         place = rows.packed_BC[row]
-        assert (place[:first] == -1).all() and (place[W + length :] == -1).all()
-        assert torch.equal(packed[place[first : W + length]], ids[row, first : W + length])
-        assert positions[place[first : W + length]].tolist() == list(range(PROMPTS[prompt] + length))
+        assert (place[:first] == -1).all() and (place[WIDTH + length :] == -1).all()
+        assert torch.equal(packed[place[first : WIDTH + length]], ids[row, first : WIDTH + length])
+        assert positions[place[first : WIDTH + length]].tolist() == list(range(PROMPTS[prompt] + length))
     of_prompts, to_prompts, of_answers = rows.spans()
     prompt = [rows.row_P.tolist().index(PROMPT_OF.index(p)) for p in range(3)]  # packed in the order of their tokens
     assert [of_prompts.query_lengths[i] for i in prompt] == PROMPTS
@@ -77,7 +61,7 @@ def test_the_layout():
     assert to_prompts.key_lengths == of_prompts.key_lengths and not to_prompts.causal
     assert sorted(of_answers.query_lengths) == sorted(ANSWERS) and of_answers.causal
     starts = torch.tensor(of_answers.query_lengths).cumsum(0) - torch.tensor(of_answers.query_lengths)
-    first = [int(rows.packed_BC[row, W]) for row in range(len(ANSWERS))]
+    first = [int(rows.packed_BC[row, WIDTH]) for row in range(len(ANSWERS))]
     assert sorted(first) == (starts + sum(PROMPTS)).tolist()
     assert (of_answers.queries.start, of_answers.queries.stop) == (sum(PROMPTS), len(rows.token_S))
 
@@ -95,10 +79,10 @@ def test_short_spans_run_together():
 
 @pytest.mark.parametrize("wrong", ["gap", "no prompt"])
 def test_rows_that_can_not_be_packed(wrong):
-    ids, mask = batch()
-    mask[0, W + 1 if wrong == "gap" else slice(None, W)] = 0
+    ids, mask = shared_rows()
+    mask[0, WIDTH + 1 if wrong == "gap" else slice(None, WIDTH)] = 0
     with pytest.raises(ValueError, match="rows with gaps, or without a prompt"):
-        pack(ids, mask, W)
+        pack(ids, mask, WIDTH)
 
 
 @pytest.mark.parametrize(
@@ -138,17 +122,20 @@ def test_hidden_states_and_gradients(kind, lora, checkpointing):
         whole.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     base = whole.get_base_model() if lora else whole
     let_share(base)
-    ids, mask = batch()
+    ids, mask = shared_rows()
     live = mask[:, 1:].bool()
-    live[:, : W - 1] = False
+    live[:, : WIDTH - 1] = False
     # eager attention of a row of padding is NaN in float64: a mask of its own, where padding sees itself
-    seen = torch.ones(W + R, W + R).tril().bool() & mask.bool()[:, None, :] | torch.eye(W + R).bool()
+    seen = (
+        torch.ones(WIDTH + LONGEST, WIDTH + LONGEST).tril().bool() & mask.bool()[:, None, :]
+        | torch.eye(WIDTH + LONGEST).bool()
+    )
     given = mask if "eager" not in kind else torch.where(seen, 0.0, -torch.inf).double()[:, None]
-    places = (torch.arange(W + R) - (W - torch.tensor(PROMPTS)[PROMPT_OF])[:, None]).clamp(min=0)
+    places = (torch.arange(WIDTH + LONGEST) - (WIDTH - torch.tensor(PROMPTS)[PROMPT_OF])[:, None]).clamp(min=0)
     own = base.model(input_ids=ids, attention_mask=given, position_ids=places, use_cache=False).last_hidden_state
     own = own[:, :-1][live]
     want = gradients(whole, own, live)
-    rows = pack(ids, mask, W)
+    rows = pack(ids, mask, WIDTH)
     packed = base.model(**rows.inputs(ids), use_cache=False).last_hidden_state[0]
     shared = packed[rows.packed_BC[:, :-1][live]]
     torch.testing.assert_close(shared, own, rtol=1e-5, atol=2e-6)  # norms are float32's
@@ -163,8 +150,8 @@ def test_hidden_states_and_gradients(kind, lora, checkpointing):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_in_parts_and_by_masks(dtype, short, monkeypatch):
     monkeypatch.setattr(flash, "SHORT", short)
-    ids, mask = batch()
-    rows = pack(ids, mask, W)
+    ids, mask = shared_rows()
+    rows = pack(ids, mask, WIDTH)
     torch.manual_seed(0)
     made = [torch.randn(1, 4, len(rows.token_S), 8, dtype=torch.float64) for _ in range(4)]
 
@@ -184,77 +171,11 @@ def test_in_parts_and_by_masks(dtype, short, monkeypatch):
 
 
 def test_in_parts_against_finite_differences():
-    ids, mask = batch()
-    rows = pack(ids[:3], mask[:3], W)
+    ids, mask = shared_rows()
+    rows = pack(ids[:3], mask[:3], WIDTH)
     torch.manual_seed(0)
     made = [torch.randn(1, 2, len(rows.token_S), 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     torch.autograd.gradcheck(lambda q, k, v: shared_attention.InParts.apply(q, k, v, rows.spans(), 0.5), made)
-
-
-# ---- which models
-
-
-def asked(name):
-    """What a trainer of this architecture would say, and how far its hidden states move."""
-    torch.manual_seed(0)
-    model = build_architecture(name)
-    said = []
-    options = SimpleNamespace(share_prompts=True, fused_loss=True)
-    settings = SimpleNamespace(options=options, accelerator=Accelerator(cpu=True), torch_compile=False)
-    trim = trimmed_columns(model, settings.accelerator, said.append)
-    add_fused_head(model, FusedHead(read_settings(model), CompletionMask(), entropy=True))
-    return why_not_shared(settings, model, trim[0]), model
-
-
-KNOWN = {
-    "llama": None, "qwen2": None, "qwen3": None, "gemma3_text": None, "mistral": None, "olmo2": None, "phi3": None,
-    "qwen3_moe": None, "gpt2": "depends on what stands before", "mamba": "depends on what stands before",
-    "bloom": "depends on what stands before", "gpt_oss": "",
-    "gemma2": "its attention takes softcap", "phimoe": "its sliding window is in the mask alone",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in KNOWN else pytest.param(name, marks=pytest.mark.nightly) for name in NAMES]
-)
-def test_architectures_that_may_and_may_not(name):
-    """Where one may, rows of all lengths are those of its own, sliding windows (16 here) and all."""
-    not_shared, model = asked(name)
-    if name in KNOWN:
-        assert (not_shared is None) == (KNOWN[name] is None), not_shared
-        assert KNOWN[name] is None or KNOWN[name] in str(not_shared)
-    if not_shared is not None:
-        return
-    model = model.eval()
-    let_share(model)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, 96, (4, 40), generator=generator)
-    ids[1:3, :10] = ids[0, :10]
-    mask = (torch.arange(40) < torch.tensor([[40], [25], [12], [33]])).long()
-    mask[3, :4] = 0
-    backbone = model.base_model if model.base_model is not model else model.model
-    rows = pack(ids, mask, 10)
-    with torch.no_grad():
-        own = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
-        packed = backbone(**rows.inputs(ids), use_cache=False).last_hidden_state[0]
-    assert (packed[rows.packed_BC[mask.bool()]] - own).norm() <= 1e-5 * own.norm()
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"share_prompts": False}, "share_prompts=False"), ({"fused_loss": False}, "fused_loss=False"),
-        ({"torch_compile": True}, "torch_compile=True"),
-    ],
-)  # fmt: skip
-def test_options_that_do_not_allow_it(options, reason):
-    model = MODELS["llama"]()
-    settings = SimpleNamespace(
-        options=SimpleNamespace(**{"share_prompts": True, "fused_loss": True, **options}),
-        accelerator=Accelerator(cpu=True),
-        torch_compile=options.get("torch_compile", False),
-    )
-    assert why_not_shared(settings, model, True) == reason
 
 
 # ---- micro-batches
@@ -270,16 +191,17 @@ def test_whole_groups_within_a_budget():
     # costs: 10 + 24 + 3 * 1.5, 20 + 11 + 2 * 3, 5 + 3 + 0.75
     apart = shared_batches(table, budget=50)
     assert [sorted(rows) for rows in apart] == [[0, 2, 5, 4], [1, 3]] or [sorted(r) for r in apart] == [
-        [0, 2, 4, 5], [1, 3],
-    ]  # fmt: skip
+        [0, 2, 4, 5],
+        [1, 3],
+    ]
     split = shared_batches(table, budget=30)
     assert sorted(row for rows in split for row in rows) == [0, 1, 2, 3, 4, 5] and len(split) == 4
     assert packed_positions(torch.tensor([0, 2, 4]), table) == 10 + 7 + 8 + 5 + 3
 
 
 def test_batches_that_can_not_share():
-    ids, mask = batch()
-    rows = {"prompt_id": torch.tensor(PROMPT_OF), "prompt_mask": mask[:, :W], "completion_mask": mask[:, W:]}
+    ids, mask = shared_rows()
+    rows = {"prompt_id": torch.tensor(PROMPT_OF), "prompt_mask": mask[:, :WIDTH], "completion_mask": mask[:, WIDTH:]}
 
     def can(rows):
         return can_share(rows, read_rows(rows, torch.ones(len(ids), dtype=torch.bool)))
@@ -287,7 +209,7 @@ def test_batches_that_can_not_share():
     assert can(rows)
     assert not can({name: value for name, value in rows.items() if name != "prompt_id"})
     assert not can({**rows, "token_type_ids": ids})
-    for name, place in (("prompt_mask", (1, 3)), ("prompt_mask", (0, W - 1)), ("completion_mask", (0, 4))):
+    for name, place in (("prompt_mask", (1, 3)), ("prompt_mask", (0, WIDTH - 1)), ("completion_mask", (0, 4))):
         gap = rows[name].clone()
         gap[place] = 0
         assert not can({**rows, name: gap}), (name, place)
@@ -309,22 +231,25 @@ def test_as_many_as_another_process():
 # ---- the trainer
 
 
+LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo", "sapo"])
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_the_trainer_against_trl(loss_type, iterations, tiny_policy, tmp_path):
     """Plain steps share, so do old and reference log-probs; the first step logs interference, and doesn't."""
-    setting = {**PLAIN, "loss_type": loss_type, "num_iterations": iterations, "accumulation": (2, 2),
-               "beta": 0.05 if loss_type == "grpo" else 0.0, "lora": loss_type == "dapo"}  # fmt: skip
-    theirs = run(GRPOTrainer, GRPOConfig, tiny_policy, tmp_path / "trl", setting)
+    options = {**PLAIN, "loss_type": loss_type, "num_iterations": iterations}
+    options |= {"gradient_accumulation_steps": 2, "steps_per_generation": 2, "share_prompts": True}
+    options |= {"grpo": {"beta": 0.05}, "dapo": {"peft_config": LORA}}.get(loss_type, {})
+    theirs = train(tiny_policy, tmp_path / "trl", trainer_class=GRPOTrainer, **options)
     packed = []
     pack_rows = packed_rows.pack
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trl_ext.head.forward.pack", lambda *args: packed.append(pack_rows(*args)) or packed[-1])
-        setting["share_prompts"] = True
-        ours = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", setting)
+        ours = train(tiny_policy, tmp_path / "ours", **options)
     assert_same(ours, theirs)
-    assert packed and ours[0]._micro_batches.not_shared is None
-    log = ours[1].logs[1]
+    assert packed
+    log = ours.recorder.logs[1]
     assert log["compute/flops_saved_frac"] > 0.2 and log["compute/padding_removed_frac"] == 1
 
 
@@ -343,7 +268,7 @@ def test_it_says_whether_it_shares(options, why, level, tiny_policy, tmp_path, c
     if moved is not None:
         monkeypatch.setattr(shared_batches_module, "moved_by_sharing", lambda _: moved)
     with caplog.at_level("INFO"):
-        build(tiny_policy, tmp_path, **options).train()
+        train(tiny_policy, tmp_path, **options)
     said = [record for record in caplog.records if "shared" in record.message or "in one row" in record.message]
     assert [record.levelname for record in said] == ([] if why is None else [level])
     assert why is None or why in said[0].message
@@ -351,14 +276,12 @@ def test_it_says_whether_it_shares(options, why, level, tiny_policy, tmp_path, c
 
 def test_mixed_precision_on_a_cpu(tiny_policy, tmp_path):
     """Under autocast a rotation leaves float32 queries beside values in bfloat16."""
-    found = []
-    for share in (False, True):
-        setting = {**PLAIN, "accumulation": (2, 2), "share_prompts": share}
-        options = {"steps": 1, "bf16": True, "interference_every": 0}
-        trained = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, tmp_path / str(share), setting, **options)
-        found.append(trained[1].gradients[0])
-    square = sum((found[0][name] - found[1][name]).square().sum() for name in found[0])
-    assert square.sqrt() < 2e-2 * sum(one.square().sum() for one in found[0].values()).sqrt()
+    options = {**PLAIN, "gradient_accumulation_steps": 2, "max_steps": 1, "bf16": True, "interference_every": 0}
+    alone, shared = (
+        train(tiny_policy, tmp_path / str(share), **{**options, "share_prompts": share}).recorder.gradients[0]
+        for share in (False, True)
+    )
+    assert distance(shared, alone) < 2e-2 * norm_of(alone)
 
 
 def test_dropout_in_attention(tiny_policy, tmp_path, monkeypatch):
@@ -369,7 +292,7 @@ def test_dropout_in_attention(tiny_policy, tmp_path, monkeypatch):
     for layer in trainer.model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     trainer.train()
-    assert trainer.state.global_step == 2 and trainer._micro_batches.not_shared is None
+    assert trainer.state.global_step == 2
     assert dropped and set(dropped) == {0.5}
 
 
@@ -377,8 +300,8 @@ def test_logging_changes_no_more_than_rounding(tiny_policy, tmp_path):
     """Steps that log run in rows of their own."""
     found = []
     for every in (0, 1):
-        trainer = build(tiny_policy, tmp_path / str(every), interference_every=every, max_steps=1, learning_rate=0.1)
-        trainer.train()
+        options = {"interference_every": every, "max_steps": 1, "learning_rate": 0.1}
+        trainer = train(tiny_policy, tmp_path / str(every), **options)
         found.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     assert 0 < (found[0] - found[1]).norm() < 1e-6 * found[0].norm()
 
@@ -392,7 +315,6 @@ def test_options_are_checked(tiny_policy, tmp_path):
 def test_more_micro_batches_than_trl_calls_for(tiny_policy, tmp_path, caplog):
     """A budget of a token a micro-batch: it runs unshared, and says so."""
     with caplog.at_level("WARNING"):
-        trainer = build(tiny_policy, tmp_path, share_prompts=True, tokens_per_micro_batch=1, interference_every=0)
-        trainer.train()
+        trainer = train(tiny_policy, tmp_path, share_prompts=True, tokens_per_micro_batch=1, interference_every=0)
     assert trainer.state.global_step == 2
     assert "Prompts aren't shared where that takes more than 1 micro-batches" in caplog.text

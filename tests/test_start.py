@@ -6,11 +6,10 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_math_example import SCRIPT, load_script
+from processes import ROOT, load_script
 
 import grpo_kernels
 import trl_ext
@@ -19,15 +18,19 @@ from examples.tasks.load_model import check_model, known_models
 from trl_ext import CurvatureGRPOConfig
 from trl_ext.options import GROUPS, CurvatureOptions
 
-ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "math.py"
 HEAVY = ("torch", "trl", "transformers", "datasets", "numpy")
 
 
 def run_python(code, *arguments, **variables):
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 WITHOUT = f"""

@@ -6,79 +6,73 @@ must be the same, and not those without it.
 
 import pytest
 import torch
-from test_trainer_equality import run
-from trl import GRPOConfig, GRPOTrainer
+from harness import EVALUATED, PLAIN, train
+from trl import GRPOTrainer
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext import CurvatureGRPOTrainer
 from trl_ext.advantages.reward_checks import checked_reward
 
-PLAIN = {
-    "loss_type": "dapo", "beta": 0.0, "num_iterations": 1, "accumulation": (2, 2), "lora": False, "rewards": "one",
-    "aggregation": "sum_then_normalize", "scale_rewards": "group", "evaluation": False, "fused_loss": True,
-    "skip_zero_advantage": True,
-}  # fmt: skip
+TWO = {**PLAIN, "loss_type": "dapo", "gradient_accumulation_steps": 2, "steps_per_generation": 2}
 
 
-def log_probs(base):
-    class Own(base):
-        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            logps, *rest = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            return 2 * logps, *rest
+def of_result(name, change):
+    """A case: a subclass whose method ``name`` returns ``change`` of what the method of its base returned."""
 
-    return Own
+    def case(base):
+        def method(self, *arguments, **named):
+            return change(getattr(super(own, self), name)(*arguments, **named))
 
+        own = type("Own", (base,), {name: method})
+        return own
 
-def rewards(base):
-    class Own(base):
-        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-            found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            return (found - 0.3).square()
-
-    return Own
+    case.__name__ = case.method = name
+    return case
 
 
-def advantages(base):
-    class Own(base):
-        def _generate_and_score_completions(self, inputs):
-            output = super()._generate_and_score_completions(inputs)
-            output["advantages"] = -2 * output["advantages"]
-            return output
+def of_static(name, change):
+    """The same of a static method, whose first argument are the advantages."""
 
-    return Own
+    def case(base):
+        def method(advantages, *arguments, **named):
+            return change(getattr(base, name)(advantages, *arguments, **named), advantages)
 
+        return type("Own", (base,), {name: staticmethod(method)})
 
-def generation(base):
-    class Own(base):
-        def _generate_single_turn(self, *args, **kwargs):
-            ids, logprobs = super()._generate_single_turn(*args, **kwargs)
-            return [row[:5] for row in ids], logprobs
-
-    return Own
+    case.__name__ = case.method = name
+    return case
 
 
-def inputs(base):
-    class Own(base):
-        def _prepare_inputs(self, generation_batch):
-            batch = super()._prepare_inputs(generation_batch)
-            return {**batch, "advantages": batch["advantages"] + 0.5}
-
-    return Own
+def first(change):
+    """Of a tuple's first element."""
+    return lambda found: (change(found[0]), *found[1:])
 
 
-def inner_loss(base):
-    class Own(base):
-        def _compute_loss(self, model, inputs):
-            return 3 * super()._compute_loss(model, inputs)
-
-    return Own
+def without_the_first_token(kept):
+    kept[:, 0] = False
+    return kept
 
 
-def outer_loss(base):
-    class Own(base):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            return 3 * super().compute_loss(model, inputs, *args, **kwargs)
+def two_tokens_masked(found):
+    """Two tokens of each completion aren't the model's."""
+    prompt_ids, completion_ids, _, *rest = found
+    mask = [[int(i not in (1, 2)) for i in range(len(row))] for row in completion_ids]
+    return prompt_ids, completion_ids, mask, *rest
 
-    return Own
+
+log_probs = of_result("_get_per_token_logps_and_entropies", first(lambda logps: 2 * logps))
+rewards = of_result("_calculate_rewards", lambda found: (found - 0.3).square())
+advantages = of_result("_generate_and_score_completions", lambda out: {**out, "advantages": -2 * out["advantages"]})
+generation = of_result("_generate_single_turn", first(lambda ids: [row[:5] for row in ids]))
+inputs = of_result("_prepare_inputs", lambda batch: {**batch, "advantages": batch["advantages"] + 0.5})
+inner_loss = of_result("_compute_loss", lambda loss: 3 * loss)
+outer_loss = of_result("compute_loss", lambda loss: 3 * loss)
+entropy_mask = of_result("get_high_entropy_mask", without_the_first_token)
+prompt_tokens = of_result("_tokenize_prompts", first(lambda ids: [row[2:] for row in ids]))
+shorter = of_result("_generate", lambda found: (found[0], [row[:3] for row in found[1]], *found[2:]))
+masked = of_result("_generate", two_tokens_masked)
+predicted = of_result("prediction_step", first(lambda loss: loss + 1))
+off_policy_mask = of_static("get_off_policy_mask", lambda kept, advantages: torch.where(advantages > 0, kept, 0.0))
+gamma_weights = of_static("get_gamma_weights", lambda found, advantages: torch.where(advantages > 0, 2.0, 0.5) * found)
 
 
 def step(base):
@@ -89,65 +83,6 @@ def step(base):
                 if parameter.grad is not None:
                     parameter.grad.mul_(1.5)  # of this micro-batch, and of those before it
             return loss
-
-    return Own
-
-
-def entropy_mask(base):
-    class Own(base):
-        def get_high_entropy_mask(self, entropies, mask, threshold):
-            kept = super().get_high_entropy_mask(entropies, mask, threshold)
-            kept[:, 0] = False
-            return kept
-
-    return Own
-
-
-def off_policy_mask(base):
-    class Own(base):
-        @staticmethod
-        def get_off_policy_mask(advantages, *args, **kwargs):
-            kept = base.get_off_policy_mask(advantages, *args, **kwargs)
-            return torch.where(advantages > 0, kept, 0.0)
-
-    return Own
-
-
-def gamma_weights(base):
-    class Own(base):
-        @staticmethod
-        def get_gamma_weights(advantages, *args, **kwargs):
-            return torch.where(advantages > 0, 2.0, 0.5) * base.get_gamma_weights(advantages, *args, **kwargs)
-
-    return Own
-
-
-def prompt_tokens(base):
-    class Own(base):
-        def _tokenize_prompts(self, prompts):
-            ids, *rest = super()._tokenize_prompts(prompts)
-            return [row[2:] for row in ids], *rest
-
-    return Own
-
-
-def shorter(base):
-    class Own(base):
-        def _generate(self, prompts):
-            prompt_ids, completion_ids, *rest = super()._generate(prompts)
-            return prompt_ids, [row[:3] for row in completion_ids], *rest
-
-    return Own
-
-
-def masked(base):
-    """Two tokens of each completion aren't the model's."""
-
-    class Own(base):
-        def _generate(self, prompts):
-            prompt_ids, completion_ids, _, *rest = super()._generate(prompts)
-            mask = [[int(i not in (1, 2)) for i in range(len(row))] for row in completion_ids]
-            return prompt_ids, completion_ids, mask, *rest
 
     return Own
 
@@ -176,15 +111,6 @@ def other_mask(base):
     return Own
 
 
-def predicted(base):
-    class Own(base):
-        def prediction_step(self, *args, **kwargs):
-            loss, *rest = super().prediction_step(*args, **kwargs)
-            return loss + 1, *rest
-
-    return Own
-
-
 def logged(base):
     class Own(base):
         def log(self, logs, *args, **kwargs):
@@ -195,17 +121,10 @@ def logged(base):
     return Own
 
 
-CASES = [
-    log_probs, rewards, advantages, generation, inputs, inner_loss, outer_loss, entropy_mask, step, off_policy_mask,
-    gamma_weights, prompt_tokens, shorter, masked, other_mask,
-]  # fmt: skip
-OF_LOG_PROBS = [
-    log_probs,
-    prompt_tokens,
-    shorter,
-    masked,
-    other_mask,
-]  # old and reference ones, made before the rewards
+# of old and reference log-probs, which are made before the rewards
+OF_LOG_PROBS = [log_probs, prompt_tokens, shorter, masked, other_mask]
+OF_THE_LOSS = [inner_loss, outer_loss, entropy_mask, step, off_policy_mask, gamma_weights]
+CASES = [rewards, advantages, generation, inputs, *OF_LOG_PROBS, *OF_THE_LOSS]
 IN_THE_LOG = [predicted, logged]
 SETTINGS = {
     "on policy": {},
@@ -215,6 +134,7 @@ SETTINGS = {
 OPTIONS = {
     entropy_mask: {"top_entropy_quantile": 0.5},
     off_policy_mask: {"off_policy_mask_threshold": 0.5},
+    gamma_weights: {"loss_type": "vespo"},
 }
 
 # Methods of GRPOTrainer, or that ours overrides, which no case has: why what a subclass makes of them counts anyway
@@ -251,26 +171,27 @@ def test_every_method_has_a_case_or_a_reason():
 
 
 @pytest.mark.parametrize("own", IN_THE_LOG)
-def test_a_subclass_is_heard_in_the_log(own, tiny_policy, tmp_path):
+def test_a_subclasss_method_counts_in_the_log(own, tiny_policy, tmp_path):
     names = ("loss", "reward", "grad_norm", "of_mine", "eval_loss", "eval_reward")
 
-    def logs(base, config, name):
-        logs = run(base, config, tiny_policy, tmp_path / name, {**PLAIN, "evaluation": True})[1].logs
-        return [{name: log[name] for name in names if name in log} for log in logs]
+    def logs(trainer_class, name):
+        trainer = train(tiny_policy, tmp_path / name, trainer_class=trainer_class, **{**TWO, **EVALUATED})
+        return [{name: log[name] for name in names if name in log} for log in trainer.recorder.logs]
 
-    ours = logs(own(CurvatureGRPOTrainer), CurvatureGRPOConfig, "ours")
-    theirs = logs(own(GRPOTrainer), GRPOConfig, "theirs")
-    plain = logs(GRPOTrainer, GRPOConfig, "plain")
+    ours, theirs = logs(own(CurvatureGRPOTrainer), "ours"), logs(own(GRPOTrainer), "theirs")
+    plain = logs(GRPOTrainer, "plain")
     assert ours == [pytest.approx(its, rel=1e-4, abs=1e-6) for its in theirs]
     changed = {
-        name for its, was in zip(theirs, plain, strict=True) for name in its
+        name
+        for its, was in zip(theirs, plain, strict=True)
+        for name in its
         if name not in was or its[name] != pytest.approx(was[name], rel=0.05)
-    }  # fmt: skip
+    }
     assert changed == {predicted: {"eval_loss"}, logged: {"reward", "of_mine"}}[own]
 
 
-def gradients(base, config, policy, folder, setting, **extra):
-    return run(base, config, policy, folder, setting, max_grad_norm=0.0, **extra)[1].gradients
+def gradients(trainer_class, policy, folder, options):
+    return train(policy, folder, trainer_class=trainer_class, max_grad_norm=0.0, **options).recorder.gradients
 
 
 @pytest.fixture(scope="module")
@@ -278,13 +199,10 @@ def without_it(tiny_policy, tmp_path_factory):
     """TRL's gradients without any subclass, made once for each setting."""
     made = {}
 
-    def get(setting, extra):
-        key = str((setting, extra))
-        if key not in made:
-            made[key] = gradients(
-                GRPOTrainer, GRPOConfig, tiny_policy, tmp_path_factory.mktemp("run"), setting, **extra
-            )
-        return made[key]
+    def get(options):
+        if str(options) not in made:
+            made[str(options)] = gradients(GRPOTrainer, tiny_policy, tmp_path_factory.mktemp("run"), options)
+        return made[str(options)]
 
     return get
 
@@ -293,17 +211,14 @@ def without_it(tiny_policy, tmp_path_factory):
     ("own", "setting"),
     [(own, setting) for own in CASES for setting in SETTINGS if setting != "at once" or own in OF_LOG_PROBS],
 )
-def test_a_subclass_is_heard(own, setting, tiny_policy, tmp_path, without_it):
-    setting = {**PLAIN, **SETTINGS[setting], **({"loss_type": "vespo"} if own is gamma_weights else {})}
-    extra = OPTIONS.get(own, {})
-    ours = gradients(own(CurvatureGRPOTrainer), CurvatureGRPOConfig, tiny_policy, tmp_path / "ours", setting, **extra)
-    theirs = gradients(own(GRPOTrainer), GRPOConfig, tiny_policy, tmp_path / "theirs", setting, **extra)
-    for mine, its in zip(ours, theirs, strict=True):
-        for name, gradient in its.items():
-            torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+def test_a_subclasss_method_counts(own, setting, tiny_policy, tmp_path, without_it):
+    options = {**TWO, **SETTINGS[setting], **OPTIONS.get(own, {})}
+    ours = gradients(own(CurvatureGRPOTrainer), tiny_policy, tmp_path / "ours", options)
+    theirs = gradients(own(GRPOTrainer), tiny_policy, tmp_path / "theirs", options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
     differences = [
         (its[name] - was[name]).norm() / was[name].norm()
-        for its, was in zip(theirs, without_it(setting, extra), strict=True)
+        for its, was in zip(theirs, without_it(options), strict=True)
         for name in was
     ]
     assert max(differences) > 0.05, "the subclass changes nothing: the test shows nothing"

@@ -1,135 +1,84 @@
 """What CurvatureGRPOTrainer adds to TRL's: the per-sequence dict, metrics, checks, names."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer_equality import OPTIONS, digits, prompts
-from transformers import AutoTokenizer
+from harness import build, by_length, digits, logged, loss_batches, prompts, train
 from trl import GRPOConfig
 
+import grpo_kernels
 import trl_ext
 from grpo_kernels import normalize_rewards
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext._version_check import check_trl_version
+from trl_ext.loss import fused_loss
 
 
-def build(
-    policy,
-    folder,
-    reward_funcs=digits,
-    train_dataset=None,
-    config_class=CurvatureGRPOConfig,
-    peft_config=None,
-    rollout_func=None,
-    eval_dataset=None,
-    **options,
-):
-    defaults = dict(
-        output_dir=str(folder), num_generations=4, per_device_train_batch_size=8, max_completion_length=8, max_steps=2,
-        optim="sgd", generation_kwargs={"sequence_bias": [[[1], 5.0]]}, learning_rate=0.02, logging_steps=1,
-        save_strategy="no", bf16=False, gradient_checkpointing=False,
-        report_to="none", disable_tqdm=True, use_cpu=True, seed=3,
-    )  # fmt: skip
-    return CurvatureGRPOTrainer(
-        model=str(policy),
-        reward_funcs=reward_funcs,
-        args=config_class(**{**defaults, **options}),
-        train_dataset=prompts(32) if train_dataset is None else train_dataset,
-        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
-        peft_config=peft_config,
-        rollout_func=rollout_func,
-        eval_dataset=eval_dataset,
-    )
-
-
-def batches_of(trainer):
-    """Every micro-batch the trainer's loss saw, with the loss TRL computed on it."""
-    seen = []
-    compute = trainer._compute_loss
-
-    def keep(model, inputs):
-        loss = compute(model, inputs)
-        seen.append((inputs, loss.detach(), trainer.current_gradient_accumulation_steps))
-        return loss
-
-    trainer._compute_loss = keep
-    trainer.train()
-    return seen
-
-
-@pytest.mark.parametrize("loss_type", [t for t in OPTIONS["loss_type"] if t not in ("cispo", "vespo")])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "sapo", "luspo"])
 @pytest.mark.parametrize("accumulation", [(1, 1), (2, 4)])
 def test_token_weights_are_trls(loss_type, accumulation, tiny_policy, tmp_path):
     """loss = -sum_i w_i len_i A_i / accumulation on policy, where every ratio is 1 (sapo: 2 / temperature)."""
-    trainer = build(
-        tiny_policy, tmp_path, loss_type=loss_type, gradient_accumulation_steps=accumulation[0],
-        steps_per_generation=accumulation[1], normalization="none", learning_rate=0.0,
-    )  # fmt: skip
-    seen = batches_of(trainer)
+    options = {"gradient_accumulation_steps": accumulation[0], "steps_per_generation": accumulation[1]}
+    trainer = build(tiny_policy, tmp_path, loss_type=loss_type, normalization="none", learning_rate=0.0, **options)
+    seen = loss_batches(trainer)
     assert len(seen) == 2 * accumulation[0]
-    assert len(torch.cat([inputs["completion_mask"].sum(1) for inputs, _, _ in seen]).unique()) > 1
-    for inputs, loss, accumulated in seen:
+    assert len(torch.cat([inputs["completion_mask"].sum(1) for inputs, _ in seen]).unique()) > 1
+    for inputs, loss in seen:
         lengths = inputs["completion_mask"].sum(1)
         per_token = inputs["advantages"]
         if loss_type == "sapo":
             positive, negative = trainer.args.sapo_temperature_pos, trainer.args.sapo_temperature_neg
             per_token = per_token * 2 / torch.where(per_token > 0, positive, negative)
-        expected = -(inputs["token_weight"] * lengths * per_token).sum() / accumulated
+        expected = -(inputs["token_weight"] * lengths * per_token).sum() / accumulation[0]
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
         assert loss.abs() > 1e-3
 
 
 @pytest.mark.parametrize("loss_type", ["cispo", "vespo"])
 def test_token_weights_of_losses_on_log_probs(loss_type, tiny_policy, tmp_path):
-    trainer = build(
-        tiny_policy, tmp_path, loss_type=loss_type, normalization="none", steps_per_generation=2,
-        skip_zero_advantage=False,
-    )  # fmt: skip
-    for inputs, _, _ in batches_of(trainer):
-        items, processes, per_generation = inputs["num_items_in_batch"], 1, 2
-        torch.testing.assert_close(inputs["token_weight"], torch.full((8,), processes * per_generation / items.item()))
+    options = {"normalization": "none", "steps_per_generation": 2, "skip_zero_advantage": False}
+    for inputs, _ in loss_batches(build(tiny_policy, tmp_path, loss_type=loss_type, **options)):
+        per_generation, items = 2, inputs["num_items_in_batch"].item()
+        torch.testing.assert_close(inputs["token_weight"], torch.full((8,), per_generation / items))
 
 
 def test_the_dict_knows_its_groups(tiny_policy, tmp_path):
     options = {"steps_per_generation": 2, "gradient_accumulation_steps": 2, "skip_zero_advantage": False}
-    seen = batches_of(build(tiny_policy, tmp_path, **options))
+    seen = [inputs for inputs, _ in loss_batches(build(tiny_policy, tmp_path, **options))]
     for pair in zip(seen[::2], seen[1::2], strict=True):
-        prompt_id, position = (torch.cat([inputs[n] for inputs, _, _ in pair]) for n in ("prompt_id", "group_position"))
-        assert sorted((prompt_id * 4 + position).tolist()) == list(range(16))
-        group = torch.cat([inputs["group_rewards"] for inputs, _, _ in pair])
-        own = group.gather(1, position.unsqueeze(1)).squeeze(1)
+        whole = {name: torch.cat([inputs[name] for inputs in pair]) for name in pair[0] if name != "num_items_in_batch"}
+        assert sorted((whole["prompt_id"] * 4 + whole["group_position"]).tolist()) == list(range(16))
+        group = whole["group_rewards"]
+        own = group.gather(1, whole["group_position"].unsqueeze(1)).squeeze(1)
         mean, std = group.mean(1), group.std(1)
         expected = torch.where(std > 0, (own - mean) / (std + 1e-4), 0.0)
-        advantages = torch.cat([inputs["advantages"] for inputs, _, _ in pair])
-        torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole["advantages"], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_logged_table_and_metrics_hold_our_advantages(tiny_policy, tmp_path):
-    def half_dead(completions, **kwargs):  # the first of two groups: all 0.7; the second: four different rewards
-        return [0.7] * 4 + [0.0, 0.25, 0.5, 1.0]
+def half_dead(completions, **kwargs):
+    """The first of two groups: all 0.7; the second: four different rewards."""
+    return [0.7] * 4 + [0.0, 0.25, 0.5, 1.0]
 
-    trainer = build(tiny_policy, tmp_path, half_dead, normalization="loo", log_completions=False)
-    trainer.train()
-    logged = torch.tensor(list(trainer._logs["advantages"]))[-8:]
+
+def test_logged_table_holds_our_advantages(tiny_policy, tmp_path):
+    trainer = train(tiny_policy, tmp_path, half_dead, normalization="loo")
+    table = torch.tensor(list(trainer._logs["advantages"]))[-8:]
     mean_of_others = torch.tensor([(1.75 - r) / 3 for r in (0.0, 0.25, 0.5, 1.0)])
-    torch.testing.assert_close(
-        logged, torch.cat([torch.zeros(4), torch.tensor([0.0, 0.25, 0.5, 1.0]) - mean_of_others])
-    )
-    assert trainer.state.log_history[0]["normalization/zero_variance_frac"] == 0.5
+    expected = torch.cat([torch.zeros(4), torch.tensor([0.0, 0.25, 0.5, 1.0]) - mean_of_others])
+    torch.testing.assert_close(table, expected)
 
 
-def test_zero_variance_is_counted_per_group_for_every_method(tiny_policy, tmp_path):
+@pytest.mark.parametrize(
+    "options", [{"scale_rewards": "batch"}, {"normalization": "none"}, {"normalization": "global"}], ids=str
+)
+def test_zero_variance_is_counted_per_group_for_every_method(options, tiny_policy, tmp_path):
     """Trap 5: under a batch statistic, and with a float residue, TRL's own count misses dead groups."""
-
-    def half_dead(completions, **kwargs):
-        return [0.7] * 4 + [0.0, 0.25, 0.5, 1.0]
-
-    for options in ({"scale_rewards": "batch"}, {"normalization": "none"}, {"normalization": "global"}):
-        trainer = build(tiny_policy, tmp_path, half_dead, **options)
-        trainer.train()
-        assert trainer.state.log_history[0]["normalization/zero_variance_frac"] == 0.5, options
+    trainer = train(tiny_policy, tmp_path, half_dead, max_steps=1, **options)
+    assert logged(trainer)[0]["normalization/zero_variance_frac"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -162,27 +111,18 @@ def test_bad_configuration_stops_before_a_model_is_loaded(options, message, tmp_
 
 
 def test_the_kernel_gets_rewards_only_where_they_say_everything(tiny_policy, tmp_path, monkeypatch):
-    import trl_ext.objective.fused as fused_loss
+    given, choose = [], fused_loss.rewards_or_advantages
 
-    seen = {}
-    for method, options in (
-        ("std", {}),
-        ("median_mad", {}),
-        ("length_weighted", {}),
-        ("rank", {}),
-        ("running_std", {}),
-    ):
-        build_inputs = fused_loss.rewards_or_advantages
+    def keep(*arguments):
+        given.append(choose(*arguments))
+        return given[-1]
 
-        def keep(settings, inputs, mask_BT, build_inputs=build_inputs, method=method):
-            seen[method] = build_inputs(settings, inputs, mask_BT)
-            return seen[method]
-
-        with monkeypatch.context() as patch:
-            patch.setattr(fused_loss, "rewards_or_advantages", keep)
-            build(tiny_policy, tmp_path, normalization=method, normalization_kwargs=options, max_steps=1).train()
-    assert {method for method, given in seen.items() if given["advantages"] is None} == {"std", "median_mad"}
-    assert all((given["advantages"] is not None) or given["rewards"] for given in seen.values())
+    monkeypatch.setattr(fused_loss, "rewards_or_advantages", keep)
+    methods = ("std", "median_mad", "length_weighted", "rank", "running_std")
+    for method in methods:
+        train(tiny_policy, tmp_path, normalization=method, max_steps=1)
+    of_rewards = {method for method, one in zip(methods, given, strict=True) if one["advantages"] is None}
+    assert of_rewards == {"std", "median_mad"} and all(given[methods.index(one)]["rewards"] for one in of_rewards)
 
 
 @pytest.mark.parametrize("fused_loss", [True, False])
@@ -190,14 +130,12 @@ def test_the_kernel_gets_rewards_only_where_they_say_everything(tiny_policy, tmp
 def test_one_launch_and_advantages_are_the_same_gradient(method, fused_loss, tiny_policy, tmp_path):
     """Rewards normalised inside the loss against a function of one's own that normalises them before."""
 
-    def unit(completion_ids, **kwargs):
-        return [(len(ids) % 5) / 4 for ids in completion_ids]
-
     parameters = {}
     for normalization in (method, lambda rewards_PG, context: normalize_rewards(rewards_PG, method)):
-        trainer = build(tiny_policy, tmp_path, unit, normalization=normalization, fused_loss=fused_loss, max_steps=3)
-        trainer.train()
-        parameters[normalization] = [p.detach() for p in trainer.model.parameters()]
+        trainer = train(
+            tiny_policy, tmp_path, by_length, normalization=normalization, fused_loss=fused_loss, max_steps=3
+        )
+        parameters[normalization] = list(trainer.model.parameters())
     one, other = parameters.values()
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -206,16 +144,14 @@ def test_one_launch_and_advantages_are_the_same_gradient(method, fused_loss, tin
 def test_a_function_of_ones_own_sees_the_context(tiny_policy, tmp_path):
     seen = []
 
-    def by_length(rewards_PG, context, weight):
+    def lengths_alone(rewards_PG, context, weight):
         seen.append(context)
         assert rewards_PG.shape == context["lengths"].shape == (2, 4)
         return weight * (context["lengths"] - context["lengths"].mean(1, keepdim=True))
 
-    trainer = build(
-        tiny_policy, tmp_path, [digits, digits], normalization=by_length, normalization_kwargs={"weight": 0.5},
-        save_strategy="steps", save_steps=1, train_dataset=prompts(2), reward_weights=[1.0, 3.0],
-    )  # fmt: skip
-    trainer.train()
+    options = {"normalization_kwargs": {"weight": 0.5}, "reward_weights": [1.0, 3.0]}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    trainer = train(tiny_policy, tmp_path, [digits, digits], prompts(2), normalization=lengths_alone, **options)
     assert [context["function_rewards"].shape for context in seen] == [(2, 4, 2)] * 2
     assert seen[0]["function_weights"].tolist() == [1, 3]
     # two prompts in all: the same two keys at every step
@@ -223,8 +159,8 @@ def test_a_function_of_ones_own_sees_the_context(tiny_policy, tmp_path):
     assert len(set(seen[0]["prompt_keys"].tolist())) == 2
     # a function inside a function can't be pickled: the checkpoint's arguments hold its name
     saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
-    assert saved.normalization.endswith("by_length")
-    assert trainer.args.to_dict()["normalization"].endswith("by_length")
+    assert saved.normalization.endswith("lengths_alone")
+    assert trainer.args.to_dict()["normalization"].endswith("lengths_alone")
     assert "normalization/scale_mean" not in trainer.state.log_history[0]
     assert trainer.state.log_history[0]["normalization/advantage_max"] > 0
 
@@ -243,13 +179,8 @@ def test_a_plain_config_is_checked_too(tmp_path):
 
 
 def test_normalization_kwargs_from_a_command_line(tmp_path):
-    config = CurvatureGRPOConfig(
-        output_dir=str(tmp_path),
-        normalization="power",
-        normalization_kwargs='{"alpha": 0.25}',
-        bf16=False,
-        use_cpu=True,
-    )
+    given = {"normalization": "power", "normalization_kwargs": '{"alpha": 0.25}', "bf16": False, "use_cpu": True}
+    config = CurvatureGRPOConfig(output_dir=str(tmp_path), **given)
     assert config.normalization_kwargs == {"alpha": 0.25}
 
 
@@ -257,36 +188,29 @@ def raising(completions, **kwargs):
     raise KeyError("gold")
 
 
-def too_few(completions, **kwargs):
-    return [1.0] * (len(completions) - 1)
-
-
-def infinite(completions, **kwargs):
-    return [0.0, math.inf, *[1.0] * (len(completions) - 2)]
-
-
-def words(completions, **kwargs):
-    return ["good"] * len(completions)
-
-
-def not_a_list(completions, **kwargs):
-    return 1.0
-
-
 async def slow_and_infinite(completions, **kwargs):
     return [-math.inf] * len(completions)
+
+
+def returning(value):
+    def reward(completions, **kwargs):
+        return value
+
+    return reward
 
 
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [
-        (raising, RuntimeError, "reward function 'raising' raised KeyError: 'gold'"),
-        (too_few, ValueError, "reward function 'too_few' returned 7 rewards for 8 completions"),
-        (infinite, ValueError, "reward function 'infinite' returned inf for row 1"),
-        (words, ValueError, "reward function 'words' returned 'good' for row 0, not a number"),
-        (not_a_list, ValueError, "reward function 'not_a_list' returned float, not a list of 8"),
-        (slow_and_infinite, ValueError, "reward function 'slow_and_infinite' returned -inf for row 0"),
+        (raising, RuntimeError, "'raising' raised KeyError: 'gold'"),
+        (returning([1.0] * 7), ValueError, "'reward' returned 7 rewards for 8 completions"),
+        (returning([0.0, math.inf, *[1.0] * 6]), ValueError, "'reward' returned inf for row 1"),
+        (returning(["good"] * 8), ValueError, "'reward' returned 'good' for row 0, not a number$"),
+        (returning(1.0), ValueError, "'reward' returned float, not a list of 8"),
+        (slow_and_infinite, ValueError, "'slow_and_infinite' returned -inf for row 0"),
+        (returning([1e39] * 8), ValueError, r"'reward' returned 1e\+39 for row 0"),
     ],
+    ids=["raises", "too few", "infinite", "words", "no list", "asynchronous", "beyond float32"],
 )
 def test_a_failing_reward_function_is_named_before_a_step(function, error, message, tiny_policy, tmp_path):
     trainer = build(tiny_policy, tmp_path, [digits, function])
@@ -299,8 +223,6 @@ def test_a_failing_reward_function_is_named_before_a_step(function, error, messa
 
 def test_public_names():
     assert set(trl_ext.__all__) == {"CurvatureGRPOConfig", "CurvatureGRPOTrainer", "read_interference"}
-    import grpo_kernels
-
     assert set(grpo_kernels.__all__) == {
         "METHODS",
         "GRPOLoss",
@@ -319,9 +241,6 @@ def test_public_names():
 
 
 def test_kernels_never_import_trl_or_transformers():
-    import subprocess
-    import sys
-
     code = "import sys, grpo_kernels; print(sorted({'trl', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -339,6 +258,5 @@ def test_datasets_of_plain_text_work_too(tiny_policy, tmp_path):
     def even(completions, **kwargs):
         return [float(len(text) % 2) for text in completions]
 
-    trainer = build(tiny_policy, tmp_path, even, Dataset.from_dict({"prompt": ["1 + 1 =", "2 + 2 ="] * 8}))
-    trainer.train()
+    trainer = train(tiny_policy, tmp_path, even, Dataset.from_dict({"prompt": ["1 + 1 =", "2 + 2 ="] * 8}))
     assert trainer.state.global_step == 2

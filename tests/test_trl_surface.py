@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_trainer import build
-from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+from harness import build
+from tiny_models import HEADS
 from transformers.models.auto import AutoModelForCausalLM
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
@@ -12,9 +12,6 @@ from trl_ext import CurvatureGRPOTrainer
 from trl_ext.head.forward import read_settings
 from trl_ext.overrides import overridden
 from trl_ext.trl_surface import ALWAYS, ChangedTRL, check_batch, check_class, check_trainer
-
-SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
 
 
 def test_a_method_with_other_arguments_is_named(monkeypatch):
@@ -60,19 +57,10 @@ def test_a_batch_that_lacks_something_is_named():
         check_batch({name: None for name in ALWAYS if name not in ("completion_mask", "num_items_in_batch")})
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**SMALL),
-        CohereConfig(**SMALL, logit_scale=0.25),
-        Gemma2Config(**SMALL, final_logit_softcapping=5.0),
-        GraniteConfig(**SMALL, logits_scaling=4.0),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_the_heads_settings_are_those_that_trl_closes_over(config):
+@pytest.mark.parametrize("name", HEADS)
+def test_the_heads_settings_are_those_that_trl_closes_over(name):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(HEADS[name])
     settings = read_settings(model, temperature=0.7, cast_to_fp32=True)
     add_fused_lm_head(model, temperature=0.7, cast_lm_head_to_fp32=True)
     function = model.forward.__func__

@@ -2,59 +2,16 @@
 
 import pytest
 import torch
-import two_process_worker
-from processes import start
+from two_process_worker import assert_same_run, run_processes
 
 KEEP = ["advantages", "prompt_id", "group_position", "group_rewards", "token_weight"]
-
-
-def start_worker(processes, policy, folder, trainer="ours", signals=False, kill_at=None, resume=None, dead=0.0,
-                 wrong_layer=None, blind=None, most_dense=None, no_memory=None, **options):  # fmt: skip
-    folder.mkdir(exist_ok=resume is not None)
-    spec = {
-        "signals": signals,
-        "dead": dead,
-        "wrong_layer": wrong_layer,
-        "blind": blind,
-        "most_dense": most_dense,
-        "no_memory": no_memory,
-        "kill_at": kill_at,
-        "resume": resume,
-        "trainer": trainer,
-        "folder": str(folder),
-        "out": str(folder / "result"),
-        "model": str(policy),
-        "keep": KEEP,
-        "options": options,
-    }
-    return start(processes, two_process_worker.main, spec, folder=folder)
-
-
-def run(processes, policy, folder, **arguments):
-    """The same run on one process or on two, each forked; what ``two_process_worker.py`` kept of it, by process."""
-    started = start_worker(processes, policy, folder, **arguments)
-    assert started.finish() == [0] * processes, started.text()[-3000:]
-    return [torch.load(folder / f"result.{rank}.pt") for rank in range(processes)]
-
-
-def assert_same_run(ours, theirs, ignore=("step_time", "runtime", "per_second", "normalization/", "compute/")):
-    torch.testing.assert_close(
-        torch.tensor(ours["advantages"]), torch.tensor(theirs["advantages"]), rtol=1e-5, atol=1e-6
-    )
-    for ours_log, theirs_log in zip(ours["logs"], theirs["logs"], strict=True):
-        skipping = "entropy_live" in ours_log and "entropy" not in ours_log
-        for key, value in theirs_log.items():
-            if not any(word in key for word in ignore) and not (skipping and key == "entropy"):
-                assert ours_log[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
-    for name, value in theirs["parameters"].items():
-        torch.testing.assert_close(ours["parameters"][name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_the_same_as_one_process(tiny_policy, tmp_path):
     options = {"normalization": "global", "loss_type": "grpo"}  # batch statistics, and groups across processes
     options["skip_zero_advantage"] = False  # every row is looked at
-    one = run(1, tiny_policy, tmp_path / "one", **options)[0]
-    two = run(2, tiny_policy, tmp_path / "two", **options)
+    one = run_processes(1, tiny_policy, tmp_path / "one", keep=KEEP, **options)[0]
+    two = run_processes(2, tiny_policy, tmp_path / "two", keep=KEEP, **options)
     # a process's clip and length statistics are gathered, so the logs agree too
     assert_same_run(two[0], one)
     assert all(log.get("grad_norm", 1) > 0 for log in one["logs"])
@@ -80,8 +37,8 @@ def test_the_same_as_one_process(tiny_policy, tmp_path):
 @pytest.mark.parametrize(("loss_type", "skip"), [("dapo", False), ("bnpo", True)])
 def test_the_same_as_trl_on_two_processes(loss_type, skip, tiny_policy, tmp_path):
     options = {"loss_type": loss_type, "gradient_accumulation_steps": 2}
-    theirs = run(2, tiny_policy, tmp_path / "trl", trainer="trl", **options)[0]
-    ours = run(2, tiny_policy, tmp_path / "ours", skip_zero_advantage=skip, **options)[0]
+    theirs = run_processes(2, tiny_policy, tmp_path / "trl", trainer="trl", **options)[0]
+    ours = run_processes(2, tiny_policy, tmp_path / "ours", skip_zero_advantage=skip, **options)[0]
     assert_same_run(ours, theirs)
 
 
@@ -89,8 +46,8 @@ def test_the_same_as_trl_on_two_processes(loss_type, skip, tiny_policy, tmp_path
 def test_shared_prompts_on_two_processes(dead, tiny_policy, tmp_path):
     """Of different live counts: both make as many passes, and the parameters are TRL's."""
     options = {"gradient_accumulation_steps": 2, "dead": dead, "num_iterations": 2}
-    theirs = run(2, tiny_policy, tmp_path / "trl", trainer="trl", **options)[0]
-    ours = run(2, tiny_policy, tmp_path / "ours", share_prompts=True, interference_every=0, **options)[0]
+    theirs = run_processes(2, tiny_policy, tmp_path / "trl", trainer="trl", **options)[0]
+    ours = run_processes(2, tiny_policy, tmp_path / "ours", share_prompts=True, interference_every=0, **options)[0]
     assert_same_run(ours, theirs)
     assert all(log["compute/flops_saved_frac"] > 0.2 for log in ours["logs"] if "reward" in log)
 
@@ -98,29 +55,29 @@ def test_shared_prompts_on_two_processes(dead, tiny_policy, tmp_path):
 def test_both_processes_leave_out_a_layer_that_is_followed_wrongly(tiny_policy, tmp_path):
     """Found by the first step's own check: it isn't logged, and later ones are as on one process."""
     wrong = {"wrong_layer": "model.layers.0.mlp.down_proj", "interference_every": 1, "learning_rate": 0.0}
-    one = run(1, tiny_policy, tmp_path / "one", **wrong)[0]
-    two = run(2, tiny_policy, tmp_path / "two", **wrong)[0]
+    one = run_processes(1, tiny_policy, tmp_path / "one", **wrong)[0]
+    two = run_processes(2, tiny_policy, tmp_path / "two", **wrong)[0]
     assert_same_run(two, one)
     logs = [log for log in two["logs"] if "reward" in log]
     assert ["interference/sketch_check" in log for log in logs] == [False, True, True]
     assert all(0.3 < log["interference/coverage"] < 0.999 for log in logs[1:])
 
 
-NOT_ALIKE = ("step_time", "runtime", "per_second", "compute/", "interference/sketch_check")
+UNLIKE = ("step_time", "runtime", "per_second", "compute/", "interference/sketch_check")
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04], ids=["coefficients", "no coefficients"])
 def test_a_large_step_is_logged_as_a_small_one(beta, tiny_policy, tmp_path):
     """By columns in place of the matrix, also with KL: two processes, and one."""
     options = {"interference_every": 1, "beta": beta, "learning_rate": 0.05, "interference_parts": True}
-    small = run(1, tiny_policy, tmp_path / "small", **options)[0]
+    small = run_processes(1, tiny_policy, tmp_path / "small", **options)[0]
     for processes in (1, 2):
-        large = run(processes, tiny_policy, tmp_path / f"large{processes}", most_dense=0, **options)
+        large = run_processes(processes, tiny_policy, tmp_path / f"large{processes}", most_dense=0, **options)
         assert all(one["logs"] and not any("isn't logged" in str(log) for log in one["logs"]) for one in large)
         for ours, theirs in zip(large[0]["logs"], small["logs"], strict=True):
             assert ours.keys() == theirs.keys()
             for key, value in theirs.items():
-                if not any(word in key for word in NOT_ALIKE) and not key.endswith(("_low", "_high")):
+                if not any(word in key for word in UNLIKE) and not key.endswith(("_low", "_high")):
                     assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
         logs = [log for log in large[0]["logs"] if "reward" in log]
         assert all(log["interference/sketch_check"] == pytest.approx(1.0, abs=0.2) for log in logs)
@@ -143,8 +100,8 @@ def test_a_large_step_is_logged_as_a_small_one(beta, tiny_policy, tmp_path):
 def test_out_of_memory_on_one_process_ends_the_logging_of_both(place, tiny_policy, tmp_path):
     """Wherever it happens in the second step; training goes on, as if nothing had been logged."""
     options = {"interference_every": 1, "most_dense": 0, "skip_zero_advantage": False}
-    plain = run(2, tiny_policy, tmp_path / "plain", interference_every=0, skip_zero_advantage=False)
-    broken = run(2, tiny_policy, tmp_path / "broken", no_memory=(*place, 1), **options)
+    plain = run_processes(2, tiny_policy, tmp_path / "plain", interference_every=0, skip_zero_advantage=False)
+    broken = run_processes(2, tiny_policy, tmp_path / "broken", no_memory=(*place, 1), **options)
     for rank in (0, 1):
         for name, value in plain[rank]["parameters"].items():
             assert torch.equal(broken[rank]["parameters"][name], value), name
@@ -153,10 +110,14 @@ def test_out_of_memory_on_one_process_ends_the_logging_of_both(place, tiny_polic
 
 
 def test_out_of_memory_in_what_if_ends_what_if_alone(tiny_policy, tmp_path):
-    broken = run(
-        2, tiny_policy, tmp_path / "run", interference_every=1, most_dense=0,
+    broken = run_processes(
+        2,
+        tiny_policy,
+        tmp_path / "run",
+        interference_every=1,
+        most_dense=0,
         no_memory=("recorder.what_if", "gradient_noise", 1),
-    )  # fmt: skip
+    )
     logs = [log for log in broken[0]["logs"] if "reward" in log]
     assert ["what_if/mean/cos" in log for log in logs] == [True, False, False]
     assert all("interference/live_prompts" in log for log in logs)

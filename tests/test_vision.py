@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from harness import assert_same_gradients, question, train
 from PIL import Image
-from test_trainer_equality import Recorder
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
+from trl_ext import read_interference
 from trl_ext.advantages.prompt_keys import prompt_key, prompt_text
 from trl_ext.tasks.small_policy import build_tokenizer
 
@@ -35,13 +35,22 @@ TEMPLATE = (
     "{% endfor %}{% endif %}{% endfor %}="
 )
 TEXT = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
 VISION = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
     "patch_size": PATCH,
-}  # fmt: skip
+}
 
 
 def llava(folder):
@@ -49,10 +58,12 @@ def llava(folder):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     processor = LlavaProcessor(
         image_processor=LlavaImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False),
-        tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        num_additional_image_tokens=1,
         vision_feature_select_strategy="full",
         chat_template=TEMPLATE.replace("IMAGE", "<image>"),
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -77,9 +88,11 @@ def gemma3(folder):
     build_tokenizer((1, 4)).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=names)
     processor = Gemma3Processor(
-        image_processor=Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE}), tokenizer=tokenizer,
-        image_seq_length=4, chat_template=TEMPLATE.replace("IMAGE", "<start_of_image>"),
-    )  # fmt: skip
+        image_processor=Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE}),
+        tokenizer=tokenizer,
+        image_seq_length=4,
+        chat_template=TEMPLATE.replace("IMAGE", "<start_of_image>"),
+    )
     torch.manual_seed(0)
     model = Gemma3ForConditionalGeneration(
         Gemma3Config(
@@ -105,25 +118,13 @@ def length(completion_ids, **kwargs):
     return [(sum(ids) % 5) / 4 for ids in completion_ids]
 
 
-def train(trainer_class, config_class, model, processor, folder, *, images=True, **options):
-    rows = {"prompt": [[{"role": "user", "content": f"What is {i}?"}] for i in range(8)]}
+def gradients(model, processor, folder, *, images, **options):
+    rows = {"prompt": [question(f"What is {i}?") for i in range(8)]}
     if images:
         rows["image"] = pictures(8)
-    recorder = Recorder()
-    torch.manual_seed(0)
-    trainer = trainer_class(
-        model=str(model), reward_funcs=length,
-        args=config_class(
-            output_dir=str(folder), num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=2,
-            max_completion_length=8, max_steps=2, optim="sgd", learning_rate=0.01, max_grad_norm=0.0, bf16=False,
-            use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", seed=3, logging_steps=1,
-            gradient_checkpointing=False, **options,
-        ),
-        train_dataset=Dataset.from_dict(rows), callbacks=[recorder],
-        processing_class=copy.deepcopy(processor),
-    )  # fmt: skip
-    trainer.train()
-    return recorder.gradients
+    options |= {"gradient_accumulation_steps": 2, "learning_rate": 0.01, "max_grad_norm": 0.0}
+    options |= {"generation_kwargs": None, "processing_class": copy.deepcopy(processor)}
+    return train(model, folder, length, Dataset.from_dict(rows), **options).recorder.gradients
 
 
 @pytest.mark.parametrize("images", [True, False], ids=["images", "text alone"])
@@ -131,22 +132,10 @@ def train(trainer_class, config_class, model, processor, folder, *, images=True,
 def test_the_gradient_is_trls(name, images, tmp_path):
     model, keys = tmp_path / "model", []
     processor = MODELS[name](model)
-    theirs = train(GRPOTrainer, GRPOConfig, model, processor, tmp_path / "trl", images=images)
+    theirs = gradients(model, processor, tmp_path / "trl", images=images, trainer_class=GRPOTrainer)
     for skipping in (True, False):
         options = {"skip_zero_advantage": skipping, "interference_every": 1, "interference_dim": 0}
-        ours = train(
-            CurvatureGRPOTrainer,
-            CurvatureGRPOConfig,
-            model,
-            processor,
-            tmp_path / str(skipping),
-            images=images,
-            **options,
-        )
-        for mine, its in zip(ours, theirs, strict=True):
-            assert mine.keys() == its.keys() and its
-            distance = sum((mine[key] - its[key]).square().sum() for key in its).sqrt()
-            assert distance <= 1e-5 * sum(one.square().sum() for one in its.values()).sqrt()
+        assert_same_gradients(gradients(model, processor, tmp_path / str(skipping), images=images, **options), theirs)
         records = read_interference(tmp_path / str(skipping))
         assert len(records) == 2
         for record in records:

@@ -14,8 +14,11 @@ def test_progress_tells_how_long_it_may_still_take(monkeypatch, capsys):
     monkeypatch.setattr("trl_ext.tasks.progress.time.monotonic", lambda: now[0])
     progress = Progress(500, rest=300)
     assert "Warming the built-in policy up" in capsys.readouterr().err  # before the first step
-    for step, seconds, expected in ((25, 5.0, "5 s, at most 155 s to go"), (500, 100.0, "100 s, at most 60 s to go"),
-                                    (560, 140.0, "ready after 140 s")):  # fmt: skip
+    for step, seconds, expected in (
+        (25, 5.0, "5 s, at most 155 s to go"),
+        (500, 100.0, "100 s, at most 60 s to go"),
+        (560, 140.0, "ready after 140 s"),
+    ):
         now[0] = 100.0 + seconds
         progress(step, {"sums": 0.5, "sorting": 0.25})
         assert (

@@ -8,6 +8,7 @@ from dataclasses import astuple
 
 import pytest
 import torch
+from kernel_inputs import make_scores
 
 from grpo_kernels import normalize_rewards
 from grpo_kernels.interference.noise import (
@@ -41,26 +42,6 @@ class Toy:
         prompt_P1 = (torch.arange(len(self.reward_PK)) if chosen_P is None else chosen_P)[:, None]
         answer_PG = torch.randint(self.reward_PK.shape[1], (len(prompt_P1), count), generator=generator)
         return self.score_PKD[prompt_P1, answer_PG], self.reward_PK[prompt_P1, answer_PG]
-
-
-def make_scores(score_PGD, reward_PG, method="std", weight=0.25, chosen=None, **options):
-    """As a step trained with ``method`` leaves them; ``chosen``: which of the P G sequences it holds."""
-    n_prompts, count = reward_PG.shape
-    advantage = normalize_rewards(reward_PG, method, **options)
-    coefficient = -advantage * weight
-    contribution = (coefficient[:, :, None] * score_PGD).flatten(0, 1)
-    row = torch.arange(n_prompts * count)
-    if chosen is not None:
-        row = row[chosen]
-    return StepScores(
-        gram_BB=(contribution @ contribution.T)[row][:, row],
-        coefficient_B=coefficient.flatten()[row],
-        made_at_B=advantage.flatten()[row],
-        advantage_B=advantage.flatten()[row],
-        prompt_B=row // count,
-        position_B=row % count,
-        rewards_PG=reward_PG,
-    )
 
 
 @pytest.fixture
@@ -145,9 +126,14 @@ def test_scored_beside_the_step(drawn):
     coefficient = torch.where(dead, -0.25, scores.coefficient_B)
     contribution = coefficient[:, None] * score.flatten(0, 1)
     whole = StepScores(
-        contribution @ contribution.T, coefficient, torch.where(dead, 1.0, scores.made_at_B), scores.advantage_B,
-        scores.prompt_B, scores.position_B, reward,
-    )  # fmt: skip
+        contribution @ contribution.T,
+        coefficient,
+        torch.where(dead, 1.0, scores.made_at_B),
+        scores.advantage_B,
+        scores.prompt_B,
+        scores.position_B,
+        reward,
+    )
     table = what_if(whole, candidates(METHODS))
     assert set(table.rows) == set(METHODS)
     now = step_of(score, reward, "std")
@@ -161,9 +147,14 @@ def test_sequences_of_no_token_are_nothing_under_any(drawn):
     scores = make_scores(score, reward)
     cut = (scores.prompt_B == 0) & (scores.position_B == 0)
     masked = StepScores(
-        torch.where(cut | cut[:, None], 0.0, scores.gram_BB), torch.where(cut, 0.0, scores.coefficient_B),
-        scores.made_at_B, scores.advantage_B, scores.prompt_B, scores.position_B, reward,
-    )  # fmt: skip
+        torch.where(cut | cut[:, None], 0.0, scores.gram_BB),
+        torch.where(cut, 0.0, scores.coefficient_B),
+        scores.made_at_B,
+        scores.advantage_B,
+        scores.prompt_B,
+        scores.position_B,
+        reward,
+    )
     row = what_if(masked, candidates(["mean"])).rows["mean"]
     score = score.clone()
     score[0, 0] = 0.0
@@ -236,8 +227,10 @@ def test_pairs_of_pairs_by_loops(drawn):
     for p in range(3):
         h = {
             (i, j): (reward[p, i] - reward[p, j]) * (score[p, i] - score[p, j]) / 2
-            for i in range(6) for j in range(6) if i < j
-        }  # fmt: skip
+            for i in range(6)
+            for j in range(6)
+            if i < j
+        }
         inner = {n: [] for n in (0, 1, 2)}
         for a in h:
             for b in h:

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from test_trainer import build
-from test_trainer_equality import PLAIN, run
-from test_two_processes import run as run_processes
+from harness import PLAIN, logged, messages, train
+from peft import LoraConfig
+from two_process_worker import run_processes
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
 from trl_ext.report.what_if_command import main as what_if_command
@@ -22,51 +22,45 @@ def half_dead(prompts, completion_ids, **kwargs):
     ]
 
 
-def trained(policy, folder, method, *, steps=1, **options):
-    setting = {**PLAIN, "accumulation": (2, 2), "lora": options.pop("lora", False)}
-    options = {
-        "reward": half_dead, "per_device_train_batch_size": 16, "interference_every": 1, "interference_dim": 0,
-        "learning_rate": 0.0, "max_grad_norm": 0.0, "normalization": method, **options,
-    }  # fmt: skip
-    return run(CurvatureGRPOTrainer, CurvatureGRPOConfig, policy, folder, setting, steps=steps, **options)[:2]
+def trained(policy, folder, method, reward=half_dead, **options):
+    """In exact mode, one step on the same rollouts unless said otherwise."""
+    exact = {"interference_every": 1, "interference_dim": 0, "learning_rate": 0.0, "max_grad_norm": 0.0}
+    rows = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 1}
+    return train(policy, folder, reward, **{**PLAIN, **exact, **rows, "normalization": method, **options})
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
 
 
 def flat(gradient):
     return torch.cat([gradient[name].double().flatten() for name in sorted(gradient)])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"lora": True}, {"skip_zero_advantage": False}, {"gradient_checkpointing": True},
-     {"loss_type": "cispo"}],
-    ids=str,
-)  # fmt: skip
-def test_against_separate_backward_passes(options, tiny_policy, tmp_path):
+OPTIONS = {
+    "plain": {},
+    "LoRA": {"peft_config": LORA},
+    "all rows": {"skip_zero_advantage": False},
+    "checkpointing": {"gradient_checkpointing": True},
+    "cispo": {"loss_type": "cispo"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_against_separate_backward_passes(name, tiny_policy, tmp_path):
     """In a run with ``std``, half of whose groups are all equal, as in runs with ``none``: their scores aren't lost."""
-    setting = {"loss_type": options["loss_type"]} if "loss_type" in options else {}
-    options = {name: value for name, value in options.items() if name != "loss_type"}
-    PLAIN_NOW = {**PLAIN, **setting}
 
     def gradient_and_log(method, **more):
-        chosen = {**PLAIN_NOW, "accumulation": (2, 2), "lora": options.get("lora", False)}
-        chosen |= {name: options[name] for name in ("skip_zero_advantage",) if name in options}
-        others = {name: value for name, value in options.items() if name not in chosen}
-        arguments = {
-            "reward": half_dead, "per_device_train_batch_size": 16, "interference_every": 1, "interference_dim": 0,
-            "learning_rate": 0.0, "max_grad_norm": 0.0, "normalization": method, **others, **more,
-        }  # fmt: skip
-        folder = tmp_path / f"{method}{len(more)}"
-        recorder = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, tiny_policy, folder, chosen, steps=1, **arguments)[1]
+        recorder = trained(tiny_policy, tmp_path / f"{method}{len(more)}", method, **OPTIONS[name], **more).recorder
         return flat(recorder.gradients[0]), recorder.logs[0]
 
     now, log = gradient_and_log("std", what_if_dead=True)
     without, bare = gradient_and_log("std")
     assert torch.equal(now, without)  # bit for bit
     assert 0 < bare["normalization/zero_variance_frac"] < 1
-    for name in ("interference/cos_mean", "interference/sketch_check", "what_if/max_rl/cos"):
-        assert (name in bare) == (name in log)
-        if name in bare:
-            assert log[name] == pytest.approx(bare[name], abs=1e-9)
+    for key in ("interference/cos_mean", "interference/sketch_check", "what_if/max_rl/cos"):
+        assert (key in bare) == (key in log)
+        if key in bare:
+            assert log[key] == pytest.approx(bare[key], abs=1e-9)
     for method in HIDDEN:
         assert f"what_if/{method}/cos" not in bare
         its, _ = gradient_and_log(method)
@@ -80,24 +74,30 @@ def test_against_separate_backward_passes(options, tiny_policy, tmp_path):
 def test_scores_that_the_method_itself_hides(method, tiny_policy, tmp_path):
     """Wrong answers in a run with ``none``, the majority in one with ``median_mad``: absent, and with the pass told."""
     reward = lambda completion_ids, **kwargs: [float(len(ids) % 4 == 0) for ids in completion_ids]  # noqa: E731
-    _, bare = trained(tiny_policy, tmp_path / "bare", method, reward=reward)
-    assert "what_if/std/cos" not in bare.logs[0]
-    _, told = trained(tiny_policy, tmp_path / "told", method, reward=reward, what_if_dead=True)
-    _, of_std = trained(tiny_policy, tmp_path / "std", "std", reward=reward)
-    now, its = flat(told.gradients[0]), flat(of_std.gradients[0])
-    assert told.logs[0]["what_if/std/cos"] == pytest.approx(float(its @ now / its.norm() / now.norm()), abs=1e-5)
-    assert told.logs[0]["what_if/std/factor"] == pytest.approx(float(its @ now / now.square().sum()), rel=1e-4)
-    assert math.isfinite(told.logs[0]["noise/within"]) and "noise/within" not in bare.logs[0]
+    bare = trained(tiny_policy, tmp_path / "bare", method, reward).recorder.logs[0]
+    assert "what_if/std/cos" not in bare
+    known = trained(tiny_policy, tmp_path / "known", method, reward, what_if_dead=True).recorder
+    of_std = trained(tiny_policy, tmp_path / "std", "std", reward).recorder
+    now, its, log = flat(known.gradients[0]), flat(of_std.gradients[0]), known.logs[0]
+    assert log["what_if/std/cos"] == pytest.approx(float(its @ now / its.norm() / now.norm()), abs=1e-5)
+    assert log["what_if/std/factor"] == pytest.approx(float(its @ now / now.square().sum()), rel=1e-4)
+    assert math.isfinite(log["noise/within"]) and "noise/within" not in bare
 
 
 def test_training_is_the_same_to_the_last_bit(tiny_policy, tmp_path):
     """Parameters, logs and random numbers, also with dropout, over several steps and micro-batches."""
-    options = {"learning_rate": 0.05, "interference_dim": 16, "interference_every": 2, "steps": 4, "lora": True}
-    plain, its_log = trained(tiny_policy, tmp_path / "plain", "std", **options)
-    scored, log = trained(tiny_policy, tmp_path / "scored", "std", what_if_dead=True, **options)
+    options = {"learning_rate": 0.05, "interference_dim": 16, "interference_every": 2, "max_steps": 4}
+    adapter = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
+    drawn, trainers = [], []
+    for dead in (False, True):
+        folder = tmp_path / str(dead)
+        trainers.append(trained(tiny_policy, folder, "std", what_if_dead=dead, peft_config=adapter, **options))
+        drawn.append(torch.rand(4))
+    plain, scored = trainers
+    assert torch.equal(*drawn)
     for one, other in zip(plain.model.parameters(), scored.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    for a, b in zip(its_log.logs, log.logs, strict=True):
+    for a, b in zip(plain.recorder.logs, scored.recorder.logs, strict=True):
         for name in a:
             if name.startswith("what_if/"):  # of more normalisations at once: products of matrices of other sizes
                 assert a[name] == pytest.approx(b.get(name), rel=1e-9), name
@@ -105,23 +105,9 @@ def test_training_is_the_same_to_the_last_bit(tiny_policy, tmp_path):
                 assert a[name] == b.get(name), name
 
 
-def test_random_numbers_go_on(tiny_policy, tmp_path):
-    from peft import LoraConfig
-
-    drawn = []
-    for dead in (False, True):
-        options = {"interference_every": 1, "what_if_dead": dead, "per_device_train_batch_size": 16, "max_steps": 3}
-        lora = LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"])
-        trainer = build(tiny_policy, tmp_path / str(dead), half_dead, peft_config=lora, **options)
-        trainer.train()
-        drawn.append((torch.rand(4), [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]))
-    assert torch.equal(drawn[0][0], drawn[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(drawn[0][1], drawn[1][1], strict=True))
-
-
 def test_the_file_and_the_command(tiny_policy, tmp_path, capsys):
     options = {"interference_every": 1, "what_if_dead": True, "per_device_train_batch_size": 16, "max_steps": 3}
-    build(tiny_policy, tmp_path, half_dead, **options).train()
+    train(tiny_policy, tmp_path, half_dead, **options)
     record = next(one for one in read_interference(tmp_path) if one.scores_BB is not None)
     beside = record.made_at_B != record.advantage_B
     assert (
@@ -142,11 +128,10 @@ def test_a_pass_that_fails_is_the_last(why, tiny_policy, tmp_path, monkeypatch, 
     else:
         monkeypatch.setattr(CurvatureGRPOTrainer, "_score_with_graph", lambda self, batch: 1 / 0)
     with caplog.at_level("WARNING"):
-        trainer = build(tiny_policy, tmp_path, half_dead, **options)
-        trainer.train()
-    said = [r.message for r in caplog.records if "what_if_dead=True" in r.message]
-    assert len(said) == 1 and ("use_reentrant" in said[0] if why == "reentrant" else "ZeroDivisionError" in said[0])
-    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+        trainer = train(tiny_policy, tmp_path, half_dead, **options)
+    (said,) = messages(caplog, "what_if_dead=True")
+    assert ("use_reentrant" if why == "reentrant" else "ZeroDivisionError") in said
+    logs = logged(trainer)
     assert len(logs) == 3 and all("interference/live_prompts" in entry for entry in logs)
     with_dead = [entry for entry in logs if entry["normalization/zero_variance_frac"] > 0]
     assert with_dead and not any("what_if/batch_mean/cos" in entry for entry in with_dead)
@@ -158,7 +143,7 @@ def test_off_policy_nothing_is_scored(tiny_policy, tmp_path, monkeypatch):
         raise AssertionError("a pass was made")
 
     monkeypatch.setattr(CurvatureGRPOTrainer, "_score_with_graph", never)
-    build(tiny_policy, tmp_path, half_dead, interference_every=1, what_if_dead=True, beta=0.1).train()
+    train(tiny_policy, tmp_path, half_dead, interference_every=1, what_if_dead=True, beta=0.1)
 
 
 def test_a_wrong_value(tmp_path):

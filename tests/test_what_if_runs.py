@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_trainer import build
-from test_trainer_equality import PLAIN, run
+from harness import PLAIN, graded, logged, messages, train
+from peft import LoraConfig
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
+from trl_ext import CurvatureGRPOConfig, read_interference
 from trl_ext.recorder.files import FOLDER
 from trl_ext.report.what_if_command import main as what_if_command
 
@@ -21,18 +21,13 @@ def by_length(completion_ids, **kwargs):
     return [float(len(ids) % 2) for ids in completion_ids]
 
 
-def graded(completion_ids, **kwargs):
-    return [(sum(ids) % 7) / 6 for ids in completion_ids]
-
-
 def trained(policy, folder, method, lora, **options):
-    """One step on the same rollouts, in exact mode, whatever the normalisation."""
-    setting = {**PLAIN, "accumulation": (2, 2), "lora": lora}
-    options = {
-        "reward": graded, "per_device_train_batch_size": 16, "interference_every": 1, "interference_dim": 0,
-        "learning_rate": 0.0, "max_grad_norm": 0.0, "normalization": method, **options,
-    }  # fmt: skip
-    recorder = run(CurvatureGRPOTrainer, CurvatureGRPOConfig, policy, folder, setting, steps=1, **options)[1]
+    """(gradient, log) of one step on the same rollouts, in exact mode, whatever the normalisation."""
+    adapter = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None
+    exact = {"interference_every": 1, "interference_dim": 0, "learning_rate": 0.0, "max_grad_norm": 0.0}
+    rows = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 1}
+    options = {**PLAIN, **exact, **rows, "normalization": method, **options}
+    recorder = train(policy, folder, graded, peft_config=adapter, **options).recorder
     gradient = recorder.gradients[0]
     return torch.cat([gradient[name].double().flatten() for name in sorted(gradient)]), recorder.logs[0]
 
@@ -57,9 +52,8 @@ def test_against_separate_backward_passes(lora, tiny_policy, tmp_path):
 
 
 def test_the_log_and_the_file(tiny_policy, tmp_path):
-    trainer = build(tiny_policy, tmp_path, by_length, interference_every=1, per_device_train_batch_size=16)
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    trainer = train(tiny_policy, tmp_path, by_length, interference_every=1, per_device_train_batch_size=16)
+    logs = logged(trainer)
     records = read_interference(tmp_path)
     assert len(records) == len(logs) == 2
     for entry, record in zip(logs, records, strict=True):
@@ -89,15 +83,16 @@ def test_the_log_and_the_file(tiny_policy, tmp_path):
 @pytest.mark.parametrize(
     ("options", "absent"),
     [
-        ({"what_if": []}, "mean"), ({"what_if": ["std"]}, "mean"), ({"beta": 0.1}, "std"),
+        ({"what_if": []}, "mean"),
+        ({"what_if": ["std"]}, "mean"),
+        ({"beta": 0.1}, "std"),
         ({"steps_per_generation": 2, "per_device_train_batch_size": 8}, "batch_std"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_logged(options, absent, tiny_policy, tmp_path):
-    trainer = build(tiny_policy, tmp_path, by_length, **{"interference_every": 1, **options})
-    trainer.train()
-    logged = [name for entry in trainer.state.log_history for name in entry if name.startswith(f"what_if/{absent}/")]
-    assert not logged and trainer.state.global_step == 2
+    trainer = train(tiny_policy, tmp_path, by_length, **{"interference_every": 1, **options})
+    names = [name for entry in trainer.state.log_history for name in entry if name.startswith(f"what_if/{absent}/")]
+    assert not names and trainer.state.global_step == 2
     assert all("interference/live_prompts" in entry for entry in trainer.state.log_history if "reward" in entry)
 
 
@@ -106,9 +101,8 @@ def test_options_of_a_function_are_its_own(tiny_policy, tmp_path):
         return alpha * (rewards_PG - rewards_PG.mean(1, keepdim=True))
 
     options = {"normalization": scaled, "normalization_kwargs": {"alpha": 3.0}}
-    trainer = build(tiny_policy, tmp_path, graded, interference_every=1, per_device_train_batch_size=16, **options)
-    trainer.train()
-    log = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    trainer = train(tiny_policy, tmp_path, graded, interference_every=1, per_device_train_batch_size=16, **options)
+    log = logged(trainer)[0]
     assert log["what_if/mean/factor"] == pytest.approx(1 / 3, rel=1e-4) and "what_if/power/cos" in log
 
 
@@ -118,10 +112,9 @@ def test_a_failure_leaves_the_rest(tiny_policy, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr("trl_ext.recorder.what_if.step_table", broken)
     with caplog.at_level("WARNING"):
-        trainer = build(tiny_policy, tmp_path, by_length, interference_every=1)
-        trainer.train()
-    said = [record.message for record in caplog.records if "isn't logged from here on" in record.message]
-    assert len(said) == 1 and "What other normalisations would have done" in said[0] and "no room" in said[0]
+        train(tiny_policy, tmp_path, by_length, interference_every=1)
+    (said,) = messages(caplog, "isn't logged from here on")
+    assert "What other normalisations would have done" in said and "no room" in said
     assert len(read_interference(tmp_path)) == 2
 
 
@@ -145,7 +138,7 @@ def test_wrong_names(names, message, tmp_path):
 def run_folder(tiny_policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     options = {"interference_every": 1, "per_device_train_batch_size": 16, "max_steps": 6, "learning_rate": 0.01}
-    build(tiny_policy, folder, by_length, **options).train()
+    train(tiny_policy, folder, by_length, **options)
     return folder
 
 
@@ -212,11 +205,13 @@ def test_a_function_that_fails_and_a_run_of_one_step(run_folder, tmp_path, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "no such folder"), (["RUN", "--methods", "maen"], "Did you mean 'mean'"),
-        (["RUN", "--function", "mine"], "module:name"), (["RUN", "--function", "no_such_module:f"], "no_such_module"),
+        (["nowhere"], "no such folder"),
+        (["RUN", "--methods", "maen"], "Did you mean 'mean'"),
+        (["RUN", "--function", "mine"], "module:name"),
+        (["RUN", "--function", "no_such_module:f"], "no_such_module"),
         (["RUN", "--function", "math:no_such"], "no_such"),
     ],
-)  # fmt: skip
+)
 def test_wrong_calls(arguments, message, run_folder, monkeypatch):
     arguments = [str(run_folder) if one == "RUN" else one for one in arguments]
     with pytest.raises(SystemExit) as stopped:
@@ -226,7 +221,7 @@ def test_wrong_calls(arguments, message, run_folder, monkeypatch):
 
 
 def test_a_run_without_anything_to_compare(tiny_policy, tmp_path):
-    build(tiny_policy, tmp_path, by_length, interference_every=1, beta=0.1).train()
+    train(tiny_policy, tmp_path, by_length, interference_every=1, beta=0.1)
     with pytest.raises(SystemExit, match="coefficient"):
         what_if_command([str(tmp_path)])
 
@@ -250,8 +245,7 @@ def test_a_factor_is_a_learning_rate_but_under_adamw_and_a_clip(how, tiny_policy
     moved = {}
     for name, method in (("mean", "mean"), ("three", three_times)):
         chosen = {"interference_every": 1, "per_device_train_batch_size": 16, "max_steps": 1, **options}
-        trainer = build(tiny_policy, tmp_path / name, graded, normalization=method, **chosen)
-        trainer.train()
+        trainer = train(tiny_policy, tmp_path / name, graded, normalization=method, **chosen)
         before = type(trainer.model).from_pretrained(tiny_policy).state_dict()
         after = trainer.model.state_dict()
         moved[name] = torch.cat([(after[key] - before[key]).double().flatten() for key in sorted(before)])
@@ -265,8 +259,7 @@ def test_a_factor_is_a_learning_rate_but_under_adamw_and_a_clip(how, tiny_policy
 def test_off_policy_is_left_out(tiny_policy, tmp_path):
     """Of two iterations on the same rollouts the second, whose ratios aren't 1, isn't told."""
     options = {"interference_every": 1, "num_iterations": 2, "max_steps": 4, "per_device_train_batch_size": 16}
-    trainer = build(tiny_policy, tmp_path, graded, **options)
-    trainer.train()
+    trainer = train(tiny_policy, tmp_path, graded, **options)
     logs = [entry for entry in trainer.state.log_history if "reward" in entry or "interference/live_prompts" in entry]
     assert len(read_interference(tmp_path)) == 4
     assert not any(record.what_if for record in read_interference(tmp_path)), "old log-probs are kept in all of them"
@@ -299,9 +292,14 @@ def test_sketched_tables_of_twenty_draws_are_within_their_error():
             (-logp.gather(2, ids[:, 1:, None]).squeeze(2).sum(1) @ advantage_B).backward()
         sketch.close()
         scores = StepScores(
-            recorded[0].gram(), -advantage_B, advantage_B, advantage_B, prompt_B,
-            torch.arange(count).repeat(n_prompts), reward_PG,
-        )  # fmt: skip
+            recorded[0].gram(),
+            -advantage_B,
+            advantage_B,
+            advantage_B,
+            prompt_B,
+            torch.arange(count).repeat(n_prompts),
+            reward_PG,
+        )
         return what_if(scores, candidates(["mean", "max_rl", "rank", "power"])).rows
 
     exact, drawn = table(0, 0), [table(dim, seed) for seed in range(20)]

@@ -8,10 +8,9 @@ from unittest.mock import MagicMock, Mock
 import pytest
 import torch
 import transformers
-from test_trainer_equality import Recorder, digits, prompts
+from harness import build
 from torch.utils._pytree import tree_flatten
-from transformers import AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from trl_ext import CurvatureGRPOTrainer
 
@@ -22,9 +21,14 @@ def bare(trainer_class, **attributes):
     """With these attributes alone, beside those that most methods of TRL read."""
     trainer = object.__new__(trainer_class)
     trainer.accelerator = SimpleNamespace(
-        device=torch.device("cpu"), is_main_process=True, num_processes=1, autocast=nullcontext, gather=lambda x: x,
-        reduce=lambda x, reduction: x, end_training=MagicMock(),
-    )  # fmt: skip
+        device=torch.device("cpu"),
+        is_main_process=True,
+        num_processes=1,
+        autocast=nullcontext,
+        gather=lambda x: x,
+        reduce=lambda x, reduction: x,
+        end_training=MagicMock(),
+    )
     trainer.args = SimpleNamespace(
         report_to=[], steps_per_generation=2, output_dir="here", hub_model_id=None, delta=None
     )
@@ -41,11 +45,16 @@ def generate(trainer_class, monkeypatch):
     """As ``TestGRPORolloutDispatch`` of TRL's tests/test_grpo_trainer.py."""
     rollout = {"prompt_ids": [[1]], "completion_ids": [[2]], "logprobs": [[-0.1]], "env_mask": [[1]]}
     trainer = bare(
-        trainer_class, rollout_func=MagicMock(return_value=rollout), use_vllm=True, _last_loaded_step=1, tools=None,
-        vllm_generation=SimpleNamespace(sync_weights=MagicMock()), eos_token_ids=[2],
+        trainer_class,
+        rollout_func=MagicMock(return_value=rollout),
+        use_vllm=True,
+        _last_loaded_step=1,
+        tools=None,
+        vllm_generation=SimpleNamespace(sync_weights=MagicMock()),
+        eos_token_ids=[2],
         processing_class=SimpleNamespace(batch_decode=MagicMock(return_value=["decoded"])),
         _tokenizer=SimpleNamespace(eos_token_id=2, pad_token_id=0),
-    )  # fmt: skip
+    )
     generated = trainer._generate(["prompt"])
     trainer.vllm_generation.sync_weights.assert_called_once()
     trainer.rollout_func.assert_called_once_with(["prompt"], trainer)
@@ -94,16 +103,28 @@ def step(trainer_class, monkeypatch):
 
 
 BATCH = {
-    "prompt_ids": torch.tensor([[1, 2], [3, 4]]), "prompt_mask": torch.ones(2, 2, dtype=torch.long),
-    "completion_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]), "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
-    "advantages": torch.tensor([1.0, -0.5]), "num_items_in_batch": torch.tensor(5),
-}  # fmt: skip
+    "prompt_ids": torch.tensor([[1, 2], [3, 4]]),
+    "prompt_mask": torch.ones(2, 2, dtype=torch.long),
+    "completion_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]),
+    "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+    "advantages": torch.tensor([1.0, -0.5]),
+    "num_items_in_batch": torch.tensor(5),
+}
 LOSS = {
-    "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "beta": 0.0,
-    "importance_sampling_level": "token", "loss_type": "grpo", "epsilon_low": 0.2, "epsilon_high": 0.2,
-    "use_vllm": False, "vllm_importance_sampling_correction": False, "current_gradient_accumulation_steps": 2,
-    "_entropy_bonus_enabled": False, "use_adaptive_entropy": False,
-}  # fmt: skip
+    "aux_loss_enabled": False,
+    "top_entropy_quantile": 1.0,
+    "off_policy_mask_threshold": None,
+    "beta": 0.0,
+    "importance_sampling_level": "token",
+    "loss_type": "grpo",
+    "epsilon_low": 0.2,
+    "epsilon_high": 0.2,
+    "use_vllm": False,
+    "vllm_importance_sampling_correction": False,
+    "current_gradient_accumulation_steps": 2,
+    "_entropy_bonus_enabled": False,
+    "use_adaptive_entropy": False,
+}
 
 
 def inner_loss(trainer_class, monkeypatch):
@@ -185,26 +206,12 @@ def test_a_mock_of_the_class_will_do():
 
 def test_with_all_that_trls_init_makes_it_trains_as_trls(tiny_policy, tmp_path):
     def train(trainer_class, name):
-        recorder = Recorder()
-        torch.manual_seed(0)
-        built = GRPOTrainer(
-            model=str(tiny_policy),
-            reward_funcs=digits,
-            args=GRPOConfig(
-                output_dir=str(tmp_path / name), num_generations=4, per_device_train_batch_size=8, max_steps=2, seed=7,
-                max_completion_length=8, optim="sgd", learning_rate=0.02, logging_steps=1, save_steps=2, use_cpu=True,
-                generation_kwargs={"sequence_bias": [[[1], 5.0]]}, report_to="none", disable_tqdm=True, bf16=False,
-                gradient_checkpointing=False,
-            ),
-            train_dataset=prompts(32),
-            processing_class=AutoTokenizer.from_pretrained(tiny_policy, padding_side="left"),
-            callbacks=[recorder],
-        )  # fmt: skip
+        built = build(tiny_policy, tmp_path / name, trainer_class=GRPOTrainer, save_strategy="steps", save_steps=2)
         trainer = object.__new__(trainer_class)
         vars(trainer).update(vars(built))
         trainer.train()
         trainer.end()
-        return recorder.gradients
+        return built.recorder.gradients
 
     ours, theirs = train(CurvatureGRPOTrainer, "ours"), train(GRPOTrainer, "theirs")
     assert len(theirs) == 2 and any(gradient.any() for gradient in theirs[0].values())

@@ -1,4 +1,4 @@
-"""One training run with stored rollouts, for test_two_processes.py: ``main`` of each process; and for test_engines.py.
+"""One training run with stored rollouts, on one process or two: ``run_processes`` starts it, ``main`` is each process.
 
 The completion of every row is a function of its prompt, its place in the group and the step alone, so that one process
 with the whole batch and two processes with half of it each see the same groups.
@@ -10,11 +10,14 @@ import os
 import random
 import signal
 import zlib
+from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from fsdp2_on_cpu import take_processes_for_gpus
 from peft import LoraConfig
+from processes import Started, start
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -104,11 +107,53 @@ def run_out_of_memory(trainer, module, name, at_step):
     setattr(owner, name, no_room)
 
 
-# what a run may be beside its trainer ("ours" or "trl"), folder, out, model and options
+# what a run may be besides its folder, out, model and options; "trainer" is "ours" or "trl"
 DEFAULTS = {
-    "dead": 0.0, "lora": None, "engine": None, "environment": {}, "keep": (), "resume": None, "kill_at": None,
-    "signals": False, "wrong_layer": None, "blind": None, "most_dense": None, "no_memory": None,
-}  # fmt: skip
+    "trainer": "ours",
+    "dead": 0.0,
+    "lora": None,
+    "engine": None,
+    "environment": {},
+    "keep": (),
+    "resume": None,
+    "kill_at": None,
+    "signals": False,
+    "wrong_layer": None,
+    "blind": None,
+    "most_dense": None,
+    "no_memory": None,
+}
+
+
+def start_processes(count: int, policy: Path, folder: Path, **arguments) -> Started:
+    """``arguments``: of ``DEFAULTS``, all others are options of the configuration."""
+    folder.mkdir(exist_ok=arguments.get("resume") is not None)
+    spec = {name: arguments.pop(name) for name in DEFAULTS if name in arguments}
+    spec |= {"folder": str(folder), "out": str(folder / "result"), "model": str(policy), "options": arguments}
+    return start(count, main, spec, folder=folder)
+
+
+def run_processes(count: int, policy: Path, folder: Path, **arguments) -> list[dict]:
+    """The run on one process or on two, each forked; what it left behind, by process."""
+    started = start_processes(count, policy, folder, **arguments)
+    assert started.finish() == [0] * count, started.text()[-3000:]
+    return [torch.load(folder / f"result.{rank}.pt") for rank in range(count)]
+
+
+NOT_ALIKE = ("step_time", "runtime", "per_second", "normalization/", "compute/")
+
+
+def assert_same_run(ours: dict, theirs: dict, ignore: tuple[str, ...] = NOT_ALIKE) -> None:
+    torch.testing.assert_close(
+        torch.tensor(ours["advantages"]), torch.tensor(theirs["advantages"]), rtol=1e-5, atol=1e-6
+    )
+    for ours_log, theirs_log in zip(ours["logs"], theirs["logs"], strict=True):
+        skipping = "entropy_live" in ours_log and "entropy" not in ours_log
+        for key, value in theirs_log.items():
+            if not any(word in key for word in ignore) and not (skipping and key == "entropy"):
+                assert ours_log[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    for name, value in theirs["parameters"].items():
+        torch.testing.assert_close(ours["parameters"][name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def main(spec):

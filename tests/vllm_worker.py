@@ -50,17 +50,31 @@ def train(spec):
         model=spec["model"],
         reward_funcs=reward,
         args=config_class(
-            output_dir=spec["folder"], num_generations=4, per_device_train_batch_size=16, max_completion_length=8,
-            lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no",
-            bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True, use_cpu=True, seed=3,
-            use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64, model_init_kwargs={"dtype": "float32"},
+            output_dir=spec["folder"],
+            num_generations=4,
+            per_device_train_batch_size=16,
+            max_completion_length=8,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            logging_steps=1,
+            save_strategy="no",
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=3,
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_max_model_length=64,
+            model_init_kwargs={"dtype": "float32"},
             **{"optim": "sgd", **spec["options"]},
         ),
         train_dataset=Dataset.from_dict(
             {"prompt": [[{"role": "user", "content": problem.question}] for problem in problems]}
         ),
         processing_class=AutoTokenizer.from_pretrained(spec["model"], padding_side="left"),
-    )  # fmt: skip
+    )
     batches = []
     score = trainer._generate_and_score_completions
 

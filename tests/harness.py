@@ -1,0 +1,311 @@
+"""How tests build and train a trainer: one data set, one reward, one set of options; and how two runs are compared.
+
+The tiny model and its tokenizer are ``tiny_policy`` of ``conftest.py``; two processes are in ``two_process_worker.py``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.tasks.arithmetic import generate_problems
+
+OPTIONS = {
+    "num_generations": 4,
+    "num_generations_eval": 1,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "max_completion_length": 8,
+    "max_steps": 2,
+    "optim": "sgd",
+    "learning_rate": 0.02,
+    "lr_scheduler_type": "constant",
+    "generation_kwargs": {"sequence_bias": [[[1], 5.0]]},  # token 1 ends a completion: lengths differ
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "seed": 7,
+}
+# TRL's own micro-batches, token by token, with no prompt shared: what most comparisons begin with
+PLAIN = {"loss_type": "grpo", "share_prompts": False, "max_steps": 3}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
+OUR_OPTIONS = {field.name for field in fields(CurvatureGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
+
+
+# ---- data and rewards
+
+
+def question(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def prompts(count: int, split: str = "train") -> Dataset:
+    return Dataset.from_dict({"prompt": [question(one.question) for one in generate_problems(count, split=split)]})
+
+
+def two_tasks(count: int = 32) -> Dataset:
+    return prompts(count).add_column("task", ["up" if i % 2 else "down" for i in range(count)])
+
+
+def digits(completions, **kwargs):
+    """Share of digits, in eighths: exactly representable, and different within most groups."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [round(8 * sum(c.isdigit() for c in text) / max(len(text), 1)) / 8 for text in texts]
+
+
+def short(completions, completion_ids, **kwargs):
+    """Not scored (None) for every fifth completion."""
+    return [None if sum(ids) % 5 == 0 else (1.0 if len(ids) < 6 else 0.25) for ids in completion_ids]
+
+
+def by_length(completion_ids, **kwargs):
+    """In [0, 1], in quarters."""
+    return [(len(ids) % 5) / 4 for ids in completion_ids]
+
+
+def graded(completion_ids, **kwargs):
+    """In sevenths; most groups differ."""
+    return [(sum(ids) % 7) / 6 for ids in completion_ids]
+
+
+def dead_share(prompt, share: float) -> bool:
+    """Whether the prompt is one of this share of all."""
+    return zlib.crc32(prompt[0]["content"].encode()) % 100 < 100 * share
+
+
+def reward_with_dead(share: float):
+    """As ``digits``, but of equal rewards for this share of the prompts; 0.25 and 1 have an exact mean."""
+
+    def reward(completions, prompts, **kwargs):
+        values = digits(completions)
+        return [0.25 if dead_share(p, share) else v for p, v in zip(prompts, values, strict=True)]
+
+    return reward
+
+
+def live_or_not(share: float):
+    """Rewards that differ within every group of the other prompts, whatever was answered."""
+
+    def reward(prompts, **kwargs):
+        return [0.25 if dead_share(p, share) else (row % 4) / 4 for row, p in enumerate(prompts)]
+
+    return reward
+
+
+def tool_rollout(prompts, trainer):
+    """A rollout function: completions in which three tokens, elsewhere in each row, came from a tool."""
+    generator = torch.Generator().manual_seed(7 * trainer.state.global_step)
+    tokenizer = trainer.processing_class
+    completions = [
+        torch.randint(4, len(tokenizer), (n % 5 + 3,), generator=generator).tolist() for n in range(len(prompts))
+    ]
+    return {
+        "prompt_ids": [tokenizer.encode("<user>What is 1 + 1?<assistant>") for _ in prompts],
+        "completion_ids": completions,
+        "logprobs": None,
+        "env_mask": [[0 if 0 <= t - n % 4 <= 2 else 1 for t in range(len(row))] for n, row in enumerate(completions)],
+    }
+
+
+# ---- trainers
+
+
+class Recorder(TrainerCallback):
+    """Keeps what is logged, and the gradients of each optimizer step."""
+
+    def __init__(self):
+        self.logs, self.gradients = [], []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def config(folder: Path, config_class: type = CurvatureGRPOConfig, **options: Any) -> GRPOConfig:
+    """``OPTIONS`` with these changes; options of ours alone are left out of TRL's class."""
+    given = {**OPTIONS, **options}
+    if not issubclass(config_class, CurvatureGRPOConfig):
+        given = {name: value for name, value in given.items() if name not in OUR_OPTIONS}
+    return config_class(output_dir=str(folder), **given)
+
+
+def tokenizer_of(policy: Path):
+    return AutoTokenizer.from_pretrained(policy, padding_side="left")
+
+
+def build(
+    policy: Path,
+    folder: Path,
+    reward_funcs=digits,
+    train_dataset=None,
+    *,
+    trainer_class: type = CurvatureGRPOTrainer,
+    config_class: type | None = None,
+    model: PreTrainedModel | None = None,
+    processing_class=None,
+    callbacks=(),
+    peft_config=None,
+    eval_dataset=None,
+    rollout_func=None,
+    environment_factory=None,
+    **options: Any,
+) -> GRPOTrainer:
+    """A trainer of the model in ``policy``, or of ``model`` with that tokenizer; ``trainer.recorder`` is a Recorder.
+
+    ``options`` are the configuration's; an evaluation is of eight held-out prompts.
+    """
+    if config_class is None:
+        config_class = CurvatureGRPOConfig if issubclass(trainer_class, CurvatureGRPOTrainer) else GRPOConfig
+    if eval_dataset is None and "eval_strategy" in options:
+        eval_dataset = prompts(8, "held_out")
+    recorder = Recorder()
+    args = config(folder, config_class, **options)
+    torch.manual_seed(0)  # adapters are drawn
+    trainer = trainer_class(
+        model=str(policy) if model is None else model,
+        reward_funcs=reward_funcs,
+        args=args,
+        train_dataset=prompts(64) if train_dataset is None else train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer_of(policy) if processing_class is None else processing_class,
+        peft_config=peft_config,
+        rollout_func=rollout_func,
+        environment_factory=environment_factory,
+        callbacks=[recorder, *callbacks],
+    )
+    trainer.recorder = recorder
+    return trainer
+
+
+def train(policy: Path, folder: Path, *arguments: Any, resume: str | None = None, **options: Any) -> GRPOTrainer:
+    """As ``build``, and trained."""
+    trainer = build(policy, folder, *arguments, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def train_both(policy: Path, folder: Path, *arguments: Any, ours: type = CurvatureGRPOTrainer, **options: Any):
+    """(ours, TRL's) trained alike and compared by ``assert_same``."""
+    theirs = train(policy, folder / "trl", *arguments, trainer_class=GRPOTrainer, **options)
+    mine = train(policy, folder / "ours", *arguments, trainer_class=ours, **options)
+    assert_same(mine, theirs)
+    return mine, theirs
+
+
+def parameters(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def logged(trainer, key: str = "reward") -> list[dict[str, Any]]:
+    """The log's entries that have this key, by default those of training steps."""
+    return [log for log in trainer.recorder.logs if key in log]
+
+
+def first_batch(trainer) -> dict[str, Any]:
+    """The first micro-batch the loss is given; the trainer has trained afterwards."""
+    return loss_batches(trainer)[0][0]
+
+
+def loss_batches(trainer) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """(micro-batch, loss) of each call of the trainer's loss, while it trains."""
+    seen, compute = [], trainer._compute_loss
+
+    def keep(model, inputs):
+        copied = {name: one.clone() if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
+        loss = compute(model, inputs)
+        seen.append((copied, loss.detach()))
+        return loss
+
+    trainer._compute_loss = keep
+    trainer.train()
+    del trainer._compute_loss
+    return seen
+
+
+# ---- comparisons
+
+TIMINGS = ("runtime", "per_second", "step_time", "total_flos", "epoch", "profiling")
+OURS = (
+    *("normalization/", "interference/", "what_if/", "noise/", "curvature/", "theory/", "compute/", "phase"),
+    *("verdicts/", "completions/repetition"),
+)
+
+
+def norm_of(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    return sum(g.square().sum() for g in gradients.values()).sqrt()
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The norm of the difference of two gradients of the same parameters."""
+    assert ours.keys() == theirs.keys() and theirs
+    return norm_of({name: ours[name] - gradient for name, gradient in theirs.items()})
+
+
+def assert_same_gradients(ours, theirs, tolerance: float = 1e-5) -> None:
+    """Step by step, up to this share of each step's norm."""
+    assert len(ours) == len(theirs) > 0
+    for mine, its in zip(ours, theirs, strict=True):
+        assert distance(mine, its) <= tolerance * norm_of(its)
+
+
+def assert_same(ours, theirs, *, small_kl: bool = False) -> None:
+    """Logs, advantages, gradients and parameters of two trained trainers.
+
+    ``small_kl``: a step whose gradient is the KL penalty's alone, mere rounding, is held to the largest norm.
+    """
+    assert len(ours.recorder.logs) == len(theirs.recorder.logs) > 0
+    for our_log, their_log in zip(ours.recorder.logs, theirs.recorder.logs, strict=True):
+        assert_same_log(ours, our_log, their_log)
+    advantages = [torch.tensor(trainer._logs["advantages"]) for trainer in (ours, theirs)]
+    torch.testing.assert_close(*advantages, rtol=1e-5, atol=1e-6)
+    assert len(ours.recorder.gradients) == len(theirs.recorder.gradients) > 0
+    largest = max(norm_of(step) for step in theirs.recorder.gradients)
+    for our_step, their_step in zip(ours.recorder.gradients, theirs.recorder.gradients, strict=True):
+        assert distance(our_step, their_step) <= 1e-5 * (largest if small_kl else norm_of(their_step))
+    our_parameters = parameters(ours.model)
+    for name, value in parameters(theirs.model).items():
+        torch.testing.assert_close(our_parameters[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def assert_same_log(trainer, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    advantages_clear_of_zero = (
+        ours.get("normalization/zero_variance_frac", 1) == 0
+        and trainer.multi_objective_aggregation == "sum_then_normalize"
+    )
+    extra = {key for key in ours if not key.removeprefix("eval_").startswith(OURS)} - set(theirs)
+    left_out = set()
+    if "entropy_live" in ours:  # of what was run, in place of all tokens'
+        extra, left_out = extra - {"entropy_live"}, {"entropy"}
+    assert not extra and set(theirs) - left_out <= set(ours)
+    for key, value in theirs.items():
+        if any(word in key for word in TIMINGS) or key in left_out:
+            continue
+        if ("cispo_clip_ratio" in key or "vespo/phi_seq" in key) and not advantages_clear_of_zero:
+            continue  # they look at an advantage's sign: TRL's residue of an all-equal group has one, and ours is 0
+        if value is None or isinstance(value, str):
+            assert ours[key] == value, key
+        else:
+            # rounding is as large as the terms: luspo sums a sequence's tokens where the others average, and what
+            # vespo and cispo sum are log-probs, of about ln V, where the others sum ratios of about 1
+            terms = {"luspo": 8, "vespo": 8, "cispo": 8}.get(trainer.loss_type, 1)
+            assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-6 * terms), key
+
+
+def messages(caplog, *texts: str) -> list[str]:
+    """What was logged with all these texts in it."""
+    return [record.message for record in caplog.records if all(text in record.message for text in texts)]

@@ -1,0 +1,83 @@
+"""One process of eight, at 512 prompts of 16 answers and k = 64: what it holds and makes of a large step."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo_kernels.interference.inner_products import squared_norms
+from trl_ext.recorder import collectives, measure
+from trl_ext.recorder.measure import RecordedStep
+from trl_ext.recorder.sequence_table import SequenceTable
+from trl_ext.recorder.what_if import STATELESS, WhatIfLog
+from trl_ext.advantages.normalizer import UsedNormalization
+
+P, G, K, H, PROCESSES = 512, 16, 64, 4096, 8
+
+
+class OneOfEight:
+    """Its exchanges move nothing, but bring as much as they would: the others have what this one has."""
+
+    def all_reduce(self, values):
+        pass
+
+    def all_gather_into_tensor(self, gathered, values):
+        gathered.view(PROCESSES, *values.shape)[:] = values
+        columns = gathered.view(PROCESSES, *values.shape)
+        first_P1 = torch.arange(PROCESSES, device=values.device)[:, None] * (P // PROCESSES)
+        if values.dtype == torch.int64 and values.ndim == 2:  # other processes have other prompts
+            columns[:, :, 0] = first_P1 + values[:, 0]
+        elif values.dtype == torch.int64:
+            columns[:] = first_P1 + values
+
+    def all_to_all_single(self, arrived, sent):
+        arrived.copy_(sent)
+
+
+def one_of_eight(summed, monkeypatch, measured, device="cpu"):
+    """What the first process finds of a step, everything that it makes of it within ``measured``, a context."""
+    network = OneOfEight()
+    for name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single"):
+        monkeypatch.setattr(collectives.dist, name, getattr(network, name))
+    accelerator = SimpleNamespace(num_processes=PROCESSES, process_index=0, device=torch.device(device))
+    exchanges = collectives.Collectives(accelerator)
+    options = SimpleNamespace(interference_parts=False, what_if=None, normalization_kwargs=None)
+    run = SimpleNamespace(
+        options=options,
+        num_generations=G,
+        prompts_per_generation=P,
+        aggregation="sum_then_normalize",
+        say_once=lambda text, level="warning": None if level == "info" else pytest.fail(text),
+    )
+    torch.manual_seed(0)
+    n = P * G // PROCESSES
+    with torch.device(device):
+        prompt_B, position_B = torch.arange(n) // G, torch.arange(n) % G
+        rewards_BG = (torch.rand(n // G, G) < 0.5).float()[prompt_B]
+        reward_B = rewards_BG.gather(1, position_B[:, None])[:, 0]
+        advantage_B = (reward_B - rewards_BG.mean(1)) / (rewards_BG.std(1) + 1e-4)
+        what = WhatIfLog(run, lambda: UsedNormalization("std", 4, [1.0]), exchanges.attempt)
+        with measured:
+            sketch = torch.randn(n, 2, K * K // 2).mul_(advantage_B[:, None, None])
+            features = torch.cat([torch.randn(n // G, H), torch.full((n // G, 1), float(G))], dim=1)
+            table = SequenceTable(
+                **dict.fromkeys(("prompt_id", "prompt_key"), prompt_B),
+                **dict.fromkeys(("position", "length"), position_B),
+                **dict.fromkeys(("advantage", "made_at"), advantage_B),
+                weight=torch.ones(n),
+                group_rewards=rewards_BG,
+                function_rewards=reward_B[:, None],
+                square=squared_norms(sketch.flatten(1)),
+                coefficient=None if summed else -advantage_B / PROCESSES,
+            )
+            recorded = RecordedStep(sketch, {"model": slice(0, K * K // 2)}, table, features, summed=summed)
+            del sketch, features, table
+            tasks = {key: f"task {key % 4}" for key in range(n // G)}
+            found = measure.measure(recorded, recorded.sizes(), exchanges, run, G, what.observe, tasks=tasks)
+    assert found.metrics["interference/live_prompts"] > P - 8
+    assert sum(found.metrics[f"tasks/task {i}/heard"] for i in range(4)) == pytest.approx(1)
+    assert ("what_if/std/cos" in found.metrics) is not summed and ("noise/between" in found.metrics) is not summed
+    if not summed:
+        names = [name for name in STATELESS if name != "decoupled"]
+        assert all(f"what_if/{name}/cos" in found.metrics for name in names)
+    return found

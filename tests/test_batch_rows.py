@@ -1,0 +1,197 @@
+"""Which columns of padding a micro-batch may lose, how rows are chosen for micro-batches, and how work is counted."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from architectures import build as architecture
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import TINY
+from transformers import GPT2Config, LlamaConfig, MambaConfig, OPTConfig
+from transformers.models.auto import AutoModelForCausalLM
+
+from trl_ext.plan import columns
+from trl_ext.plan.rows import even_batches, join, read_rows, select
+from trl_ext.plan.padding import columns_by_rule, moved_by_padding, trimmed_columns
+from trl_ext.plan.micro_batches import StepCounts, compute_metrics
+from trl_ext.plan.rules import random_layers
+
+SMALL = {**TINY, "vocab_size": 50}
+MODELS = {
+    "rotary": (LlamaConfig(**SMALL), (True, True)),
+    "positions learned": (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50), (False, True)),
+    "state": (MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=50), (False, True)),
+    "rotation by length": (
+        LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        (False, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_columns_are_cut_where_nothing_changes(name):
+    """What is said of a model is what its own forward does, with padding and without."""
+    config, expected = MODELS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert columns_by_rule(model) == expected
+    ids, mask = torch.randint(4, 50, (1, 9)), torch.ones(1, 9, dtype=torch.long)
+    wide = [torch.nn.functional.pad(x, (5, 0)) for x in (ids, mask)]
+    with torch.no_grad():
+        bare, padded = model(ids, attention_mask=mask).logits, model(wide[0], attention_mask=wide[1]).logits[:, 5:]
+    if name == "positions learned":  # the reason why its columns stay
+        assert (bare - padded).abs().max() > 1e-3
+    if expected[0]:
+        torch.testing.assert_close(bare, padded, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_in_chunks_keeps_its_columns():
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    model.config.attention_chunk_size = 4
+    assert columns_by_rule(model) == (False, True)
+
+
+def test_a_model_that_moves_with_padding_is_found_out(monkeypatch):
+    """HunYuan has a norm after its rotation: were it not in the rule, the model would still be asked."""
+    assert columns_by_rule(architecture("hunyuan_v1_dense")) == (False, True)
+    monkeypatch.setattr(columns, "NORM_AFTER_ROTATION", ())
+    alone, said = SimpleNamespace(distributed_type=DistributedType.NO), []
+    for name, moves in (("hunyuan_v1_dense", True), ("llama", False)):
+        model = architecture(name).train()
+        model.lm_head.eval()
+        assert columns_by_rule(model) == (True, True)
+        moved = moved_by_padding(model)
+        assert moved > 1e-3 if moves else moved < 1e-6
+        assert trimmed_columns(model, alone, said.append) == (not moves, True)
+        assert model.model.training and not model.lm_head.training
+    assert len(said) == 1 and "Padding before prompts stays: what the model says changes with it" in said[0]
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)  # its parameters are elsewhere: by rule
+    assert trimmed_columns(architecture("hunyuan_v1_dense"), sharded, said.append) == (True, True)
+    monster = architecture("llama")
+    monster.forward = lambda **kwargs: 1 / 0
+    assert trimmed_columns(monster, alone, said.append) == (False, True) and "ZeroDivisionError" in said[-1]
+
+
+# ---- the parts
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), min_size=1, max_size=24), st.integers(1, 6))
+def test_even_batches(rows, n_batches):
+    wanted_B = torch.tensor([wanted for wanted, _ in rows])
+    length_B = torch.tensor([length for _, length in rows])
+    n_batches = min(n_batches, len(rows))
+    batches = even_batches(wanted_B, length_B, n_batches)
+    chosen = torch.cat(batches).tolist()
+    assert len(batches) == n_batches and all(len(batch) > 0 for batch in batches)
+    assert len(set(chosen)) == len(chosen) and set(wanted_B.nonzero().flatten().tolist()) <= set(chosen)
+    assert len(chosen) == max(int(wanted_B.sum()), n_batches)
+    assert max(map(len, batches)) - min(map(len, batches)) <= 1
+    fillers = [row for row in chosen if not wanted_B[row]]
+    left = [length_B[row] for row in range(len(rows)) if row not in chosen]
+    assert not fillers or all(max(length_B[row] for row in fillers) <= length for length in left)
+    empty_B = length_B % 3 == 0  # rows without a token that counts make up for others last of all
+    fillers = [
+        row for row in torch.cat(even_batches(wanted_B, length_B, n_batches, empty_B)).tolist() if not wanted_B[row]
+    ]
+    assert not empty_B[fillers].any() or empty_B[~wanted_B].sum() + len(fillers) > (~wanted_B).sum()
+    lengths = length_B[[row for row in chosen if wanted_B[row]]]
+    assert (lengths[:-1] >= lengths[1:]).all()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=2, max_size=8),
+    st.data(),
+    st.tuples(st.booleans(), st.booleans()),
+    st.sampled_from([None, 2, 4]),
+)
+def test_select_loses_padding_alone(lengths, data, trim, multiple_of):
+    n, prompt_width, completion_width = len(lengths), 8, 8
+    generator = torch.Generator().manual_seed(n)
+    prompt_mask = torch.stack([torch.arange(prompt_width) >= prompt_width - p for p, _ in lengths]).long()
+    completion_mask = torch.stack([torch.arange(completion_width) < c for _, c in lengths]).long()
+    ids = torch.randint(1, 99, (n, prompt_width + completion_width), generator=generator)
+    rows = {
+        "prompt_ids": ids[:, :prompt_width] * prompt_mask,
+        "prompt_mask": prompt_mask,
+        "completion_ids": ids[:, prompt_width:] * completion_mask,
+        "completion_mask": completion_mask,
+        "old_per_token_logps": torch.randn(n, completion_width, generator=generator) * completion_mask,
+        "importance_sampling_ratio": torch.rand(n, 1, generator=generator),
+        "token_type_ids": ids,
+        "advantages": torch.randn(n, generator=generator),
+        "names": [str(i) for i in range(n)],
+        "num_items_in_batch": torch.tensor(3),
+    }
+    index = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True)))
+    got = select(rows, index, read_rows(rows, torch.ones(n, dtype=torch.bool)), trim, multiple_of)
+    for side, start in (("prompt", None), ("completion", 0)):
+        width, kept = rows[f"{side}_mask"].shape[1], got[f"{side}_mask"].shape[1]
+        cut = slice(width - kept, width) if start is None else slice(0, kept)
+        for name in (f"{side}_ids", f"{side}_mask"):
+            assert torch.equal(got[name], rows[name][index][:, cut])
+            assert got[name].sum() == rows[name][index].sum()  # nothing but zeros is gone
+        longest = max(1, int(rows[f"{side}_mask"][index].sum(1).max()))
+        expected = longest if multiple_of is None else -(-longest // multiple_of) * multiple_of
+        assert kept == (expected if trim[side == "completion"] else width)
+    assert got["old_per_token_logps"].shape == got["completion_ids"].shape
+    both = torch.cat([got["prompt_mask"], got["completion_mask"]], 1)
+    assert got["token_type_ids"].shape == both.shape
+    assert torch.equal(got["token_type_ids"] * both, torch.cat([got["prompt_ids"], got["completion_ids"]], 1))
+    assert got["importance_sampling_ratio"].shape == (len(index), 1)
+    assert got["names"] == [str(i) for i in index.tolist()] and got["num_items_in_batch"] == 3
+
+
+def test_join_is_the_way_back():
+    rows = {"a": torch.arange(12).view(6, 2), "names": list("abcdef"), "n": torch.tensor(2)}
+    parts = [{"a": rows["a"][i : i + 2], "names": rows["names"][i : i + 2], "n": rows["n"]} for i in (0, 2, 4)]
+    whole = join(parts)
+    assert torch.equal(whole["a"], rows["a"]) and whole["names"] == rows["names"] and whole["n"] == 2
+
+
+def test_compute_metrics_by_hand():
+    counts = StepCounts(
+        micro_batches=2,
+        sequences=16,
+        sequences_run=6,
+        tokens=200,
+        tokens_run=80,
+        positions=320,
+        positions_run=90,
+    )
+    assert compute_metrics(counts) == pytest.approx(
+        {
+            "compute/sequences_skipped_frac": 10 / 16,
+            "compute/tokens_skipped_frac": 0.6,
+            "compute/tokens_run": 80.0,
+            "compute/padding_removed_frac": 1 - 10 / 120,
+            "compute/micro_batches": 2.0,
+            "compute/flops_saved_frac": 1 - 90 / 320,
+        }
+    )
+    assert compute_metrics(StepCounts(1, 4, 4, 20, 20, 20, 20))["compute/padding_removed_frac"] == 0
+
+
+OPT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "ffn_dim": 32,
+    "vocab_size": 50,
+    "word_embed_proj_dim": 32,
+}
+
+
+def test_random_layers_are_named():
+    def named(**options):
+        return random_layers(AutoModelForCausalLM.from_config(OPTConfig(**{**OPT, "dropout": 0.0, **options})))
+
+    assert named() is None and named(dropout=0.1) and named(layerdrop=0.1) == "layerdrop"
+    plain = AutoModelForCausalLM.from_config(OPTConfig(**OPT, dropout=0.0))
+    layer = plain.model.decoder.layers[0]
+    layer.jitter_noise = 0.01  # as a mixture's router keeps it
+    assert random_layers(plain) == "jitter_noise"
+    layer.jitter_noise = 0.0
+    layer.module_dropout = {"default": 0.2}  # as PEFT's LoKr keeps it
+    assert random_layers(plain) == "module_dropout"

@@ -1,0 +1,194 @@
+"""Sums of the head stay in float32 under autocast, and what it can't differentiate it refuses."""
+
+import pytest
+import torch
+from head_example import EPS, assert_no_worse, distance, example, ours, plain
+
+from grpo_kernels import linear_grpo_loss, linear_logprob
+from grpo_kernels.backend import assume_native_half, native_half
+from grpo_kernels.head import products
+
+N, H, V = 24, 32, 257
+
+
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    hidden_NH = torch.randn(N, H, generator=generator).bfloat16()
+    weight_VH = (torch.randn(V, H, generator=generator) * 0.4).bfloat16()
+    return hidden_NH, weight_VH, torch.randint(V, (N,), generator=generator)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_autocast_changes_the_products_alone(softcap, inside):
+    """With bfloat16 inputs autocast has nothing left to cast: every number is the one without it."""
+    hidden_NH, weight_VH, targets_N = problem()
+    bias = torch.linspace(-1, 1, V)
+    sequence_N, advantages_B = torch.arange(N) // 6, torch.tensor([1.0, -0.5, 0.7, -1.2])
+
+    def run(autocast):
+        found = []
+        hidden, weight, b = (x.clone().requires_grad_() for x in (hidden_NH, weight_VH, bias))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logprobs_N, entropies_N = linear_logprob(hidden, weight, targets_N, bias=b, softcap=softcap, entropy=True)
+            out = linear_grpo_loss(
+                hidden,
+                weight,
+                targets_N,
+                sequence_N,
+                advantages_B,
+                torch.full((4,), 1 / N),
+                bias=b,
+                softcap=softcap,
+                entropy_coef=0.1,
+            )
+            total = logprobs_N.sum() + entropies_N.square().sum() + out.loss
+            if inside:
+                total.backward()
+        if not inside:
+            total.backward()
+        found += [logprobs_N, entropies_N, out.logprobs, out.entropies, out.loss, hidden.grad, weight.grad, b.grad]
+        return found
+
+    for bare, mixed in zip(run(False), run(True), strict=True):
+        assert bare.dtype == mixed.dtype
+        torch.testing.assert_close(mixed, bare, rtol=0, atol=0)
+
+
+def test_second_derivatives_are_refused():
+    hidden_NH, weight_VH, targets_N = problem()
+    hidden = hidden_NH.float().requires_grad_()
+    logprobs_N = linear_logprob(hidden, weight_VH.float(), targets_N)
+    with pytest.raises(RuntimeError, match="no second derivatives: create_graph=True"):
+        torch.autograd.grad(logprobs_N.sum(), hidden, create_graph=True)
+    loss = linear_grpo_loss(
+        hidden, weight_VH.float(), targets_N, torch.arange(N) // 6, torch.randn(4), torch.ones(4)
+    ).loss
+    with pytest.raises(RuntimeError, match="no second derivatives: create_graph=True"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("n_vocabulary", [1, 2, 257])
+def test_a_softcap_in_bfloat16_has_consistent_shares(n_vocabulary):
+    """tanh is kept in bfloat16. Of one token the entropy has no gradient at all; of more, the error is that of rounding
+    the tanh, not that of shares which don't add up to 1."""
+    hidden_NH, weight_VH, _ = problem()
+    weight_VH, targets_N = weight_VH[:n_vocabulary], torch.arange(N) % n_vocabulary
+
+    def gradient(dtype, entropies_alone):
+        hidden = hidden_NH.clone().to(dtype).detach().requires_grad_()
+        logprobs_N, entropies_N = linear_logprob(hidden, weight_VH.to(dtype), targets_N, softcap=5.0, entropy=True)
+        (entropies_N.sum() if entropies_alone else logprobs_N.sum() + entropies_N.sum()).backward()
+        return hidden.grad.double()
+
+    if n_vocabulary == 1:
+        assert gradient(torch.bfloat16, True).abs().max() == 0
+    for alone in (True, False):
+        truth, found = gradient(torch.float64, alone), gradient(torch.bfloat16, alone)
+        assert (found - truth).norm() <= 0.02 * truth.norm() + 1e-6
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_half_precision_on_a_cpu_with_and_without_instructions_for_it(native, monkeypatch):
+    monkeypatch.setattr(products, "native_half", lambda dtype, device: native)
+    monkeypatch.setattr(products, "VOCABULARY_BLOCK", 64)
+    tensors, data = example(n=64, h=32, v=300, dtype=torch.bfloat16, scale=0.5)
+    same = plain(tensors, data, {}, {}, torch.bfloat16)
+    truth = plain(tensors, data, {}, {}, torch.float64)
+    for rows in (512, 16):
+        monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", rows)
+        out = ours(tensors, data, {}, {})
+        gradients = torch.autograd.grad(out.loss, list(tensors.values()))
+        for name, got in zip(tensors, gradients, strict=True):
+            assert_no_worse(got, same[3][name], truth[3][name], EPS[torch.bfloat16], name)
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_float16_with_a_gradient_scaler(scale):
+    """Coefficients of 1e-9 survive: multiplied as shares of the largest, and the scaler's factor comes last."""
+    tensors, data = example(n=64, h=32, v=300, dtype=torch.float16, scale=0.3)
+    data["advantages"] = data["advantages"] * 1e-5
+    weight = tensors["weight"].detach().float().requires_grad_()  # as under autocast: float32 parameters
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = linear_grpo_loss(
+            tensors["hidden"], weight, data["targets"], data["sequence"], data["advantages"], data["weights"]
+        )
+    (gradient,) = torch.autograd.grad(out.loss * scale, [weight])
+    truth = plain({**tensors, "bias": torch.zeros(300)}, data, {}, {}, torch.float64, off_policy=False)[3]["weight"]
+    assert gradient.dtype == torch.float32
+    assert distance(gradient, truth * scale) <= 5e-3 * truth.norm().item() * scale
+
+
+@pytest.mark.parametrize("rows", [512, 16], ids=["one tile", "several"])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-6, 2.0**-12])
+def test_float16_stays_finite_where_plain_float16_does(scale, rows, monkeypatch):
+    """Off policy a ratio may be 665 times what it is on policy, on a hidden state of 200: with a unit that doesn't know
+    it the gradient of the weight overflows at every loss scale. On a device that multiplies float16 itself."""
+    monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", rows)
+    torch.manual_seed(3)
+    hidden = torch.randn(32, 64)
+    hidden[:, 5] *= 80
+    hidden[3, 5] = 200.0
+    weight = torch.randn(200, 64) * 0.03
+    weight[:, 5] *= 0.05
+    hidden, weight, targets = hidden.half(), weight.half(), torch.randint(0, 200, (32,))
+    advantages, weights = torch.ones(32), torch.full((32,), 1 / 32)
+    advantages[3] = -1.0
+
+    def logprobs(h, w):
+        return (h @ w.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    old = logprobs(hidden.float(), weight.float())
+    old[3] -= 6.5
+
+    def gradient(dtype, logprob_function):
+        w = weight.to(dtype, copy=True).requires_grad_()
+        ratio = (logprob_function(hidden.to(dtype), w).to(torch.promote_types(dtype, torch.float32)) - old).exp()
+        loss = (weights * -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)).sum()
+        return torch.autograd.grad(loss * scale, [w])[0]
+
+    truth = gradient(torch.float64, logprobs)
+    plain_half = gradient(torch.float16, lambda h, w: logprobs(h, w).float())
+    assert plain_half.isfinite().all()
+    w = weight.clone().requires_grad_()
+    with assume_native_half(True):
+        out = linear_grpo_loss(hidden, w, targets, torch.arange(32), advantages, weights, old_logprobs_N=old)
+        (found,) = torch.autograd.grad(out.loss * scale, [w])
+        of_logprobs = gradient(torch.float16, lambda h, w: linear_logprob(h, w, targets))
+    for ours_half in (found, of_logprobs):
+        assert ours_half.dtype == torch.float16
+        assert_no_worse(ours_half, plain_half, truth, EPS[torch.float16], "weight", floor=1e-6)
+
+
+def test_a_cpu_multiplies_float16_in_float32(monkeypatch):
+    """It multiplies bfloat16 itself only if it has the instructions and ``ONEDNN_MAX_CPU_ISA`` allows them."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert not native_half(torch.float16, cpu)
+    assert native_half(torch.float16, gpu) and native_half(torch.bfloat16, gpu)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        for limit, allows in (
+            ("", True),
+            ("AVX2", False),
+            ("AVX512_CORE", False),
+            ("AVX512_CORE_BF16", True),
+            ("avx512_core_amx", True),
+            ("ALL", True),
+        ):
+            monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+            assert native_half(torch.bfloat16, cpu) == (has and allows)
+    with assume_native_half(True):
+        assert native_half(torch.float16, cpu)
+
+
+def test_autocast_is_linears():
+    tensors, data = example(n=32, h=16, v=50, dtype=torch.float32, scale=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs = linear_logprob(tensors["hidden"], tensors["weight"], data["targets"])
+        logits = torch.nn.functional.linear(tensors["hidden"], tensors["weight"])
+    assert logits.dtype == torch.bfloat16 and logprobs.dtype == torch.float32
+    if not products.native_half(torch.bfloat16, torch.device("cpu")):  # products are made in float32 then
+        logits = torch.nn.functional.linear(tensors["hidden"], tensors["weight"])
+    expected = logits.float().log_softmax(-1).gather(1, data["targets"][:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,89 @@
+"""Which models and options let a prompt run once for all its answers: rows of all lengths against those of its own."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from architectures import NAMES
+from architectures import build as build_architecture
+
+from trl_ext.plan.padding import trimmed_columns
+from trl_ext.plan.shared_batches import why_not_shared
+from trl_ext.head.forward import CompletionMask, FusedHead, add_fused_head, read_settings
+from trl_ext.sharing.packed_rows import pack
+from trl_ext.sharing.hooks import let_share
+
+
+def asked(name):
+    """What a trainer of this architecture would say, and how far its hidden states move."""
+    torch.manual_seed(0)
+    model = build_architecture(name)
+    said = []
+    options = SimpleNamespace(share_prompts=True, fused_loss=True)
+    settings = SimpleNamespace(options=options, accelerator=Accelerator(cpu=True), torch_compile=False)
+    trim = trimmed_columns(model, settings.accelerator, said.append)
+    add_fused_head(model, FusedHead(read_settings(model), CompletionMask(), entropy=True))
+    return why_not_shared(settings, model, trim[0]), model
+
+
+KNOWN = {
+    "llama": None,
+    "qwen2": None,
+    "qwen3": None,
+    "gemma3_text": None,
+    "mistral": None,
+    "olmo2": None,
+    "phi3": None,
+    "qwen3_moe": None,
+    "gpt2": "depends on what stands before",
+    "mamba": "depends on what stands before",
+    "bloom": "depends on what stands before",
+    "gpt_oss": "",
+    "gemma2": "its attention takes softcap",
+    "phimoe": "its sliding window is in the mask alone",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in KNOWN else pytest.param(name, marks=pytest.mark.nightly) for name in NAMES]
+)
+def test_architectures_that_may_and_may_not(name):
+    """Where one may, rows of all lengths are those of its own, sliding windows (16 here) and all."""
+    not_shared, model = asked(name)
+    if name in KNOWN:
+        assert (not_shared is None) == (KNOWN[name] is None), not_shared
+        assert KNOWN[name] is None or KNOWN[name] in str(not_shared)
+    if not_shared is not None:
+        return
+    model = model.eval()
+    let_share(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 96, (4, 40), generator=generator)
+    ids[1:3, :10] = ids[0, :10]
+    mask = (torch.arange(40) < torch.tensor([[40], [25], [12], [33]])).long()
+    mask[3, :4] = 0
+    backbone = model.base_model if model.base_model is not model else model.model
+    rows = pack(ids, mask, 10)
+    with torch.no_grad():
+        own = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
+        packed = backbone(**rows.inputs(ids), use_cache=False).last_hidden_state[0]
+    assert (packed[rows.packed_BC[mask.bool()]] - own).norm() <= 1e-5 * own.norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"share_prompts": False}, "share_prompts=False"),
+        ({"fused_loss": False}, "fused_loss=False"),
+        ({"torch_compile": True}, "torch_compile=True"),
+    ],
+)
+def test_options_that_do_not_allow_it(options, reason):
+    model = build_architecture("llama")
+    settings = SimpleNamespace(
+        options=SimpleNamespace(**{"share_prompts": True, "fused_loss": True, **options}),
+        accelerator=Accelerator(cpu=True),
+        torch_compile=options.get("torch_compile", False),
+    )
+    assert why_not_shared(settings, model, True) == reason

@@ -1,0 +1,59 @@
+"""The sketch's error as it is predicted, against what is observed; on a transformer: test_sketch_accuracy.py."""
+
+import math
+
+import pytest
+import torch
+
+from grpo_kernels.interference.sketch_error import predicted_rmse
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.6, 0.95])
+@pytest.mark.parametrize("numbers", [6000, 100])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_predicted_rmse_of_folded_numbers(parts, numbers, cosine):
+    """Numbers with random signs into 400 entries in all: the error is (1 - cos^2) / sqrt(400), however few meet."""
+    generator = torch.Generator().manual_seed(1)
+    pair = torch.randn(2, numbers, generator=generator, dtype=torch.float64)
+    pair[1] = cosine * pair[0] + math.sqrt(1 - cosine**2) * pair[1]
+    exact = torch.nn.functional.cosine_similarity(*pair, dim=0)
+    observed, predicted = [], []
+    for _ in range(600):
+        signs = torch.randint(0, 2, (parts, 1, numbers), generator=generator) * 2 - 1
+        place = torch.randint(0, 400 // parts, (parts, numbers), generator=generator)
+        empty = torch.zeros(2, 400 // parts, dtype=torch.float64)
+        sketch = torch.stack([empty.index_add(1, p, pair * s) for p, s in zip(place, signs, strict=True)], dim=1)
+        observed.append((torch.nn.functional.cosine_similarity(*sketch.flatten(1), dim=0) - exact).square())
+        predicted.append(predicted_rmse(sketch, torch.tensor([4, 1])) ** 2)
+    ratio = (sum(predicted) / sum(observed).item()) ** 0.5
+    assert ratio == pytest.approx(1.0, abs=0.15)
+    assert (sum(predicted) / 600) ** 0.5 == pytest.approx((1 - exact.item() ** 2) / 20, rel=0.15)
+
+
+def test_predicted_rmse_sums_sequences_and_needs_a_pair():
+    generator = torch.Generator().manual_seed(0)
+    sketch = torch.randn(6, 4, 16, generator=generator)
+    halves, prompts = torch.cat([sketch * 0.25, sketch * 0.75]), torch.tensor([4, 9, 1, 0, 2, 3])
+    whole = predicted_rmse(sketch, prompts)
+    assert predicted_rmse(halves, torch.cat([prompts, prompts])) == pytest.approx(whole, rel=1e-5)
+    assert predicted_rmse(1e-12 * sketch, prompts) == pytest.approx(whole, rel=1e-5)
+    # 64 independent entries: the variance of a cosine is 1/64
+    assert whole == pytest.approx(1 / 8, rel=0.3)
+    assert predicted_rmse(sketch, torch.zeros(6, dtype=torch.int64)) == 0.0
+    assert predicted_rmse(sketch * (torch.arange(6) == 2)[:, None, None], prompts) == 0.0
+    same = sketch[:1].expand(6, 4, 16)  # a cosine of 1 is exact
+    assert predicted_rmse(same, prompts) == pytest.approx(0.0, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("sketch_BMK", "prompt_B", "message"),
+    [
+        (torch.ones(2, 4), torch.arange(2), r"sketch_BMK has shape \(2, 4\)"),
+        (torch.ones(2, 1, 4), torch.arange(2), r"sketch_BMK has shape \(2, 1, 4\)"),
+        (torch.ones(2, 4, 4), torch.arange(3), r"prompt_B has shape \(3,\): expected \(2,\)"),
+        (torch.full((2, 4, 4), math.nan), torch.arange(2), "isn't finite"),
+    ],
+)
+def test_bad_input_is_named(sketch_BMK, prompt_B, message):
+    with pytest.raises(ValueError, match=message):
+        predicted_rmse(sketch_BMK, prompt_B)
