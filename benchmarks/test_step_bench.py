@@ -118,7 +118,7 @@ def test_peak_memory(benchmark, record, kind):
 @pytest.mark.full
 def test_where_the_time_goes(benchmark, record, pair):
     """Seconds of each stage of one of our steps with half of the groups dead, in percent of the step."""
-    from trl_ext.loss import fused_head
+    from trl_ext.head import fused_head
 
     from trl_ext.plan.micro_batches import MicroBatches
 

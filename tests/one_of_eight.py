@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from grpo_kernels.interference.inner_products import squared_norms
+from trl_ext.advantages.normalizer import UsedNormalization
 from trl_ext.recorder import collectives, measure
 from trl_ext.recorder.measure import RecordedStep
 from trl_ext.recorder.sequence_table import SequenceTable
 from trl_ext.recorder.what_if import STATELESS, WhatIfLog
-from trl_ext.advantages.normalizer import UsedNormalization
 
 P, G, K, H, PROCESSES = 512, 16, 64, 4096, 8
 

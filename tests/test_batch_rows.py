@@ -13,9 +13,9 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig, OPTConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from trl_ext.plan import columns
-from trl_ext.plan.rows import even_batches, join, read_rows, select
-from trl_ext.plan.padding import columns_by_rule, moved_by_padding, trimmed_columns
 from trl_ext.plan.micro_batches import StepCounts, compute_metrics
+from trl_ext.plan.padding import columns_by_rule, moved_by_padding, trimmed_columns
+from trl_ext.plan.rows import even_batches, join, read_rows, select
 from trl_ext.plan.rules import random_layers
 
 SMALL = {**TINY, "vocab_size": 50}

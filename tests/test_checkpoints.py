@@ -14,10 +14,10 @@ import torch
 from harness import build, train
 from processes import start
 
+from trl_ext.advantages.reward_checks import RewardRaised
 from trl_ext.checkpoints import CheckpointError, find_checkpoint
 from trl_ext.checkpoints.saving import whole_or_none
 from trl_ext.checkpoints.whole import what_is_broken
-from trl_ext.advantages.reward_checks import RewardRaised
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "interference_every": 0}
 

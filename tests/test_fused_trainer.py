@@ -11,10 +11,10 @@ from reference import head_logprobs
 from tiny_models import HEADS, save_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
+from trl_ext.loss import fused_head
 
 from grpo_kernels import linear_logprob
 from trl_ext import CurvatureGRPOTrainer
-from trl_ext.loss import fused_head
 from trl_ext.head.forward import gathered_head, head_adapter
 
 OFF_POLICY = {"num_iterations": 2}

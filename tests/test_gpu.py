@@ -12,10 +12,10 @@ from kernel_inputs import CALLS, LAYOUTS, WIDTH, head_inputs, needs_gpu, shared_
 from one_of_eight import one_of_eight
 from peft import LoraConfig
 from trl import GRPOTrainer
+from trl_ext.loss import flash, shared_attention
 
 from grpo_kernels import use_backend
 from trl_ext import CurvatureGRPOTrainer, read_interference
-from trl_ext.loss import flash, shared_attention
 from trl_ext.sharing.packed_rows import pack
 
 pytestmark = [pytest.mark.gpu, needs_gpu]

@@ -15,13 +15,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from trl import GRPOTrainer
+from trl_ext.loss import flash, packed_rows, shared_attention
 
 from trl_ext.plan import shared_batches as shared_batches_module
 from trl_ext.plan.rows import RowTable, read_rows
 from trl_ext.plan.shared_batches import as_many, can_share, packed_positions, shared_batches
-from trl_ext.loss import flash, packed_rows, shared_attention
-from trl_ext.sharing.packed_rows import Spans, pack
 from trl_ext.sharing.hooks import let_share
+from trl_ext.sharing.packed_rows import Spans, pack
 
 SIZES = {
     "vocab_size": 97,

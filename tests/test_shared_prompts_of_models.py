@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from architectures import NAMES
 from architectures import build as build_architecture
 
+from trl_ext.head.forward import CompletionMask, FusedHead, add_fused_head, read_settings
 from trl_ext.plan.padding import trimmed_columns
 from trl_ext.plan.shared_batches import why_not_shared
-from trl_ext.head.forward import CompletionMask, FusedHead, add_fused_head, read_settings
-from trl_ext.sharing.packed_rows import pack
 from trl_ext.sharing.hooks import let_share
+from trl_ext.sharing.packed_rows import pack
 
 
 def asked(name):

@@ -9,13 +9,13 @@ import torch
 from datasets import Dataset
 from harness import build, by_length, digits, logged, loss_batches, prompts, train
 from trl import GRPOConfig
+from trl_ext.loss import fused_loss
 
 import grpo_kernels
 import trl_ext
 from grpo_kernels import normalize_rewards
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext._version_check import check_trl_version
-from trl_ext.loss import fused_loss
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "sapo", "luspo"])

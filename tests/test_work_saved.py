@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 from transformers.integrations import neftune
 from trl import GRPOTrainer
+from trl_ext.plan.postponed_logprobs import why_complete
 
 from trl_ext import CurvatureGRPOTrainer, read_interference
 from trl_ext.plan.rows import join
-from trl_ext.plan.postponed_logprobs import why_complete
 
 # an optimizer step of 16 sequences in four micro-batches
 FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
