@@ -118,8 +118,7 @@ def test_peak_memory(benchmark, record, kind):
 @pytest.mark.full
 def test_where_the_time_goes(benchmark, record, pair):
     """Seconds of each stage of one of our steps with half of the groups dead, in percent of the step."""
-    from trl_ext.head import fused_head
-
+    from trl_ext.head import forward
     from trl_ext.plan.micro_batches import MicroBatches
 
     kind, both = pair
@@ -144,7 +143,7 @@ def test_where_the_time_goes(benchmark, record, pair):
         timed(trainer, "_generate_and_score_completions", "rollouts, rewards, advantages"),
         timed(MicroBatches, "_plan", "planning"),
         timed(trainer, "_compute_loss", "forward"),
-        timed(fused_head, "linear_grpo_loss", "head"),
+        timed(forward, "linear_grpo_loss", "head"),
         timed(trainer.accelerator, "backward", "backbone backward"),
         timed(trainer, "_clip_grad_norm", "clipping"),
         timed(torch.optim.AdamW, "step", "optimizer"),

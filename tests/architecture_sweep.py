@@ -208,10 +208,11 @@ class Row:
 
 def what_runs(trainer: CurvatureGRPOTrainer) -> str:
     """In a few words."""
-    if not trainer._micro_batches.skipping:
-        (why,) = [text for text in trainer._run.say_once._said if text.startswith("Every sequence runs")]
+    if not trainer._parts.micro_batches.skipping:
+        (why,) = [text for text in trainer._parts.run.say_once._said if text.startswith("Every sequence runs")]
         return f"all, as TRL: {why.split(': ', 1)[1].rstrip('.')}"
-    before, after = trainer._micro_batches.trim
+    trimming = trainer._parts.micro_batches.limits.trimming
+    before, after = trimming.prompts, trimming.completions
     return "live; padding cut " + {(True, True): "on both sides", (False, True): "after answers"}.get(
         (before, after), "nowhere"
     )
@@ -236,7 +237,12 @@ def examine(name: str, adapter: Callable[[], PeftConfig | None]) -> Row:
             break
         if theirs is not None:
             errors.append(distance(ours, theirs))
-        if skip and not every and trainer._micro_batches.not_shared is None and trainer._micro_batches.skipping:
+        if (
+            skip
+            and not every
+            and trainer._parts.micro_batches.limits.not_shared is None
+            and trainer._parts.micro_batches.skipping
+        ):
             row.runs += "; prompts shared"
         if every:
             row.runs = what_runs(trainer)

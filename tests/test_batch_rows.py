@@ -13,10 +13,12 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig, OPTConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from trl_ext.plan import columns
-from trl_ext.plan.micro_batches import StepCounts, compute_metrics
+from trl_ext.plan.compute_counts import StepCounts, compute_metrics
 from trl_ext.plan.padding import columns_by_rule, moved_by_padding, trimmed_columns
-from trl_ext.plan.rows import even_batches, join, read_rows, select
+from trl_ext.plan.rows import RowTable, Trimming, even_batches, read_rows
 from trl_ext.plan.rules import random_layers
+from trl_ext.plan.step_plan import PlanLimits, plan_step
+from trl_ext.schema import Sequences, join
 
 SMALL = {**TINY, "vocab_size": 50}
 MODELS = {
@@ -77,12 +79,18 @@ def test_a_model_that_moves_with_padding_is_found_out(monkeypatch):
 # ---- the parts
 
 
+def table(wanted_B, length_B, live_B=None):
+    """Of rows without prompts; every one has a token that counts unless ``live_B`` says otherwise."""
+    live_B = torch.ones_like(length_B) if live_B is None else live_B
+    return RowTable(0 * length_B, length_B, length_B, live_B, torch.arange(len(length_B)), wanted_B, packable=True)
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), min_size=1, max_size=24), st.integers(1, 6))
 def test_even_batches(rows, n_batches):
     wanted_B = torch.tensor([wanted for wanted, _ in rows])
     length_B = torch.tensor([length for _, length in rows])
     n_batches = min(n_batches, len(rows))
-    batches = even_batches(wanted_B, length_B, n_batches)
+    batches = even_batches(table(wanted_B, length_B), n_batches)
     chosen = torch.cat(batches).tolist()
     assert len(batches) == n_batches and all(len(batch) > 0 for batch in batches)
     assert len(set(chosen)) == len(chosen) and set(wanted_B.nonzero().flatten().tolist()) <= set(chosen)
@@ -92,9 +100,8 @@ def test_even_batches(rows, n_batches):
     left = [length_B[row] for row in range(len(rows)) if row not in chosen]
     assert not fillers or all(max(length_B[row] for row in fillers) <= length for length in left)
     empty_B = length_B % 3 == 0  # rows without a token that counts make up for others last of all
-    fillers = [
-        row for row in torch.cat(even_batches(wanted_B, length_B, n_batches, empty_B)).tolist() if not wanted_B[row]
-    ]
+    with_empty = even_batches(table(wanted_B, length_B, (~empty_B).long()), n_batches)
+    fillers = [row for row in torch.cat(with_empty).tolist() if not wanted_B[row]]
     assert not empty_B[fillers].any() or empty_B[~wanted_B].sum() + len(fillers) > (~wanted_B).sum()
     lengths = length_B[[row for row in chosen if wanted_B[row]]]
     assert (lengths[:-1] >= lengths[1:]).all()
@@ -125,7 +132,8 @@ def test_select_loses_padding_alone(lengths, data, trim, multiple_of):
         "num_items_in_batch": torch.tensor(3),
     }
     index = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True)))
-    got = select(rows, index, read_rows(rows, torch.ones(n, dtype=torch.bool)), trim, multiple_of)
+    whole = Sequences(rows)
+    got = Trimming(*trim, multiple_of).select(whole, index, read_rows(whole, torch.ones(n, dtype=torch.bool))).columns
     for side, start in (("prompt", None), ("completion", 0)):
         width, kept = rows[f"{side}_mask"].shape[1], got[f"{side}_mask"].shape[1]
         cut = slice(width - kept, width) if start is None else slice(0, kept)
@@ -146,8 +154,25 @@ def test_select_loses_padding_alone(lengths, data, trim, multiple_of):
 def test_join_is_the_way_back():
     rows = {"a": torch.arange(12).view(6, 2), "names": list("abcdef"), "n": torch.tensor(2)}
     parts = [{"a": rows["a"][i : i + 2], "names": rows["names"][i : i + 2], "n": rows["n"]} for i in (0, 2, 4)]
-    whole = join(parts)
+    whole = join([Sequences(part) for part in parts]).columns
     assert torch.equal(whole["a"], rows["a"]) and whole["names"] == rows["names"] and whole["n"] == 2
+
+
+def test_a_plan_runs_what_is_wanted_in_as_few_micro_batches_as_the_limits_allow():
+    """Ten rows of two prompts, six of them wanted, four to a micro-batch."""
+    wanted_B = torch.tensor([True, True, False, True, True, False, True, True, False, False])
+    length_B = torch.tensor([9, 8, 7, 6, 5, 4, 3, 2, 1, 1])
+    rows = table(wanted_B, length_B)
+    plan = plan_step(rows, PlanLimits(rows=4))
+    assert [batch.tolist() for batch in plan.batches] == [[0, 1, 3], [4, 6, 7]] and not plan.shared
+    assert plan.left_out(rows).tolist() == (~wanted_B).tolist() and plan.positions(rows) == [0, 0]
+    another = plan_step(rows, PlanLimits(rows=4), lambda number: max(number, 3))  # a rank that needs three
+    assert [len(batch) for batch in another.batches] == [2, 2, 2]
+    shared = plan_step(rows, PlanLimits(rows=4, share=True, tokens=100))
+    assert shared.shared and len(shared.batches) == 1 and shared.positions(rows) == [33]
+    too_many = plan_step(rows, PlanLimits(rows=4, most=2, share=True, tokens=1))
+    assert not too_many.shared and "more than 2 micro-batches" in too_many.not_shared
+    assert plan_step(table(wanted_B & False, length_B), PlanLimits(rows=4)).batches == ()
 
 
 def test_compute_metrics_by_hand():

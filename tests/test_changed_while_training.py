@@ -243,7 +243,7 @@ READ_BY_TRL = {
     **dict.fromkeys(
         "scale_rewards multi_objective_aggregation reward_funcs reward_func_names reward_weights num_generations "
         "num_generations_eval".split(),
-        "read at each generation: read_reward_settings, _keep_rewards",
+        "read at each generation: read_reward_settings",
     ),
     **dict.fromkeys(
         "args.report_to args.gradient_checkpointing_kwargs args.per_device_train_batch_size "

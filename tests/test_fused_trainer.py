@@ -11,11 +11,11 @@ from reference import head_logprobs
 from tiny_models import HEADS, save_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
-from trl_ext.loss import fused_head
 
 from grpo_kernels import linear_logprob
 from trl_ext import CurvatureGRPOTrainer
-from trl_ext.head.forward import gathered_head, head_adapter
+from trl_ext.head import forward, weights
+from trl_ext.head.weights import gathered_head, head_adapter
 
 OFF_POLICY = {"num_iterations": 2}
 
@@ -32,8 +32,8 @@ def projected(monkeypatch):
 
         return called
 
-    monkeypatch.setattr(fused_head, "linear_grpo_loss", spy("loss", fused_head.linear_grpo_loss))
-    monkeypatch.setattr(fused_head, "linear_logprob", spy("logprob", fused_head.linear_logprob))
+    monkeypatch.setattr(forward, "linear_grpo_loss", spy("loss", forward.linear_grpo_loss))
+    monkeypatch.setattr(forward, "linear_logprob", spy("logprob", forward.linear_logprob))
     return seen
 
 
@@ -166,7 +166,7 @@ class TRLsLoss(CurvatureGRPOTrainer):
     ],
     ids=["one pass", "TRL's loss on our head", "off policy", "a subclass's loss"],
 )
-def test_tool_tokens_are_never_projected(options, ours_class, projected, tiny_policy, tmp_path):
+def test_the_loss_in_one_pass_projects_no_token_of_a_tool(options, ours_class, projected, tiny_policy, tmp_path):
     options = {"learning_rate": 0.05, "generation_kwargs": None, "rollout_func": tool_rollout, **options}
     trained = []
     for trainer_class in (ours_class, GRPOTrainer):
@@ -175,15 +175,14 @@ def test_tool_tokens_are_never_projected(options, ours_class, projected, tiny_po
             for counts in projected.values():  # of the tokens that asked the model whether it may share prompts
                 counts.clear()
             trainer.train()
-            counted = set(projected["loss"] + projected["logprob"])
+            counted = set(projected["loss"])
         else:
             trainer.train()
         trained.append(trainer)
     assert_same(*trained)
-    if ours_class is TRLsLoss:  # nobody told our head which tokens a tool made
-        return
     live = sum(sum(row) for row in tool_rollout([None] * 8, trained[0])["env_mask"])
-    assert counted == {live}
+    in_one_pass = ours_class is CurvatureGRPOTrainer and "top_entropy_quantile" not in options
+    assert counted == ({live} if in_one_pass else set())
 
 
 def test_an_adapter_on_the_head_is_used_and_trained(tiny_policy, tmp_path):
@@ -288,11 +287,11 @@ def test_a_weight_that_is_there_in_the_forward_only(frozen, monkeypatch):
         yield
         head.weight.data.fill_(float("nan"))
 
-    monkeypatch.setattr(fused_head, "maybe_gather_lm_head_ctx", gathered)
+    monkeypatch.setattr(weights, "maybe_gather_lm_head_ctx", gathered)
     head.weight.data.fill_(float("nan"))
     hidden, targets = torch.randn(5, 6, requires_grad=True), torch.randint(11, (5,))
     cotangent = torch.randn(5)
-    with fused_head.gathered_head(head, hidden, keep=True) as (weight, _, _):
+    with gathered_head(head, hidden, keep=True) as (weight, _, _):
         logprobs = linear_logprob(hidden, weight, targets)
     inputs = [hidden] if frozen else [hidden, head.weight]
     got = torch.autograd.grad(logprobs @ cotangent, inputs)

@@ -12,10 +12,10 @@ from kernel_inputs import CALLS, LAYOUTS, WIDTH, head_inputs, needs_gpu, shared_
 from one_of_eight import one_of_eight
 from peft import LoraConfig
 from trl import GRPOTrainer
-from trl_ext.loss import flash, shared_attention
 
 from grpo_kernels import use_backend
 from trl_ext import CurvatureGRPOTrainer, read_interference
+from trl_ext.sharing import attention, flash
 from trl_ext.sharing.packed_rows import pack
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
@@ -88,9 +88,9 @@ def test_shared_attention_in_parts(dtype, repeats):
         q, k, v = (tensor.to(dtype, copy=True).requires_grad_() for tensor in made[:3])
         assert in_parts == (flash.can(q, k, v) and dtype != torch.float64)
         if in_parts:
-            out = shared_attention.InParts.apply(q, k, v, rows.spans(), 0.3).transpose(1, 2)
+            out = attention.InParts.apply(q, k, v, rows.spans(), 0.3).transpose(1, 2)
         else:
-            out = shared_attention.by_masks(
+            out = attention.by_masks(
                 q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), rows, 0.3, None
             )
         (out * made[3].transpose(1, 2)).sum().backward()

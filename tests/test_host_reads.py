@@ -5,8 +5,9 @@ import collections
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_ext.plan.rows import even_batches, read_rows, select
-from trl_ext.plan.shared_batches import as_many, can_share, largest, packed_positions, shared_batches
+from trl_ext.plan.rows import Trimming, even_batches, read_rows
+from trl_ext.plan.shared_batches import as_many, largest, packed_positions, shared_batches
+from trl_ext.schema import Sequences
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_consecutive")
 
@@ -63,14 +64,15 @@ def rows(n_prompts, n_answers=8, width=30):
 
 def plan(batch, n_batches=4):
     """The steps of a plan: which rows run, in which micro-batches, cut to which columns; with prompts shared or not."""
-    table = read_rows(batch, batch["advantages"] != 0)
-    indices = even_batches(table.wanted_B, table.length_B, n_batches, empty_B=table.live_B == 0)
-    assert can_share(batch, table)
+    batch = Sequences(batch)
+    table = read_rows(batch, batch.advantages != 0)
+    indices = even_batches(table, n_batches)
+    assert table.packable
     budget = largest(indices, table) * len(table.wanted_B)
     together = as_many(shared_batches(table, budget), n_batches, table)
     for chosen in (*indices, *together):
         packed_positions(chosen, table)
-        select(batch, chosen, table, (True, True))
+        Trimming(True, True).select(batch, chosen, table)
 
 
 def test_reads_do_not_grow_with_the_sequences():

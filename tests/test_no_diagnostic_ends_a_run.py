@@ -54,14 +54,14 @@ PLACES = [
     "trl_ext.recorder.what_if.what_if",
     "trl_ext.recorder.extra_pass.ExtraPass.keep",
     "trl_ext.recorder.extra_pass.ExtraPass.sketched",
-    "trl_ext.trainer.prompt_texts",
-    "trl_ext.trainer.TaskNames.of_prompts",
-    "trl_ext.trainer.dead_rows",
+    "trl_ext.parts.prompt_texts",
+    "trl_ext.parts.TaskNames.of_prompts",
+    "trl_ext.trainer.dead_sequences",
     "trl_ext.advantages.normalizer.Normalizer.observe_curvature",
     "trl_ext.advantages.normalizer.Normalizer.used",
     "trl_ext.report.completions.rows_of",
     "trl_ext.report.watch.diagnose",
-    "trl_ext.trainer.describe_run",
+    "trl_ext.parts.describe_run",
 ]
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from trl_ext.advantages.sampler import sampler_metrics
 from trl_ext.run_checks import say_truncated_sampling
+from trl_ext.schema import Sequences
 
 ALONE = SimpleNamespace(gather=lambda values: values)
 
@@ -17,7 +18,8 @@ ALONE = SimpleNamespace(gather=lambda values: values)
 def batch(trainer, sampler, mask=None, **more):
     trainer, sampler = torch.tensor(trainer), torch.tensor(sampler)
     mask = torch.ones_like(trainer, dtype=torch.int64) if mask is None else torch.tensor(mask)
-    return {"old_per_token_logps": trainer, "sampling_per_token_logps": sampler, "completion_mask": mask, **more}
+    names = {"old_per_token_logps": trainer, "sampling_per_token_logps": sampler, "completion_mask": mask}
+    return Sequences({**names, **more})
 
 
 def test_by_hand():
@@ -38,7 +40,7 @@ def test_what_cannot_be_known_is_left_out():
     assert one == sampler_metrics(batch([[0.5]], [[0.1]]), ALONE)
     tools = {"tool_mask": torch.tensor([[1, 0]])}
     assert sampler_metrics(batch([[0.5, 9.0]], [[0.1, 0.0]], **tools), ALONE) == one
-    assert sampler_metrics({"old_per_token_logps": torch.zeros(1, 1), "completion_mask": torch.ones(1, 1)}, ALONE) == {}
+    assert sampler_metrics(Sequences({"old_per_token_logps": torch.zeros(1, 1)}), ALONE) == {}
     assert sampler_metrics(batch([[0.5]], [[0.1]], [[0]]), ALONE) == {}
     long = sampler_metrics(batch([[300.0, 300.0], [0.0, 0.0]], [[0.0, 0.0]] * 2), ALONE)
     assert long["sampler/ess"] == 0.5  # no overflow

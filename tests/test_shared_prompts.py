@@ -15,11 +15,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from trl import GRPOTrainer
-from trl_ext.loss import flash, packed_rows, shared_attention
 
-from trl_ext.plan import shared_batches as shared_batches_module
+from trl_ext.plan import probe_sharing
 from trl_ext.plan.rows import RowTable, read_rows
-from trl_ext.plan.shared_batches import as_many, can_share, packed_positions, shared_batches
+from trl_ext.plan.shared_batches import as_many, packed_positions, shared_batches
+from trl_ext.schema import Sequences
+from trl_ext.sharing import attention, flash, packed_rows
 from trl_ext.sharing.hooks import let_share
 from trl_ext.sharing.packed_rows import Spans, pack
 
@@ -158,9 +159,9 @@ def test_in_parts_and_by_masks(dtype, short, monkeypatch):
     def both(dtype, by_masks):
         q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in made[:3])
         if by_masks:
-            out = shared_attention.by_masks(q, k, v, rows, 0.3, None)
+            out = attention.by_masks(q, k, v, rows, 0.3, None)
         else:
-            out = shared_attention.InParts.apply(q, k, v, rows.spans(), 0.3).transpose(1, 2)
+            out = attention.InParts.apply(q, k, v, rows.spans(), 0.3).transpose(1, 2)
         (out * made[3].to(dtype).transpose(1, 2)).sum().backward()
         return out, q.grad, k.grad, v.grad
 
@@ -175,7 +176,7 @@ def test_in_parts_against_finite_differences():
     rows = pack(ids[:3], mask[:3], WIDTH)
     torch.manual_seed(0)
     made = [torch.randn(1, 2, len(rows.token_S), 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    torch.autograd.gradcheck(lambda q, k, v: shared_attention.InParts.apply(q, k, v, rows.spans(), 0.5), made)
+    torch.autograd.gradcheck(lambda q, k, v: attention.InParts.apply(q, k, v, rows.spans(), 0.5), made)
 
 
 # ---- micro-batches
@@ -185,7 +186,7 @@ def test_whole_groups_within_a_budget():
     wanted = torch.tensor([True] * 6 + [False] * 2)
     prompt_of = torch.tensor([0, 1, 0, 1, 2, 0, 2, 1])
     prompt_B, answer_B = torch.tensor([10, 20, 10, 20, 5, 10, 5, 20]), torch.tensor([7, 5, 8, 6, 3, 9, 100, 100])
-    table = RowTable(prompt_B, answer_B, answer_B, answer_B, prompt_of, wanted, gaps=False)
+    table = RowTable(prompt_B, answer_B, answer_B, answer_B, prompt_of, wanted, packable=True)
     together = shared_batches(table, budget=1000)
     assert [sorted(rows) for rows in together] == [[0, 1, 2, 3, 4, 5]]
     # costs: 10 + 24 + 3 * 1.5, 20 + 11 + 2 * 3, 5 + 3 + 0.75
@@ -204,7 +205,7 @@ def test_batches_that_can_not_share():
     rows = {"prompt_id": torch.tensor(PROMPT_OF), "prompt_mask": mask[:, :WIDTH], "completion_mask": mask[:, WIDTH:]}
 
     def can(rows):
-        return can_share(rows, read_rows(rows, torch.ones(len(ids), dtype=torch.bool)))
+        return read_rows(Sequences(rows), torch.ones(len(ids), dtype=torch.bool)).packable
 
     assert can(rows)
     assert not can({name: value for name, value in rows.items() if name != "prompt_id"})
@@ -220,7 +221,7 @@ def test_batches_that_can_not_share():
 
 def test_as_many_as_another_process():
     wanted, lengths = torch.tensor([True, True, True, False]), torch.tensor([9, 8, 7, 3])
-    table = RowTable(lengths * 0, lengths, lengths, lengths, torch.arange(4), wanted, gaps=False)
+    table = RowTable(lengths * 0, lengths, lengths, lengths, torch.arange(4), wanted, packable=True)
     assert [rows.tolist() for rows in as_many([[0, 1, 2]], 1, table)] == [[0, 1, 2]]
     two = as_many([[0, 1, 2]], 2, table)
     assert sorted(row for rows in two for row in rows.tolist()) == [0, 1, 2]
@@ -266,7 +267,7 @@ def test_the_trainer_against_trl(loss_type, iterations, tiny_policy, tmp_path):
 def test_it_says_whether_it_shares(options, why, level, tiny_policy, tmp_path, caplog, monkeypatch):
     moved = options.pop("moved", None)
     if moved is not None:
-        monkeypatch.setattr(shared_batches_module, "moved_by_sharing", lambda _: moved)
+        monkeypatch.setattr(probe_sharing, "moved_by_sharing", lambda _: moved)
     with caplog.at_level("INFO"):
         train(tiny_policy, tmp_path, **options)
     said = [record for record in caplog.records if "shared" in record.message or "in one row" in record.message]
@@ -286,8 +287,8 @@ def test_mixed_precision_on_a_cpu(tiny_policy, tmp_path):
 
 def test_dropout_in_attention(tiny_policy, tmp_path, monkeypatch):
     """Shares it, by masks, and drops what it would drop."""
-    dropped, by_masks = [], shared_attention.by_masks
-    monkeypatch.setattr(shared_attention, "by_masks", lambda *given: dropped.append(given[-1]) or by_masks(*given))
+    dropped, by_masks = [], attention.by_masks
+    monkeypatch.setattr(attention, "by_masks", lambda *given: dropped.append(given[-1]) or by_masks(*given))
     trainer = build(tiny_policy, tmp_path, interference_every=0)
     for layer in trainer.model.model.layers:
         layer.self_attn.attention_dropout = 0.5

@@ -8,9 +8,11 @@ from accelerate import Accelerator
 from architectures import NAMES
 from architectures import build as build_architecture
 
-from trl_ext.head.forward import CompletionMask, FusedHead, add_fused_head, read_settings
+from trl_ext.head.forward import FusedHead
+from trl_ext.head.patch import add_fused_head
+from trl_ext.head.settings import read_settings
 from trl_ext.plan.padding import trimmed_columns
-from trl_ext.plan.shared_batches import why_not_shared
+from trl_ext.plan.probe_sharing import why_not_shared
 from trl_ext.sharing.hooks import let_share
 from trl_ext.sharing.packed_rows import pack
 
@@ -23,7 +25,7 @@ def asked(name):
     options = SimpleNamespace(share_prompts=True, fused_loss=True)
     settings = SimpleNamespace(options=options, accelerator=Accelerator(cpu=True), torch_compile=False)
     trim = trimmed_columns(model, settings.accelerator, said.append)
-    add_fused_head(model, FusedHead(read_settings(model), CompletionMask(), entropy=True))
+    add_fused_head(model, FusedHead(read_settings(model), entropy=True))
     return why_not_shared(settings, model, trim[0]), model
 
 

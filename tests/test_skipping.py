@@ -28,6 +28,7 @@ from two_process_worker import assert_same_run, run_processes
 from trl_ext import CurvatureGRPOTrainer
 from trl_ext.plan import micro_batches
 from trl_ext.plan.micro_batches import KEY
+from trl_ext.schema import Sequences
 
 OPTIONS = {
     "loss_type": ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"],
@@ -113,7 +114,8 @@ CASES = {
 
 
 def runs_of(trainer, batch):
-    return trainer._micro_batches.what_runs(trainer._loss_settings(), batch)
+    parts = trainer._parts
+    return parts.micro_batches.what_runs(Sequences(batch), parts.loss_settings(), parts.owners().plan)
 
 
 @pytest.mark.parametrize("name", CASES)

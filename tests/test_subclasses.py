@@ -164,7 +164,7 @@ def test_every_method_has_a_case_or_a_reason():
     def methods(owner):
         return {name for name, value in vars(owner).items() if callable(getattr(owner, name)) and name != "__doc__"}
 
-    ours = {name for name, method in vars(CurvatureGRPOTrainer).items() if getattr(method, "_is_ours", False)}
+    ours = {name for name in methods(CurvatureGRPOTrainer) if hasattr(GRPOTrainer, name)} - {"__init__"}
     cases = set().union(*(methods(own(GRPOTrainer)) for own in [*CASES, *IN_THE_LOG])) - {"__init__"}
     assert cases & set(WITHOUT_A_CASE) == set()
     assert methods(GRPOTrainer) | ours == cases | set(WITHOUT_A_CASE)

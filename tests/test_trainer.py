@@ -9,13 +9,13 @@ import torch
 from datasets import Dataset
 from harness import build, by_length, digits, logged, loss_batches, prompts, train
 from trl import GRPOConfig
-from trl_ext.loss import fused_loss
 
 import grpo_kernels
 import trl_ext
 from grpo_kernels import normalize_rewards
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext._version_check import check_trl_version
+from trl_ext.objective import fused
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "sapo", "luspo"])
@@ -111,13 +111,13 @@ def test_bad_configuration_stops_before_a_model_is_loaded(options, message, tmp_
 
 
 def test_the_kernel_gets_rewards_only_where_they_say_everything(tiny_policy, tmp_path, monkeypatch):
-    given, choose = [], fused_loss.rewards_or_advantages
+    given, choose = [], fused.advantage_inputs
 
     def keep(*arguments):
         given.append(choose(*arguments))
         return given[-1]
 
-    monkeypatch.setattr(fused_loss, "rewards_or_advantages", keep)
+    monkeypatch.setattr(fused, "advantage_inputs", keep)
     methods = ("std", "median_mad", "length_weighted", "rank", "running_std")
     for method in methods:
         train(tiny_policy, tmp_path, normalization=method, max_steps=1)

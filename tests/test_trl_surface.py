@@ -9,7 +9,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext import CurvatureGRPOTrainer
-from trl_ext.head.forward import read_settings
+from trl_ext.head.settings import read_settings
 from trl_ext.overrides import overridden
 from trl_ext.trl_surface import ALWAYS, ChangedTRL, check_batch, check_class, check_trainer
 
@@ -81,5 +81,5 @@ def test_an_override_is_seen_and_named():
         pass
 
     names = ("compute_loss", "_compute_loss")
-    assert overridden(object.__new__(Ours), *names) is None
-    assert overridden(object.__new__(Own), *names) == "Own has a _compute_loss of its own"
+    assert overridden(object.__new__(Ours), CurvatureGRPOTrainer, *names) is None
+    assert overridden(object.__new__(Own), CurvatureGRPOTrainer, *names) == "Own has a _compute_loss of its own"

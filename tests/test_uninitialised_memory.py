@@ -5,13 +5,13 @@ import torch
 from kernel_inputs import BACKENDS
 from normalize_example import run
 from poison import poisoned_memory
-from trl_ext.loss import shared_attention
 
 from grpo_kernels import linear_grpo_loss, linear_logprob, use_backend
 from grpo_kernels.backend import assume_native_half
 from grpo_kernels.head import products
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.normalize.methods import METHODS
+from trl_ext.sharing import attention
 from trl_ext.sharing.packed_rows import pack
 
 VOCABULARIES = (1, 3, 17, 31, 33, 35, 49, 63, 64, 65, 67, 81, 89, 95, 97, 8192 + 17)
@@ -138,7 +138,7 @@ def test_packed_attention(dtype):
 
     def attend():
         given = [x.clone().requires_grad_() for x in made]
-        out = shared_attention.InParts.apply(*given, rows.spans(), 0.4)
+        out = attention.InParts.apply(*given, rows.spans(), 0.4)
         out.float().square().sum().backward()
         return [out, *(x.grad for x in given)]
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 from transformers.integrations import neftune
 from trl import GRPOTrainer
-from trl_ext.plan.postponed_logprobs import why_complete
 
 from trl_ext import CurvatureGRPOTrainer, read_interference
+from trl_ext.plan.log_probs import why_complete
 from trl_ext.plan.rows import join
 
 # an optimizer step of 16 sequences in four micro-batches
@@ -79,7 +79,7 @@ def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
 
 def test_vllms_correction_keeps_old_log_probs_complete(tiny_policy, tmp_path):
     def why(trainer):
-        return why_complete(trainer._run.options, trainer._loss_settings(), None)
+        return why_complete(trainer._parts.run.options, trainer._parts.loss_settings(), None)
 
     trainer = build(tiny_policy, tmp_path)
     assert why(trainer) is None

@@ -67,7 +67,7 @@ class Signals(TrainerCallback):
         self.trainer, self.kill_at, self.states = trainer, kill_at, []
 
     def _keep(self):
-        self.states.append([state.state_dict() for state in self.trainer._normalizer.states])
+        self.states.append([state.state_dict() for state in self.trainer._parts.normalizer.states])
         self.states[-1] = json.loads(json.dumps(self.states[-1]))
 
     def on_train_begin(self, args, state, control, **kwargs):

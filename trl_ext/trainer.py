@@ -37,6 +37,17 @@ from .schema import Batch, Sequences
 from .trl_surface import read_position
 
 
+def parts_of(trainer: Any) -> Parts | None:
+    """None without ``__init__``, as TRL's own tests make trainers and mocks: every method is the parent's then."""
+    return vars(trainer).get("_parts")
+
+
+def applied(trainer: Any) -> AbstractContextManager[None]:
+    """The context in which the trainer's model has our head and hooks."""
+    parts = parts_of(trainer)
+    return nullcontext() if parts is None else parts.patches.applied()
+
+
 class CurvatureGRPOTrainer(GRPOTrainer):
     """A drop-in ``GRPOTrainer``: the same arguments, with a ``CurvatureGRPOConfig`` (or a plain ``GRPOConfig``).
 
@@ -50,7 +61,6 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     _tag_names: ClassVar = ["trl", "grpo", "curvature-grpo"]
     _name = "Curvature-aware GRPO"
     _paper: ClassVar = PAPER
-    _parts: Parts | None = None  # without __init__, as TRL's own tests make trainers, every method is the parent's
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         """As the parent's. Raises ``ValueError`` before a model is loaded for options that contradict each other."""
@@ -60,22 +70,18 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         for callback in self._parts.callbacks:
             self.add_callback(callback)
 
-    def _applied(self) -> AbstractContextManager[None]:
-        """The context in which the model has our head and hooks."""
-        return nullcontext() if self._parts is None else self._parts.patches.applied()
-
     # ---- rollouts, rewards, advantages
 
     def _generate_and_score_completions(self, inputs: Any) -> Batch:
         """TRL's dict, with our advantages and columns."""
         generate = super()._generate_and_score_completions
-        if (parts := self._parts) is None:
+        if (parts := parts_of(self)) is None:
             return generate(inputs)
         return parts.rollouts.batch(generate, inputs, parts.loss_settings(), parts.owners())
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's, on a model that has our head."""
-        with self._applied():
+        with applied(self):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _score_with_graph(self, batch: Sequences) -> torch.Tensor:
@@ -88,17 +94,17 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """In training the next micro-batch of what has a gradient."""
         inputs = super()._prepare_inputs(generation_batch)
-        if (parts := self._parts) is None or not self.model.training:
+        if (parts := parts_of(self)) is None or not self.model.training:
             return inputs
         return parts.micro_batches.next(self._buffered_inputs, read_position(self), parts.step_request())
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """With the gradients recorded, in steps that log interference."""
-        if (parts := self._parts) is None:
+        if (parts := parts_of(self)) is None:
             return super().training_step(model, inputs, num_items_in_batch)
         position = read_position(self)
         recorded = parts.recorder.micro_batch(position, self.model, lambda: parts.micro_batches.skipping)
-        with self._applied(), parts.seconds.stage("step"), recorded:
+        with applied(self), parts.seconds.stage("step"), recorded:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if position.last:
             self._log_metrics(parts.seconds.take())
@@ -109,7 +115,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         part = micro_batch(inputs)
         if not part.runs:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
-        if (parts := self._parts) is not None and self.model.training:
+        if (parts := parts_of(self)) is not None and self.model.training:
             rows = Sequences(inputs)
 
             def dead() -> list[Sequences]:
@@ -121,18 +127,18 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         """The loss in one pass over the head, where it is a sum over single tokens."""
         compute = super()._compute_loss
-        if (parts := self._parts) is None or not parts.run.options.fused_loss:
+        if (parts := parts_of(self)) is None or not parts.run.options.fused_loss:
             return compute(model, inputs)
         accumulation = self.current_gradient_accumulation_steps if self.model.training else None
-        with self._applied():
+        with applied(self):
             return parts.losses.loss(model, inputs, parts.loss_settings(), compute, accumulation)
 
     # ---- signals, log, checkpoints, end
 
     def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None:
         """For ``curvature``: measured curvatures of prompts of the latest batch; the same on every rank."""
-        if self._parts is not None:
-            self._parts.normalizer.observe_curvature(prompt_id_P, curvature_P)
+        if (parts := parts_of(self)) is not None:
+            parts.normalizer.observe_curvature(prompt_id_P, curvature_P)
 
     def _log_metrics(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -140,25 +146,25 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """As the parent's; ``resume_from_checkpoint`` may be "auto", and broken checkpoints are passed over."""
-        if (parts := self._parts) is None:
+        if (parts := parts_of(self)) is None:
             return super().train(resume_from_checkpoint, *rest, **kwargs)
         found = find_checkpoint(resume_from_checkpoint, self.args.output_dir, get_logger(__name__).warning)
-        with self._applied(), saved_when(RewardFailed, self, parts.random_states):
+        with applied(self), saved_when(RewardFailed, self, parts.random_states):
             return super().train(found, *rest, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, with our head."""
-        with self._applied():
+        with applied(self):
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, with our head."""
-        with self._applied():
+        with applied(self):
             return super().predict(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Whole, with our state in it, or not at all."""
-        if (parts := self._parts) is None:
+        if (parts := parts_of(self)) is None:
             return super()._save_checkpoint(model, trial)
         parts.checkpoint_state.save(self.state)
         with whole_or_none(checkpoint_folder(self), self.args.output_dir):
