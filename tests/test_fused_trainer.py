@@ -186,7 +186,7 @@ def test_the_loss_in_one_pass_projects_no_token_of_a_tool(options, ours_class, p
 
 
 def test_an_adapter_on_the_head_is_used_and_trained(tiny_policy, tmp_path):
-    """TRL refuses one; ours gives the log-probs of the merged model, and its gradients are autograd's."""
+    """TRL refuses one; ours gives the log-probs of PEFT's own forward, and its gradients are autograd's."""
     adapter = LoraConfig(r=3, target_modules=["lm_head", "q_proj"], lora_dropout=0.0)
     trainer = train(tiny_policy, tmp_path, peft_config=adapter)
     trained = [p for name, p in trainer.model.named_parameters() if "lm_head" in name and "lora_B" in name]
@@ -196,7 +196,7 @@ def test_an_adapter_on_the_head_is_used_and_trained(tiny_policy, tmp_path):
     trainer.model.eval()
     with torch.no_grad():
         ours, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 5)
-        logits = trainer.model.merge_and_unload()(input_ids=ids).logits / trainer.temperature
+        logits = trainer.model(input_ids=ids).logits / trainer.temperature
     expected = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(ours, expected[:, 3:], rtol=1e-4, atol=1e-4)
 

@@ -46,11 +46,14 @@ def test_token_weights_of_losses_on_log_probs(loss_type, tiny_policy, tmp_path):
         torch.testing.assert_close(inputs["token_weight"], torch.full((8,), per_generation / items))
 
 
+COLUMNS = ("prompt_id", "group_position", "group_rewards", "advantages")
+
+
 def test_the_dict_knows_its_groups(tiny_policy, tmp_path):
     options = {"steps_per_generation": 2, "gradient_accumulation_steps": 2, "skip_zero_advantage": False}
     seen = [inputs for inputs, _ in loss_batches(build(tiny_policy, tmp_path, **options))]
     for pair in zip(seen[::2], seen[1::2], strict=True):
-        whole = {name: torch.cat([inputs[name] for inputs in pair]) for name in pair[0] if name != "num_items_in_batch"}
+        whole = {name: torch.cat([inputs[name] for inputs in pair]) for name in COLUMNS}
         assert sorted((whole["prompt_id"] * 4 + whole["group_position"]).tolist()) == list(range(16))
         group = whole["group_rewards"]
         own = group.gather(1, whole["group_position"].unsqueeze(1)).squeeze(1)

@@ -12,8 +12,9 @@ from transformers.integrations import neftune
 from trl import GRPOTrainer
 
 from trl_ext import CurvatureGRPOTrainer, read_interference
+from trl_ext.plan import log_probs
 from trl_ext.plan.log_probs import why_complete
-from trl_ext.plan.rows import join
+from trl_ext.schema import Sequences, join
 
 # an optimizer step of 16 sequences in four micro-batches
 FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
@@ -49,14 +50,20 @@ def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
             seen.append(input_ids.shape)
         return original(self, model, input_ids, *rest, **kwargs)
 
+    def spy_on_ours(model, batch, *rest, **kwargs):
+        seen.append(batch.input_ids.shape)
+        return score(model, batch, *rest, **kwargs)
+
+    score = log_probs.score
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", spy)
+    monkeypatch.setattr(log_probs, "score", spy_on_ours)
     options = {**FOUR, "num_iterations": 2}
 
     trainer = build(tiny_policy, tmp_path, reward_with_dead(0.7), **options)
     trainer.train()
     advantages = torch.tensor(list(trainer._logs["advantages"]))
     assert 0 < sum(rows for rows, _ in seen) == int((advantages != 0).sum()) < 16
-    buffered = join(trainer._buffered_inputs)
+    buffered = join([Sequences(part) for part in trainer._buffered_inputs]).columns
     dead = buffered["advantages"] == 0
     assert (buffered["old_per_token_logps"][dead] == 0).all()
     live_values = buffered["old_per_token_logps"][~dead][buffered["completion_mask"][~dead].bool()]

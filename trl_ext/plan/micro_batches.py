@@ -177,13 +177,14 @@ class MicroBatches:
         return [{KEY: NOTHING} for _ in range(len(parts) - len(planned))] + planned
 
     def _own_micro_batches(self, parts: list[Sequences], request: StepRequest) -> list[Batch]:
-        """TRL's, as they are."""
+        """TRL's, as they are; with a note where the kernel may normalise the rewards."""
         self._counts.append(count_own(parts))
         method = request.method
         if method is not None:
             unchanged = torch.stack([unchanged_advantages(part, request.advantages_PG).all() for part in parts])
             method = method if bool(unchanged.all()) else None
-        return [{**part.columns, KEY: MicroBatch(method=method)} for part in parts]
+        note = {} if method is None else {KEY: MicroBatch(method=method)}
+        return [{**part.columns, **note} for part in parts]
 
     def plan(self, table: RowTable, rows: int, n_parts: int, *, share: bool) -> StepPlan:
         """Of an optimizer step in training, whose ``n_parts`` micro-batches TRL would give ``rows`` sequences each."""
