@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 from transformers.integrations import neftune
 from trl import GRPOTrainer
-from trl_ext.plan.postponed_logprobs import why_complete
 
 from trl_ext import CurvatureGRPOTrainer, read_interference
 from trl_ext.plan.log_probs import why_complete
