@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from harness import build, digits, logged, loss_batches, messages, reward_with_dead, train
+from harness import build, digits, logged, loss_batches, messages, reward_with_dead, table, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import TrainerCallback
@@ -54,7 +54,7 @@ def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
 
     trainer = build(tiny_policy, tmp_path, reward_with_dead(0.7), **options)
     trainer.train()
-    advantages = torch.tensor(list(trainer._logs["advantages"]))
+    advantages = torch.tensor(table(trainer, "advantages"))
     assert 0 < sum(rows for rows, _ in seen) == int((advantages != 0).sum()) < 16
     buffered = join(trainer._buffered_inputs)
     dead = buffered["advantages"] == 0
