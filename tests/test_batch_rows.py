@@ -12,11 +12,11 @@ from tiny_models import TINY
 from transformers import GPT2Config, LlamaConfig, MambaConfig, OPTConfig
 from transformers.models.auto import AutoModelForCausalLM
 
-from trl_ext.plan import columns
+from trl_ext.plan import padding
 from trl_ext.plan.compute_counts import StepCounts, compute_metrics
 from trl_ext.plan.padding import columns_by_rule, moved_by_padding, trimmed_columns
+from trl_ext.plan.random_layers import random_layers
 from trl_ext.plan.rows import RowTable, Trimming, even_batches, read_rows
-from trl_ext.plan.rules import random_layers
 from trl_ext.plan.step_plan import PlanLimits, plan_step
 from trl_ext.schema import Sequences, join
 
@@ -58,7 +58,7 @@ def test_attention_in_chunks_keeps_its_columns():
 def test_a_model_that_moves_with_padding_is_found_out(monkeypatch):
     """HunYuan has a norm after its rotation: were it not in the rule, the model would still be asked."""
     assert columns_by_rule(architecture("hunyuan_v1_dense")) == (False, True)
-    monkeypatch.setattr(columns, "NORM_AFTER_ROTATION", ())
+    monkeypatch.setattr(padding, "NORM_AFTER_ROTATION", ())
     alone, said = SimpleNamespace(distributed_type=DistributedType.NO), []
     for name, moves in (("hunyuan_v1_dense", True), ("llama", False)):
         model = architecture(name).train()

@@ -11,15 +11,14 @@ from two_process_worker import assert_same_run, run_processes
 from trl_ext import read_interference
 from trl_ext.advantages import resampling
 from trl_ext.advantages.resampling import Resampling
-from trl_ext.plan.rows import join
-from trl_ext.schema import pad_rows, split_rows
+from trl_ext.schema import Sequences, join, pad_rows, split_rows
 
 FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
 ON = {**FOUR, "resample_zero_variance": True}
 
 
 def batch_of(trainer):
-    return join(trainer._buffered_inputs)
+    return join([Sequences(part) for part in trainer._buffered_inputs]).columns
 
 
 def test_dead_prompts_make_room(tiny_policy, tmp_path):

@@ -11,7 +11,8 @@ from trl.trainer.utils import add_fused_lm_head
 from trl_ext import CurvatureGRPOTrainer
 from trl_ext.head.settings import read_settings
 from trl_ext.overrides import overridden
-from trl_ext.trl_surface import ALWAYS, ChangedTRL, check_batch, check_class, check_trainer
+from trl_ext.schema import ALWAYS, check_keys
+from trl_ext.trl_surface import ChangedTRL, check_class, check_trainer
 
 
 def test_a_method_with_other_arguments_is_named(monkeypatch):
@@ -52,9 +53,9 @@ def test_attributes_and_keys_that_are_gone_are_named(tiny_policy, tmp_path):
 
 
 def test_a_batch_that_lacks_something_is_named():
-    check_batch(dict.fromkeys(ALWAYS))
+    check_keys(dict.fromkeys(ALWAYS))
     with pytest.raises(ChangedTRL, match="makes has no completion_mask, num_items_in_batch"):
-        check_batch({name: None for name in ALWAYS if name not in ("completion_mask", "num_items_in_batch")})
+        check_keys({name: None for name in ALWAYS if name not in ("completion_mask", "num_items_in_batch")})
 
 
 @pytest.mark.parametrize("name", HEADS)
