@@ -12,6 +12,7 @@ from transformers.integrations import neftune
 from trl import GRPOTrainer
 
 from trl_ext import CurvatureGRPOTrainer, read_interference
+from trl_ext.plan import log_probs
 from trl_ext.plan.log_probs import why_complete
 
 # an optimizer step of 16 sequences in four micro-batches
@@ -41,27 +42,32 @@ def test_entropy_live_is_of_what_has_a_gradient(tiny_policy, tmp_path):
 def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
     """Old ones are computed of live sequences alone and trimmed; reference ones of all; with a subclass's, at once."""
     seen = []
-    original = GRPOTrainer._get_per_token_logps_and_entropies
+    original, score = GRPOTrainer._get_per_token_logps_and_entropies, log_probs.score
 
-    def spy(self, model, input_ids, *rest, **kwargs):
+    def at_once(self, model, input_ids, *rest, **kwargs):
         if not torch.is_grad_enabled():
-            seen.append(input_ids.shape)
+            seen.append(len(input_ids))
         return original(self, model, input_ids, *rest, **kwargs)
 
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", spy)
+    def afterwards(model, batch, *rest, **kwargs):
+        seen.append(len(batch))
+        return score(model, batch, *rest, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", at_once)
+    monkeypatch.setattr(log_probs, "score", afterwards)
     options = {**FOUR, "num_iterations": 2}
 
     trainer = build(tiny_policy, tmp_path, reward_with_dead(0.7), **options)
     batches = [inputs for inputs, _ in loss_batches(trainer)]
     advantages = torch.tensor(table(trainer, "advantages"))
-    assert 0 < sum(rows for rows, _ in seen) == int((advantages != 0).sum()) < 16
+    assert 0 < sum(seen) == int((advantages != 0).sum()) < 16
     for inputs in batches:
         live = inputs["completion_mask"].bool() & (inputs["advantages"] != 0)[:, None]
         assert (inputs["old_per_token_logps"][live] < 0).all()
 
     seen.clear()
     train(tiny_policy, tmp_path, reward_with_dead(0.7), beta=0.1, **options)
-    assert sum(rows for rows, _ in seen) == 2 * 16  # old and reference
+    assert sum(seen) == 2 * 16  # old and reference
 
     class Own(CurvatureGRPOTrainer):
         def _generate_and_score_completions(self, inputs):
@@ -71,7 +77,7 @@ def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
 
     seen.clear()
     train(tiny_policy, tmp_path, reward_with_dead(0.7), trainer_class=Own, **options)
-    assert sum(len(shape) and shape[0] for shape in seen) == 16
+    assert sum(seen) == 16
 
 
 def test_vllms_correction_keeps_old_log_probs_complete(tiny_policy, tmp_path):
