@@ -216,6 +216,11 @@ def logged(trainer, key: str = "reward") -> list[dict[str, Any]]:
     return [log for log in trainer.recorder.logs if key in log]
 
 
+def table(trainer, column: str) -> list[Any]:
+    """A column of the table of completions that TRL logs: of the last batches' sequences."""
+    return list(trainer._logs[column])
+
+
 def first_batch(trainer) -> dict[str, Any]:
     """The first micro-batch the loss is given; the trainer has trained afterwards."""
     return loss_batches(trainer)[0][0]
@@ -271,7 +276,7 @@ def assert_same(ours, theirs, *, small_kl: bool = False) -> None:
     assert len(ours.recorder.logs) == len(theirs.recorder.logs) > 0
     for our_log, their_log in zip(ours.recorder.logs, theirs.recorder.logs, strict=True):
         assert_same_log(ours, our_log, their_log)
-    advantages = [torch.tensor(trainer._logs["advantages"]) for trainer in (ours, theirs)]
+    advantages = [torch.tensor(table(trainer, "advantages")) for trainer in (ours, theirs)]
     torch.testing.assert_close(*advantages, rtol=1e-5, atol=1e-6)
     assert len(ours.recorder.gradients) == len(theirs.recorder.gradients) > 0
     largest = max(norm_of(step) for step in theirs.recorder.gradients)

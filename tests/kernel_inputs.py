@@ -174,3 +174,24 @@ def make_scores(score_PGD, reward_PG, method="std", weight=0.25, chosen=None, **
         position_B=row % count,
         rewards_PG=reward_PG,
     )
+
+
+def rollouts(rewards_PG, scores_PGD, normalization="mean") -> StepGradients:
+    """A step of whole groups, by its rewards and scores."""
+    n_prompts, n = rewards_PG.shape
+    advantage_PG = rewards_PG - (0 if normalization == "none" else rewards_PG.mean(1, keepdim=True))
+    if normalization == "std":
+        advantage_PG = advantage_PG / (rewards_PG.std(1, keepdim=True) + 1e-4)
+    vectors = (advantage_PG[:, :, None] / n * scores_PGD).flatten(0, 1)
+    prompts = torch.arange(n_prompts).repeat_interleave(n)
+    baseline_size = 0 if normalization == "none" else n
+    return step_of(vectors, prompts, rewards_PG.flatten(), advantage_PG.flatten() / n, baseline_size)
+
+
+def bernoulli(n_prompts, n, generator, low=0.5, high=0.5) -> torch.Tensor:
+    rate = low + (high - low) * torch.rand(n_prompts, 1, generator=generator, dtype=torch.float64)
+    return (torch.rand(n_prompts, n, generator=generator, dtype=torch.float64) < rate).double()
+
+
+def gaussian(*shape, generator) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)

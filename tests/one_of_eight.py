@@ -25,16 +25,13 @@ class OneOfEight:
         gathered.view(PROCESSES, *values.shape)[:] = values
         columns = gathered.view(PROCESSES, *values.shape)
         first_P1 = torch.arange(PROCESSES, device=values.device)[:, None] * (P // PROCESSES)
-        if values.dtype == torch.int64 and values.ndim == 2:  # other processes have other prompts
-            columns[:, :, 0] = first_P1 + values[:, 0]
-        elif values.dtype == torch.int64:
-            columns[:] = first_P1 + values
+        columns[:, :, 0] = first_P1 + values[:, 0]  # other processes have other prompts
 
     def all_to_all_single(self, arrived, sent):
         arrived.copy_(sent)
 
 
-def one_of_eight(summed, monkeypatch, measured, device="cpu"):
+def one_of_eight(known, monkeypatch, measured, device="cpu"):
     """What the first process finds of a step, everything that it makes of it within ``measured``, a context."""
     network = OneOfEight()
     for name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single"):
@@ -68,16 +65,16 @@ def one_of_eight(summed, monkeypatch, measured, device="cpu"):
                 group_rewards=rewards_BG,
                 function_rewards=reward_B[:, None],
                 square=squared_norms(sketch.flatten(1)),
-                coefficient=None if summed else -advantage_B / PROCESSES,
+                coefficient=-advantage_B / PROCESSES if known else None,
             )
-            recorded = RecordedStep(sketch, {"model": slice(0, K * K // 2)}, table, features, summed=summed)
+            recorded = RecordedStep(sketch, {"model": slice(0, K * K // 2)}, table, features)
             del sketch, features, table
             tasks = {key: f"task {key % 4}" for key in range(n // G)}
-            found = measure.measure(recorded, recorded.sizes(), exchanges, run, G, what.observe, tasks=tasks)
+            found = measure.measure(recorded, exchanges, run, G, what.observe, tasks=tasks)
     assert found.metrics["interference/live_prompts"] > P - 8
     assert sum(found.metrics[f"tasks/task {i}/heard"] for i in range(4)) == pytest.approx(1)
-    assert ("what_if/std/cos" in found.metrics) is not summed and ("noise/between" in found.metrics) is not summed
-    if not summed:
+    assert ("what_if/std/cos" in found.metrics) is known and ("noise/between" in found.metrics) is known
+    if known:
         names = [name for name in STATELESS if name != "decoupled"]
         assert all(f"what_if/{name}/cos" in found.metrics for name in names)
     return found

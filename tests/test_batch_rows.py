@@ -177,13 +177,7 @@ def test_a_plan_runs_what_is_wanted_in_as_few_micro_batches_as_the_limits_allow(
 
 def test_compute_metrics_by_hand():
     counts = StepCounts(
-        micro_batches=2,
-        sequences=16,
-        sequences_run=6,
-        tokens=200,
-        tokens_run=80,
-        positions=320,
-        positions_run=90,
+        micro_batches=2, sequences=16, sequences_run=6, tokens=200, tokens_run=80, positions=320, positions_run=90
     )
     assert compute_metrics(counts) == pytest.approx(
         {

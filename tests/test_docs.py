@@ -147,6 +147,7 @@ def test_the_glossary_lists_what_runs_log(tiny_policy, warm_policy, tmp_path):
         num_generations=8,
         per_device_train_batch_size=128,
         max_completion_length=4,
+        num_generations_eval=8,
         generation_kwargs={},
         interference_parts=True,
     )
@@ -175,6 +176,12 @@ def test_nightly_parts_are_listed():
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         if re.search(r"mark[.]nightly", path.read_text()):
             assert f"`{path.name}`" in text, path.name
+
+
+def test_no_test_imports_from_another_test_file():
+    """Shared helpers live in files of their own."""
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not re.search(r"^\s*(?:from|import) test_", path.read_text(), re.M), path.name
 
 
 def test_workflows_are_what_github_takes():

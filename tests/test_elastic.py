@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from processes import ROOT, environment
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
 STEPS = 40
 OF_TIME = ("time", "seconds", "runtime", "per_second")
 
@@ -28,53 +28,18 @@ class Run:
     def __init__(self, policy, folder, restarts, **variables):
         self.folder, self.output = folder, folder.with_suffix(".txt")
         torchrun = Path(sys.executable).with_name("torchrun")
-        command = [
-            torchrun,
-            "--standalone",
-            "--nproc_per_node=2",
-            f"--max-restarts={restarts}",
-            "examples/math.py",
-            "--model_name_or_path",
-            policy,
-            "--max_steps",
-            STEPS,
-            "--save_steps",
-            3,
-            "--eval_strategy",
-            "no",
-            "--max_completion_length",
-            12,
-            "--per_device_train_batch_size",
-            16,
-            "--num_generations",
-            8,
-            "--learning_rate",
-            "1e-3",
-            "--logging_steps",
-            1,
-            "--interference_every",
-            4,
-            "--normalization",
-            "running_std",
-            "--output_dir",
-            folder,
-            "--resume_from_checkpoint",
-            "auto",
-            "--use_cpu",
-            "true",
-        ]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": str(ROOT),
-            "PYTHONWARNINGS": "ignore",
-            "PYTHONUNBUFFERED": "1",
-            **variables,
-        }
+        options = (
+            f"--model_name_or_path {policy} --output_dir {folder} --resume_from_checkpoint auto --use_cpu true "
+            f"--max_steps {STEPS} --save_steps 3 --eval_strategy no --max_completion_length 12 --logging_steps 1 "
+            "--per_device_train_batch_size 16 --num_generations 8 --learning_rate 1e-3 --interference_every 4 "
+            "--normalization running_std"
+        )
+        launch = f"{torchrun} --standalone --nproc_per_node=2 --max-restarts={restarts} examples/math.py {options}"
+        path = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        variables = environment(**path, **variables)
         with open(self.output, "w") as file:
             self.process = subprocess.Popen(
-                [str(part) for part in command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+                launch.split(), cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT
             )
         self.seen = 0
 

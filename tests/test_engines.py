@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, environment
 from safetensors.torch import load_file
 from two_process_worker import assert_same_run
 
 from trl_ext.tasks.small_policy import build_model, build_tokenizer
 
-ROOT = Path(__file__).parents[1]
 NAMES = ("zero2", "zero3", "fsdp2")
 ENGINES = [
     pytest.param(
@@ -35,14 +35,10 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_pr
 ON_HEAD = {"r": 16, "lora_alpha": 16, "target_modules": ["q_proj", "lm_head"]}
 # torch can't load a full state dict of an optimizer without a state, as plain SGD's
 SAVED = {
-    "optim": "adamw_torch",
-    "learning_rate": 1e-3,
-    "max_steps": 4,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "normalization": "running_std",
-    "interference_every": 2,
+    **{"optim": "adamw_torch", "learning_rate": 1e-3, "normalization": "running_std", "interference_every": 2},
+    **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2},
 }
+FOUR = {"gradient_accumulation_steps": 4, "steps_per_generation": 4}
 CASES = {
     "full": {},
     "untied": {"model": "untied"},
@@ -50,16 +46,7 @@ CASES = {
     "lora untied": {"lora": LORA, "model": "untied"},
     "lora on the head": {"model": "untied", "lora": ON_HEAD},
     "half dead": {"dead": 0.5, "options": {"gradient_accumulation_steps": 2}},
-    "most dead": {
-        "dead": 0.6,
-        "options": {
-            "gradient_accumulation_steps": 4,
-            "steps_per_generation": 4,
-            "max_steps": 4,
-            "num_iterations": 2,
-            "loss_type": "bnpo",
-        },
-    },
+    "most dead": {"dead": 0.6, "options": {**FOUR, "max_steps": 4, "num_iterations": 2, "loss_type": "bnpo"}},
     "beta": {"options": {"beta": 0.04, "num_iterations": 2, "max_steps": 4}},
     "checkpointing": {"options": {"gradient_checkpointing": True}},
     "shared": {"dead": 0.5, "options": {"gradient_accumulation_steps": 2, "num_iterations": 2, "share_prompts": True}},
@@ -120,16 +107,8 @@ def specification(policies, folder, engine, name, trainer, *, resume=None, envir
 
 def variables(**extra):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "PYTHONPATH": paths,
-        "PYTHONWARNINGS": "ignore",
-        **extra,
-    }
+    quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
+    return environment(**quiet, **extra)
 
 
 def launch(engine, *command, timeout=600, **extra):
@@ -272,36 +251,12 @@ def test_saved_and_resumed(engine, runs):
 def test_the_script(engine, warm_policy, tmp_path):
     """``examples/math.py`` by ``accelerate launch`` with our configuration trains, says what it does, saves a model."""
     script = ["examples/math.py"] if engine != "fsdp2" else ["tests/fsdp2_on_cpu.py", "examples/math.py"]
-    output = launch(
-        engine,
-        *script,
-        "--model_name_or_path",
-        warm_policy,
-        "--dataset",
-        "arithmetic",
-        "--max_steps",
-        2,
-        "--eval_size",
-        16,
-        "--eval_strategy",
-        "steps",
-        "--max_completion_length",
-        8,
-        "--interference_every",
-        1,
-        "--logging_steps",
-        1,
-        "--learning_rate",
-        "1e-3",
-        "--per_device_train_batch_size",
-        16,
-        "--num_generations",
-        8,
-        "--use_cpu",
-        "true",
-        "--output_dir",
-        tmp_path / "run",
+    options = (
+        f"--model_name_or_path {warm_policy} --output_dir {tmp_path / 'run'} --dataset arithmetic --max_steps 2 "
+        "--eval_size 16 --eval_strategy steps --max_completion_length 8 --interference_every 1 --logging_steps 1 "
+        "--learning_rate 1e-3 --per_device_train_batch_size 16 --num_generations 8 --use_cpu true"
     )
+    output = launch(engine, *script, *options.split())
     assert "on 2 processes" in output and "Held-out accuracy" in output
     assert "Interference doesn't follow" not in output and "FSDP was asked for" not in output
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]

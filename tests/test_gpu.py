@@ -145,12 +145,12 @@ class PeakOnGpu:
         self.peak = torch.cuda.max_memory_allocated() - self.before
 
 
-@pytest.mark.parametrize("summed", [False, True], ids=["sequences", "prompts alone"])
-def test_a_large_step_on_a_gpu(summed, monkeypatch):
+@pytest.mark.parametrize("known", [True, False], ids=["coefficients", "no coefficients"])
+def test_a_large_step_on_a_gpu(known, monkeypatch):
     """One process of eight, 512 prompts of 16 answers: what the allocator has seen, temporaries of operations too."""
-    one_of_eight(summed, monkeypatch, contextlib.nullcontext(), "cuda")  # workspaces of libraries
+    one_of_eight(known, monkeypatch, contextlib.nullcontext(), "cuda")  # workspaces of libraries
     memory = PeakOnGpu()
-    one_of_eight(summed, monkeypatch, memory, "cuda")
+    one_of_eight(known, monkeypatch, memory, "cuda")
     print(f"{memory.peak / 1e6:.1f} MB held by one of eight on a GPU")
     assert memory.peak <= 64e6
 

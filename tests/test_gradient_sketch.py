@@ -9,8 +9,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from grpo_kernels import linear_grpo_loss, linear_logprob
-from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference import projections
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.projections import PARTS, random_signs
@@ -335,32 +333,6 @@ def test_signs_are_the_seeds():
     for mean in (signs, signs * other, signs[1:] * signs[:-1], signs[32:] * signs[:-32], signs[64:] * signs[:-64]):
         assert abs(mean.double().mean()) < 5 / 2000  # five standard errors
     assert signs[:8].tolist() == FIRST_SIGNS  # also on other machines
-
-
-def test_head_sketch_of_the_fused_losses():
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(33, 16, requires_grad=True)
-    targets, sequence = torch.randint(0, 33, (7,)), torch.tensor([0, 0, 1, 1, 1, 2, 2])
-    advantages, weights = torch.tensor([1.0, 0.0, -2.0]), torch.full((3,), 0.5)
-    logits = (hidden @ weight.T).detach().requires_grad_()
-    logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    (-3 * 0.5 * (advantages[sequence] * (logp - logp.detach()).exp()).sum()).backward()
-    for projection in (None, torch.randn(33, 5)):
-        want = logits.grad if projection is None else logits.grad @ projection
-        got = []
-        out = linear_grpo_loss(
-            hidden, weight, targets, sequence, advantages, weights, head_sketch=HeadSketch(projection, got.append)
-        )
-        (3 * out.loss).backward()
-        logp = linear_logprob(hidden, weight, targets, head_sketch=HeadSketch(projection, got.append))
-        (-3 * 0.5 * (advantages[sequence] * (logp - logp.detach()).exp()).sum()).backward()
-        for projected in got:
-            torch.testing.assert_close(projected, want, rtol=1e-4, atol=1e-5)
-        assert len(got) == 2
-    with pytest.raises(ValueError, match=r"head_sketch.projection has shape \(32, 5\): expected \(33, k\)"):
-        linear_logprob(hidden, weight, targets, head_sketch=HeadSketch(torch.randn(32, 5), got.append))
-    with pytest.raises(ValueError, match="weight doesn't require a gradient"):
-        linear_logprob(hidden, weight.detach(), targets, head_sketch=HeadSketch(None, got.append))
 
 
 def test_bad_input_is_named():

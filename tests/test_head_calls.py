@@ -11,6 +11,7 @@ from reference import grpo_loss, head_logprobs
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_kernels import linear_grpo_loss, linear_logprob, use_backend
+from grpo_kernels.head.products import HeadSketch
 
 
 def counted(function, n, h, v):
@@ -226,3 +227,29 @@ def test_asking_for_triton_where_it_cannot_run(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with use_backend("triton"), pytest.raises(ValueError, match="asked for on device cpu"):
         call(weights_B=torch.ones(2), advantages=torch.ones(2))
+
+
+def test_head_sketch_of_the_fused_losses():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(33, 16, requires_grad=True)
+    targets, sequence = torch.randint(0, 33, (7,)), torch.tensor([0, 0, 1, 1, 1, 2, 2])
+    advantages, weights = torch.tensor([1.0, 0.0, -2.0]), torch.full((3,), 0.5)
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    (-3 * 0.5 * (advantages[sequence] * (logp - logp.detach()).exp()).sum()).backward()
+    for projection in (None, torch.randn(33, 5)):
+        want = logits.grad if projection is None else logits.grad @ projection
+        got = []
+        out = linear_grpo_loss(
+            hidden, weight, targets, sequence, advantages, weights, head_sketch=HeadSketch(projection, got.append)
+        )
+        (3 * out.loss).backward()
+        logp = linear_logprob(hidden, weight, targets, head_sketch=HeadSketch(projection, got.append))
+        (-3 * 0.5 * (advantages[sequence] * (logp - logp.detach()).exp()).sum()).backward()
+        for projected in got:
+            torch.testing.assert_close(projected, want, rtol=1e-4, atol=1e-5)
+        assert len(got) == 2
+    with pytest.raises(ValueError, match=r"head_sketch.projection has shape \(32, 5\): expected \(33, k\)"):
+        linear_logprob(hidden, weight, targets, head_sketch=HeadSketch(torch.randn(32, 5), got.append))
+    with pytest.raises(ValueError, match="weight doesn't require a gradient"):
+        linear_logprob(hidden, weight.detach(), targets, head_sketch=HeadSketch(None, got.append))

@@ -95,10 +95,4 @@ def test_the_count_sees_what_waits():
         values[values > 1]
         values.cpu()
         (values > 2).nonzero()
-    assert reads.found == {
-        "_local_scalar_dense": 1,
-        "tolist": 1,
-        "boolean index": 1,
-        "cpu": 1,
-        "nonzero": 1,
-    }
+    assert reads.found == {"_local_scalar_dense": 1, "tolist": 1, "boolean index": 1, "cpu": 1, "nonzero": 1}

@@ -359,21 +359,19 @@ def test_power_ends_are_mean_and_std(rewards, seed):
     assert torch.equal(normalize_rewards(tensor, "power", alpha=1), normalize_rewards(tensor, "std"))
 
 
-def test_context_gives_the_whole_batch_to_one_part():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_context_gives_the_whole_batch_to_one_part(backend):
     """Two processes with half the groups each, and the batch's statistics, get what one process gets."""
     rewards = torch.randn(6, 4, dtype=torch.float64)
     context = {"batch_mean": rewards.mean(), "batch_std": rewards.std().item()}
-    for method in METHODS:
-        if METHODS[method].needs or METHODS[method].unit_rewards or method == "shrinkage":
+    for method, kind in METHODS.items():
+        if kind.needs or kind.unit_rewards or method == "shrinkage":
             continue
-        whole = normalize_rewards(rewards, method, **method_options(method))
-        for backend in BACKENDS:
-            with use_backend(backend):
-                parts = [
-                    normalize_rewards(half.float(), method, context=context, **method_options(method))
-                    for half in rewards.split(3)
-                ]
-            torch.testing.assert_close(torch.cat(parts).double(), whole, rtol=1e-5, atol=1e-5)
+        options = method_options(method)
+        whole = normalize_rewards(rewards, method, **options)
+        with use_backend(backend):
+            parts = [normalize_rewards(half.float(), method, context=context, **options) for half in rewards.split(3)]
+        torch.testing.assert_close(torch.cat(parts).double(), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_a_function_of_ones_own():

@@ -1,6 +1,7 @@
 """Tasks of reasoning-gym: names, options, weights, questions that differ, scores; and a reward of one's own."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -168,43 +169,15 @@ def test_every_task_can_be_asked():
 
 
 def script(tmp_path, *arguments):
-    import subprocess
-
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd=tmp_path,
-        timeout=600,
-    )
+    command = [sys.executable, str(SCRIPT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=600)
     return done.returncode, done.stdout + done.stderr
 
 
 SHORT = (
-    "--max_steps",
-    "2",
-    "--num_generations",
-    "4",
-    "--per_device_train_batch_size",
-    "16",
-    "--max_completion_length",
-    "4",
-    "--logging_steps",
-    "1",
-    "--interference_every",
-    "1",
-    "--num_generations_eval",
-    "1",
-    "--eval_strategy",
-    "steps",
-    "--eval_steps",
-    "2",
-    "--eval_size",
-    "8",
-    "--bf16",
-    "false",
-)
+    "--max_steps 2 --num_generations 4 --per_device_train_batch_size 16 --max_completion_length 4 --logging_steps 1 "
+    "--interference_every 1 --num_generations_eval 1 --eval_strategy steps --eval_steps 2 --eval_size 8 --bf16 false"
+).split()
 
 
 def test_a_mixture_by_the_script(tiny_policy, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from harness import build, dead_share, live_or_not, logged, prompts, reward_with_dead, train
+from harness import build, dead_share, live_or_not, logged, prompts, reward_with_dead, table, train
 from hypothesis import given
 from hypothesis import strategies as st
 from two_process_worker import assert_same_run, run_processes
@@ -31,10 +31,10 @@ def test_dead_prompts_make_room(tiny_policy, tmp_path):
     assert sorted(batch["prompt_id"].tolist()) == sorted([p for p in range(4) for _ in range(4)])
     groups = [set(batch["prompt_key"][batch["prompt_id"] == p].tolist()) for p in range(4)]
     assert all(len(keys) == 1 for keys in groups) and len(set.union(*groups)) == 4
-    texts = list(trainer._logs["prompt"])
+    texts = table(trainer, "prompt")
     assert len(texts) == 16 and not any(dead_share(prompt, 0.6) for prompt in texts)
     tokenizer = trainer.processing_class
-    said = {completion[0]["content"] for completion in trainer._logs["completion"]}
+    said = {completion[0]["content"] for completion in table(trainer, "completion")}
     for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True):
         assert tokenizer.decode(ids[mask.bool()], skip_special_tokens=True) in said
     asked = " ".join(prompt[0]["content"] for prompt in texts)
@@ -49,9 +49,9 @@ def test_dead_prompts_make_room(tiny_policy, tmp_path):
 def test_the_first_live_ones_are_kept_in_order(tiny_policy, tmp_path):
     """The live prompts of the first generation stay; the numbers of tokens are those of all that was drawn."""
     plain = train(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1, **FOUR)
-    drawn = [prompt[0]["content"] for prompt in plain._logs["prompt"]]
+    drawn = [prompt[0]["content"] for prompt in table(plain, "prompt")]
     trainer = train(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1, **ON)
-    kept = [prompt[0]["content"] for prompt in trainer._logs["prompt"]]
+    kept = [prompt[0]["content"] for prompt in table(trainer, "prompt")]
     live = [text for text in drawn if not dead_share([{"content": text}], 0.6)]
     assert 0 < len(live) < 16 and kept[: len(live)] == live
     assert trainer.recorder.logs[0]["num_tokens"] > plain.recorder.logs[0]["num_tokens"]
@@ -114,7 +114,7 @@ def test_resumed_runs_draw_the_same(tiny_policy, tmp_path):
     resumed = train(tiny_policy, tmp_path, live_or_not(0.6), resume=str(tmp_path / "checkpoint-2"), **options)
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    assert list(whole._logs["prompt"]) == list(resumed._logs["prompt"])
+    assert table(whole, "prompt") == table(resumed, "prompt")
     assert any(log.get("resampling/rounds", 0) > 1 for log in whole.recorder.logs[2:])
 
 

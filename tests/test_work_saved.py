@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from harness import build, digits, logged, loss_batches, messages, reward_with_dead, train
+from harness import build, digits, logged, loss_batches, messages, reward_with_dead, table, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import TrainerCallback
@@ -14,7 +14,6 @@ from trl import GRPOTrainer
 from trl_ext import CurvatureGRPOTrainer, read_interference
 from trl_ext.plan import log_probs
 from trl_ext.plan.log_probs import why_complete
-from trl_ext.schema import Sequences, join
 
 # an optimizer step of 16 sequences in four micro-batches
 FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
@@ -43,35 +42,32 @@ def test_entropy_live_is_of_what_has_a_gradient(tiny_policy, tmp_path):
 def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
     """Old ones are computed of live sequences alone and trimmed; reference ones of all; with a subclass's, at once."""
     seen = []
-    original = GRPOTrainer._get_per_token_logps_and_entropies
+    original, score = GRPOTrainer._get_per_token_logps_and_entropies, log_probs.score
 
-    def spy(self, model, input_ids, *rest, **kwargs):
+    def at_once(self, model, input_ids, *rest, **kwargs):
         if not torch.is_grad_enabled():
-            seen.append(input_ids.shape)
+            seen.append(len(input_ids))
         return original(self, model, input_ids, *rest, **kwargs)
 
-    def spy_on_ours(model, batch, *rest, **kwargs):
-        seen.append(batch.input_ids.shape)
+    def afterwards(model, batch, *rest, **kwargs):
+        seen.append(len(batch))
         return score(model, batch, *rest, **kwargs)
 
-    score = log_probs.score
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", spy)
-    monkeypatch.setattr(log_probs, "score", spy_on_ours)
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", at_once)
+    monkeypatch.setattr(log_probs, "score", afterwards)
     options = {**FOUR, "num_iterations": 2}
 
     trainer = build(tiny_policy, tmp_path, reward_with_dead(0.7), **options)
-    trainer.train()
-    advantages = torch.tensor(list(trainer._logs["advantages"]))
-    assert 0 < sum(rows for rows, _ in seen) == int((advantages != 0).sum()) < 16
-    buffered = join([Sequences(part) for part in trainer._buffered_inputs]).columns
-    dead = buffered["advantages"] == 0
-    assert (buffered["old_per_token_logps"][dead] == 0).all()
-    live_values = buffered["old_per_token_logps"][~dead][buffered["completion_mask"][~dead].bool()]
-    assert (live_values < 0).all()
+    batches = [inputs for inputs, _ in loss_batches(trainer)]
+    advantages = torch.tensor(table(trainer, "advantages"))
+    assert 0 < sum(seen) == int((advantages != 0).sum()) < 16
+    for inputs in batches:
+        live = inputs["completion_mask"].bool() & (inputs["advantages"] != 0)[:, None]
+        assert (inputs["old_per_token_logps"][live] < 0).all()
 
     seen.clear()
-    build(tiny_policy, tmp_path, reward_with_dead(0.7), beta=0.1, **options).train()
-    assert sum(rows for rows, _ in seen) == 2 * 16  # old and reference
+    train(tiny_policy, tmp_path, reward_with_dead(0.7), beta=0.1, **options)
+    assert sum(seen) == 2 * 16  # old and reference
 
     class Own(CurvatureGRPOTrainer):
         def _generate_and_score_completions(self, inputs):
@@ -80,8 +76,8 @@ def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
             return output
 
     seen.clear()
-    build(tiny_policy, tmp_path, reward_with_dead(0.7), trainer_class=Own, **options).train()
-    assert sum(len(shape) and shape[0] for shape in seen) == 16
+    train(tiny_policy, tmp_path, reward_with_dead(0.7), trainer_class=Own, **options)
+    assert sum(seen) == 16
 
 
 def test_vllms_correction_keeps_old_log_probs_complete(tiny_policy, tmp_path):
