@@ -212,8 +212,3 @@ def _noise(steps: list[dict[str, float]], config: Mapping[str, Any]) -> dict[str
         "steps": len(values), "between": float(between), "within": float(within), "pairs": float(pairs),
         "advised": advised_generations(float(pairs), float(between), most), "low": float(low), "high": float(high),
     }  # fmt: skip
-
-
-def formula(name: str) -> str:
-    """Of a method in the catalogue."""
-    return METHODS[name].formula if name in METHODS else "yours"
