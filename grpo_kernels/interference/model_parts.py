@@ -11,9 +11,7 @@ from collections.abc import Mapping
 import torch
 
 THIRDS = ("early", "middle", "late")
-PARTS_OF_MODEL = (
-    *(f"attention_{third}" for third in THIRDS), *(f"mlp_{third}" for third in THIRDS), "norms", "embedding_head",
-)  # fmt: skip
+PARTS_OF_MODEL = (*(f"{kind}_{third}" for kind in ("attention", "mlp") for third in THIRDS), "norms", "embedding_head")
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 _ATTENTION = re.compile(r"attn|attention|(?:^|\.)[qkvo]_proj|c_attn|query_key_value")
 

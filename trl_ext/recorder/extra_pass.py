@@ -17,8 +17,9 @@ from grpo_kernels.interference.gradient_sketch import GradientSketch
 from trl_ext.schema import Sequences
 from trl_ext.trl_surface import LossSettings, RunSettings
 
+from .coefficients import sequence_coefficients
 from .failures import OptionalPart
-from .sequence_table import SequenceTable, sequence_coefficients
+from .sequence_table import SequenceTable
 
 UNTESTED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 

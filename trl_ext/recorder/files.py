@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ import torch
 from grpo_kernels.interference.inner_products import InnerProducts
 from grpo_kernels.interference.step_gradients import PromptGroups, StepGradients, group_by_prompt
 
-if TYPE_CHECKING:
-    from .sequence_table import SequenceTable
+from .sequence_table import SequenceTable
 
 FOLDER = "interference"
 MOST_SEQUENCES = 512
@@ -77,6 +76,33 @@ class InterferenceRecord:
     score_coefficient_B: np.ndarray | None = None
     made_at_B: np.ndarray | None = None
     task_P: list[str] | None = None
+
+    def sequences(self) -> SequenceTable | None:
+        """The table of the step's sequences, rewards in float64; None where the file holds no advantages.
+
+        Coefficients are those of the extra pass, where there was one.
+        """
+        if self.position_B is None or self.advantage_B is None or self.rewards_PG is None:
+            return None
+        row_B = np.searchsorted(self.prompt_id_P, self.prompt_B)
+        functions_BF, length_B, weight_B = self.function_rewards_BF, self.length_B, self.weight_B
+        if functions_BF is None or length_B is None:  # of an earlier version, which kept neither
+            functions_BF, length_B = np.zeros((len(row_B), 0)), np.zeros(len(row_B), dtype=np.int64)
+        coefficient_B = self.coefficient_B if self.scores_BB is None else self.score_coefficient_B
+        square_B = np.zeros(len(row_B)) if self.gram_BB is None else np.diag(self.gram_BB)
+        return SequenceTable(
+            prompt_id=torch.from_numpy(self.prompt_B),
+            prompt_key=torch.from_numpy(self.prompt_key_P[row_B]),
+            position=torch.from_numpy(self.position_B),
+            length=torch.from_numpy(length_B),
+            advantage=torch.from_numpy(self.advantage_B),
+            made_at=torch.from_numpy(self.advantage_B if self.made_at_B is None else self.made_at_B),
+            weight=torch.ones(len(row_B)) if weight_B is None else torch.from_numpy(weight_B),
+            group_rewards=torch.from_numpy(self.rewards_PG[row_B]).double(),
+            function_rewards=torch.from_numpy(functions_BF),
+            square=torch.from_numpy(square_B).double(),
+            coefficient=None if coefficient_B is None else torch.from_numpy(coefficient_B),
+        )
 
 
 # in a file: float32, or int64

@@ -15,10 +15,11 @@ from grpo_kernels.interference.inner_products import squared_norms
 from trl_ext.schema import Sequences
 from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
+from .coefficients import sequence_coefficients
 from .extra_pass import ExtraPass, place_scores
 from .layer_check import LayerCheck
 from .measure import RecordedStep
-from .sequence_table import SequenceTable, sequence_coefficients
+from .sequence_table import SequenceTable
 
 
 def loss_scale(accelerator: Any) -> float:

@@ -8,15 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from grpo_kernels.interference.step_gradients import PromptGroups
 from grpo_kernels.interference.tasks import task_gradients
 
-if TYPE_CHECKING:  # the report uses this module without TRL
-    from .sequence_table import SequenceTable
+from .sequence_table import SequenceTable
 
 MOST = 8  # tasks whose pairs are logged; files have them all
 

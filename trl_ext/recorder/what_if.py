@@ -6,7 +6,7 @@ Shapes: B sequences of all processes, P prompts, G completions of one prompt, F 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +17,12 @@ from grpo_kernels.interference.what_if import Candidate, StepScores, WhatIf, can
 from grpo_kernels.normalize.methods import METHODS
 
 from .failures import OptionalPart
+from .sequence_table import SequenceTable
 from .task_interference import Tasks
 
 if TYPE_CHECKING:  # the report uses this module without TRL
     from trl_ext.advantages.normalizer import UsedNormalization
     from trl_ext.trl_surface import RunSettings
-
-    from .sequence_table import SequenceTable
 
 # of the catalogue, those that need nothing of earlier steps; decoupled, where there are several functions
 STATELESS = tuple(name for name, method in METHODS.items() if method.kind != "state")
@@ -53,32 +52,33 @@ def step_scores(gram_BB: Products, sequences: SequenceTable) -> StepScores | Non
 
 
 def step_context(
-    scores: StepScores,
-    length_B: torch.Tensor,
-    function_rewards_BF: torch.Tensor,
-    function_weights: Sequence[float] | None,
-    prompt_keys: torch.Tensor,
-) -> dict[str, Any]:
+    scores: StepScores, sequences: SequenceTable, function_weights: Sequence[float] | None
+) -> dict[str, torch.Tensor]:
     """What normalisations may need beside rewards, where the step holds whole groups. ``function_weights``: None: 1
-    each. ``prompt_keys`` (P,) int64."""
+    each."""
     n_prompts, n_answers = scores.rewards_PG.shape
-    if len(scores.prompt_B) < n_prompts * n_answers:
+    n_functions = sequences.function_rewards.shape[1]
+    if len(sequences) < n_prompts * n_answers or n_functions == 0:
         return {}
+    weights = [1.0] * n_functions if function_weights is None else function_weights
+    place = scores.prompt_B, scores.position_B
     lengths_PG = torch.zeros_like(scores.rewards_PG)
-    lengths_PG[scores.prompt_B, scores.position_B] = length_B.to(lengths_PG)
-    function_PGF = lengths_PG.new_zeros(n_prompts, n_answers, function_rewards_BF.shape[1])
-    function_PGF[scores.prompt_B, scores.position_B] = function_rewards_BF.to(lengths_PG)
-    weights_F = (
-        torch.ones_like(function_PGF[0, 0]) if function_weights is None else lengths_PG.new_tensor(function_weights)
-    )
-    context = {"lengths": lengths_PG, "function_rewards": function_PGF, "prompt_keys": prompt_keys}
-    return {**context, "function_weights": weights_F}
+    lengths_PG[place] = sequences.length.to(lengths_PG)
+    function_PGF = lengths_PG.new_zeros(n_prompts, n_answers, n_functions)
+    function_PGF[place] = sequences.function_rewards.to(lengths_PG)
+    return {
+        "lengths": lengths_PG,
+        "function_rewards": function_PGF,
+        "prompt_keys": sequences.prompt_key.new_zeros(n_prompts).scatter_(0, scores.prompt_B, sequences.prompt_key),
+        "function_weights": lengths_PG.new_tensor(weights),
+    }
 
 
 def step_table(
     scores: StepScores,
+    sequences: SequenceTable,
     methods: Sequence[Candidate],
-    context: Mapping[str, Any],
+    function_weights: Sequence[float] | None,
     tasks: Tasks,
     *,
     whole_batch: bool,
@@ -86,6 +86,7 @@ def step_table(
     """``whole_batch``: the step's prompts are those that advantages were made of; else methods of the batch are out."""
     left_out = {} if whole_batch else {one.name: PART for one in methods if one.of_batch}
     chosen, tasks_TP = [one for one in methods if one.name not in left_out], tasks.members
+    context = step_context(scores, sequences, function_weights)
     table = what_if(scores, chosen, context=context, tasks_TP=tasks_TP.to(scores.prompt_B.device))
     table.absent.update(left_out)
     return table
@@ -156,12 +157,8 @@ class WhatIfLog:
         methods = self._methods(now.name)
         if sequences.function_rewards.shape[1] == 1:
             methods = [one for one in methods if one.name != "decoupled"]
-        keys_P = sequences.prompt_key.new_zeros(len(scores.rewards_PG)).scatter_(
-            0, scores.prompt_B, sequences.prompt_key
-        )
-        context = step_context(scores, sequences.length, sequences.function_rewards, now.function_weights, keys_P)
         whole = len(scores.rewards_PG) == self.run.prompts_per_generation
-        table = step_table(scores, methods, context, tasks, whole_batch=whole)
+        table = step_table(scores, sequences, methods, now.function_weights, tasks, whole_batch=whole)
         noise = gradient_noise(scores)
         self.latest = as_plain(table, noise, used, tasks)
         metrics: dict[str, float] = {}

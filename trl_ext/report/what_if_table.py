@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from grpo_kernels.interference.what_if import Candidate, StepScores, candidates
 from grpo_kernels.normalize.methods import METHODS
 from trl_ext.options import SCALE_REWARDS_METHOD
 from trl_ext.recorder.files import InterferenceRecord
+from trl_ext.recorder.sequence_table import SequenceTable
 from trl_ext.recorder.task_interference import Tasks
-from trl_ext.recorder.what_if import STATELESS, as_plain, step_context, step_table
+from trl_ext.recorder.what_if import STATELESS, as_plain, step_scores, step_table
 
 from .read_run import Run
 
@@ -44,43 +46,43 @@ def given_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("eps", "alpha") if name in options} if isinstance(options, dict) else {}
 
 
-def record_scores(record: InterferenceRecord, used: Candidate | None) -> StepScores | str:
-    """The scores that a file holds, or why it has none. Earlier versions' lack advantages: ``used`` makes them."""
+def record_scores(record: InterferenceRecord, used: Candidate | None) -> tuple[StepScores, SequenceTable] | str:
+    """A file's scores and sequences, or why it has none. Earlier versions' lack advantages: ``used`` makes them."""
     if record.coefficient_B is None:
         return "its sequences have no single coefficient (off policy, KL, an entropy bonus or mask)"
     if record.gram_BB is None:
         return "only products of prompts are kept"
-    place_B = torch.from_numpy(np.searchsorted(record.prompt_id_P, record.prompt_B))
-    if record.position_B is not None and record.rewards_PG is not None:
-        position_B, rewards_PG = torch.from_numpy(record.position_B), torch.from_numpy(record.rewards_PG).double()
-    else:
-        sizes = torch.bincount(place_B)
-        if not bool((sizes == sizes[0]).all()):
-            return "it holds parts of groups, and its file is an earlier version's"
-        order_B = place_B.argsort(stable=True)
-        position_B = torch.empty_like(place_B)
-        position_B[order_B] = torch.arange(len(place_B)) % int(sizes[0])
-        rewards_PG = torch.empty(len(sizes), int(sizes[0]), dtype=torch.float64)
-        rewards_PG[place_B, position_B] = torch.from_numpy(record.reward_B).double()
-    if record.advantage_B is not None:
-        advantage_B = torch.from_numpy(record.advantage_B).double()
-    elif used is None:
-        return "its file is an earlier version's, and the run's normalisation can't be made again from rewards"
-    else:
-        try:
-            advantage_B = used.advantages(rewards_PG, {})[place_B, position_B].double()
-        except ValueError as error:
-            return str(error)
-    coefficient_B = torch.from_numpy(record.coefficient_B).double()
-    coefficient_B = torch.where(advantage_B == 0, 0.0, coefficient_B)
-    gram_BB, made_at_B = torch.from_numpy(record.gram_BB), advantage_B
-    if record.scores_BB is not None and record.made_at_B is not None and record.score_coefficient_B is not None:
-        gram_BB, made_at_B = torch.from_numpy(record.scores_BB), torch.from_numpy(record.made_at_B).double()
-        coefficient_B = torch.from_numpy(record.score_coefficient_B).double()
     try:
-        return StepScores(gram_BB, coefficient_B, made_at_B, advantage_B, place_B, position_B, rewards_PG)
+        record = _with_advantages(record, used)
+        sequences = record.sequences()
+        assert sequences is not None
+        gram_BB = record.gram_BB if record.scores_BB is None else record.scores_BB
+        scores = step_scores(torch.from_numpy(gram_BB), sequences)
     except ValueError as error:
-        return f"its file doesn't fit together: {error}"
+        return str(error)
+    return "its tokens have advantages of their own" if scores is None else (scores, sequences)
+
+
+def _with_advantages(record: InterferenceRecord, used: Candidate | None) -> InterferenceRecord:
+    """The same, with the advantages that ``used`` makes where an earlier version kept none; else ``ValueError``."""
+    if record.sequences() is not None:
+        return record
+    row_B = np.searchsorted(record.prompt_id_P, record.prompt_B)
+    sizes = np.bincount(row_B)
+    if not (sizes == sizes[0]).all():
+        raise ValueError("it holds parts of groups, and its file is an earlier version's")
+    if used is None:
+        reason = "the run's normalisation can't be made again from rewards"
+        raise ValueError(f"its file is an earlier version's, and {reason}")
+    position_B = np.empty_like(row_B)
+    position_B[row_B.argsort(kind="stable")] = np.arange(len(row_B)) % sizes[0]
+    rewards_PG = np.empty((len(sizes), sizes[0]))
+    rewards_PG[row_B, position_B] = record.reward_B
+    advantage_B = used.advantages(torch.from_numpy(rewards_PG), {}).numpy()[row_B, position_B]
+    coefficient_B = (advantage_B != 0) * record.coefficient_B
+    return replace(
+        record, position_B=position_B, rewards_PG=rewards_PG, advantage_B=advantage_B, coefficient_B=coefficient_B
+    )
 
 
 def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -94,27 +96,25 @@ def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, A
     chosen = candidates(list(STATELESS if methods is None else methods), **options)
     rollouts, generations = (int(run.config.get(key) or 0) for key in ("generation_batch_size", "num_generations"))
     n_prompts = rollouts // generations if rollouts and generations else None
+    weights = run.config.get("reward_weights")
+    weights = weights if _are_numbers(weights) else None
     steps: list[tuple[int, dict[str, Any]]] = []
     skipped: dict[str, int] = {}
     for record in run.records:
-        scores = record_scores(record, own)
-        if isinstance(scores, str):
+        found = record_scores(record, own)
+        if isinstance(found, str):
             if record.what_if is not None and methods is None:  # a large step's was kept
                 steps.append((record.step, record.what_if))
             else:
-                skipped[scores] = skipped.get(scores, 0) + 1
+                skipped[found] = skipped.get(found, 0) + 1
             continue
-        context: dict[str, Any] = {}
-        if record.length_B is not None and record.function_rewards_BF is not None:
-            both = torch.from_numpy(record.length_B), torch.from_numpy(record.function_rewards_BF)
-            weights, keys_P = run.config.get("reward_weights"), torch.from_numpy(record.prompt_key_P)
-            context = step_context(scores, *both, weights if _are_numbers(weights) else None, keys_P)
+        scores, sequences = found
         here = chosen
-        if record.function_rewards_BF is None or record.function_rewards_BF.shape[1] == 1:
+        if sequences.function_rewards.shape[1] < 2:
             here = [one for one in chosen if one.name != "decoupled" or methods is not None]
         whole = n_prompts is None or len(scores.rewards_PG) == n_prompts
         tasks = Tasks.named(record.task_P or [""] * len(scores.rewards_PG))
-        table = step_table(scores, here, context, tasks, whole_batch=whole)
+        table = step_table(scores, sequences, here, weights, tasks, whole_batch=whole)
         steps.append((record.step, as_plain(table, gradient_noise(scores), used, tasks)))
     if not any(table["rows"] for _, table in steps):
         reasons = "; ".join(skipped) or "; ".join({r for _, table in steps for r in table["absent"].values()})
@@ -212,8 +212,3 @@ def _noise(steps: list[dict[str, float]], config: Mapping[str, Any]) -> dict[str
         "steps": len(values), "between": float(between), "within": float(within), "pairs": float(pairs),
         "advised": advised_generations(float(pairs), float(between), most), "low": float(low), "high": float(high),
     }  # fmt: skip
-
-
-def formula(name: str) -> str:
-    """Of a method in the catalogue."""
-    return METHODS[name].formula if name in METHODS else "yours"

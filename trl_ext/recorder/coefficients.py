@@ -1,0 +1,35 @@
+"""The one number in front of a sequence's score in the gradient of the loss.
+
+Shapes: B sequences of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trl_ext.schema import Sequences
+from trl_ext.trl_surface import LossSettings
+
+
+def sequence_coefficients(batch: Sequences, settings: LossSettings, accumulation: int) -> torch.Tensor | None:
+    """(B,) c_i with u_i = c_i grad log pi(o_i | q_p), u_i the sequence's part of the loss's gradient on this process.
+
+    None where a sequence's tokens don't share one: off policy, vLLM's correction, KL, an entropy bonus or mask, an
+    auxiliary loss. On policy every ratio is 1: c = -A w / accumulation for all of TRL's losses but VESPO; cispo clamps
+    the ratio at ``epsilon_high`` itself.
+    """
+    if (
+        batch.old_logprobs is not None
+        or settings.importance_correction
+        or settings.beta != 0
+        or settings.entropy_bonus
+        or settings.aux_loss
+        or settings.top_entropy_quantile < 1.0
+        or settings.off_policy_mask_threshold is not None
+        or settings.loss_type == "vespo"
+        or batch.advantages.dim() != 1
+    ):
+        return None
+    clamp = min(1.0, settings.epsilon_high) if settings.loss_type == "cispo" else 1.0
+    alive_B = batch.live_mask.any(dim=1)
+    return torch.where(alive_B, -batch.advantages * batch.token_weight * (clamp / accumulation), 0.0)
