@@ -1,4 +1,4 @@
-"""What ``mkdocs build`` makes besides the pages: the executed tutorial and a sample report, in the site alone."""
+"""What ``mkdocs build`` makes besides the pages: the executed tutorial, a sample report and the table of options."""
 
 import os
 import subprocess
@@ -47,3 +47,11 @@ def on_files(files, config):
     files.append(File.generated(config, "tutorial.md", content=tutorial().read_text()))
     files.append(File.generated(config, "sample/report.html", content=sample_report().read_text()))
     return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    if "<!-- options -->" not in markdown:
+        return markdown
+    from trl_ext import options
+
+    return markdown.replace("<!-- options -->", options.markdown())

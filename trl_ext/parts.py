@@ -16,11 +16,11 @@ from .advantages.rewarded import RewardedBatch
 from .advantages.tasks import TaskNames
 from .checkpoints.saving import RandomStates
 from .checkpoints.state import CheckpointState
-from .config import read_options
 from .head.patch import add_forward, fused_heads
 from .loss_step import LossStep
 from .model_patches import ModelPatches
 from .objective.interface import Method
+from .options import read_options
 from .overrides import overridden
 from .plan import log_probs, rules
 from .plan.log_probs import UsedLogProbs

@@ -12,7 +12,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 
 from .advantages.resampling import check_dataset, has_transform
-from .config import CurvatureGRPOConfig, check_liger, read_options, resolve_normalization
+from .config import CurvatureGRPOConfig, check_liger, resolve_normalization
+from .options import read_options
 from .rejoin import OWN_STORE, lacks_own_store
 from .trl_surface import arguments_after
 

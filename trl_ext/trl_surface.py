@@ -29,7 +29,7 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from .config import Options, read_options
+from .options import CurvatureOptions, read_options
 from .say_once import SayOnce
 
 __all__ = [
@@ -147,7 +147,7 @@ class RunSettings:
     ``train_batch_size``, ``eval_batch_size``: sequences of each process at a time.
     """
 
-    options: Options
+    options: CurvatureOptions
     accelerator: Any
     seed: int
     output_dir: str
@@ -200,7 +200,7 @@ class RewardSettings:
     scale_rewards: str
     aggregation: str
     n_functions: int
-    options: Options
+    options: CurvatureOptions
 
 
 def read_reward_settings(trainer: Any) -> RewardSettings:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from trl_ext.config import Options
 from trl_ext.head.forward import HeadCall
 from trl_ext.objective.fused import completion_labels
+from trl_ext.options import CurvatureOptions
 from trl_ext.schema import OLD, POSTPONED, Batch, Sequences
 from trl_ext.trl_surface import LossSettings, RunSettings, disable_gradient_checkpointing, use_adapter
 
@@ -26,7 +26,7 @@ from .rows import read_rows
 OWN_METHODS = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies")
 
 
-def why_complete(options: Options, settings: LossSettings, own: str | None) -> str | None:
+def why_complete(options: CurvatureOptions, settings: LossSettings, own: str | None) -> str | None:
     """Why TRL's log-probs can't wait for the rewards, or None where they can. ``own``: what a subclass has of
     ``OWN_METHODS``, or another reason."""
     if not options.fused_loss:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trl_ext.config import Options
 from trl_ext.objective.fused import why_not_fused
+from trl_ext.options import CurvatureOptions
 from trl_ext.schema import Sequences
 from trl_ext.trl_surface import LossSettings
 
@@ -30,7 +30,9 @@ class WhatRuns:
 EVERYTHING = WhatRuns(False, False, "Every sequence runs.")
 
 
-def why_not_regrouped(options: Options, settings: LossSettings, batch: Sequences, own: str | None) -> str | None:
+def why_not_regrouped(
+    options: CurvatureOptions, settings: LossSettings, batch: Sequences, own: str | None
+) -> str | None:
     """Why the gradient would depend on which sequences share a micro-batch, or None where it doesn't."""
     if not options.skip_zero_advantage:
         return "skip_zero_advantage=False"
@@ -50,7 +52,7 @@ def why_not_regrouped(options: Options, settings: LossSettings, batch: Sequences
     return None
 
 
-def what_runs(options: Options, settings: LossSettings, batch: Sequences, own: str | None) -> WhatRuns:
+def what_runs(options: CurvatureOptions, settings: LossSettings, batch: Sequences, own: str | None) -> WhatRuns:
     """Of ``batch``, a micro-batch as TRL makes it, or a whole generation batch.
 
     ``own``: what to say of a method of ``OWN_METHODS`` that a subclass has, or None.

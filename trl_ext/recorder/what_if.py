@@ -137,7 +137,9 @@ class WhatIfLog:
     def _methods(self, used: str | None) -> list[Candidate]:
         """The normalisations to compare with, with the run's own options where ``used`` is of the catalogue."""
         asked = self.run.options.what_if
-        options = (self.run.options.normalization_kwargs or {}) if used is not None else {}  # a function's are its own
+        options: Any = (
+            (self.run.options.normalization_kwargs or {}) if used is not None else {}
+        )  # a function's are its own
         given = {name: options[name] for name in ("eps", "alpha") if name in options}
         return list(candidates(STATELESS if asked is None else tuple(asked), **given))
 
