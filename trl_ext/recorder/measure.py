@@ -187,5 +187,8 @@ def _features(
     ran_P = totals_PH[:, -1] > 0
     if not ran_P.any():
         return None
-    total_PH, count_P = totals_PH[ran_P, :-1].double(), totals_PH[ran_P, -1]
-    return (total_PH @ total_PH.T).float().double() / count_P[:, None] / count_P
+    total_PH, count_P = totals_PH[ran_P, :-1], totals_PH[ran_P, -1]
+    width = -(-total_PH.shape[1] // collectives.processes)  # each rank multiplies its share of the columns
+    own_PK = total_PH[:, width * collectives.accelerator.process_index :][:, :width].double()
+    gram_PP = collectives.sum((own_PK @ own_PK.T).float()).double()
+    return gram_PP / count_P[:, None] / count_P
