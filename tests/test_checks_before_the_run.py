@@ -144,15 +144,6 @@ def test_what_an_iterator_raises_is_the_reward_functions(tiny_policy, tmp_path):
         train(tiny_policy, tmp_path, reward)
 
 
-@pytest.mark.parametrize("name", ["interference_every", "interference_dim", "tokens_per_micro_batch"])
-def test_whole_numbers_of_any_kind(name, tmp_path):
-    config = CurvatureGRPOConfig(str(tmp_path), **{name: np.int64(64)})
-    assert getattr(config, name) == 64 and type(getattr(config, name)) is int
-    for wrong in (True, 1.5, -1, np.float64(3)):
-        with pytest.raises(ValueError, match=f"{name}=.* must be a whole number"):
-            CurvatureGRPOConfig(str(tmp_path), **{name: wrong})
-
-
 def test_a_long_prompt_of_a_batch_is_named(tiny_policy, tmp_path, caplog):
     """A transform makes it, so that nobody could know before; rotary positions go on, as TRL lets them."""
     texts = ["1 + 1 ="] * 8

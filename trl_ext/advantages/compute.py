@@ -75,8 +75,8 @@ def observe_rewards(
         state.observe_rewards(column_B.view(-1, num_generations))
 
 
-def _live_groups(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """(P,) bool: at least two scorable rewards, and not all of them equal."""
+def live_groups(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """(P,) bool: at least two scorable rewards, and not all of them equal. The definition of a live group."""
     high_P = torch.where(rewards_PG.isnan(), -torch.inf, rewards_PG).amax(dim=1)
     low_P = torch.where(rewards_PG.isnan(), torch.inf, rewards_PG).amin(dim=1)
     return high_P > low_P
@@ -90,7 +90,7 @@ def zero_variance_groups(rewards_BF: torch.Tensor, weights_F: torch.Tensor, num_
     """
     if aggregation == "sum_then_normalize":
         rewards_BF = weighted_rewards(rewards_BF, weights_F).unsqueeze(1)
-    live_FP = torch.stack([_live_groups(column_B.view(-1, num_generations)) for column_B in rewards_BF.unbind(1)])
+    live_FP = torch.stack([live_groups(column_B.view(-1, num_generations)) for column_B in rewards_BF.unbind(1)])
     return ~live_FP.any(dim=0)
 
 
@@ -142,7 +142,7 @@ def normalization_metrics(
     }
     live = ~dead_P
     if normalized.scale.ndim == 2:  # by function: a group may be live in one of them only
-        live = torch.stack([_live_groups(column_B.view(-1, num_generations)) for column_B in rewards_BF.unbind(1)], 1)
+        live = torch.stack([live_groups(column_B.view(-1, num_generations)) for column_B in rewards_BF.unbind(1)], 1)
     scales, centres = normalized.scale[live], normalized.centre[live]
     if len(scales) and not scales.isnan().any():
         metrics |= {

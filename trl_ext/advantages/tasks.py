@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 
 from grpo_kernels import Normalized
 
+from .compute import live_groups
 from .prompt_keys import NO_TASK, task_key
 from .rewarded import RewardedBatch
 
@@ -71,8 +72,7 @@ def task_sums(rewarded: RewardedBatch, normalized: Normalized, names: Mapping[in
     if not present or len(names) > MOST:
         return {}
     reward_PG, advantage_PG = rewarded.rewards, normalized.advantages.view(-1, rewarded.num_generations)
-    filled_PG = reward_PG.nan_to_num(-torch.inf).amax(1), reward_PG.nan_to_num(torch.inf).amin(1)
-    live_P = filled_PG[0] > filled_PG[1]
+    live_P = live_groups(reward_PG)
     sums: Sums = {}
     for key, task in names.items():
         of_P = key_P == key
