@@ -21,11 +21,11 @@ from grpo_kernels.backend import choose_backend
 from grpo_kernels.head.rows.plain import Transform, grpo_rows_
 from grpo_kernels.memory import cast, scaled
 
-from .checks import check_head, check_number, check_per_token, check_values, usable_sketch
+from .checks import check_head, check_number, usable_sketch
 from .derivatives import first_derivatives, own_precision
-from .loss_checks import check_loss_options, check_sequences, describe, make_group_rewards
+from .loss_checks import GivenAdvantages, check_loss_options, read_tokens
 from .products import HeadProducts, HeadSketch, compute_dtype
-from .token_losses import TokenInputs
+from .token_losses import TokenInputs, TokenLoss
 
 
 @dataclass
@@ -52,91 +52,49 @@ class GRPOLoss:
     advantages: torch.Tensor
 
 
+@dataclass(frozen=True)
+class LossCall:
+    """What a call is made of, besides the tensors that have gradients. ``entropy_grad``: the weight of a token's
+    entropy, which is subtracted from the loss."""
+
+    product_dtype: torch.dtype
+    tokens: TokenInputs
+    transform: Transform
+    options: TokenLoss
+    entropy_grad: float
+    sketch: HeadSketch | None
+
+
 class LinearGRPOLossFunction(torch.autograd.Function):
     @staticmethod
     @own_precision
-    def forward(
-        ctx,
-        product_dtype,
-        tokens,
-        transform,
-        options,
-        entropy_grad,
-        grad_enabled,
-        sketch,
-        hidden,
-        weight,
-        bias,
-        low_inputs,
-        low_weight,
-    ):
-        count, device = hidden.shape[0], hidden.device
-        needs = [grad_enabled and need for need in ctx.needs_input_grad[7:]]
+    def forward(ctx, call, grad_enabled, hidden, weight, bias, low_inputs, low_weight):
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[2:]]
         factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
-        # Rows that can have a gradient come first, so that their tiles are full and the others' need no gradient.
-        n_live, order = 0, None
-        if any(needs):
-            live_N = tokens.may_be_live(options, entropy_grad)
-            n_live = int(live_N.sum())
-            if 0 < n_live < count:
-                order = torch.argsort(live_N.to(torch.int8), descending=True, stable=True)
+        n_live, order = _live_rows_first(call) if any(needs) else (0, None)
         products = HeadProducts(
             factors,
-            product_dtype,
+            call.product_dtype,
             want_inputs=[needs[0], needs[3]][: len(factors)],
             want_weights=[needs[1], needs[4]][: len(factors)],
             want_bias=needs[2],
             gradient_rows=n_live,
-            sketch=sketch,
+            sketch=call.sketch,
         )
-        dtype = products.sum_dtype
-        row_function = _row_function(device, dtype)
-        if row_function is grpo_rows_:
-            tokens.advantages = tokens.made_advantages()
-
-        logs: dict[str, torch.Tensor] = {}
-        for gradient, start, stop in ((True, 0, n_live), (False, n_live, count)):
-            for rows in products.tiles(order, start, stop):
-                tile = products.logits(rows)
-                row_logs, tile, factor_C = row_function(
-                    tile,
-                    rows,
-                    tokens,
-                    transform,
-                    bias=bias,
-                    options=options,
-                    entropy_grad=entropy_grad,
-                    gradient=gradient,
-                    dtype=products.dtype,
-                )
-                _keep(logs, row_logs, rows, count)
-                if gradient:
-                    if tokens.old is not None:
-                        tile, rows, factor_C = _drop_clipped_rows(tile, rows, factor_C)
-                    products.accumulate(tile, rows, factor_C)
+        logs = _run_tiles(call, products, bias, order, n_live)
         products.release()
-        if not count:
-            logs = {name: torch.zeros(0, dtype=dtype, device=device) for name in LOGGED}
-            logs["clipped"] = torch.zeros(0, dtype=torch.bool, device=device)
-        logs.setdefault("kl", torch.zeros_like(logs["logprob"]))
         policy_loss = logs["loss"].sum()
-        loss = policy_loss - entropy_grad * logs["entropy"].sum() if entropy_grad else policy_loss.clone()
+        loss = policy_loss - call.entropy_grad * logs["entropy"].sum() if call.entropy_grad else policy_loss.clone()
 
-        weight_grads = products.weight_grads()
         bias_grad = products.bias_grad
         if needs[2] and bias_grad is None:
-            bias_grad = torch.zeros_like(bias, dtype=dtype)
-        low = products.factors[1] if low_inputs is not None else None
-        ctx.units = [None, products.factors[0].weight_unit, None, None, low and low.weight_unit]
-        ctx.sketch, ctx.projected = sketch, products.projected
-        ctx.totals = [
-            products.factors[0].inputs_grad,
-            weight_grads[0],
-            bias_grad,
-            low and low.inputs_grad,
-            low and weight_grads[1],
-        ]
+            bias_grad = torch.zeros_like(bias, dtype=products.sum_dtype)
+        (head, *rest), weight_grads = products.factors, [*products.weight_grads(), None]
+        low = rest[0] if rest else None
+        ctx.units = [None, head.weight_unit, None, None, low and low.weight_unit]
+        ctx.totals = [head.inputs_grad, weight_grads[0], bias_grad, low and low.inputs_grad, weight_grads[1]]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, low_inputs, low_weight)]
+        ctx.sketch, ctx.projected = call.sketch, products.projected
         details = (policy_loss, *(logs[name] for name in ("logprob", "entropy", "ratio", "clipped", "kl", "advantage")))
         ctx.mark_non_differentiable(*details)
         return (loss, *details)
@@ -163,7 +121,52 @@ class LinearGRPOLossFunction(torch.autograd.Function):
             return scaled(total, loss_grad if unit is None else loss_grad * unit, dtype)
 
         grads = [finish(*one) for one in zip(totals, ctx.units, ctx.dtypes, strict=True)]
-        return (None, None, None, None, None, None, None, *grads)
+        return (None, None, *grads)
+
+
+def _live_rows_first(call: LossCall) -> tuple[int, torch.Tensor | None]:
+    """How many rows can have a gradient, and the order in which they come first (None: as they are), so that their
+    tiles are full and the others' need no gradient."""
+    live_N = call.tokens.may_be_live(call.options, call.entropy_grad)
+    n_live = int(live_N.sum())
+    if n_live in (0, len(live_N)):
+        return n_live, None
+    return n_live, torch.argsort(live_N.to(torch.int8), descending=True, stable=True)
+
+
+def _run_tiles(
+    call: LossCall, products: HeadProducts, bias: torch.Tensor | None, order: torch.Tensor | None, n_live: int
+) -> dict[str, torch.Tensor]:
+    """Runs every tile: its logits, its row arithmetic, its gradients. Returns what is logged, (N,) by name."""
+    tokens, dtype = call.tokens, products.sum_dtype
+    count, device = len(tokens.targets), tokens.targets.device
+    row_function = _row_function(device, dtype)
+    if row_function is grpo_rows_:
+        tokens.advantages = tokens.made_advantages()
+    logs: dict[str, torch.Tensor] = {}
+    for gradient, start, stop in ((True, 0, n_live), (False, n_live, count)):
+        for rows in products.tiles(order, start, stop):
+            row_logs, tile, factor_C = row_function(
+                products.logits(rows),
+                rows,
+                tokens,
+                call.transform,
+                bias=bias,
+                options=call.options,
+                entropy_grad=call.entropy_grad,
+                gradient=gradient,
+                dtype=products.dtype,
+            )
+            _keep(logs, row_logs, rows, count)
+            if gradient:
+                if tokens.old is not None:
+                    tile, rows, factor_C = _drop_clipped_rows(tile, rows, factor_C)
+                products.accumulate(tile, rows, factor_C)
+    if not count:
+        logs = {name: torch.zeros(0, dtype=dtype, device=device) for name in LOGGED}
+        logs["clipped"] = torch.zeros(0, dtype=torch.bool, device=device)
+    logs.setdefault("kl", torch.zeros_like(logs["logprob"]))
+    return logs
 
 
 LOGGED = ("logprob", "entropy", "loss", "ratio", "advantage")  # and clipped, of bool; kl, where there is a reference
@@ -289,12 +292,8 @@ def linear_grpo_loss(
         GRPO, arXiv 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476; CISPO, 2506.13585; SAPO, 2511.20347.
     """
     check_head(hidden_NH, weight_VH, targets_N, bias, low_rank, temperature, logit_scale, softcap)
-    head_sketch = usable_sketch(head_sketch, weight_VH)
     if hidden_NH.ndim != 2:
         raise ValueError(f"hidden_NH has shape {tuple(hidden_NH.shape)}: expected (N, H)")
-    count, device = len(hidden_NH), hidden_NH.device
-    check_sequences(sequence_N, weights_B, count, device)
-    ranges = [("targets hold", targets_N, len(weight_VH)), ("sequence_N holds", sequence_N, len(weights_B))]
     options = check_loss_options(
         loss_type=loss_type,
         epsilon=epsilon,
@@ -307,52 +306,18 @@ def linear_grpo_loss(
     if beta and ref_logprobs_N is None:
         raise ValueError(f"beta={beta!r} needs ref_logprobs_N")
     check_number("entropy_coef", entropy_coef)
-    optional = {"old_logprobs_N": old_logprobs_N, "ref_logprobs_N": ref_logprobs_N, "policy_scale_N": policy_scale_N}
-    for name, tensor in optional.items():
-        check_per_token(name, tensor, count, device)
-    given = [name for name, x in (("advantages", advantages), ("advantages_N", advantages_N), ("rewards", rewards))
-             if x is not None]  # fmt: skip
-    if len(given) != 1:
-        raise ValueError(f"give one of advantages, advantages_N and rewards, got {', '.join(given) or 'none'}")
-    if normalization is not None and rewards is None:
-        raise ValueError(f"normalization={normalization!r} goes with rewards: advantages are normalised already")
-    group_rewards = None
-    if advantages_N is not None:
-        check_per_token("advantages_N", advantages_N, count, device)
-        advantages_N = advantages_N.detach()
-    elif rewards is not None:
-        group_rewards = make_group_rewards(rewards, normalization, len(weights_B), device)
-        ranges.append(("rewards[1] holds", group_rewards.position, group_rewards.rewards.shape[1]))
-    elif not isinstance(advantages, torch.Tensor) or advantages.shape not in (weights_B.shape, (count,)):
-        raise ValueError(f"advantages are {describe(advantages)}: expected ({len(weights_B)},) or ({count},)")
-    else:
-        check_per_token("advantages", advantages, len(advantages), device)
-        advantages_N = advantages.detach()
-    check_values(ranges, None if group_rewards is None else group_rewards.rewards)
-    sequence_N = sequence_N.long()
-    if advantages is not None and advantages.shape == weights_B.shape:
-        advantages_N = advantages.detach()[sequence_N]
-
-    tokens = TokenInputs(
-        targets_N.long(),
-        sequence_N,
-        weights_B.detach()[sequence_N],
-        advantages_N,
-        group_rewards,
-        *(None if tensor is None else tensor.detach() for tensor in optional.values()),
-    )
-    loss, policy_loss, logprobs, entropies, ratio, clipped, kl, advantages_N = LinearGRPOLossFunction.apply(
+    given = GivenAdvantages(advantages, advantages_N, rewards, normalization)
+    per_token = {"old_logprobs_N": old_logprobs_N, "ref_logprobs_N": ref_logprobs_N, "policy_scale_N": policy_scale_N}
+    call = LossCall(
         compute_dtype(hidden_NH),
-        tokens,
+        read_tokens(targets_N, sequence_N, weights_B, given, per_token, len(weight_VH)),
         Transform(float(temperature), float(logit_scale), softcap),
         options,
-        entropy_coef / max(count, 1),
-        torch.is_grad_enabled(),
-        head_sketch,
-        hidden_NH,
-        weight_VH,
-        bias,
-        *((None, None) if low_rank is None else low_rank),
+        entropy_coef / max(len(hidden_NH), 1),
+        usable_sketch(head_sketch, weight_VH),
+    )
+    loss, policy_loss, logprobs, entropies, ratio, clipped, kl, made_advantages_N = LinearGRPOLossFunction.apply(
+        call, torch.is_grad_enabled(), hidden_NH, weight_VH, bias, *((None, None) if low_rank is None else low_rank)
     )
     kl = kl if ref_logprobs_N is not None else None
-    return GRPOLoss(loss, policy_loss, logprobs, entropies, ratio, clipped, kl, advantages_N)
+    return GRPOLoss(loss, policy_loss, logprobs, entropies, ratio, clipped, kl, made_advantages_N)

@@ -74,80 +74,66 @@ class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
     @first_derivatives
     def backward(ctx, logprob_grad_N, entropy_grad_N):
-        targets, hidden, weight, bias, low_inputs, low_weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[6:]
+        _, *inputs = ctx.saved_tensors
         if ctx.kept is not None and entropy_grad_N is None:
             grads = [
-                None if kept is None or logprob_grad_N is None else (kept * logprob_grad_N[:, None])
-                for kept in [*ctx.kept, None][:2]
+                None if kept is None or logprob_grad_N is None else (kept * logprob_grad_N[:, None]).to(like.dtype)
+                for kept, like in zip([*ctx.kept, None][:2], (inputs[0], inputs[3]), strict=True)
             ]
-            hidden_grad = None if grads[0] is None else grads[0].to(hidden.dtype)
-            low_grad = None if grads[1] is None else grads[1].to(low_inputs.dtype)
-            return None, None, None, None, None, None, hidden_grad, None, None, low_grad, None
-
-        live_N = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-        for upstream in (logprob_grad_N, entropy_grad_N):
-            if upstream is not None:
-                live_N |= upstream != 0
-        order = live_N.nonzero().squeeze(1)
-        softmax, gradient = row_functions(hidden.device, torch.promote_types(ctx.dtype, torch.float32))
-        factors: Factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
-        products = HeadProducts(
-            factors,
-            ctx.dtype,
-            want_inputs=[needs[0], needs[3]][: len(factors)],
-            want_weights=[needs[1], needs[4]][: len(factors)],
-            want_bias=needs[2],
-            gradient_rows=len(order),
-            sketch=ctx.sketch,
-        )
-        for rows in products.tiles(order, 0, len(order)):
-            tile = products.logits(rows)
-            statistics = softmax(
-                tile, targets[rows], ctx.transform, bias=bias, entropy=entropy_grad_N is not None, keep=True
-            )
-            logprob_grad = torch.zeros_like(statistics.logprob) if logprob_grad_N is None else logprob_grad_N[rows]
-            entropy_grad = None if entropy_grad_N is None else entropy_grad_N[rows]
-            tile, factor_C = gradient(
-                tile,
-                targets[rows],
-                statistics,
-                ctx.transform,
-                logprob_grad,
-                entropy_grad,
-                bias=bias,
-                dtype=products.dtype,
-            )
-            products.accumulate(tile, rows, factor_C)
-        products.release()
+            return (*6 * [None], grads[0], None, None, grads[1], None)
+        products = _recompute(ctx, logprob_grad_N, entropy_grad_N)
         if ctx.sketch is not None and products.projected is not None:
             with ctx.sketch.guarded():
                 ctx.sketch.add(products.projected)
-
-        def finish(total, like, unit=None):
-            if total is None:
-                return None
-            return cast(total, like.dtype) if unit is None else scaled(total, unit, like.dtype)
-
-        weights = [*products.weight_grads(), None]
-        units = [*(factor.weight_unit for factor in products.factors), None]
         bias_grad = products.bias_grad
-        if needs[2] and bias_grad is None:
-            bias_grad = torch.zeros_like(bias, dtype=products.sum_dtype)
-        inputs = [*(factor.inputs_grad for factor in products.factors), None]
-        return (
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            finish(inputs[0], hidden),
-            finish(weights[0], weight, units[0]),
-            finish(bias_grad, bias),
-            finish(inputs[1], low_inputs),
-            finish(weights[1], low_weight, units[1]),
+        if ctx.needs_input_grad[8] and bias_grad is None:
+            bias_grad = torch.zeros_like(inputs[2], dtype=products.sum_dtype)
+        (head, *rest), weight_grads = products.factors, [*products.weight_grads(), None]
+        low = rest[0] if rest else None
+        totals = [head.inputs_grad, weight_grads[0], bias_grad, low and low.inputs_grad, weight_grads[1]]
+        units = [None, head.weight_unit, None, None, low and low.weight_unit]
+        return (*6 * [None], *(_in_dtype(*one) for one in zip(totals, inputs, units, strict=True)))
+
+
+def _in_dtype(total: torch.Tensor | None, like: Any, unit: torch.Tensor | None) -> torch.Tensor | None:
+    """A sum in the dtype of what it is the gradient of, times its unit."""
+    if total is None:
+        return None
+    return cast(total, like.dtype) if unit is None else scaled(total, unit, like.dtype)
+
+
+def _recompute(ctx: Any, logprob_grad_N: torch.Tensor | None, entropy_grad_N: torch.Tensor | None) -> HeadProducts:
+    """Makes the tiles of the rows that have an upstream gradient again, and adds up their gradients."""
+    targets, hidden, weight, bias, low_inputs, low_weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad[6:]
+    live_N = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+    for upstream in (logprob_grad_N, entropy_grad_N):
+        if upstream is not None:
+            live_N |= upstream != 0
+    order = live_N.nonzero().squeeze(1)
+    softmax, gradient = row_functions(hidden.device, torch.promote_types(ctx.dtype, torch.float32))
+    factors: Factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
+    products = HeadProducts(
+        factors,
+        ctx.dtype,
+        want_inputs=[needs[0], needs[3]][: len(factors)],
+        want_weights=[needs[1], needs[4]][: len(factors)],
+        want_bias=needs[2],
+        gradient_rows=len(order),
+        sketch=ctx.sketch,
+    )
+    for rows in products.tiles(order, 0, len(order)):
+        tile, wanted = products.logits(rows), entropy_grad_N is not None
+        statistics = softmax(tile, targets[rows], ctx.transform, bias=bias, entropy=wanted, keep=True)
+        logprob_grad = torch.zeros_like(statistics.logprob) if logprob_grad_N is None else logprob_grad_N[rows]
+        entropy_grad = None if entropy_grad_N is None else entropy_grad_N[rows]
+        upstream = (logprob_grad, entropy_grad)
+        tile, factor_C = gradient(
+            tile, targets[rows], statistics, ctx.transform, *upstream, bias=bias, dtype=products.dtype
         )
+        products.accumulate(tile, rows, factor_C)
+    products.release()
+    return products
 
 
 @torch.compiler.disable

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from grpo_kernels.normalize.methods import METHODS, check_normalization
 
-from .checks import check_number
-from .token_losses import SURROGATES, GroupRewards, TokenLoss
+from .checks import check_number, check_per_token, check_values
+from .token_losses import SURROGATES, GroupRewards, TokenInputs, TokenLoss
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -91,3 +92,62 @@ def make_group_rewards(rewards, normalization, n_sequences: int, device: torch.d
     rewards_BG = rewards_BG if rewards_BG.dtype == torch.float64 else rewards_BG.float()
     eps, alpha = float(options.get("eps", 1e-4)), float(options.get("alpha", 1.0))
     return GroupRewards(rewards_BG.contiguous(), position_B.long(), method, eps, alpha)
+
+
+class GivenAdvantages(NamedTuple):
+    """What ``linear_grpo_loss`` is given of advantages: one of the first three; ``normalization`` goes with rewards."""
+
+    advantages: Any
+    advantages_N: Any
+    rewards: Any
+    normalization: Any
+
+    def check(self) -> None:
+        """Raises ``ValueError`` unless one of the three is given."""
+        names = [name for name in self._fields[:3] if getattr(self, name) is not None]
+        if len(names) != 1:
+            raise ValueError(f"give one of advantages, advantages_N and rewards, got {', '.join(names) or 'none'}")
+        if self.normalization is not None and self.rewards is None:
+            raise ValueError(
+                f"normalization={self.normalization!r} goes with rewards: advantages are normalised already"
+            )
+
+
+def read_tokens(
+    targets_N: torch.Tensor,
+    sequence_N: torch.Tensor,
+    weights_B: torch.Tensor,
+    given: GivenAdvantages,
+    per_token: Mapping[str, torch.Tensor | None],
+    vocabulary: int,
+) -> TokenInputs:
+    """The inputs of the row arithmetic, checked. ``per_token``: old and reference log-probs and the policy's scale."""
+    count, device = len(targets_N), targets_N.device
+    check_sequences(sequence_N, weights_B, count, device)
+    ranges = [("targets hold", targets_N, vocabulary), ("sequence_N holds", sequence_N, len(weights_B))]
+    for name, tensor in per_token.items():
+        check_per_token(name, tensor, count, device)
+    given.check()
+    advantages, advantages_N, group_rewards = given.advantages, given.advantages_N, None
+    if advantages_N is not None:
+        check_per_token("advantages_N", advantages_N, count, device)
+    elif given.rewards is not None:
+        group_rewards = make_group_rewards(given.rewards, given.normalization, len(weights_B), device)
+        ranges.append(("rewards[1] holds", group_rewards.position, group_rewards.rewards.shape[1]))
+    elif not isinstance(advantages, torch.Tensor) or advantages.shape not in (weights_B.shape, (count,)):
+        raise ValueError(f"advantages are {describe(advantages)}: expected ({len(weights_B)},) or ({count},)")
+    else:
+        check_per_token("advantages", advantages, len(advantages), device)
+        advantages_N = advantages
+    check_values(ranges, None if group_rewards is None else group_rewards.rewards)
+    sequence_N = sequence_N.long()
+    if advantages is not None and advantages.shape == weights_B.shape:
+        advantages_N = advantages[sequence_N]
+    return TokenInputs(
+        targets_N.long(),
+        sequence_N,
+        weights_B.detach()[sequence_N],
+        None if advantages_N is None else advantages_N.detach(),
+        group_rewards,
+        *(None if tensor is None else tensor.detach() for tensor in per_token.values()),
+    )
