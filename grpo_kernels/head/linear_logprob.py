@@ -90,8 +90,8 @@ class LinearLogprobFunction(torch.autograd.Function):
             bias_grad = torch.zeros_like(inputs[2], dtype=products.sum_dtype)
         (head, *rest), weight_grads = products.factors, [*products.weight_grads(), None]
         low = rest[0] if rest else None
-        totals = [head.inputs_grad, weight_grads[0], bias_grad, low and low.inputs_grad, weight_grads[1]]
-        units = [None, head.weight_unit, None, None, low and low.weight_unit]
+        totals: list[Any] = [head.inputs_grad, weight_grads[0], bias_grad, low and low.inputs_grad, weight_grads[1]]
+        units: list[Any] = [None, head.weight_unit, None, None, low and low.weight_unit]
         return (*6 * [None], *(_in_dtype(*one) for one in zip(totals, inputs, units, strict=True)))
 
 
@@ -127,9 +127,8 @@ def _recompute(ctx: Any, logprob_grad_N: torch.Tensor | None, entropy_grad_N: to
         statistics = softmax(tile, targets[rows], ctx.transform, bias=bias, entropy=wanted, keep=True)
         logprob_grad = torch.zeros_like(statistics.logprob) if logprob_grad_N is None else logprob_grad_N[rows]
         entropy_grad = None if entropy_grad_N is None else entropy_grad_N[rows]
-        upstream = (logprob_grad, entropy_grad)
         tile, factor_C = gradient(
-            tile, targets[rows], statistics, ctx.transform, *upstream, bias=bias, dtype=products.dtype
+            tile, targets[rows], statistics, ctx.transform, logprob_grad, entropy_grad, bias=bias, dtype=products.dtype
         )
         products.accumulate(tile, rows, factor_C)
     products.release()
