@@ -16,6 +16,8 @@ from trl_ext.recorder.layer_check import rehearse
 
 LOGGED = {"interference_every": 1, "per_device_train_batch_size": 16}
 EXACT = {"interference_every": 1, "interference_dim": 0}
+# a step whose every sequence runs, and that moves nothing
+ALL_ROWS = {**EXACT, "max_steps": 1, "learning_rate": 0.0, "skip_zero_advantage": False}
 
 
 def lora():
@@ -44,7 +46,7 @@ def gradients_by_backward(trainer, inputs):
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
 @pytest.mark.parametrize("loss_type", ["dapo", "vespo"])  # in one pass; TRL's loss on our head
 def test_exact_mode_is_one_backward_for_each_sequence(loss_type, peft_config, tiny_policy, tmp_path):
-    options = {**EXACT, "loss_type": loss_type, "gradient_accumulation_steps": 2, "max_steps": 1, "learning_rate": 0.0}
+    options = {**ALL_ROWS, "loss_type": loss_type, "gradient_accumulation_steps": 2}
     trainer = build(tiny_policy, tmp_path, by_length, peft_config=peft_config, **options)
     seen = [inputs for inputs, _ in loss_batches(trainer)]
     record = read_interference(tmp_path)[0]
@@ -69,8 +71,7 @@ def test_exact_mode_is_one_backward_for_each_sequence(loss_type, peft_config, ti
 @pytest.mark.parametrize("loss_type", ["grpo", "cispo", "sapo", "dr_grpo", "luspo"])
 def test_coefficients_are_in_front_of_the_score(loss_type, tiny_policy, tmp_path):
     """u_i / c_i is the gradient of the sequence's log-prob, made by plain autograd."""
-    options = {**EXACT, "max_steps": 1, "learning_rate": 0.0}
-    trainer = build(tiny_policy, tmp_path, by_length, loss_type=loss_type, **options)
+    trainer = build(tiny_policy, tmp_path, by_length, loss_type=loss_type, **ALL_ROWS)
     inputs = loss_batches(trainer)[0][0]
     record = read_interference(tmp_path)[0]
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
