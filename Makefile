@@ -46,7 +46,7 @@ $(TRL115)/.installed: pyproject.toml constraints.txt
 test-trl115: $(TRL115)/.installed
 	$(TRL115)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/test_trainer.py tests/test_trainer_equality.py \
 		tests/test_fused_trainer.py tests/test_skipping.py tests/test_work_saved.py tests/test_resampling.py tests/test_two_processes.py \
-		tests/test_interference.py tests/test_normalization_state.py tests/test_trl_surface.py \
+		tests/test_interference.py tests/test_normalization_state.py tests/test_compat.py \
 		tests/test_subclasses.py tests/test_without_init.py tests/test_environments.py
 
 # its ops aren't compiled: none is used here

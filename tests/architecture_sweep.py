@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
-from trl_ext.mixed_rows import mixes_rows
+from trl_ext.probe_model import mixes_rows
 from trl_ext.recorder.layer_check import rehearse
 from trl_ext.tasks.small_policy import build_tokenizer
 

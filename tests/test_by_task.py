@@ -11,11 +11,11 @@ from two_process_worker import run_processes
 
 from grpo_kernels import Normalized
 from grpo_kernels.interference.step_gradients import group_by_prompt
-from grpo_kernels.interference.tasks import task_gradients
+from grpo_kernels.interference.task_sums import task_gradients
 from trl_ext import read_interference
+from trl_ext.advantages.by_task import TaskMeans, TaskNames, task_sums
 from trl_ext.advantages.prompt_keys import NO_TASK, task_key
 from trl_ext.advantages.rewarded import RewardedBatch
-from trl_ext.advantages.tasks import TaskMeans, TaskNames, task_sums
 from trl_ext.report.by_task import tasks as tasks_of_report
 from trl_ext.report.command import main as report_command
 from trl_ext.report.read_run import read_run

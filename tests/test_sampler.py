@@ -8,7 +8,7 @@ from harness import logged, train
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_ext.advantages.sampler import sampler_metrics
+from trl_ext.advantages.sampler_metrics import sampler_metrics
 from trl_ext.run_checks import say_truncated_sampling
 from trl_ext.schema import Sequences
 

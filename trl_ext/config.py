@@ -15,8 +15,8 @@ from trl import GRPOConfig
 
 from grpo_kernels.normalize.methods import METHODS, check_normalization, function_name
 
+from .elastic_restart import rejoined_in_time
 from .options import SCALE_REWARDS_METHOD, CurvatureOptions, check, describe
-from .rejoin import rejoined_in_time
 
 
 @dataclass

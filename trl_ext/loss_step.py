@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .compat import LossSettings, RunSettings
 from .objective.fused import FusedObjective
 from .objective.interface import LossContext, Objective
 from .objective.statistics import whole_micro_batch_metrics
@@ -14,7 +15,6 @@ from .objective.token_weights import token_weights
 from .objective.trl import TRLObjective
 from .plan.micro_batches import MicroBatches, micro_batch
 from .schema import Batch, Sequences
-from .trl_surface import LossSettings, RunSettings
 
 
 class LossStep:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
+
 Apply = Callable[[], Callable[[], None]]  # changes something and returns what undoes it
 
 
@@ -41,3 +43,14 @@ class ModelPatches:
             for apply in self._patches:
                 self._undo.callback(apply())
             yield
+
+
+def keep_four_bit_layers_trainable(model: torch.nn.Module) -> None:
+    """Keeps bitsandbytes from repacking the weights of 4-bit layers.
+
+    On CPUs with bf16 instructions it does so for good at the first forward in eval mode (generation), and its product
+    with a repacked weight has no gradient: nothing would be trained, silently.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -9,16 +9,17 @@ from typing import Any
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from . import trl_surface
+from . import compat
+from .advantages.by_task import TaskNames
 from .advantages.normalizer import Normalizer, UsedNormalization
 from .advantages.prompt_keys import prompt_texts
 from .advantages.rewarded import RewardedBatch
-from .advantages.tasks import TaskNames
 from .checkpoints.saving import RandomStates
 from .checkpoints.state import CheckpointState
+from .compat import LossSettings, RunSettings
 from .head.patch import add_forward, fused_heads
 from .loss_step import LossStep
-from .model_patches import ModelPatches
+from .model_patches import ModelPatches, keep_four_bit_layers_trainable
 from .objective.interface import Method
 from .options import read_options
 from .overrides import overridden
@@ -26,7 +27,6 @@ from .plan import log_probs, rules
 from .plan.log_probs import UsedLogProbs
 from .plan.micro_batches import MicroBatches, StepRequest
 from .plan.model_limits import ModelLimits
-from .quantized import keep_trainable
 from .recorder.recorder import InterferenceRecorder
 from .report.completions import KeptCompletions
 from .report.run_files import RunFiles, describe_run
@@ -42,18 +42,17 @@ from .run_checks import (
 )
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
-from .trl_surface import LossSettings, RunSettings
 
 
 def before_model(trainer: Any, model: Any, args: Any, rest: Any, kwargs: Any) -> AbstractContextManager[Any]:
     """Checks what can be known to be wrong before a model is loaded; the context that the parent's ``__init__`` runs
     in."""
-    trl_surface.check_class()
-    trl_surface.say_unscored_once()
+    compat.check_class()
+    compat.say_unscored_once()
     check_before_model(args, rest, kwargs)
     refuse_tensor_parallelism(model, args)
     fused = read_options(args).fused_loss
-    return trl_surface.without_trl_head(trainer, add_forward) if fused else nullcontext()
+    return compat.without_trl_head(trainer, add_forward) if fused else nullcontext()
 
 
 @dataclass
@@ -77,7 +76,7 @@ class Parts:
     def loss_settings(self) -> LossSettings:
         """As they are now."""
         own_logprobs = overridden(self.trainer, self.ours, "_get_per_token_logps_and_entropies")
-        return trl_surface.read_loss_settings(self.trainer, own_logprobs)
+        return compat.read_loss_settings(self.trainer, own_logprobs)
 
     def owners(self) -> Owners:
         """What a subclass has of the methods that decide what can be skipped, and what can wait."""
@@ -98,15 +97,15 @@ class Parts:
 
 def build_parts(trainer: Any, ours: type) -> Parts:
     """Of a trainer whose parent's ``__init__`` has run."""
-    trl_surface.check_trainer(trainer)
-    keep_trainable(trainer.model)
-    run = trl_surface.read_run_settings(trainer, trainer._log_metrics, SayOnce(get_logger("trl_ext.trainer")))
+    compat.check_trainer(trainer)
+    keep_four_bit_layers_trainable(trainer.model)
+    run = compat.read_run_settings(trainer, trainer._log_metrics, SayOnce(get_logger("trl_ext.trainer")))
     refuse_tensor_parallelism(trainer.model, trainer.args)
     say_engine(trainer.args, run.accelerator, run.say_once)
     say_truncated_sampling(trainer.args, run.say_once)
     context = read_context(trainer.processing_class, trainer.model, trainer.args, run.say_once)
     check_stored_context(trainer.train_dataset, context)
-    normalizer = Normalizer(run, trainer.args, trl_surface.read_reward_settings(trainer))
+    normalizer = Normalizer(run, trainer.args, compat.read_reward_settings(trainer))
 
     def used() -> UsedNormalization:
         return normalizer.used(trainer.reward_weights)

@@ -1,4 +1,4 @@
-"""Asking a model about itself: a few tokens through it before it is trained, of which training notices nothing."""
+"""What a model is like: by its configuration, or by a few tokens through it, which change nothing of it."""
 
 from __future__ import annotations
 
@@ -64,3 +64,9 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def mixes_rows(model: Any) -> str | None:
+    """What of the model's adapters makes a sequence's result depend on the others of its micro-batch, or None."""
+    kinds = {getattr(adapter, "peft_type", None) for adapter in getattr(model, "peft_config", {}).values()}
+    return "Lily's router averages over all tokens that run together" if "LILY" in kinds else None

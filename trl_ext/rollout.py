@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 
+from .advantages.by_task import TaskMeans, TaskNames, task_sums
 from .advantages.group_columns import group_columns
 from .advantages.normalizer import Normalizer
 from .advantages.prompt_keys import prompt_tasks
 from .advantages.resampling import GenerationCount, Resampling
 from .advantages.reward_checks import RewardFailures, checked_rewards, say_if_unscored
 from .advantages.rewarded import RewardedBatch, gather_rewarded, mean_repetition
-from .advantages.sampler import sampler_metrics
-from .advantages.tasks import TaskMeans, TaskNames, task_sums
+from .advantages.sampler_metrics import sampler_metrics
+from .compat import LossSettings, RunSettings, read_reward_settings, replace_latest
 from .overrides import answered_by
 from .plan.log_probs import UsedLogProbs, why_complete
 from .plan.micro_batches import MicroBatches
 from .run_checks import Context, check_batch
 from .schema import Batch, Sequences, check_keys
 from .stage_seconds import StageSeconds
-from .trl_surface import LossSettings, RunSettings, read_reward_settings, replace_latest
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 
 from .advantages.resampling import check_dataset, has_transform
+from .compat import arguments_after
 from .config import CurvatureGRPOConfig, check_liger, resolve_normalization
+from .elastic_restart import OWN_STORE, lacks_own_store
 from .options import read_options
-from .rejoin import OWN_STORE, lacks_own_store
-from .trl_surface import arguments_after
 
 logger = get_logger(__name__)
 MOST_ROWS = 1000  # of a dataset that are read before the run

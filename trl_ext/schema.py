@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .trl_surface import ChangedTRL, pad
+from .compat import ChangedTRL, pad
 
 Batch = dict[str, Any]
 

@@ -28,13 +28,13 @@ from trl import GRPOTrainer
 from .advantages.reward_checks import RewardFailed
 from .checkpoints.find import find_checkpoint
 from .checkpoints.saving import checkpoint_folder, saved_when, whole_or_none
+from .compat import read_position
 from .paper import PAPER
 from .parts import Parts, before_model, build_parts
 from .plan.micro_batches import micro_batch
 from .plan.rules import dead_sequences
 from .process_group import keep_process_group
 from .schema import Batch, Sequences
-from .trl_surface import read_position
 
 
 def parts_of(trainer: Any) -> Parts | None:

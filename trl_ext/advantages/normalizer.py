@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from grpo_kernels import METHODS, Normalized
+from trl_ext.compat import RewardSettings, RunSettings
 from trl_ext.config import resolve_normalization, trl_method
-from trl_ext.trl_surface import RewardSettings, RunSettings
 
 from .compute import compute_advantages, normalization_metrics, number_of_states, observe_rewards
 from .normalization_state import make_state, restore_states

@@ -19,8 +19,8 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import IterableDataset
 
+from trl_ext.compat import RunSettings, logged_columns, replace_latest
 from trl_ext.schema import Sequences, check_rows, num_items, pad_rows, split_rows
-from trl_ext.trl_surface import RunSettings, logged_columns, replace_latest
 
 from .compute import zero_variance_groups
 from .normalizer import Normalizer

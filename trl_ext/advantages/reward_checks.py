@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import gather, gather_object
 from torch import nn
 
-from trl_ext.trl_surface import get_callable_name, is_async_callable
+from trl_ext.compat import get_callable_name, is_async_callable
 
 LARGEST = torch.finfo(torch.float32).max  # rewards are gathered in float32, in which more is infinite
 CHECKED = "_curvature_grpo_checked"  # of a function that is checked already

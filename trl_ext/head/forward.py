@@ -23,8 +23,8 @@ from transformers.utils import ModelOutput
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.layer_taps import opened
+from trl_ext.compat import FusedCausalLMOutput
 from trl_ext.sharing.packed_rows import PackedRows, pack
-from trl_ext.trl_surface import FusedCausalLMOutput
 
 from .settings import HeadSettings, backbone
 from .weights import gathered_head

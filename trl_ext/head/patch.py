@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import DistributedType, is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from trl_ext.trl_surface import RunSettings, forward_without_trl_head
+from trl_ext.compat import RunSettings, forward_without_trl_head
 
 from .forward import FusedHead, HeadCall, HeadSketches
 from .settings import read_settings

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor, Partial
 
 from grpo_kernels.interference.layer_taps import opened
-from trl_ext.trl_surface import maybe_gather_lm_head_ctx
+from trl_ext.compat import maybe_gather_lm_head_ctx
 
 
 @contextmanager

@@ -15,9 +15,9 @@ import torch
 
 from grpo_kernels.head.loss_checks import check_loss_options
 from grpo_kernels.head.token_losses import SURROGATES
+from trl_ext.compat import LossSettings
 from trl_ext.head.forward import HeadCall
 from trl_ext.schema import Sequences
-from trl_ext.trl_surface import LossSettings
 
 from .interface import LossContext, LossResult, Method
 from .statistics import sequence_statistics

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from trl_ext.compat import LossSettings
 from trl_ext.schema import Sequences
-from trl_ext.trl_surface import LossSettings
 
 Method = tuple[str, Mapping[str, Any]]  # a normalisation and its options
 

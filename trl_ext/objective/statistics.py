@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from grpo_kernels.head.token_losses import SURROGATES
-from trl_ext.trl_surface import LossSettings
+from trl_ext.compat import LossSettings
 
 from .interface import LossResult
 

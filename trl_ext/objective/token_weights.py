@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import torch
 
+from trl_ext.compat import LossSettings
 from trl_ext.schema import Sequences
-from trl_ext.trl_surface import LossSettings
 
 
 def token_weights(batch: Sequences, settings: LossSettings, *, training: bool) -> torch.Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from trl_ext.compat import LossSettings
 from trl_ext.schema import Batch, Sequences
-from trl_ext.trl_surface import LossSettings
 
 from .interface import LossContext, LossResult
 

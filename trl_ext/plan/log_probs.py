@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from trl_ext.compat import LossSettings, RunSettings, disable_gradient_checkpointing, use_adapter
 from trl_ext.head.forward import HeadCall
 from trl_ext.objective.fused import completion_labels
 from trl_ext.options import CurvatureOptions
 from trl_ext.schema import OLD, POSTPONED, Batch, Sequences
-from trl_ext.trl_surface import LossSettings, RunSettings, disable_gradient_checkpointing, use_adapter
 
 from .micro_batches import MicroBatches
 from .rows import read_rows

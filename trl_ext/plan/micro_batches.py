@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 
-from trl_ext.mixed_rows import mixes_rows
+from trl_ext.compat import LossSettings, RunSettings, StepPosition
 from trl_ext.objective.interface import Method
 from trl_ext.objective.token_weights import token_weights
+from trl_ext.probe_model import mixes_rows
 from trl_ext.schema import Batch, Sequences, join
-from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .compute_counts import StepCounts, compute_metrics, count_own, count_planned, over_ranks
 from .model_limits import NEFTUNE, ModelLimits

@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
+from trl_ext.compat import RunSettings
 from trl_ext.probe_model import is_sharded
 from trl_ext.sharing.hooks import let_share
-from trl_ext.trl_surface import RunSettings
 
 from .padding import trimmed_columns
 from .probe_sharing import why_not_shared, without_adapters

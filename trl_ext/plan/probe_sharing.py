@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from trl_ext.compat import RunSettings
 from trl_ext.head.forward import HeadCall
 from trl_ext.head.settings import backbone
 from trl_ext.probe_model import can_be_asked, evaluation_mode, multiplies_in_half, some_ids
 from trl_ext.sharing.attention import NotShared
 from trl_ext.sharing.hooks import let_share
 from trl_ext.sharing.packed_rows import KEYWORD
-from trl_ext.trl_surface import RunSettings
 
 from .padding import HALF_TOLERANCE, TOLERANCE
 

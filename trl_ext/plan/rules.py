@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_ext.compat import LossSettings
 from trl_ext.objective.fused import why_not_fused
 from trl_ext.options import CurvatureOptions
 from trl_ext.schema import Sequences
-from trl_ext.trl_surface import LossSettings
 
 # where a subclass may compute with TRL's own micro-batches, or with what has gathered in .grad between two of them
 OWN_METHODS = ("_compute_loss", "compute_loss", "_prepare_inputs", "training_step")

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from trl_ext.compat import LossSettings
 from trl_ext.objective.statistics import STATISTICS, micro_batch_metrics
-from trl_ext.trl_surface import LossSettings
 
 TOKENS, ENTROPY = STATISTICS.index("tokens"), STATISTICS.index("entropy")
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from trl_ext.compat import LossSettings
 from trl_ext.schema import Sequences
-from trl_ext.trl_surface import LossSettings
 
 
 def sequence_coefficients(batch: Sequences, settings: LossSettings, accumulation: int) -> torch.Tensor | None:

@@ -14,8 +14,8 @@ import torch
 from accelerate.utils import DistributedType
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
+from trl_ext.compat import LossSettings, RunSettings
 from trl_ext.schema import Sequences
-from trl_ext.trl_surface import LossSettings, RunSettings
 
 from .coefficients import sequence_coefficients
 from .failures import OptionalPart

@@ -12,8 +12,8 @@ import torch
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.inner_products import squared_norms
+from trl_ext.compat import LossSettings, RunSettings, StepPosition
 from trl_ext.schema import Sequences
-from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .coefficients import sequence_coefficients
 from .extra_pass import ExtraPass, place_scores

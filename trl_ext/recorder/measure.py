@@ -20,7 +20,7 @@ from grpo_kernels.interference.metrics import interference_metrics, orthogonalit
 from grpo_kernels.interference.model_parts import part_metrics
 from grpo_kernels.interference.sketch_error import rmse_of_parts
 from grpo_kernels.interference.step_gradients import PromptGroups, StepGradients, group_by_prompt
-from trl_ext.trl_surface import RunSettings
+from trl_ext.compat import RunSettings
 
 from .collectives import Collectives, OtherRankFailedError
 from .sequence_table import SequenceTable

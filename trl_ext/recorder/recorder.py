@@ -28,9 +28,9 @@ from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
 from trl_ext.advantages.normalizer import UsedNormalization
-from trl_ext.mixed_rows import mixes_rows
+from trl_ext.compat import LossSettings, RunSettings, StepPosition
+from trl_ext.probe_model import mixes_rows
 from trl_ext.schema import Sequences
-from trl_ext.trl_surface import LossSettings, RunSettings, StepPosition
 
 from .collectives import Collectives, OtherRankFailedError
 from .extra_pass import ExtraPass

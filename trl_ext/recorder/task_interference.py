@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo_kernels.interference.step_gradients import PromptGroups
-from grpo_kernels.interference.tasks import task_gradients
+from grpo_kernels.interference.task_sums import task_gradients
 
 from .sequence_table import SequenceTable
 

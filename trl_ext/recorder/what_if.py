@@ -22,7 +22,7 @@ from .task_interference import Tasks
 
 if TYPE_CHECKING:  # the report uses this module without TRL
     from trl_ext.advantages.normalizer import UsedNormalization
-    from trl_ext.trl_surface import RunSettings
+    from trl_ext.compat import RunSettings
 
 # of the catalogue, those that need nothing of earlier steps; decoupled, where there are several functions
 STATELESS = tuple(name for name, method in METHODS.items() if method.kind != "state")

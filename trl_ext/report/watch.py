@@ -15,7 +15,7 @@ import torch
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from trl_ext.trl_surface import RunSettings
+from trl_ext.compat import RunSettings
 
 from .read_run import Run
 from .verdicts import LEVELS, Verdict, diagnose

@@ -9,10 +9,10 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext import CurvatureGRPOTrainer
+from trl_ext.compat import ChangedTRL, check_class, check_trainer
 from trl_ext.head.settings import read_settings
 from trl_ext.overrides import overridden
 from trl_ext.schema import ALWAYS, check_keys
-from trl_ext.trl_surface import ChangedTRL, check_class, check_trainer
 
 
 def test_a_method_with_other_arguments_is_named(monkeypatch):
