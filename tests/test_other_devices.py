@@ -15,7 +15,7 @@ from kernel_inputs import INTERPRETED, context_of, method_options
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from grpo_kernels import METHODS, linear_grpo_loss, linear_logprob, normalize_with_statistics, use_backend
-from grpo_kernels.head.linear_grpo_loss import LinearGRPOLossFunction
+from grpo_kernels.head.linear_grpo_loss import LinearGRPOLossFunction, LossCall
 from grpo_kernels.head.linear_logprob import LinearLogprobFunction
 from grpo_kernels.head.loss_checks import check_loss_options, make_group_rewards
 from grpo_kernels.head.products import HeadSketch, compute_dtype
@@ -212,19 +212,11 @@ def loss_passes(given, need, signal, loss_type, *, old=False, scaled=False, entr
     checked = check_loss_options(loss_type=loss_type, **{**defaults, **options})
     sketched = []
     sketch = HeadSketch(given["projection"], sketched.append) if need[1] else None
-    ctx = Context(needs_input_grad=[False] * 7 + need)
+    ctx = Context(needs_input_grad=[False] * 2 + need)
     head = (given[name] for name in ("hidden", "weight", "bias", "low_inputs", "low_weight"))
-    out = LinearGRPOLossFunction.forward(
-        ctx,
-        compute_dtype(given["hidden"]),
-        tokens,
-        Transform(1.0, 1.0, softcap),
-        checked,
-        entropy_coef / N,
-        True,
-        sketch,
-        *head,
-    )
+    transform = Transform(1.0, 1.0, softcap)
+    call = LossCall(compute_dtype(given["hidden"]), tokens, transform, checked, entropy_coef / N, sketch)
+    out = LinearGRPOLossFunction.forward(ctx, call, True, *head)
     return out, LinearGRPOLossFunction.backward(ctx, torch.full_like(out[0], 2.0)), sketched
 
 
