@@ -7,7 +7,8 @@ whose arguments, and the fields of those that are tuples, the JIT then specialis
 constant, what divides by 16 is known to).
 
 Columns of the table: registers of a thread; bytes of local memory (AMD: registers) that spill; bytes of shared memory;
-then of each loop over the vocabulary its global loads and stores, as count x bits, and its instructions per element.
+then, on NVIDIA, of each loop over the vocabulary its global loads and stores, as count x bits, and its instructions per
+element.
 The last is counted, not measured: all instructions between a loop's label and its backward branch, over the elements
 that a thread treats in one round, BLOCK_V / threads. ``_normalize_kernel`` has no loop; its row shows the whole kernel.
 """
@@ -237,17 +238,6 @@ def _sass_instructions(sass: str) -> list[Instruction]:
     return found
 
 
-def _amdgcn_instructions(text: str) -> list[Instruction]:
-    lines = [line.split(";")[0].rstrip() for line in text.splitlines()]
-    labels = {line[:-1]: place for place, line in enumerate(lines) if re.fullmatch(r"\.LBB\w+:", line)}
-    found: list[Instruction] = []
-    for place, line in enumerate(lines):
-        if match := re.fullmatch(r"\t([a-z]\w+)(.*)", line):
-            goal = labels.get(match[2].strip()) if "branch" in match[1] else None
-            found.append((place, match[1], goal))
-    return found
-
-
 def _access(name: str) -> tuple[str, int] | None:
     """("load" or "store", bits) of an instruction that accesses global memory."""
     if match := re.match(r"(LDG|STG|LDGSTS)\.(.*)", name + "."):
@@ -255,9 +245,6 @@ def _access(name: str) -> tuple[str, int] | None:
         widths = [int(part) for part in parts if part in ("64", "128", "256")]
         narrow = [int(part[1:]) for part in parts if part in ("U8", "S8", "U16", "S16")]
         return "store" if match[1] == "STG" else "load", (widths + narrow or [32])[0]
-    if match := re.match(r"(?:global|buffer|flat)_(load|store)_(\w+)", name):
-        kinds = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
-        return match[1], kinds.get(match[2], 8 if "byte" in match[2] else 16)
     return None
 
 
@@ -279,7 +266,7 @@ def _loops(instructions: list[Instruction], elements: int | None) -> list[Loop]:
                 {bits: count for (kind, bits), count in sorted(accesses.items()) if kind == wanted}
                 for wanted in ("load", "store")
             )
-            barriers = sum(name.startswith(("BAR", "s_barrier")) for name in names)
+            barriers = sum(name.startswith("BAR") for name in names)
             loops.append(Loop(loads, stores, barriers, len(names), len(names) / elements if elements else None))
     return loops
 
@@ -294,12 +281,11 @@ def report(case: Case, target_name: str) -> Report:
         usage, sass = _disassemble(compiled.asm["cubin"])
         numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
         registers, spills = numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
-        instructions = _sass_instructions(sass)
+        loops = _loops(_sass_instructions(sass), elements)
     else:
-        text = compiled.asm["amdgcn"]
-        numbers = {name: int(value) for name, value in re.findall(r"\.(\w+_count): +(\d+)", text)}
+        numbers = {name: int(n) for name, n in re.findall(r"\.(\w+_count): +(\d+)", compiled.asm["amdgcn"])}
         registers, spills = numbers["vgpr_count"], numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
-        instructions = _amdgcn_instructions(text)
+        loops = []
     return Report(
         target=target_name,
         variant=case.variant,
@@ -308,7 +294,7 @@ def report(case: Case, target_name: str) -> Report:
         registers=registers,
         spills=spills,
         shared=compiled.metadata.shared,
-        loops=_loops(instructions, elements),
+        loops=loops,
     )
 
 

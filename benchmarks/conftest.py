@@ -2,7 +2,6 @@
 
 import os
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -104,12 +103,8 @@ class Reporter:
 
     def pytest_terminal_summary(self):
         if self.rows:
-            self.terminal.section("ratios to peers and floors")
-            self.terminal.write_line(textwrap.fill(ratios.ABOUT, 110))
-            self.terminal.write_line("; ".join(f"{name}: {value}" for name, value in self.facts.items()))
             self.terminal.write_line("")
-            self.terminal.write_line(ratios.text_table(self.rows))
-            self.terminal.write_line("")
+            self.terminal.write_line(ratios.markdown(self.rows, self.facts))
             self.terminal.write_line("saved: " + ", ".join(map(os.path.relpath, self.saved)))
         for line in self.what_is_left_out():
             self.terminal.write_line(line)

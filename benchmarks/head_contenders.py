@@ -90,13 +90,13 @@ def naive(problem: Problem) -> Callable[[], None]:
     return call
 
 
-def liger(problem: Problem, *, compiled: bool) -> Callable[[], None] | None:
+def liger(problem: Problem) -> Callable[[], None] | None:
     """None where Liger isn't installed."""
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
     except ImportError:
         return None
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=compiled, use_ref_model=False, loss_type="bnpo")
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo")
     n, h = problem.hidden.shape
     mask = torch.ones(SEQUENCES, n // SEQUENCES, device=problem.hidden.device)
 

@@ -1,15 +1,10 @@
-"""What the processes of a run move, hold and compute for one logged step: counted, timed, and computed for many.
-
-``python benchmarks/logged_step_scale.py`` prints the table of ``docs/engines.md``: what each of 8, 64 and 1024
-processes would send for a step of 512 prompts x 16 answers, from the exchanges that one of them makes. Nothing of that
-table is measured but the exchanges' sizes. ``test_scaling_bench.py`` runs 1, 2 and 4 real ones.
+"""What the processes of a run move, hold and compute for one logged step; ``test_scaling_bench.py`` runs 1, 2 and 4.
 
 Shapes: R processes, P prompts, G answers, B sequences of one process, k the sketch's width, H hidden.
 """
 
 import os
 import statistics
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,27 +51,14 @@ EXCHANGES = ("all_reduce", "all_gather_into_tensor", "all_to_all_single")
 
 
 @contextmanager
-def counted(processes: int, alone: int = 0):
-    """Every exchange within is counted, and done; or with ``alone``, this process's sequences, stood in for: the others
-    have what this one has, of other prompts."""
+def counted(processes: int):
+    """Counts the exchanges made within."""
     sent, real = Sent(processes), {name: getattr(dist, name) for name in EXCHANGES}
 
     def stand_in(name):
         def exchange(*tensors):
             getattr(sent, name)(*tensors)
-            if not alone:
-                real[name](*tensors)
-            elif name == "all_to_all_single":
-                tensors[0].copy_(tensors[1])
-            elif name == "all_gather_into_tensor":
-                gathered, values = tensors
-                parts = gathered.view(processes, *values.shape)
-                parts[:] = values
-                if values.dtype == torch.int64:  # their prompts are others
-                    ids = parts[:, :, 0] if values.ndim == 2 else parts
-                    ids[:] = (torch.arange(processes)[:, None] * alone + torch.arange(ids.shape[1])) // G
-                    if values.ndim == 1:  # a row a prompt
-                        ids[:] = torch.arange(processes)[:, None] * alone // G + torch.arange(ids.shape[1])
+            real[name](*tensors)
 
         return exchange
 
@@ -201,34 +183,3 @@ def work(rank: int, processes: int, prompts: int, rounds: int, folder: str) -> N
     if processes > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def computed(processes: int, prompts: int = 512) -> dict[str, Sent]:
-    """What each of so many would send, by the exchanges of the first."""
-    process = Process(0, processes, prompts)
-    found = {}
-    for name in ("ours", "floor"):
-        with counted(processes, alone=process.n) as sent:
-            getattr(process, name)()
-        found[name] = sent
-    sent = found["peer"] = Sent(processes)
-    for values in (process.sketch, process.table.pack(), process.features_BH):
-        sent.all_gather_into_tensor(None, values)
-    return found
-
-
-def main() -> None:
-    print(f"Computed from counted exchanges, not measured: 512 prompts x {G} answers, k = {K}, H = {H}\n")
-    print("| processes | ours, MB | exchanges | before, MB | exchanges | moving it once, MB |")
-    print("|---:|---:|---:|---:|---:|---:|")
-    for processes in (8, 64, 1024):
-        found = computed(processes)
-        ours, peer, floor = found["ours"], found["peer"], found["floor"]
-        print(
-            f"| {processes} | {ours.bytes / 1e6:.0f} | {ours.calls} | {peer.bytes / 1e6:.0f} | {peer.calls} | "
-            f"{floor.bytes / 1e6:.0f} |"
-        )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,6 @@ import datetime
 import json
 import os
 import platform
-import textwrap
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +27,6 @@ ABOUT = (
     "Ratios of times, medians of rounds in which the contenders take turns. TRL / ours: how much longer TRL takes; "
     "ours / floor: 1 is the floor. Absolute times mean nothing beside another run's; - was not measured."
 )
-HEADER_WIDTH = 13  # longer names of values go over several lines
 
 
 @dataclass(frozen=True)
@@ -60,39 +58,20 @@ def blocks(rows: list[Ratios]) -> list[tuple[str, list[str], list[Ratios]]]:
     return [(topic, list(names), group) for (topic, names), group in found.items()]
 
 
-def text_table(rows: list[Ratios]) -> str:
-    lines, case_width, last_topic = [], max((len(row.case) for row in rows), default=0), None
-    for topic, names, group in blocks(rows):
-        if topic != last_topic:
-            lines += ["", f"{topic.upper()}: {TOPICS[topic]}"]
-        last_topic = topic
-        headers = [textwrap.wrap(name, HEADER_WIDTH, break_long_words=False) for name in names]
-        columns = [[number(row.values[name]) for row in group] for name in names]
-        widths = [max(map(len, header + column)) for header, column in zip(headers, columns, strict=True)]
-        height = max(map(len, headers))
-        for i in range(height):  # aligned at the bottom
-            parts = [header[i - height + len(header)] if i >= height - len(header) else "" for header in headers]
-            lines.append(aligned("", case_width, parts, widths))
-        for row, *found in zip(group, *columns, strict=True):
-            lines.append(aligned(row.case, case_width, found, widths))
-    return "\n".join(lines[1:])
-
-
-def aligned(case: str, case_width: int, parts: list[str], widths: list[int]) -> str:
-    cells = "".join(f"  {part:>{width}}" for part, width in zip(parts, widths, strict=True))
-    return f"  {case:<{case_width}}{cells}".rstrip()
-
-
 def markdown(rows: list[Ratios], facts: dict[str, str | int | bool]) -> str:
     parts = ["# Ratios to peers and floors", ABOUT, "; ".join(f"{name}: {value}" for name, value in facts.items())]
     last_topic = None
     for topic, names, group in blocks(rows):
         if topic != last_topic:
             parts.append(f"## {topic.capitalize()}\n\n{TOPICS[topic][0].upper()}{TOPICS[topic][1:]}.")
-        last_topic = topic
-        table = [["case", *names], ["---", *("---:" for _ in names)]]
-        table += [[row.case, *(number(row.values[name]) for name in names)] for row in group]
-        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in table))
+        last_topic, lines = topic, []
+        table = [["case", *names], *([row.case, *(number(row.values[name]) for name in names)] for row in group)]
+        first, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+        table.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in widths)])
+        for case, *cells in table:
+            aligned = "".join(f" {cell:>{width}} |" for cell, width in zip(cells, widths, strict=True))
+            lines.append(f"| {case:<{first}} |{aligned}")
+        parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 

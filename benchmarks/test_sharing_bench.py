@@ -12,15 +12,11 @@ Floor: the matrix products of the packed tokens alone.
 All of it runs with ``--full`` alone: on a CPU a step of TRL's takes one to two minutes.
 """
 
-import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from step_contenders import DEVICE, MODEL, PROMPTS, Contender
+from step_contenders import DEVICE, MODEL, PROMPTS, Contender, peaks_of
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
 ROUNDS = 5 if DEVICE == "cuda" else 3
@@ -141,15 +137,8 @@ def test_peak_memory(benchmark, record, kind, tokens):
     shares = (0.0, 0.5)
 
     def peaks() -> dict[str, list[int]]:
-        script = str(Path(__file__).with_name("step_contenders.py"))
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}  # resident memory is memory in use
-        found = {}
-        for name in ("trl", "before", "ours"):
-            command = [sys.executable, script, name, str(int(KINDS[kind])), str(tokens)]
-            command += map(str, shares[:1] if name == "trl" else shares)
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-            found[name] = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
-        return found
+        of_name = {"trl": shares[:1], "before": shares, "ours": shares}
+        return {name: peaks_of(name, KINDS[kind], tokens, chosen) for name, chosen in of_name.items()}
 
     found = benchmark.pedantic(peaks, rounds=1)
     for share, before, ours in zip(shares, found["before"], found["ours"], strict=True):
