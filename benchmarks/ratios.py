@@ -19,7 +19,6 @@ TOPICS = {
     "step": "a whole optimizer step on stored rollouts; floor: the matrix products of its tokens alone",
     "sharing": "the same, where each prompt runs once, against rows of their own (before); floor: as above",
     "interference": "what the prompts' gradients do to one another; floor: the same without looking at them",
-    "scaling": "what processes do together for a logged step; floor: what was recorded, moved once",
     "normalisation": "rewards to advantages; peer: TRL's lines for its own, std; floor: a copy",
     "training": "whole runs to the same accuracy; floor: generation alone",
 }

@@ -40,39 +40,18 @@ from unittest.mock import patch
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 import compile_ahead
-from grpo_kernels.head.rows import plain, triton_rows
-from grpo_kernels.head.token_losses import GroupRewards, TokenInputs, TokenLoss
 
-backend = make_backend(compile_ahead.TARGETS["sm_90"])
+target = compile_ahead.TARGETS["sm_90"]
 
-def key(name, launch):
-    kernel = getattr(triton_rows, name)
-    with patch.object(triton_rows, name, compile_ahead._Launch()) as launched:
-        launch()
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+def key(variant, rows):
+    with patch.object(compile_ahead, "ROWS", rows):
+        case = compile_ahead.Case(variant, 4090, torch.float32, torch.bfloat16)
+        kernel, launched = compile_ahead._launch(case, target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
     return str(bind(*launched.positional, **launched.named)[1])
 
-def grpo(rows, rewards):
-    zeros = torch.zeros(rows)
-    group = GroupRewards(torch.zeros(4, 8), torch.zeros(4, dtype=torch.long), "std", 1e-4, 1.0) if rewards else None
-    tokens = TokenInputs(
-        targets=torch.zeros(rows, dtype=torch.long), sequence=torch.zeros(rows, dtype=torch.long), weights=zeros,
-        advantages=None if rewards else zeros, group_rewards=group, old=None, ref=None, policy_scale=None,
-    )
-    tile = torch.empty((rows, 4096))[:, :4090]
-    triton_rows.grpo_rows_(tile, slice(0, rows), tokens, plain.Transform(), bias=None, options=TokenLoss(),
-                           entropy_grad=0.0, gradient=True, dtype=torch.bfloat16)
-
-def softmax(rows):
-    targets = torch.zeros(rows, dtype=torch.long)
-    triton_rows.softmax_rows_(torch.empty((rows, 4096))[:, :4090], targets, plain.Transform())
-
-counts = range(1, 66)
-print(json.dumps([
-    len({key("_grpo_rows_kernel", lambda: grpo(rows, True)) for rows in counts}),
-    len({key("_grpo_rows_kernel", lambda: grpo(rows, False)) for rows in counts}),
-    len({key("_softmax_rows_kernel", lambda: softmax(rows)) for rows in counts}),
-]))
+variants = ("grpo, rewards", "grpo", "softmax")
+print(json.dumps([len({key(variant, rows) for rows in range(1, 66)}) for variant in variants]))
 """
 
 
@@ -120,12 +99,12 @@ def test_the_command_covers_targets_vocabularies_and_dtypes(command):
 
 def test_no_spills_and_only_wide_accesses_on_nvidia(command):
     for row in command[2]:
-        reading, writing = row["loops"]  # the statistics of a row of logits, then its gradient in its place
-        assert reading["loads"] and not reading["stores"], row
-        assert writing["loads"] and writing["stores"], row
         assert row["spills"] == 0, row
-        assert reading["barriers"] == 0, row
         if row["target"].startswith("sm_"):
+            reading, writing = row["loops"]  # the statistics of a row of logits, then its gradient in its place
+            assert reading["loads"] and not reading["stores"], row
+            assert writing["loads"] and writing["stores"], row
+            assert reading["barriers"] == 0, row
             assert narrow_accesses(row) == [], row
 
 

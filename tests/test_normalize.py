@@ -12,9 +12,8 @@ from normalize_example import NAN, PASSED, REWARDS, UNIT, ZERO_IF_EQUAL, at_a_th
 from grpo_kernels import METHODS, Normalized, normalize_rewards, normalize_with_statistics, use_backend
 from grpo_kernels.normalize import triton_groups
 
-# invariant when a constant is added to one group's rewards; when all rewards are multiplied (at eps = 0)
+# invariant when a constant is added to one group's rewards
 SHIFT_INVARIANT = [name for name in ZERO_IF_EQUAL if name not in UNIT]
-SCALE_INVARIANT = ["std", "batch_std", "global", "mean_abs", "median_mad", "iqr", "rank", "decoupled"]
 
 # Two prompts with different rewards. Group 1: mean 0.25, deviations (.75, -.25, -.25, -.25), sample variance
 # (.5625 + 3 * .0625) / 3 = .25, std 0.5. Group 2: mean 3, deviations (-3, -1, 1, 3), sample variance 20 / 3.
@@ -288,72 +287,9 @@ def test_what_a_shift_changes():
         assert not torch.allclose(run(tensor + one, method), run(tensor, method), rtol=1e-3), method
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    case=method_and_groups(SCALE_INVARIANT).filter(lambda case: whole(case[1])),
-    exponent=st.integers(-6, 6),
-)
-def test_multiplying_the_rewards_changes_nothing_without_eps(case, exponent):
-    method, rewards = case
-    tensor = torch.tensor(rewards, dtype=torch.float64)  # a power of two: exact, so no threshold is crossed
-    if method == "decoupled":
-        both = torch.stack([tensor, tensor.square()], dim=2)
-        first, second = (
-            normalize_rewards(tensor, method, eps=0.0, context={"function_rewards": x})
-            for x in (both, both * 2.0**exponent)
-        )
-    else:
-        first = normalize_rewards(tensor, method, eps=0.0)
-        second = normalize_rewards(tensor * 2.0**exponent, method, eps=0.0)
-    torch.testing.assert_close(second, first, rtol=1e-9, atol=1e-9)
-
-
-@settings(max_examples=200, deadline=None)
-@given(case=method_and_groups(), seed=st.integers(0, 99))
-def test_permuting_a_group_permutes_its_advantages(case, seed):
-    method, rewards = case
-    if at_a_threshold(rewards, method):
-        return
-    tensor = torch.tensor(rewards, dtype=torch.float64)
-    order = torch.randperm(tensor.shape[1], generator=torch.Generator().manual_seed(seed))
-    context = {
-        name: torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
-        for name, value in context_of(method, rewards).items()
-    }
-    advantages = normalize_rewards(tensor, method, context=context, **method_options(method))
-    if "lengths" in context:
-        context["lengths"] = context["lengths"][:, order]
-    if "function_rewards" in context:
-        context["function_rewards"] = context["function_rewards"].view(*tensor.shape, 2)[:, order]
-    permuted = normalize_rewards(tensor[:, order], method, context=context, **method_options(method))
-    torch.testing.assert_close(permuted, advantages[:, order], rtol=1e-9, atol=1e-7)
-
-
-def bound(method: str, n: int, total: int) -> float:
-    """The largest advantage there can be for rewards in [0, 1], n in a group and ``total`` in the batch."""
-    of_group, of_batch = (n - 1) / math.sqrt(n), math.sqrt(total)
-    others = {
-        **dict.fromkeys(("std", "power", "adaptive"), of_group),
-        **dict.fromkeys(("batch_std", "global", "decoupled"), of_batch),
-        **dict.fromkeys(("median_mad", "iqr"), 100 * (of_group + 1)),
-        **dict.fromkeys(("running_std", "curvature"), 2),  # the smallest scales given by context_of are 1/2
-        **{"mean_abs": n / 2, "max_rl": n - 1, "beta": 1e6},
-    }
-    return others.get(method, 1)
-
-
-@settings(max_examples=300, deadline=None)
-@given(method=st.sampled_from(list(METHODS)), rewards=groups(unit=True))
-def test_bounded_rewards_give_bounded_advantages(method, rewards):
-    """Without eps: no tiny denominator makes a large advantage."""
-    advantages = run(rewards, method, dtype=torch.float64, eps=0.0)
-    n, total = len(rewards[0]), len(rewards) * len(rewards[0])
-    assert advantages.abs().max() <= bound(method, n, total) * (1 + 1e-9) + 1e-9
-
-
-@given(rewards=groups(), seed=st.integers(0, 9))
+@given(rewards=groups())
 @settings(max_examples=50, deadline=None)
-def test_power_ends_are_mean_and_std(rewards, seed):
+def test_power_ends_are_mean_and_std(rewards):
     tensor = torch.tensor(rewards)
     assert torch.equal(normalize_rewards(tensor, "power", alpha=0.0), normalize_rewards(tensor, "mean"))
     assert torch.equal(normalize_rewards(tensor, "power", alpha=1), normalize_rewards(tensor, "std"))

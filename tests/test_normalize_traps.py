@@ -1,11 +1,10 @@
 """grpo_kernels.normalize_rewards where other implementations go wrong: traps, far numbers, odd shapes, bad input."""
 
-import math
 
 import pytest
 import torch
 from kernel_inputs import BACKENDS, method_options
-from normalize_example import NAN, PASSED, UNIT, ZERO_IF_EQUAL, run
+from normalize_example import NAN, UNIT, ZERO_IF_EQUAL, run
 from reference import normalize_rewards_reference
 
 from grpo_kernels import METHODS, check_normalization, normalize_rewards, use_backend
@@ -70,18 +69,8 @@ def test_trap_4_lopsided_groups_stay_bounded(method, size, backend):
         assert normalize_rewards(nearly, method, eps=0.0).abs().max() < 10
 
 
-def test_trap_8_constant_noise_cancels_only_under_std_and_only_without_eps():
-    """A reward model that is wrong at a constant rate scales and shifts all rewards: r (1 - 2 e) + e."""
-    rewards = torch.tensor(PASSED, dtype=torch.float64)
-    noisy = rewards * (1 - 2 * 0.1) + 0.1
-    same = normalize_rewards(rewards, "std", eps=0.0)
-    torch.testing.assert_close(normalize_rewards(noisy, "std", eps=0.0), same)
-    assert not torch.allclose(normalize_rewards(noisy, "std"), normalize_rewards(rewards, "std"), rtol=1e-6)
-    assert not torch.allclose(normalize_rewards(noisy, "mean"), normalize_rewards(rewards, "mean"), rtol=1e-2)
-
-
-# traps 5 (zero-variance counted per group), 6 (unscorable completions, in the trainer) and 9 (groups split over
-# processes): test_trainer.py, test_advantages.py, test_two_processes.py
+# traps 5 (zero-variance counted per group) and 9 (groups split over processes): test_trainer.py, test_advantages.py,
+# test_two_processes.py; 6 (unscorable completions): test_normalize.py's comparison with the reference
 
 
 def test_the_naive_lines_do_have_that_residue():
@@ -89,26 +78,6 @@ def test_the_naive_lines_do_have_that_residue():
     rewards = torch.full((1, 8), 0.7)
     naive = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     assert naive.abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_trap_6_unscorable_rewards_are_left_out(backend):
-    rewards = torch.tensor([[1.0, NAN, 0.0, NAN], [NAN, 0.5, NAN, NAN], [NAN] * 4, [0.0, 1.0, 1.0, 0.0]])
-    with use_backend(backend):
-        for method in METHODS:
-            advantages = run(rewards, method, eps=0.0)
-            assert (advantages[rewards.isnan()] == 0).all()
-            if method in ZERO_IF_EQUAL:
-                assert (advantages[1] == 0).all(), method  # fewer than two to compare
-            if method not in ("length_weighted", "decoupled", "shrinkage"):  # which look at places, or at all groups
-                compact = run([[1.0, 0.0], [0.5, NAN], [NAN, NAN], [0.0, 1.0]], method, eps=0.0)
-                torch.testing.assert_close(advantages[0, [0, 2]].sign(), compact[0].sign(), msg=method)
-        std = normalize_rewards(rewards, "std", eps=0.0)
-        mean = normalize_rewards(rewards, "batch_mean")
-    r = math.sqrt(0.5)
-    torch.testing.assert_close(std[0], torch.tensor([r, 0.0, -r, 0.0]))
-    # the batch's mean is over the seven scorable ones: 3.5 / 7
-    torch.testing.assert_close(mean[0], torch.tensor([0.5, 0.0, -0.5, 0.0]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -172,11 +141,9 @@ def test_shapes_dtypes_and_strides(backend):
         (lambda r: normalize_rewards(r, "stdd"), r"unknown normalization 'stdd': choose from none.*Did you mean 'std'"),
         (lambda r: normalize_rewards(r, "power"), "'power' needs the option 'alpha'"),
         (lambda r: normalize_rewards(r, "power", alpha=1.5), r"alpha=1.5 must be a number in \[0, 1\]"),
-        (lambda r: normalize_rewards(r, "power", alpha=NAN), r"alpha=nan must be a number in \[0, 1\]"),
         (lambda r: normalize_rewards(r, "power", alpha="half"), r"alpha='half' must be a number in \[0, 1\]"),
         (lambda r: normalize_rewards(r, "std", alpha=0.5), "'std' has no option 'alpha': it takes only eps"),
         (lambda r: normalize_rewards(r, "std", eps=-1.0), "eps=-1.0 must be"),
-        (lambda r: normalize_rewards(r, "std", eps=NAN), "eps=nan must be"),
         (lambda r: normalize_rewards(r.flatten()), r"shape \(8,\): expected \(P, G\)"),
         (lambda r: normalize_rewards(torch.empty(3, 0)), r"shape \(3, 0\)"),
         (lambda r: normalize_rewards(r.long()), "floating-point tensor, got torch.int64"),
@@ -187,13 +154,7 @@ def test_shapes_dtypes_and_strides(backend):
             lambda r: normalize_rewards(r, context={"batch_std": float("nan")}),
             r"\['batch_std'\]=nan must be a finite",
         ),
-        (
-            lambda r: normalize_rewards(r, context={"batch_mean": "x"}),
-            r"\['batch_mean'\]='x' must be a finite",
-        ),
         (lambda r: normalize_rewards(r, ["std"]), r"unknown normalization \['std'\]"),
-        (lambda r: check_normalization("grpo"), "unknown normalization 'grpo'"),
-        (lambda r: check_normalization("medianmad"), "Did you mean 'median_mad'"),
         (lambda r: check_normalization("running_std", decay=1.0), r"decay=1.0 must be a number in \[0, 1\)"),
         (lambda r: check_normalization("adaptive", decay=True), "decay=True must be a number"),
         (lambda r: check_normalization("adaptive", alpha=0.5), "no option 'alpha': it takes eps and decay"),

@@ -198,7 +198,7 @@ def run_settings(options: argparse.Namespace, method: str, learning_rate: float,
 
 def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, list]) -> None:
     from examples.ablation.plots import draw_ablation, draw_tasks
-    from examples.ablation.tables import by_task, markdown_tables, rates_table, summarize, task_names, write_csv
+    from examples.ablation.tables import by_task, methods_table, rates_table, task_names, write_csv
 
     folder = Path(options.output_dir)
     tidy = [
@@ -207,23 +207,22 @@ def write_results(options: argparse.Namespace, sweep: list, finals: dict[str, li
         for run in runs
         for row in run.rows
     ]
-    table = summarize(finals, options.learning_rates, options.target_accuracy, options.max_steps)
     write_csv(folder / "results.csv", tidy)
-    write_csv(folder / "table.csv", table)
-    text = markdown_tables(table, options.target_accuracy, options.max_steps) + rates_table(sweep) + by_task(finals)
+    table = methods_table(finals, options.learning_rates, options.target_accuracy, options.max_steps)
+    text = table + rates_table(sweep) + by_task(finals)
     (folder / "table.md").write_text(text)
     clipping = f"clipped at {options.max_grad_norm:g}" if options.max_grad_norm else "not clipped"
     title = (
         f"mean and 95% band over {len(options.seeds)} seeds; {options.optim}, gradients {clipping}, "
         "each method at its best learning rate"
     )
-    files = [folder / "ablation.png", folder / "ablation.svg"]
-    draw_ablation(finals, options.target_accuracy, options.eval_every, title, files)
+    files = [folder / "ablation.png"]
+    draw_ablation(finals, options.target_accuracy, options.eval_every, title, files[0])
     if task_names(finals):
         files.append(folder / "tasks.png")
         draw_tasks(finals, task_names(finals), files[-1])
     names = ", ".join(file.name for file in files)
-    print(f"\n{text}\nWritten to {folder}: results.csv, table.csv, table.md, {names}")
+    print(f"\n{text}\nWritten to {folder}: results.csv, table.md, {names}")
 
 
 def compare(

@@ -43,10 +43,8 @@ def _draw(axes: Any, curve: tuple[list[float], list[Interval]], style: dict[str,
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def draw_ablation(
-    finals: Mapping[str, Sequence[Run]], target: float, eval_every: int, title: str, files: Sequence[Path]
-) -> None:
-    """Draws the runs of each method into the files, whose suffixes name the formats."""
+def draw_ablation(finals: Mapping[str, Sequence[Run]], target: float, eval_every: int, title: str, file: Path) -> None:
+    """Draws the runs of each method."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(10.0, 1.9 * len(finals)), 10), layout="constrained")
@@ -77,8 +75,7 @@ def draw_ablation(
             if column == "held_out_accuracy":
                 axes.axhline(target, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
     together_axes[0].legend(fontsize=8)
-    for file in files:
-        figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=130)
 
 
 def draw_tasks(finals: Mapping[str, Sequence[Run]], names: Sequence[str], file: Path) -> None:

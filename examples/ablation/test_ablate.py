@@ -124,14 +124,14 @@ def test_the_script(tiny_policy, tmp_path):
     assert len(trained) == 8 and {run[3] for run in trained if run[0] == "final"} == {"0", "1"}
     assert all(0 <= float(row["held_out_accuracy"]) <= 1 for row in rows)
     assert all((row["reward"] == "") == (row["step"] == "0") for row in rows)
-    table = read_csv(tmp_path / "table.csv")
-    assert [row["method"] for row in table] == ["mean", "power:alpha=0.5"]
-    assert all(row["learning_rate"] in ("0.001", "0.002") and row["at_edge_of_grid"] == "True" for row in table)
     text = (tmp_path / "table.md").read_text()
+    table = [line.split(" | ") for line in text.splitlines()[2:4]]
+    assert [cells[0] for cells in table] == ["| `mean`", "| `power:alpha=0.5`"]
+    assert all(cells[1] in ("0.001 (edge of the grid)", "0.002 (edge of the grid)") for cells in table)
     assert text in done.stdout
     assert "| final held-out accuracy | puzzles | reversals | sorting | sums |" in text  # the mixture, by task
     assert (tmp_path / "tasks.png").exists()
-    assert (tmp_path / "ablation.png").read_bytes()[1:4] == b"PNG" and "<svg" in (tmp_path / "ablation.svg").read_text()
+    assert (tmp_path / "ablation.png").read_bytes()[1:4] == b"PNG"
 
     files = sorted((tmp_path / "runs").iterdir())
     assert len(files) == 8
@@ -139,7 +139,7 @@ def test_the_script(tiny_policy, tmp_path):
     broken = next(file for file in files if file.name.startswith("power-alpha=0.5") and "seed1" in file.name)
     broken.write_text(before[broken][1][: len(before[broken][1]) // 2])  # cut off
     options = ablate.parse_arguments(options_of(tiny_policy, tmp_path))
-    rate = float(table[0]["learning_rate"])
+    rate = float(table[0][1].split()[0])
     runs.run_file(tmp_path, ablate.run_settings(options, "mean", rate, 2)).mkdir()  # no file can take its place
 
     again = begin(tiny_policy, tmp_path, "--seeds", "0", "1", "2")
@@ -147,7 +147,8 @@ def test_the_script(tiny_policy, tmp_path):
     assert "4 of 4 runs were done before" in again.text() and "3 of 6 runs were done before" in again.text()
     assert f"FAILED mean at {rate:g}, seed 2: IsADirectoryError" in again.text()
     assert again.text().strip().endswith(f"error: 1 failed: mean at {rate:g}, seed 2")
-    assert [row["seeds"] for row in read_csv(tmp_path / "table.csv")] == ["2", "3"]
+    text = (tmp_path / "table.md").read_text()
+    assert [line.split(" | ")[3].split(" of ")[1] for line in text.splitlines()[2:4]] == ["2", "3"]
     # the one done again is the first of its process now, and equal
     assert [row for row in read_csv(tmp_path / "results.csv") if row["seed"] != "2"] == rows
     for file in files:

@@ -20,12 +20,10 @@ from examples.ablation.tables import (
     at_edge,
     by_task,
     interpolated_rate,
-    markdown_tables,
+    methods_table,
     rate_ratios,
     rates_table,
-    speed_up,
-    speedup_constant,
-    summarize,
+    speedup_constants,
     task_names,
 )
 
@@ -218,40 +216,6 @@ def test_student_t_table():
         assert torch.trapezoid(density, x).item() == pytest.approx(0.95, abs=1e-4), freedom
 
 
-def test_speed_up():
-    least, most = speed_up([40, 40, 40], [20, 20, 20], 60)
-    assert least == most and (least.estimate, least.low, least.high) == (2, 2, 2)
-    # paired: each seed's ratio is 2, and so is every resample's ratio of medians
-    least, most = speed_up([10, 20, 40], [5, 10, 20], 60)
-    assert least == most and (least.estimate, least.low, least.high) == (2, 2, 2)
-    # medians 30 and 20; resamples of one seed alone (1 in 27 each) give 10/20, 30/20, 50/20
-    least, _ = speed_up([10, 30, 50], [20, 20, 20], 60)
-    assert (least.estimate, least.low, least.high) == (1.5, 0.5, 2.5)
-    least, most = speed_up([30], [20], 60)
-    assert least.estimate == 1.5 and math.isnan(least.low) and math.isnan(most.high)
-
-
-def test_speed_up_of_runs_that_never_got_there():
-    least, most = speed_up([INF, INF, INF], [20, 30, 40], 60)  # above 60/30; high end open
-    assert (least.estimate, most.estimate) == (2, INF) and least.low == 1.5 and most.high == INF
-    least, most = speed_up([30, 30, 30], [INF, INF, INF], 60)  # below 30/60
-    assert (least.estimate, most.estimate) == (0, 0.5) and least.low == 0 and most.high == 0.5
-    least, most = speed_up([INF, INF], [INF, INF], 60)
-    assert (least.estimate, least.low, most.estimate, most.high) == (0, 0, INF, INF)
-    least, most = speed_up([20, 20, INF], [20, 20, 20], 60)  # the median is there, a resample's may not be
-    assert least.estimate == most.estimate == 1 and least.low == 1 and most.high == INF
-    least, most = speed_up([0, 0], [0, 0], 60)  # there before training
-    assert least.estimate == most.estimate == 1
-
-
-def test_speedup_constant():
-    runs = [run_of("std", [0.4, 0.5, 0.6], sigmas=sigmas) for sigmas in ((None, 0.2, 0.4), (None, 0.3, 0.6))]
-    interval = speedup_constant(runs)  # 8/3 * 0.3 = 0.8 and 8/3 * 0.45 = 1.2
-    assert interval.estimate == pytest.approx(1.0)
-    assert interval.high == pytest.approx(1.0 + 12.706 * 0.2)  # sd 0.2 * sqrt 2, over sqrt 2
-    assert speedup_constant([run_of("std", [0.4, 0.5, 0.6], sigmas=())]) is None
-
-
 # Tables
 
 
@@ -263,39 +227,21 @@ def finals():
     }
 
 
-def test_summary():
-    mean, std, none = summarize(finals(), [1e-4, 2e-4, 4e-4], target=0.6, max_steps=20)
-    assert [row["at_edge_of_grid"] for row in (mean, std, none)] == [True] * 3
-    assert mean["median_steps_to_target"] == pytest.approx(12.5)  # 15 and 10
-    assert std["median_steps_to_target"] == pytest.approx(7.5)  # 10 and 5
-    assert (none["median_steps_to_target"], none["reached_target"], none["seeds"]) == (INF, 1, 2)
-    assert none["least_steps_to_target"] == pytest.approx(10 + 20 / 3)
-    assert std["final_accuracy"] == pytest.approx(0.825)
-    assert std["minus_std"] is None and mean["minus_std"] == pytest.approx(-0.075)  # -0.1 and -0.05
-    assert mean["minus_std_high"] == pytest.approx(-0.075 + 12.706 * 0.025)
-    assert none["minus_std"] == pytest.approx((0.4 - 0.85 + 0.7 - 0.8) / 2)  # paired by seed, not by order
-    assert mean["speed_up_over_mean_at_least"] is None
-    assert std["speed_up_over_mean_at_least"] == pytest.approx(12.5 / 7.5)
-    # the median of 16.7 and more than 20 is more than 18.3
-    assert none["speed_up_over_mean_at_least"] == 0
-    assert none["speed_up_over_mean_at_most"] == pytest.approx(12.5 / (55 / 3))
-    assert std["speedup_constant"] == pytest.approx(0.8)
-    alone = summarize({"none": finals()["none"]}, [1e-4], target=0.6, max_steps=20)[0]
-    assert alone["minus_std"] is None and alone["speed_up_over_mean_at_least"] is None and not alone["at_edge_of_grid"]
-
-
-def test_markdown():
-    text = markdown_tables(summarize(finals(), [1e-4, 2e-4], target=0.6, max_steps=20), 0.6, 20)
-    lines = text.splitlines()
-    assert "| `std` | 0.0001 (edge of the grid) | 8 [5, 10] | 2 of 2 | 0.825 [0.507, 1.143] |  |" in lines
-    assert any(line.startswith("| `none` | 0.0001 (edge of the grid) | > 20 [17, > 20] | 1 of 2 |") for line in lines)
-    assert "with probability 0.500" in text
-    assert "| `std` | 0.800 [0.800, 0.800] | 1.67 [1.50, 2.00] |" in lines
-    assert any(line.startswith("| `none` | 0.800 [0.800, 0.800] | below 0.68 [") for line in lines)
-    never = {method: [run_of(method, [0.4, 0.4, 0.4], seed=s) for s in (0, 1)] for method in ("mean", "std")}
-    assert "| `std` | 0.800 [0.800, 0.800] | neither got there |" in markdown_tables(
-        summarize(never, [1e-4], target=0.6, max_steps=20), 0.6, 20
-    )
+def test_the_table_of_methods():
+    lines = methods_table(finals(), [1e-4, 2e-4], target=0.6, max_steps=20).splitlines()
+    # steps 15 and 10, 10 and 5; sd of 0.8 and 0.85: 0.035; C = 8/3 * 0.3; differences to std -0.1 and -0.05
+    mean, std, none = lines[2:5]
+    edge = "0.0001 (edge of the grid)"
+    assert mean.startswith(f"| `mean` | {edge} | 12 [10, 15] | 2 of 2 | 0.750 [")
+    assert " | -0.075 [-0.393, +0.243] | " in mean
+    assert std == f"| `std` | {edge} | 8 [5, 10] | 2 of 2 | 0.825 [0.507, 1.143] |  | 0.800 [0.800, 0.800] |"
+    assert none.startswith(f"| `none` | {edge} | > 20 [17, > 20] | 1 of 2 |")
+    assert " | -0.275 [-2.499, +1.949] | " in none  # paired by seed, not by order
+    assert "with probability 0.500" in lines[-1]
+    (alone,) = methods_table({"mean": [run_of("mean", [0.4, 0.6, 0.8], sigmas=())]}, [1e-4], 0.6, 20).splitlines()[2:3]
+    assert alone == "| `mean` | 0.0001 | 10 [10, 10] | 1 of 1 | 0.800 |  |  |"
+    apart = [run_of("std", [0.4, 0.5, 0.6], sigmas=sigmas) for sigmas in ((None, 0.2, 0.4), (None, 0.3, 0.6))]
+    assert speedup_constants(apart) == pytest.approx([0.8, 1.2])
 
 
 def test_mean_curve():

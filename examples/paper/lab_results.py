@@ -84,17 +84,6 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit | None:
     )
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Computes Spearman's rank correlation over the cells that have both values."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    known = np.isfinite(x) & np.isfinite(y)
-    if known.sum() < 10 or np.ptp(x[known]) == 0 or np.ptp(y[known]) == 0:
-        return math.nan
-    ranks = [np.unique(v[known], return_inverse=True)[1] for v in (x, y)]
-    mid = [np.array([(r < k).sum() + ((r == k).sum() - 1) / 2 for k in r]) for r in ranks]
-    return float(np.corrcoef(*mid)[0, 1])
-
-
 # -> tables
 
 
@@ -153,32 +142,6 @@ def _fit_line(name: str, predictor: str, cells: int, line: Fit | None) -> str:
     texts = [f"{e:.2f} [{low:.2f}, {high:.2f}]" for e, low, high in (line.slope, line.intercept)]
     own = f"{line.as_it_is:.2f}" if predictor.startswith("log C") else ""
     return f"| {name} | {predictor} | {line.cells} of {cells} | {' | '.join(texts)} | {line.explained:.2f} | {own} |"
-
-
-OBSERVABLES = {  # what a log tells -> how it is read from a cell
-    "C, logged": "c_logged_area",
-    "pairs near-orthogonal, start": "start_near_orthogonal_frac",
-    "spread of cosines, start": "start_cos_std",
-    "groups of equal rewards": "dead",
-    "variation of sigma over prompts": "variation_prompts",
-    "variation of sigma over time": "variation_time",
-    "sigma against curvature, half way": "half_curvature_corr",
-}
-
-
-def observables(cells: Sequence[Cell]) -> list[str]:
-    """Which logged number goes with std's gain: rank correlations over the cells."""
-    groups = sorted({cell.setting["group"] for cell in cells})
-    heads = ["exact" if not group else f"G = {group:g}" for group in groups]
-    lines = [f"| rank correlation with the gain in area | {' | '.join(heads)} |", "|---|" + "---|" * len(groups)]
-    for name, column in OBSERVABLES.items():
-        texts = []
-        for group in groups:
-            at = [cell for cell in cells if cell.setting["group"] == group]
-            value = rank_correlation([c.value(column) for c in at], [c.area_gain()[0] for c in at])
-            texts.append("" if math.isnan(value) else f"{value:+.2f}")
-        lines.append(f"| {name} | {' | '.join(texts)} |")
-    return lines
 
 
 REGRESSORS = {
@@ -305,7 +268,6 @@ def tables(cells: Sequence[Cell]) -> str:
         ),
         ("Best rates", rates(parts["map"])),
         ("What predicts T_std / T_mean", predictors(parts["map"])),
-        ("Which logged number goes with the gain", observables(parts["map"])),
         ("What explains the gain", explained(parts["map"])),
         ("The assumptions", assumption_table(parts["map"])),
         ("Other methods", methods_table(parts["methods"])),

@@ -62,9 +62,6 @@ def test_fits():
     assert half.slope[0] == pytest.approx(0.5, abs=0.02) and half.intercept[0] == pytest.approx(1, abs=0.02)
     assert half.explained > 0.99 and half.as_it_is < 0
     assert lab_results.fit(x[:5], x[:5]) is None
-    assert lab_results.rank_correlation(x, np.exp(x)) == pytest.approx(1)
-    assert lab_results.rank_correlation(x, -(x**3)) == pytest.approx(-1)
-    assert math.isnan(lab_results.rank_correlation(x, np.ones(30)))
 
 
 def test_the_rule_is_what_the_map_says():
