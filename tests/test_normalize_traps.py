@@ -1,6 +1,5 @@
 """grpo_kernels.normalize_rewards where other implementations go wrong: traps, far numbers, odd shapes, bad input."""
 
-
 import pytest
 import torch
 from kernel_inputs import BACKENDS, method_options
