@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -92,12 +92,19 @@ def parse_method(text: str) -> tuple[str, dict[str, float]]:
     return name, options
 
 
-def check_numbers(options: argparse.Namespace) -> None:
-    """Raises ``ValueError`` for a list with repetitions, or a number out of its range."""
-    for name in ("methods", "learning_rates", "sweep_seeds", "seeds"):
+def check_options(options: argparse.Namespace, *, lists: Sequence[str], positive: Sequence[str]) -> None:
+    """Raises ``ValueError`` for a list with repetitions, or a number below 1."""
+    for name in lists:
         values = getattr(options, name)
         if repeated := sorted({str(value) for value in values if values.count(value) > 1}):
             raise ValueError(f"--{name} has {', '.join(repeated)} more than once")
+    for name in positive:
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raises ``ValueError`` for a number out of its range."""
     if bad := [rate for rate in options.learning_rates if not 0 < rate < float("inf")]:
         raise ValueError(f"--learning_rates {bad[0]} must be a number above 0")
     if overlap := sorted(set(options.seeds) & set(options.sweep_seeds)):
@@ -105,9 +112,6 @@ def check_numbers(options: argparse.Namespace) -> None:
             f"--seeds and --sweep_seeds share {', '.join(map(str, overlap))}: a learning rate chosen on a seed would "
             "flatter its method there"
         )
-    for name in ("max_steps", "eval_every", "eval_size", "jobs"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
     if options.max_steps % options.eval_every:
         raise ValueError(
             f"--max_steps {options.max_steps} must be a multiple of --eval_every {options.eval_every}, so that the "
@@ -135,6 +139,11 @@ def check_arguments(options: argparse.Namespace) -> None:
 
     if find_spec("matplotlib") is None:
         raise ValueError("the plot needs matplotlib: pip install -e '.[report]'")
+    check_options(
+        options,
+        lists=["methods", "learning_rates", "sweep_seeds", "seeds"],
+        positive=["max_steps", "eval_every", "eval_size", "jobs"],
+    )
     check_numbers(options)
     if options.model_name_or_path != BUILT_IN and not (Path(options.model_name_or_path) / "config.json").is_file():
         raise ValueError(f"--model_name_or_path {options.model_name_or_path}: no folder with a config.json")
@@ -150,15 +159,19 @@ def check_arguments(options: argparse.Namespace) -> None:
     check_output_dir(options.output_dir)
 
 
-def run_settings(options: argparse.Namespace, method: str, learning_rate: float, seed: int) -> dict[str, Any]:
-    """The demo's recipe with what the ablation changes. Two runs differ in method, learning rate and seed alone."""
+def demo_training() -> dict[str, Any]:
+    """Reads the trainer's options of the demo's recipe."""
     import yaml
 
+    recipe = yaml.safe_load(DEMO_RECIPE.read_text())
+    return {k: v for k, v in recipe.items() if k not in ("model_name_or_path", "dataset", "eval_size", "output_dir")}
+
+
+def run_settings(options: argparse.Namespace, method: str, learning_rate: float, seed: int) -> dict[str, Any]:
+    """The demo's recipe with what the ablation changes. Two runs differ in method, learning rate and seed alone."""
     from trl_ext.tasks.arithmetic import DEFAULT_LEVELS
 
-    recipe = yaml.safe_load(DEMO_RECIPE.read_text())
-    for name in ("model_name_or_path", "dataset", "eval_size", "output_dir"):
-        recipe.pop(name)
+    recipe = demo_training()
     if options.dataset == "arithmetic":
         recipe["max_completion_length"] = 4
     name, kwargs = parse_method(method)
@@ -247,8 +260,8 @@ def compare(
     sweep_settings = [
         run_settings(options, *run) for run in product(options.methods, rates, options.sweep_seeds) if swept
     ]
-    workers = Workers(options.jobs, total=len(sweep_settings) + len(options.methods) * len(options.seeds))
-    try:
+    total = len(sweep_settings) + len(options.methods) * len(options.seeds)
+    with Workers(options.jobs, total) as workers:
         sweep = workers.run(output, sweep_settings) if swept else []
         chosen = {}
         for method in options.methods:
@@ -262,12 +275,6 @@ def compare(
         for settings in wanted:
             settings["training"] |= last or {}
         final = workers.run(output, wanted)
-    except KeyboardInterrupt:
-        workers.stop()
-        sys.exit("\nStopped. What has finished is kept: repeat the command to go on")
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
-    workers.close()
     finals = {method: [run for run in final if run.method == method] for method in chosen}
     return sweep, {method: runs for method, runs in finals.items() if runs}, workers.failed
 

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -90,8 +91,8 @@ class Flipped:
         ]
 
 
-def train(settings: Settings, file: str) -> None:
-    """Trains once, and writes the settings and the tidy rows to ``file``, whole or not at all."""
+def trained(settings: Settings, output_dir: str) -> CurvatureGRPOTrainer:
+    """Trains once, without messages, and returns the trainer."""
     dataset, levels, seed = settings["dataset"], tuple(settings["levels"]), settings["training"]["seed"]
     policy = settings["model"] or warm_up(seed, dataset, settings["levels"])
     make, more, reward = arithmetic_questions, {"levels": levels}, Correctness
@@ -107,17 +108,23 @@ def train(settings: Settings, file: str) -> None:
             dataset.add_column("noisy", [noisy] * len(dataset))
             for dataset, noisy in zip(datasets, (True, False), strict=True)
         ]
+    trainer = CurvatureGRPOTrainer(
+        model=policy,
+        reward_funcs=[judge],
+        args=training_config(settings, output_dir),
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
+        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def train(settings: Settings, file: str) -> None:
+    """Trains once, and writes the settings and the tidy rows to ``file``, whole or not at all."""
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = CurvatureGRPOTrainer(
-            model=policy,
-            reward_funcs=[judge],
-            args=training_config(settings, scratch),
-            train_dataset=datasets[0],
-            eval_dataset=datasets[1],
-            processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        trainer = trained(settings, scratch)
     write_whole(Path(file), json.dumps({"settings": settings, "rows": tidy_rows(trainer.state.log_history)}))
 
 
@@ -154,7 +161,7 @@ def read_run(output_dir: str | Path, settings: Settings) -> Run | None:
 
 
 class Workers:
-    """Worker processes that train runs, and what became of them."""
+    """Worker processes that train runs, and what became of them; a context that ends them."""
 
     def __init__(self, jobs: int, total: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -163,25 +170,25 @@ class Workers:
         self.failed: list[str] = []
         self.started = time.monotonic()
 
-    def stop(self) -> None:
-        """Ends the workers in the middle of what they do."""
-        for worker in multiprocessing.active_children():
-            worker.terminate()
+    def __enter__(self) -> Workers:
+        return self
 
-    def close(self) -> None:
-        """Ends the workers when they have nothing left to do."""
-        self.pool.shutdown()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Waits for the workers; on Ctrl-C ends them in the middle of what they do, and the program."""
+        if kind is KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            sys.exit("\nStopped. What has finished is kept: repeat the command to go on")
+        self.pool.shutdown(cancel_futures=True)
 
-    def _each(self, calls: Mapping[str, tuple[Any, ...]], report: Callable[[str], None]) -> None:
+    def each(self, calls: Mapping[str, tuple[Any, ...]], report: Callable[[str], None]) -> None:
         """Makes the calls, by name, in the workers. ``report(name)`` as each ends; a failure is printed and kept."""
         names = {self.pool.submit(*call): name for name, call in calls.items()}
         for future in as_completed(names):
             try:
                 future.result()
             except BrokenExecutor:
-                raise RuntimeError(
-                    "a worker process was killed (out of memory?); repeat the command to go on"
-                ) from None
+                sys.exit("error: a worker process was killed (out of memory?); repeat the command to go on")
             except Exception as error:
                 self.failed.append(names[future])
                 print(f"FAILED {names[future]}: {type(error).__name__}: {error}", flush=True)
@@ -197,7 +204,7 @@ class Workers:
         self._warm_up(left)
         by_name = {run_name(settings): settings for settings in left}
         calls = {name: (train, one, str(run_file(output_dir, one))) for name, one in by_name.items()}
-        self._each(calls, lambda name: self._report(name, read_run(output_dir, by_name[name])))
+        self.each(calls, lambda name: self._report(name, read_run(output_dir, by_name[name])))
         return [run for settings in wanted if (run := read_run(output_dir, settings))]
 
     def _warm_up(self, settings: Sequence[Settings]) -> None:
@@ -212,7 +219,7 @@ class Workers:
             )
         dataset = [(one["dataset"], one["levels"]) for one in built_in[:1]]
         calls = {f"policy of seed {seed}": (warm_up, seed, *which) for seed in seeds for which in dataset}
-        self._each(calls, lambda name: print(f"  {name} is there", flush=True))
+        self.each(calls, lambda name: print(f"  {name} is there", flush=True))
 
     def _report(self, name: str, run: Run | None) -> None:
         assert run is not None

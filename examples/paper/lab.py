@@ -227,20 +227,22 @@ def columns() -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
+    from examples.ablation.ablate import check_options
+    from trl_ext.checkpoints import check_output_dir
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--coarse", action="store_true", help="three overlaps, two of the rest: a first look")
     parser.add_argument("--jobs", type=int, default=2, help="settings at the same time, one thread each")
     parser.add_argument("--output_dir", default="runs/lab")
     options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        sys.exit(f"error: --jobs {options.jobs} must be at least 1")
     if find_spec("matplotlib") is None:
         sys.exit("error: the figures need matplotlib: pip install -e '.[report]'")
-    folder = Path(options.output_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"error: --output_dir {folder} can't be written to: {error.strerror}")
+        check_options(options, lists=[], positive=["jobs"])
+        check_output_dir(options.output_dir)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    folder = Path(options.output_dir)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
     write_cells(folder / "cells.csv", cells(options.coarse), options.jobs)
 

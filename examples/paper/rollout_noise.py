@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -37,81 +36,59 @@ COLUMNS = {
 }
 
 
-def run(policy: str, output_dir: str, seed: int, **training: Any) -> Any:
-    """Trains on the mixture with these options, without messages, and returns the trainer."""
-    import trl_ext  # noqa: F401 - before transformers: it keeps a start quiet
+def settings_of(model: str | None, seed: int, **training: Any) -> dict[str, Any]:
+    """The settings of a run on the mixture: the demo's recipe without evaluation, with these options."""
+    from examples.ablation.ablate import demo_training
 
-    # isort: split
-    import torch
-    from transformers import AutoTokenizer, PrinterCallback
-    from transformers.utils import logging
-    from yaml import safe_load
-
-    from examples.ablation.ablate import DEMO_RECIPE
-    from examples.tasks.correctness import SameText
-    from examples.tasks.questions import build_dataset, mixture_questions
-    from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    recipe = safe_load(DEMO_RECIPE.read_text())
-    for name in ("model_name_or_path", "dataset", "eval_size", "output_dir", "metric_for_best_model"):
-        recipe.pop(name)
     options = {"logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
-    config = CurvatureGRPOConfig(**recipe | options | training, seed=seed, output_dir=output_dir)
-    trainer = CurvatureGRPOTrainer(
-        model=policy,
-        reward_funcs=[SameText()],
-        args=config,
-        train_dataset=build_dataset(mixture_questions(700, held_out=False, seed=seed), "chat"),
-        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer
+    recipe = demo_training()
+    recipe.pop("metric_for_best_model")
+    return {
+        "model": model,
+        "dataset": "mixture",
+        "levels": [],
+        "train_size": 700,
+        "eval_size": 4,  # never asked
+        "training": recipe | options | training | {"seed": seed},
+    }
 
 
-def train_policy(task: tuple[int, int, str]) -> None:
+def train_policy(seed: int, steps: int, folder: str) -> None:
     """Trains a seed's policy and saves it, whole or not at all."""
-    from examples.tasks.mixed_policy import mixed_policy
+    from examples.ablation.runs import trained
 
-    seed, steps, folder = task
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as scratch:
-        trainer = run(str(mixed_policy(seed)), scratch, seed, max_steps=steps, interference_every=0)
+        trainer = trained(settings_of(None, seed, max_steps=steps, interference_every=0), scratch)
         trainer.save_model(scratch)
         trainer.processing_class.save_pretrained(scratch)
         Path(scratch).rename(folder)
         Path(scratch).mkdir()
 
 
-def measure(task: tuple[int, str, str | None, int, int, str]) -> None:
+def measure(seed: int, state: str, policy: str | None, group: int, steps: int, file: str) -> None:
     """Measures one policy with one group size, and writes a row for each step to a file of its own."""
-    from examples.tasks.mixed_policy import mixed_policy
+    from examples.ablation.runs import trained, warm_up, write_whole
 
-    seed, state, policy, group, steps, file = task
+    settings = settings_of(
+        policy or warm_up(seed, "mixture", []),
+        seed + 1000,  # a draw of its own: some of the prompts may have been trained on
+        learning_rate=0.0,
+        max_steps=steps,
+        num_generations=group,
+        per_device_train_batch_size=PROMPTS * group,
+        interference_every=1,
+        interference_dim=0,
+        what_if=[],
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = run(
-            policy or str(mixed_policy(seed)),
-            scratch,
-            seed + 1000,  # a draw of its own: some of the prompts may have been trained on
-            learning_rate=0.0,
-            max_steps=steps,
-            num_generations=group,
-            per_device_train_batch_size=PROMPTS * group,
-            interference_every=1,
-            interference_dim=0,
-            what_if=[],
-        )
+        trainer = trained(settings, scratch)
     rows = [
         {"seed": seed, "state": state, "group": group, "step": log["step"]}
         | {name: log.get(f"interference/{name}") for name in COLUMNS}
         for log in trainer.state.log_history
         if "interference/near_orthogonal_frac" in log
     ]
-    unfinished = Path(f"{file}.part")
-    unfinished.write_text(json.dumps(rows))
-    unfinished.rename(file)
+    write_whole(Path(file), json.dumps(rows))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -139,6 +116,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Ends the program where an argument is wrong."""
+    from examples.ablation.ablate import check_options
+    from trl_ext.checkpoints import check_output_dir
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     parser.add_argument("--groups", nargs="+", type=int, default=GROUPS, help="answers to a prompt")
@@ -147,28 +127,27 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="policies at the same time, one thread each")
     parser.add_argument("--output_dir", default="runs/rollout_noise")
     options = parser.parse_args(arguments)
-    for name in ("steps", "train_steps", "jobs"):
-        if getattr(options, name) < 1:
-            sys.exit(f"error: --{name} {getattr(options, name)} must be at least 1")
     if bad := [group for group in options.groups if group < 2]:
         sys.exit(f"error: --groups {bad[0]} must be at least 2")
-    for name in ("seeds", "groups"):
-        values = getattr(options, name)
-        if repeated := [value for value in values if values.count(value) > 1]:
-            sys.exit(f"error: --{name} has {repeated[0]} more than once")
+    try:
+        check_options(options, lists=["seeds", "groups"], positive=["steps", "train_steps", "jobs"])
+        check_output_dir(options.output_dir)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     return options
 
 
+def tell(name: str) -> None:
+    print(f"{name}: done", flush=True)
+
+
 def main(arguments: list[str]) -> None:
+    from examples.ablation.runs import Workers
     from examples.ablation.tables import write_csv
 
     options = parse_arguments(arguments)
     folder = Path(options.output_dir)
-    try:
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"error: --output_dir {folder} can't be written to: {error.strerror}")
-
+    (folder / "runs").mkdir(exist_ok=True)
     trained = {seed: folder / f"policy_seed{seed}_steps{options.train_steps}" for seed in options.seeds}
     files, tasks = [], []
     for seed in options.seeds:
@@ -179,14 +158,13 @@ def main(arguments: list[str]) -> None:
                 files.append(file)
                 if not file.exists():
                     tasks.append((seed, state, policy, group, options.steps, str(file)))
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(options.jobs) as pool:
-        untrained = [(s, options.train_steps, str(path)) for s, path in trained.items() if not path.exists()]
-        for number, _ in enumerate(pool.imap_unordered(train_policy, untrained), 1):
-            print(f"policy {number} of {len(untrained)} trained", flush=True)
+    policies = {f"policy of seed {s}": (train_policy, s, options.train_steps, str(path)) for s, path in trained.items()}
+    with Workers(options.jobs, total=len(tasks)) as workers:
+        workers.each({name: call for name, call in policies.items() if not Path(call[-1]).exists()}, tell)
         print(f"{len(files)} measurements, {len(files) - len(tasks)} done before", flush=True)
-        for number, _ in enumerate(pool.imap_unordered(measure, tasks), 1):
-            print(f"{number} of {len(tasks)}", flush=True)
+        workers.each({Path(task[-1]).stem: (measure, *task) for task in tasks}, tell)
+    if workers.failed:
+        sys.exit(f"error: {len(workers.failed)} failed: {'; '.join(workers.failed)}")
 
     rows = [row for file in files for row in json.loads(file.read_text())]
     write_csv(folder / "rollout_noise.csv", rows)
