@@ -16,8 +16,7 @@ from pathlib import Path
 
 TOPICS = {
     "head": "the loss and its gradients from hidden states; floor: the matrix products alone",
-    "step": "a whole optimizer step on stored rollouts; floor: the matrix products of its tokens alone",
-    "sharing": "the same, where each prompt runs once, against rows of their own (before); floor: as above",
+    "step": "a whole optimizer step; before: ours with every sequence in a row of its own; floor: matrix products alone",
     "interference": "what the prompts' gradients do to one another; floor: the same without looking at them",
     "normalisation": "rewards to advantages; peer: TRL's lines for its own, std; floor: a copy",
     "training": "whole runs to the same accuracy; floor: generation alone",
