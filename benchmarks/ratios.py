@@ -16,7 +16,7 @@ from pathlib import Path
 
 TOPICS = {
     "head": "the loss and its gradients from hidden states; floor: the matrix products alone",
-    "step": "a whole optimizer step; before: ours with every sequence in a row of its own; floor: matrix products alone",
+    "step": "a whole optimizer step; before: ours with every sequence in a row of its own; floor: matrix products",
     "interference": "what the prompts' gradients do to one another; floor: the same without looking at them",
     "normalisation": "rewards to advantages; peer: TRL's lines for its own, std; floor: a copy",
     "training": "whole runs to the same accuracy; floor: generation alone",
