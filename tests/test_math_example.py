@@ -233,7 +233,6 @@ def test_kill_9_and_a_half_written_checkpoint(mixed_policy, tmp_path):
         (["--dataset", "gsm9k"], "--dataset 'gsm9k': choose from mixture, arithmetic, gsm8k, math"),
         (["--dataset_path", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
         (["--dataset_path", "{tmp}/bad.jsonl"], "bad.jsonl, line 2 isn't JSON"),
-        (["--dataset_path", "{tmp}/empty.jsonl"], "empty.jsonl is empty"),
         (["--dataset_path", "{tmp}/latin.jsonl"], "latin.jsonl isn't UTF-8 text"),
         (["--dataset_path", "{tmp}/bad.parquet"], "bad.parquet isn't a parquet file"),
         (["--config", "nope.yaml"], "--config nope.yaml: no such file"),
@@ -262,7 +261,6 @@ def test_bad_input_ends_before_a_model_is_loaded(arguments, message, tmp_path, m
     script = load_script()
     monkeypatch.setattr("examples.tasks.load_model.find_model", lambda *args: pytest.fail("got as far as the model"))
     (tmp_path / "bad.jsonl").write_text('{"question": "q", "answer": "1"}\n{oops\n')
-    (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9", "answer": "1"}\n')
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and then nothing")
     (tmp_path / "gold.jsonl").write_text('{"question": "q", "answer": "none of it"}\n' * 2)

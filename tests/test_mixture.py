@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from examples.tasks import mixed_policy as mixed
 from examples.tasks.correctness import SameText
 from examples.tasks.mixture import SPLITS, TASKS, content_split, generate_exercises
-from examples.tasks.questions import mixture_questions
 
 
 def solve(question):
@@ -73,19 +72,14 @@ def test_bad_arguments(arguments, message):
         generate_exercises(**arguments)
 
 
-def test_questions_carry_their_task():
-    questions = mixture_questions(8, held_out=True, seed=0)
-    assert [one.task for one in questions] == list(TASKS) * 2
-    assert all(one.answer == solve(one.question) for one in questions)
-
-
 @pytest.mark.parametrize(
     ("completion", "gold", "reward"),
     [
         (" a b c d", "a b c d", 1.0),
         ("A  B\nC d ", "a b c d", 1.0),
         ("a b d c", "a b c d", 0.0),  # as mathematics they would be equal
-        ("so it is <answer>108</answer>", "108", 1.0),
+        ("so it is <answer> 108 </answer>", "108", 1.0),
+        ("so <answer>4</answer> or <answer>a\nb</answer>", "a b", 1.0),
         ("so \\boxed{q}", "q", 1.0),
         ("it is\n#### 108", "108", 1.0),
         ("108.", "108", 1.0),
@@ -102,22 +96,12 @@ def test_the_same_text(completion, gold, reward):
     assert logged == {"accuracy": reward}
 
 
-def test_a_few_shot_answer_ends_where_the_next_question_begins():
-    assert SameText("\nQuestion:")(["108\nQuestion: What is 3 + 4?\nAnswer: 7"], ["108"]) == [1.0]
-
-
 def test_digits_and_letters_are_tokens():
     tokenizer = mixed.build_tokenizer()
     assert tokenizer.tokenize(" 108") == ["Ġ", "1", "0", "8"]
     assert tokenizer.tokenize(" m a k b") == ["Ġm", "Ġa", "Ġk", "Ġb"]
     longest = max(len(tokenizer.encode(f" {e.answer}<eos>")) for e in generate_exercises(1000, seed=0))
     assert longest == 5  # max_completion_length of recipes/demo.yaml
-
-
-def test_slips_hold_a_policy_at_its_target():
-    assert mixed._slips(0.3, 0.3) == pytest.approx(0.7)
-    assert mixed._slips(0.9, 0.3) > 0.99 and mixed._slips(0.05, 0.3) < 0.1
-    assert 0 < mixed._slips(0.0, 0.1) < mixed._slips(1.0, 0.1) <= 1
 
 
 def test_the_warm_up_in_short(monkeypatch):

@@ -200,8 +200,3 @@ def test_real_gsm8k_and_math(real_data):
     }
     solved = Correctness()([rows[q.question] for q in good], [q.answer for q in good])
     assert sum(solved) >= 498  # the data set's own solutions, judged against its own answers
-
-
-def test_real_mawps_with_named_columns(real_data):
-    questions = read_questions(real_data / "mawps" / "singleop.jsonl", "input", "target")
-    assert len(drop_bad_gold(questions, "mawps", print)) == len(questions) > 300

@@ -15,7 +15,7 @@ from processes import environment
 
 from examples.tasks import reasoning
 from examples.tasks.questions import build_dataset, read_questions
-from examples.tasks.reasoning import GymScore, Tasks, counts, final_answer, task_names, task_options, task_weights
+from examples.tasks.reasoning import GymScore, Tasks, counts, task_names, task_options, task_weights
 from trl_ext.load_function import load_function
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "math.py"
@@ -133,19 +133,6 @@ def test_a_scorer_that_fails_counts_as_wrong_and_is_said_once():
     score = GymScore(tasks, said.append)
     assert score(["1", "2"], question=[question.question] * 2, task=["gcd"] * 2) == [0.0, 0.0]
     assert len(said) == 1 and "gcd: its scorer fails" in said[0] and "ZeroDivisionError" in said[0]
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("so <answer> 4 </answer> or <answer>5</answer>", "5"),
-        ("it is \\boxed{7}", "7"),
-        ("  plain ", "plain"),
-        ("<answer>a\nb</answer>", "a\nb"),
-    ],
-)
-def test_final_answers(text, answer):
-    assert final_answer(text) == answer
 
 
 def test_every_task_can_be_asked():

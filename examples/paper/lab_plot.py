@@ -13,17 +13,15 @@ from .lab_cells import Cell
 
 def draw_map(cells: Sequence[Cell], path: Path) -> None:
     """Std or not: gain in area over overlap, spread and noise, a panel for each group size and pass rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     def levels(dial: str) -> list[float]:
         return sorted({cell.setting[dial] for cell in cells})
 
     overlaps, groups, pass_rates = levels("overlap"), levels("group"), levels("pass_rate")[::-1]
     lines = [(spread, noise) for noise in levels("noise") for spread in levels("spread")]
-    figure, axes = plt.subplots(len(groups), len(pass_rates), figsize=(11, 13), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(11, 13), layout="constrained")
+    axes = figure.subplots(len(groups), len(pass_rates), squeeze=False)
     limit = 0.05
     for row, group in enumerate(groups):
         for column, pass_rate in enumerate(pass_rates):
@@ -54,17 +52,14 @@ def draw_map(cells: Sequence[Cell], path: Path) -> None:
         fontsize=10,
     )
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def draw_predictor(cells: Sequence[Cell], path: Path) -> None:
     """T_std / T_mean against C: with small steps at rates 3 : 8, and each at its best rate."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2)
     panels = (
         ("small steps, rates of std and mean 3 : 8", "c_slowest", Cell.flow_ratio),
         ("each at its best constant rate", "c_steps", Cell.steps_ratio),
@@ -88,4 +83,3 @@ def draw_predictor(cells: Sequence[Cell], path: Path) -> None:
     axes[0].set_ylabel("steps of std / steps of mean")
     figure.colorbar(image, ax=axes, label="overlap")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
