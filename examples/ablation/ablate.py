@@ -134,7 +134,7 @@ def check_arguments(options: argparse.Namespace) -> None:
     from trl_ext.tasks.arithmetic import DEFAULT_LEVELS, generate_problems
 
     if find_spec("matplotlib") is None:
-        raise ValueError("the plot needs matplotlib: pip install -e '.[report]'")
+        raise ValueError("the plot needs matplotlib: pip install matplotlib")
     check_numbers(options)
     if options.model_name_or_path != BUILT_IN and not (Path(options.model_name_or_path) / "config.json").is_file():
         raise ValueError(f"--model_name_or_path {options.model_name_or_path}: no folder with a config.json")

@@ -235,7 +235,7 @@ def main(arguments: list[str]) -> None:
     if options.jobs < 1:
         sys.exit(f"error: --jobs {options.jobs} must be at least 1")
     if find_spec("matplotlib") is None:
-        sys.exit("error: the figures need matplotlib: pip install -e '.[report]'")
+        sys.exit("error: the figures need matplotlib: pip install matplotlib")
     folder = Path(options.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

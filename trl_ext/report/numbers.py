@@ -1,4 +1,4 @@
-"""What a report says of a run, as numbers: the same for the page, the figures and ``--json``. Nothing is drawn here.
+"""What a report says of a run, as numbers: the same for the page and ``--json``. Nothing is drawn here.
 
 Shapes: L live prompts of one logged step, after reduction to at most ``MOST_PROMPTS``.
 
