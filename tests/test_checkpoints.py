@@ -16,8 +16,8 @@ from processes import start
 
 from trl_ext.advantages.reward_checks import RewardRaised
 from trl_ext.checkpoints import CheckpointError, find_checkpoint
-from trl_ext.checkpoints.saving import whole_or_none
-from trl_ext.checkpoints.whole import what_is_broken
+from trl_ext.checkpoints.save import complete_or_none
+from trl_ext.checkpoints.validate import what_is_broken
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "interference_every": 0}
 
@@ -197,7 +197,7 @@ def test_whatever_can_not_be_written(stage, tiny_policy, tmp_path, monkeypatch):
 def test_a_folder_that_is_gone(tmp_path):
     """The room is told of what is there of its path."""
     with pytest.raises(CheckpointError, match=r"OSError: gone.*no earlier checkpoint is there"):
-        with whole_or_none(tmp_path / "run" / "checkpoint-1", str(tmp_path / "run")):
+        with complete_or_none(tmp_path / "run" / "checkpoint-1", str(tmp_path / "run")):
             raise OSError("gone")
 
 
@@ -214,7 +214,7 @@ def test_a_reward_that_fails_is_told_though_nothing_can_be_saved(tiny_policy, tm
         raise OSError(28, "No space left on device")
 
     said = []
-    monkeypatch.setattr("trl_ext.checkpoints.saving.logger.warning", said.append)
+    monkeypatch.setattr("trl_ext.checkpoints.save.logger.warning", said.append)
     monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", full)
     with pytest.raises(RewardRaised, match="raised KeyError: 'boom'"):
         train(tiny_policy, tmp_path, failing, max_steps=3, **{**SAVING, "save_steps": 100})

@@ -17,7 +17,7 @@ from trl_ext.recorder.files import write_step
 from trl_ext.report.evidence import interval, state, student
 from trl_ext.report.read_run import Run, read_run
 from trl_ext.report.signatures import SIGNATURES
-from trl_ext.report.signatures.groups import HEALTHY_LIVE
+from trl_ext.report.signatures.rollouts import HEALTHY_LIVE
 from trl_ext.report.verdicts import diagnose
 from trl_ext.tasks.small_policy import small_policy
 
@@ -128,7 +128,7 @@ def test_a_state_is_what_lasts():
     assert state(steps, [0, 0, 0, 0, 0, 0, 0, 0, 9, 9], lambda v: v > 1) is None  # twice is an accident
     assert state(steps, [0, 9, 9, 9, 9, 9, 9, 9, 9, 0], lambda v: v > 1).onset == 2  # one good number ends nothing
     found = state(steps, [0, 9, 9, 0, 9, 9, 9, 9, 9, 8], lambda v: v > 1)
-    assert (found.onset, found.count, found.of, found.worst) == (2, 8, 9, 9) and found.confidence == pytest.approx(
+    assert (found.onset, found.count, found.of, found.largest) == (2, 8, 9, 9) and found.confidence == pytest.approx(
         9 / 11
     )
 

@@ -2,7 +2,7 @@
 
 Three levels. *critical*: nothing is learned, or what was learned is being lost; the run is better stopped. *warning*:
 something is wrong that costs. *advice*: something could be had. A healthy run (fresh prompts, a live share of at least
-``signatures.groups.HEALTHY_LIVE``) gets nothing above advice.
+``signatures.rollouts.HEALTHY_LIVE``) gets nothing above advice.
 """
 
 from __future__ import annotations
