@@ -93,13 +93,15 @@ def test_a_run_that_starts_anew_in_a_used_folder(reported_run, tmp_path):
 
 
 def test_where_a_run_goes_on(tiny_policy, tmp_path):
-    """Killed in the middle of a line, resumed two steps earlier: each step once, the later one's."""
+    """Killed in the middle of a line, resumed two steps earlier, twice: each step once, and no empty line."""
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "interference_every": 0}
     train(tiny_policy, tmp_path, **options)
     with open(tmp_path / LOG_FILE, "a") as file:
         file.write('{"reward": 0.5')
     started = json.loads((tmp_path / CONFIG_FILE).read_text())[STARTED]
-    train(tiny_policy, tmp_path, **options, resume=str(tmp_path / "checkpoint-2"))
+    for _ in range(2):
+        train(tiny_policy, tmp_path, **options, resume=str(tmp_path / "checkpoint-2"))
+    assert "" not in (tmp_path / LOG_FILE).read_text().splitlines()
     run = read_run(tmp_path)
     assert run.series("reward")[0] == [1, 2, 3, 4] and len(run.problems) == 1
     assert run.config[STARTED] == started

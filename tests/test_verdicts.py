@@ -30,7 +30,7 @@ def test_a_sick_run_raises_its_signature_and_what_belongs_to_it(name, tiny_polic
     sick_run(name, tiny_policy, tmp_path)
     found = {one.name: one for one in diagnose(read_run(tmp_path)).verdicts}
     sick = SICK[name]
-    assert name in found and found[name].level == sick.level and set(found) <= {name, *sick.beside}, found
+    assert name in found and found[name].level == sick.level and set(found) <= {name, *sick.also}, found
     assert 1 <= found[name].onset <= 24 and 0.5 < found[name].confidence <= 0.99
     assert found[name].evidence and found[name].remedy
     if sick.change is not None:
