@@ -80,15 +80,13 @@ def some(completion_ids, **kwargs):
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
-def by_prompt(share_dead, dead=lambda text: float(zlib.crc32(text.encode()) % 2)):
-    def reward(prompts, completion_ids, **kwargs):
-        texts = [prompt[0]["content"] for prompt in prompts]
-        return [
-            dead(text) if zlib.crc32(text.encode()[::-1]) % 100 < 100 * share_dead else value
-            for text, value in zip(texts, some(completion_ids), strict=True)
-        ]
-
-    return reward
+def mostly_alike(prompts, completion_ids, **kwargs):
+    """Nine of ten prompts have answers of equal reward."""
+    texts = [prompt[0]["content"].encode() for prompt in prompts]
+    return [
+        float(zlib.crc32(text) % 2) if zlib.crc32(text[::-1]) % 100 < 90 else value
+        for text, value in zip(texts, some(completion_ids), strict=True)
+    ]
 
 
 class ByStep:
@@ -108,9 +106,11 @@ class ByStep:
         return [float(place < right) for place in order]
 
 
-def tiny(completion_ids, **kwargs):
-    """One group differs by a thousandth, the others by 1."""
-    return [value * (1e-3 if place < 4 else 1.0) for place, value in enumerate(some(completion_ids))]
+def first_group_scaled(factor):
+    """The rewards of a batch's first group are in another unit."""
+    return lambda completion_ids, **kwargs: [
+        value * (factor if place < 4 else 1.0) for place, value in enumerate(some(completion_ids))
+    ]
 
 
 def one_of_sixteen(completion_ids, **kwargs):
@@ -137,11 +137,6 @@ def slow(completion_ids, **kwargs):
 def unscored(completion_ids, **kwargs):
     values = some(completion_ids)
     return [None if sum(ids) % 3 == 0 else value for ids, value in zip(completion_ids, values, strict=True)]
-
-
-def loud(prompts, completion_ids, **kwargs):
-    """One prompt of each batch is paid in another currency."""
-    return [value * (50.0 if place < 4 else 1.0) for place, value in enumerate(some(completion_ids))]
 
 
 def opposed(task, completion_ids, **kwargs):
@@ -172,7 +167,7 @@ class Sick:
 SICK = {
     "all_wrong": Sick(all_of(0.0), WIDE, level="critical"),
     "all_right": Sick(all_of(1.0), WIDE, level="critical"),
-    "mostly_dead": Sick(by_prompt(0.9), WIDE, also=("no_progress",)),
+    "mostly_dead": Sick(mostly_alike, WIDE, also=("no_progress",)),
     "few_live_prompts": Sick(options=LOGGED, level="advice", also=("unreliable",)),
     "unscored": Sick(unscored, also=("mostly_dead",)),
     "fell": Sick(
@@ -198,7 +193,7 @@ SICK = {
         Answers(length=lambda step: 4 + 3 * step),
         also=("gap",),
     ),
-    "tiny_denominators": Sick(tiny, {"learning_rate": 1e-4}),
+    "tiny_denominators": Sick(first_group_scaled(1e-3), {"learning_rate": 1e-4}),
     "coefficient_spikes": Sick(
         one_of_sixteen,
         {**WIDE, "normalization": "max_rl", "num_generations": 16},
@@ -220,7 +215,7 @@ SICK = {
     ),
     "unreliable": Sick(options={**MANY, **STILL, "max_steps": 12}, level="advice"),
     "dominated": Sick(
-        loud,
+        first_group_scaled(50.0),
         {**MANY, "normalization": "mean", "learning_rate": 1e-5},
         also=("tiny_denominators", "coefficient_spikes", "unreliable"),
     ),

@@ -20,8 +20,6 @@ from trl_ext.report.read_run import read_run
 from trl_ext.report.run_files import CONFIG_FILE, LOG_FILE, STARTED
 from trl_ext.report.sections import Curves
 
-FOUR = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4}
-
 
 def test_a_run_that_was_killed(reported_run, tmp_path, capsys):
     """No final state, a checkpoint at step 4, the log up to step 6 with half a line, half a file of a step."""

@@ -11,7 +11,6 @@ from harness import build, logged, messages, train
 from sick_runs import WIDE, Answers, all_of, sick_run, some
 from two_process_worker import start_processes
 
-from trl_ext import CurvatureGRPOConfig
 from trl_ext.report.watch import Watch, looked_at
 
 ANSWERS = {"rollout_func": Answers(), "interference_every": 0, **WIDE}
@@ -96,11 +95,6 @@ def test_a_long_log_is_looked_at_less_often():
     assert looks[:6] == [0, 1, 2, 3, 4, 5] and len(looks) < 300
     for length in (1, 7, 60, 61, 1999):
         assert looked_at(length) == max(look for look in looks if look <= length)
-
-
-def test_a_wrong_level(tmp_path):
-    with pytest.raises(ValueError, match="stop_on='advice' must be 'critical', 'warning' or None"):
-        CurvatureGRPOConfig(output_dir=str(tmp_path), stop_on="advice")
 
 
 def test_two_processes_stop_together(tiny_policy, tmp_path):

@@ -3,34 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 from .evidence import ends, interval
 from .read_run import Run
-from .sections import Curves
 from .signatures.gradients import task_cosines
-
-CHARTS = {
-    "reward": ("Reward by task", "mean reward"),
-    "live_share": ("Live prompts by task", "share of its prompts"),
-    "heard": ("Who is heard", "share of the step's gradient"),
-}
-
-
-def task_metric_names(run: Run) -> list[str]:
-    """The logged metrics of tasks that have a chart."""
-    pattern = re.compile(rf"tasks/.+/({'|'.join(CHARTS)})")
-    return sorted({name for entry in run.logs for name in entry if pattern.fullmatch(name)})
-
-
-def task_charts(names: list[str]) -> list[Curves]:
-    """A line for each task in each of ``CHARTS``, of the logged metrics ``names``."""
-    charts = [
-        Curves(title, axis, {name: name[len("tasks/") : -len(key) - 1] for name in names if name.endswith(f"/{key}")})
-        for key, (title, axis) in CHARTS.items()
-    ]
-    return [chart for chart in charts if len(chart.metrics) > 1]
 
 
 def tasks(run: Run) -> dict[str, Any] | None:

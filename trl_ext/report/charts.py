@@ -54,8 +54,8 @@ def curves_of_a_run(
         drawn.append(values)
         mode = "lines+markers" if len(steps) < FEW_POINTS or None in values else "lines"  # points between gaps
         group = "all" if chart.stacked else None
-        line = _line(i, width=1.8)
-        figure.add_scatter(x=steps, y=values, name=label, mode=mode, line=line, marker={"size": 4}, stackgroup=group)
+        style = {"mode": mode, "line": _line(i, width=1.8), "marker": {"size": 4}}
+        figure.add_scatter(x=steps, y=values, name=plain(label), stackgroup=group, **style)
     if not drawn:
         return None
     for value, label in chart.reference:

@@ -10,7 +10,6 @@ thinned evenly.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from grpo_kernels.interference.model_parts import PARTS_OF_MODEL
 from grpo_kernels.interference.step_gradients import StepGradients
 from trl_ext.recorder.files import InterferenceRecord
 
-from .by_task import task_metric_names, tasks
+from .by_task import tasks
 from .completions import read_completions
 from .read_run import Run
 from .sections import SECTIONS
@@ -57,14 +56,12 @@ def evenly(count: int, most: int) -> list[int]:
 
 def curves(run: Run) -> dict[str, dict[str, dict[str, list[Any]]]]:
     """Section -> metric -> ``steps`` and ``values``, None where one is missing; without metrics never logged."""
-    names = {
-        section: [*(name for chart in one.curves for name in chart.metrics), *MORE.get(section, ())]
-        for section, one in SECTIONS.items()
-    }
     logged = dict.fromkeys(name for entry in run.logs for name in entry)
-    names["learning"] += [name for name in logged if re.fullmatch(r"rewards/.+/mean", name)]
-    names["tasks"] += task_metric_names(run)
-    return {section: {name: curve for name in of if (curve := _curve(run, name))} for section, of in names.items()}
+    found: dict[str, dict[str, dict[str, list[Any]]]] = {}
+    for section, one in SECTIONS.items():
+        names = [*(name for chart in one.curves for name in chart.find(logged).metrics), *MORE.get(section, ())]
+        found[section] = {name: curve for name in names if (curve := _curve(run, name))}
+    return found
 
 
 def _curve(run: Run, name: str) -> dict[str, list[Any]]:

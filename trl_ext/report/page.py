@@ -19,11 +19,10 @@ from plotly.offline import get_plotlyjs
 from trl_ext.options import SCALE_REWARDS_METHOD
 
 from . import charts
-from .by_task import task_charts
 from .definitions import DEFINITIONS, PAPER
 from .groups import Group, differences
 from .read_run import Run
-from .sections import FROM_INTERFERENCE, SECTIONS, Curves
+from .sections import FROM_INTERFERENCE, SECTIONS
 from .summary import STEADY_BLIND
 
 HOW_TO_LOG = "Not in this run's folder. CurvatureGRPOConfig(interference_every=10), the default, logs it."
@@ -69,16 +68,13 @@ class Page:
 
 def _curves(page: Page, section: str, numbers: Sequence[dict[str, Any]], groups: Sequence[Group]) -> list[Part]:
     parts: list[Part] = []
-    chosen = list(SECTIONS[section].curves)
     logged = [name for one in numbers for name in one["curves"][section]]
+    chosen = [chart.find(logged) for chart in SECTIONS[section].curves]
+    chosen = [chart for chart in chosen if not chart.pattern or len(chart.metrics) > 1]
     if section == "learning":
         clip = numbers[0]["config"].get("max_grad_norm")
         if len(numbers) == 1 and isinstance(clip, int | float) and clip > 0:
             chosen[1] = replace(chosen[1], reference=((float(clip), f"clipped at {clip:g}"),))
-        functions = {name: charts.plain(name.split("/")[1]) for name in logged if name.startswith("rewards/")}
-        chosen += [Curves("Rewards by function", "mean reward", functions)] if len(functions) > 1 else []
-    if section == "tasks":
-        chosen += task_charts(sorted(set(logged)))
     zero: list[str] = []
     for chart in chosen:
         if len(numbers) == 1 and charts.always_zero(chart, numbers[0]["curves"][section]):
