@@ -59,7 +59,8 @@ def curves(run: Run) -> dict[str, dict[str, dict[str, list[Any]]]]:
     logged = dict.fromkeys(name for entry in run.logs for name in entry)
     found: dict[str, dict[str, dict[str, list[Any]]]] = {}
     for section, one in SECTIONS.items():
-        names = [*(name for chart in one.curves for name in chart.find(logged).metrics), *MORE.get(section, ())]
+        ordered = sorted(logged) if section == "tasks" else logged  # reward functions in the order of the run's
+        names = [*(name for chart in one.curves for name in chart.find(ordered).metrics), *MORE.get(section, ())]
         found[section] = {name: curve for name in names if (curve := _curve(run, name))}
     return found
 
