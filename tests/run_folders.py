@@ -15,9 +15,11 @@ def copy(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to))
 
 
-def log_of(folder: Path, entries) -> Path:
-    """A run's folder with this log alone; an entry that is a text is a line as it stands."""
+def log_of(folder: Path, entries, **config) -> Path:
+    """A run's folder with this log and configuration alone; an entry that is a text is a line as it stands."""
     folder.mkdir()
+    if config:
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
     lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
     (folder / LOG_FILE).write_text("\n".join(lines))
     return folder
@@ -29,6 +31,7 @@ def change_config(folder: Path, **change) -> None:
 
 
 def page_of(*arguments, folder: Path) -> str:
+    """Makes the report with these arguments, and returns the page."""
     main(["report", *map(str, arguments), "-o", str(folder / "page.html")])
     return (folder / "page.html").read_text()
 

@@ -1,7 +1,8 @@
-"""Runs made sick on purpose: what raises each signature of ``trl_ext.report``, and what may be raised besides."""
+"""Runs made sick on purpose: one for each signature, with the other verdicts that it may raise."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import zlib
@@ -57,10 +58,7 @@ class AtStep(TrainerCallback):
 
 
 def scaled_head(factor):
-    def change(model):
-        model.model.norm.weight.mul_(factor)
-
-    return change
+    return lambda model: model.model.norm.weight.mul_(factor)
 
 
 def noise(model):
@@ -82,15 +80,13 @@ def some(completion_ids, **kwargs):
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
-def by_prompt(share_dead, dead=lambda text: float(zlib.crc32(text.encode()) % 2)):
-    def reward(prompts, completion_ids, **kwargs):
-        texts = [prompt[0]["content"] for prompt in prompts]
-        return [
-            dead(text) if zlib.crc32(text.encode()[::-1]) % 100 < 100 * share_dead else value
-            for text, value in zip(texts, some(completion_ids), strict=True)
-        ]
-
-    return reward
+def mostly_alike(prompts, completion_ids, **kwargs):
+    """Nine of ten prompts have answers of equal reward."""
+    texts = [prompt[0]["content"].encode() for prompt in prompts]
+    return [
+        float(zlib.crc32(text) % 2) if zlib.crc32(text[::-1]) % 100 < 90 else value
+        for text, value in zip(texts, some(completion_ids), strict=True)
+    ]
 
 
 class ByStep:
@@ -110,9 +106,11 @@ class ByStep:
         return [float(place < right) for place in order]
 
 
-def tiny(completion_ids, **kwargs):
-    """One group differs by a thousandth, the others by 1."""
-    return [value * (1e-3 if place < 4 else 1.0) for place, value in enumerate(some(completion_ids))]
+def first_group_scaled(factor):
+    """The rewards of a batch's first group are in another unit."""
+    return lambda completion_ids, **kwargs: [
+        value * (factor if place < 4 else 1.0) for place, value in enumerate(some(completion_ids))
+    ]
 
 
 def one_of_sixteen(completion_ids, **kwargs):
@@ -120,15 +118,15 @@ def one_of_sixteen(completion_ids, **kwargs):
     return [float(place % 16 == 0) for place in range(len(completion_ids))]
 
 
-class Burst:
-    """A thousand times as large in one call."""
+def burst():
+    """A reward that is a thousand times as large in its 14th call."""
+    calls = itertools.count(1)
 
-    __name__ = "burst"
-    calls = 0
+    def reward(completion_ids, **kwargs):
+        size = 1000.0 if next(calls) == 14 else 1.0
+        return [size * value for value in some(completion_ids)]
 
-    def __call__(self, completion_ids, **kwargs):
-        self.calls += 1
-        return [value * (1000.0 if self.calls == 14 else 1.0) for value in some(completion_ids)]
+    return reward
 
 
 def slow(completion_ids, **kwargs):
@@ -139,11 +137,6 @@ def slow(completion_ids, **kwargs):
 def unscored(completion_ids, **kwargs):
     values = some(completion_ids)
     return [None if sum(ids) % 3 == 0 else value for ids, value in zip(completion_ids, values, strict=True)]
-
-
-def loud(prompts, completion_ids, **kwargs):
-    """One prompt of each batch is paid in another currency."""
-    return [value * (50.0 if place < 4 else 1.0) for place, value in enumerate(some(completion_ids))]
 
 
 def opposed(task, completion_ids, **kwargs):
@@ -168,17 +161,17 @@ class Sick:
     answers: Answers = field(default_factory=Answers)
     change: AtStep | None = None
     level: str = "warning"
-    beside: tuple[str, ...] = ()  # what may be raised too
+    also: tuple[str, ...] = ()  # other verdicts that it may raise
 
 
 SICK = {
     "all_wrong": Sick(all_of(0.0), WIDE, level="critical"),
     "all_right": Sick(all_of(1.0), WIDE, level="critical"),
-    "mostly_dead": Sick(by_prompt(0.9), WIDE, beside=("no_progress",)),
-    "few_live_prompts": Sick(options=LOGGED, level="advice", beside=("unreliable",)),
-    "unscored": Sick(unscored, beside=("mostly_dead",)),
+    "mostly_dead": Sick(mostly_alike, WIDE, also=("no_progress",)),
+    "few_live_prompts": Sick(options=LOGGED, level="advice", also=("unreliable",)),
+    "unscored": Sick(unscored, also=("mostly_dead",)),
     "fell": Sick(
-        ByStep(lambda call: 0.75 if call < 12 else 0.1), {"max_steps": 24}, level="critical", beside=("mostly_dead",)
+        ByStep(lambda call: 0.75 if call < 12 else 0.1), {"max_steps": 24}, level="critical", also=("mostly_dead",)
     ),
     "no_progress": Sick(options={"max_steps": 40}, level="advice"),
     "gap": Sick(ByStep(lambda call: min(0.3 + 0.1 * call, 0.8), 0.3), EVALUATED),
@@ -187,52 +180,52 @@ SICK = {
     "entropy_collapse": Sick(
         options={**STILL, "skip_zero_advantage": False},
         change=AtStep(5, scaled_head(3000.0)),
-        beside=("gradient_spikes",),
+        also=("gradient_spikes",),
     ),
     "entropy_rise": Sick(
         options={**STILL, "skip_zero_advantage": False},
         change=AtStep(5, scaled_head(1e-2), scaled_head(10.0)),
-        beside=("gradient_spikes",),
+        also=("gradient_spikes",),
     ),
     "length_hacking": Sick(
         ByStep(lambda call: min(0.3 + 0.05 * call, 0.8), 0.3),
         {**EVALUATED, "max_completion_length": 64},
         Answers(length=lambda step: 4 + 3 * step),
-        beside=("gap",),
+        also=("gap",),
     ),
-    "tiny_denominators": Sick(tiny, {"learning_rate": 1e-4}),
+    "tiny_denominators": Sick(first_group_scaled(1e-3), {"learning_rate": 1e-4}),
     "coefficient_spikes": Sick(
         one_of_sixteen,
         {**WIDE, "normalization": "max_rl", "num_generations": 16},
-        beside=("tiny_denominators", "mostly_dead"),
+        also=("tiny_denominators", "mostly_dead"),
     ),
     "gradient_spikes": Sick(
-        Burst(), {"normalization": "mean", "max_steps": 20, "learning_rate": 1e-6}, beside=("coefficient_spikes",)
+        burst(), {"normalization": "mean", "max_steps": 20, "learning_rate": 1e-6}, also=("coefficient_spikes",)
     ),
     "clip_share": Sick(
         options={"num_iterations": 8, "learning_rate": 0.3, "max_steps": 16, "max_grad_norm": 100.0},
-        beside=("gradient_spikes", "entropy_rise", "entropy_collapse"),
+        also=("gradient_spikes", "entropy_rise", "entropy_collapse"),
     ),
     "divergence": Sick(
-        options={**STILL, "beta": 1e-4}, change=AtStep(2, noise), beside=("entropy_collapse", "gradient_spikes")
+        options={**STILL, "beta": 1e-4}, change=AtStep(2, noise), also=("entropy_collapse", "gradient_spikes")
     ),
     "slow_rewards": Sick(slow, level="advice"),
     "uncovered": Sick(
-        options={**LOGGED, "interference_layers": ["*layers.0.self_attn*"]}, beside=("few_live_prompts", "unreliable")
+        options={**LOGGED, "interference_layers": ["*layers.0.self_attn*"]}, also=("few_live_prompts", "unreliable")
     ),
     "unreliable": Sick(options={**MANY, **STILL, "max_steps": 12}, level="advice"),
     "dominated": Sick(
-        loud,
+        first_group_scaled(50.0),
         {**MANY, "normalization": "mean", "learning_rate": 1e-5},
-        beside=("tiny_denominators", "coefficient_spikes", "unreliable"),
+        also=("tiny_denominators", "coefficient_spikes", "unreliable"),
     ),
     "task_conflict": Sick(
         opposed,
         {**MANY, **STILL},
         Answers(length=lambda step: 3, words=2),
-        beside=("contradicts_theory", "unreliable"),
+        also=("contradicts_theory", "unreliable"),
     ),
-    "not_finite": Sick(change=AtStep(5, broken), level="critical", beside=("divergence",)),
+    "not_finite": Sick(change=AtStep(5, broken), level="critical", also=("divergence",)),
 }
 
 

@@ -1,5 +1,6 @@
 """Checkpoints that survive: truncated files, a full disk, ``kill -9`` at any moment, reward functions that fail."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import evening_worker
+import checkpoint_worker
 import pytest
 import torch
 from harness import build, train
@@ -16,8 +17,8 @@ from processes import start
 
 from trl_ext.advantages.reward_checks import RewardRaised
 from trl_ext.checkpoints import CheckpointError, find_checkpoint
-from trl_ext.checkpoints.saving import whole_or_none
-from trl_ext.checkpoints.whole import what_is_broken
+from trl_ext.checkpoints.save import complete_or_none
+from trl_ext.checkpoints.validate import what_is_broken
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "interference_every": 0}
 
@@ -39,16 +40,24 @@ def cut(file, fraction=0.5):
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * fraction)])
 
 
-FILES = (
-    "model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-    "training_args.bin",
-    "config.json",
-    "tokenizer.json",
-    "trainer_state.json",
-)
+WEIGHTS_AND_STATES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+FILES = (*WEIGHTS_AND_STATES, "config.json", "tokenizer.json", "trainer_state.json")
+
+
+def fails_at(*calls):
+    """A reward function that raises at these of its calls."""
+    count = itertools.count(1)
+
+    def failing(completion_ids, **kwargs):
+        if next(count) in calls:
+            raise KeyError("boom")
+        return [float(len(ids)) for ids in completion_ids]
+
+    return failing
+
+
+def no_room(*args, **kwargs):
+    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 0.99])
@@ -86,8 +95,9 @@ def test_another_processs_random_state_is_missing(run_folder):
     """The process that writes the trainer's state last doesn't wait for the others."""
     folder = run_folder / "checkpoint-3"
     state = json.loads((folder / "trainer_state.json").read_text())
-    assert state["stateful_callbacks"]["CurvatureGRPOTrainer"]["processes"] == 1
-    state["stateful_callbacks"]["CurvatureGRPOTrainer"]["processes"] = 2
+    ours = state["stateful_callbacks"]["CurvatureGRPOTrainer"]
+    assert ours["processes"] == 1
+    ours["processes"] = 2
     (folder / "trainer_state.json").write_text(json.dumps(state))
     (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
     assert what_is_broken(folder) == "rng_state_1.pth is missing"
@@ -174,7 +184,7 @@ def test_a_full_disk(small_disk, tiny_policy):
     assert again.state.global_step == 4 and what_is_broken(small_disk / "checkpoint-4") is None
 
 
-@pytest.mark.parametrize("stage", evening_worker.STAGES)
+@pytest.mark.parametrize("stage", checkpoint_worker.STAGES)
 def test_whatever_can_not_be_written(stage, tiny_policy, tmp_path, monkeypatch):
     """Each part of a checkpoint, where no small file system can be mounted."""
     trainer = build(tiny_policy, tmp_path, max_steps=3, **SAVING)
@@ -183,9 +193,7 @@ def test_whatever_can_not_be_written(stage, tiny_policy, tmp_path, monkeypatch):
 
     def full(self, where, *rest, **kwargs):
         seen.append(1)
-        if len(seen) == 2:
-            raise OSError(28, "No space left on device")
-        return method(self, where, *rest, **kwargs)
+        return no_room() if len(seen) == 2 else method(self, where, *rest, **kwargs)
 
     monkeypatch.setattr(type(owner), stage, full)
     with pytest.raises(CheckpointError, match=r"checkpoint-2 couldn't be saved.*No space left.*is checkpoint-1"):
@@ -197,27 +205,16 @@ def test_whatever_can_not_be_written(stage, tiny_policy, tmp_path, monkeypatch):
 def test_a_folder_that_is_gone(tmp_path):
     """The room is told of what is there of its path."""
     with pytest.raises(CheckpointError, match=r"OSError: gone.*no earlier checkpoint is there"):
-        with whole_or_none(tmp_path / "run" / "checkpoint-1", str(tmp_path / "run")):
+        with complete_or_none(tmp_path / "run" / "checkpoint-1", str(tmp_path / "run")):
             raise OSError("gone")
 
 
 def test_a_reward_that_fails_is_told_though_nothing_can_be_saved(tiny_policy, tmp_path, monkeypatch):
-    calls = []
-
-    def failing(completion_ids, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyError("boom")
-        return [float(len(ids)) for ids in completion_ids]
-
-    def full(self, where):
-        raise OSError(28, "No space left on device")
-
     said = []
-    monkeypatch.setattr("trl_ext.checkpoints.saving.logger.warning", said.append)
-    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", full)
+    monkeypatch.setattr("trl_ext.checkpoints.save.logger.warning", said.append)
+    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", no_room)
     with pytest.raises(RewardRaised, match="raised KeyError: 'boom'"):
-        train(tiny_policy, tmp_path, failing, max_steps=3, **{**SAVING, "save_steps": 100})
+        train(tiny_policy, tmp_path, fails_at(2), max_steps=3, **{**SAVING, "save_steps": 100})
     assert len(said) == 1 and "its latest step is lost" in said[0] and "No space left" in said[0]
     assert not list(tmp_path.glob("checkpoint-*"))
 
@@ -232,28 +229,6 @@ def test_what_fails_after_a_checkpoint_leaves_it(tiny_policy, tmp_path, monkeypa
     assert what_is_broken(tmp_path / "checkpoint-1") is None
 
 
-def test_two_processes_on_a_full_disk(small_disk, tiny_policy, tmp_path):
-    started = start(
-        2,
-        evening_worker.main,
-        str(tiny_policy),
-        str(small_disk),
-        {"save_steps": 1, "per_device_train_batch_size": 4},
-        {},
-        folder=tmp_path / "output",
-    )
-    started.wait_for(small_disk / "checkpoint-2" / "trainer_state.json")
-    deadline = time.monotonic() + 120
-    while all(process.is_alive() for process in started.processes) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for process in started.processes:  # as a launcher ends the others when one has failed
-        process.kill()
-    started.finish()
-    assert "checkpoint-3 couldn't be saved" in started.text(), started.text()[-2000:]
-    assert not (small_disk / "checkpoint-3" / "model.safetensors").exists()
-    assert what_is_broken(small_disk / "checkpoint-2") is None
-
-
 # ---- kill -9
 
 
@@ -265,7 +240,7 @@ def undisturbed(tiny_policy, tmp_path_factory):
     def run(optimizer, processes):
         if (optimizer, processes) not in kept:
             folder = tmp_path_factory.mktemp("undisturbed")
-            started = begin(processes, tiny_policy, folder, optimizer, {})
+            started = begin(processes, tiny_policy, folder, optimizer)
             started.wait_for(folder / "began.0")
             begun = time.monotonic()
             assert started.finish() == [0] * processes, started.text()[-2000:]
@@ -275,17 +250,21 @@ def undisturbed(tiny_policy, tmp_path_factory):
     return run
 
 
-def begin(processes, policy, folder, optimizer, behaviour):
-    options = {"save_steps": 1, "optim": optimizer, "per_device_train_batch_size": 8 // processes}
-    Path(folder).mkdir(exist_ok=True)
-    for marker in Path(folder).glob("began.*"):
+def begin(processes, policy, folder, optimizer="sgd", behaviour=None, save_steps=1):
+    options = {"save_steps": save_steps, "optim": optimizer, "per_device_train_batch_size": 8 // processes}
+    folder.mkdir(exist_ok=True)
+    for marker in folder.glob("began.*"):
         marker.unlink()
-    return start(
-        processes, evening_worker.main, str(policy), str(folder), options, behaviour, folder=Path(folder) / "output"
-    )
+    arguments = (str(policy), str(folder), options, behaviour or {})
+    return start(processes, checkpoint_worker.main, *arguments, folder=folder / "output")
 
 
-KILLS = evening_worker.random_kills(50)
+def run_to_the_end(processes, *arguments, **options):
+    started = begin(processes, *arguments, **options)
+    assert started.finish() == [0] * processes, started.text()[-3000:]
+
+
+KILLS = checkpoint_worker.random_kills(50)
 SHORT = [(1, KILLS[0]), (1, KILLS[3]), (2, ("sgd", 0.6))]
 NIGHTLY = [*((1, kill) for kill in KILLS), *((2, (name, i / 4)) for name in ("sgd", "adamw_torch") for i in range(4))]
 
@@ -304,11 +283,12 @@ def test_kill_9(processes, kill, undisturbed, tiny_policy, tmp_path):
         assert started.finish() == [-signal.SIGKILL], started.text()[-2000:]
     else:
         started.wait_for(tmp_path / "began.0")
-        evening_worker.kill_after(started.processes, where * seconds).join()
+        time.sleep(where * seconds)
+        for process in started.processes:
+            process.kill()
         ends = started.finish()
         assert set(ends) <= {-signal.SIGKILL, 0}, started.text()[-2000:]
-    again = begin(processes, tiny_policy, tmp_path, optimizer, {})
-    assert again.finish() == [0] * processes, again.text()[-3000:]
+    run_to_the_end(processes, tiny_policy, tmp_path, optimizer)
     got = torch.load(tmp_path / "end.0.pt")
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -319,40 +299,21 @@ def test_kill_9(processes, kill, undisturbed, tiny_policy, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rewards_that_fail_at_step_3_leave_a_checkpoint_of_step_2(processes, tiny_policy, tmp_path):
     """On one of two processes: both stop. Resumed, the run ends as if nothing had been."""
-    options = {"save_steps": 100, "per_device_train_batch_size": 8 // processes}
-    arguments = (str(tiny_policy), str(tmp_path), options)
     behaviour = {"fails": True, "rank": processes - 1}
-    started = start(processes, evening_worker.main, *arguments, behaviour, folder=tmp_path / "output")
+    started = begin(processes, tiny_policy, tmp_path, behaviour=behaviour, save_steps=100)
     assert started.finish(60) == [1] * processes, started.text()[-2000:]
     assert "reward function 'reward' raised KeyError: 'boom'" in started.text(), started.text()[-2000:]
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert what_is_broken(tmp_path / "checkpoint-2") is None
-    again = start(processes, evening_worker.main, *arguments, {}, folder=tmp_path / "output")
-    assert again.finish() == [0] * processes, again.text()[-2000:]
-    whole = start(
-        processes,
-        evening_worker.main,
-        str(tiny_policy),
-        str(tmp_path / "whole"),
-        options,
-        {},
-        folder=tmp_path / "output",
-    )
-    assert whole.finish() == [0] * processes, whole.text()[-2000:]
+    for folder in (tmp_path, tmp_path / "whole"):
+        run_to_the_end(processes, tiny_policy, folder, save_steps=100)
     got, want = (torch.load(folder / "end.0.pt") for folder in (tmp_path, tmp_path / "whole"))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_nothing_is_saved_where_nothing_is_to_be(tiny_policy, tmp_path):
     """At step 1, and in a run that saves nothing."""
-    calls = []
-
-    def failing(completion_ids, **kwargs):
-        calls.append(1)
-        if len(calls) in (1, 4):
-            raise KeyError("boom")
-        return [float(len(ids)) for ids in completion_ids]
-
+    failing = fails_at(1, 4)
     with pytest.raises(RewardRaised, match="raised KeyError: 'boom'") as raised:
         train(tiny_policy, tmp_path, failing, max_steps=4, **{**SAVING, "save_steps": 100})
     assert isinstance(raised.value.__cause__, KeyError)

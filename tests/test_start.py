@@ -60,7 +60,7 @@ def test_the_script_s_help_is_one_screen_and_imports_nothing_heavy(columns):
 def test_the_report_s_help_imports_nothing_heavy():
     done = run_python(WITHOUT, "trl_ext", "report", "--help")
     assert done.returncode == 0 and "heavy: []" in done.stderr, done.stderr
-    assert "--figures DIR" in done.stdout
+    assert "--json FILE" in done.stdout
 
 
 def test_every_option_is_in_one_group_with_a_help():

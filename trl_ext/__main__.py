@@ -5,8 +5,6 @@ import sys
 if __name__ == "__main__":
     if sys.argv[1:2] == ["what-if"]:
         from trl_ext.report.what_if_command import main
-    elif sys.argv[1:2] == ["check"]:
-        from trl_ext.report.check_command import main
     else:
         from trl_ext.report.command import main
-    main(sys.argv[2:] if sys.argv[1:2] in (["what-if"], ["check"]) else sys.argv[1:])
+    main(sys.argv[2:] if sys.argv[1:2] == ["what-if"] else sys.argv[1:])

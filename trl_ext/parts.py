@@ -14,8 +14,7 @@ from .advantages.by_task import TaskNames
 from .advantages.normalizer import Normalizer, UsedNormalization
 from .advantages.prompt_keys import prompt_texts
 from .advantages.rewarded import RewardedBatch
-from .checkpoints.saving import RandomStates
-from .checkpoints.state import CheckpointState
+from .checkpoints.callbacks import CheckpointState, RandomStates
 from .compat import LossSettings, RunSettings
 from .head.patch import add_forward, fused_heads
 from .loss_step import LossStep

@@ -27,7 +27,7 @@ from trl import GRPOTrainer
 
 from .advantages.reward_checks import RewardFailed
 from .checkpoints.find import find_checkpoint
-from .checkpoints.saving import checkpoint_folder, saved_when, whole_or_none
+from .checkpoints.save import checkpoint_folder, complete_or_none, saved_when
 from .compat import read_position
 from .paper import PAPER
 from .parts import Parts, before_model, build_parts
@@ -167,7 +167,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if (parts := parts_of(self)) is None:
             return super()._save_checkpoint(model, trial)
         parts.checkpoint_state.save(self.state)
-        with whole_or_none(checkpoint_folder(self), self.args.output_dir):
+        with complete_or_none(checkpoint_folder(self), self.args.output_dir):
             super()._save_checkpoint(model, trial)
 
     def end(self) -> None:

@@ -138,7 +138,7 @@ def check_arguments(options: argparse.Namespace) -> None:
     from trl_ext.tasks.arithmetic import DEFAULT_LEVELS, generate_problems
 
     if find_spec("matplotlib") is None:
-        raise ValueError("the plot needs matplotlib: pip install -e '.[report]'")
+        raise ValueError("the plot needs matplotlib: pip install matplotlib")
     check_options(
         options,
         lists=["methods", "learning_rates", "sweep_seeds", "seeds"],

@@ -236,7 +236,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output_dir", default="runs/lab")
     options = parser.parse_args(arguments)
     if find_spec("matplotlib") is None:
-        sys.exit("error: the figures need matplotlib: pip install -e '.[report]'")
+        sys.exit("error: the figures need matplotlib: pip install matplotlib")
     try:
         check_options(options, lists=[], positive=["jobs"])
         check_output_dir(options.output_dir)

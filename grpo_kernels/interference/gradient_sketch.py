@@ -329,6 +329,7 @@ class GradientSketch:
         if layer.name in self._failed or not parameter.requires_grad:  # frozen since the taps were set
             return None
         rows, hidden, n_words = head_rows(sums.rows, sequence_N), hidden_NH.detach(), whole_shape(parameter)[0]
+        sums.note_head_precision(layer, hidden_NH)
 
         def add(projected_NK: torch.Tensor) -> None:
             if self._sums is not sums or layer.name in self._failed or len(projected_NK) == 0:

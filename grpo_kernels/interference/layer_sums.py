@@ -115,13 +115,18 @@ class LayerSums:
         """
         assert layer.weight is not None
         weight, projected, hidden = layer.weight, projected_NK[None], hidden_NH[None]
-        if rounds_products(hidden.device, compute_dtype(hidden_NH), self._parameters[weight].dtype):
-            self.check.made_in_half(weight)
         if self._due(weight, rows):
             self._left_signs(layer, n_words)
             mix = self.check.signs(projected.shape[-1], 0, projected)
             self.check.outer(weight, rows, projected @ mix, hidden.to(projected.dtype))
         self.projection.projected_words(rows, layer, projected, hidden)
+
+    def note_head_precision(self, layer: Layer, hidden_NH: torch.Tensor) -> None:
+        """Tells the check in what precision the head's products are made. Called in the forward, where the caller's
+        autocast is on."""
+        assert layer.weight is not None
+        if rounds_products(hidden_NH.device, compute_dtype(hidden_NH), self._parameters[layer.weight].dtype):
+            self.check.made_in_half(layer.weight)
 
     def _vector(self, layer: Layer, number: int, rows: SequenceRows, vector_SD: torch.Tensor) -> None:
         if self._due(number, rows):

@@ -1,7 +1,7 @@
-"""A run that survives: whole checkpoints found and resumed, saved or not at all, stopped with one."""
+"""Checkpoints: the newest complete one is found and resumed, and a run that stops leaves one."""
 
+from .callbacks import StopWithCheckpoint
 from .find import check_output_dir, find_checkpoint
-from .saving import CheckpointError
-from .stop import StopWithCheckpoint
+from .save import CheckpointError
 
 __all__ = ["CheckpointError", "StopWithCheckpoint", "check_output_dir", "find_checkpoint"]

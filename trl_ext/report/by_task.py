@@ -1,44 +1,17 @@
-"""Where a dataset has a column ``task``: how the tasks interfere, and which has the lowest reward."""
+"""How the tasks of a dataset with a column ``task`` interfere, and which has the lowest reward."""
 
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
-import numpy as np
-
-from .evidence import interval
+from .evidence import ends, interval
 from .read_run import Run
-from .sections import Curves
 from .signatures.gradients import task_cosines
-
-CHARTS = {
-    "reward": ("Reward by task", "mean reward"),
-    "live_share": ("Live prompts by task", "share of its prompts"),
-    "heard": ("Who is heard", "share of the step's gradient"),
-}
-RECENT = 0.25  # share of the log that the weakest is judged by
-
-
-def task_metric_names(run: Run) -> list[str]:
-    """Of the log, those that have a chart."""
-    pattern = re.compile(rf"tasks/.+/({'|'.join(CHARTS)})")
-    return sorted({name for entry in run.logs for name in entry if pattern.fullmatch(name)})
-
-
-def task_charts(names: list[str]) -> list[Curves]:
-    """A line for each task in each of ``CHARTS``; ``names``: of metrics that were logged."""
-    found = []
-    for key, (title, axis) in CHARTS.items():
-        metrics = {name: name[len("tasks/") : -len(key) - 1] for name in names if name.endswith(f"/{key}")}
-        if len(metrics) > 1:
-            found.append(Curves(title, axis, metrics))
-    return found
 
 
 def tasks(run: Run) -> dict[str, Any] | None:
-    """Task against task: mean cosines over steps, and their intervals as text; sentences. None with fewer than two
+    """Mean cosine of each two tasks over the steps, its interval as text, and sentences; None with fewer than two
     tasks."""
     pairs = task_cosines(run)
     names = sorted({name for pair in pairs for name in pair})
@@ -51,12 +24,11 @@ def tasks(run: Run) -> dict[str, Any] | None:
         told = f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
         for i, j in ((names.index(a), names.index(b)), (names.index(b), names.index(a))):
             cosines[i][j], texts[i][j] = mean, told
-    found = {"names": names, "cosines": cosines, "texts": texts}
-    return {**found, "told": [_interfering(pairs), *_weakest(run, names)]}
+    return {"names": names, "cosines": cosines, "texts": texts, "told": [_interfering(pairs), *_weakest(run, names)]}
 
 
 def _interfering(pairs: dict[tuple[str, str], tuple[list[int], list[float]]]) -> str:
-    """One sentence."""
+    """Which tasks' cosines have an interval that excludes 0."""
     apart: list[tuple[float, str]] = []
     widest = 0.0
     for (a, b), (_, values) in pairs.items():
@@ -82,10 +54,9 @@ def _weakest(run: Run, names: list[str]) -> list[str]:
     """Names the task with the lowest reward in the last quarter of the log."""
     rewards = {}
     for name in names:
-        _, values = run.curve(f"tasks/{name}/reward")
-        known = [value for value in values if value is not None]
-        if known:
-            rewards[name] = float(np.mean(known[-max(1, round(RECENT * len(known))) :]))
+        values = run.series(f"tasks/{name}/reward")[1]
+        if values:
+            rewards[name] = ends(values, 0.25)[1]
     if len(rewards) < 2:
         return []
     weakest = min(rewards, key=lambda name: rewards[name])

@@ -1,4 +1,4 @@
-"""The page's interactive charts, drawn by plotly from ``numbers.py``'s numbers; told apart without colours, too."""
+"""Draws the page's interactive charts by plotly, from the numbers of ``numbers.py``; readable without colours, too."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from .sections import Curves
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot")
-PHASES = {1: ("#eef5ee", "phase 1: near-orthogonal"), 2: ("#ebe2c8", "phase 2: they begin to interfere"),
-          3: ("#dfc9c9", "phase 3: they interfere")}  # fmt: skip
+PHASES = {
+    1: ("#eef5ee", "phase 1: near-orthogonal"),
+    2: ("#ebe2c8", "phase 2: they begin to interfere"),
+    3: ("#dfc9c9", "phase 3: they interfere"),
+}
 HOVER_WIDTH = 36  # characters
 FEW_POINTS = 60  # curves of fewer have markers
 SHORT, MOST_LABELS = 18, 24  # characters of a prompt's label, and prompts up to which there are labels
@@ -28,12 +31,12 @@ GRID, TEXT = "#e3e6ea", "#4a5056"
 
 
 def plain(text: str) -> str:
-    """plotly reads a little HTML in texts: a prompt's stays as it is."""
+    """Escapes a text, as plotly takes some HTML in texts for markup."""
     return html.escape(text, quote=False)
 
 
 def wrapped(text: str) -> str:
-    """For hovering on a narrow screen."""
+    """Breaks a text into lines that fit a narrow screen on hover."""
     return "<br>".join(plain(line) for line in textwrap.wrap(text, HOVER_WIDTH))
 
 
@@ -49,20 +52,25 @@ def curves_of_a_run(
             continue
         steps, values = curves[name]["steps"], curves[name]["values"]
         drawn.append(values)
-        line = {"color": COLOURS[i % len(COLOURS)], "dash": DASHES[i % len(DASHES)], "width": 1.8}
         mode = "lines+markers" if len(steps) < FEW_POINTS or None in values else "lines"  # points between gaps
-        more: dict[str, Any] = {"stackgroup": "all"} if chart.stacked else {}
-        figure.add_scatter(x=steps, y=values, name=label, mode=mode, line=line, marker={"size": 4}, **more)
-    if not figure.data:
+        group = "all" if chart.stacked else None
+        style = {"mode": mode, "line": _line(i, width=1.8), "marker": {"size": 4}}
+        figure.add_scatter(x=steps, y=values, name=plain(label), stackgroup=group, **style)
+    if not drawn:
         return None
     for value, label in chart.reference:
         _reference(figure, steps, value, label, 0)
     for name in chart.metrics:
-        told = paper.get(name, {})
-        label = "paper: " + ", ".join(f"{value:g} ({where})" for where, value in told.items())
-        for i, value in enumerate(told.values()):
+        reported = paper.get(name, {})
+        label = "paper: " + ", ".join(f"{value:g} ({where})" for where, value in reported.items())
+        for i, value in enumerate(reported.values()):
             _reference(figure, steps, value, label, i)
     return _with_axes(figure, chart)
+
+
+def _line(i: int, **more: Any) -> dict[str, Any]:
+    """The style of the i-th line."""
+    return {"color": COLOURS[i % len(COLOURS)], "dash": DASHES[i % len(DASHES)], **more}
 
 
 def _reference(figure: go.Figure, steps: Sequence[int], value: float, label: str, i: int) -> None:
@@ -80,21 +88,17 @@ def curves_of_groups(chart: Curves, name: str, groups: Sequence[Group]) -> go.Fi
     for i, group in enumerate(groups):
         band = mean_and_band(group, name)
         if band is None:  # no step in common: each run by itself
-            for run in group.runs:
-                steps, values = run.curve(name)
+            for steps, values, run in ((*run.curve(name), run) for run in group.runs):
                 if steps:
-                    line = {"color": COLOURS[i % len(COLOURS)], "dash": DASHES[i % len(DASHES)]}
-                    figure.add_scatter(x=steps, y=values, name=plain(run.name), line=line)
+                    figure.add_scatter(x=steps, y=values, name=plain(run.name), line=_line(i))
             continue
-        colour, several = COLOURS[i % len(COLOURS)], len(group.runs) > 1
-        if several:
-            figure.add_scatter(
-                x=band["steps"] + band["steps"][::-1], y=band["high"] + band["low"][::-1], fill="toself",
-                fillcolor=colour, opacity=0.2, line={"width": 0}, hoverinfo="skip", showlegend=False,
-            )  # fmt: skip
-        label = f"{group.name} (mean and range of {len(group.runs)} runs)" if several else group.name
-        line = {"color": colour, "dash": DASHES[i % len(DASHES)]}
-        figure.add_scatter(x=band["steps"], y=band["mean"], name=plain(label), line=line)
+        label = group.name
+        if len(group.runs) > 1:
+            label += f" (mean and range of {len(group.runs)} runs)"
+            xs, ys = band["steps"] + band["steps"][::-1], band["high"] + band["low"][::-1]
+            filled = {"fill": "toself", "fillcolor": COLOURS[i % len(COLOURS)], "opacity": 0.2, "line": {"width": 0}}
+            figure.add_scatter(x=xs, y=ys, **filled, hoverinfo="skip", showlegend=False)
+        figure.add_scatter(x=band["steps"], y=band["mean"], name=plain(label), line=_line(i))
     return _with_axes(figure, chart) if figure.data else None
 
 
@@ -108,7 +112,7 @@ def _with_axes(figure: go.Figure, chart: Curves) -> go.Figure:
 
 
 def _log_axis(figure: go.Figure, values: Sequence[float]) -> None:
-    """With whole numbers at its ticks, where plotly would write their first digit."""
+    """Makes the axis logarithmic with whole numbers at its ticks; plotly would write only their first digit."""
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     steps = (1, 2, 5) if max(values) < 30 * min(values) else (1,)
     ticks = [digit * 10.0**power for power in range(low, high + 1) for digit in steps]
@@ -131,12 +135,10 @@ def always_zero(chart: Curves, curves: dict[str, dict[str, list[Any]]]) -> bool:
 
 
 def shade_phases(figure: go.Figure, phases: Sequence[dict[str, int]]) -> None:
-    """Behind the curves, lighter to darker; the legend says which is which."""
+    """Shades the phases behind the curves, lighter to darker, and names them in the legend."""
     for span in phases:
-        figure.add_vrect(
-            x0=span["first"], x1=max(span["last"], span["first"] + 1), fillcolor=PHASES[span["phase"]][0],
-            layer="below", line_width=0,
-        )  # fmt: skip
+        first, last, colour = span["first"], max(span["last"], span["first"] + 1), PHASES[span["phase"]][0]
+        figure.add_vrect(x0=first, x1=last, fillcolor=colour, layer="below", line_width=0)
     for number in sorted({span["phase"] for span in phases}):
         colour, label = PHASES[number]
         marker = {"symbol": "square", "size": 10, "color": colour, "line": {"width": 1, "color": "#888"}}
@@ -144,54 +146,46 @@ def shade_phases(figure: go.Figure, phases: Sequence[dict[str, int]]) -> None:
 
 
 def heatmap(maps: Sequence[dict[str, Any]]) -> go.Figure:
-    """Cosines of a logged step, square, with a slider over the steps; the prompts' texts on hover. Cells that are below
-    0 by more than twice the sketch's error are hatched."""
-
-    def hover(one: dict[str, Any]) -> list[str]:
-        return [
-            f"{i + 1}. {wrapped(text)}" + ("" if reward is None else f" (reward {reward:g})")
-            for i, (text, reward) in enumerate(zip(one["prompts"], one["rewards"], strict=True))
-        ]
-
-    def traces(one: dict[str, Any]) -> list[Any]:
-        names, count = hover(one), len(one["prompts"])
-        texts = [[f"{row}<br>{column}" for column in names] for row in names]
-        border = -2 * (one["sketch_rmse"] or 0.0)
-        below = [(i, j) for i, row in enumerate(one["cosines"]) for j, value in enumerate(row) if value < border]
-        size = max(2.0, min(16.0, 240 / count))
-        marker = {"symbol": "line-ne-open", "size": size, "color": "rgba(0,0,0,.55)"}
-        return [
-            go.Heatmap(
-                z=one["cosines"], zmin=-1, zmax=1, colorscale="RdBu", customdata=texts,
-                colorbar={"title": {"text": "cosine", "font": {"size": 11}}, "thickness": 10},
-                hovertemplate="%{customdata}<br>cosine %{z:.2f}<extra></extra>",
-            ),
-            go.Scatter(
-                x=[j for _, j in below], y=[i for i, _ in below], mode="markers", marker=marker, hoverinfo="skip",
-                showlegend=False,
-            ),
-        ]  # fmt: skip
-
-    def layout(one: dict[str, Any]) -> dict[str, Any]:
-        count, reliability = len(one["prompts"]), one["reliability"]
-        told = "reliability unknown" if reliability is None else f"reliability {reliability:.2f}"
-        title = f"step {one['step']}: {one['live']} live prompts, {told}"
-        labels = [plain(textwrap.shorten(text, SHORT, placeholder="…") or text[:SHORT]) for text in one["prompts"]]
-        ticks = {"tickvals": list(range(count)), "ticktext": labels, "showticklabels": count <= MOST_LABELS}
-        common = {"showgrid": False, "zeroline": False, "tickfont": {"size": 9}, **ticks}
-        return {
-            "title": {"text": title, "font": {"size": 12}, "x": 0.02, "y": 0.98, "yanchor": "top"},
-            "xaxis": {**common, "range": [-0.5, count - 0.5], "tickangle": 90, "constrain": "domain"},
-            "yaxis": {**common, "range": [count - 0.5, -0.5], "scaleanchor": "x", "constrain": "domain"},
-        }
-
-    frames = [go.Frame(data=traces(one), name=str(one["step"]), layout=layout(one)) for one in maps]
-    figure = go.Figure(data=traces(maps[0]), frames=frames)
+    """Cosines of a logged step, square, with a slider over the steps; the prompts' texts on hover."""
+    frames = [go.Frame(data=_traces(one), name=str(one["step"]), layout=_layout(one)) for one in maps]
+    figure = go.Figure(data=_traces(maps[0]), frames=frames)
     move = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     steps = [{"label": frame.name, "method": "animate", "args": [[frame.name], move]} for frame in frames]
     sliders = [{"steps": steps, "currentvalue": {"prefix": "step ", "font": {"size": 11}}, "pad": {"t": 90}}]
-    figure.update_layout(**layout(maps[0]), sliders=sliders if len(maps) > 1 else [])
+    figure.update_layout(**_layout(maps[0]), sliders=sliders if len(maps) > 1 else [])
     return figure
+
+
+def _traces(one: dict[str, Any]) -> list[Any]:
+    """The cells, and hatches over those that are below 0 by more than twice the sketch's error."""
+    names = [
+        f"{i}. {wrapped(text)}" + ("" if reward is None else f" (reward {reward:g})")
+        for i, (text, reward) in enumerate(zip(one["prompts"], one["rewards"], strict=True), start=1)
+    ]
+    texts = [[f"{row}<br>{column}" for column in names] for row in names]
+    border = -2 * (one["sketch_rmse"] or 0.0)
+    below = [(i, j) for i, row in enumerate(one["cosines"]) for j, value in enumerate(row) if value < border]
+    size = max(2.0, min(16.0, 240 / len(names)))
+    colorbar = {"title": {"text": "cosine", "font": {"size": 11}}, "thickness": 10}
+    cells = go.Heatmap(z=one["cosines"], zmin=-1, zmax=1, colorscale="RdBu", colorbar=colorbar)
+    cells.update(customdata=texts, hovertemplate="%{customdata}<br>cosine %{z:.2f}<extra></extra>")
+    marker = {"symbol": "line-ne-open", "size": size, "color": "rgba(0,0,0,.55)"}
+    columns, rows = [j for _, j in below], [i for i, _ in below]
+    return [cells, go.Scatter(x=columns, y=rows, mode="markers", marker=marker, hoverinfo="skip", showlegend=False)]
+
+
+def _layout(one: dict[str, Any]) -> dict[str, Any]:
+    count, reliability = len(one["prompts"]), one["reliability"]
+    signal = "reliability unknown" if reliability is None else f"reliability {reliability:.2f}"
+    title = f"step {one['step']}: {one['live']} live prompts, {signal}"
+    labels = [plain(textwrap.shorten(text, SHORT, placeholder="…") or text[:SHORT]) for text in one["prompts"]]
+    ticks = {"tickvals": list(range(count)), "ticktext": labels, "showticklabels": count <= MOST_LABELS}
+    common = {"showgrid": False, "zeroline": False, "tickfont": {"size": 9}, **ticks, "constrain": "domain"}
+    return {
+        "title": {"text": title, "font": {"size": 12}, "x": 0.02, "y": 0.98, "yanchor": "top"},
+        "xaxis": {**common, "range": [-0.5, count - 0.5], "tickangle": 90},
+        "yaxis": {**common, "range": [count - 0.5, -0.5], "scaleanchor": "x"},
+    }
 
 
 def histogram(numbers: dict[str, Any]) -> go.Figure:
@@ -216,68 +210,59 @@ def histogram(numbers: dict[str, Any]) -> go.Figure:
 
 def sigma_and_curvature(points: Sequence[dict[str, Any]]) -> go.Figure:
     """A point for each prompt and logged step, darker the later."""
-    colour = {"color": [point["step"] for point in points], "colorscale": "Viridis", "reversescale": True, "size": 5}
-    figure = go.Figure(
-        go.Scatter(
-            x=[point["sigma"] for point in points], y=[point["curvature"] for point in points], mode="markers",
-            marker={**colour, "colorbar": {"title": {"text": "step", "font": {"size": 11}}, "thickness": 10}},
-            hovertemplate="sigma %{x:.3f}<br>curvature %{y:.3g}<extra></extra>",
-        )
-    )  # fmt: skip
+    sigmas, curvatures = ([point[name] for point in points] for name in ("sigma", "curvature"))
+    marker = {"color": [point["step"] for point in points], "colorscale": "Viridis", "reversescale": True, "size": 5}
+    marker["colorbar"] = {"title": {"text": "step", "font": {"size": 11}}, "thickness": 10}
+    figure = go.Figure()
+    figure.add_scatter(x=sigmas, y=curvatures, mode="markers", marker=marker)
+    figure.update_traces(hovertemplate="sigma %{x:.3f}<br>curvature %{y:.3g}<extra></extra>")
     figure.update_xaxes(title="sigma, std of the prompt's rewards")
     figure.update_yaxes(title="curvature along its gradient")
-    low, high = without_outliers([point["curvature"] for point in points])
-    outside = sum(not low <= point["curvature"] <= high for point in points)
+    low, high = without_outliers(curvatures)
+    outside = sum(not low <= value <= high for value in curvatures)
     if outside:
         margin = 0.05 * (high - low)
-        figure.update_yaxes(
-            range=[low - margin, high + margin], title=f"curvature along its gradient ({outside} beyond)"
-        )
+        title = f"curvature along its gradient ({outside} beyond)"
+        figure.update_yaxes(range=[low - margin, high + margin], title=title)
     return figure
 
 
 def what_if(table: dict[str, Any]) -> go.Figure:
     """Each normalisation's cosine with the step taken, and its factor on the learning rate."""
-    figure = go.Figure()
     methods = table["methods"]
-    told = [
+    names, rows = list(methods), list(methods.values())
+    cosines, factors = [one["cos"] for one in rows], [one["factor"] for one in rows]
+    hover = [
         f"{name}<br>cosine {one['cos']:.3f}<br>factor {one['factor']:.3g}, spread "
         + ("-" if one["spread"] is None else f"{one['spread']:.2g}")
         for name, one in methods.items()
     ]
-    low = [one["factor"] - one["factor_low"] for one in methods.values()]
-    high = [one["factor_high"] - one["factor"] for one in methods.values()]
-    figure.add_scatter(
-        x=[one["cos"] for one in methods.values()], y=[one["factor"] for one in methods.values()],
-        text=_labels(methods), mode="markers+text", textposition="middle left", textfont={"size": 10},
-        marker={"size": 10, "line": {"width": 1, "color": "#333"}}, hovertext=told, hoverinfo="text", showlegend=False,
-        error_y={"type": "data", "array": high, "arrayminus": low, "thickness": 0.8, "width": 2, "color": "#999"},
-    )  # fmt: skip
-    least = min(one["cos"] for one in methods.values())
-    figure.update_xaxes(title="cosine with the step that was taken", range=[min(least, 0.98) - 0.03, 1.005])
+    low = [one["factor"] - one["factor_low"] for one in rows]
+    high = [one["factor_high"] - one["factor"] for one in rows]
+    figure = go.Figure()
+    marker = {"size": 10, "line": {"width": 1, "color": "#333"}}
+    error_y = {"type": "data", "array": high, "arrayminus": low, "thickness": 0.8, "width": 2, "color": "#999"}
+    figure.add_scatter(x=cosines, y=factors, mode="markers+text", marker=marker, error_y=error_y, showlegend=False)
+    figure.update_traces(text=_labels(names, cosines, factors), textposition="middle left", textfont={"size": 10})
+    figure.update_traces(hovertext=hover, hoverinfo="text")
+    figure.update_xaxes(title="cosine with the step that was taken", range=[min(*cosines, 0.98) - 0.03, 1.005])
     figure.update_yaxes(title="factor on the learning rate")
-    if all(one["factor_low"] > 0 for one in methods.values()):
-        _log_axis(figure, [one[key] for one in methods.values() for key in ("factor_low", "factor_high")])
+    if all(one["factor_low"] > 0 for one in rows):
+        _log_axis(figure, [one[key] for one in rows for key in ("factor_low", "factor_high")])
     return figure
 
 
-def _labels(methods: dict[str, dict[str, Any]]) -> list[str]:
-    """One for points that lie on one another: the first has all their names."""
-    labels, names = [""] * len(methods), list(methods)
-    width = max(1 - min(one["cos"] for one in methods.values()), 0.02)
-    taken: set[int] = set()
-    for i, name in enumerate(names):
-        if i in taken:
-            continue
-        near = [
-            j
-            for j, other in enumerate(names)
-            if j not in taken
-            and abs(methods[other]["cos"] - methods[name]["cos"]) < 0.15 * width
-            and abs(math.log(max(methods[other]["factor"], 1e-9) / max(methods[name]["factor"], 1e-9))) < 0.16
-        ]
-        taken |= set(near)
-        labels[i] = ", ".join(names[j] for j in near[:3]) + (f" +{len(near) - 3}" if len(near) > 3 else "") + "  "
+def _labels(names: list[str], cosines: list[float], factors: list[float]) -> list[str]:
+    """A label for each point; of points that lie on one another the first has all their names, the others none."""
+    width = max(1 - min(cosines), 0.02)
+    logs = [math.log(max(factor, 1e-9)) for factor in factors]
+    labels, left = [""] * len(names), list(range(len(names)))
+    while left:
+        i = left[0]
+        near = [j for j in left if abs(cosines[j] - cosines[i]) < 0.15 * width and abs(logs[j] - logs[i]) < 0.16]
+        left = [j for j in left if j not in near]
+        more = f" +{len(near) - 3}" if len(near) > 3 else ""
+        labels[i] = ", ".join(names[j] for j in near[:3]) + more + "  "
     return labels
 
 
@@ -300,27 +285,23 @@ def parts(numbers: dict[str, Any]) -> go.Figure:
 def tasks(numbers: dict[str, Any]) -> go.Figure:
     """Task against task: mean cosine over steps, with its 95 % interval as text."""
     names = [plain(name) for name in numbers["names"]]
-    figure = go.Figure(
-        go.Heatmap(
-            z=numbers["cosines"], x=names, y=names, zmin=-1, zmax=1, colorscale="RdBu", text=numbers["texts"],
-            texttemplate="%{text}", colorbar={"title": "cosine", "thickness": 10},
-        )
-    )  # fmt: skip
+    figure = go.Figure()
+    figure.add_heatmap(z=numbers["cosines"], x=names, y=names, zmin=-1, zmax=1, colorscale="RdBu")
+    figure.update_traces(text=numbers["texts"], texttemplate="%{text}", colorbar={"title": "cosine", "thickness": 10})
     figure.update_yaxes(autorange="reversed")
     return figure
 
 
 def as_json(figure: go.Figure, height: int = HEIGHT) -> str:
-    """For a ``<script type="application/json">``: nothing of it can end the script."""
+    """The figure with the page's fonts and colours, for a ``<script type="application/json">``."""
     axis = {"gridcolor": GRID, "linecolor": GRID, "zerolinecolor": "#b8bec4", "automargin": True}
     title = {"font": {"size": 11, "color": TEXT}, "standoff": 6}
     figure.update_xaxes(**axis, title=title)
     figure.update_yaxes(**axis, title=title)
-    figure.update_layout(
-        template=None, height=height, autosize=True, margin={"l": 48, "r": 12, "t": 26, "b": 36},
-        font={"size": 11, "color": TEXT, "family": "system-ui, sans-serif"}, paper_bgcolor="white",
-        plot_bgcolor="white", hoverlabel={"font": {"size": 11}},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0, "font": {"size": 10}},
-    )  # fmt: skip
-    plotted = json.loads(figure.to_json())
-    return json.dumps(plotted, separators=(",", ":")).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    font = {"size": 11, "color": TEXT, "family": "system-ui, sans-serif"}
+    margin = {"l": 48, "r": 12, "t": 26, "b": 36}
+    legend = {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0, "font": {"size": 10}}
+    figure.update_layout(template=None, height=height, autosize=True, margin=margin, font=font, legend=legend)
+    figure.update_layout(paper_bgcolor="white", plot_bgcolor="white", hoverlabel={"font": {"size": 11}})
+    # compact; no "<" that could end the script
+    return json.dumps(json.loads(figure.to_json()), separators=(",", ":")).replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""``python -m trl_ext report RUN [RUN ...]``: run folders -> one HTML file, figures, numbers."""
+"""``python -m trl_ext report`` makes a page of runs, and ``python -m trl_ext check`` prints what is wrong with them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,35 +15,38 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .read_run import Run
+    from .verdicts import Diagnosis
+
+WIDTH = 100  # characters of a line that ``check`` prints
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m trl_ext", description="Looks at runs of CurvatureGRPOTrainer.")
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="one HTML file of one run, or of several side by side")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's output_dir; it may still be going")
     report.add_argument("-o", "--output", default="report.html", help="the page (default: report.html)")
-    report.add_argument("--figures", metavar="DIR", help="also figures for a paper, as PDF and PNG")
-    report.add_argument("--json", metavar="FILE", help="also the same numbers, as JSON")
-    commands.add_parser("check", help="verdicts: what is wrong, since when, what to do; exits 1 on a critical one")
+    check_help = "verdicts: what is wrong, since when, what to do; exits 1 on a critical one, 2 on an error"
+    check = commands.add_parser("check", help=check_help, description=check_help)
+    for command in (report, check):
+        command.add_argument("runs", nargs="+", metavar="RUN", help="a run's output_dir; it may still be going")
+        command.add_argument("--json", metavar="FILE", help="also writes the numbers or verdicts as JSON")
     commands.add_parser("what-if", help="what every normalisation would have made of a run's steps")
     return parser.parse_args(arguments)
 
 
 def writable(path: Path, suffix: str) -> Path:
-    """Raises ``ValueError`` where a file can't be written there, or another kind of file is, before any work."""
+    """Returns ``path``; raises ``ValueError`` if it can't be written or is a file of another kind."""
     from .read_run import STATE_FILE
     from .run_files import CONFIG_FILE
 
     if path.is_dir():
         raise ValueError(f"{path} can't be written: it is a folder")
-    if path.exists() and (path.suffix != suffix or path.name in (STATE_FILE, CONFIG_FILE)):
+    existed = path.exists()
+    if existed and (path.suffix != suffix or path.name in (STATE_FILE, CONFIG_FILE)):
         raise ValueError(f"{path} is there already and isn't a report's: give a name that ends in {suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        with open(path, "a"):
-            pass
+        open(path, "a").close()
         if not existed:
             path.unlink()
     except OSError as error:
@@ -50,17 +54,8 @@ def writable(path: Path, suffix: str) -> Path:
     return path
 
 
-def writable_folder(path: Path) -> Path:
-    """Raises ``ValueError`` where files can't be put into it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--figures {path} is not a folder that can be written: {error.strerror}") from None
-    return path
-
-
 def read_runs(folders: Sequence[str]) -> list[Run]:
-    """Runs whose folders have the same name are told apart by their parents'."""
+    """Reads runs, and puts the parent folder or the whole path in front of names that occur twice."""
     from .read_run import read_run
 
     runs = [read_run(folder) for folder in folders]
@@ -76,11 +71,18 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
-    for module in ("plotly", "matplotlib", "scipy"):
+    if options.command == "check":
+        check(options)
+    else:
+        report(options, shlex.join(["python", "-m", "trl_ext", *arguments]))
+
+
+def report(options: argparse.Namespace, command: str) -> None:
+    """Writes the page, and prints each run's summary; ``command`` is shown on the page."""
+    for module in ("plotly", "scipy"):
         if find_spec(module) is None:
             sys.exit(f'error: the report needs {module}: pip install "curvature-grpo[report]"')
     # numpy, torch, plotly: not for --help
-    from .figures import draw_figures
     from .groups import group_runs
     from .numbers import report_numbers
     from .page import build_page
@@ -88,7 +90,6 @@ def main(arguments: Sequence[str]) -> None:
     try:
         output = writable(Path(options.output), ".html")
         json_file = writable(Path(options.json), ".json") if options.json else None
-        figures = writable_folder(Path(options.figures)) if options.figures else None
         runs = read_runs(options.runs)
         groups = group_runs(runs)
     except ValueError as error:
@@ -105,7 +106,6 @@ def main(arguments: Sequence[str]) -> None:
             print(f"  {line}")
         for found in one["diagnosis"]["verdicts"]:
             print(f"  {found['level']}: {found['title']}, since step {found['onset']}: {found['evidence']}.")
-    command = shlex.join(["python", "-m", "trl_ext", *arguments])
     try:
         page = build_page(runs, groups, numbers, command).encode("utf-8", "replace")
         output.write_bytes(page)
@@ -113,8 +113,43 @@ def main(arguments: Sequence[str]) -> None:
         if json_file is not None:
             json_file.write_text(json.dumps(numbers if len(numbers) > 1 else numbers[0], indent=1, allow_nan=False))
             print(f"Numbers: {json_file}")
-        if figures is not None:
-            files = draw_figures(groups, numbers, figures)
-            print(f"Figures: {len(files)} files in {figures}")
     except OSError as error:
         sys.exit(f"error: {error.filename or output} can't be written: {error.strerror}")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Prints the verdicts on each run, and exits with 1 if one is critical, with 2 if a folder can't be read."""
+    from .verdicts import diagnose
+
+    try:
+        file = writable(Path(options.json), ".json") if options.json else None
+        runs = read_runs(options.runs)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    found = {run.name: diagnose(run) for run in runs}
+    for i, run in enumerate(runs):
+        for problem in run.problems:
+            print(f"skipped: {problem}")
+        print(("\n" if i else "") + "\n".join(verdict_lines(run.name, run.last_step, found[run.name])))
+    if file is not None:
+        file.write_text(json.dumps({name: one.as_plain() for name, one in found.items()}, indent=1))
+        print(f"Verdicts: {file}")
+    sys.exit(int(any(one.worst == "critical" for one in found.values())))
+
+
+def verdict_lines(name: str, last_step: int, diagnosis: Diagnosis) -> list[str]:
+    """The lines that ``check`` prints for one run."""
+    looked = len(diagnosis.clear) + len(diagnosis.verdicts)
+    lines = [f"{name}, up to step {last_step}: {len(diagnosis.verdicts)} found, {looked} signatures looked at"]
+    for one in diagnosis.verdicts:
+        lines += ["", f"{one.level.upper()}: {one.title}, since step {one.onset} (confidence {one.confidence:.0%})"]
+        for text in (f"{one.evidence}.", f"-> {one.remedy}"):
+            lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
+    if diagnosis.unknown:
+        reasons: dict[str, list[str]] = {}
+        for signature, reason in diagnosis.unknown.items():
+            reasons.setdefault(reason, []).append(signature)
+        lines += ["", "Can't be told:"]
+        lines += [f"  {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return lines

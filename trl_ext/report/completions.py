@@ -1,9 +1,9 @@
-"""A few hundred of a run's answers, for the report: ``<run folder>/sampled_completions.json``.
+"""Keeps a few hundred of a run's answers for the report, in ``<run folder>/sampled_completions.json``.
 
-At the steps that log interference (every ``EVERY``-th without) two prompts of the batch, one whose answers' rewards
-differ and one whose don't, with at most ``ANSWERS`` answers each: that of the lowest and that of the highest reward,
-and between them a spread. Beyond ``MOST`` rows every other step is dropped, and
-from there on as rarely kept. On the main process; a failure is said once, and training goes on.
+At steps that log interference (without it at every ``EVERY``-th) it keeps two prompts of the batch, one whose answers
+differ in reward and one whose don't, with at most ``ANSWERS`` answers each, from the lowest reward to the highest.
+Beyond ``MOST`` rows it drops every other step, and keeps half as many from then on. Only the main process does this; a
+failure is logged once, and training goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EVERY, ANSWERS, MOST, TEXT = 10, 4, 240, 1500  # steps, answers of a prompt, row
 
 
 def answer_text(completion: Any) -> str:
-    """Of a completion as TRL logs it: a string, or messages."""
+    """The text of a completion as TRL logs it: a string, or messages."""
     if isinstance(completion, str):
         return completion
     if isinstance(completion, list):
@@ -34,22 +34,18 @@ def answer_text(completion: Any) -> str:
 
 
 def rows_of(logs: Mapping[str, Any], step: int, num_generations: int) -> list[dict[str, Any]]:
-    """Of TRL's table of the latest batch, whose groups stand one after another."""
-    prompts, answers = list(logs["prompt"]), list(logs["completion"])
-    advantages = list(logs["advantages"])
-    rewards = {name: list(values) for name, values in logs["rewards"].items()}
+    """The rows that are kept of TRL's table of the latest batch, whose groups stand one after another."""
+    prompts, answers, advantages, rewards = (logs[key] for key in ("prompt", "completion", "advantages", "rewards"))
     count = min(len(prompts), len(answers), len(advantages), *(len(values) for values in rewards.values()))
     starts = range(0, count - num_generations + 1, num_generations)
     alive = {start: any(advantages[start : start + num_generations]) for start in starts}
     chosen = [next((start for start in starts if alive[start] is kind), None) for kind in (True, False)]
     rows = []
-    for start in chosen:
-        if start is None:
-            continue
+    for start in (one for one in chosen if one is not None):
         for i in spread_by_reward(range(start, start + num_generations), rewards):
-            row = {"step": step, "prompt": prompt_text(prompts[i])[:TEXT], "answer": answer_text(answers[i])[:TEXT]}
-            row["rewards"] = {name: values[i] for name, values in rewards.items()}
-            rows.append({**row, "advantage": advantages[i]})
+            texts = {"prompt": prompt_text(prompts[i])[:TEXT], "answer": answer_text(answers[i])[:TEXT]}
+            given = {name: values[i] for name, values in rewards.items()}
+            rows.append({"step": step, **texts, "rewards": given, "advantage": advantages[i]})
     return rows
 
 
@@ -69,32 +65,16 @@ def spread_by_reward(rows: Sequence[int], rewards: Mapping[str, Sequence[float |
 
 
 def read_completions(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's folder; none where there is no file, or none that can be read."""
+    """The rows of a run's folder; none where there is no file, or one that can't be read."""
     try:
         rows = json.loads((folder / FILE).read_text())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return []
-    return [row for row in rows if _is_row(row)] if isinstance(rows, list) else []
-
-
-def _is_row(row: Any) -> bool:
-    """Whether it has what ``rows_of`` gives."""
-
-    def number(value: Any) -> bool:
-        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-    return (
-        isinstance(row, dict)
-        and isinstance(row.get("step"), int)
-        and all(isinstance(row.get(name), str) for name in ("prompt", "answer"))
-        and isinstance(row.get("rewards"), dict)
-        and all(map(number, [*row["rewards"].values(), row.get("advantage")]))
-        and "advantage" in row
-    )
+    return rows if isinstance(rows, list) else []
 
 
 class KeptCompletions(TrainerCallback):
-    """``every``: steps, 0 for ``EVERY``."""
+    """Keeps answers of every ``every``-th step; 0: of every ``EVERY``-th."""
 
     def __init__(self, every: int, num_generations: int) -> None:
         self.every, self.num_generations = every or EVERY, num_generations
@@ -103,7 +83,7 @@ class KeptCompletions(TrainerCallback):
         self._on = True
 
     def see(self, logs: Mapping[str, Any]) -> None:
-        """TRL's table, when it has the rewards of a training batch."""
+        """Copies TRL's table when it holds a training batch with its rewards."""
         if not self._on:
             return
         try:

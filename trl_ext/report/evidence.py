@@ -1,7 +1,6 @@
-"""Since when is something so, and how sure is that: what the signatures of ``signatures/`` are made of.
+"""Statistics behind the verdicts: since which step something holds, and how sure that is.
 
-A signature looks at numbers as they were logged. One bad number is an accident; a *state* is what holds in most of
-the numbers from its onset to the end of the run.
+One bad number is an accident; a *state* is what holds in most logged numbers from its onset to the end of the run.
 """
 
 from __future__ import annotations
@@ -18,43 +17,38 @@ LEAST, MOSTLY = 3, 0.8  # logged numbers that make a state, and the share of tho
 
 @dataclass(frozen=True)
 class State:
-    """What holds since ``onset``, a step: in ``count`` of ``of`` logged numbers, whose mean, and the worst."""
+    """What holds since step ``onset``: in ``count`` of ``of`` logged numbers, with their mean and maximum."""
 
     onset: int
     count: int
     of: int
     mean: float
-    worst: float
+    largest: float
 
     @property
     def confidence(self) -> float:
-        """That the next number has it too, by Laplace's rule of succession."""
+        """The probability that the next number has it too, by Laplace's rule of succession."""
         return (self.count + 1) / (self.of + 2)
 
 
 def state(
-    steps: Sequence[int],
-    values: Sequence[float],
-    bad: Callable[[float], bool],
-    *,
-    least: int = LEAST,
-    low: bool = False,
+    steps: Sequence[int], values: Sequence[float], bad: Callable[[float], bool], *, least: int = LEAST
 ) -> State | None:
-    """The longest state that goes on to the end, or None. ``low``: the worst is the smallest."""
-    flags = [bad(value) for value in values]
-    onset, count, of = None, 0, 0
-    for back, first in enumerate(reversed(range(len(flags))), start=1):
-        count += flags[first]
-        if flags[first] and count >= max(least, MOSTLY * back):
-            onset, of = first, count
+    """The longest state that goes on to the end, or None."""
+    onset, count, total = None, 0, 0
+    for length, first in enumerate(reversed(range(len(values))), start=1):
+        is_bad = bad(values[first])
+        count += is_bad
+        if is_bad and count >= max(least, MOSTLY * length):
+            onset, total = first, count
     if onset is None:
         return None
     since = values[onset:]
-    return State(steps[onset], of, len(since), float(np.mean(since)), min(since) if low else max(since))
+    return State(steps[onset], total, len(since), float(np.mean(since)), max(since))
 
 
 def above(border: float) -> Callable[[float], bool]:
-    """At the border or beyond it."""
+    """At the border or above it."""
     return lambda value: value >= border
 
 
@@ -79,8 +73,8 @@ def student(degrees: int, tail: float) -> float:
 
 
 def interval(values: Sequence[float], looks: int = 1) -> tuple[float, float, float]:
-    """Mean and its 95 % t-interval over steps; infinitely wide below three. ``looks``: intervals of which all are to
-    hold (Bonferroni)."""
+    """Mean and its 95 % t-interval over steps; infinitely wide below three. ``looks``: how many intervals must hold at
+    once (Bonferroni)."""
     mean = float(np.mean(values))
     if len(values) < 3:
         return mean, -math.inf, math.inf
@@ -90,7 +84,9 @@ def interval(values: Sequence[float], looks: int = 1) -> tuple[float, float, flo
 
 def trailing(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[list[int], list[float]]:
     """Means of ``width`` numbers, each at the step where it begins."""
-    if width <= 1 or len(values) < width:
-        return (list(steps), list(values)) if width <= 1 else ([], [])
-    sums = np.convolve(values, np.ones(width), mode="valid") / width
-    return list(steps[: len(sums)]), [float(value) for value in sums]
+    if width <= 1:
+        return list(steps), list(values)
+    if len(values) < width:
+        return [], []
+    means = np.convolve(values, np.ones(width), mode="valid") / width
+    return list(steps[: len(means)]), means.tolist()

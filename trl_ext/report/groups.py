@@ -1,7 +1,4 @@
-"""Several runs side by side: seeds of one configuration belong together; what differs between configurations.
-
-Runs can be compared where their logs have a curve in common.
-"""
+"""Groups runs that differ only by their seed, and lists what differs between configurations."""
 
 from __future__ import annotations
 
@@ -14,20 +11,10 @@ import numpy as np
 from .read_run import Run
 from .run_files import STARTED
 
-# what differs between two runs of one configuration
+# options that differ between two runs of one configuration
 NOT_CONFIGURATION = (
-    "seed",
-    "data_seed",
-    "output_dir",
-    "run_name",
-    "logging_dir",
-    "hub_model_id",
-    "resume_from_checkpoint",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "report_to",
-    STARTED,
+    *("seed", "data_seed", "output_dir", "run_name", "logging_dir", "hub_model_id", "resume_from_checkpoint"),
+    *("logging_steps", "eval_steps", "save_steps", "report_to", STARTED),
 )
 
 
@@ -59,30 +46,24 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     members: dict[Any, list[Run]] = {}
     for run in runs:
         members.setdefault(_configuration(run) or run.folder, []).append(run)
-    groups = []
-    for together in members.values():
-        names = [run.name for run in together]
-        name = names[0] if len(names) == 1 else f"{', '.join(names)}"
-        groups.append(Group(name if len(name) < 40 else f"{names[0]} and {len(names) - 1} more", together))
-    return groups
+    return [Group(_name(together), together) for together in members.values()]
+
+
+def _name(runs: list[Run]) -> str:
+    name = ", ".join(run.name for run in runs)
+    return name if len(runs) == 1 or len(name) < 40 else f"{runs[0].name} and {len(runs) - 1} more"
 
 
 def _metrics(run: Run) -> set[str]:
-    return {name for entry in run.logs for name, value in entry.items() if isinstance(value, int | float)} - {
-        "step",
-        "epoch",
-    }
+    names = {name for entry in run.logs for name, value in entry.items() if isinstance(value, int | float)}
+    return names - {"step", "epoch"}
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(option, its value in each run) of the options that aren't the same in all, folders left out."""
     names = sorted({name for run in runs for name in run.config} - {"output_dir", "run_name", "logging_dir", STARTED})
-    rows = []
-    for name in names:
-        values = [repr(run.config[name]) if name in run.config else "" for run in runs]
-        if len(set(values)) > 1:
-            rows.append((name, values))
-    return rows
+    rows = [(name, [repr(run.config[name]) if name in run.config else "" for run in runs]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
 def mean_and_band(group: Group, name: str) -> dict[str, list[float]] | None:
@@ -93,9 +74,5 @@ def mean_and_band(group: Group, name: str) -> dict[str, list[float]] | None:
     if not steps:
         return None
     values = np.array([[one[step] for step in steps] for one in by_step], dtype=float)  # None: NaN
-    return {
-        "steps": steps,
-        "mean": values.mean(0).tolist(),
-        "low": values.min(0).tolist(),
-        "high": values.max(0).tolist(),
-    }
+    mean, low, high = values.mean(0), values.min(0), values.max(0)
+    return {"steps": steps, "mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}

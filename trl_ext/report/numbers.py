@@ -1,16 +1,15 @@
-"""What a report says of a run, as numbers: the same for the page, the figures and ``--json``. Nothing is drawn here.
+"""Computes what a report shows of a run, as plain numbers for the page and ``--json``.
 
-Shapes: L live prompts of one logged step, after reduction to at most ``MOST_PROMPTS``.
+Shapes: P prompts of a logged step; L of them live (with a gradient).
 
-Reduced, and said there: at most ``MOST_HEATMAPS`` logged steps of all runs have a heatmap, evenly spaced, the first and
-the last among them; a heatmap shows at most ``MOST_PROMPTS`` prompts, those with the largest gradients; curves of more
-than ``MOST_POINTS`` are thinned evenly.
+At most ``MOST_HEATMAPS`` logged steps of all runs get a heatmap, evenly spaced, with the first and the last; a heatmap
+shows at most ``MOST_PROMPTS`` prompts, those with the largest gradients; curves of more than ``MOST_POINTS`` points are
+thinned evenly.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from grpo_kernels.interference.model_parts import PARTS_OF_MODEL
 from grpo_kernels.interference.step_gradients import StepGradients
 from trl_ext.recorder.files import InterferenceRecord
 
-from .by_task import task_metric_names, tasks
+from .by_task import tasks
 from .completions import read_completions
 from .read_run import Run
 from .sections import SECTIONS
@@ -48,42 +47,32 @@ PAPER = {
 }
 
 
-def thin(steps: Sequence[int], values: Sequence[Any], most: int = MOST_POINTS) -> tuple[list[int], list[Any]]:
-    """At most ``most`` points, evenly spaced, the last among them."""
-    if len(steps) <= most:
-        return list(steps), list(values)
-    chosen = np.unique(np.linspace(0, len(steps) - 1, most).round().astype(int))
-    return [steps[i] for i in chosen], [values[i] for i in chosen]
+def evenly(count: int, most: int) -> list[int]:
+    """At most ``most`` of the places 0 to ``count`` - 1, evenly spaced, with the first and the last."""
+    if count <= most:
+        return list(range(count))
+    return np.unique(np.linspace(0, count - 1, most).round().astype(int)).tolist()
 
 
 def curves(run: Run) -> dict[str, dict[str, dict[str, list[Any]]]]:
-    """Section -> metric -> ``steps`` and ``values``, None where one is missing; what was never logged is left out."""
+    """Section -> metric -> ``steps`` and ``values``, None where one is missing; without metrics never logged."""
+    logged = dict.fromkeys(name for entry in run.logs for name in entry)
     found: dict[str, dict[str, dict[str, list[Any]]]] = {}
     for section, one in SECTIONS.items():
-        found[section] = {}
-        for name in [*(name for chart in one.curves for name in chart.metrics), *MORE.get(section, ())]:
-            steps, values = thin(*run.curve(name))
-            if steps:
-                found[section][name] = {"steps": steps, "values": values}
-    for name in reward_functions(run):
-        steps, values = thin(*run.curve(f"rewards/{name}/mean"))
-        found["learning"][f"rewards/{name}/mean"] = {"steps": steps, "values": values}
-    for name in task_metric_names(run):
-        steps, values = thin(*run.curve(name))
-        found["tasks"][name] = {"steps": steps, "values": values}
+        ordered = sorted(logged) if section == "tasks" else logged  # reward functions in the order of the run's
+        names = [*(name for chart in one.curves for name in chart.find(ordered).metrics), *MORE.get(section, ())]
+        found[section] = {name: curve for name in names if (curve := _curve(run, name))}
     return found
 
 
-def reward_functions(run: Run) -> list[str]:
-    """Names of those whose rewards were logged."""
-    found = {
-        match[1]: None for entry in run.logs for name in entry if (match := re.fullmatch(r"rewards/(.+)/mean", name))
-    }
-    return list(found)
+def _curve(run: Run, name: str) -> dict[str, list[Any]]:
+    steps, values = run.curve(name)
+    chosen = evenly(len(steps), MOST_POINTS)
+    return {"steps": [steps[i] for i in chosen], "values": [values[i] for i in chosen]} if steps else {}
 
 
 def parts(records: Sequence[InterferenceRecord]) -> dict[str, dict[str, float]]:
-    """By part of the model, means over the logged steps: share, mean cosine and its error."""
+    """Part of the model -> means over the logged steps of its share, mean cosine and the cosine's error."""
     found: dict[str, dict[str, float]] = {}
     for name in PARTS_OF_MODEL:
         for key in ("share", "cos_mean", "sketch_rmse"):
@@ -102,7 +91,7 @@ def what_if(run: Run) -> dict[str, Any] | None:
 
 
 def cosines(record: InterferenceRecord) -> tuple[np.ndarray, np.ndarray]:
-    """((L,) places of the live prompts in the record, (L, L) cosines of their gradients), in the record's order."""
+    """Which prompts of the record are live, (L,), and the cosines of their gradients, (L, L)."""
     square_P = np.diag(record.gram_PP).astype(float)
     live = np.flatnonzero(square_P > 1e-12 * max(square_P.max(initial=0.0), 1e-300))
     norm = np.sqrt(square_P[live])
@@ -111,7 +100,7 @@ def cosines(record: InterferenceRecord) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cluster_order(matrix: np.ndarray) -> np.ndarray:
-    """Rows that look alike beside one another: average linkage on 1 - cosine, leaves in optimal order."""
+    """An order that puts similar rows next to each other: average linkage on 1 - cosine, leaves in optimal order."""
     if len(matrix) < 3:
         return np.arange(len(matrix))
     from scipy.cluster.hierarchy import leaves_list, linkage
@@ -125,58 +114,45 @@ def cluster_order(matrix: np.ndarray) -> np.ndarray:
 
 def prompt_labels(record: InterferenceRecord, places: np.ndarray) -> list[str]:
     """A prompt's text, or its number where no text was kept."""
-    texts = record.prompt_text_P
-    labels = []
-    for place in places:
-        text = texts[place] if texts is not None else ""
-        text = " ".join(text.split())[:TEXT]
-        labels.append(text or f"prompt {int(record.prompt_id_P[place])}")
-    return labels
+    texts = record.prompt_text_P or [""] * len(record.prompt_id_P)
+    return [" ".join(texts[i].split())[:TEXT] or f"prompt {int(record.prompt_id_P[i])}" for i in places]
 
 
-def mean_rewards(record: InterferenceRecord) -> np.ndarray:
-    """(P,) mean reward of each prompt's scorable answers; NaN where there is none."""
-    rewards = []
-    for prompt in record.prompt_id_P:
-        of_prompt = record.reward_B[record.prompt_B == prompt]
-        of_prompt = of_prompt[~np.isnan(of_prompt)]
-        rewards.append(of_prompt.mean() if len(of_prompt) else math.nan)
-    return np.array(rewards)
+def mean_rewards(record: InterferenceRecord, places: np.ndarray) -> list[float | None]:
+    """Mean reward of these prompts' scorable answers; None where a prompt has none."""
+    found = []
+    for prompt in record.prompt_id_P[places]:
+        rewards = record.reward_B[(record.prompt_B == prompt) & ~np.isnan(record.reward_B)]
+        found.append(round(float(rewards.mean()), 3) if len(rewards) else None)
+    return found
 
 
-def heatmap(record: InterferenceRecord) -> dict[str, Any] | None:
-    """One logged step's cosines, ordered by clustering; None with fewer than two live prompts."""
+def _of_prompts(record: InterferenceRecord, places: np.ndarray) -> dict[str, Any]:
+    """What a heatmap and a pair show of their prompts."""
+    return {
+        "step": record.step,
+        "prompts": prompt_labels(record, places),
+        "rewards": mean_rewards(record, places),
+        "reliability": record.metrics.get("interference/reliability"),
+        "sketch_rmse": record.metrics.get("interference/sketch_rmse"),
+    }
+
+
+def heatmap(record: InterferenceRecord) -> dict[str, Any]:
+    """One logged step's cosines, ordered by clustering."""
     live, matrix = cosines(record)
-    if len(live) < 2:
-        return None
     shown = np.arange(len(live))
     if len(live) > MOST_PROMPTS:
         largest = np.argsort(-np.diag(record.gram_PP)[live], kind="stable")[:MOST_PROMPTS]
         shown = np.sort(largest)
     part = matrix[np.ix_(shown, shown)]
     order = cluster_order(part)
-    rewards = mean_rewards(record)[live[shown[order]]]
-    return {
-        "step": record.step,
-        "live": len(live),
-        "reliability": record.metrics.get("interference/reliability"),
-        "sketch_rmse": record.metrics.get("interference/sketch_rmse"),
-        "prompts": prompt_labels(record, live[shown[order]]),
-        "rewards": [None if math.isnan(r) else round(float(r), 3) for r in rewards],
-        "cosines": part[np.ix_(order, order)].round(2).tolist(),
-    }
-
-
-def chosen_records(records: Sequence[InterferenceRecord], most: int) -> list[InterferenceRecord]:
-    """At most ``most`` of those with a pair of live prompts, evenly spaced."""
-    with_pairs = [record for record in records if len(cosines(record)[0]) > 1]
-    if len(with_pairs) <= most:
-        return with_pairs
-    return [with_pairs[i] for i in np.unique(np.linspace(0, len(with_pairs) - 1, most).round().astype(int))]
+    rounded = part[np.ix_(order, order)].round(2).tolist()
+    return {"live": len(live), "cosines": rounded, **_of_prompts(record, live[shown[order]])}
 
 
 def histogram(records: Sequence[InterferenceRecord]) -> dict[str, Any]:
-    """Cosines of all pairs of live prompts, first and last third of the logged steps, in bins of 0.02."""
+    """Counts the cosines of all pairs of live prompts in bins of 0.02, in the first and last third of the steps."""
     edges = np.linspace(-1, 1, 101)
     third = max(1, len(records) // 3)
     counts = {}
@@ -185,14 +161,9 @@ def histogram(records: Sequence[InterferenceRecord]) -> dict[str, Any]:
         name += f" (reliability {np.mean(told):.2f})" if told else ""
         values = [matrix[np.triu_indices(len(matrix), 1)] for _, matrix in map(cosines, part)]
         counts[name] = np.histogram(np.concatenate([*values, np.empty(0)]), edges)[0].tolist()
-    errors = [
-        record.metrics["interference/sketch_rmse"] for record in records if "interference/sketch_rmse" in record.metrics
-    ]
-    return {
-        "edges": edges.round(2).tolist(),
-        "counts": counts,
-        "sketch_rmse": float(np.mean(errors)) if errors else None,
-    }
+    errors = [r.metrics["interference/sketch_rmse"] for r in records if "interference/sketch_rmse" in r.metrics]
+    rmse = float(np.mean(errors)) if errors else None
+    return {"edges": edges.round(2).tolist(), "counts": counts, "sketch_rmse": rmse}
 
 
 def extreme_pairs(records: Sequence[InterferenceRecord]) -> dict[str, list[dict[str, Any]]]:
@@ -207,17 +178,7 @@ def extreme_pairs(records: Sequence[InterferenceRecord]) -> dict[str, list[dict[
         order = np.argsort(values, kind="stable")
         for place in {*order[:MOST_PAIRS].tolist(), *order[-MOST_PAIRS:].tolist()}:
             pair = live[[rows[place], columns[place]]]
-            rewards = mean_rewards(record)[pair]
-            found.append(
-                {
-                    "step": record.step,
-                    "cosine": round(float(values[place]), 3),
-                    "prompts": prompt_labels(record, pair),
-                    "rewards": [None if math.isnan(r) else round(float(r), 3) for r in rewards],
-                    "reliability": record.metrics.get("interference/reliability"),
-                    "sketch_rmse": record.metrics.get("interference/sketch_rmse"),
-                }
-            )
+            found.append({"cosine": round(float(values[place]), 3), **_of_prompts(record, pair)})
     found.sort(key=lambda pair: pair["cosine"])
     return {
         "conflict": [pair for pair in found[:MOST_PAIRS] if pair["cosine"] < 0],
@@ -226,7 +187,7 @@ def extreme_pairs(records: Sequence[InterferenceRecord]) -> dict[str, list[dict[
 
 
 def sigma_and_curvature(records: Sequence[InterferenceRecord]) -> list[dict[str, Any]]:
-    """Of each prompt and logged step: sigma, and measured curvature along its own gradient, where it is defined."""
+    """Sigma and measured curvature along its own gradient, of each prompt and logged step where both are defined."""
     points = []
     for record in records:
         if record.gram_BB is None or record.coefficient_B is None:
@@ -245,13 +206,11 @@ def sigma_and_curvature(records: Sequence[InterferenceRecord]) -> list[dict[str,
             for prompt, value in zip(prompts.tolist(), curvature.tolist(), strict=True)
             if math.isfinite(value)
         ]
-    if len(points) > MOST_POINTS:
-        points = [points[i] for i in np.unique(np.linspace(0, len(points) - 1, MOST_POINTS).round().astype(int))]
-    return points
+    return [points[i] for i in evenly(len(points), MOST_POINTS)]
 
 
 def notes(run: Run) -> list[str]:
-    """What a reader would stumble over."""
+    """Explains steps that were evaluated more than once."""
     return [
         f"Step {step} was evaluated {len(values)} times ({', '.join(f'{value:.3f}' for value in values)}): answers are "
         "sampled, so even the same model gives different accuracies. The curve has their mean."
@@ -260,8 +219,9 @@ def notes(run: Run) -> list[str]:
 
 
 def report_numbers(run: Run, n_runs: int = 1) -> dict[str, Any]:
-    """All of it, of what strict JSON can hold; ``n_runs`` share the page's heatmaps."""
-    chosen = chosen_records(run.records, max(2, MOST_HEATMAPS // n_runs))
+    """Everything that the page and ``--json`` show; ``n_runs`` share the page's heatmaps."""
+    with_pairs = [record for record in run.records if len(cosines(record)[0]) > 1]
+    chosen = [with_pairs[i] for i in evenly(len(with_pairs), max(2, MOST_HEATMAPS // n_runs))]
     compared = what_if(run)
     found: dict[str, Any] = {
         "run": run.name,
@@ -276,7 +236,7 @@ def report_numbers(run: Run, n_runs: int = 1) -> dict[str, Any]:
         "config": run.config,
         "phases": phases(run),
         "curves": curves(run),
-        "heatmaps": [one for one in map(heatmap, chosen) if one is not None],
+        "heatmaps": [heatmap(record) for record in chosen],
         "histogram": histogram(run.records) if chosen else None,
         "pairs": extreme_pairs(run.records),
         "what_if": compared,
@@ -290,7 +250,7 @@ def report_numbers(run: Run, n_runs: int = 1) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None."""
+    """Puts None in place of NaN and infinity, which JSON doesn't have."""
     if isinstance(value, dict):
         return {str(name): finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""The page: numbers -> charts (``charts.py``) -> one HTML file with everything in it (``page.html.jinja``).
+"""Builds the page: numbers -> charts (``charts.py``) -> one HTML file with everything in it (``page.html.jinja``).
 
-plotly's script is in it gzipped, and the page unpacks it: 2 MB in place of 5.
+It holds plotly's script gzipped and unpacks it when it is opened: 2 MB in place of 5.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from plotly.offline import get_plotlyjs
 from trl_ext.options import SCALE_REWARDS_METHOD
 
 from . import charts
-from .by_task import task_charts
 from .definitions import DEFINITIONS, PAPER
 from .groups import Group, differences
 from .read_run import Run
-from .sections import FROM_INTERFERENCE, SECTIONS, Curves
+from .sections import FROM_INTERFERENCE, SECTIONS
 from .summary import STEADY_BLIND
 
 HOW_TO_LOG = "Not in this run's folder. CurvatureGRPOConfig(interference_every=10), the default, logs it."
@@ -34,21 +33,30 @@ HOW_TO = {
 }
 SHOWN_PAIRS = 3  # of each kind
 NOT_LOGGED = "Nothing of it is in this run's log."
-# what a reader asks of a configuration first
-CONFIGURATION = (
-    ("model", "model_name_or_path"), ("adapter", "adapter"), ("normalization", "normalization"),
-    ("answers to a prompt", "num_generations"),
-    ("answers a step", "generation_batch_size"), ("learning rate", "learning_rate"), ("optimizer", "optim"),
-    ("clipped at", "max_grad_norm"), ("loss", "loss_type"), ("beta", "beta"), ("iterations", "num_iterations"),
-    ("tokens of an answer", "max_completion_length"), ("steps", "max_steps"), ("seed", "seed"),
-    ("processes", "num_processes"),
-)  # fmt: skip
+# what is shown of a configuration: label -> option
+CONFIGURATION = {
+    "model": "model_name_or_path",
+    "adapter": "adapter",
+    "normalization": "normalization",
+    "answers to a prompt": "num_generations",
+    "answers a step": "generation_batch_size",
+    "learning rate": "learning_rate",
+    "optimizer": "optim",
+    "clipped at": "max_grad_norm",
+    "loss": "loss_type",
+    "beta": "beta",
+    "iterations": "num_iterations",
+    "tokens of an answer": "max_completion_length",
+    "steps": "max_steps",
+    "seed": "seed",
+    "processes": "num_processes",
+}
 
 Part = dict[str, Any]
 
 
 class Page:
-    """The figures of a page, numbered as they are placed."""
+    """Collects the figures of a page, and numbers them."""
 
     def __init__(self) -> None:
         self.figures: list[Markup] = []
@@ -60,16 +68,13 @@ class Page:
 
 def _curves(page: Page, section: str, numbers: Sequence[dict[str, Any]], groups: Sequence[Group]) -> list[Part]:
     parts: list[Part] = []
-    chosen = list(SECTIONS[section].curves)
-    clip = numbers[0]["config"].get("max_grad_norm")
-    if section == "learning" and len(numbers) == 1 and isinstance(clip, int | float) and clip > 0:
-        chosen[1] = replace(chosen[1], reference=((float(clip), f"clipped at {clip:g}"),))
+    logged = [name for one in numbers for name in one["curves"][section]]
+    chosen = [chart.find(logged) for chart in SECTIONS[section].curves]
+    chosen = [chart for chart in chosen if not chart.pattern or len(chart.metrics) > 1]
     if section == "learning":
-        functions = [name for one in numbers for name in one["curves"]["learning"] if name.startswith("rewards/")]
-        named = {name: charts.plain(name.split("/")[1]) for name in functions}
-        chosen += [Curves("Rewards by function", "mean reward", named)] if len(named) > 1 else []
-    if section == "tasks":
-        chosen += task_charts(sorted({name for one in numbers for name in one["curves"]["tasks"]}))
+        clip = numbers[0]["config"].get("max_grad_norm")
+        if len(numbers) == 1 and isinstance(clip, int | float) and clip > 0:
+            chosen[1] = replace(chosen[1], reference=((float(clip), f"clipped at {clip:g}"),))
     zero: list[str] = []
     for chart in chosen:
         if len(numbers) == 1 and charts.always_zero(chart, numbers[0]["curves"][section]):
@@ -95,12 +100,12 @@ def _interference(page: Page, numbers: dict[str, Any], whose: str) -> list[Part]
     maps, logged = numbers["heatmaps"], numbers["logged_interference_steps"]
     if not maps:
         return []
-    note = f"{len(maps)} of {logged} logged steps have a heatmap here"
-    note += " (the others have fewer than two live prompts, or were left out evenly)" if logged > len(maps) else ""
-    note += (
-        f"; of a step at most {numbers['most_prompts']} prompts, those with the largest gradients. Hatched: below 0 "
+    left_out = " (the others have fewer than two live prompts, or were left out evenly)" if logged > len(maps) else ""
+    note = (
+        f"{len(maps)} of {logged} logged steps have a heatmap here{left_out}; of a step at most "
+        f"{numbers['most_prompts']} prompts, those with the largest gradients. Hatched: below 0 by more than twice the "
+        "sketch's error."
     )
-    note += "by more than twice the sketch's error."
     pairs = [(kind, pair) for kind in ("conflict", "agree") for pair in numbers["pairs"][kind][:SHOWN_PAIRS]]
     return [
         page.place(charts.heatmap(maps), f"{whose}Cosines of a logged step", 500, note=note, tall=True),
@@ -141,7 +146,7 @@ def _noise(numbers: dict[str, Any], whose: str) -> list[Part]:
 
 
 def _own(page: Page, section: str, numbers: dict[str, Any], whose: str) -> list[Part]:
-    """What a section has beside curves."""
+    """What a section shows besides curves."""
     if section == "learning":
         return [{"note": whose + note, "wide": True} for note in numbers["notes"]]
     if section == "interference":
@@ -153,10 +158,8 @@ def _own(page: Page, section: str, numbers: dict[str, Any], whose: str) -> list[
     if section == "parts" and numbers["parts"]:
         return [page.place(charts.parts(numbers["parts"]), f"{whose}Share and cosine by part", 280)]
     if section == "tasks" and numbers["tasks"]:
-        found = numbers["tasks"]
-        parts: list[Part] = [{"note": whose + told, "wide": True} for told in found["told"]]
-        parts.append(page.place(charts.tasks(found), f"{whose}Task against task", 340, tall=True))
-        return parts
+        found = page.place(charts.tasks(numbers["tasks"]), f"{whose}Task against task", 340, tall=True)
+        return [*({"note": whose + told, "wide": True} for told in numbers["tasks"]["told"]), found]
     if section == "curvature" and numbers["sigma_and_curvature"]:
         figure = charts.sigma_and_curvature(numbers["sigma_and_curvature"])
         return [page.place(figure, f"{whose}Sigma and curvature of each prompt")]
@@ -169,14 +172,14 @@ def _own(page: Page, section: str, numbers: dict[str, Any], whose: str) -> list[
 
 
 def configuration(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is shown in the box, where the run has it."""
+    """Label and value of the options in the page's box, without those that the run doesn't have."""
     shown = {**config, "model_name_or_path": str(config.get("model_name_or_path") or "").rstrip("/").split("/")[-1]}
     shown["normalization"] = config.get("normalization") or SCALE_REWARDS_METHOD.get(config.get("scale_rewards", ""))
-    return [(label, f"{shown[name]}") for label, name in CONFIGURATION if shown.get(name) not in (None, "")]
+    return [(label, f"{shown[name]}") for label, name in CONFIGURATION.items() if shown.get(name) not in (None, "")]
 
 
 def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[dict[str, Any]], command: str) -> str:
-    """The whole file. ``numbers`` are ``report_numbers`` of the runs."""
+    """The HTML file as a text. ``numbers`` are ``report_numbers`` of the runs."""
     page, sections = Page(), []
     for name, section in SECTIONS.items():
         own: list[Part] = []

@@ -1,8 +1,8 @@
-"""A run's folder -> what a report shows of it: TRL's log history, the interference files, the configuration.
+"""Reads a run's folder: TRL's log history, the interference files, the configuration.
 
-Works on a folder that is finished, still going, or was killed: the log is ``log_history.jsonl``, else (runs of TRL's
-own trainer) ``trainer_state.json`` or that of the newest whole checkpoint, whichever goes furthest. What can't be read,
-or is an earlier run's in the same folder, is skipped and named.
+The run may be finished, still going, or killed. The log is ``log_history.jsonl``, else (runs of TRL's own trainer) the
+``trainer_state.json`` of the folder or of a checkpoint, whichever goes furthest. What can't be read, or belongs to an
+earlier run in the same folder, is skipped and named.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _same_kind(entry: dict[str, Any], name: str) -> bool:
-    """Whether the entry is one that such a metric may be in: an evaluation's, or a training step's."""
+    """Whether such a metric may be in this entry: an evaluation's, or a training step's."""
     of_evaluation = any(key.startswith("eval_") for key in entry)
     return name in entry or (of_evaluation if name.startswith("eval_") else "loss" in entry and not of_evaluation)
 
@@ -123,13 +123,12 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     if not logs:  # the metrics of the logged steps are in their files too
         logs = [{"step": record.step, **record.metrics} for record in records]
     config = _json(path / CONFIG_FILE, problems) if (path / CONFIG_FILE).is_file() else {}
-    return Run(
-        path, path.resolve().name or str(path), logs, records, config if isinstance(config, dict) else {}, problems
-    )
+    config = config if isinstance(config, dict) else {}
+    return Run(path, path.resolve().name or str(path), logs, records, config, problems)
 
 
 def _reach(logs: list[dict[str, Any]]) -> tuple[float, int]:
-    return (max((entry["step"] for entry in logs), default=-1), len(logs))
+    return max((entry["step"] for entry in logs), default=-1), len(logs)
 
 
 def _written(path: Path, record: InterferenceRecord) -> float:
@@ -159,13 +158,11 @@ def _json(file: Path, problems: list[str]) -> Any:
 def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
     entries, broken = [], 0
     try:
-        lines = file.read_text(errors="replace").splitlines()
+        lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
     except OSError as error:
         problems.append(f"{file} is skipped, it can't be read: {error}")
         return []
     for line in lines:
-        if not line.strip():
-            continue
         try:
             entries.append(json.loads(line))
         except (ValueError, RecursionError):
@@ -176,15 +173,15 @@ def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _in_order(entries: list[Any]) -> list[dict[str, Any]]:
-    """Where a run was resumed, or steps go back, the earlier entries of what is done again are gone."""
+    """Drops earlier entries of steps that are done again, after a resume or where steps go back."""
     kept: list[dict[str, Any]] = []
     for entry in entries:
         if not isinstance(entry, dict) or not _is_number(entry.get("step")):
             continue
         if entry.get(RESUMED):
             kept = [earlier for earlier in kept if earlier["step"] <= entry["step"]]
-            continue
-        if kept and kept[-1]["step"] > entry["step"]:
-            kept = [earlier for earlier in kept if earlier["step"] < entry["step"]]
-        kept.append(entry)
+        elif kept and kept[-1]["step"] > entry["step"]:
+            kept = [*(earlier for earlier in kept if earlier["step"] < entry["step"]), entry]
+        else:
+            kept.append(entry)
     return kept

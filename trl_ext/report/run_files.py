@@ -1,8 +1,8 @@
-"""What a run leaves in its folder for a report: its configuration, and TRL's log line by line while it goes.
+"""Writes a run's configuration and log into its folder, for the report.
 
-``run_config.json``: the trainer's arguments. ``log_history.jsonl``: every entry of TRL's log, as it is logged, so that
-a run which is still going, or was killed, can be looked at; where it resumes there is an entry, and what was logged of
-later steps before it doesn't count. A run that starts anew in a used folder starts a new log.
+``run_config.json`` holds the trainer's arguments. ``log_history.jsonl`` gets each entry of TRL's log at once, so that a
+run which is still going, or was killed, can be looked at. A resume is an entry of its own: earlier entries of later
+steps don't count. A run that starts anew in a used folder starts a new log.
 """
 
 from __future__ import annotations
@@ -30,17 +30,8 @@ def started_at(folder: Path) -> float | None:
         return None
 
 
-def _ends_a_line(path: Path) -> bool:
-    """Whether a file ends with a whole line, or has none."""
-    if not path.exists() or path.stat().st_size == 0:
-        return True
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
-
-
 def describe_run(args: Any, model: Any, trainer: type, reward_functions: list[str]) -> dict[str, Any]:
-    """For the run's folder: every option, and what else tells runs apart."""
+    """The configuration that is kept: every option, and what else tells runs apart."""
     return {
         **args.to_dict(),
         "model_name_or_path": model.config._name_or_path,
@@ -52,7 +43,7 @@ def describe_run(args: Any, model: Any, trainer: type, reward_functions: list[st
 
 
 class RunFiles(TrainerCallback):
-    """Writes both on the main process. What fails is said once, and training goes on without."""
+    """Writes both files on the main process. A failure is logged once, and training goes on without them."""
 
     def __init__(self, describe: Any) -> None:
         self._describe = describe  # () -> the configuration, of what JSON can hold
@@ -69,10 +60,10 @@ class RunFiles(TrainerCallback):
                 (folder / LOG_FILE).unlink(missing_ok=True)
             else:
                 config[STARTED] = started_at(folder) or config[STARTED]
-                half_a_line = not _ends_a_line(folder / LOG_FILE)  # a kill may have left one
-                with open(folder / LOG_FILE, "a") as file:
-                    resumed = json.dumps({RESUMED: True, "step": state.global_step})
-                    file.write(("\n" if half_a_line else "") + resumed + "\n")
+                log = folder / LOG_FILE
+                cut = log.is_file() and log.read_bytes()[-1:] not in (b"", b"\n")  # a kill left half a line
+                with open(log, "a") as file:
+                    file.write("\n" * cut + json.dumps({RESUMED: True, "step": state.global_step}) + "\n")
             scratch = folder / f".{CONFIG_FILE}.{os.getpid()}"
             scratch.write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
             scratch.replace(folder / CONFIG_FILE)

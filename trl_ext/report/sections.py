@@ -1,21 +1,30 @@
-"""What stands where on the page: sections, and the curves of each with a title in words and the axis' unit."""
+"""The page's sections, and the curves of each with a title in words and the axis' unit."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
 class Curves:
     """One chart. ``metrics``: name in the log -> label; ``unit``: of the axis; ``log``: a logarithmic one; ``stacked``:
-    areas on top of one another. ``reference``: (value, label) lines."""
+    areas on top of one another. ``reference``: (value, label) lines. ``pattern``: of the names of metrics that are
+    found in the log, its group is the label."""
 
     title: str
     unit: str
-    metrics: dict[str, str]
+    metrics: dict[str, str] = field(default_factory=dict)
     log: bool = False
     stacked: bool = False
     reference: tuple[tuple[float, str], ...] = ()
+    pattern: str = ""
+
+    def find(self, names: Iterable[str]) -> Curves:
+        """The same with the metrics among ``names`` that match its pattern."""
+        matches = {name: match[1] for name in names if (match := re.fullmatch(self.pattern, name))}
+        return replace(self, metrics=self.metrics | matches)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ SECTIONS: dict[str, Section] = {
                  "eval_reward": "held-out reward"},
             ),
             Curves("Gradient before clipping", "norm", {"grad_norm": "norm"}, log=True),
+            Curves("Rewards by function", "mean reward", pattern=r"rewards/(.+)/mean"),
         ),
     ),
     "answers": Section(
@@ -127,6 +137,11 @@ SECTIONS: dict[str, Section] = {
         "Do the tasks get in one another's way?",
         "The cosine of two tasks' summed gradients, mean over the logged steps that have both; each task's reward, and "
         "what other normalisations would have given it.",
+        (
+            Curves("Reward by task", "mean reward", pattern=r"tasks/(.+)/reward"),
+            Curves("Live prompts by task", "share of its prompts", pattern=r"tasks/(.+)/live_share"),
+            Curves("Who is heard", "share of the step's gradient", pattern=r"tasks/(.+)/heard"),
+        ),
     ),
     "curvature": Section(
         "Does the std follow the curvature?",

@@ -1,4 +1,4 @@
-"""A run in five lines, its tiles, and its training phases; what is wrong with it is ``verdicts.py``'s."""
+"""Describes a run in five sentences, five tiles and its training phases; ``verdicts.py`` says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,22 @@ OTHER_DIRECTION = 0.98  # mean cosine below which std is more than a learning ra
 
 
 def phases(run: Run) -> list[dict[str, int]]:
-    """Spans of steps in which the same phase was told: ``phase``, ``first``, ``last``."""
+    """Spans of steps with the same phase: ``phase``, ``first``, ``last``. A step without a phase ends a span."""
     spans: list[dict[str, int]] = []
-    going = False  # through every measurement since: where it can't be told there is a gap
+    previous = 0
     for step, value in zip(*run.curve("phase"), strict=True):
-        if value is None or round(value) not in (1, 2, 3):
-            going = False
-            continue
-        if not going or spans[-1]["phase"] != round(value):
-            if going:
-                spans[-1]["last"] = step
-            going = True
-            spans.append({"phase": round(value), "first": step, "last": step})
-        spans[-1]["last"] = step
+        phase = round(value) if value is not None and round(value) in (1, 2, 3) else 0
+        if previous:
+            spans[-1]["last"] = step if phase else spans[-1]["last"]
+        if phase and phase != previous:
+            spans.append({"phase": phase, "first": step, "last": step})
+        previous = phase
     return spans
 
 
 def summary(run: Run) -> list[str]:
-    """Did it learn, which phase, does normalising help here by theory and as measured, what then to choose, what was
-    saved."""
+    """Five sentences: did it learn, which phase, does normalising help by theory and as measured, which normalisation
+    to choose, what was saved."""
     return [_learned(run), _phase(run), _theory(run), _choice(run), _compute(run)]
 
 
@@ -67,12 +64,15 @@ def _learned(run: Run) -> str:
         )
     before, after = ends(values)
     error = _scatter(values) / math.sqrt(max(1, round(len(values) / 10)))
-    change = f"from {before:.3f} to {after:.3f}, first and last tenth of the log"
-    return f"By its reward it {_moved(before, after, error)}: {change}; held-out accuracy isn't logged."
+    return (
+        f"By its reward it {_moved(before, after, error)}: from {before:.3f} to {after:.3f}, first and last tenth of "
+        "the log; held-out accuracy isn't logged."
+    )
 
 
 def _accuracy_error(run: Run, values: Sequence[float]) -> float:
-    """Of the difference of two accuracies, by how many questions TRL's log says were evaluated; 0: it doesn't."""
+    """Standard error of the difference of two accuracies, by how many questions TRL's log says were evaluated; 0 where
+    it doesn't say."""
     seconds, speed = run.last("eval_runtime"), run.last("eval_samples_per_second")
     questions = (seconds or 0.0) * (speed or 0.0)
     if questions < 1:
@@ -81,7 +81,7 @@ def _accuracy_error(run: Run, values: Sequence[float]) -> float:
 
 
 def _scatter(values: Sequence[float]) -> float:
-    """Std of the difference of two neighbours, so without a trend; 0 of fewer than four."""
+    """Std of the differences of neighbours, which a trend doesn't change; 0 of fewer than four values."""
     return float(np.std(np.diff(values))) if len(values) > 3 else 0.0
 
 
@@ -103,7 +103,7 @@ def _phase(run: Run) -> str:
 
 
 def _theory(run: Run) -> str:
-    """What the theorem predicts of this run, and whether what it rests on was measured here."""
+    """What the theorem predicts for this run, and whether its assumption was measured here."""
     constant = run.last("curvature/speedup_constant")
     if constant is None:
         return "Theory can't tell whether normalising helps: no C (rewards outside [0, 1], or no interference logged)."
@@ -121,7 +121,7 @@ def _theory(run: Run) -> str:
 
 
 def _choice(run: Run) -> str:
-    """The rule of docs/which-normalisation.md, by which ``adaptive`` goes too."""
+    """The rule of docs/which-normalisation.md, which ``adaptive`` follows too."""
     sigmas, group = run.series("curvature/sigma_mean")[1], run.config.get("num_generations")
     if run.last("curvature/speedup_constant") is None or not sigmas or not isinstance(group, int) or group < 2:
         return "Which normalisation can't be told: no C (as above), or how many answers a prompt has isn't kept."
@@ -148,42 +148,39 @@ def _compute(run: Run) -> str:
 
 def tiles(run: Run, what_if: dict[str, Any] | None) -> list[dict[str, str]]:
     """``label``, ``value`` and ``note`` of the numbers that are looked at first; "-" where one isn't logged."""
-    name = "eval_accuracy" if run.series("eval_accuracy")[0] else "eval_reward"
-    values, rewards = run.series(name)[1], run.series("reward")[1]
-    label = "Held-out accuracy" if name == "eval_accuracy" else "Held-out reward"
-    shown, note = "-", "not logged"
+    name, label = ("eval_accuracy", "accuracy") if run.series("eval_accuracy")[0] else ("eval_reward", "reward")
+    (steps, values), rewards = run.series(name), run.series("reward")[1]
+    score = {"label": f"Held-out {label}", "value": "-", "note": "not logged"}
     if len(values) > 1:
-        steps = run.series(name)[0]
-        shown, note = f"{values[0]:.2f} → {values[-1]:.2f}", f"at steps {steps[0]} and {steps[-1]}"
+        score |= {"value": f"{values[0]:.2f} → {values[-1]:.2f}", "note": f"at steps {steps[0]} and {steps[-1]}"}
     elif len(rewards) > 1:
-        label, (before, after) = "Reward", ends(rewards)
-        shown, note = f"{before:.2f} → {after:.2f}", "first and last tenth of the log"
-    found = [{"label": label, "value": shown, "note": note}]
-    dead = run.series("normalization/zero_variance_frac")[1]
+        before, after = ends(rewards)
+        score = {"label": "Reward", "value": f"{before:.2f} → {after:.2f}", "note": "first and last tenth of the log"}
+    dead, reliability, saved = (
+        run.series(name)[1]
+        for name in ("normalization/zero_variance_frac", "interference/reliability", "compute/flops_saved_frac")
+    )
     live = f"{1 - np.mean(dead):.0%}" if dead else "-"
-    found.append({"label": "Live groups", "value": live, "note": "answers of different reward, mean over the run"})
-    found.append({"label": "Dividing by the std is", **_what_std_is(what_if)})
-    reliability = run.series("interference/reliability")[1]
-    shown = f"{max(float(np.median(reliability)), 0):.0%}" if reliability else "-"
-    found.append({"label": "Reliability", "value": shown, "note": "signal in a prompt's squared gradient, median"})
-    saved = run.series("compute/flops_saved_frac")[1]
-    shown = f"{np.mean(saved):.0%}" if saved else "-"
-    found.append({"label": "Work saved", "value": shown, "note": "of the backbone's token positions"})
-    return found
+    signal = f"{max(float(np.median(reliability)), 0):.0%}" if reliability else "-"
+    work = f"{np.mean(saved):.0%}" if saved else "-"
+    return [
+        score,
+        {"label": "Live groups", "value": live, "note": "answers of different reward, mean over the run"},
+        {"label": "Dividing by the std is", **_what_std_is(what_if)},
+        {"label": "Reliability", "value": signal, "note": "signal in a prompt's squared gradient, median"},
+        {"label": "Work saved", "value": work, "note": "of the backbone's token positions"},
+    ]
 
 
 def _what_std_is(what_if: dict[str, Any] | None) -> dict[str, str]:
-    rows = (what_if or {}).get("methods", {})
-    if "std" not in rows or "mean" not in rows:
+    if what_if is None or not {"std", "mean"} <= set(what_if["methods"]):
         return {"value": "-", "note": "not told in this run"}
-    used = what_if["used"] if what_if is not None else None
-    other = "mean" if used == "std" else "std"
+    used, optimizer = what_if["used"], str(what_if["optimizer"] or "")
     if used not in ("std", "mean"):
         return {"value": "-", "note": f"the run used {used or 'a function'}"}
-    row = rows[other]
-    factor = 1 / row["factor"] if other == "mean" else row["factor"]
+    row = what_if["methods"]["mean" if used == "std" else "std"]
+    factor = 1 / row["factor"] if used == "std" else row["factor"]
     against = f"against mean, cosine {row['cos']:.3f}"
-    optimizer = str((what_if or {}).get("optimizer") or "")
     if optimizer.startswith(STEADY_BLIND):
         against += f"; {optimizer.split('_')[0]} ignores a steady one"
     if row["cos"] < OTHER_DIRECTION:

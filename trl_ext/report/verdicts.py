@@ -1,8 +1,8 @@
-"""What is wrong with a run, since when, how sure, and what to do: every signature asked once.
+"""Runs every signature on a run: what is wrong, since when, how sure, and what to do.
 
 Three levels. *critical*: nothing is learned, or what was learned is being lost; the run is better stopped. *warning*:
 something is wrong that costs. *advice*: something could be had. A healthy run (fresh prompts, a live share of at least
-``signatures.groups.HEALTHY_LIVE``) gets nothing above advice.
+``signatures.rollouts.HEALTHY_LIVE``) gets nothing above advice.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Diagnosis:
 
 
 def diagnose(run: Run) -> Diagnosis:
-    """Every signature of a run. One that fails on odd numbers is among the unknown, with the error."""
+    """Runs every signature. One that raises is listed as unknown, with its error."""
     verdicts, unknown, clear = [], {}, []
     for name, signature in SIGNATURES.items():
         try:
             found = signature.find(run)
-        except Exception as error:  # of one signature: the others are told all the same
+        except Exception as error:  # the other signatures still run
             found = Unknown(f"it can't be told of these numbers ({type(error).__name__}: {error})")
         if isinstance(found, Unknown):
             unknown[name] = found.reason

@@ -1,7 +1,7 @@
-"""While a run goes: verdicts on its log so far, said once each, and a stop where that is asked for.
+"""Logs each verdict on a run once while it goes, and stops the run where ``stop_on`` asks for it.
 
-Advice isn't said here: ``python -m trl_ext check`` has it, and what takes the interference files. A failure is said
-once and ends the watch, not the run.
+It leaves out advice and verdicts on interference files: ``python -m trl_ext check`` has them. A failure is logged once
+and ends the watch, not the run.
 """
 
 from __future__ import annotations
@@ -25,19 +25,17 @@ OFTEN = 1.02  # the log grows by so much between two looks at all of it
 
 
 def looked_at(length: int) -> int:
-    """How much of a log of this length the latest look is of: a run that is resumed looks at what it would have."""
-    if length < 1:
-        return 0
-    look = 1
-    while (after := max(look + 1, math.ceil(look * OFTEN))) <= length:
-        look = after
+    """How many entries of a log of this length are looked at: the same after a resume as without one."""
+    look, after = 0, 1
+    while after <= length:
+        look, after = after, max(after + 1, math.ceil(after * OFTEN))
     return look
 
 
 class Watch(TrainerCallback):
-    """Of ``run``; ``log`` takes metrics for TRL's next log. ``stop_on`` of the options: "critical", "warning" or None.
+    """Looks at the log of ``run``; ``log`` takes metrics for TRL's next log.
 
-    Every process looks, at the same log; where a run may be stopped they decide together.
+    Every process looks at the same log; if ``stop_on`` is set they decide together.
     """
 
     def __init__(self, run: RunSettings, log: Callable[[Mapping[str, float]], None]) -> None:

@@ -1,19 +1,22 @@
-"""What a signature gives back."""
+"""What a signature returns, and the signatures of one metric that stays beyond a threshold."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from trl_ext.report.evidence import State, above, state
+from trl_ext.report.evidence import state
 from trl_ext.report.read_run import Run
 
 CRITICAL, WARNING, ADVICE = "critical", "warning", "advice"
+Series = tuple[Sequence[int], Sequence[float]]  # steps, values
+Evidence = Callable[[float], str]  # the text, from the mean of the values since the onset
+Levels = Mapping[str, Callable[[float], bool]]  # level, from the gravest on -> whether a value is that bad
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a signature found. ``onset``: the step since when; ``confidence`` in [0, 1]: ``evidence.State``'s, of a 95 %
+    """What a signature found. ``onset``: the first step; ``confidence`` in [0, 1]: ``evidence.State``'s, that of a 95 %
     interval, or what the signature says; ``remedy`` names options."""
 
     level: str
@@ -25,17 +28,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Unknown:
-    """The run doesn't log what it takes."""
+    """The run doesn't log what the signature needs."""
 
     reason: str
 
 
+Find = Callable[[Run], Finding | Unknown | None]
+
+
 @dataclass(frozen=True)
 class Signature:
-    """``explains``: others that are but a consequence, and aren't told where this one is."""
+    """``explains``: signatures that only follow from this one, and are left out where this one is found."""
 
     title: str
-    find: Callable[[Run], Finding | Unknown | None]
+    find: Find
     explains: tuple[str, ...] = ()
 
 
@@ -44,7 +50,7 @@ def missing(*names: str) -> Unknown:
 
 
 def too_few(run: Run, least: int, *names: str) -> Unknown:
-    """Each of these metrics must be logged ``least`` times, and isn't: not at all, or not often enough yet."""
+    """The reason where not every metric is logged ``least`` times: not at all, or not often enough yet."""
     absent = [name for name in names if not run.series(name)[0]]
     if absent:
         return missing(*absent)
@@ -52,39 +58,27 @@ def too_few(run: Run, least: int, *names: str) -> Unknown:
     return Unknown(f"{' and '.join(names)}: {least} log lines are needed, {logged} are there")
 
 
-def either(run: Run, *names: str) -> tuple[str, list[int], list[float]]:
-    """The first of them that was logged."""
-    for name in names:
-        steps, values = run.series(name)
-        if steps:
-            return name, steps, values
-    return names[0], [], []
+def either(run: Run, *names: str) -> str:
+    """The first of these metrics that was logged; the first of all where none was."""
+    return next((name for name in names if run.series(name)[0]), names[0])
 
 
-def lasting(
-    run: Run,
-    name: str,
-    bad: Callable[[float], bool],
-    level: str,
-    evidence: Callable[[State], str],
-    remedy: str,
-    *,
-    low: bool = False,
-) -> Finding | Unknown | None:
-    """Of the usual signature: a state of one metric. ``low``: the worst is the smallest."""
-    steps, values = run.series(name)
-    if not steps:
-        return missing(name)
-    found = state(steps, values, bad, low=low)
-    return None if found is None else Finding(level, found.onset, evidence(found), found.confidence, remedy)
-
-
-def graded(
-    steps: Sequence[int], values: Sequence[float], borders: Mapping[str, float]
-) -> tuple[str, State] | tuple[None, None]:
-    """The gravest level whose border is passed, and the state; ``borders`` from the gravest on."""
-    for level, border in borders.items():
-        found = state(steps, values, above(border))
+def lasting(series: Series, levels: Levels, evidence: Evidence, remedy: str) -> Finding | None:
+    """The gravest level that holds from some step to the end."""
+    for level, bad in levels.items():
+        found = state(*series, bad)
         if found is not None:
-            return level, found
-    return None, None
+            return Finding(level, found.onset, evidence(found.mean), found.confidence, remedy)
+    return None
+
+
+def stays(title: str, name: str, levels: Levels, evidence: Evidence, remedy: str, why: str = "") -> Signature:
+    """The signature of a metric that stays beyond a threshold. ``why``: why it may not be logged."""
+
+    def find(run: Run) -> Finding | Unknown | None:
+        series = run.series(name)
+        if not series[0]:
+            return Unknown(missing(name).reason + why)
+        return lasting(series, levels, evidence, remedy)
+
+    return Signature(title, find)

@@ -1,4 +1,4 @@
-"""Of the prompts' gradients: what can be trusted, and who opposes whom."""
+"""Signatures of the prompts' gradients: what can be trusted, and who opposes whom."""
 
 from __future__ import annotations
 
@@ -6,51 +6,43 @@ import math
 
 import numpy as np
 
-from trl_ext.report.evidence import State, above, interval, state
+from trl_ext.report.evidence import above, interval, state
 from trl_ext.report.read_run import Run
 
 from .finding import ADVICE, WARNING, Finding, Unknown, lasting, missing, too_few
 
-UNCOVERED, UNCHECKED, UNRELIABLE = 0.9, 0.15, 0.1
+UNCOVERED, UNCHECKED = 0.9, 0.15
 DOMINATED, ALMOST_ALL, PROMPTS = 0.5, 0.9, 5  # of the squared gradients, by one of so many live prompts
 LEAST_STEPS = 4
 AGAINST = -0.02  # mean cosine of two tasks, upper end
 
 
 def uncovered(run: Run) -> Finding | Unknown | None:
-    steps, values = run.series("interference/coverage")
-    if not steps:
+    coverage = run.series("interference/coverage")
+    if not coverage[0]:
         return missing("interference/coverage")
-    found = state(steps, values, lambda share: share < UNCOVERED, low=True)
-    checks = run.series("interference/sketch_check")
-    errors = run.last("interference/sketch_rmse") or 0.0
-    off = state(*checks, lambda ratio: abs(ratio - 1) > UNCHECKED + 3 * errors)
-    if found is not None:
-        evidence = f"the sketch sees {found.mean:.0%} of the squared gradient: what interference says is of that part"
-        remedy = "The log names the parameters that are left out; interference_layers; fused_loss=True covers the head."
-        return Finding(WARNING, found.onset, evidence, found.confidence, remedy)
-    if off is not None:
-        evidence = f"the sketch's norm is {off.mean:.2f} of the gradient's: its figures are off"
-        return Finding(
-            WARNING, off.onset, evidence, off.confidence, "A larger interference_dim; please report the model."
-        )
-    return None
-
-
-def unreliable(run: Run) -> Finding | Unknown | None:
-    def told(found: State) -> str:
-        return f"{max(found.mean, 0.0):.0%} of a prompt's squared gradient is signal: cosines are near 0 by chance"
-
-    remedy = "More answers to a prompt (num_generations); read interference over many steps, not at one."
-    return lasting(run, "interference/reliability", lambda share: share < UNRELIABLE, ADVICE, told, remedy, low=True)
+    allowed = UNCHECKED + 3 * (run.last("interference/sketch_rmse") or 0.0)
+    return lasting(
+        coverage,
+        {WARNING: lambda share: share < UNCOVERED},
+        lambda mean: f"the sketch sees {mean:.0%} of the squared gradient: what interference says is of that part",
+        "The log names the parameters that are left out; interference_layers; fused_loss=True covers the head.",
+    ) or lasting(
+        run.series("interference/sketch_check"),
+        {WARNING: lambda ratio: abs(ratio - 1) > allowed},
+        lambda mean: f"the sketch's norm is {mean:.2f} of the gradient's: its figures are off",
+        "A larger interference_dim; please report the model.",
+    )
 
 
 def contradicts_theory(run: Run) -> Finding | Unknown | None:
     """The theory says that sigma follows curvature, and that below C = 1 dividing by it helps."""
     steps, values = run.series("curvature/directional_corr")
     constant = run.last("curvature/speedup_constant")
-    if len(values) < 3 or constant is None:
-        return missing("C") if constant is None else too_few(run, 3, "curvature/directional_corr")
+    if constant is None:
+        return missing("C")
+    if len(values) < 3:
+        return too_few(run, 3, "curvature/directional_corr")
     mean, low, high = interval(values)
     if high >= 0:
         return None
@@ -84,7 +76,9 @@ def dominated(run: Run) -> Finding | Unknown | None:
         return None
     level = WARNING if found.mean > ALMOST_ALL else ADVICE
     text = " ".join(texts[int(np.argmax(shares))].split())[:60]
-    evidence = f"one prompt has {found.mean:.0%} of the squared gradients of a step, up to {found.worst:.0%} ({text!r})"
+    evidence = (
+        f"one prompt has {found.mean:.0%} of the squared gradients of a step, up to {found.largest:.0%} ({text!r})"
+    )
     remedy = "normalization='std' or 'rank' levels the prompts; does its reward have another scale?"
     return Finding(level, found.onset, evidence, found.confidence, remedy)
 

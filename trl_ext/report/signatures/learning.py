@@ -1,4 +1,4 @@
-"""Of what is learned: on training and on held-out problems."""
+"""Signatures of what is learned, on training and on held-out problems."""
 
 from __future__ import annotations
 
@@ -30,20 +30,12 @@ def gap(run: Run) -> Finding | Unknown | None:
     else:
         name = "accuracy" if run.series("eval_accuracy")[0] else "reward"
         return too_few(run, 2, name, f"eval_{name}")
-    apart: list[tuple[int, float]] = []  # of each evaluation that training rewards stand beside
+    apart: list[tuple[int, float]] = []  # at each evaluation with training rewards near it
     for i, (step, value) in enumerate(zip(eval_steps, eval_values, strict=True)):
         since = max(eval_steps[i - 1] if i else 0, step - WINDOW)
         near = [v for s, v in zip(steps, values, strict=True) if since < s <= step]
-        first = next((r for r in run.records if r.step <= 1), None)
-        if (
-            not near
-            and first is not None
-            and not i
-            and (train == "reward" or np.isin(first.reward_B, (0.0, 1.0)).all())
-        ):
-            near = [float(np.nanmean(first.reward_B))]  # the first step's, where the log has means of several
-        elif not near and not i and steps[0] <= SOON:
-            near = values[:1]
+        if not near and i == 0:
+            near = _at_the_start(run, train)
         if near:
             apart.append((step, float(np.mean(near)) - value))
     if len(apart) < 2:
@@ -69,6 +61,15 @@ def gap(run: Run) -> Finding | Unknown | None:
     return Finding(ADVICE if repeated else WARNING, found.onset, evidence, found.confidence, remedy)
 
 
+def _at_the_start(run: Run, name: str) -> list[float]:
+    """The first step's mean reward or accuracy, for an evaluation at step 0."""
+    steps, values = run.series(name)
+    first = next((r for r in run.records if r.step <= 1), None)
+    if first is not None and (name == "reward" or np.isin(first.reward_B, (0.0, 1.0)).all()):
+        return [float(np.nanmean(first.reward_B))]  # its file's, where the log has means of several steps
+    return values[:1] if steps[0] <= SOON else []
+
+
 def fell(run: Run) -> Finding | Unknown | None:
     """The reward has lost half of its range, or held-out accuracy is far below its best, both beyond their noise."""
     steps, values = run.series("eval_accuracy")
@@ -77,14 +78,12 @@ def fell(run: Run) -> Finding | Unknown | None:
         smooth = np.convolve(rewards, np.ones(5) / 5, mode="valid")
         best = int(np.argmax(smooth))
         drop, range_ = float(smooth[best] - smooth[-1]), float(smooth[best] - smooth.min())
-        noise = float(np.std(np.diff(rewards))) / math.sqrt(2 * 5)
-        gained = float(smooth[best] - smooth[0])
-        if drop > COLLAPSE * max(range_, gained) and drop > 4 * math.sqrt(2) * noise:
+        noise = math.sqrt(2) * (float(np.std(np.diff(rewards))) / math.sqrt(2 * 5))  # of the difference of two means
+        if drop > COLLAPSE * range_ and drop > 4 * noise:
             around = reward_steps[best + 2]
             evidence = f"the reward has fallen from {smooth[best]:.3f} (about step {around}) to {smooth[-1]:.3f}"
             remedy = "A lower learning_rate, max_grad_norm, beta > 0; go on from an earlier checkpoint."
-            sure = _normal(drop / (math.sqrt(2) * noise)) if noise else 1.0
-            return Finding(CRITICAL, reward_steps[best + 4], evidence, sure, remedy)
+            return Finding(CRITICAL, reward_steps[best + 4], evidence, _normal(drop, noise), remedy)
     if len(values) < 4:
         return too_few(run, 4, "eval_accuracy") if len(rewards) < 10 else None
     pairs = np.convolve(values, np.ones(2) / 2, mode="valid")  # the best of many single ones is best by chance
@@ -92,16 +91,18 @@ def fell(run: Run) -> Finding | Unknown | None:
     drop, noise = float(pairs[best] - pairs[-1]), float(np.std(np.diff(values))) / 2
     if drop <= FALLEN or drop <= 5 * noise:
         return None
-    evidence = f"held-out accuracy has fallen from {pairs[best]:.3f} (steps {steps[best]} and {steps[best + 1]}) to "
-    evidence += f"{pairs[-1]:.3f} (the last two)"
+    evidence = (
+        f"held-out accuracy has fallen from {pairs[best]:.3f} (steps {steps[best]} and {steps[best + 1]}) to "
+        f"{pairs[-1]:.3f} (the last two)"
+    )
     remedy = "load_best_model_at_end with metric_for_best_model; a lower learning_rate; fewer epochs."
-    sure = _normal(drop / (math.sqrt(2) * noise)) if noise else 1.0
+    sure = _normal(drop, math.sqrt(2) * noise)
     return Finding(WARNING, steps[min(best + 2, len(steps) - 1)], evidence, sure, remedy)
 
 
-def _normal(errors: float) -> float:
-    """That a normal variable is less than so many of its errors above 0."""
-    return statistics.NormalDist().cdf(errors)
+def _normal(value: float, error: float) -> float:
+    """The probability that a normal variable of this standard error is below ``value``."""
+    return statistics.NormalDist().cdf(value / error) if error else 1.0
 
 
 def no_progress(run: Run) -> Finding | Unknown | None:
@@ -113,11 +114,11 @@ def no_progress(run: Run) -> Finding | Unknown | None:
     error = math.sqrt(before.var(ddof=1) / third + after.var(ddof=1) / third)
     change = float(after.mean() - before.mean())
     spread = max(values) - min(values)
-    if spread == 0 or abs(change) > ERRORS * error or max(values) - after.mean() < 0.05 * spread:
+    if spread == 0 or error == 0 or abs(change) > ERRORS * error or max(values) - after.mean() < 0.05 * spread:
         return None
     evidence = f"the reward of the last third, {after.mean():.3f}, is that of the first ({change:+.3f} +- {error:.3f})"
     remedy = "A higher learning_rate (several times), or more steps; is grad_norm above 0?"
-    return Finding(ADVICE, steps[0], evidence, 2 * (1 - _normal(abs(change) / error)), remedy)
+    return Finding(ADVICE, steps[0], evidence, 2 * (1 - _normal(abs(change), error)), remedy)
 
 
 def not_finite(run: Run) -> Finding | Unknown | None:

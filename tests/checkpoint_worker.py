@@ -4,8 +4,6 @@ function that fails. ``main`` of each process; the parameters it ends with go to
 import os
 import random
 import signal
-import threading
-import time
 from pathlib import Path
 
 import torch
@@ -57,19 +55,6 @@ def kill_while_saving(stage, number, fraction):
         return result
 
     setattr(owner, stage, torn)
-
-
-def kill_after(processes, seconds):
-    """All at once, from outside."""
-
-    def kill():
-        time.sleep(seconds)
-        for process in processes:
-            process.kill()
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    return thread
 
 
 def random_kills(count, seed=0):

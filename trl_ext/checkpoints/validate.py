@@ -1,6 +1,6 @@
-"""Whether a checkpoint was written to its end: each of its files opens, and none is missing.
+"""Checks that a checkpoint is complete: no file is missing, and each one opens.
 
-Headers and tables of contents are read, not the tensors: a checkpoint of gigabytes takes milliseconds.
+Reads headers and tables of contents, not tensors: a checkpoint of gigabytes takes milliseconds.
 """
 
 from __future__ import annotations
@@ -19,32 +19,38 @@ OUR_STATE = "CurvatureGRPOTrainer"  # among the states of callbacks
 
 
 def what_is_broken(checkpoint: Path) -> str | None:
-    """The first thing that is wrong with it, naming the file; None where the checkpoint is whole."""
+    """The first thing that is wrong with a checkpoint, naming the file; None if it is complete."""
     # the trainer's state is written last: where it is missing, the run was killed while it saved
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"{TRAINER_STATE_NAME} is missing"
-    if (missing := _random_states_missing(checkpoint)) is not None:
-        return f"{missing} is missing"
+    if (name := _missing_random_states(checkpoint)) is not None:
+        return f"{name} is missing"
     for file in sorted(checkpoint.rglob("*")):
         if file.is_file() and (reason := _cannot_open(file)) is not None:
             return f"{file.relative_to(checkpoint)} {reason}"
-    if not any(any(checkpoint.glob(pattern)) for pattern in WEIGHTS):
+    if not _has_any(checkpoint, WEIGHTS):
         return "the weights are missing"
-    if (checkpoint / "scheduler.pt").is_file() and not any(any(checkpoint.glob(name)) for name in OPTIMIZERS):
+    if (checkpoint / "scheduler.pt").is_file() and not _has_any(checkpoint, OPTIMIZERS):
         return "the optimizer's state is missing"
     return None
 
 
-def _random_states_missing(checkpoint: Path) -> str | None:
-    """Each process saves its own, and the one that writes the trainer's state doesn't wait for the others."""
+def _has_any(checkpoint: Path, patterns: tuple[str, ...]) -> bool:
+    return any(any(checkpoint.glob(pattern)) for pattern in patterns)
+
+
+def _missing_random_states(checkpoint: Path) -> str | None:
+    """The first file that is missing. Each process saves its own, and the one that writes the trainer's state doesn't
+    wait for the others."""
+    if not (checkpoint / "scheduler.pt").is_file():
+        return None  # save_only_model: weights alone
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         processes = state["stateful_callbacks"][OUR_STATE]["processes"]
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # a checkpoint of TRL's trainer, or of an earlier version; or one that can't be read, said below
+        return None  # TRL's trainer's or an earlier version's; or one that can't be read, which ``_cannot_open`` finds
     names = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
-    weights_alone = not (checkpoint / "scheduler.pt").is_file()
-    return None if weights_alone else next((name for name in names if not (checkpoint / name).is_file()), None)
+    return next((name for name in names if not (checkpoint / name).is_file()), None)
 
 
 def _cannot_open(file: Path) -> str | None:

@@ -1,0 +1,118 @@
+"""Callbacks: our state in ``trainer_state.json``, random states of the latest step, a checkpoint on Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+
+from trl_ext.advantages.normalizer import Normalizer
+from trl_ext.recorder.recorder import InterferenceRecorder
+
+from .validate import OUR_STATE
+
+logger = get_logger(__name__)
+
+
+class CheckpointState(TrainerCallback):
+    """Saves the states of the normalisation and of the interference log, and restores them when training resumes.
+
+    Calls each of ``on_start`` when training starts: they drop what an earlier training left half done.
+    """
+
+    def __init__(
+        self, normalizer: Normalizer, interference: InterferenceRecorder, *, on_start: Iterable[Callable[[], None]]
+    ) -> None:
+        self.normalizer, self.interference, self.on_start = normalizer, interference, on_start
+
+    def save(self, state: Any) -> None:
+        """Into the trainer's state, whose file is the last of a checkpoint."""
+        state.stateful_callbacks[OUR_STATE] = {
+            "processes": self.interference.accelerator.num_processes,
+            "normalization": self.normalizer.state_dict(),
+            "interference": self.interference.state_dict(),
+        }
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for forget in self.on_start:
+            forget()
+        saved = state.stateful_callbacks.get(OUR_STATE)
+        if saved is None:
+            return
+        self.interference.load_state_dict(saved["interference"])
+        if not self.normalizer.load_state_dict(saved["normalization"]):
+            logger.warning(
+                "The checkpoint was saved with another normalization, reward functions or multi_objective_aggregation: "
+                "the normalisation's state starts anew."
+            )
+
+
+class RandomStates(TrainerCallback):
+    """Keeps the random states of Python, numpy, torch and the GPU after each optimizer step, as a checkpoint of it
+    would."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, ...] | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        self._kept = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu
+
+    def restore(self) -> None:
+        if self._kept is None:
+            return
+        of_python, of_numpy, of_torch, on_gpu = self._kept
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
+
+
+class StopWithCheckpoint(TrainerCallback):
+    """On SIGINT (Ctrl-C) or SIGTERM: finish the optimizer step, save a checkpoint, stop. A second signal ends at once.
+
+    With several processes all stop at the same step, when any of them got the signal.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._signalled = False
+        self._previous: dict[int, Any] = {}
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._signalled:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self._signalled = True
+        # print() isn't safe in a signal handler
+        os.write(2, b"\nStopping: finishing this step and saving a checkpoint (once more to stop at once).\n")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        signalled = self._signalled
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            flag = torch.tensor(int(signalled), device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            signalled = bool(flag.item())
+        if signalled:
+            self.stopped = control.should_save = control.should_training_stop = True
