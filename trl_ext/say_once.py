@@ -1,4 +1,4 @@
-"""What a run says of itself, once: a fallback, a refusal, a default that isn't honoured."""
+"""Logs each message of a run at most once: a fallback, or an option that has no effect."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 
 class SayOnce:
-    """Logs each text at most once, at the level named."""
+    """Logs each text at most once, at the given level."""
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def __call__(self, text: str, level: str = "warning") -> None:
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._logged:
+            self._logged.add(text)
             getattr(self._logger, level)(text)

@@ -66,7 +66,7 @@ def micro_batch_metrics(table_BS: torch.Tensor, settings: LossSettings, *, entro
     return metrics
 
 
-def whole_micro_batch_metrics(
+def trl_micro_batch_metrics(
     one: LossResult, settings: LossSettings, accelerator: Any, *, last: bool
 ) -> dict[str, float]:
     """All that TRL logs of the loss of one of its own micro-batches, in one gather and one wait for the device.
