@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -310,7 +310,7 @@ def read_position(trainer: Any) -> StepPosition:
     )
 
 
-def logged_columns(logs: Mapping[str, Any]) -> dict[str, Any]:
+def logged_columns(logs: Mapping[str, Any]) -> dict[str, MutableSequence[Any]]:
     """Returns the columns of TRL's completions table that have one entry for each sequence, by name."""
     return {
         **{name: logs[name] for name in ("prompt", "completion")},
@@ -319,7 +319,7 @@ def logged_columns(logs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def replace_latest(column: Any, values: list[Any]) -> None:
+def replace_latest(column: MutableSequence[Any], values: list[Any]) -> None:
     """Replaces the last ``len(values)`` entries, which TRL has just appended, by ``values``."""
     for _ in range(min(len(values), len(column))):
         column.pop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -91,7 +91,7 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         return state
 
 
-def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], dict[str, Any]]:
+def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], Mapping[str, Any]]:
     """Returns the normalisation that ``args`` select, and its options; a plain ``GRPOConfig`` selects TRL's own.
 
     Raises:

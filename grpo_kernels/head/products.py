@@ -8,7 +8,7 @@ Each product takes 2 C V H floating-point operations and is rounded once. Gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -252,7 +252,7 @@ class HeadProducts:
 
 def _multiply_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: bool, scale: float = 1.0) -> None:
     """Computes ``out = scale * a b``, or ``out += scale * a b`` with ``add``."""
-    options: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    options: Mapping[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
     if add:
         torch.addmm(out, a, b, alpha=scale, out=out, **options)
         return

@@ -5,6 +5,7 @@ Shapes: N live tokens. The semantics are TRL 1.16's, with ratios of single token
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ class GroupRewards:
 
     def advantages(self) -> torch.Tensor:
         """Computes the advantages (B,) by ``normalize_rewards``."""
-        options: dict[str, Any] = {"alpha": self.alpha} if METHODS[self.method].options else {}
+        options: Mapping[str, Any] = {"alpha": self.alpha} if METHODS[self.method].options else {}
         advantages_BG = normalize_rewards(self.rewards, self.method, eps=self.eps, **options)
         return advantages_BG.gather(1, self.position[:, None]).squeeze(1)
 

@@ -50,7 +50,7 @@ class NormalizationState:
         """Whether the state has what the method needs."""
         return True
 
-    def context(self, rewards_PG: torch.Tensor) -> dict[str, Any]:
+    def context(self, rewards_PG: torch.Tensor) -> Mapping[str, torch.Tensor | float]:
         """Returns the entries of ``normalize_rewards``'s context for these rewards."""
         return {}
 

@@ -132,7 +132,7 @@ class Normalizer:
         for state in self.states:
             state.observe_curvature(prompt_id_P, curvature_P)
 
-    def state_dict(self) -> list[dict[str, Any]]:
+    def state_dict(self) -> list[Mapping[str, Any]]:
         """Returns each state as plain numbers, for JSON."""
         return [state.state_dict() for state in self.states]
 

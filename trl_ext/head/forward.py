@@ -174,7 +174,7 @@ def hidden_of_tokens(hidden: torch.Tensor, mask_BC: torch.Tensor, packed: Packed
     return hidden[0, packed.packed_BC[:, :-1][mask_BC]]
 
 
-def expert_loss(outputs: Any, kwargs: dict[str, Any], settings: HeadSettings) -> torch.Tensor | None:
+def expert_loss(outputs: Any, kwargs: Mapping[str, Any], settings: HeadSettings) -> torch.Tensor | None:
     """Returns the load-balancing loss (0-d) of a mixture of experts; None if the call doesn't request it."""
     if not kwargs.get("output_router_logits"):
         return None

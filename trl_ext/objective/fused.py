@@ -6,7 +6,7 @@ order of the (B, T) mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +49,7 @@ def why_not_fused(settings: LossSettings, batch: Sequences) -> str | None:
     return None
 
 
-def loss_options(settings: LossSettings) -> dict[str, Any]:
+def loss_options(settings: LossSettings) -> Mapping[str, Any]:
     """Returns the loss's options by ``linear_grpo_loss``'s names."""
     return {
         "epsilon": settings.epsilon_low,
@@ -62,7 +62,7 @@ def loss_options(settings: LossSettings) -> dict[str, Any]:
     }
 
 
-def advantage_inputs(batch: Sequences, method: Method | None, mask_BT: torch.Tensor) -> dict[str, Any]:
+def advantage_inputs(batch: Sequences, method: Method | None, mask_BT: torch.Tensor) -> Mapping[str, Any]:
     """Returns the arguments of ``linear_grpo_loss`` for advantages, or for rewards if there is a ``method``.
 
     With a ``method`` (the run's normalisation, if it needs only a group's own rewards) the kernel normalises the
@@ -85,7 +85,7 @@ def completion_labels(input_ids_BC: torch.Tensor, mask_BT: torch.Tensor) -> torc
     return labels_BC
 
 
-def loss_inputs(batch: Sequences, context: LossContext, mask_BT: torch.Tensor) -> dict[str, Any]:
+def loss_inputs(batch: Sequences, context: LossContext, mask_BT: torch.Tensor) -> Mapping[str, Any]:
     """Returns the arguments of ``linear_grpo_loss``, except hidden states, weight and targets."""
     settings, accumulation = context.settings, context.accumulation
     policy_scale_N = None

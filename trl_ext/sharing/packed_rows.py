@@ -6,6 +6,7 @@ tokens, P prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +77,7 @@ class PackedRows:
             )
         return self._spans
 
-    def inputs(self, input_ids: torch.Tensor) -> dict[str, Any]:
+    def inputs(self, input_ids: torch.Tensor) -> Mapping[str, Any]:
         """Returns the backbone's inputs that replace the padded rows."""
         return {
             "input_ids": input_ids.flatten()[self.token_S][None],
