@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from grpo_kernels.normalize.methods import METHODS, check_normalization, function_name
 
-from .elastic_restart import rejoined_in_time
+from .elastic_restart import rendezvous_deadline
 from .options import SCALE_REWARDS_METHOD, CurvatureOptions, check, describe
 
 
@@ -46,7 +46,7 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
                     f"normalization_kwargs={self.normalization_kwargs!r} isn't a JSON object: {error}"
                 ) from None
         self._choose_device()
-        with rejoined_in_time():
+        with rendezvous_deadline():
             super().__post_init__()
         resolve_normalization(self)
         check_liger(self)

@@ -32,7 +32,7 @@ def lacks_own_store() -> bool:
 
 
 @contextmanager
-def rejoined_in_time(seconds: float = SECONDS) -> Iterator[None]:
+def rendezvous_deadline(seconds: float = SECONDS) -> Iterator[None]:
     """Limits the time of the rendezvous inside it: a restarted process that takes longer exits with ``CODE``."""
     if not restarts():
         yield

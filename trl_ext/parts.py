@@ -37,8 +37,8 @@ from .run_checks import (
     check_stored_context,
     read_context,
     refuse_tensor_parallelism,
-    say_engine,
-    say_truncated_sampling,
+    warn_about_engine,
+    warn_about_truncated_sampling,
 )
 from .say_once import SayOnce
 from .stage_seconds import StageSeconds
@@ -101,8 +101,8 @@ def build_parts(trainer: Any, ours: type) -> Parts:
     keep_four_bit_layers_trainable(trainer.model)
     run = compat.read_run_settings(trainer, trainer._log_metrics, SayOnce(get_logger("trl_ext.trainer")))
     refuse_tensor_parallelism(trainer.model, trainer.args)
-    say_engine(trainer.args, run.accelerator, run.say_once)
-    say_truncated_sampling(trainer.args, run.say_once)
+    warn_about_engine(trainer.args, run.accelerator, run.say_once)
+    warn_about_truncated_sampling(trainer.args, run.say_once)
     context = read_context(trainer.processing_class, trainer.model, trainer.args, run.say_once)
     check_stored_context(trainer.train_dataset, context)
     normalizer = Normalizer(run, trainer.args, compat.read_reward_settings(trainer))

@@ -22,7 +22,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return zero3 or accelerator.distributed_type == DistributedType.FSDP
 
 
-def can_be_asked(model: torch.nn.Module, accelerator: Accelerator, *, prepared: bool = False) -> bool:
+def can_run(model: torch.nn.Module, accelerator: Accelerator, *, prepared: bool = False) -> bool:
     """Returns whether the model can run a forward pass: its parameters are loaded, and not sharded.
 
     A sharded model can run once the engine has wrapped it (``prepared``): the engine's hooks then gather the
@@ -32,13 +32,13 @@ def can_be_asked(model: torch.nn.Module, accelerator: Accelerator, *, prepared: 
     return loaded and (prepared or not is_sharded(accelerator))
 
 
-def some_ids(model: Any, rows: int, tokens: int) -> torch.Tensor:
+def probe_ids(model: Any, rows: int, tokens: int) -> torch.Tensor:
     """Returns made-up token ids, (rows, tokens)."""
     weight = model.get_input_embeddings().weight
     return (torch.arange(rows * tokens, device=weight.device) * 7 % whole_shape(weight)[0]).view(rows, tokens)
 
 
-def multiplies_in_half(model: torch.nn.Module, run: Callable[[], T]) -> tuple[T, bool]:
+def detect_half_products(model: torch.nn.Module, run: Callable[[], T]) -> tuple[T, bool]:
     """Runs ``run``. Returns its result, and whether a linear layer multiplied in half precision.
 
     That depends on the layers' dtypes, on autocast (accelerate's or the user's), on quantization and on TF32.
@@ -71,7 +71,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def mixes_rows(model: Any) -> str | None:
+def why_rows_mix(model: Any) -> str | None:
     """Returns why a sequence's output depends on the other sequences of its micro-batch, or None if it doesn't."""
     kinds = {getattr(adapter, "peft_type", None) for adapter in getattr(model, "peft_config", {}).values()}
     return "Lily's router averages over all tokens that run together" if "LILY" in kinds else None

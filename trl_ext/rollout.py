@@ -18,12 +18,12 @@ from .advantages.group_columns import group_columns
 from .advantages.normalizer import Normalizer
 from .advantages.prompt_keys import prompt_tasks
 from .advantages.resampling import GenerationCount, Resampling
-from .advantages.reward_checks import RewardFailures, checked_rewards, say_if_unscored
+from .advantages.reward_checks import RewardFailures, checked_rewards, warn_if_unscored
 from .advantages.rewarded import RewardedBatch, gather_rewarded, mean_repetition
 from .advantages.sampler_metrics import sampler_metrics
 from .compat import LossSettings, RunSettings, read_reward_settings, replace_latest
 from .overrides import wrapped_methods
-from .plan.log_probs import UsedLogProbs, why_complete
+from .plan.log_probs import UsedLogProbs, why_not_postponed
 from .plan.micro_batches import MicroBatches
 from .run_checks import Context, check_batch
 from .schema import Batch, Sequences, check_keys
@@ -143,7 +143,7 @@ class Rollouts:
         training, step = trainer.model.training, trainer.state.global_step
         generation = self.generations.next(step) if training else 0
         obstacle = overrides.log_probs or overrides.plan or parts.micro_batches.mixed
-        postpone = why_complete(self.run.options, settings, obstacle) is None
+        postpone = why_not_postponed(self.run.options, settings, obstacle) is None
         postponed = False
 
         def run_rollout(examples: Any) -> tuple[Batch, RewardedBatch]:
@@ -191,9 +191,9 @@ class Rollouts:
             self.parts.recorder.stop(f"num_generations={trainer.num_generations} was set while training")
         with self.parts.seconds.stage("rewards", trainer.model.training):
             rewards_BF = calculate(inputs, prompts, completions, completion_ids)
-            self.failures.raise_together(accelerator.process_index)
+            self.failures.raise_on_all_ranks(accelerator.process_index)
         self.run.log({"completions/repetition": mean_repetition(completion_ids, accelerator)})
-        say_if_unscored(rewards_BF, trainer.reward_func_names, self.run.say_once)
+        warn_if_unscored(rewards_BF, trainer.reward_func_names, self.run.say_once)
         num_generations = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         tasks = prompt_tasks(inputs)
         rewarded = gather_rewarded(

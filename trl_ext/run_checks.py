@@ -62,7 +62,7 @@ def refuse_tensor_parallelism(model: Any, args: Any) -> None:
         )
 
 
-def say_engine(args: Any, accelerator: Accelerator, say_once: Callable[[str], None]) -> None:
+def warn_about_engine(args: Any, accelerator: Accelerator, say_once: Callable[[str], None]) -> None:
     """Warns if FSDP is requested but doesn't run, and if restarted ranks may not find each other."""
     if lacks_own_store() and accelerator.num_processes > 1:
         say_once(
@@ -77,7 +77,7 @@ def say_engine(args: Any, accelerator: Accelerator, say_once: Callable[[str], No
         )
 
 
-def say_truncated_sampling(args: Any, say_once: Callable[[str], None]) -> None:
+def warn_about_truncated_sampling(args: Any, say_once: Callable[[str], None]) -> None:
     """Warns if truncated sampling (top-p, top-k, min-p) biases vLLM's importance sampling correction."""
     if not (args.use_vllm and args.vllm_importance_sampling_correction):
         return

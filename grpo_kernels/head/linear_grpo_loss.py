@@ -326,8 +326,8 @@ def linear_grpo_loss(
         entropy_coef / max(len(hidden_NH), 1),
         usable_sketch(head_sketch, weight_VH),
     )
-    loss, policy_loss, logprobs, entropies, ratio, clipped, kl, made_advantages_N = LinearGRPOLossFunction.apply(
+    loss, policy_loss, logprobs, entropies, ratio, clipped, kl, token_advantages_N = LinearGRPOLossFunction.apply(
         call, torch.is_grad_enabled(), hidden_NH, weight_VH, bias, *((None, None) if low_rank is None else low_rank)
     )
     kl = kl if ref_logprobs_N is not None else None
-    return GRPOLoss(loss, policy_loss, logprobs, entropies, ratio, clipped, kl, made_advantages_N)
+    return GRPOLoss(loss, policy_loss, logprobs, entropies, ratio, clipped, kl, token_advantages_N)

@@ -48,7 +48,7 @@ class RewardFailures:
         self._error = self._error or error
         return [math.nan] * len(completions)
 
-    def raise_together(self, process_index: int) -> None:
+    def raise_on_all_ranks(self, process_index: int) -> None:
         """Raises a kept failure of any rank on all ranks. All ranks must call it, after gathering rewards."""
         if not self._several:
             return
@@ -151,7 +151,7 @@ def checked_reward(
     return checked
 
 
-def say_if_unscored(rewards_BF: torch.Tensor, names: Sequence[str], say_once: Callable[[str], None]) -> None:
+def warn_if_unscored(rewards_BF: torch.Tensor, names: Sequence[str], say_once: Callable[[str], None]) -> None:
     """Warns once if no function scored any completion of a batch: it has no gradient. ``rewards_BF``: of all ranks."""
     if rewards_BF.isnan().all():
         functions = ", ".join(map(repr, names))

@@ -26,7 +26,7 @@ from .rows import read_rows
 OWN_METHODS = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies")
 
 
-def why_complete(options: CurvatureOptions, settings: LossSettings, obstacle: str | None) -> str | None:
+def why_not_postponed(options: CurvatureOptions, settings: LossSettings, obstacle: str | None) -> str | None:
     """Returns why the log-probs can't be postponed until rewards are known, or None if they can.
 
     ``obstacle``: the override of a method of ``OWN_METHODS``, or another reason; None if there is none.

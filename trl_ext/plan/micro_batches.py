@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType
 from trl_ext.compat import LossSettings, RunSettings, StepPosition
 from trl_ext.objective.interface import Method
 from trl_ext.objective.token_weights import token_weights
-from trl_ext.probe_model import mixes_rows
+from trl_ext.probe_model import why_rows_mix
 from trl_ext.schema import Batch, Sequences, join
 
 from .compute_counts import StepCounts, compute_metrics, count_own, count_planned, over_ranks
@@ -113,7 +113,7 @@ class MicroBatches:
 
     def __init__(self, run: RunSettings, model: torch.nn.Module, limits: ModelLimits) -> None:
         self.run, self.accelerator, self.options, self.limits = run, run.accelerator, run.options, limits
-        self.mixed = mixes_rows(self.accelerator.unwrap_model(model))
+        self.mixed = why_rows_mix(self.accelerator.unwrap_model(model))
         self.skipping = False  # whether the latest plan skips sequences without a gradient
         self._planned: list[Batch] = []
         self._statistics: StepStatistics | None = None

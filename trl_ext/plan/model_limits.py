@@ -9,7 +9,7 @@ import torch
 
 from trl_ext.compat import RunSettings
 from trl_ext.probe_model import is_sharded
-from trl_ext.sharing.hooks import let_share
+from trl_ext.sharing.hooks import add_sharing_hooks
 
 from .padding import trimmed_columns
 from .probe_sharing import why_not_shared, without_adapters
@@ -67,7 +67,7 @@ class ModelLimits:
         if self.not_shared is None:
             for patched in (model, self._ref_model):
                 if patched is not None:
-                    self._add_patch(partial(let_share, without_adapters(patched)))
+                    self._add_patch(partial(add_sharing_hooks, without_adapters(patched)))
 
     def _check_neftune(self) -> None:
         """Turns trimming and sharing off if NEFTune, which starts with training, has been activated since the probe."""

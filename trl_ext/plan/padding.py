@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from trl_ext.probe_model import can_be_asked, evaluation_mode, multiplies_in_half, some_ids
+from trl_ext.probe_model import can_run, detect_half_products, evaluation_mode, probe_ids
 from trl_ext.say_once import SayOnce
 
 TOKENS, LEFT, RIGHT = 8, 24, 8  # tokens of the probe's row, and the padding on its left and right
@@ -31,22 +31,22 @@ def trimmed_columns(
     whether the engine has wrapped the model.
     """
     left, right = columns_by_rule(model)
-    if not left or not can_be_asked(model, accelerator, prepared=prepared):
+    if not left or not can_run(model, accelerator, prepared=prepared):
         return left, right
     try:
-        moved, half = multiplies_in_half(model, lambda: moved_by_padding(model))
+        change, half = detect_half_products(model, lambda: change_by_padding(model))
     except Exception as error:
         say_once(f"Padding before prompts stays: the model couldn't be asked ({type(error).__name__}: {error}).")
         return False, right
-    if moved <= (HALF_TOLERANCE if half else TOLERANCE):
+    if change <= (HALF_TOLERANCE if half else TOLERANCE):
         return left, right
-    say_once(f"Padding before prompts stays: what the model says changes with it, by {moved:.1e} of its size.")
+    say_once(f"Padding before prompts stays: what the model says changes with it, by {change:.1e} of its size.")
     return False, right
 
 
-def moved_by_padding(model: Any) -> float:
+def change_by_padding(model: Any) -> float:
     """Returns the relative change of a row's logits when padding is added on both sides."""
-    ids = some_ids(model, 1, TOKENS)
+    ids = probe_ids(model, 1, TOKENS)
     mask = torch.ones_like(ids)
     with evaluation_mode(model), torch.no_grad():
         bare = model(input_ids=ids, attention_mask=mask, use_cache=False).logits

@@ -10,9 +10,9 @@ import torch
 from trl_ext.compat import RunSettings
 from trl_ext.head.forward import HeadCall
 from trl_ext.head.settings import backbone
-from trl_ext.probe_model import can_be_asked, evaluation_mode, multiplies_in_half, some_ids
+from trl_ext.probe_model import can_run, detect_half_products, evaluation_mode, probe_ids
 from trl_ext.sharing.attention import NotShared
-from trl_ext.sharing.hooks import let_share
+from trl_ext.sharing.hooks import add_sharing_hooks
 from trl_ext.sharing.packed_rows import KEYWORD
 
 from .padding import HALF_TOLERANCE, TOLERANCE
@@ -38,17 +38,17 @@ def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool, *, prepared
         return "torch_compile=True"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "the model is on several devices"
-    if not can_be_asked(model, run.accelerator, prepared=prepared):
+    if not can_run(model, run.accelerator, prepared=prepared):
         return "the model's parameters aren't loaded"
-    undo = let_share(without_adapters(model))
+    undo = add_sharing_hooks(without_adapters(model))
     try:
-        moved, half = multiplies_in_half(model, lambda: moved_by_sharing(model))
+        change, half = detect_half_products(model, lambda: change_by_sharing(model))
     except Exception as error:
         return f"the model can't run so ({type(error).__name__}: {error})"
     finally:
         undo()
-    if not moved <= (HALF_TOLERANCE if half else TOLERANCE):
-        return f"what the model says changes with it, by {moved:.1e} of its size"
+    if not change <= (HALF_TOLERANCE if half else TOLERANCE):
+        return f"what the model says changes with it, by {change:.1e} of its size"
     return None
 
 
@@ -57,12 +57,12 @@ def without_adapters(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def moved_by_sharing(model: Any) -> float:
+def change_by_sharing(model: Any) -> float:
     """Returns the relative change of the hidden states when three completions of two prompts share their prompts.
 
     Raises ``NotShared`` if a sliding window is applied only by the attention mask, which packed rows don't have.
     """
-    ids = some_ids(model, 3, 12)
+    ids = probe_ids(model, 3, 12)
     ids[1, :6] = ids[0, :6]
     mask = torch.ones_like(ids)
     mask[2, :2] = mask[0, 10:] = 0  # a shorter prompt, a shorter completion

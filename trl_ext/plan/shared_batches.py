@@ -60,7 +60,7 @@ def shared_batches(table: RowTable, budget: int) -> list[list[int]]:
     return batches
 
 
-def as_many(batches: list[list[int]], n_batches: int, table: RowTable) -> list[torch.Tensor]:
+def split_into(batches: list[list[int]], n_batches: int, table: RowTable) -> list[torch.Tensor]:
     """Splits ``batches`` until there are ``n_batches``, the number of the rank with the most.
 
     It halves the batch with the most rows. If there are fewer rows than ``n_batches``, rows without a gradient fill up.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .rows import RowTable, even_batches
-from .shared_batches import CANNOT_SHARE, as_many, largest, packed_positions, shared_batches
+from .shared_batches import CANNOT_SHARE, largest, packed_positions, shared_batches, split_into
 
 NOT_PACKABLE = "Prompts aren't shared in a batch whose rows have gaps, or more than token ids."
 
@@ -84,4 +84,4 @@ def plan_step(table: RowTable, limits: PlanLimits, most_over_ranks: Callable[[in
     if n_batches > limits.most:
         reason = f"Prompts aren't shared where that takes more than {limits.most} micro-batches."
         return StepPlan(unshared, not_shared=reason)
-    return StepPlan(tuple(as_many(batches, n_batches, table)), shared=True)
+    return StepPlan(tuple(split_into(batches, n_batches, table)), shared=True)

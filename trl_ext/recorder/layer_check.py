@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
 from grpo_kernels.interference.step_gradients import PromptGroups
-from trl_ext.probe_model import can_be_asked, evaluation_mode, some_ids
+from trl_ext.probe_model import can_run, evaluation_mode, probe_ids
 from trl_ext.say_once import SayOnce
 
 from .collectives import Collectives
@@ -37,11 +37,11 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
             f"Interference doesn't follow {len(untapped)} of {len(sketch.trainable_parameters)} trainable tensors: "
             f"{kinds_of(untapped)}. interference/coverage is the share of the gradient that it does."
         )
-    if not can_be_asked(model, accelerator):
+    if not can_run(model, accelerator):
         return
     sketch.open(0)
     try:
-        ids = some_ids(model, ROWS, TOKENS)
+        ids = probe_ids(model, ROWS, TOKENS)
         mask = torch.ones_like(ids)
         mask[0, :PADDING] = 0
         sketch.set_rows(torch.arange(ROWS, device=ids.device))

@@ -29,7 +29,7 @@ from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
 from trl_ext.advantages.normalizer import UsedNormalization
 from trl_ext.compat import LossSettings, RunSettings, StepPosition
-from trl_ext.probe_model import mixes_rows
+from trl_ext.probe_model import why_rows_mix
 from trl_ext.schema import Sequences
 
 from .collectives import Collectives, OtherRankFailedError
@@ -110,7 +110,7 @@ class InterferenceRecorder:
         layers = self.run.options.interference_layers
         try:
             model = self.accelerator.unwrap_model(model)
-            mixed, obstacle = mixes_rows(model), None
+            mixed, obstacle = why_rows_mix(model), None
             if self.run.torch_compile:
                 obstacle = "torch_compile=True: a compiled model doesn't call the layers' hooks"
             elif mixed is not None:

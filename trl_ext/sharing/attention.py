@@ -68,7 +68,7 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows.windows.add(sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < rows.longest else None
-    if window is None and not dropout and flash.can(query, key, value):
+    if window is None and not dropout and flash.supports(query, key, value):
         return InParts.apply(query, key, value, rows.spans(), scale).transpose(1, 2), None
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:

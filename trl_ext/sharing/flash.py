@@ -1,6 +1,6 @@
 """Computes flash attention of spans of a row (``packed_rows.Spans``), forward and backward, by torch's operators.
 
-These operators have no documented interface; ``can`` returns False if this torch lacks them. On a CPU (float32,
+These operators have no documented interface; ``supports`` returns False if this torch lacks them. On a CPU (float32,
 float64, bfloat16) each long span is a call, all short spans together are one, and there must be as many key heads as
 query heads (``per_head``). On a GPU (float16, bfloat16) one call takes spans of any length.
 
@@ -26,7 +26,7 @@ _gpu: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
 _gpu_backward: Any = getattr(torch.ops.aten, "_flash_attention_backward", None)
 
 
-def can(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Returns whether torch has flash attention for tensors of these shapes, dtypes and device."""
     if query.shape[-1] != value.shape[-1] or not query.dtype == key.dtype == value.dtype:
         return False

@@ -52,7 +52,7 @@ class _Sharing:
             module.config._attn_implementation = before
 
 
-def let_share(backbone: Any) -> Callable[[], None]:
+def add_sharing_hooks(backbone: Any) -> Callable[[], None]:
     """Adds the hooks, so that the backbone accepts ``PackedRows.inputs``. Returns a function that removes them.
 
     Other calls of the backbone don't change.
