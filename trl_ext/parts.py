@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -114,19 +115,14 @@ def build_parts(trainer: Any, ours: type) -> Parts:
     patches = patches_of(run, trainer, recorder)
     kept = KeptCompletions(run.options.interference_every, run.num_generations)
 
-    def on_batch(rewarded: RewardedBatch, task_names: TaskNames, first: bool) -> None:
-        def texts_and_tasks() -> tuple[dict[int, str], dict[int, str]]:
-            return prompt_texts(trainer._logs["prompt"], rewarded.keys_B), task_names.of_prompts(rewarded)
-
-        recorder.see_prompts(texts_and_tasks, anew=first)
-        kept.see(trainer._logs)
-
     with patches.applied():
         limits = ModelLimits(run, trainer.model, trainer.ref_model, patches.add)
     micro_batches = MicroBatches(run, trainer.model, limits)
     used_log_probs = UsedLogProbs(run, micro_batches, trainer.ref_model, trainer.args.gradient_checkpointing_kwargs)
     seconds, random_states = StageSeconds(), RandomStates()
-    parts = RolloutParts(context, seconds, normalizer, recorder, micro_batches, used_log_probs, on_batch)
+    parts = RolloutParts(
+        context, seconds, normalizer, recorder, micro_batches, used_log_probs, batch_observer(trainer, recorder, kept)
+    )
     rollouts = Rollouts(trainer, run, parts)
     state = CheckpointState(normalizer, recorder, on_start=(micro_batches.forget, rollouts.generations.forget))
     files = RunFiles(lambda: describe_run(trainer.args, trainer.model, type(trainer), trainer.reward_func_names))
@@ -146,6 +142,21 @@ def build_parts(trainer: Any, ours: type) -> Parts:
         checkpoint_state=state,
         callbacks=callbacks,
     )
+
+
+def batch_observer(
+    trainer: Any, recorder: InterferenceRecorder, kept: KeptCompletions
+) -> Callable[[RewardedBatch, TaskNames, bool], None]:
+    """Returns what runs after each training batch: it passes prompts to the recorder and completions to their file."""
+
+    def on_batch(rewarded: RewardedBatch, task_names: TaskNames, first: bool) -> None:
+        def texts_and_tasks() -> tuple[dict[int, str], dict[int, str]]:
+            return prompt_texts(trainer._logs["prompt"], rewarded.keys_B), task_names.of_prompts(rewarded)
+
+        recorder.see_prompts(texts_and_tasks, anew=first)
+        kept.see(trainer._logs)
+
+    return on_batch
 
 
 def patches_of(run: RunSettings, trainer: Any, recorder: InterferenceRecorder) -> ModelPatches:

@@ -7,13 +7,10 @@ and group rewards to dL/dlogits: baseline, scale, advantage, ratio, clip, KL, co
 The columns of a tile are padded to a multiple of 16, and that padded width bounds every load. Only then can the
 compiler prove that loads of 16 bytes stay inside the row, whatever V is. The kernels mask the values in the padding.
 
-Arguments of the kernels are named tuples: a launcher fills them with tensors and numbers, and the kernel gets pointers
-and scalars. A field that is None is known at compile time, so code that would read it isn't compiled.
+Arguments of the kernels are named tuples (``triton_arguments.py``).
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +22,7 @@ from grpo_kernels.normalize.methods import METHODS
 from grpo_kernels.normalize.triton_groups import Groups, group_centre_and_scale
 
 from .plain import RowStatistics, Transform
+from .triton_arguments import Gradient, Logs, Tile
 from .triton_token_loss import LossNumbers, Tokens, token_loss
 
 # 16 columns per thread: two runs of 8, which is the number of half-precision values in a 16-byte access. Measured by
@@ -35,41 +33,6 @@ BLOCK_V = 4096
 THREADS = 256
 NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
 LOWEST = tl.constexpr(-1e30)  # replaces a logit of -inf
-
-
-class Tile(NamedTuple):
-    """C rows of products, and how they become logits.
-
-    The order of the fields is the order of the kernel's parameters, on which ptxas's use of registers depends: with
-    transform before n_padded and n_vocabulary, _grpo_rows_kernel takes up to 8 registers more.
-    """
-
-    products: Any  # (C, V)
-    stride: Any
-    bias: Any  # (n_padded,) or None
-    n_padded: Any  # columns up to which a row may be read
-    n_vocabulary: Any
-    transform: Any  # a Transform
-
-
-class Gradient(NamedTuple):
-    """dL/dy divided by a factor of each row. It may share the tile's memory."""
-
-    rows: Any  # (C, V)
-    stride: Any
-    factor: Any  # (C,)
-
-
-class Logs(NamedTuple):
-    """Values to log of each row, (C,) each."""
-
-    logprob: Any
-    entropy: Any
-    loss: Any
-    ratio: Any
-    clipped: Any
-    kl: Any
-    advantage: Any
 
 
 @triton.jit
