@@ -102,7 +102,7 @@ class Process:
             num_generations=G,
             prompts_per_generation=prompts,
             aggregation="sum_then_normalize",
-            say_once=lambda *said: None,
+            log_once=lambda *said: None,
         )
         self.n = prompts * G // processes
         generator = torch.Generator().manual_seed(rank)

@@ -209,7 +209,7 @@ class Row:
 def what_runs(trainer: CurvatureGRPOTrainer) -> str:
     """In a few words."""
     if not trainer._parts.micro_batches.skipping:
-        (why,) = [text for text in trainer._parts.run.say_once._logged if text.startswith("Every sequence runs")]
+        (why,) = [text for text in trainer._parts.run.log_once._logged if text.startswith("Every sequence runs")]
         return f"all, as TRL: {why.split(': ', 1)[1].rstrip('.')}"
     trimming = trainer._parts.micro_batches.limits.trimming
     before, after = trimming.prompts, trimming.completions

@@ -29,8 +29,8 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
+from .log_once import LogOnce
 from .options import CurvatureOptions, read_options
-from .say_once import SayOnce
 
 __all__ = [
     "FusedCausalLMOutput",
@@ -153,7 +153,7 @@ class RunSettings:
         prompts_per_generation: prompts of a generation batch, over all ranks.
         train_batch_size, eval_batch_size: sequences of a micro-batch on each rank.
         log: ``log(metrics)`` adds metrics to the trainer's log.
-        say_once: ``say_once(text)`` logs a message, unless it was logged before.
+        log_once: ``log_once(text)`` logs a message, unless it was logged before.
     """
 
     options: CurvatureOptions
@@ -172,10 +172,10 @@ class RunSettings:
     temperature: float
     cast_lm_head_to_fp32: bool
     log: Callable[[Mapping[str, float]], None]
-    say_once: SayOnce
+    log_once: LogOnce
 
 
-def read_run_settings(trainer: Any, log: Any, say_once: Any) -> RunSettings:
+def read_run_settings(trainer: Any, log: Any, log_once: Any) -> RunSettings:
     """Reads the settings that stay constant, when the trainer is built."""
     args = trainer.args
     return RunSettings(
@@ -195,7 +195,7 @@ def read_run_settings(trainer: Any, log: Any, say_once: Any) -> RunSettings:
         temperature=trainer.temperature,
         cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
         log=log,
-        say_once=say_once,
+        log_once=log_once,
     )
 
 

@@ -37,7 +37,7 @@ class LossStep:
         objective: Objective = self.fused
         obstacle = self.fused.why_not(settings, batch)
         if obstacle is not None:
-            self.run.say_once(f"The loss isn't made in one pass, but by TRL on our head's log-probs: {obstacle}.")
+            self.run.log_once(f"The loss isn't made in one pass, but by TRL on our head's log-probs: {obstacle}.")
             objective = TRLObjective(compute)
         # regrouped sequences keep the token weights that they have in TRL's own micro-batches
         training = accumulation is not None

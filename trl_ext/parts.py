@@ -19,6 +19,7 @@ from .checkpoints.saving import RandomStates
 from .checkpoints.state import CheckpointState
 from .compat import LossSettings, RunSettings
 from .head.patch import add_forward, fused_heads
+from .log_once import LogOnce
 from .loss_step import LossStep
 from .model_patches import ModelPatches, keep_four_bit_layers_trainable
 from .objective.interface import Method
@@ -41,7 +42,6 @@ from .run_checks import (
     warn_about_engine,
     warn_about_truncated_sampling,
 )
-from .say_once import SayOnce
 from .stage_seconds import StageSeconds
 
 
@@ -100,11 +100,11 @@ def build_parts(trainer: Any, ours: type) -> Parts:
     """Builds the parts of a trainer whose parent's ``__init__`` has run."""
     compat.check_trainer(trainer)
     keep_four_bit_layers_trainable(trainer.model)
-    run = compat.read_run_settings(trainer, trainer._log_metrics, SayOnce(get_logger("trl_ext.trainer")))
+    run = compat.read_run_settings(trainer, trainer._log_metrics, LogOnce(get_logger("trl_ext.trainer")))
     refuse_tensor_parallelism(trainer.model, trainer.args)
-    warn_about_engine(trainer.args, run.accelerator, run.say_once)
-    warn_about_truncated_sampling(trainer.args, run.say_once)
-    context = read_context(trainer.processing_class, trainer.model, trainer.args, run.say_once)
+    warn_about_engine(trainer.args, run.accelerator, run.log_once)
+    warn_about_truncated_sampling(trainer.args, run.log_once)
+    context = read_context(trainer.processing_class, trainer.model, trainer.args, run.log_once)
     check_stored_context(trainer.train_dataset, context)
     normalizer = Normalizer(run, trainer.args, compat.read_reward_settings(trainer))
 

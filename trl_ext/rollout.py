@@ -124,7 +124,7 @@ class Rollouts:
         self.failures = RewardFailures(run.accelerator.num_processes)
         self.check_reward_functions()
         self.generations = GenerationCount()
-        self.task_names = TaskNames(run.accelerator.num_processes, run.say_once)
+        self.task_names = TaskNames(run.accelerator.num_processes, run.log_once)
         self.task_means = {"train": TaskMeans(), "eval": TaskMeans()}
         self.resampling = Resampling(run, parts.normalizer) if run.options.resample_zero_variance else None
 
@@ -178,7 +178,7 @@ class Rollouts:
         return output, rollout.rewarded
 
     def _check_prompts(self, prompts: Any) -> None:
-        check_batch(prompts, self.parts.context, self.run.say_once)
+        check_batch(prompts, self.parts.context, self.run.log_once)
 
     def _calculate_rewards(
         self, calculate: Callable[..., Any], inputs: Any, prompts: Any, completions: Any, completion_ids: Any
@@ -193,7 +193,7 @@ class Rollouts:
             rewards_BF = calculate(inputs, prompts, completions, completion_ids)
             self.failures.raise_on_all_ranks(accelerator.process_index)
         self.run.log({"completions/repetition": mean_repetition(completion_ids, accelerator)})
-        warn_if_unscored(rewards_BF, trainer.reward_func_names, self.run.say_once)
+        warn_if_unscored(rewards_BF, trainer.reward_func_names, self.run.log_once)
         num_generations = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         tasks = prompt_tasks(inputs)
         rewarded = gather_rewarded(

@@ -62,22 +62,22 @@ def refuse_tensor_parallelism(model: Any, args: Any) -> None:
         )
 
 
-def warn_about_engine(args: Any, accelerator: Accelerator, say_once: Callable[[str], None]) -> None:
+def warn_about_engine(args: Any, accelerator: Accelerator, log_once: Callable[[str], None]) -> None:
     """Warns if FSDP is requested but doesn't run, and if restarted ranks may not find each other."""
     if lacks_own_store() and accelerator.num_processes > 1:
-        say_once(
+        log_once(
             f"torchrun may restart this run, and restarted processes may not find each other: set {OWN_STORE}=1 for "
             "torchrun (docs/engines.md)."
         )
     fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if fsdp and accelerator.distributed_type != DistributedType.FSDP:
-        say_once(
+        log_once(
             f"FSDP was asked for, and {accelerator.distributed_type.value} is what runs: accelerate has FSDP for GPUs "
             "alone, with several processes. Every process holds the whole model."
         )
 
 
-def warn_about_truncated_sampling(args: Any, say_once: Callable[[str], None]) -> None:
+def warn_about_truncated_sampling(args: Any, log_once: Callable[[str], None]) -> None:
     """Warns if truncated sampling (top-p, top-k, min-p) biases vLLM's importance sampling correction."""
     if not (args.use_vllm and args.vllm_importance_sampling_correction):
         return
@@ -85,7 +85,7 @@ def warn_about_truncated_sampling(args: Any, say_once: Callable[[str], None]) ->
     cuts = {"top_p": (given["top_p"] or 1) < 1, "top_k": (given["top_k"] or 0) > 0, "min_p": (given["min_p"] or 0) > 0}
     named = ", ".join(f"{name}={given[name]}" for name, truncates in cuts.items() if truncates)
     if named:
-        say_once(
+        log_once(
             f"{named}: vLLM samples from a part of the distribution, and its importance ratio compares with the whole "
             "of the trainer's. It is biased: below 1 on average, by the share that is cut off, and what is never "
             "sampled is never corrected. Set top_p=1.0, top_k=0 and min_p=None, or "
@@ -161,7 +161,7 @@ class Context:
     answer: int
     processing_class: Any
     fails_beyond: bool
-    say_once: Callable[..., None]
+    log_once: Callable[..., None]
 
     def check(self, prompts: Iterable[Any], what: Callable[[int], str]) -> None:
         """Checks that prompts and their completions fit into the context; warns once if one doesn't.
@@ -188,20 +188,20 @@ class Context:
         if beyond:
             length, number = max(beyond)
             room = "no room for an answer" if length >= self.size else "an answer may go beyond it"
-            self.say_once(
+            self.log_once(
                 f"{what(number)} has {length} tokens, and the model's context (max_position_embeddings) is "
                 f"{self.size}: {room} (max_completion_length={self.answer}; {len(beyond)} such prompts were seen). "
                 "The model wasn't trained for what comes after."
             )
 
 
-def read_context(processing_class: Any, model: Any, args: Any, say_once: Callable[..., None]) -> Context | None:
+def read_context(processing_class: Any, model: Any, args: Any, log_once: Callable[..., None]) -> Context | None:
     """Reads the model's context; None if its configuration has none."""
     size = context_of(model.config)
     if size is None:
         return None
     rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
-    return Context(size, args.max_completion_length or 0, processing_class, not rotary, say_once)
+    return Context(size, args.max_completion_length or 0, processing_class, not rotary, log_once)
 
 
 def check_stored_context(dataset: Any, context: Context | None) -> None:
@@ -210,7 +210,7 @@ def check_stored_context(dataset: Any, context: Context | None) -> None:
         context.check(_stored_prompts(dataset), lambda row: f"The prompt of row {row} of train_dataset")
 
 
-def check_batch(prompts: Sequence[Any], context: Context | None, say_once: Callable[..., None]) -> None:
+def check_batch(prompts: Sequence[Any], context: Context | None, log_once: Callable[..., None]) -> None:
     """Checks the prompts of a batch before completions are generated: not empty, and within the context."""
 
     def what(number: int) -> str:
@@ -219,7 +219,7 @@ def check_batch(prompts: Sequence[Any], context: Context | None, say_once: Calla
     for number, prompt in enumerate(prompts):
         _refuse_empty(prompt, what(number))
     if "" in prompts:
-        say_once("A prompt of a batch is an empty text: its answers are made from nothing.")
+        log_once("A prompt of a batch is an empty text: its answers are made from nothing.")
     if context is not None:
         context.check(prompts, what)
 

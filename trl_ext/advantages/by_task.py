@@ -22,8 +22,8 @@ MOST = 16  # tasks that are logged by name; a column with more values probably d
 class TaskNames:
     """The names of the tasks by key, the same on every rank. Ranks exchange names when an unknown key appears."""
 
-    def __init__(self, processes: int, say_once: Callable[[str], None]) -> None:
-        self.processes, self._say_once = processes, say_once
+    def __init__(self, processes: int, log_once: Callable[[str], None]) -> None:
+        self.processes, self._log_once = processes, log_once
         self.names: dict[int, str] = {}
 
     def learn(self, keys_B: torch.Tensor, own: Mapping[int, str]) -> None:
@@ -39,7 +39,7 @@ class TaskNames:
         for part in gather_object([found]) if self.processes > 1 else [found]:
             self.names.update(part)
         if len(self.names) > MOST:
-            self._say_once(
+            self._log_once(
                 f"The dataset's column 'task' has more than {MOST} names: rewards aren't logged by task, nor how tasks "
                 "interfere; files keep the names."
             )

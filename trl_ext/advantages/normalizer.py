@@ -67,12 +67,12 @@ class Normalizer:
         if now.options != before.options:
             names = [field.name for field in fields(now.options)]
             changed = [name for name in names if getattr(now.options, name) != getattr(before.options, name)]
-            self.run.say_once(
+            self.run.log_once(
                 f"{', '.join(changed)}: changed while training, which has no effect: these options are read when the "
                 "trainer is built."
             )
         if now.scale_rewards != before.scale_rewards and not self.follows_trl:
-            self.run.say_once(
+            self.run.log_once(
                 f"scale_rewards={now.scale_rewards!r}, set while training, has no effect: normalization="
                 f"{self.method!r} was given, and stays."
             )
@@ -110,7 +110,7 @@ class Normalizer:
             observe_rewards(self.states, batch.rewards_BF, batch.weights_F, batch.num_generations, self.aggregation)
         state = self.states[0]
         if not state.ready:
-            self.run.say_once(f"normalization={self.method!r} is 'std' {state.not_ready}.")
+            self.run.log_once(f"normalization={self.method!r} is 'std' {state.not_ready}.")
         normalized = compute_advantages(
             batch.rewards_BF,
             batch.weights_F,

@@ -135,7 +135,7 @@ class Resampling:
         while self._live(rounds) < self.wanted and len(rounds) <= self.max_rounds:
             others = self._other_prompts(dataset, order, seen, n_local, rewarded.num_generations)
             if others is None:
-                self.run.say_once(
+                self.run.log_once(
                     "resample_zero_variance: the dataset has no other prompts left to draw in this step; the batch "
                     "keeps its dead ones."
                 )

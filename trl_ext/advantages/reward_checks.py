@@ -151,11 +151,11 @@ def checked_reward(
     return checked
 
 
-def warn_if_unscored(rewards_BF: torch.Tensor, names: Sequence[str], say_once: Callable[[str], None]) -> None:
+def warn_if_unscored(rewards_BF: torch.Tensor, names: Sequence[str], log_once: Callable[[str], None]) -> None:
     """Warns once if no function scored any completion of a batch: it has no gradient. ``rewards_BF``: of all ranks."""
     if rewards_BF.isnan().all():
         functions = ", ".join(map(repr, names))
-        say_once(
+        log_once(
             f"No completion of a batch was scored: {functions} returned None or NaN for each of the "
             f"{len(rewards_BF)}. Such a batch has no gradient."
         )

@@ -209,7 +209,7 @@ class MicroBatches:
     def _log_not_shared(self, plan: StepPlan) -> StepPlan:
         """Returns ``plan``; logs once why prompts of this batch can't be shared."""
         if plan.not_shared is not None:
-            self.run.say_once(plan.not_shared)
+            self.run.log_once(plan.not_shared)
         return plan
 
     def _not_run(self, rows: Sequences, table: RowTable, left_B: torch.Tensor, n_rows: int) -> list[Sequences]:
@@ -224,13 +224,13 @@ class MicroBatches:
         """Logs once whether sequences are skipped and prompts are shared, and why not."""
         wanted_but_not = self.options.skip_zero_advantage and not runs.skipped
         cost = COST_OF_OWN_METHOD if override is not None and override in runs.why else ""
-        self.run.say_once(runs.why + cost, level="warning" if wanted_but_not else "info")
+        self.run.log_once(runs.why + cost, level="warning" if wanted_but_not else "info")
         reason = self.limits.not_shared if runs.regrouped else "every sequence runs in TRL's own micro-batches"
         if not self.options.share_prompts or reason == NEFTUNE:  # model_limits.py logs NEFTune
             return
         # by the user's own options, or logged already with the reason why sequences aren't regrouped
         expected = not runs.regrouped or not self.options.fused_loss or self.run.torch_compile
-        self.run.say_once(
+        self.run.log_once(
             "Answers to one prompt run in one row, the prompt once (in steps that log interference, in their own)."
             if reason is None
             else f"Prompts aren't shared: {reason}.",

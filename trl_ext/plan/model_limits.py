@@ -58,7 +58,7 @@ class ModelLimits:
             self._check_neftune()
             return
         self._probed, model = True, self._run.accelerator.unwrap_model(self._model if model is None else model)
-        prompts, completions = trimmed_columns(model, self._run.accelerator, self._run.say_once, prepared=True)
+        prompts, completions = trimmed_columns(model, self._run.accelerator, self._run.log_once, prepared=True)
         reason = why_not_shared(self._run, model, prompts, prepared=True)
         answers = torch.tensor([[prompts, completions, reason is None]], device=self._run.accelerator.device)
         trim_prompts, trim_completions, share = self._run.accelerator.gather(answers.int()).amin(0).bool().tolist()
@@ -74,7 +74,7 @@ class ModelLimits:
         if not noise_by_row_length(self._model):
             return
         if self.trimming.prompts or self.trimming.completions or self.not_shared is None:
-            self._run.say_once(
+            self._run.log_once(
                 "Rows keep the length that TRL gives them, and prompts aren't shared: NEFTune's noise depends on the "
                 "length of a row."
             )
@@ -87,7 +87,7 @@ class ModelLimits:
         self._named_random_layers = True
         found = random_layers(self._model)
         if found is not None:
-            self._run.say_once(
+            self._run.log_once(
                 f"The model draws random numbers in training ({found}), and which ones a token gets depends on where "
                 "its sequence is in its micro-batch: gradients are those of skip_zero_advantage=False on average, not "
                 "each time."

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from trl_ext.log_once import LogOnce
 from trl_ext.probe_model import can_run, detect_half_products, evaluation_mode, probe_ids
-from trl_ext.say_once import SayOnce
 
 TOKENS, LEFT, RIGHT = 8, 24, 8  # tokens of the probe's row, and the padding on its left and right
 # The largest relative change of the logits that passes. Rounding alone gives 1e-7, and 1e-2 with rotations in bf16.
@@ -23,7 +23,7 @@ NORM_AFTER_ROTATION = ("hunyuan_v1_dense", "hunyuan_v1_moe")
 
 
 def trimmed_columns(
-    model: Any, accelerator: Accelerator, say_once: SayOnce, *, prepared: bool = False
+    model: Any, accelerator: Accelerator, log_once: LogOnce, *, prepared: bool = False
 ) -> tuple[bool, bool]:
     """Returns whether padding can be trimmed before prompts, and after completions; logs what the probe refuses.
 
@@ -36,11 +36,11 @@ def trimmed_columns(
     try:
         change, half = detect_half_products(model, lambda: change_by_padding(model))
     except Exception as error:
-        say_once(f"Padding before prompts stays: the model couldn't be asked ({type(error).__name__}: {error}).")
+        log_once(f"Padding before prompts stays: the model couldn't be asked ({type(error).__name__}: {error}).")
         return False, right
     if change <= (HALF_TOLERANCE if half else TOLERANCE):
         return left, right
-    say_once(f"Padding before prompts stays: what the model says changes with it, by {change:.1e} of its size.")
+    log_once(f"Padding before prompts stays: what the model says changes with it, by {change:.1e} of its size.")
     return False, right
 
 

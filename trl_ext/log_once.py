@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class SayOnce:
+class LogOnce:
     """Logs each text at most once, at the given level."""
 
     def __init__(self, logger: Any) -> None:
