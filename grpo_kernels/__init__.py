@@ -1,6 +1,6 @@
-"""Kernels for group-relative policy optimisation: tensors in, tensors out. Knows nothing of trainers or models.
+"""Kernels for group-relative policy optimisation: tensors in, tensors out, independent of trainers and models.
 
-Names are imported when they are asked for (PEP 562): the list of methods needs no torch.
+Each name is imported at its first use (PEP 562), so that reading the list of methods doesn't import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one place that decides whether a kernel runs in Triton or in plain torch, and in which dtype it multiplies."""
+"""Decides whether a kernel runs in Triton or in plain torch, and whether it multiplies in half precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _forced_half: bool | None = None
 
 
 def triton_can_run(device: torch.device) -> bool:
-    """True where a Triton kernel can be launched on tensors of this device (a GPU, or any device interpreted)."""
+    """Returns whether Triton kernels run on this device: a GPU, or a CPU with TRITON_INTERPRET=1."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -27,9 +27,9 @@ def triton_can_run(device: torch.device) -> bool:
 
 
 def choose_backend(device: torch.device) -> str:
-    """``"triton"`` on CUDA and ROCm devices, ``"torch"`` everywhere else; ``use_backend`` overrides it.
+    """Returns "triton" for CUDA and ROCm devices, and "torch" for all others, unless ``use_backend`` overrides it.
 
-    Raises ``ValueError`` when ``use_backend("triton")`` is in force and Triton can't run on ``device``.
+    Raises ``ValueError`` if ``use_backend("triton")`` is in force and Triton can't run on ``device``.
     """
     if _forced == "triton" and not triton_can_run(device):
         raise ValueError(
@@ -43,7 +43,7 @@ def choose_backend(device: torch.device) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the enclosed calls on ``"torch"`` or ``"triton"``, whatever the device would choose."""
+    """Runs all calls in this context on the backend "torch" or "triton", instead of the device's default."""
     global _forced
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not one of {BACKENDS}")
@@ -55,11 +55,11 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def native_half(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of this half-precision dtype are left to the device; otherwise the head makes them in float32.
+    """Returns whether the device multiplies this half-precision dtype itself; if not, the head multiplies in float32.
 
-    A GPU multiplies both dtypes. A CPU multiplies bfloat16 where it has instructions for it. float16 is always widened
-    on a CPU: the few that have instructions for it (AVX512-FP16) gain at most a third over float32 (measured: float32
-    takes 1.02 to 1.35 times as long for the whole loss), and a float16 product overflows at 65504.
+    A GPU multiplies both dtypes. A CPU multiplies bfloat16 if it has instructions for it. On a CPU, float16 is always
+    widened to float32: the few CPUs with instructions for it (AVX512-FP16) gain little (measured: with float32 the
+    whole loss takes 1.02 to 1.35 times as long), and a float16 product overflows at 65504.
     """
     if _forced_half is not None:
         return _forced_half
@@ -69,8 +69,11 @@ def native_half(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """oneDNN also accepts bfloat16 on a CPU that has only AVX512, and emulates it there: measured, 4.6 times slower
-    than float32. ``ONEDNN_MAX_CPU_ISA`` may name a lower instruction set than the CPU has."""
+    """Returns whether the CPU has instructions for bfloat16 products that oneDNN may use.
+
+    On a CPU with AVX512 alone, oneDNN emulates bfloat16, which is 4.6 times slower than float32 (measured).
+    ``ONEDNN_MAX_CPU_ISA`` may limit oneDNN to a lower instruction set than the CPU has.
+    """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     if limit and limit not in ("ALL", "DEFAULT") and "BF16" not in limit and "FP16" not in limit and "AMX" not in limit:
         return False
@@ -80,8 +83,11 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def rounds_products(device: torch.device, *dtypes: torch.dtype) -> bool:
-    """Whether products of operands of these dtypes have half precision's digits: one of them is half, or the device
-    multiplies float32 in TF32 (10 bits) or bfloat16 (``torch.set_float32_matmul_precision``)."""
+    """Returns whether products of operands of these dtypes are rounded to about half precision.
+
+    That is so if one dtype is half precision, or if the device multiplies float32 in TF32 (10 bits) or in bfloat16
+    (``torch.set_float32_matmul_precision``).
+    """
     if any(dtype in HALF for dtype in dtypes):
         return True
     settings: Any = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
@@ -90,7 +96,7 @@ def rounds_products(device: torch.device, *dtypes: torch.dtype) -> bool:
 
 @contextmanager
 def assume_native_half(native: bool) -> Iterator[None]:
-    """For tests: within, ``native_half`` has this answer on every device."""
+    """Makes ``native_half`` return ``native`` in this context, on every device. For tests."""
     global _forced_half
     before, _forced_half = _forced_half, native
     try:

@@ -1,4 +1,4 @@
-"""The one way into a Triton kernel: every tensor contiguous, all on one device, and that device current."""
+"""Launches Triton kernels: makes every tensor contiguous, checks that all are on one device, and selects it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ from typing import Any
 
 import torch
 
-# Options of the compiler that change digits, at what they are by default up to Triton 3.9 (3.10 turns fusion off)
-DIGITS = {"enable_fp_fusion": True}
+# Compiler options that change rounding. These are the defaults up to Triton 3.9; 3.10 turns fusion off.
+ROUNDING_OPTIONS = {"enable_fp_fusion": True}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """``kernel[grid](*arguments, **options)``, on inputs that a kernel reads one number after the other.
+    """Runs ``kernel[grid](*arguments, **options)`` with contiguous inputs, on the tensors' device.
 
-    ``arguments``: tensors, numbers, None, and NamedTuples of them. A tensor with gaps, or one that was expanded, is
-    copied; but for the rows of a NamedTuple that has their ``stride``, which the kernel takes. What a kernel writes
-    must be contiguous already. Raises ``ValueError`` where tensors are on several devices.
+    Args:
+        arguments: tensors, numbers, None, and NamedTuples of them. A tensor that isn't contiguous is copied, except a
+            matrix in a NamedTuple with a field ``stride``, which the kernel uses. A tensor that the kernel writes to
+            must be contiguous already.
+
+    Raises:
+        ValueError: the tensors are on several devices.
     """
-    ready = [_contiguous(one) for one in arguments]
+    ready = [_contiguous(argument) for argument in arguments]
     devices = {tensor.device for tensor in _tensors(ready)}
     if len(devices) != 1:
         raise ValueError(f"a kernel's tensors are on {', '.join(sorted(map(str, devices)))}: expected one device")
     (device,) = devices
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # else it runs on the current one
-        kernel[grid](*ready, **options, **DIGITS)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton runs on the current device
+        kernel[grid](*ready, **options, **ROUNDING_OPTIONS)
 
 
 def _contiguous(value: Any) -> Any:
@@ -34,10 +38,11 @@ def _contiguous(value: Any) -> Any:
     if not isinstance(value, tuple):
         return value
     has_stride = hasattr(value, "stride")
-    parts = (
-        one if has_stride and isinstance(one, torch.Tensor) and one.ndim == 2 else _contiguous(one) for one in value
+    fields = (
+        field if has_stride and isinstance(field, torch.Tensor) and field.ndim == 2 else _contiguous(field)
+        for field in value
     )
-    return type(value)(*parts)
+    return type(value)(*fields)
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
-from trl_ext.probe_model import mixes_rows
+from trl_ext.probe_model import why_rows_mix
 from trl_ext.recorder.layer_check import rehearse
 from trl_ext.tasks.small_policy import build_tokenizer
 
@@ -209,7 +209,7 @@ class Row:
 def what_runs(trainer: CurvatureGRPOTrainer) -> str:
     """In a few words."""
     if not trainer._parts.micro_batches.skipping:
-        (why,) = [text for text in trainer._parts.run.say_once._said if text.startswith("Every sequence runs")]
+        (why,) = [text for text in trainer._parts.run.log_once._logged if text.startswith("Every sequence runs")]
         return f"all, as TRL: {why.split(': ', 1)[1].rstrip('.')}"
     trimming = trainer._parts.micro_batches.limits.trimming
     before, after = trimming.prompts, trimming.completions
@@ -277,7 +277,7 @@ def sketch_errors(
         model = get_peft_model(model, adapter)
         move_from_the_start(model)
     model.train()
-    if mixes_rows(model) is not None:
+    if why_rows_mix(model) is not None:
         raise ValueError("switched off: rows mix")
     prompts, answers = rollouts()
     rows = [prompt + answer for prompt, answer in zip(prompts, answers[::GENERATIONS], strict=True)][:3]

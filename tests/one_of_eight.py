@@ -44,7 +44,7 @@ def one_of_eight(known, monkeypatch, measured, device="cpu"):
         num_generations=G,
         prompts_per_generation=P,
         aggregation="sum_then_normalize",
-        say_once=lambda text, level="warning": None if level == "info" else pytest.fail(text),
+        log_once=lambda text, level="warning": None if level == "info" else pytest.fail(text),
     )
     torch.manual_seed(0)
     n = P * G // PROCESSES

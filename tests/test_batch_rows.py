@@ -14,7 +14,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from trl_ext.plan import padding
 from trl_ext.plan.compute_counts import StepCounts, compute_metrics
-from trl_ext.plan.padding import columns_by_rule, moved_by_padding, trimmed_columns
+from trl_ext.plan.padding import change_by_padding, columns_by_rule, trimmed_columns
 from trl_ext.plan.random_layers import random_layers
 from trl_ext.plan.rows import RowTable, Trimming, even_batches, read_rows
 from trl_ext.plan.step_plan import PlanLimits, plan_step
@@ -64,7 +64,7 @@ def test_a_model_that_moves_with_padding_is_found_out(monkeypatch):
         model = architecture(name).train()
         model.lm_head.eval()
         assert columns_by_rule(model) == (True, True)
-        moved = moved_by_padding(model)
+        moved = change_by_padding(model)
         assert moved > 1e-3 if moves else moved < 1e-6
         assert trimmed_columns(model, alone, said.append) == (not moves, True)
         assert model.model.training and not model.lm_head.training

@@ -146,7 +146,7 @@ def test_a_restart_that_finds_nobody(tmp_path):
     """Ends with an error, in the time that it is given."""
     code = (
         "from trl_ext import rejoin\n"
-        "with rejoin.rejoined_in_time(3):\n"
+        "with rejoin.rendezvous_deadline(3):\n"
         "    from trl_ext import CurvatureGRPOConfig\n"
         f"    CurvatureGRPOConfig(output_dir={str(tmp_path)!r}, use_cpu=True, bf16=False)\n"
     )

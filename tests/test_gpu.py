@@ -86,7 +86,7 @@ def test_shared_attention_in_parts(dtype, repeats):
 
     def found(dtype, in_parts):
         q, k, v = (tensor.to(dtype, copy=True).requires_grad_() for tensor in made[:3])
-        assert in_parts == (flash.can(q, k, v) and dtype != torch.float64)
+        assert in_parts == (flash.supports(q, k, v) and dtype != torch.float64)
         if in_parts:
             out = attention.InParts.apply(q, k, v, rows.spans(), 0.3).transpose(1, 2)
         else:
@@ -98,7 +98,7 @@ def test_shared_attention_in_parts(dtype, repeats):
 
     truth, parts = found(torch.float64, False), found(dtype, True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flash, "can", lambda *_: False)
+        patch.setattr(flash, "supports", lambda *_: False)
         masked = found(dtype, False)
     for exact, one, other in zip(truth, parts, masked, strict=True):
         assert (one - exact).norm() < 1.5 * (other - exact).norm() + 1e-3 * exact.norm()

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_ext.plan.rows import Trimming, even_batches, read_rows
-from trl_ext.plan.shared_batches import as_many, largest, packed_positions, shared_batches
+from trl_ext.plan.shared_batches import largest, packed_positions, shared_batches, split_into
 from trl_ext.schema import Sequences
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_consecutive")
@@ -69,7 +69,7 @@ def plan(batch, n_batches=4):
     indices = even_batches(table, n_batches)
     assert table.packable
     budget = largest(indices, table) * len(table.wanted_B)
-    together = as_many(shared_batches(table, budget), n_batches, table)
+    together = split_into(shared_batches(table, budget), n_batches, table)
     for chosen in (*indices, *together):
         packed_positions(chosen, table)
         Trimming(True, True).select(batch, chosen, table)

@@ -13,7 +13,7 @@ from trl import GRPOConfig
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.advantages.reward_checks import RewardFailures, RewardRaised, checked_reward
 from trl_ext.console import ConsoleCallback, advice
-from trl_ext.run_checks import say_engine
+from trl_ext.run_checks import warn_about_engine
 
 NOWHERE = "no-model-here"
 
@@ -120,13 +120,13 @@ def test_restarts_with_the_store_of_those_that_are_gone(monkeypatch):
     args = SimpleNamespace(fsdp=None)
     two = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)
     said = []
-    say_engine(args, two, said.append)
+    warn_about_engine(args, two, said.append)
     assert len(said) == 1 and "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun" in said[0]
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    say_engine(args, two, said.append)
+    warn_about_engine(args, two, said.append)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert len(said) == 1
-    say_engine(args, two, said.append)
+    warn_about_engine(args, two, said.append)
     assert "FSDP was asked for, and MULTI_CPU is what runs" in said[1]
 
 
@@ -157,8 +157,8 @@ def test_failures_wait_for_the_other_processes():
     rewards = checked_reward(failing, failures=failures)(**given())
     assert all(value != value for value in rewards) and len(rewards) == 4
     with pytest.raises(RewardRaised, match="process 1: reward function 'failing' raised KeyError: 'boom'"):
-        failures.raise_together(process_index=1)
-    failures.raise_together(process_index=1)  # told once
+        failures.raise_on_all_ranks(process_index=1)
+    failures.raise_on_all_ranks(process_index=1)  # told once
 
 
 # ---- the example's console

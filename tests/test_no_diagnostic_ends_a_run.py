@@ -31,7 +31,7 @@ PLACES = [
     "grpo_kernels.interference.tap_check.TapCheck.errors",
     "grpo_kernels.head.checks._check_head_sketch",
     "trl_ext.recorder.measure.directional_curvature",
-    "trl_ext.recorder.recorder.mixes_rows",
+    "trl_ext.recorder.recorder.why_rows_mix",
     "trl_ext.recorder.recorder.PromptFeatures.__init__",
     "trl_ext.recorder.recorder.PromptFeatures.set_rows",
     "trl_ext.recorder.recorder.PromptFeatures._look",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_ext.advantages.sampler_metrics import sampler_metrics
-from trl_ext.run_checks import say_truncated_sampling
+from trl_ext.run_checks import warn_about_truncated_sampling
 from trl_ext.schema import Sequences
 
 ALONE = SimpleNamespace(gather=lambda values: values)
@@ -106,7 +106,7 @@ def test_truncated_sampling_is_named(options, named):
     said = []
     defaults = {"use_vllm": True, "vllm_importance_sampling_correction": True, "top_p": 1.0, "top_k": 0, "min_p": None}
     args = SimpleNamespace(**{**defaults, "generation_kwargs": None, **options})
-    say_truncated_sampling(args, said.append)
+    warn_about_truncated_sampling(args, said.append)
     assert len(said) == (named is not None)
     if named:
         assert said[0].startswith(f"{named}: vLLM samples from a part of the distribution") and "6789" in said[0]

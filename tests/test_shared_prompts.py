@@ -18,10 +18,10 @@ from trl import GRPOTrainer
 
 from trl_ext.plan import probe_sharing
 from trl_ext.plan.rows import RowTable, read_rows
-from trl_ext.plan.shared_batches import as_many, packed_positions, shared_batches
+from trl_ext.plan.shared_batches import packed_positions, shared_batches, split_into
 from trl_ext.schema import Sequences
 from trl_ext.sharing import attention, flash, packed_rows
-from trl_ext.sharing.hooks import let_share
+from trl_ext.sharing.hooks import add_sharing_hooks
 from trl_ext.sharing.packed_rows import Spans, pack
 
 SIZES = {
@@ -122,7 +122,7 @@ def test_hidden_states_and_gradients(kind, lora, checkpointing):
     if checkpointing is not None:
         whole.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     base = whole.get_base_model() if lora else whole
-    let_share(base)
+    add_sharing_hooks(base)
     ids, mask = shared_rows()
     live = mask[:, 1:].bool()
     live[:, : WIDTH - 1] = False
@@ -222,10 +222,10 @@ def test_batches_that_can_not_share():
 def test_as_many_as_another_process():
     wanted, lengths = torch.tensor([True, True, True, False]), torch.tensor([9, 8, 7, 3])
     table = RowTable(lengths * 0, lengths, lengths, lengths, torch.arange(4), wanted, packable=True)
-    assert [rows.tolist() for rows in as_many([[0, 1, 2]], 1, table)] == [[0, 1, 2]]
-    two = as_many([[0, 1, 2]], 2, table)
+    assert [rows.tolist() for rows in split_into([[0, 1, 2]], 1, table)] == [[0, 1, 2]]
+    two = split_into([[0, 1, 2]], 2, table)
     assert sorted(row for rows in two for row in rows.tolist()) == [0, 1, 2]
-    four = as_many([[0, 1, 2]], 4, table)
+    four = split_into([[0, 1, 2]], 4, table)
     assert [len(rows) for rows in four] == [1] * 4  # a dead one makes up
 
 
@@ -267,7 +267,7 @@ def test_the_trainer_against_trl(loss_type, iterations, tiny_policy, tmp_path):
 def test_it_says_whether_it_shares(options, why, level, tiny_policy, tmp_path, caplog, monkeypatch):
     moved = options.pop("moved", None)
     if moved is not None:
-        monkeypatch.setattr(probe_sharing, "moved_by_sharing", lambda _: moved)
+        monkeypatch.setattr(probe_sharing, "change_by_sharing", lambda _: moved)
     with caplog.at_level("INFO"):
         train(tiny_policy, tmp_path, **options)
     said = [record for record in caplog.records if "shared" in record.message or "in one row" in record.message]

@@ -13,7 +13,7 @@ from trl_ext.head.patch import add_fused_head
 from trl_ext.head.settings import read_settings
 from trl_ext.plan.padding import trimmed_columns
 from trl_ext.plan.probe_sharing import why_not_shared
-from trl_ext.sharing.hooks import let_share
+from trl_ext.sharing.hooks import add_sharing_hooks
 from trl_ext.sharing.packed_rows import pack
 
 
@@ -59,7 +59,7 @@ def test_architectures_that_may_and_may_not(name):
     if not_shared is not None:
         return
     model = model.eval()
-    let_share(model)
+    add_sharing_hooks(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 96, (4, 40), generator=generator)
     ids[1:3, :10] = ids[0, :10]

@@ -115,7 +115,7 @@ CASES = {
 
 def runs_of(trainer, batch):
     parts = trainer._parts
-    return parts.micro_batches.what_runs(Sequences(batch), parts.loss_settings(), parts.owners().plan)
+    return parts.micro_batches.what_runs(Sequences(batch), parts.loss_settings(), parts.overrides().plan)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 
 from trl_ext import CurvatureGRPOTrainer, read_interference
 from trl_ext.plan import log_probs
-from trl_ext.plan.log_probs import why_complete
+from trl_ext.plan.log_probs import why_not_postponed
 
 # an optimizer step of 16 sequences in four micro-batches
 FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
@@ -82,7 +82,7 @@ def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
 
 def test_vllms_correction_keeps_old_log_probs_complete(tiny_policy, tmp_path):
     def why(trainer):
-        return why_complete(trainer._parts.run.options, trainer._parts.loss_settings(), None)
+        return why_not_postponed(trainer._parts.run.options, trainer._parts.loss_settings(), None)
 
     trainer = build(tiny_policy, tmp_path)
     assert why(trainer) is None

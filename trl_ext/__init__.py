@@ -1,6 +1,6 @@
 """Curvature-aware GRPO for TRL: ``from trl_ext import CurvatureGRPOTrainer, CurvatureGRPOConfig``.
 
-Names are imported when they are asked for (PEP 562), so that a command that needs neither torch nor TRL starts at once.
+Each name is imported at its first use (PEP 562), so that commands that need neither torch nor TRL start fast.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _MODULES = {
     "read_interference": ".recorder.files",
 }
 
-# Two messages of other libraries that read like a failure, and that no user can act on: TRL itself sets the deprecated
-# name, and the kernel that bitsandbytes misses is an optional one of CPUs with AVX512-BF16.
+# Hides two messages of other libraries that look like errors and that users can't act on: TRL itself sets the
+# deprecated name, and bitsandbytes misses an optional kernel for CPUs with AVX512-BF16.
 warnings.filterwarnings(
     "ignore", r"`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning, module="transformers"
 )
@@ -34,7 +34,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 
 
 def __getattr__(name: str) -> Any:
-    """Raises ``ImportError`` where an installed TRL isn't one whose internals these classes override."""
+    """Imports a public name at its first use. Raises ``ImportError`` if the installed TRL isn't a supported one."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name != "read_interference":

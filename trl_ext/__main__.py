@@ -1,4 +1,4 @@
-"""``python -m trl_ext report RUN``, ``check RUN`` and ``what-if RUN``: looks at runs."""
+"""Runs the commands ``python -m trl_ext report RUN``, ``check RUN`` and ``what-if RUN``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Stops at import on a TRL whose internals are not the ones this package overrides."""
+"""Checks at import that the installed TRL is a version whose internals this package overrides."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ INSTALL = "pip install 'trl>=1.15,<1.17'"
 
 
 def check_trl_version(installed: str | None = None) -> None:
-    """Raises ``ImportError`` unless one of ``SUPPORTED_TRL`` is installed (``installed`` overrides what is found)."""
-    supported = " or ".join(f"{one}.x" for one in SUPPORTED_TRL)
+    """Raises ``ImportError`` unless ``installed`` (default: the installed version) is one of ``SUPPORTED_TRL``."""
+    supported = " or ".join(f"{release}.x" for release in SUPPORTED_TRL)
     if installed is None:
         try:
             installed = version("trl")

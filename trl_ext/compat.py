@@ -1,9 +1,9 @@
-"""Everything of TRL that is no documented interface and that this package leans on; no other module names it.
+"""Holds everything that this package uses of TRL's undocumented interface; no other module names it.
 
-Private helpers are imported from here. ``check_class`` and ``check_trainer`` look for every method, parameter,
-attribute and key when a trainer is built, so that a TRL that has changed is named before a model is trained with the
-wrong loss. What later stages read of a trainer they get frozen: ``RunSettings`` once, ``LossSettings`` and
-``StepPosition`` anew each time, since a callback may change ``trainer.beta`` while training.
+Other modules import TRL's private helpers from here. ``check_class`` and ``check_trainer`` look for every method,
+parameter, attribute and key when a trainer is built, so that a changed TRL raises an error before a model is trained
+with the wrong loss. Later stages get frozen copies of the trainer's settings: ``RunSettings`` once, ``LossSettings``
+and ``StepPosition`` at each call, because a callback may change ``trainer.beta`` during training.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,8 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
+from .log_once import LogOnce
 from .options import CurvatureOptions, read_options
-from .say_once import SayOnce
 
 __all__ = [
     "FusedCausalLMOutput",
@@ -44,13 +44,17 @@ __all__ = [
 
 
 # Methods that we override or call, with the parameters that we pass or take
-
 PARAMETERS = {
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
     "_generate": ("prompts",),
     "_generate_and_score_completions": ("inputs",),
     "_get_per_token_logps_and_entropies": (
-        "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
     ),
     "_prepare_inputs": ("generation_batch",),
     "_compute_loss": ("model", "inputs"),
@@ -58,61 +62,62 @@ PARAMETERS = {
     "training_step": ("model", "inputs", "num_items_in_batch"),
     "_save_checkpoint": ("model", "trial"),
     "train": ("resume_from_checkpoint",),
-}  # fmt: skip
+}
 
-# Attributes of a built trainer, beside those that the two readers below read
+# Attributes of a built trainer, in addition to those that read_run_settings and read_loss_settings read
 ATTRIBUTES = (
-    "_buffered_inputs", "_tokenizer", "_logs", "_metrics", "reward_funcs", "reward_func_names", "reward_weights",
-    "ref_model", "num_generations", "num_generations_eval", "multi_objective_aggregation", "scale_rewards",
+    *("_buffered_inputs", "_tokenizer", "_logs", "_metrics", "reward_funcs", "reward_func_names", "reward_weights"),
+    *("ref_model", "num_generations", "num_generations_eval", "multi_objective_aggregation", "scale_rewards"),
     "pad_to_multiple_of",
-)  # fmt: skip
+)
 LOG_COLUMNS = ("prompt", "completion", "rewards", "advantages", "extra")  # of the completions table
 
 
 def arguments_after(name: str) -> list[str]:
-    """Those of ``GRPOTrainer`` that stand after this one."""
+    """Returns the names of ``GRPOTrainer``'s arguments after the argument ``name``."""
     names = list(inspect.signature(GRPOTrainer.__init__).parameters)
     return names[names.index(name) + 1 :]
 
 
 class ChangedTRL(RuntimeError):  # noqa: N818
-    """TRL isn't as this package knows it."""
+    """The installed TRL lacks a method, argument, attribute or key that this package uses."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"TRL {trl.__version__} isn't as trl_ext knows it: {what}")
 
 
-class _SaidOnce(logging.Filter):
-    """Lets a message of TRL that holds ``part`` pass once."""
+class _OnceFilter(logging.Filter):
+    """Lets the first message that contains ``part`` through, and drops the later ones."""
 
     def __init__(self, part: str) -> None:
         super().__init__()
-        self.part, self.said = part, False
+        self.part, self.passed = part, False
 
     def filter(self, record: logging.LogRecord) -> bool:
         if self.part not in record.getMessage():
             return True
-        said, self.said = self.said, True
-        return not said
+        first, self.passed = not self.passed, True
+        return first
 
 
-def say_unscored_once() -> None:
-    """TRL tells of completions without any reward at every step, with all that it knows of the first of them."""
+def limit_unscored_warning() -> None:
+    """Lets TRL warn once per trainer of completions without a reward: it warns at every step, with a whole row."""
     logger = logging.getLogger(grpo_trainer.__name__)
-    for earlier in [one for one in logger.filters if isinstance(one, _SaidOnce)]:
+    for earlier in [added for added in logger.filters if isinstance(added, _OnceFilter)]:
         logger.removeFilter(earlier)
-    logger.addFilter(_SaidOnce("All reward functions returned None"))
+    logger.addFilter(_OnceFilter("All reward functions returned None"))
 
 
 def check_class() -> None:
-    """Raises ``ChangedTRL`` where a method of ``GRPOTrainer`` is gone or takes other arguments."""
+    """Raises ``ChangedTRL`` if a method of ``GRPOTrainer`` is missing or takes other arguments."""
     for name, wanted in PARAMETERS.items():
         method = getattr(GRPOTrainer, name, None)
         if method is None:
             raise ChangedTRL(f"GRPOTrainer has no {name}")
         parameters = list(inspect.signature(method).parameters.values())[1:]
-        found = tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
-        open_ended = any(one.kind is one.VAR_POSITIONAL for one in parameters)  # a user's wrapper around TRL's
+        found = tuple(argument.name for argument in parameters if argument.kind is argument.POSITIONAL_OR_KEYWORD)
+        # a wrapper that a user put around TRL's method may take *args
+        open_ended = any(argument.kind is argument.VAR_POSITIONAL for argument in parameters)
         if found[: len(wanted)] != (wanted[: len(found)] if open_ended else wanted):
             raise ChangedTRL(f"GRPOTrainer.{name} takes ({', '.join(found)}), not ({', '.join(wanted)})")
     for name in ("BaseTunerLayer", "add_fused_lm_head"):
@@ -121,7 +126,7 @@ def check_class() -> None:
 
 
 def check_trainer(trainer: Any) -> None:
-    """Raises ``ChangedTRL`` where an attribute of a built trainer, or a key of its logs, is gone."""
+    """Raises ``ChangedTRL`` if an attribute of a built trainer, or a key of its logs, is missing."""
     for name in ATTRIBUTES:
         if not hasattr(trainer, name):
             raise ChangedTRL(f"GRPOTrainer has no attribute {name}")
@@ -136,15 +141,19 @@ def check_trainer(trainer: Any) -> None:
         raise ChangedTRL(f"{error.obj.__class__.__name__} has no attribute {error.name}") from None
 
 
-# What is read of a trainer
+# Settings that are read from a trainer
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What stays as it is in a run, and where to say things: ``log(metrics)`` in training, ``say_once(text)``.
+    """The settings that stay constant during a run, and the two ways to log.
 
-    ``options``: ours. ``prompts_per_generation``: of all processes. ``pad_token_id``: the tokenizer's.
-    ``train_batch_size``, ``eval_batch_size``: sequences of each process at a time.
+    Attributes:
+        options: this package's options.
+        prompts_per_generation: prompts of a generation batch, over all ranks.
+        train_batch_size, eval_batch_size: sequences of a micro-batch on each rank.
+        log: ``log(metrics)`` adds metrics to the trainer's log.
+        log_once: ``log_once(text)`` logs a message, unless it was logged before.
     """
 
     options: CurvatureOptions
@@ -163,11 +172,11 @@ class RunSettings:
     temperature: float
     cast_lm_head_to_fp32: bool
     log: Callable[[Mapping[str, float]], None]
-    say_once: SayOnce
+    log_once: LogOnce
 
 
-def read_run_settings(trainer: Any, log: Any, say_once: Any) -> RunSettings:
-    """When the trainer is built."""
+def read_run_settings(trainer: Any, log: Any, log_once: Any) -> RunSettings:
+    """Reads the settings that stay constant, when the trainer is built."""
     args = trainer.args
     return RunSettings(
         options=read_options(args),
@@ -186,15 +195,15 @@ def read_run_settings(trainer: Any, log: Any, say_once: Any) -> RunSettings:
         temperature=trainer.temperature,
         cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
         log=log,
-        say_once=say_once,
+        log_once=log_once,
     )
 
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """What TRL reads at each step between rewards and advantages, by TRL's names, and our own options as they are now.
+    """The settings by which rewards become advantages, as they are at this step.
 
-    ``n_functions``: of the reward functions.
+    ``n_functions`` is the number of reward functions. The other names are TRL's.
     """
 
     scale_rewards: str
@@ -204,7 +213,7 @@ class RewardSettings:
 
 
 def read_reward_settings(trainer: Any) -> RewardSettings:
-    """As they are now: a callback may have changed them."""
+    """Reads the current reward settings, which a callback may have changed."""
     options = read_options(trainer.args)
     return RewardSettings(
         trainer.scale_rewards, trainer.multi_objective_aggregation, len(trainer.reward_funcs), options
@@ -213,11 +222,14 @@ def read_reward_settings(trainer: Any) -> RewardSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What a micro-batch's loss depends on beside the batch: TRL's options by TRL's names, or what they come to.
+    """The settings that a micro-batch's loss depends on, with TRL's names where TRL has one.
 
-    ``entropy_coef`` counts where ``entropy_bonus``, ``aux_loss_coef`` where ``aux_loss``. ``importance_correction``:
-    vLLM's. ``own_logprobs``: what to say of log-probs that a subclass makes, which the one pass wouldn't ask for, or
-    None.
+    Attributes:
+        entropy_coef: used only if ``entropy_bonus``.
+        aux_loss_coef: used only if ``aux_loss``, the load-balancing loss of a mixture of experts.
+        importance_correction: whether vLLM's importance sampling correction is on.
+        own_logprobs: the reason to log if a subclass overrides the computation of log-probs, which the fused loss
+            would bypass; else None.
     """
 
     loss_type: str
@@ -243,7 +255,7 @@ class LossSettings:
 
 
 def read_loss_settings(trainer: Any, own_logprobs: str | None = None) -> LossSettings:
-    """As they are now."""
+    """Reads the current loss settings, which a callback may have changed."""
     args = trainer.args
     return LossSettings(
         loss_type=trainer.loss_type,
@@ -271,10 +283,13 @@ def read_loss_settings(trainer: Any, own_logprobs: str | None = None) -> LossSet
 
 @dataclass(frozen=True)
 class StepPosition:
-    """Where in training a call of ``training_step`` is.
+    """The position of a call of ``training_step`` in training.
 
-    ``micro_batch``: how many calls TRL has counted before it. ``optimizer_step``: the state's ``global_step``.
-    ``accumulation``: calls of this optimizer step (the last of an epoch may have fewer). ``last``: of them.
+    Attributes:
+        micro_batch: number of earlier calls, as TRL counts them.
+        optimizer_step: the trainer state's ``global_step``.
+        accumulation: number of calls in this optimizer step; the last step of an epoch may have fewer.
+        last: whether this is the step's last call.
     """
 
     micro_batch: int
@@ -285,7 +300,7 @@ class StepPosition:
 
 
 def read_position(trainer: Any) -> StepPosition:
-    """As it is now."""
+    """Reads the position of the current call."""
     return StepPosition(
         micro_batch=trainer._step,
         optimizer_step=trainer.state.global_step,
@@ -295,8 +310,8 @@ def read_position(trainer: Any) -> StepPosition:
     )
 
 
-def logged_columns(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of TRL's completions table that have an entry for each sequence, flat, by name."""
+def logged_columns(logs: Mapping[str, Any]) -> dict[str, MutableSequence[Any]]:
+    """Returns the columns of TRL's completions table that have one entry for each sequence, by name."""
     return {
         **{name: logs[name] for name in ("prompt", "completion")},
         **{f"rewards {name}": column for name, column in logs["rewards"].items()},
@@ -304,26 +319,27 @@ def logged_columns(logs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def replace_latest(column: Any, values: list[Any]) -> None:
-    """Puts ``values`` where TRL has just appended as many of its own."""
+def replace_latest(column: MutableSequence[Any], values: list[Any]) -> None:
+    """Replaces the last ``len(values)`` entries, which TRL has just appended, by ``values``."""
     for _ in range(min(len(values), len(column))):
         column.pop()
     column.extend(values)
 
 
-# What is changed of TRL
+# Changes of TRL's behaviour
 
 
 class _NoAdapter:
-    """Nothing is an instance of this."""
+    """Stands in for PEFT's adapter class in TRL's check; nothing is an instance of it."""
 
 
 @contextmanager
 def without_trl_head(trainer: Any, add_to_reference: Callable[[Any], Any]) -> Iterator[None]:
-    """``trainer``, built within, gives the policy no head of TRL's: ours is there while it trains.
+    """Keeps TRL from patching its own head onto the policy while ``trainer`` is built in this context.
 
-    The reference model, which is TRL's own, gets what ``add_to_reference`` gives it before accelerate wraps it.
-    TRL also refuses an adapter on ``lm_head``, which its head would ignore. Ours doesn't: the check is passed over.
+    Our head is patched on later, while the trainer trains. ``add_to_reference`` patches the reference model, which TRL
+    creates, before accelerate wraps it. TRL also refuses an adapter on ``lm_head``, because its head ignores one; our
+    head supports it, so the context disables that check.
     """
 
     def add(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -339,9 +355,10 @@ def without_trl_head(trainer: Any, add_to_reference: Callable[[Any], Any]) -> It
 
 
 def forward_without_trl_head(model: Any) -> Any:
-    """``model.forward`` without what TRL's ``add_fused_lm_head`` put around it, for a trainer of its own before ours.
+    """Returns ``model.forward`` without the wrapper that an earlier ``GRPOTrainer`` of TRL's may have put around it.
 
-    TRL's patch calls the model that it was made for: in a deep copy of that model it would run the other one's weights.
+    TRL's wrapper (``add_fused_lm_head``) keeps a reference to the model it was made for. In a deep copy of that model
+    it would run the original's weights.
     """
     forward = model.forward
     while True:
@@ -350,9 +367,9 @@ def forward_without_trl_head(model: Any) -> Any:
         if code is None or not code.co_qualname.startswith("add_fused_lm_head."):
             return forward
         cells: Any = getattr(function, "__closure__", None) or ()
-        there = dict(zip(code.co_freevars, cells, strict=True)).get("original_forward")
-        if there is None:
+        original = dict(zip(code.co_freevars, cells, strict=True)).get("original_forward")
+        if original is None:
             return forward
-        forward = there.cell_contents
+        forward = original.cell_contents
         if isinstance(forward, types.MethodType):
             forward = types.MethodType(forward.__func__, model)

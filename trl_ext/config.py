@@ -1,10 +1,10 @@
-"""Options of ``CurvatureGRPOTrainer``: TRL's, and ours."""
+"""Defines ``CurvatureGRPOConfig``: TRL's options and ours."""
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from grpo_kernels.normalize.methods import METHODS, check_normalization, function_name
 
-from .elastic_restart import rejoined_in_time
+from .elastic_restart import rendezvous_deadline
 from .options import SCALE_REWARDS_METHOD, CurvatureOptions, check, describe
 
 
@@ -23,16 +23,16 @@ from .options import SCALE_REWARDS_METHOD, CurvatureOptions, check, describe
 class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
     __doc__ = f"""``GRPOConfig`` plus the options below; everything else means what it means in TRL.
 
-    Two defaults differ, so that one script runs everywhere: without an accelerator (or with ``use_cpu``) ``use_cpu`` is
-    True and ``bf16`` False, and on a GPU that has no bf16 ``bf16`` is False. What is set is left as it is.
+    Two defaults differ, so that one script runs on every machine. Without an accelerator (or with ``use_cpu``),
+    ``use_cpu`` is True and ``bf16`` is False. On a GPU without bf16, ``bf16`` is False. Values that you set are kept.
 
     Args:
 {describe()}
 
     Raises:
-        ValueError: at construction, before a model is loaded: an unknown method (lists them) or option, a value that
-            its option doesn't allow, an invalid ``scale_rewards`` or ``multi_objective_aggregation``, options that
-            contradict each other, ``use_liger_kernel`` without a GPU.
+        ValueError: at construction, before a model is loaded, for an unknown method or option, a value that an option
+            doesn't allow, an invalid ``scale_rewards`` or ``multi_objective_aggregation``, options that contradict
+            each other, and ``use_liger_kernel`` without a GPU.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "normalization_kwargs"]
@@ -46,7 +46,7 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
                     f"normalization_kwargs={self.normalization_kwargs!r} isn't a JSON object: {error}"
                 ) from None
         self._choose_device()
-        with rejoined_in_time():
+        with rendezvous_deadline():
             super().__post_init__()
         resolve_normalization(self)
         check_liger(self)
@@ -54,15 +54,18 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         self._check_resampling()
 
     def _choose_device(self) -> None:
-        """TRL's default is bf16 wherever it runs, and it stops where there is none; most CPUs only emulate it."""
+        """Sets ``use_cpu`` and ``bf16`` for this machine.
+
+        TRL's default is bf16 on every device; it fails on a GPU without bf16, and most CPUs only emulate it.
+        """
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # else several processes would look for a GPU's backend
+            self.use_cpu = True  # otherwise several processes would look for a GPU's communication backend
         on_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
         if vars(self)["bf16"] is None and (on_cpu or not is_torch_bf16_gpu_available()):
             self.bf16 = False
 
     def _check_resampling(self) -> None:
-        """What depends on TRL's options too."""
+        """Raises ``ValueError`` for resampling options that contradict TRL's options or the normalisation."""
         wanted, prompts = self.resample_live_prompts, self.generation_batch_size // self.num_generations
         if wanted is not None and wanted > prompts:
             raise ValueError(f"resample_live_prompts={wanted} must be between 1 and {prompts}, the prompts of a batch")
@@ -74,11 +77,11 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As the parent's, for JSON: a function is its name."""
+        """Returns the options for JSON, with the name of a function in its place."""
         return {name: function_name(value) if callable(value) else value for name, value in super().to_dict().items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For the ``training_args.bin`` of a checkpoint: a function that can't be pickled is its name."""
+        """Returns the state for a checkpoint's ``training_args.bin``; a function that can't be pickled is its name."""
         state = dict(self.__dict__)
         try:
             pickle.dumps(self.normalization)
@@ -88,9 +91,13 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         return state
 
 
-def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], dict[str, Any]]:
-    """The method and its options that ``args`` ask for; a plain ``GRPOConfig`` gets what TRL would do."""
-    trls = trl_method(args.scale_rewards, args.multi_objective_aggregation)
+def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], Mapping[str, Any]]:
+    """Returns the normalisation that ``args`` select, and its options; a plain ``GRPOConfig`` selects TRL's own.
+
+    Raises:
+        ValueError: the method or an option is invalid, or contradicts ``scale_rewards``.
+    """
+    method_of_trl = trl_method(args.scale_rewards, args.multi_objective_aggregation)
     method = getattr(args, "normalization", None)
     options = getattr(args, "normalization_kwargs", None) or {}
     if not isinstance(options, dict):
@@ -100,7 +107,7 @@ def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], d
     if callable(method) and "eps" in options:
         raise ValueError(f"normalization_kwargs={options!r}: eps is for the named methods, not for a function")
     if method is None:
-        method = trls
+        method = method_of_trl
     elif args.scale_rewards != "group" and SCALE_REWARDS_METHOD[args.scale_rewards] != method:  # "group" is the default
         raise ValueError(
             f"normalization={method if isinstance(method, str) else function_name(method)!r} contradicts "
@@ -111,7 +118,7 @@ def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], d
 
 
 def trl_method(scale_rewards: str, aggregation: str) -> str:
-    """The method that TRL's options amount to; ``ValueError`` for values that it doesn't know."""
+    """Returns the name of our method that equals TRL's for these options. Raises ``ValueError`` for unknown values."""
     if scale_rewards not in SCALE_REWARDS_METHOD:
         raise ValueError(f"scale_rewards={scale_rewards!r} must be one of {', '.join(SCALE_REWARDS_METHOD)}")
     if aggregation not in ("sum_then_normalize", "normalize_then_sum"):
@@ -123,8 +130,10 @@ def trl_method(scale_rewards: str, aggregation: str) -> str:
 
 
 def check_liger(args: Any) -> None:
-    """Raises ``ValueError`` where Liger's kernels would run without a GPU: they patch the model's classes first, so
-    that no later model of this process would run either."""
+    """Raises ``ValueError`` if Liger's kernels would run without a GPU.
+
+    Liger patches the model's classes before it fails, so no later model of this process would run either.
+    """
     if getattr(args, "use_liger_kernel", False) and (args.use_cpu or not torch.accelerator.is_available()):
         raise ValueError(
             "use_liger_kernel=True needs a GPU, and this run has none. This package's own head and loss "

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a progress bar and one readable line of metrics per logged step."""
+"""Prints a run's progress: a progress bar, and one line of metrics per logged step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-# heading, width, the trainer's metric, format
+# heading, width, name of the trainer's metric, format
 COLUMNS = (
     ("step", 5, "step", "{:.0f}"),
     ("reward", 7, "reward", "{:.3f}"),
@@ -29,11 +29,11 @@ LEGEND = (
     "advantages, weighed by length, which sum to 0 in a group. Its gradient isn't 0: watch reward and grad."
 )
 
-AGAIN = 2  # logged steps in a row, before advice is given
+ADVISE_AFTER = 2  # logged steps in a row with the same problem
 
 
 def advice(metrics: Mapping[str, float | None], max_completion_length: int) -> dict[str, str]:
-    """Returns reasons why nothing can be learned in this logged step, each with what to change."""
+    """Returns the reasons why this logged step has no gradient, by name, each with advice on what to change."""
     found = {}
     if metrics.get("completions/clipped_ratio") == 1:
         found["cut"] = (
@@ -51,7 +51,7 @@ def advice(metrics: Mapping[str, float | None], max_completion_length: int) -> d
 
 
 def format_row(metrics: dict[str, float | None]) -> str:
-    """Formats one line of the table; a missing metric leaves its cell empty."""
+    """Returns one line of the table; the cell of a missing metric is empty."""
     cells = []
     for _, width, name, layout in COLUMNS:
         value = metrics.get(name, metrics.get(f"{name}_live"))
@@ -60,13 +60,13 @@ def format_row(metrics: dict[str, float | None]) -> str:
 
 
 class ConsoleCallback(TrainerCallback):
-    """A progress bar (in a terminal) and the table, on the main process. Held-out accuracy gets a line of its own."""
+    """Prints a progress bar (in a terminal) and the table on the main process. An evaluation gets its own line."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self.progress: Progress | None = None
-        self.headed = False
-        self.troubles: dict[str, int] = {}  # of how many logged steps in a row
+        self.heading_printed = False
+        self.problems: dict[str, int] = {}  # by name: in how many logged steps in a row
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -92,20 +92,20 @@ class ConsoleCallback(TrainerCallback):
             self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        known = {name for _, _, name, _ in COLUMNS}
-        if not state.is_world_process_zero or not logs or not known & set(logs):
+        shown = {name for _, _, name, _ in COLUMNS}
+        if not state.is_world_process_zero or not logs or not shown & set(logs):
             return
-        if not self.headed:
+        if not self.heading_printed:
             self._print("\n" + LEGEND + "\n")
             self._print("".join(heading.rjust(width) for heading, width, _, _ in COLUMNS))
-            self.headed = True
+            self.heading_printed = True
         self._print(format_row({**logs, "step": state.global_step}))
         if "reward" in logs:
             found = advice(logs, args.max_completion_length)
-            self.troubles = {name: self.troubles.get(name, 0) + 1 for name in found}
+            self.problems = {name: self.problems.get(name, 0) + 1 for name in found}
             for name, text in found.items():
-                if self.troubles[name] == AGAIN:
-                    self._print(f"In {AGAIN} logged steps {text}")
+                if self.problems[name] == ADVISE_AFTER:
+                    self._print(f"In {ADVISE_AFTER} logged steps {text}")
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.progress is not None:

@@ -1,9 +1,11 @@
-"""Ends a process that torchrun restarted, with an error, unless it finds the other processes within a minute.
+"""Ends a restarted process with an error if its rendezvous with the other ranks takes longer than a minute.
 
-torch waits up to half an hour for processes that can't find each other (seen over gloo, where a restart finds addresses
-of processes that are gone), and torchrun restarts only what has ended. A shorter timeout of the process group can't
-take the place of this timer: transformers passes none on CPUs, where the problem was seen, and a group's timeout is
-that of every later exchange too, where ranks may wait longer than a minute for one whose answers are long.
+After a restart by torchrun, torch waits up to half an hour for ranks that can't find each other (seen with gloo, where
+a restarted rank reads the addresses of dead processes). torchrun restarts only processes that have ended.
+
+A shorter timeout of the process group doesn't replace this timer. On CPUs, where the problem was seen, transformers
+passes no timeout. And the group's timeout also applies to every later collective, where ranks may wait longer than a
+minute for one that generates long answers.
 """
 
 from __future__ import annotations
@@ -20,18 +22,18 @@ CODE = 75  # EX_TEMPFAIL: try again
 
 
 def restarts() -> int:
-    """How often torchrun has restarted this process."""
+    """Returns how often torchrun has restarted this process."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def lacks_own_store() -> bool:
-    """Whether a restart by torchrun would find the store of the processes that are gone."""
+    """Returns whether a rank restarted by torchrun would read the store of the dead processes."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and os.environ.get(OWN_STORE) != "1"
 
 
 @contextmanager
-def rejoined_in_time(seconds: float = SECONDS) -> Iterator[None]:
-    """Wraps the rendezvous of all processes. In a restart, a process that takes longer ends with exit code ``CODE``."""
+def rendezvous_deadline(seconds: float = SECONDS) -> Iterator[None]:
+    """Limits the time of the rendezvous inside it: a restarted process that takes longer exits with ``CODE``."""
     if not restarts():
         yield
         return

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def load_function(place: str, option: str) -> Callable[..., Any]:
-    """Returns the function ``module:name``. Modules in the current folder are found, too.
+    """Returns the function ``module:name``. The module may be in the current folder.
 
     Args:
         place: ``module:name``.
@@ -25,7 +25,7 @@ def load_function(place: str, option: str) -> Callable[..., Any]:
         sys.path.insert(0, "")
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # whatever a module does when it is imported
+    except Exception as error:  # importing a module may raise anything
         raise ValueError(f"{option} {place}: {type(error).__name__}: {error}") from None
     if not callable(function):
         raise ValueError(f"{option} {place} is not a function")

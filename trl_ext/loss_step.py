@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: by which objective, and what is logged of it."""
+"""Computes the loss of a micro-batch: chooses the objective and logs the statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from .compat import LossSettings, RunSettings
 from .objective.fused import FusedObjective
 from .objective.interface import LossContext, Objective
-from .objective.statistics import whole_micro_batch_metrics
+from .objective.statistics import trl_micro_batch_metrics
 from .objective.token_weights import token_weights
 from .objective.trl import TRLObjective
 from .plan.micro_batches import MicroBatches, micro_batch
@@ -18,7 +18,7 @@ from .schema import Batch, Sequences
 
 
 class LossStep:
-    """Makes losses for ``GRPOTrainer._compute_loss``."""
+    """Computes the losses for ``GRPOTrainer._compute_loss``."""
 
     def __init__(self, run: RunSettings, micro_batches: MicroBatches) -> None:
         self.run, self.micro_batches = run, micro_batches
@@ -27,25 +27,26 @@ class LossStep:
     def loss(
         self, model: Any, inputs: Batch, settings: LossSettings, compute: Callable[..., Any], accumulation: float | None
     ) -> torch.Tensor:
-        """0-d, with its graph.
+        """Returns the micro-batch's loss (0-d, with its graph), and logs its statistics.
 
-        ``compute``: TRL's own ``_compute_loss``. ``accumulation``: micro-batches of this optimizer step; None: an
-        evaluation.
+        Args:
+            compute: TRL's own ``_compute_loss``, the fallback.
+            accumulation: number of micro-batches of this optimizer step; None in evaluation.
         """
         batch, part = Sequences(inputs), micro_batch(inputs)
         objective: Objective = self.fused
         obstacle = self.fused.why_not(settings, batch)
         if obstacle is not None:
-            self.run.say_once(f"The loss isn't made in one pass, but by TRL on our head's log-probs: {obstacle}.")
+            self.run.log_once(f"The loss isn't made in one pass, but by TRL on our head's log-probs: {obstacle}.")
             objective = TRLObjective(compute)
-        # planned sequences keep the weights that they have in TRL's own micro-batches
+        # regrouped sequences keep the token weights that they have in TRL's own micro-batches
         training = accumulation is not None
-        weights_B = token_weights(batch, settings, training=training) if part.whole else batch.token_weight
+        weights_B = token_weights(batch, settings, training=training) if part.is_trls else batch.token_weight
         context = LossContext(settings, weights_B, accumulation or 1.0, part.method, part.packed > 0)
         result = objective.loss(model, batch, context)
         last = training and self.run.accelerator.sync_gradients
-        if result.statistics_BS is not None and part.whole:
-            self.run.log(whole_micro_batch_metrics(result, settings, self.run.accelerator, last=last))
+        if result.statistics_BS is not None and part.is_trls:
+            self.run.log(trl_micro_batch_metrics(result, settings, self.run.accelerator, last=last))
         elif result.statistics_BS is not None:
             self.micro_batches.record(part, result.statistics_BS, last_of_step=last)
         return result.loss

@@ -1,4 +1,4 @@
-"""Which override of a trainer's method runs: ours, or a subclass's in place of it."""
+"""Detects which methods of a trainer a subclass overrides, and wraps methods for the time of a call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def overridden(trainer: Any, ours: type, *names: str) -> str | None:
-    """What to say of the first of these methods that ``trainer``'s class has in place of that of ``ours``, or None."""
+    """Returns the reason to log if a subclass of ``ours`` overrides one of these methods, or None."""
     for name in names:
         if getattr(type(trainer), name) is not getattr(ours, name):
             return f"{type(trainer).__name__} has a {name} of its own"
@@ -17,18 +17,20 @@ def overridden(trainer: Any, ours: type, *names: str) -> str | None:
 
 
 @contextmanager
-def answered_by(trainer: Any, **stand_ins: Callable[..., Any]) -> Iterator[None]:
-    """Within, ``trainer.name(...)`` is ``stand_in(method, ...)`` for each of these, ``method`` what would have been
-    called: a subclass's, or one that was put on this very trainer."""
+def wrapped_methods(trainer: Any, **wrappers: Callable[..., Any]) -> Iterator[None]:
+    """Replaces ``trainer.name(...)`` by ``wrapper(method, ...)`` in this context, for each ``name=wrapper``.
+
+    ``method`` is the method that would have run without the wrapper: TRL's, a subclass's, or one set on the instance.
+    """
     with ExitStack() as undo:
-        for name, stand_in in stand_ins.items():
-            undo.callback(_put, trainer, name, vars(trainer).get(name))
-            setattr(trainer, name, partial(stand_in, getattr(trainer, name)))
+        for name, wrapper in wrappers.items():
+            undo.callback(_restore, trainer, name, vars(trainer).get(name))
+            setattr(trainer, name, partial(wrapper, getattr(trainer, name)))
         yield
 
 
-def _put(trainer: Any, name: str, before: Any) -> None:
-    """Gives the trainer back what it had under this name."""
+def _restore(trainer: Any, name: str, before: Any) -> None:
+    """Restores the instance attribute ``name``; ``before`` is None if the instance had none."""
     delattr(trainer, name)
     if before is not None:
         setattr(trainer, name, before)

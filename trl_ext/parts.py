@@ -1,7 +1,8 @@
-"""What a trainer works with, built once its model and data are there."""
+"""Builds the parts that a trainer consists of, once its model and data are loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from .advantages.rewarded import RewardedBatch
 from .checkpoints.callbacks import CheckpointState, RandomStates
 from .compat import LossSettings, RunSettings
 from .head.patch import add_forward, fused_heads
+from .log_once import LogOnce
 from .loss_step import LossStep
 from .model_patches import ModelPatches, keep_four_bit_layers_trainable
 from .objective.interface import Method
@@ -30,24 +32,22 @@ from .recorder.recorder import InterferenceRecorder
 from .report.completions import KeptCompletions
 from .report.run_files import RunFiles, describe_run
 from .report.watch import Watch
-from .rollout import Owners, RolloutParts, Rollouts
+from .rollout import Overrides, RolloutParts, Rollouts
 from .run_checks import (
     check_before_model,
     check_stored_context,
     read_context,
     refuse_tensor_parallelism,
-    say_engine,
-    say_truncated_sampling,
+    warn_about_engine,
+    warn_about_truncated_sampling,
 )
-from .say_once import SayOnce
 from .stage_seconds import StageSeconds
 
 
 def before_model(trainer: Any, model: Any, args: Any, rest: Any, kwargs: Any) -> AbstractContextManager[Any]:
-    """Checks what can be known to be wrong before a model is loaded; the context that the parent's ``__init__`` runs
-    in."""
+    """Checks options and datasets before a model is loaded, and returns the context for the parent's ``__init__``."""
     compat.check_class()
-    compat.say_unscored_once()
+    compat.limit_unscored_warning()
     check_before_model(args, rest, kwargs)
     refuse_tensor_parallelism(model, args)
     fused = read_options(args).fused_loss
@@ -56,7 +56,7 @@ def before_model(trainer: Any, model: Any, args: Any, rest: Any, kwargs: Any) ->
 
 @dataclass
 class Parts:
-    """The parts of one trainer. ``ours``: the class whose overrides they belong to."""
+    """The parts of one trainer. ``ours`` is ``CurvatureGRPOTrainer``, with which overrides are compared."""
 
     trainer: Any
     ours: type
@@ -73,36 +73,37 @@ class Parts:
     callbacks: tuple[TrainerCallback, ...]
 
     def loss_settings(self) -> LossSettings:
-        """As they are now."""
+        """Reads the current loss settings."""
         own_logprobs = overridden(self.trainer, self.ours, "_get_per_token_logps_and_entropies")
         return compat.read_loss_settings(self.trainer, own_logprobs)
 
-    def owners(self) -> Owners:
-        """What a subclass has of the methods that decide what can be skipped, and what can wait."""
-        return Owners(
+    def overrides(self) -> Overrides:
+        """Finds the methods that a subclass overrides and that forbid skipping sequences or postponing log-probs."""
+        return Overrides(
             plan=overridden(self.trainer, self.ours, *rules.OWN_METHODS),
             log_probs=overridden(self.trainer, self.ours, *log_probs.OWN_METHODS),
         )
 
     def step_request(self) -> StepRequest:
-        """What the plan of the optimizer step depends on, as it is now."""
-        own = self.owners().plan
-        computed_elsewhere = own is not None or not vars(self.trainer).keys().isdisjoint(rules.OWN_METHODS)
-        method: Method | None = None if computed_elsewhere else self.normalizer.own_group
-        # a backward that a user calls by himself would recompute shared rows on a model without our hooks
+        """Collects what the plan of the current optimizer step depends on."""
+        override = self.overrides().plan
+        overridden_here = override is not None or not vars(self.trainer).keys().isdisjoint(rules.OWN_METHODS)
+        method: Method | None = None if overridden_here else self.normalizer.own_group
+        # if users call training_step and backward themselves, gradient checkpointing would recompute shared rows on
+        # a model without our hooks
         by_sequence = self.recorder.is_open or not self.patches.active
-        return StepRequest(self.loss_settings(), self.rollouts.latest_advantages, method, own, by_sequence)
+        return StepRequest(self.loss_settings(), self.rollouts.latest_advantages, method, override, by_sequence)
 
 
 def build_parts(trainer: Any, ours: type) -> Parts:
-    """Of a trainer whose parent's ``__init__`` has run."""
+    """Builds the parts of a trainer whose parent's ``__init__`` has run."""
     compat.check_trainer(trainer)
     keep_four_bit_layers_trainable(trainer.model)
-    run = compat.read_run_settings(trainer, trainer._log_metrics, SayOnce(get_logger("trl_ext.trainer")))
+    run = compat.read_run_settings(trainer, trainer._log_metrics, LogOnce(get_logger("trl_ext.trainer")))
     refuse_tensor_parallelism(trainer.model, trainer.args)
-    say_engine(trainer.args, run.accelerator, run.say_once)
-    say_truncated_sampling(trainer.args, run.say_once)
-    context = read_context(trainer.processing_class, trainer.model, trainer.args, run.say_once)
+    warn_about_engine(trainer.args, run.accelerator, run.log_once)
+    warn_about_truncated_sampling(trainer.args, run.log_once)
+    context = read_context(trainer.processing_class, trainer.model, trainer.args, run.log_once)
     check_stored_context(trainer.train_dataset, context)
     normalizer = Normalizer(run, trainer.args, compat.read_reward_settings(trainer))
 
@@ -113,33 +114,54 @@ def build_parts(trainer: Any, ours: type) -> Parts:
     patches = patches_of(run, trainer, recorder)
     kept = KeptCompletions(run.options.interference_every, run.num_generations)
 
-    def on_batch(rewarded: RewardedBatch, task_names: TaskNames, first: bool) -> None:
-        def known() -> tuple[dict[int, str], dict[int, str]]:
-            return prompt_texts(trainer._logs["prompt"], rewarded.keys_B), task_names.of_prompts(rewarded)
-
-        recorder.see_prompts(known, anew=first)
-        kept.see(trainer._logs)
-
     with patches.applied():
         limits = ModelLimits(run, trainer.model, trainer.ref_model, patches.add)
     micro_batches = MicroBatches(run, trainer.model, limits)
     used_log_probs = UsedLogProbs(run, micro_batches, trainer.ref_model, trainer.args.gradient_checkpointing_kwargs)
     seconds, random_states = StageSeconds(), RandomStates()
-    parts = RolloutParts(context, seconds, normalizer, recorder, micro_batches, used_log_probs, on_batch)
+    parts = RolloutParts(
+        context, seconds, normalizer, recorder, micro_batches, used_log_probs, batch_observer(trainer, recorder, kept)
+    )
     rollouts = Rollouts(trainer, run, parts)
     state = CheckpointState(normalizer, recorder, on_start=(micro_batches.forget, rollouts.generations.forget))
     files = RunFiles(lambda: describe_run(trainer.args, trainer.model, type(trainer), trainer.reward_func_names))
     callbacks = (state, random_states, files, Watch(run, trainer._log_metrics), kept)
     return Parts(
-        trainer, ours, run, seconds, random_states, patches, normalizer, recorder, micro_batches, rollouts,
-        LossStep(run, micro_batches), state, callbacks,
-    )  # fmt: skip
+        trainer=trainer,
+        ours=ours,
+        run=run,
+        seconds=seconds,
+        random_states=random_states,
+        patches=patches,
+        normalizer=normalizer,
+        recorder=recorder,
+        micro_batches=micro_batches,
+        rollouts=rollouts,
+        losses=LossStep(run, micro_batches),
+        checkpoint_state=state,
+        callbacks=callbacks,
+    )
+
+
+def batch_observer(
+    trainer: Any, recorder: InterferenceRecorder, kept: KeptCompletions
+) -> Callable[[RewardedBatch, TaskNames, bool], None]:
+    """Returns what runs after each training batch: it passes prompts to the recorder and completions to their file."""
+
+    def on_batch(rewarded: RewardedBatch, task_names: TaskNames, first: bool) -> None:
+        def texts_and_tasks() -> tuple[dict[int, str], dict[int, str]]:
+            return prompt_texts(trainer._logs["prompt"], rewarded.keys_B), task_names.of_prompts(rewarded)
+
+        recorder.see_prompts(texts_and_tasks, anew=first)
+        kept.see(trainer._logs)
+
+    return on_batch
 
 
 def patches_of(run: RunSettings, trainer: Any, recorder: InterferenceRecorder) -> ModelPatches:
-    """What changes the models while the trainer uses them."""
+    """Returns the patches of the policy and the reference model."""
     patches = ModelPatches()
-    patches.add(lambda: recorder.abandon)  # removes the taps of a step that broke off
+    patches.add(lambda: recorder.abandon)  # on exit, removes the hooks of a step that raised an exception
     if run.options.fused_loss:
         for patch in fused_heads(run, trainer.model, trainer.ref_model, recorder.head_sketch):
             patches.add(patch)

@@ -1,4 +1,4 @@
-"""What a model is like: by its configuration, or by a few tokens through it, which change nothing of it."""
+"""Finds properties of a model from its configuration, or by a forward pass of a few tokens that leaves it unchanged."""
 
 from __future__ import annotations
 
@@ -17,27 +17,32 @@ T = TypeVar("T")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the engine has, or will have, the parameters on several processes: FSDP, and DeepSpeed's ZeRO-3."""
+    """Returns whether the engine shards the parameters over ranks: FSDP, and DeepSpeed's ZeRO-3."""
     zero3 = accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
     return zero3 or accelerator.distributed_type == DistributedType.FSDP
 
 
-def can_be_asked(model: torch.nn.Module, accelerator: Accelerator, *, prepared: bool = False) -> bool:
-    """Whether the model runs: its parameters are loaded; and by itself, or its engine has it (``prepared``), whose
-    hooks gather them, on every process at once."""
+def can_run(model: torch.nn.Module, accelerator: Accelerator, *, prepared: bool = False) -> bool:
+    """Returns whether the model can run a forward pass: its parameters are loaded, and not sharded.
+
+    A sharded model can run once the engine has wrapped it (``prepared``): the engine's hooks then gather the
+    parameters, if every rank runs the model at the same time.
+    """
     loaded = not any(parameter.is_meta for parameter in model.parameters())
     return loaded and (prepared or not is_sharded(accelerator))
 
 
-def some_ids(model: Any, rows: int, tokens: int) -> torch.Tensor:
-    """(rows, tokens) of made-up tokens."""
+def probe_ids(model: Any, rows: int, tokens: int) -> torch.Tensor:
+    """Returns made-up token ids, (rows, tokens)."""
     weight = model.get_input_embeddings().weight
     return (torch.arange(rows * tokens, device=weight.device) * 7 % whole_shape(weight)[0]).view(rows, tokens)
 
 
-def multiplies_in_half(model: torch.nn.Module, run: Callable[[], T]) -> tuple[T, bool]:
-    """What ``run`` returns, and whether a layer's products in it had half precision's digits: by the layer's dtypes,
-    autocast's (accelerate's or the user's), a quantized base's, or TF32's."""
+def detect_half_products(model: torch.nn.Module, run: Callable[[], T]) -> tuple[T, bool]:
+    """Runs ``run``. Returns its result, and whether a linear layer multiplied in half precision.
+
+    That depends on the layers' dtypes, on autocast (accelerate's or the user's), on quantization and on TF32.
+    """
     half: list[bool] = []
 
     def look(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -56,7 +61,7 @@ def multiplies_in_half(model: torch.nn.Module, run: Callable[[], T]) -> tuple[T,
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """``model.eval()``, and each module's own mode afterwards."""
+    """Puts the model into eval mode in this context, and restores each module's mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -66,7 +71,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def mixes_rows(model: Any) -> str | None:
-    """What of the model's adapters makes a sequence's result depend on the others of its micro-batch, or None."""
+def why_rows_mix(model: Any) -> str | None:
+    """Returns why a sequence's output depends on the other sequences of its micro-batch, or None if it doesn't."""
     kinds = {getattr(adapter, "peft_type", None) for adapter in getattr(model, "peft_config", {}).values()}
     return "Lily's router averages over all tokens that run together" if "LILY" in kinds else None

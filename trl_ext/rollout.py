@@ -1,7 +1,7 @@
-"""From TRL's rollouts to a batch with our advantages: what happens in ``_generate_and_score_completions``.
+"""Makes a generation batch with our advantages: the work of ``_generate_and_score_completions``.
 
-TRL generates, asks for old and reference log-probs, then for rewards -> ``RewardedBatch`` of all ranks -> maybe other
-prompts in place of dead ones -> advantages (``advantages/normalizer.py``) -> TRL's dict with our columns -> the
+TRL generates completions, computes old and reference log-probs, then rewards -> ``RewardedBatch`` of all ranks ->
+resampling of dead prompts, if it is on -> advantages (``advantages/normalizer.py``) -> TRL's dict with our columns ->
 log-probs of the sequences that the loss will use.
 """
 
@@ -18,12 +18,12 @@ from .advantages.group_columns import group_columns
 from .advantages.normalizer import Normalizer
 from .advantages.prompt_keys import prompt_tasks
 from .advantages.resampling import GenerationCount, Resampling
-from .advantages.reward_checks import RewardFailures, checked_rewards, say_if_unscored
+from .advantages.reward_checks import RewardFailures, checked_rewards, warn_if_unscored
 from .advantages.rewarded import RewardedBatch, gather_rewarded, mean_repetition
 from .advantages.sampler_metrics import sampler_metrics
 from .compat import LossSettings, RunSettings, read_reward_settings, replace_latest
-from .overrides import answered_by
-from .plan.log_probs import UsedLogProbs, why_complete
+from .overrides import wrapped_methods
+from .plan.log_probs import UsedLogProbs, why_not_postponed
 from .plan.micro_batches import MicroBatches
 from .run_checks import Context, check_batch
 from .schema import Batch, Sequences, check_keys
@@ -31,9 +31,11 @@ from .stage_seconds import StageSeconds
 
 
 @dataclass(frozen=True)
-class Owners:
-    """What to say of a method that a subclass has of its own, or None: of ``rules.OWN_METHODS``, of
-    ``log_probs.OWN_METHODS``."""
+class Overrides:
+    """The reasons to log if a subclass overrides methods that our shortcuts bypass; None if it doesn't.
+
+    ``plan``: methods of ``rules.OWN_METHODS``. ``log_probs``: methods of ``log_probs.OWN_METHODS``.
+    """
 
     plan: str | None
     log_probs: str | None
@@ -41,8 +43,11 @@ class Owners:
 
 @dataclass(frozen=True)
 class RolloutParts:
-    """What ``Rollouts`` works with. ``on_batch`` (rewarded, task names, whether it is the step's first batch) is called
-    with each training batch."""
+    """The parts of the trainer that ``Rollouts`` uses.
+
+    ``on_batch(rewarded, task_names, first)`` is called with each training batch; ``first``: the first of its optimizer
+    step.
+    """
 
     context: Context | None
     seconds: StageSeconds
@@ -58,9 +63,10 @@ Generate = Callable[[list[Mapping[str, Any]]], Batch]  # GRPOTrainer._generate_a
 
 @dataclass
 class Rollout:
-    """One call of TRL's ``_generate_and_score_completions``, by the three methods that it calls on the way.
+    """Runs TRL's ``_generate_and_score_completions`` once, with wrappers around three methods that it calls.
 
-    ``postpone``: log-probs that TRL asks for between generation and rewards can wait, and are answered with zeros.
+    ``postpone``: whether the log-probs that TRL computes between generation and rewards can be postponed; TRL then
+    gets zeros, and ``postponed`` becomes True.
     """
 
     trainer: Any
@@ -73,8 +79,8 @@ class Rollout:
     _stage: str = "generation"
 
     def run(self, generate: Generate, inputs: Any) -> Batch:
-        """TRL's dict."""
-        with answered_by(
+        """Returns TRL's dict of the generation batch."""
+        with wrapped_methods(
             self.trainer,
             _generate=self._generate,
             _get_per_token_logps_and_entropies=self._log_probs,
@@ -92,9 +98,9 @@ class Rollout:
     def _log_probs(
         self, compute: Callable[..., Any], model: Any, input_ids: Any, mask: Any, width: int, **named: Any
     ) -> Any:
-        """Wraps ``_get_per_token_logps_and_entropies``: zeros where TRL's own call can wait."""
-        more_wanted = any(value is not None for name, value in named.items() if name != "batch_size")
-        if self._stage != "log-probs" or not self.postpone or more_wanted:
+        """Wraps ``_get_per_token_logps_and_entropies``: returns zeros if TRL's call can be postponed."""
+        other_arguments = any(value is not None for name, value in named.items() if name != "batch_size")
+        if self._stage != "log-probs" or not self.postpone or other_arguments:
             return compute(model, input_ids, mask, width, **named)
         self.postponed = True
         return torch.zeros(len(input_ids), width, device=input_ids.device), None, None
@@ -109,7 +115,7 @@ class Rollout:
 class Rollouts:
     """Makes a trainer's generation batches, with our advantages.
 
-    ``latest_advantages`` (P, G): those of the latest training batch, of all ranks.
+    ``latest_advantages`` (P, G) are the advantages of the latest training batch, of all ranks.
     """
 
     def __init__(self, trainer: Any, run: RunSettings, parts: RolloutParts) -> None:
@@ -118,40 +124,41 @@ class Rollouts:
         self.failures = RewardFailures(run.accelerator.num_processes)
         self.check_reward_functions()
         self.generations = GenerationCount()
-        self.task_names = TaskNames(run.accelerator.num_processes, run.say_once)
+        self.task_names = TaskNames(run.accelerator.num_processes, run.log_once)
         self.task_means = {"train": TaskMeans(), "eval": TaskMeans()}
         self.resampling = Resampling(run, parts.normalizer) if run.options.resample_zero_variance else None
 
     def check_reward_functions(self) -> None:
-        """Wraps reward functions in checks, also those that a callback has put there since."""
+        """Wraps the reward functions in checks, also those that a callback has added since."""
         trainer = self.trainer
         functions: Any = vars(trainer)["reward_funcs"]
         trainer.reward_funcs = checked_rewards(functions, trainer.reward_func_names, self.failures)
 
-    def batch(self, generate: Generate, inputs: Any, settings: LossSettings, own: Owners) -> Batch:
-        """TRL's dict of one generation, with our columns.
+    def batch(self, generate: Generate, inputs: Any, settings: LossSettings, overrides: Overrides) -> Batch:
+        """Returns TRL's dict of one generation batch, with our columns.
 
-        ``own``: what subclasses have of the methods that the plan and the postponed log-probs depend on.
+        ``overrides``: the methods that a subclass overrides, which forbid skipping or postponing.
         """
         trainer, parts = self.trainer, self.parts
         training, step = trainer.model.training, trainer.state.global_step
         generation = self.generations.next(step) if training else 0
-        postpone = why_complete(self.run.options, settings, own.log_probs or own.plan or parts.micro_batches.mixed)
+        obstacle = overrides.log_probs or overrides.plan or parts.micro_batches.mixed
+        postpone = why_not_postponed(self.run.options, settings, obstacle) is None
         postponed = False
 
-        def answer(examples: Any) -> tuple[Batch, RewardedBatch]:
+        def run_rollout(examples: Any) -> tuple[Batch, RewardedBatch]:
             nonlocal postponed
-            rollout = Rollout(trainer, self._check_prompts, self._calculate_rewards, parts.seconds, postpone is None)
-            output, rewarded = self._answer(rollout, generate, examples)
+            rollout = Rollout(trainer, self._check_prompts, self._calculate_rewards, parts.seconds, postpone)
+            output, rewarded = self._run_rollout(rollout, generate, examples)
             postponed |= rollout.postponed
             return output, rewarded
 
-        output, rewarded = answer(inputs)
+        output, rewarded = run_rollout(inputs)
         if training:
             parts.micro_batches.limits.probe(trainer.model)
             if self.resampling is not None:
-                drawn = {"dataset": trainer.train_dataset, "step": step, "generation": generation}
-                output, rewarded = self.resampling.fill(output, rewarded, trainer._logs, answer, **drawn)
+                source = {"dataset": trainer.train_dataset, "step": step, "generation": generation}
+                output, rewarded = self.resampling.fill(output, rewarded, trainer._logs, run_rollout, **source)
         output = self._with_advantages(output, rewarded, training=training, postponed=postponed)
         if training:
             parts.on_batch(rewarded, self.task_names, generation == 0)
@@ -159,10 +166,10 @@ class Rollouts:
             return output
         with parts.seconds.stage("log_probs", training):
             rows = Sequences(output)
-            used_B = parts.micro_batches.used(rows, settings, own.plan, training=training)
+            used_B = parts.micro_batches.used(rows, settings, overrides.plan, training=training)
             return output | parts.log_probs.columns(rows, used_B, trainer.model, training=training)
 
-    def _answer(self, rollout: Rollout, generate: Generate, examples: Any) -> tuple[Batch, RewardedBatch]:
+    def _run_rollout(self, rollout: Rollout, generate: Generate, examples: Any) -> tuple[Batch, RewardedBatch]:
         if self.resampling is not None:
             self.resampling.begin(self.trainer._logs)
         output = rollout.run(generate, examples)
@@ -171,12 +178,12 @@ class Rollouts:
         return output, rollout.rewarded
 
     def _check_prompts(self, prompts: Any) -> None:
-        check_batch(prompts, self.parts.context, self.run.say_once)
+        check_batch(prompts, self.parts.context, self.run.log_once)
 
     def _calculate_rewards(
         self, calculate: Callable[..., Any], inputs: Any, prompts: Any, completions: Any, completion_ids: Any
     ) -> tuple[torch.Tensor, RewardedBatch]:
-        """(B, F) rewards of all ranks as TRL takes them, and what else of the batch the advantages depend on."""
+        """Returns the rewards (B, F) of all ranks for TRL, and the ``RewardedBatch`` for our advantages."""
         trainer, accelerator = self.trainer, self.run.accelerator
         self.check_reward_functions()
         self.parts.normalizer.follow(read_reward_settings(trainer))
@@ -184,9 +191,9 @@ class Rollouts:
             self.parts.recorder.stop(f"num_generations={trainer.num_generations} was set while training")
         with self.parts.seconds.stage("rewards", trainer.model.training):
             rewards_BF = calculate(inputs, prompts, completions, completion_ids)
-            self.failures.raise_together(accelerator.process_index)
+            self.failures.raise_on_all_ranks(accelerator.process_index)
         self.run.log({"completions/repetition": mean_repetition(completion_ids, accelerator)})
-        say_if_unscored(rewards_BF, trainer.reward_func_names, self.run.say_once)
+        warn_if_unscored(rewards_BF, trainer.reward_func_names, self.run.log_once)
         num_generations = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         tasks = prompt_tasks(inputs)
         rewarded = gather_rewarded(
@@ -196,7 +203,7 @@ class Rollouts:
         return rewards_BF, rewarded
 
     def _with_advantages(self, output: Batch, rewarded: RewardedBatch, *, training: bool, postponed: bool) -> Batch:
-        """TRL's dict with our advantages and columns, and their metrics logged."""
+        """Computes the advantages and logs their metrics. Returns TRL's dict with our columns."""
         trainer, mode = self.trainer, "train" if training else "eval"
         normalized, metrics = self.parts.normalizer(rewarded, training=training)
         sums = task_sums(rewarded, normalized, self.task_names.names)

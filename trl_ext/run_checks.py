@@ -1,4 +1,4 @@
-"""What can be known to be wrong of a run before its first step, and is said then: options, datasets, long prompts."""
+"""Checks options, datasets and the length of prompts before a run's first step."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from .elastic_restart import OWN_STORE, lacks_own_store
 from .options import read_options
 
 logger = get_logger(__name__)
-MOST_ROWS = 1000  # of a dataset that are read before the run
-TEMPLATE_TOKENS = 256  # that a chat template may add, at most; a text has no more tokens than bytes
+MOST_ROWS = 1000  # rows of a dataset that are checked before the run
+# The most tokens that a chat template is expected to add. A text has at most as many tokens as bytes, so a short prompt
+# needn't be tokenized.
+TEMPLATE_TOKENS = 256
 
 
 def check_before_model(args: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
-    """Raises ``ValueError``, before a model is loaded, for options that contradict each other, and for datasets that
-    can't be trained on. ``positional`` and ``named``: the trainer's arguments after ``args``.
+    """Raises ``ValueError`` for contradicting options and unusable datasets, before a model is loaded.
 
-    Of a dataset only stored columns are looked at, and of its rows the first ``MOST_ROWS``: no transform of the user's
-    is called, and no random number drawn. Later rows are looked at when they are drawn (``check_batch``).
+    It reads the first ``MOST_ROWS`` rows of a dataset's stored columns. It calls no transform and draws no random
+    number. ``check_batch`` checks later rows when they are drawn.
+
+    Args:
+        positional, named: the trainer's arguments after ``args``.
     """
     options = args or CurvatureGRPOConfig
     resolve_normalization(options)
@@ -35,7 +39,7 @@ def check_before_model(args: Any, positional: Sequence[Any], named: Mapping[str,
     given = {**dict(zip(arguments_after("args"), positional, strict=False)), **named}
     train, held_out = given.get("train_dataset"), given.get("eval_dataset")
     prompt_needed = given.get("environment_factory") is None  # an environment makes prompts of its own
-    texts = given.get("rollout_func") is None  # which may take what isn't text
+    texts = given.get("rollout_func") is None  # a rollout_func may take prompts that aren't text
     _check_prompts(train, "train_dataset", prompt_needed, texts)
     for name, part in held_out.items() if isinstance(held_out, dict) else [("", held_out)]:
         _check_prompts(part, f"eval_dataset[{name!r}]" if name else "eval_dataset", prompt_needed, texts)
@@ -46,7 +50,7 @@ def check_before_model(args: Any, positional: Sequence[Any], named: Mapping[str,
 
 
 def refuse_tensor_parallelism(model: Any, args: Any) -> None:
-    """Raises ``ValueError`` for a model whose layers are split over processes, or are to be. ``model``: or its name."""
+    """Raises ``ValueError`` if tensor parallelism is on, by environment, option or model. ``model`` may be a name."""
     by_environment = os.environ.get("PARALLELISM_CONFIG_TP_SIZE")  # accelerate launch's
     by_option = getattr(getattr(args, "parallelism_config", None), "tp_size", None)
     size = max(int(number or 1) for number in (by_environment, by_option, getattr(model, "tp_size", None)))
@@ -58,31 +62,30 @@ def refuse_tensor_parallelism(model: Any, args: Any) -> None:
         )
 
 
-def say_engine(args: Any, accelerator: Accelerator, say_once: Callable[[str], None]) -> None:
-    """Says where FSDP was asked for and isn't what runs, and where restarts may not find each other."""
+def warn_about_engine(args: Any, accelerator: Accelerator, log_once: Callable[[str], None]) -> None:
+    """Warns if FSDP is requested but doesn't run, and if restarted ranks may not find each other."""
     if lacks_own_store() and accelerator.num_processes > 1:
-        say_once(
+        log_once(
             f"torchrun may restart this run, and restarted processes may not find each other: set {OWN_STORE}=1 for "
             "torchrun (docs/engines.md)."
         )
     fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if fsdp and accelerator.distributed_type != DistributedType.FSDP:
-        say_once(
+        log_once(
             f"FSDP was asked for, and {accelerator.distributed_type.value} is what runs: accelerate has FSDP for GPUs "
             "alone, with several processes. Every process holds the whole model."
         )
 
 
-def say_truncated_sampling(args: Any, say_once: Callable[[str], None]) -> None:
-    """Says where the importance correction of vLLM's samples would be biased."""
+def warn_about_truncated_sampling(args: Any, log_once: Callable[[str], None]) -> None:
+    """Warns if truncated sampling (top-p, top-k, min-p) biases vLLM's importance sampling correction."""
     if not (args.use_vllm and args.vllm_importance_sampling_correction):
         return
-    whole = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    given = {**{name: getattr(args, name) for name in whole}, **(args.generation_kwargs or {})}
+    given = {**{name: getattr(args, name) for name in ("top_p", "top_k", "min_p")}, **(args.generation_kwargs or {})}
     cuts = {"top_p": (given["top_p"] or 1) < 1, "top_k": (given["top_k"] or 0) > 0, "min_p": (given["min_p"] or 0) > 0}
-    named = ", ".join(f"{name}={given[name]}" for name, does in cuts.items() if does)
+    named = ", ".join(f"{name}={given[name]}" for name, truncates in cuts.items() if truncates)
     if named:
-        say_once(
+        log_once(
             f"{named}: vLLM samples from a part of the distribution, and its importance ratio compares with the whole "
             "of the trainer's. It is biased: below 1 on average, by the share that is cut off, and what is never "
             "sampled is never corrected. Set top_p=1.0, top_k=0 and min_p=None, or "
@@ -92,7 +95,7 @@ def say_truncated_sampling(args: Any, say_once: Callable[[str], None]) -> None:
 
 def _check_prompts(dataset: Any, name: str, needed: bool, check_numbers: bool = True) -> None:
     columns = getattr(dataset, "column_names", None)
-    # none given, or one whose columns only its rows tell: a stream's, or what a transform makes of what is stored
+    # no dataset, or one whose columns are known only from its rows: a stream, or a dataset with a transform
     if not isinstance(columns, list) or has_transform(dataset):
         return
     if "prompt" not in columns:
@@ -114,13 +117,13 @@ def _check_prompt(prompt: Any, what: str) -> None:
 
 
 def _refuse_empty(prompt: Any, what: str) -> None:
-    """TRL fails at a prompt without a message; a text of no length it trains on, beside longer ones."""
+    """Raises ``ValueError`` for None and an empty list of messages, at which TRL fails; an empty text is allowed."""
     if prompt is None or (isinstance(prompt, list) and not prompt):
         raise ValueError(f"{what} is empty ({prompt!r}); nothing can be generated from it")
 
 
 def _stored_prompts(dataset: Any, most: int | None = MOST_ROWS) -> Iterator[Any]:
-    """The first ``most`` prompts that a dataset stores (None: all); none where it is streamed, or makes them."""
+    """Yields the first ``most`` stored prompts (None: all). A stream or a dataset with a transform yields none."""
     stored = hasattr(dataset, "__len__") and hasattr(dataset, "with_format") and not has_transform(dataset)
     if not stored or "prompt" not in dataset.column_names:
         return
@@ -130,7 +133,7 @@ def _stored_prompts(dataset: Any, most: int | None = MOST_ROWS) -> Iterator[Any]
 
 
 def _check_rows(dataset: Any, args: Any) -> None:
-    """TRL draws whole batches of different prompts: of fewer rows it draws none, and trains no step."""
+    """Raises ``ValueError`` if the dataset has fewer rows than a batch has prompts: TRL would then train no step."""
     if dataset is None or not hasattr(dataset, "__len__"):
         return
     prompts = args.generation_batch_size // args.num_generations
@@ -144,20 +147,30 @@ def _check_rows(dataset: Any, args: Any) -> None:
 
 @dataclass(frozen=True)
 class Context:
-    """What a prompt must fit into: the model's context in tokens, an answer's length, and what makes tokens of texts.
+    """The model's context, which a prompt and its completion must fit into.
 
-    ``fails_beyond``: positions are rows of a table, so that the model can't run beyond it; rotary ones go on.
+    Attributes:
+        size: the context in tokens.
+        answer: the maximum length of a completion in tokens.
+        processing_class: the tokenizer or processor.
+        fails_beyond: True if position embeddings are a table of ``size`` rows, so that the model can't run beyond it;
+            a model with rotary positions can.
     """
 
     size: int
     answer: int
     processing_class: Any
     fails_beyond: bool
-    say_once: Callable[..., None]
+    log_once: Callable[..., None]
 
     def check(self, prompts: Iterable[Any], what: Callable[[int], str]) -> None:
-        """``what`` names a prompt by its number. Raises ``ValueError`` for one that leaves no room for an answer and
-        that the model would fail at; else warns once of it, and of answers that would go beyond the context."""
+        """Checks that prompts and their completions fit into the context; warns once if one doesn't.
+
+        ``what(number)`` names a prompt in messages.
+
+        Raises:
+            ValueError: a prompt alone fills the context, and the model can't run beyond it.
+        """
         beyond: list[tuple[int, int]] = []
         for number, prompt in enumerate(prompts):
             if _bytes(prompt) + TEMPLATE_TOKENS + self.answer <= self.size:
@@ -175,30 +188,30 @@ class Context:
         if beyond:
             length, number = max(beyond)
             room = "no room for an answer" if length >= self.size else "an answer may go beyond it"
-            self.say_once(
+            self.log_once(
                 f"{what(number)} has {length} tokens, and the model's context (max_position_embeddings) is "
                 f"{self.size}: {room} (max_completion_length={self.answer}; {len(beyond)} such prompts were seen). "
                 "The model wasn't trained for what comes after."
             )
 
 
-def read_context(processing_class: Any, model: Any, args: Any, say_once: Callable[..., None]) -> Context | None:
-    """None where the model's configuration names no context."""
+def read_context(processing_class: Any, model: Any, args: Any, log_once: Callable[..., None]) -> Context | None:
+    """Reads the model's context; None if its configuration has none."""
     size = context_of(model.config)
     if size is None:
         return None
     rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
-    return Context(size, args.max_completion_length or 0, processing_class, not rotary, say_once)
+    return Context(size, args.max_completion_length or 0, processing_class, not rotary, log_once)
 
 
 def check_stored_context(dataset: Any, context: Context | None) -> None:
-    """Of the prompts that are stored, the first ``MOST_ROWS``."""
+    """Checks that the first ``MOST_ROWS`` stored prompts fit into the context."""
     if context is not None:
         context.check(_stored_prompts(dataset), lambda row: f"The prompt of row {row} of train_dataset")
 
 
-def check_batch(prompts: Sequence[Any], context: Context | None, say_once: Callable[..., None]) -> None:
-    """Of the prompts of a batch that was drawn, before they are answered."""
+def check_batch(prompts: Sequence[Any], context: Context | None, log_once: Callable[..., None]) -> None:
+    """Checks the prompts of a batch before completions are generated: not empty, and within the context."""
 
     def what(number: int) -> str:
         return f"The prompt {str(prompts[number])[:200]!r} of this batch"
@@ -206,19 +219,19 @@ def check_batch(prompts: Sequence[Any], context: Context | None, say_once: Calla
     for number, prompt in enumerate(prompts):
         _refuse_empty(prompt, what(number))
     if "" in prompts:
-        say_once("A prompt of a batch is an empty text: its answers are made from nothing.")
+        log_once("A prompt of a batch is an empty text: its answers are made from nothing.")
     if context is not None:
         context.check(prompts, what)
 
 
 def context_of(config: Any) -> int | None:
-    """Tokens that a model's configuration says it takes, or None."""
+    """Returns the context of a model's configuration in tokens, or None."""
     context = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
     return context if isinstance(context, int) and context > 0 else None
 
 
 def rows_within(dataset: Any, processing_class: Any, context: int | None) -> list[int]:
-    """Rows whose prompts leave room for an answer."""
+    """Returns the indices of the rows whose prompts leave room for a completion in a context of ``context`` tokens."""
     kept = []
     for row, prompt in enumerate(_stored_prompts(dataset, most=None)):
         if context is not None and _bytes(prompt) + TEMPLATE_TOKENS > context:
@@ -230,13 +243,14 @@ def rows_within(dataset: Any, processing_class: Any, context: int | None) -> lis
 
 
 def _bytes(prompt: Any) -> int:
+    """Returns an upper bound of the prompt's number of tokens."""
     if isinstance(prompt, str):
         return len(prompt.encode(errors="replace"))
     return sum(len(str(message).encode(errors="replace")) for message in prompt)
 
 
 def _tokens(prompt: Any, processing_class: Any) -> int | None:
-    """None where it can't be told here (pictures, tools): generation will."""
+    """Returns the prompt's number of tokens; None if it can't be tokenized here (images, tools)."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     try:
         if isinstance(prompt, str):

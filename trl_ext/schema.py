@@ -1,7 +1,7 @@
-"""TRL's per-sequence dict: the only file that knows its keys, and those of the columns that we add.
+"""Defines the keys of TRL's per-sequence dict and of the columns that we add; no other file knows them.
 
-``GRPOTrainer._generate_and_score_completions`` returns it, TRL shuffles and splits it, ``_compute_loss`` gets a part.
-``Sequences`` reads it by attribute.
+``GRPOTrainer._generate_and_score_completions`` returns the dict, TRL shuffles and splits it, and ``_compute_loss`` gets
+one part. ``Sequences`` reads it by attribute.
 
 Shapes: B sequences, W prompt columns (padded on the left), T completion columns (padded on the right), C = W + T, G
 completions of one prompt, F reward functions.
@@ -20,9 +20,9 @@ Batch = dict[str, Any]
 
 
 class Column(NamedTuple):
-    """A (B, T) entry: the side its padding is on, and what it is padded with (None: the tokenizer's padding token).
+    """How a (B, T) column is padded: on which side and with which value (None: the tokenizer's padding token).
 
-    ``both``: prompt and completion in one row, padded on both sides.
+    The side "both" means that a row holds prompt and completion, padded on both sides.
     """
 
     side: str
@@ -49,9 +49,9 @@ TOKEN_TYPES = tuple(name for name, column in COLUMNS.items() if column.side == "
 IMAGES = ("pixel_values", "image_grid_thw", "num_images")
 ONE_EACH = ("advantages",)  # (B,)
 OF_THE_BATCH = ("num_items_in_batch",)  # 0-d
-# the entries that can be taken apart by row and padded again
+# the columns that ``split_rows`` splits by row and ``pad_rows`` pads again
 PADDED = {name: column for name, column in COLUMNS.items() if column.side != "both"}
-# what is kept of sequences that no micro-batch runs; a subclass's batch may lack our own columns
+# the columns that are kept of skipped sequences; the batch of a subclass may lack our columns
 OF_SKIPPED = (
     "prompt_id",
     "prompt_key",
@@ -65,17 +65,21 @@ OF_SKIPPED = (
 
 
 def _column(name: str) -> Any:
-    """A column by TRL's name or ours; None where the batch hasn't got it."""
+    """Returns a property that reads the column ``name``; None if the batch lacks it."""
     return property(lambda sequences: sequences.columns.get(name))
 
 
 class Sequences:
-    """B sequences of TRL's dict, read by attribute. Nothing is copied, and ``columns`` isn't changed.
+    """Reads TRL's dict of B sequences by attribute, without copying or changing it.
 
-    Our own columns: ``prompt_id`` (B,) int64, the group's number in the generation batch, the same on every rank;
-    ``group_position`` (B,) int64 in [0, G); ``prompt_key`` (B,) int64, the same whenever the prompt comes back;
-    ``group_rewards`` (B, G), the weighted rewards of the sequence's group, NaN where unscorable; ``function_rewards``
-    (B, F), its own by function; ``generated`` (B,) int64, its tokens; ``token_weight`` (B,), in a planned micro-batch.
+    Our own columns:
+        prompt_id: (B,) int64, the number of the sequence's group in the generation batch, the same on every rank.
+        group_position: (B,) int64 in [0, G), the sequence's position in its group.
+        prompt_key: (B,) int64, a hash of the prompt, the same in every batch.
+        group_rewards: (B, G), the weighted rewards of the sequence's group, NaN where unscorable.
+        function_rewards: (B, F), the rewards of the sequence by function.
+        generated: (B,) int64, the number of generated tokens.
+        token_weight: (B,), the weight of a token in the loss; only in regrouped micro-batches.
     """
 
     def __init__(self, columns: Batch) -> None:
@@ -87,11 +91,11 @@ class Sequences:
     prompt_mask = _column("prompt_mask")  # (B, W)
     completion_mask = _column("completion_mask")  # (B, T)
     completion_ids = _column("completion_ids")  # (B, T)
-    advantages = _column("advantages")  # (B,); a subclass may make one for each token, (B, T)
+    advantages = _column("advantages")  # (B,); a subclass may have one for each token, (B, T)
     tool_mask = _column("tool_mask")  # (B, T)
     old_logprobs = _column(OLD)  # (B, T)
     ref_logprobs = _column(REFERENCE)  # (B, T)
-    sampling_logprobs = _column("sampling_per_token_logps")  # (B, T), vLLM's
+    sampling_logprobs = _column("sampling_per_token_logps")  # (B, T), from vLLM
     importance_ratio = _column("importance_sampling_ratio")  # (B, T) or (B, 1)
     num_items = _column("num_items_in_batch")  # 0-d: tokens of the generation batch that the loss counts
     prompt_id = _column("prompt_id")
@@ -104,12 +108,12 @@ class Sequences:
 
     @property
     def prompt_width(self) -> int:
-        """W."""
+        """W, the number of prompt columns."""
         return self.columns["prompt_ids"].shape[1]
 
     @property
     def width(self) -> int:
-        """T."""
+        """T, the number of completion columns."""
         return self.completion_ids.shape[1]
 
     @property
@@ -119,7 +123,7 @@ class Sequences:
 
     @property
     def attention_mask(self) -> torch.Tensor:
-        """(B, C)."""
+        """(B, C), 1 at tokens and 0 at padding."""
         return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
 
     @property
@@ -135,12 +139,12 @@ class Sequences:
 
     @property
     def has_images(self) -> bool:
-        """Whether pixels travel with the rows."""
+        """Whether the batch holds images."""
         return any(self.columns.get(name) is not None for name in IMAGES)
 
     @property
     def token_types(self) -> Batch:
-        """The (B, C) columns of token types that the model takes, by name."""
+        """The model's token type inputs (B, C), by name."""
         return {name: self.columns[name] for name in TOKEN_TYPES if self.columns.get(name) is not None}
 
     @property
@@ -154,12 +158,16 @@ class Sequences:
         return self.prompt_mask.sum() + self.completion_mask.sum()
 
     def with_columns(self, **columns: Any) -> Sequences:
-        """The same sequences with these columns added or replaced, in a dict of its own."""
+        """Returns the same sequences with these columns added or replaced, in a new dict."""
         return Sequences({**self.columns, **columns})
 
     def select(self, index_B: torch.Tensor, prompt_width: int | None = None, width: int | None = None) -> Sequences:
-        """These rows, with the last ``prompt_width`` prompt columns and the first ``width`` completion columns (None:
-        all)."""
+        """Returns the rows ``index_B``, with only some columns of prompt and completion.
+
+        Args:
+            prompt_width: how many prompt columns to keep, the last ones; None: all.
+            width: how many completion columns to keep, the first ones; None: all.
+        """
         n_rows, all_prompt, all_completion = len(self), self.prompt_width, self.width
         cut = all_prompt - (all_prompt if prompt_width is None else prompt_width)
         kept = all_completion if width is None else width
@@ -180,14 +188,14 @@ class Sequences:
         return Sequences(chosen)
 
     def of_skipped(self, index_B: torch.Tensor) -> Sequences | None:
-        """Our columns of sequences that no micro-batch runs; None where a subclass's batch hasn't got them."""
+        """Returns our columns of the skipped rows ``index_B``; None if the batch of a subclass lacks one."""
         if any(name not in self.columns for name in OF_SKIPPED):
             return None
         return Sequences({name: self.columns[name][index_B] for name in OF_SKIPPED})
 
 
 def join(parts: Sequence[Sequences]) -> Sequences:
-    """Batches of the same widths as one; an entry that isn't of a sequence is the first one's."""
+    """Concatenates batches of the same widths; entries of a batch as a whole are those of the first batch."""
     columns = dict(parts[0].columns)
     for name, value in parts[0].columns.items():
         if isinstance(value, torch.Tensor) and value.ndim > 0:
@@ -198,14 +206,17 @@ def join(parts: Sequence[Sequences]) -> Sequences:
 
 
 def check_keys(batch: Mapping[str, Any]) -> None:
-    """Raises ``ChangedTRL`` where TRL's dict lacks what it always had."""
+    """Raises ``ChangedTRL`` if TRL's dict lacks a required key."""
     missing = [name for name in ALWAYS if name not in batch]
     if missing:
         raise ChangedTRL(f"the batch that GRPOTrainer makes has no {', '.join(missing)}")
 
 
 def split_rows(output: Batch, lengths: list[int]) -> list[dict[str, torch.Tensor]]:
-    """TRL's dict as a dict for each of this process's sequences, without padding, on the CPU."""
+    """Splits TRL's dict into one dict per sequence of this rank, without padding, on the CPU.
+
+    ``lengths``: completion tokens of each sequence. ``pad_rows`` is the inverse.
+    """
     check_rows(output)
     rows: list[dict[str, torch.Tensor]] = []
     for i, length in enumerate(lengths):
@@ -216,7 +227,7 @@ def split_rows(output: Batch, lengths: list[int]) -> list[dict[str, torch.Tensor
             value = output[name][i]
             if column.side == "left":
                 value = value[output["prompt_mask"][i].bool()]
-            elif len(value) == 1:  # an importance ratio of the sequence, or of its only token
+            elif len(value) == 1:  # an importance ratio of the whole sequence, or of its only token
                 value = value[0]
             else:
                 value = value[:length]
@@ -227,14 +238,14 @@ def split_rows(output: Batch, lengths: list[int]) -> list[dict[str, torch.Tensor
 
 
 def check_rows(output: Batch) -> None:
-    """``ValueError`` for what isn't a row's own, such as images."""
+    """Raises ``ValueError`` for a column that can't be split by row, such as images."""
     unknown = set(output) - set(PADDED) - set(ONE_EACH) - set(OF_THE_BATCH)
     if unknown:
         raise ValueError(f"resample_zero_variance=True doesn't support batches with {', '.join(sorted(unknown))}")
 
 
 def pad_rows(rows: list[dict[str, torch.Tensor]], pad_token_id: int, multiple_of: int | None, device: Any):
-    """The way back: TRL's dict of these rows."""
+    """Returns TRL's dict of these rows, padded: the inverse of ``split_rows``."""
     output = {name: torch.stack([row[name] for row in rows]).to(device) for name in ONE_EACH}
     for name, (side, value) in PADDED.items():
         if name not in rows[0]:
@@ -250,7 +261,7 @@ def pad_rows(rows: list[dict[str, torch.Tensor]], pad_token_id: int, multiple_of
 
 
 def num_items(rows: list[Batch], output: Batch) -> Batch:
-    """TRL's count of the tokens of ``rows`` that the loss counts, in place of that of ``output``."""
+    """Returns ``num_items_in_batch`` of ``rows`` (tokens that the loss counts), with ``output``'s dtype and device."""
     count = sum(int((row["completion_mask"] * row.get("tool_mask", 1)).sum()) for row in rows)
     before = output["num_items_in_batch"]
     return {"num_items_in_batch": torch.as_tensor(count, device=before.device, dtype=before.dtype)}

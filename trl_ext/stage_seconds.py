@@ -1,4 +1,4 @@
-"""Where an optimizer step's time goes: seconds by stage, logged under ``compute/``."""
+"""Measures how long generation, rewards, log-probs and training take in each step, logged under ``compute/``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class StageSeconds:
 
     @contextmanager
     def stage(self, name: str, counts: bool = True) -> Iterator[None]:
-        """``counts``: False in evaluation, which belongs to no step."""
+        """Adds the time spent in this context to the stage ``name``. ``counts`` is False in evaluation."""
         start = time.perf_counter()
         try:
             yield
@@ -24,9 +24,12 @@ class StageSeconds:
                 self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        """``compute/seconds_<stage>``; ``training`` is the rest: planning, forward, backward, logging interference."""
-        whole = self._seconds.pop("step", 0.0)
-        self._seconds["training"] = max(0.0, whole - sum(self._seconds.values()))
-        taken = {f"compute/seconds_{name}": seconds for name, seconds in self._seconds.items()}
-        self._seconds = dict.fromkeys(self._seconds, 0.0)  # a stage that the next step hasn't takes none of its time
-        return taken
+        """Returns ``compute/seconds_<stage>`` of the step that ends, and starts a new one.
+
+        ``training`` is the rest of the step's time: planning, forward, backward, logging interference.
+        """
+        step = self._seconds.pop("step", 0.0)
+        self._seconds["training"] = max(0.0, step - sum(self._seconds.values()))
+        metrics = {f"compute/seconds_{name}": seconds for name, seconds in self._seconds.items()}
+        self._seconds = dict.fromkeys(self._seconds, 0.0)  # stages that the next step lacks are logged as 0
+        return metrics

@@ -1,18 +1,18 @@
-"""``CurvatureGRPOTrainer``: which methods of TRL's ``GRPOTrainer`` change, and which file does the work.
+"""Defines ``CurvatureGRPOTrainer``: the methods of TRL's ``GRPOTrainer`` that it overrides, each in a few lines.
 
-In the order of the data flow:
+The work is done in other files. In the order of the data flow:
 
-reward functions, checked and gathered        rollout.py, advantages/reward_checks.py
-other prompts in place of dead ones           advantages/resampling.py
+check and gather rewards                      rollout.py, advantages/reward_checks.py
+replace dead prompts by others                advantages/resampling.py
 rewards -> advantages                         advantages/normalizer.py, advantages/compute.py
 TRL's per-sequence dict, and our columns      schema.py, advantages/group_columns.py
-old and reference log-probs of what is used   plan/log_probs.py
-micro-batches of what has a gradient          plan/micro_batches.py, plan/step_plan.py, plan/rules.py
+old and reference log-probs                   plan/log_probs.py
+micro-batches of sequences with a gradient    plan/micro_batches.py, plan/step_plan.py, plan/rules.py
 backbone, head and loss in one pass           loss_step.py, objective/fused.py, head/forward.py
 backward: each sequence's gradient            recorder/recorder.py
-the log, the run's folder, verdicts           recorder/files.py, report/run_files.py, report/watch.py
+log, run folder, warnings                     recorder/files.py, report/run_files.py, report/watch.py
 
-What these work with is built in ``parts.py``.
+``parts.py`` builds the objects that do this work.
 """
 
 from __future__ import annotations
@@ -38,24 +38,27 @@ from .schema import Batch, Sequences
 
 
 def parts_of(trainer: Any) -> Parts | None:
-    """None without ``__init__``, as TRL's own tests make trainers and mocks: every method is the parent's then."""
+    """Returns the trainer's parts; None for a trainer built without ``__init__``, as TRL's own tests build mocks.
+
+    Without parts, every method does what TRL's does.
+    """
     return vars(trainer).get("_parts")
 
 
 def applied(trainer: Any) -> AbstractContextManager[None]:
-    """The context in which the trainer's model has our head and hooks."""
+    """Returns the context in which the trainer's model has our head and hooks."""
     parts = parts_of(trainer)
     return nullcontext() if parts is None else parts.patches.applied()
 
 
 class CurvatureGRPOTrainer(GRPOTrainer):
-    """A drop-in ``GRPOTrainer``: the same arguments, with a ``CurvatureGRPOConfig`` (or a plain ``GRPOConfig``).
+    """A drop-in ``GRPOTrainer``: it takes the same arguments, with a ``CurvatureGRPOConfig`` or a plain ``GRPOConfig``.
 
-    It overrides ``__init__`` and the methods below, each of which calls its parent's. A subclass that overrides one
-    keeps its own; what we do around it is left out or goes TRL's way, and the log says so once.
+    It overrides the methods below, and each calls its parent's. If a subclass overrides one of them, the subclass's
+    method runs; where our shortcuts would bypass it, the trainer falls back to TRL's way and logs that once.
 
-    With TRL's own normalisations the advantages are TRL's to rounding, except that a group whose rewards are all
-    equal gets exactly 0 (TRL's float residue gives up to 6e-4).
+    With TRL's own normalisations the advantages equal TRL's up to rounding, except that a group whose rewards are all
+    equal gets exactly 0 (in TRL a float residue gives up to 6e-4).
     """
 
     _tag_names: ClassVar = ["trl", "grpo", "curvature-grpo"]
@@ -63,7 +66,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     _paper: ClassVar = PAPER
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
-        """As the parent's. Raises ``ValueError`` before a model is loaded for options that contradict each other."""
+        """Builds the trainer. Raises ``ValueError`` for contradicting options before it loads a model."""
         with before_model(self, model, args, rest, kwargs):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self._parts = build_parts(self, CurvatureGRPOTrainer)
@@ -73,33 +76,33 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     # ---- rollouts, rewards, advantages
 
     def _generate_and_score_completions(self, inputs: Any) -> Batch:
-        """TRL's dict, with our advantages and columns."""
+        """Returns TRL's dict, with our advantages and columns."""
         generate = super()._generate_and_score_completions
         if (parts := parts_of(self)) is None:
             return generate(inputs)
-        return parts.rollouts.batch(generate, inputs, parts.loss_settings(), parts.owners())
+        return parts.rollouts.batch(generate, inputs, parts.loss_settings(), parts.overrides())
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, on a model that has our head."""
+        """Runs TRL's method on the model with our head."""
         with applied(self):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _score_with_graph(self, batch: Sequences) -> torch.Tensor:
-        """The policy's log-probs (B, T) of a batch's completions, as its loss makes them."""
+        """Returns the policy's log-probs (B, T) of the completions, with their graph, as the loss computes them."""
         inputs = batch.input_ids, batch.attention_mask, batch.width
         return self._get_per_token_logps_and_entropies(self.model, *inputs)[0]
 
     # ---- from batch to gradient
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """In training the next micro-batch of what has a gradient."""
+        """Returns the next micro-batch; in training it holds only sequences with a gradient."""
         inputs = super()._prepare_inputs(generation_batch)
         if (parts := parts_of(self)) is None or not self.model.training:
             return inputs
         return parts.micro_batches.next(self._buffered_inputs, read_position(self), parts.step_request())
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """With the gradients recorded, in steps that log interference."""
+        """Runs forward and backward of a micro-batch; records gradients in steps that log interference."""
         if (parts := parts_of(self)) is None:
             return super().training_step(model, inputs, num_items_in_batch)
         position = read_position(self)
@@ -111,7 +114,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **kwargs: Any) -> Any:
-        """0 without a forward pass where nothing is to be run."""
+        """Returns the micro-batch's loss; 0, without a forward pass, if the plan leaves this call empty."""
         part = micro_batch(inputs)
         if not part.runs:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
@@ -125,7 +128,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         return super().compute_loss(model, inputs, *rest, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
-        """The loss in one pass over the head, where it is a sum over single tokens."""
+        """Computes the loss in one pass over the head if it is a sum over single tokens; else TRL computes it."""
         compute = super()._compute_loss
         if (parts := parts_of(self)) is None or not parts.run.options.fused_loss:
             return compute(model, inputs)
@@ -136,7 +139,12 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     # ---- signals, log, checkpoints, end
 
     def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None:
-        """For ``curvature``: measured curvatures of prompts of the latest batch; the same on every rank."""
+        """Passes measured curvatures to the normalisation ``curvature``. Call it with the same values on every rank.
+
+        Args:
+            prompt_id_P: (P,) ``prompt_id`` of some prompts of the latest batch.
+            curvature_P: (P,) their curvatures.
+        """
         if (parts := parts_of(self)) is not None:
             parts.normalizer.observe_curvature(prompt_id_P, curvature_P)
 
@@ -145,7 +153,10 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def train(self, resume_from_checkpoint: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """As the parent's; ``resume_from_checkpoint`` may be "auto", and broken checkpoints are passed over."""
+        """Trains as the parent does. ``resume_from_checkpoint="auto"`` resumes from the newest checkpoint, if any.
+
+        It skips incomplete checkpoints, and so does True.
+        """
         if (parts := parts_of(self)) is None:
             return super().train(resume_from_checkpoint, *rest, **kwargs)
         found = find_checkpoint(resume_from_checkpoint, self.args.output_dir, get_logger(__name__).warning)
@@ -153,17 +164,17 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             return super().train(found, *rest, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's, with our head."""
+        """Evaluates as the parent does, with our head."""
         with applied(self):
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's, with our head."""
+        """Predicts as the parent does, with our head."""
         with applied(self):
             return super().predict(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Whole, with our state in it, or not at all."""
+        """Saves a checkpoint with our state in it. A save that fails leaves no incomplete folder."""
         if (parts := parts_of(self)) is None:
             return super()._save_checkpoint(model, trial)
         parts.checkpoint_state.save(self.state)
@@ -171,6 +182,6 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             super()._save_checkpoint(model, trial)
 
     def end(self) -> None:
-        """As the parent's; the process group outlives the trainer."""
+        """Ends the run as the parent does, and keeps the process group alive (see ``process_group.py``)."""
         keep_process_group()
         super().end()

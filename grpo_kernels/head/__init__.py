@@ -1,1 +1,1 @@
-"""From hidden states to log-probs, losses and gradients: the LM head in one pass over tiles of logits."""
+"""Computes log-probs, losses and gradients from hidden states, with the LM head in one pass over tiles of logits."""

@@ -1,4 +1,4 @@
-"""Checks of what the head's public functions are given; each raises a ``ValueError`` that names the value."""
+"""Checks the arguments of the head's public functions; each check raises a ``ValueError`` that names the value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> None:
-    """A finite number, greater than ``above``, at least ``least``."""
+    """Raises ``ValueError`` unless ``value`` is a finite number, greater than ``above`` and at least ``least``."""
     bound = f" above {above:g}" if above is not None else f" of at least {least:g}" if least is not None else ""
     fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not fine or (above is not None and value <= above) or (least is not None and value < least):  # type: ignore[operator]
@@ -29,7 +29,7 @@ def check_head(
     logit_scale: float,
     softcap: float | None,
 ) -> None:
-    """What ``linear_logprob`` and ``linear_grpo_loss`` have in common, but for the targets' values."""
+    """Checks the arguments that ``linear_logprob`` and ``linear_grpo_loss`` share, except the targets' values."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -80,8 +80,11 @@ def check_head(
 
 
 def check_values(ranges: list[tuple[str, torch.Tensor, int]], rewards_BG: torch.Tensor | None = None) -> None:
-    """Integers in [0, n) of each ("name holds", tensor, n), and no infinite reward: a GPU is waited for once."""
-    ranges = [one for one in ranges if one[1].numel()]
+    """Raises ``ValueError`` unless each ("name holds", tensor, n) has integers in [0, n), and rewards aren't infinite.
+
+    All checks together wait for a GPU once.
+    """
+    ranges = [entry for entry in ranges if entry[1].numel()]
     bounds = [bound.long() for _, tensor, _ in ranges for bound in tensor.aminmax()]
     if rewards_BG is not None:
         bounds.append(rewards_BG.isinf().any().long())
@@ -99,7 +102,7 @@ def check_values(ranges: list[tuple[str, torch.Tensor, int]], rewards_BG: torch.
 
 
 def check_per_token(name: str, tensor: torch.Tensor | None, count: int, device: torch.device) -> None:
-    """A floating-point tensor (N,) on the hidden states' device, or None."""
+    """Raises ``ValueError`` unless ``tensor`` is None, or a floating-point tensor (count,) on ``device``."""
     if tensor is None:
         return
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.shape != (count,):
@@ -111,7 +114,7 @@ def check_per_token(name: str, tensor: torch.Tensor | None, count: int, device: 
 
 
 def usable_sketch(sketch: HeadSketch | None, weight_VH: torch.Tensor) -> HeadSketch | None:
-    """``sketch``, or None where there is none or its ``on_error`` was told that it doesn't fit."""
+    """Returns ``sketch`` if it fits the head; if it doesn't, calls its ``on_error`` and returns None."""
     if sketch is None:
         return None
     fits = False

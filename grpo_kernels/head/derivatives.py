@@ -1,4 +1,4 @@
-"""What both autograd Functions of the head hold to: a precision of their own, and first derivatives alone."""
+"""Decorates the head's autograd Functions: they run without autocast, and have no second derivatives."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
-def own_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """No autocast inside: sums stay in float32 whatever mode is around (products choose their dtype before)."""
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Disables autocast inside ``function``, so that sums stay in float32; the products' dtype is chosen before."""
 
     @functools.wraps(function)
-    def inside(ctx: Any, *arguments: Any) -> Any:
-        kinds = {one.device.type for one in arguments if isinstance(one, torch.Tensor)}  # empty: no upstream gradient
+    def wrapper(ctx: Any, *arguments: Any) -> Any:
+        # there is no tensor if no output has an upstream gradient
+        kinds = {argument.device.type for argument in arguments if isinstance(argument, torch.Tensor)}
         with torch.autocast(kinds.pop() if kinds else "cpu", enabled=False):
             return function(ctx, *arguments)
 
-    return inside
+    return wrapper
 
 
-def first_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``own_precision`` of a backward that has none itself. ``RuntimeError`` where a graph of it is asked for, which
-    ``once_differentiable`` alone leaves unsaid while no upstream gradient needs one."""
-    once = once_differentiable(own_precision(backward))
+def once_differentiated(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Disables autocast inside ``backward``, and raises ``RuntimeError`` if second derivatives are requested.
+
+    ``once_differentiable`` alone raises no error as long as no upstream gradient requires a gradient itself.
+    """
+    once = once_differentiable(without_autocast(backward))
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> Any:

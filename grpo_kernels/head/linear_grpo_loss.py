@@ -1,12 +1,14 @@
-"""From hidden states and advantages (or rewards) to the GRPO loss and its gradients, in one pass over tiles of logits.
+"""Computes the GRPO loss and its gradients from hidden states and advantages (or rewards), tile by tile of logits.
 
 Shapes: N live tokens, C tokens of a tile, B sequences, G completions of one prompt, H hidden, V vocabulary.
 
-dL/dlogits of a row needs its log-sum-exp and one number, dL/dlogprob, which for losses on single tokens is known as
-soon as the row's log-prob is. So each tile is made once and turned into its own gradient: 2 N V H for the logits, 2 f
-for dL/dhidden and, with a trainable weight, 2 f for dL/dweight, where f is the share of rows whose dL/dlogprob isn't
-zero. Flow of this file: checks, the order of the rows (those that can have a gradient first), then for each tile
-products -> row arithmetic (``rows/plain.py``, ``rows/triton_rows.py``) -> products.
+dL/dlogits of a row depends on its log-sum-exp and on dL/dlogprob. For losses on single tokens, dL/dlogprob is known as
+soon as the row's log-prob is. So each tile of logits is computed once and turned into its own gradient. That costs
+2 N V H operations for the logits, 2 f N V H for dL/dhidden and, with a trainable weight, 2 f N V H for dL/dweight,
+where f is the share of rows whose dL/dlogprob isn't zero.
+
+Flow of this file: checks -> order of the rows (those that can have a gradient first) -> for each tile: product ->
+row arithmetic (``rows/plain.py``, ``rows/triton_rows.py``) -> products for the gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from grpo_kernels.head.rows.plain import Transform, grpo_rows_
 from grpo_kernels.memory import cast, scaled
 
 from .checks import check_head, check_number, usable_sketch
-from .derivatives import first_derivatives, own_precision
+from .derivatives import once_differentiated, without_autocast
 from .loss_checks import GivenAdvantages, check_loss_options, read_tokens
 from .products import HeadProducts, HeadSketch, compute_dtype
 from .token_losses import TokenInputs, TokenLoss
@@ -30,16 +32,16 @@ from .token_losses import TokenInputs, TokenLoss
 
 @dataclass
 class GRPOLoss:
-    """``loss`` is differentiable, 0-d; all else is detached, float32 (float64 for float64).
+    """The loss, with its graph, and detached values of each token in float32 (float64 for float64).
 
     Attributes:
-        loss: what to call ``backward`` on.
+        loss: 0-d, with its graph; call ``backward`` on it.
         policy_loss: 0-d, the loss without the entropy bonus.
         logprobs, entropies: (N,), in nats.
         ratio: (N,), exp(logprob - old logprob); 1 on policy.
-        clipped: (N,) bool, whether the clip is what the gradient is missing for.
-        kl: (N,), or None where no reference log-probs were given; times the ratio with ``kl_times_ratio``.
-        advantages: (N,), of each token.
+        clipped: (N,) bool, whether clipping removes the token's policy gradient, or (cispo) limits it.
+        kl: (N,), multiplied by the ratio with ``kl_times_ratio``; None without reference log-probs.
+        advantages: (N,), the advantage of each token.
     """
 
     loss: torch.Tensor
@@ -54,8 +56,10 @@ class GRPOLoss:
 
 @dataclass(frozen=True)
 class LossCall:
-    """What a call is made of, besides the tensors that have gradients. ``entropy_grad``: the weight of a token's
-    entropy, which is subtracted from the loss."""
+    """The arguments of a call, except the tensors that have gradients.
+
+    ``entropy_grad`` is the weight of a token's entropy, which is subtracted from the loss.
+    """
 
     product_dtype: torch.dtype
     tokens: TokenInputs
@@ -67,7 +71,7 @@ class LossCall:
 
 class LinearGRPOLossFunction(torch.autograd.Function):
     @staticmethod
-    @own_precision
+    @without_autocast
     def forward(ctx, call, grad_enabled, hidden, weight, bias, low_inputs, low_weight):
         needs = [grad_enabled and need for need in ctx.needs_input_grad[2:]]
         factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
@@ -100,7 +104,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         return (loss, *details)
 
     @staticmethod
-    @first_derivatives
+    @once_differentiated
     def backward(ctx, loss_grad, *_):
         if ctx.totals is None:
             raise RuntimeError("the backward of linear_grpo_loss was called before, without retain_graph")
@@ -108,11 +112,11 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         if torch._C._autograd._get_current_graph_task_keep_graph():
             totals = [None if total is None else total.clone() for total in totals]
         else:
-            ctx.totals = None  # scaled in place and handed over
+            ctx.totals = None  # they are scaled in place and returned
         if ctx.sketch is not None and ctx.projected is not None:
             with ctx.sketch.guarded():
                 ctx.sketch.add(ctx.projected * loss_grad)
-        # times 1 is a pass over (V, H) for nothing; to look is free on a CPU, and would wait for a GPU
+        # saves a pass over (V, H) that multiplies by 1; on a GPU the check would have to wait for the device
         is_one = loss_grad.device.type == "cpu" and loss_grad.item() == 1.0
 
         def finish(total, unit, dtype):
@@ -125,8 +129,10 @@ class LinearGRPOLossFunction(torch.autograd.Function):
 
 
 def _live_rows_first(call: LossCall) -> tuple[int, torch.Tensor | None]:
-    """How many rows can have a gradient, and the order in which they come first (None: as they are), so that their
-    tiles are full and the others' need no gradient."""
+    """Returns how many rows can have a gradient, and an order of the rows in which they come first.
+
+    In that order, tiles are either full of rows with a gradient, or need none. The order is None if it doesn't matter.
+    """
     live_N = call.tokens.may_be_live(call.options, call.entropy_grad)
     n_live = int(live_N.sum())
     if n_live in (0, len(live_N)):
@@ -137,12 +143,12 @@ def _live_rows_first(call: LossCall) -> tuple[int, torch.Tensor | None]:
 def _run_tiles(
     call: LossCall, products: HeadProducts, bias: torch.Tensor | None, order: torch.Tensor | None, n_live: int
 ) -> dict[str, torch.Tensor]:
-    """Runs every tile: its logits, its row arithmetic, its gradients. Returns what is logged, (N,) by name."""
+    """Computes logits, row arithmetic and gradients of every tile. Returns values to log, (N,) by name."""
     tokens, dtype = call.tokens, products.sum_dtype
     count, device = len(tokens.targets), tokens.targets.device
     row_function = _row_function(device, dtype)
     if row_function is grpo_rows_:
-        tokens.advantages = tokens.made_advantages()
+        tokens.advantages = tokens.token_advantages()
     logs: dict[str, torch.Tensor] = {}
     for gradient, start, stop in ((True, 0, n_live), (False, n_live, count)):
         for rows in products.tiles(order, start, stop):
@@ -157,7 +163,7 @@ def _run_tiles(
                 gradient=gradient,
                 dtype=products.dtype,
             )
-            _keep(logs, row_logs, rows, count)
+            _store(logs, row_logs, rows, count)
             if gradient:
                 if tokens.old is not None:
                     tile, rows, factor_C = _drop_clipped_rows(tile, rows, factor_C)
@@ -169,25 +175,25 @@ def _run_tiles(
     return logs
 
 
-LOGGED = ("logprob", "entropy", "loss", "ratio", "advantage")  # and clipped, of bool; kl, where there is a reference
+LOGGED = ("logprob", "entropy", "loss", "ratio", "advantage")  # also clipped (bool), and kl with a reference model
 
 
-def _keep(
-    logs: dict[str, torch.Tensor], of_tile: dict[str, torch.Tensor], rows: torch.Tensor | slice, count: int
+def _store(
+    logs: dict[str, torch.Tensor], tile_logs: dict[str, torch.Tensor], rows: torch.Tensor | slice, count: int
 ) -> None:
-    """What is logged of a tile's rows, into (count,) of each name; a tile of all rows in order is that already."""
-    whole = isinstance(rows, slice) and rows == slice(0, count)
-    for name, values in of_tile.items():
-        if whole:
+    """Writes the values of a tile's rows into ``logs``, (count,) by name; a single tile's are used without a copy."""
+    only_tile = isinstance(rows, slice) and rows == slice(0, count)
+    for name, values in tile_logs.items():
+        if only_tile:
             logs[name] = values
             continue
         if name not in logs:
-            logs[name] = values.new_empty(count)  # the tiles have every row
+            logs[name] = values.new_empty(count)  # the tiles together write every row
         logs[name][rows] = values
 
 
 def _row_function(device: torch.device, dtype: torch.dtype) -> Any:
-    """``grpo_rows_`` of the backend for this device; Triton's arithmetic is float32, so float64 stays with torch."""
+    """Returns the backend's ``grpo_rows_``. Triton's row arithmetic is in float32, so float64 runs in torch."""
     if dtype == torch.float32 and choose_backend(device) == "triton":
         from grpo_kernels.head.rows.triton_rows import grpo_rows_ as fused
 
@@ -196,7 +202,10 @@ def _row_function(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _drop_clipped_rows(tile, rows, factor_C):
-    """The rows that kept a gradient where a clip took some: moved to the front of the tile, in place."""
+    """Moves the rows that still have a gradient to the front of the tile, in place, and returns them.
+
+    Other rows have lost theirs by clipping.
+    """
     live_C = factor_C != 0
     count = int(live_C.sum())
     if count == len(factor_C):
@@ -240,9 +249,9 @@ def linear_grpo_loss(
     softcap: float | None = None,
     head_sketch: HeadSketch | None = None,
 ) -> GRPOLoss:
-    """The GRPO loss of N tokens and its gradients by hidden states and head, without the (N, V) logits.
+    """Computes the GRPO loss of N tokens, and its gradients by hidden states and head, without the (N, V) logits.
 
-    The same in plain torch, at full memory, for ``loss_type="grpo"``::
+    The same in plain torch, with the full logits, for ``loss_type="grpo"``::
 
         logprobs, entropies = linear_logprob(hidden_NH, weight_VH, targets_N, entropy=True)
         ratio = (logprobs - (logprobs.detach() if old_logprobs_N is None else old_logprobs_N)).exp()
@@ -251,42 +260,43 @@ def linear_grpo_loss(
         k3 = (ref_logprobs_N - logprobs).exp() - (ref_logprobs_N - logprobs) - 1
         loss = (w * (policy + beta * k3 * ratio)).sum() - entropy_coef * entropies.mean()
 
-    The gradients are made in the forward, and ``backward`` scales them. A token whose dL/dlogprob
-    is zero (advantage or weight 0 with neither beta nor entropy_coef; clipped) gets log-prob and entropy, and no part
-    in the gradients' products.
+    The forward computes the gradients, and ``backward`` scales them. A token whose dL/dlogprob is zero gets a log-prob
+    and an entropy, but takes no part in the gradients' products. Its dL/dlogprob is zero if it is clipped, or if its
+    advantage or weight is 0 and neither beta nor entropy_coef is set.
 
     Args:
         hidden_NH: (N, H), live completion tokens only, float32, bfloat16, float16 or float64. N may be 0.
         weight_VH: (V, H).
-        targets_N: (N,), the tokens that were sampled, in [0, V).
-        sequence_N: (N,) integers, the sequence each token is of, in [0, B).
-        advantages: (B,) of each sequence, or (N,) of each token (where B = N, of each sequence).
-        advantages_N: instead, (N,) of each token.
+        targets_N: (N,), the sampled tokens, in [0, V).
+        sequence_N: (N,) integers, the sequence of each token, in [0, B).
+        advantages: (B,), one per sequence, or (N,), one per token. If B = N, they are per sequence.
+        advantages_N: (N,), one per token, instead of ``advantages``.
         weights_B: (B,), the weight of one token of each sequence: grpo and sapo 1 / (B len), bnpo 1 / N, dr_grpo
-            1 / (B max_len), dapo and cispo 1 / tokens of the global batch, luspo 1 / B. A division by gradient
-            accumulation steps goes into it.
-        rewards: instead of advantages: ((B, G) the rewards of each sequence's whole group, (B,) its place there). The
-            Triton backend makes baseline, scale and gradient in the same launch.
-        normalization: with ``rewards``, (method, options) as ``normalize_rewards`` takes them; default std. Methods
-            that need the whole batch can't be used here.
-        old_logprobs_N: (N,) of the policy that is compared with; None on policy, where every ratio is 1.
-        ref_logprobs_N: (N,) of the reference model, for KL.
-        policy_scale_N: (N,), multiplies the policy term and not KL (vLLM's importance correction).
-        loss_type: grpo, bnpo, dr_grpo, dapo, luspo (token-level): the clipped surrogate; cispo; sapo. TRL's semantics.
-        epsilon: clip range, 1 - epsilon to 1 + epsilon_high.
-        epsilon_high: default epsilon. For cispo the ratio is capped at epsilon_high itself.
-        delta: caps the ratio from above also where that lowers the loss (dual clip), clipped surrogate only.
-        sapo_temperatures: for positive and for other advantages.
-        beta: weight of KL. With ``kl_times_ratio`` (TRL's default) KL is multiplied by the ratio, gradient included.
-        entropy_coef: weight of the mean entropy of the N tokens, which is subtracted.
+            1 / (B max_len), dapo and cispo 1 / tokens of the global batch, luspo 1 / B. Include the division by the
+            number of gradient accumulation steps.
+        rewards: instead of advantages: ((B, G) the rewards of each sequence's group, (B,) its position in the group).
+            The Triton backend computes baseline, scale and gradient in the same launch.
+        normalization: with ``rewards``, (method, options) as for ``normalize_rewards``; default std. Only methods that
+            need no other group's rewards are allowed.
+        old_logprobs_N: (N,), of the policy that sampled the tokens; None on policy, where every ratio is 1.
+        ref_logprobs_N: (N,), of the reference model, for KL.
+        policy_scale_N: (N,), multiplies the policy term but not KL (vLLM's importance correction).
+        loss_type: grpo, bnpo, dr_grpo, dapo, luspo (token-level): the clipped surrogate; cispo; sapo. As in TRL.
+        epsilon: the clip range is 1 - epsilon to 1 + epsilon_high.
+        epsilon_high: default epsilon. For cispo, the ratio is capped at epsilon_high itself.
+        delta: an upper bound of the ratio, also for negative advantages (dual clip); clipped surrogate only.
+        sapo_temperatures: for positive advantages, and for all others.
+        beta: weight of KL.
+        kl_times_ratio: whether KL is multiplied by the ratio, in its gradient too. True is TRL's default.
+        entropy_coef: weight of the mean entropy of the N tokens, which is subtracted from the loss.
         temperature: as in ``linear_logprob``, and so are bias, low_rank, logit_scale, softcap and head_sketch.
 
     Returns:
         ``GRPOLoss``.
 
     Raises:
-        ValueError: shapes, devices or dtypes that don't fit, targets outside the vocabulary, an unknown loss type,
-            numbers out of range, rewards together with advantages or neither.
+        ValueError: for shapes, devices or dtypes that don't fit, targets outside the vocabulary, an unknown loss type,
+            numbers out of range, both or neither of rewards and advantages.
 
     Source:
         GRPO, arXiv 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476; CISPO, 2506.13585; SAPO, 2511.20347.
@@ -316,8 +326,8 @@ def linear_grpo_loss(
         entropy_coef / max(len(hidden_NH), 1),
         usable_sketch(head_sketch, weight_VH),
     )
-    loss, policy_loss, logprobs, entropies, ratio, clipped, kl, made_advantages_N = LinearGRPOLossFunction.apply(
+    loss, policy_loss, logprobs, entropies, ratio, clipped, kl, token_advantages_N = LinearGRPOLossFunction.apply(
         call, torch.is_grad_enabled(), hidden_NH, weight_VH, bias, *((None, None) if low_rank is None else low_rank)
     )
     kl = kl if ref_logprobs_N is not None else None
-    return GRPOLoss(loss, policy_loss, logprobs, entropies, ratio, clipped, kl, made_advantages_N)
+    return GRPOLoss(loss, policy_loss, logprobs, entropies, ratio, clipped, kl, token_advantages_N)

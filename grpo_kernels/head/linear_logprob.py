@@ -1,10 +1,10 @@
-"""Log-probs and entropies of tokens straight from hidden states, without the (N, V) logits, for any loss on them.
+"""Computes log-probs and entropies of tokens from hidden states, without the (N, V) logits, for any loss on them.
 
 Shapes: N tokens, C tokens of a tile, H hidden, V vocabulary.
 
-Forward: 2 N V H. With a frozen weight the forward also keeps d logprob / d hidden, (N, H), so that the backward is a
-row scale: 4 N V H in all. With a trainable one the backward recomputes the tiles of the rows whose upstream gradient
-isn't zero, a share f: 2 + 6 f.
+The forward costs 2 N V H operations. With a frozen weight it also computes d logprob / d hidden, (N, H), at another
+2 N V H, and the backward only scales its rows. With a trainable weight the backward recomputes the tiles of the rows
+whose upstream gradient isn't zero, a share f: (2 + 6 f) N V H in all.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from grpo_kernels.head.rows.plain import Transform, logit_gradient_, softmax_row
 from grpo_kernels.memory import cast, scaled
 
 from .checks import check_head, check_values, usable_sketch
-from .derivatives import first_derivatives, own_precision
+from .derivatives import once_differentiated, without_autocast
 from .products import HeadProducts, HeadSketch, compute_dtype
 
 Factors = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def row_functions(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(softmax_rows_, logit_gradient_) of the backend for this device; Triton's arithmetic is float32."""
+    """Returns the backend's (softmax_rows_, logit_gradient_). Triton's row arithmetic is in float32 only."""
     if dtype == torch.float32 and choose_backend(device) == "triton":
         from grpo_kernels.head.rows.triton_rows import logit_gradient_ as gradient
         from grpo_kernels.head.rows.triton_rows import softmax_rows_ as softmax
@@ -36,7 +36,7 @@ def row_functions(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
 
 class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
-    @own_precision
+    @without_autocast
     def forward(
         ctx, dtype, targets, transform, want_entropy, grad_enabled, sketch, hidden, weight, bias, low_inputs, low_weight
     ):
@@ -44,7 +44,7 @@ class LinearLogprobFunction(torch.autograd.Function):
         factors: Factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
         softmax, gradient = row_functions(hidden.device, torch.promote_types(dtype, torch.float32))
         hidden_needs, weight_needs, bias_needs, low_inputs_needs, low_weight_needs = ctx.needs_input_grad[6:]
-        # nothing but hidden states is trained: their gradient is a multiple of d logprob / d hidden
+        # only hidden states (and LoRA's inputs) have a gradient, which is a multiple of d logprob / d hidden
         frozen = grad_enabled and not (weight_needs or bias_needs or low_weight_needs)
         needs = [hidden_needs, low_inputs_needs][: len(factors)]
         products = HeadProducts(
@@ -72,7 +72,7 @@ class LinearLogprobFunction(torch.autograd.Function):
         return logprobs_N, entropies_N
 
     @staticmethod
-    @first_derivatives
+    @once_differentiated
     def backward(ctx, logprob_grad_N, entropy_grad_N):
         _, *inputs = ctx.saved_tensors
         if ctx.kept is not None and entropy_grad_N is None:
@@ -96,14 +96,14 @@ class LinearLogprobFunction(torch.autograd.Function):
 
 
 def _in_dtype(total: torch.Tensor | None, like: Any, unit: torch.Tensor | None) -> torch.Tensor | None:
-    """A sum in the dtype of what it is the gradient of, times its unit."""
+    """Returns a gradient in the dtype of ``like``, multiplied by its unit."""
     if total is None:
         return None
     return cast(total, like.dtype) if unit is None else scaled(total, unit, like.dtype)
 
 
 def _recompute(ctx: Any, logprob_grad_N: torch.Tensor | None, entropy_grad_N: torch.Tensor | None) -> HeadProducts:
-    """Makes the tiles of the rows that have an upstream gradient again, and adds up their gradients."""
+    """Recomputes the tiles of the rows that have an upstream gradient, and sums their gradients."""
     targets, hidden, weight, bias, low_inputs, low_weight = ctx.saved_tensors
     needs = ctx.needs_input_grad[6:]
     live_N = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
@@ -149,9 +149,9 @@ def linear_logprob(
     entropy: bool = False,
     head_sketch: HeadSketch | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of each target under the head's distribution, and its entropy, differentiable for any upstream gradient.
+    """Computes the log-prob of each target token and, with ``entropy``, the entropy of the head's distribution.
 
-    The same in plain torch, at full memory::
+    The same in plain torch, with the full logits::
 
         y = hidden @ weight.T (+ low_rank[0] @ low_rank[1].T) (+ bias)
         z = logit_scale * y / temperature        or, with a softcap,
@@ -160,28 +160,28 @@ def linear_logprob(
         logprobs = logp.gather(-1, targets[..., None])[..., 0]
         entropies = -(logp.exp() * logp).sum(-1)
 
-    Gradients reach ``hidden``, ``weight``, ``bias`` and ``low_rank``; with a trainable head only rows whose upstream
-    gradient isn't zero are recomputed. Under autocast products are made in its dtype, as by ``linear``. Sums and row
-    arithmetic are in float32 (float64 for float64). A bias of -inf masks a column.
+    Both are differentiable by ``hidden``, ``weight``, ``bias`` and ``low_rank``. With a trainable head, the backward
+    recomputes only rows whose upstream gradient isn't zero. Products are in autocast's dtype, as in ``linear``. Sums
+    and row arithmetic are in float32 (float64 for float64). A bias of -inf masks a column.
 
     Args:
         hidden: (N, H) or (B, T, H), float32, bfloat16, float16 or float64. N may be 0.
         weight: (V, H), V at least 1.
         targets: hidden's leading shape, int64 or int32, in [0, V).
         bias: (V,).
-        low_rank: an adapter on the head, ((N, R) or (B, T, R), (V, R)): LoRA's scaled ``lora_A(hidden)`` and its B.
+        low_rank: a LoRA adapter on the head: scaled ``lora_A(hidden)``, (N, R) or (B, T, R), and its B, (V, R).
         temperature: above 0.
-        logit_scale: multiplies the products (Cohere, Granite).
+        logit_scale: factor on the products (Cohere, Granite).
         softcap: above 0 (Gemma).
-        entropy: whether entropies are wanted.
-        head_sketch: with a trainable head, also shows dL/dlogits projected to a few numbers a token, see
+        entropy: whether to return entropies.
+        head_sketch: with a trainable head, receives dL/dlogits projected to a few numbers per token, see
             ``products.HeadSketch``.
 
     Returns:
         logprobs, or (logprobs, entropies): targets' shape, float32 (float64 for float64), in nats.
 
     Raises:
-        ValueError: shapes, devices or dtypes that don't fit, targets outside the vocabulary, numbers out of range.
+        ValueError: for shapes, devices or dtypes that don't fit, targets outside the vocabulary, numbers out of range.
     """
     check_head(hidden, weight, targets, bias, low_rank, temperature, logit_scale, softcap)
     head_sketch = usable_sketch(head_sketch, weight)

@@ -1,4 +1,4 @@
-"""Checks of what ``linear_grpo_loss`` is given besides the head; each raises a ``ValueError`` that names the value."""
+"""Checks the arguments of ``linear_grpo_loss`` other than the head's; a ``ValueError`` names the wrong value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_sequences(sequence_N, weights_B, count: int, device: torch.device) -> None:
-    """``sequence_N`` (N,) integers, ``weights_B`` (B,) floats, both on the hidden states' device."""
+    """Raises ``ValueError`` unless ``sequence_N`` is (N,) integers and ``weights_B`` (B,) floats, on ``device``."""
     if not isinstance(weights_B, torch.Tensor) or weights_B.ndim != 1 or not weights_B.is_floating_point():
         raise ValueError(f"weights_B must be a floating-point tensor (B,), got {describe(weights_B)}")
     if not isinstance(sequence_N, torch.Tensor) or sequence_N.shape != (count,) or sequence_N.dtype not in INTEGERS:
@@ -27,7 +27,7 @@ def check_sequences(sequence_N, weights_B, count: int, device: torch.device) -> 
 
 
 def describe(value: object) -> str:
-    """Shape and dtype of a tensor, the type's name of anything else."""
+    """Returns shape and dtype of a tensor, or the type's name of anything else, for messages."""
     return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
@@ -41,7 +41,7 @@ def check_loss_options(
     beta: float,
     kl_times_ratio: bool,
 ) -> TokenLoss:
-    """The options of ``linear_grpo_loss``'s loss, or a ``ValueError`` that names the wrong one."""
+    """Checks the loss options of ``linear_grpo_loss``; raises a ``ValueError`` that names a wrong one."""
     if not isinstance(loss_type, str) or loss_type not in SURROGATES:
         raise ValueError(f"loss_type={loss_type!r}: choose from {', '.join(SURROGATES)}")
     surrogate = SURROGATES[loss_type]
@@ -63,7 +63,7 @@ def check_loss_options(
 
 
 def make_group_rewards(rewards, normalization, n_sequences: int, device: torch.device) -> GroupRewards:
-    """``rewards`` and ``normalization`` as ``linear_grpo_loss`` takes them, checked but for the numbers in them."""
+    """Checks ``rewards`` and ``normalization`` of ``linear_grpo_loss``, except the values in the tensors."""
     if not isinstance(rewards, tuple) or len(rewards) != 2:
         raise ValueError("rewards must be a pair: (B, G) each sequence's whole group, (B,) its own place in it")
     rewards_BG, position_B = rewards
@@ -95,7 +95,7 @@ def make_group_rewards(rewards, normalization, n_sequences: int, device: torch.d
 
 
 class GivenAdvantages(NamedTuple):
-    """What ``linear_grpo_loss`` is given of advantages: one of the first three; ``normalization`` goes with rewards."""
+    """The arguments of ``linear_grpo_loss`` for advantages: exactly one of the first three must be given."""
 
     advantages: Any
     advantages_N: Any
@@ -103,7 +103,7 @@ class GivenAdvantages(NamedTuple):
     normalization: Any
 
     def check(self) -> None:
-        """Raises ``ValueError`` unless one of the three is given."""
+        """Raises ``ValueError`` unless exactly one of the three is given."""
         names = [name for name in self._fields[:3] if getattr(self, name) is not None]
         if len(names) != 1:
             raise ValueError(f"give one of advantages, advantages_N and rewards, got {', '.join(names) or 'none'}")
@@ -121,7 +121,10 @@ def read_tokens(
     per_token: Mapping[str, torch.Tensor | None],
     vocabulary: int,
 ) -> TokenInputs:
-    """The inputs of the row arithmetic, checked. ``per_token``: old and reference log-probs and the policy's scale."""
+    """Checks the per-token arguments and returns the inputs of the row arithmetic.
+
+    ``per_token``: old log-probs, reference log-probs and policy scale, in this order.
+    """
     count, device = len(targets_N), targets_N.device
     check_sequences(sequence_N, weights_B, count, device)
     ranges = [("targets hold", targets_N, vocabulary), ("sequence_N holds", sequence_N, len(weights_B))]

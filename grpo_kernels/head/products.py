@@ -1,14 +1,14 @@
-"""The head's matrix products, tile by tile: logits = hidden weight^T, and the two gradients.
+"""Computes the head's matrix products tile by tile: logits = hidden weight^T, dL/dhidden and dL/dweight.
 
 Shapes: N tokens, C tokens of one tile, H hidden, V vocabulary, R rank of an adapter on the head.
 
-Each product is 2 C V H floating-point operations and is rounded once; gradients are summed over tiles in float32
+Each product takes 2 C V H floating-point operations and is rounded once. Gradients are summed over tiles in float32
 (float64 for float64).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,30 +18,30 @@ import torch
 from grpo_kernels.backend import native_half
 from grpo_kernels.memory import empty, workspace
 
-# A tile has all the vocabulary's columns and as many rows as fit. More rows make better products and fewer passes over
-# dL/dW. Measured on two cores (1024 tokens, H 576, V 49152; time against 1024 rows, medians, alternating):
+# A tile has all columns of the vocabulary and as many rows as fit. More rows make products more efficient and need
+# fewer passes over dL/dW. Measured on two cores (1024 tokens, H 576, V 49152; time relative to 1024 rows; medians):
 #   rows                     64    128    256    512
 #   fp32 trainable         1.38   1.13   1.06   1.02
 #   fp32 frozen            1.51   1.24   1.10   1.00
 #   bf16 trainable         2.11   1.56   1.24   1.07
 #   bf16 frozen            1.47   1.22   1.06   1.01
-# 150 MiB are 256 rows of the largest vocabularies in float32, and keep the peak below a third of TRL's.
+# 150 MiB are 256 rows of the largest vocabularies in float32. The peak memory is then below a third of TRL's.
 TILE_BYTES = {"cpu": 150 << 20, "cuda": 1 << 30}
 MAX_TILE_ROWS = {"cpu": 512, "cuda": 4096}
-# Where half-precision operands must be widened, or a product be added to a float32 sum, this many columns at a time
-# (measured, bf16 trainable: 1024 1.11, 2048 1.03, 4096 1.01, 8192 1.00, 16384 1.07, all 1.04)
+# The number of columns that are widened from half precision, or added to a float32 sum, at a time.
+# (Relative times, bf16 trainable: 1024 1.11, 2048 1.03, 4096 1.01, 8192 1.00, 16384 1.07, all columns 1.04.)
 VOCABULARY_BLOCK = 8192
 
 
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """The dtype that ``torch.nn.functional.linear`` would multiply in: autocast's where it is on, else hidden's."""
+    """Returns the dtype in which ``torch.nn.functional.linear`` multiplies: autocast's if it is on, else hidden's."""
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype
 
 
 def tile_rows(n_vocabulary: int, itemsize: int, device: torch.device) -> int:
-    """Rows of a tile: a multiple of 16 in [16, 512] (4096 on a GPU) of at most ``TILE_BYTES``."""
+    """Returns the rows of a tile of at most ``TILE_BYTES``: a multiple of 16 in [16, 512], or [16, 4096] on a GPU."""
     kind = "cpu" if device.type == "cpu" else "cuda"
     rows = TILE_BYTES[kind] // (n_vocabulary * itemsize)
     return max(16, min(MAX_TILE_ROWS[kind], rows // 16 * 16))
@@ -51,8 +51,9 @@ def tile_rows(n_vocabulary: int, itemsize: int, device: torch.device) -> int:
 class Factor:
     """One term of the logits, ``inputs_NK @ weight_VK^T``: the head itself, or a low-rank adapter on it.
 
-    ``inputs_grad`` and ``weight_grad`` are float32 sums, None where no gradient is wanted. ``weight_unit`` (0-d): what
-    ``weight_grad`` is still to be multiplied by, None: nothing.
+    Attributes:
+        inputs_grad, weight_grad: float32 sums; None if no gradient is needed.
+        weight_unit: 0-d, by which ``weight_grad`` must still be multiplied; None: 1.
     """
 
     inputs: torch.Tensor
@@ -64,11 +65,16 @@ class Factor:
 
 @dataclass(frozen=True)
 class HeadSketch:
-    """Asks the head to also show dL/dlogits, projected to k numbers a token: for each sequence's part of dL/dweight.
+    """Makes the head also return dL/dlogits projected to k numbers per token.
 
-    ``projection`` (V, k), or None for dL/dlogits itself. ``add`` is called once in the backward with (N, k) sums in
-    float32 (float64), zero for tokens without a gradient. Costs 2 N V k. ``on_error`` gets what fails in making them,
-    and the loss goes on without; None: it is raised.
+    The interference log computes each sequence's part of dL/dweight from them. It costs 2 N V k operations.
+
+    Attributes:
+        projection: (V, k), or None for dL/dlogits itself.
+        add: called once in the backward with the projections (N, k) in float32 (float64), 0 for tokens without a
+            gradient.
+        on_error: called with an exception that the projection raises; the loss goes on without it. None: the exception
+            is raised.
     """
 
     projection: torch.Tensor | None
@@ -77,7 +83,7 @@ class HeadSketch:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Hands what fails within to ``on_error``."""
+        """Passes an exception raised in this context to ``on_error``."""
         try:
             yield
         except Exception as error:
@@ -87,10 +93,13 @@ class HeadSketch:
 
 
 class HeadProducts:
-    """The three products of each tile, for the head and an optional low-rank adapter, in one compute dtype.
+    """Computes the three products of each tile, for the head and an optional low-rank adapter, in one compute dtype.
 
-    ``gradient_rows`` of the rows, at most, are given to ``accumulate``. With a ``sketch``, ``projected`` is what its
-    ``add`` is to get.
+    Args:
+        factors: (inputs, weight) of the head, and of the adapter.
+        want_inputs, want_weights, want_bias: which gradients to compute.
+        gradient_rows: the most rows that ``accumulate`` will get.
+        sketch: if given, ``projected`` collects the values for ``sketch.add``.
     """
 
     def __init__(
@@ -111,7 +120,7 @@ class HeadProducts:
         self.dtype = dtype if not self.half or native_half(dtype, self.device) else torch.float32
         self.widen = self.half and self.dtype == torch.float32
         self.sum_dtype = torch.promote_types(self.dtype, torch.float32)
-        # CUDA gives float32 logits from half operands for the price of half ones; a CPU's product is rounded to half
+        # CUDA computes float32 logits from half operands at no extra cost; a CPU rounds the product to half precision
         on_gpu = self.device.type != "cpu"
         self.tile_dtype = self.sum_dtype if on_gpu else self.dtype
         self.factors = [
@@ -123,7 +132,7 @@ class HeadProducts:
             )
             for (inputs, matrix), want_input in zip(factors, want_inputs, strict=True)
         ]
-        # one tile's product is the whole gradient: rounded once, to the operands' dtype, it needs no sum
+        # a single tile's product is the whole gradient: no sum is needed, and it is rounded once to the operands' dtype
         step = tile_rows(self.n_vocabulary, self.tile_dtype.itemsize, self.device)
         self._weight_dtype = self.dtype if gradient_rows <= step else self.sum_dtype
         self._want_weights = want_weights
@@ -142,7 +151,7 @@ class HeadProducts:
                 self.projected = hidden.new_zeros((self.n_rows, width), dtype=self.sum_dtype)
 
     def tiles(self, order: torch.Tensor | None, start: int, stop: int) -> Iterator[torch.Tensor | slice]:
-        """The rows of each tile of ``order[start:stop]``, as a slice where the order is the rows' own."""
+        """Yields the rows of each tile of ``order[start:stop]``; slices if ``order`` is None (rows as they are)."""
         step = tile_rows(self.n_vocabulary, self.tile_dtype.itemsize, self.device)
         for begin in range(start, stop, step):
             end = min(begin + step, stop)
@@ -153,15 +162,15 @@ class HeadProducts:
         return [slice(v, min(v + step, self.n_vocabulary)) for v in range(0, self.n_vocabulary, max(1, step))]
 
     def logits(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        """The tile of these rows, (C, V): a view of one buffer that every tile uses. 2 C V H."""
+        """Computes the tile (C, V) of these rows, in 2 C V H operations. All tiles share one buffer."""
         count = len(rows) if isinstance(rows, torch.Tensor) else rows.stop - rows.start
         if self._buffer is None:
             step = min(self.n_rows, tile_rows(self.n_vocabulary, self.tile_dtype.itemsize, self.device))
-            # rows begin at multiples of 16 elements, so that a kernel can read 16 bytes at a time for every V
+            # each row starts at a multiple of 16 elements, so that kernels can read 16 bytes at a time for every V
             width = -(-self.n_vocabulary // 16) * 16
             self._buffer = workspace((step, width), self.tile_dtype, self.device)
-            # oneDNN's bfloat16 product on AMX reads a row up to a multiple of 4 columns and multiplies what it finds
-            # there by 0, which is NaN where NaN lay. A contiguous tile would do as well; its odd rows are slower.
+            # oneDNN's bfloat16 product on AMX reads rows up to a multiple of 4 columns and multiplies the padding by 0,
+            # which gives NaN if the padding holds NaN. A contiguous tile would avoid that, but odd rows are slower.
             if self.device.type == "cpu":
                 self._buffer[:, self.n_vocabulary :].zero_()
         tile = self._buffer[:count, : self.n_vocabulary]
@@ -175,8 +184,11 @@ class HeadProducts:
         return tile
 
     def accumulate(self, tile: torch.Tensor, rows: torch.Tensor | slice, factor_C: torch.Tensor) -> None:
-        """Adds what the tile, dL/dlogits up to ``factor_C`` of each row, gives to every wanted gradient. 4 C V H."""
-        if tile.dtype != self.dtype:  # the torch backend on a GPU, whose tile of half operands is float32
+        """Adds the tile's part to every wanted gradient, in 4 C V H operations.
+
+        The tile holds dL/dlogits, divided by ``factor_C`` of each row.
+        """
+        if tile.dtype != self.dtype:  # on a GPU the torch backend's tile is float32 for half operands
             tile = tile.to(self.dtype)
         for number, factor in enumerate(self.factors):
             if factor.inputs_grad is not None:
@@ -202,26 +214,26 @@ class HeadProducts:
                 self.projected = projected
 
     def release(self) -> None:
-        """Lets go of the tile."""
+        """Releases the tile's buffer."""
         self._buffer = None
 
     def _accumulate_weight(
         self, factor: Factor, tile_CV: torch.Tensor, inputs_CK: torch.Tensor, factor_C: torch.Tensor
     ) -> None:
-        """Adds ``tile^T (factor_C * inputs)``; the first tile writes, so that the sum needs no zeros."""
+        """Adds ``tile^T (factor_C * inputs)``. The first tile overwrites, so the sum needn't be initialised."""
         unit = _half_unit(inputs_CK, factor_C) if self.dtype == torch.float16 else None
         operand = (inputs_CK * (factor_C if unit is None else factor_C / unit)[:, None]).to(self.dtype)
         first = factor.weight_grad is None
         if factor.weight_grad is None:
             factor.weight_grad = empty(factor.weight.shape, self._weight_dtype, self.device)
         total = factor.weight_grad
-        if total.dtype == self.dtype:  # the only tile: written once, and multiplied by its unit when it is handed over
+        if total.dtype == self.dtype:  # the only tile: its unit is applied when the gradient is returned
             factor.weight_unit = unit
             _multiply_into(total, tile_CV.t(), operand, add=not first)
         elif self.device.type != "cpu":
-            scale = 1.0 if unit is None else unit.item()  # a wait for the GPU, in float16 alone
+            scale = 1.0 if unit is None else unit.item()  # waits for the GPU, with float16 only
             _multiply_into(total, tile_CV.t(), operand, add=not first, scale=scale)
-        else:  # a CPU's product of half operands is rounded to half: added in float32, block by block
+        else:  # a CPU rounds products of half operands to half precision, so blocks are added in float32
             for block in self._blocks():
                 product = torch.mm(tile_CV[:, block].t(), operand)
                 if unit is not None:
@@ -229,7 +241,7 @@ class HeadProducts:
                 total[block].copy_(product) if first else total[block].add_(product)
 
     def weight_grads(self) -> list[torch.Tensor | None]:
-        """dL/dweight of each factor, zeros where no row had a gradient; ``weight_unit`` is still to be applied."""
+        """Returns dL/dweight of each factor, without its ``weight_unit``; zeros if no row had a gradient."""
         return [
             factor.weight.new_zeros(factor.weight.shape)
             if wanted and factor.weight_grad is None
@@ -239,8 +251,8 @@ class HeadProducts:
 
 
 def _multiply_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: bool, scale: float = 1.0) -> None:
-    """``out = scale * a b``, added to what is there where ``add``."""
-    options: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    """Computes ``out = scale * a b``, or ``out += scale * a b`` with ``add``."""
+    options: Mapping[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
     if add:
         torch.addmm(out, a, b, alpha=scale, out=out, **options)
         return
@@ -250,10 +262,10 @@ def _multiply_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: 
 
 
 def _half_unit(inputs_CK: torch.Tensor, factor_C: torch.Tensor) -> torch.Tensor:
-    """What float16 rows of ``factor_C * inputs`` are divided by, 0-d: their largest factor, and more where their sum
-    could still pass 32768, half of what float16 holds.
+    """Returns the unit (0-d) by which ``factor_C * inputs`` is divided to fit into float16.
 
-    From the factors that there are: a ratio off policy or a KL term may be a thousand times what it is on policy.
+    It is the largest factor, or more if the sum over rows could still exceed 32768, half of float16's largest number. A
+    fixed unit wouldn't do: off policy, a ratio or a KL term may be a thousand times as large as on policy.
     """
     size_C = factor_C.abs()
     unit = torch.maximum(size_C.max(), size_C.sum() * inputs_CK.abs().max() / 2**15)

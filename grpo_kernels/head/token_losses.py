@@ -1,10 +1,11 @@
-"""What one token adds to the loss, and its derivative with respect to the token's log-prob.
+"""Computes each token's term of the loss, and its derivative with respect to the token's log-prob.
 
-Shapes: N live tokens. The semantics are TRL 1.16's, for ratios of single tokens.
+Shapes: N live tokens. The semantics are TRL 1.16's, with ratios of single tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from grpo_kernels.normalize.methods import METHODS
 from grpo_kernels.normalize.rewards import normalize_rewards
 
-# the loss types differ in the weight of a token (see weights_B); what a token adds is one of three surrogates
+# Loss types differ in the weight of a token (weights_B of linear_grpo_loss); there are three surrogates.
 SURROGATES = {
     "grpo": "clip",
     "bnpo": "clip",
@@ -27,7 +28,7 @@ SURROGATES = {
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The options of a token's loss; ``linear_grpo_loss`` documents them and checks them."""
+    """The options of a token's loss, which ``linear_grpo_loss`` documents and checks."""
 
     surrogate: str = "clip"
     epsilon_low: float = 0.2
@@ -41,22 +42,22 @@ class TokenLoss:
 
 @dataclass
 class GroupRewards:
-    """Rewards instead of advantages: each sequence's group row and its own place in it, normalised in the launch."""
+    """Rewards of each sequence's group, given instead of advantages. The Triton kernel normalises them."""
 
     rewards: torch.Tensor  # (B, G)
-    position: torch.Tensor  # (B,)
+    position: torch.Tensor  # (B,), of the sequence in its group
     method: str
     eps: float
     alpha: float
 
     def advantages(self) -> torch.Tensor:
-        """(B,), by ``normalize_rewards``."""
-        options: dict[str, Any] = {"alpha": self.alpha} if METHODS[self.method].options else {}
+        """Computes the advantages (B,) by ``normalize_rewards``."""
+        options: Mapping[str, Any] = {"alpha": self.alpha} if METHODS[self.method].options else {}
         advantages_BG = normalize_rewards(self.rewards, self.method, eps=self.eps, **options)
         return advantages_BG.gather(1, self.position[:, None]).squeeze(1)
 
     def has_advantage(self) -> torch.Tensor:
-        """(B,) bool, False where the advantage is certainly 0: from the rewards alone."""
+        """Returns (B,) bool: False where the advantage is certainly 0, judged by the rewards alone."""
         own_B = self.rewards.gather(1, self.position[:, None]).squeeze(1)
         if METHODS[self.method].centre == "zero":
             return ~own_B.isnan() & (own_B != 0)
@@ -68,26 +69,26 @@ class GroupRewards:
 
 @dataclass
 class TokenInputs:
-    """What the row arithmetic needs of every token besides its logits: (N,) each, or None."""
+    """The inputs of the row arithmetic in addition to logits: (N,) each, or None."""
 
     targets: torch.Tensor
     sequence: torch.Tensor
-    weights: torch.Tensor  # of a token, the one number of its sequence
-    advantages: torch.Tensor | None  # None: of group_rewards, made in the launch
+    weights: torch.Tensor  # weights_B of the token's sequence
+    advantages: torch.Tensor | None  # None: computed from group_rewards
     group_rewards: GroupRewards | None
     old: torch.Tensor | None
     ref: torch.Tensor | None
     policy_scale: torch.Tensor | None
 
-    def made_advantages(self) -> torch.Tensor:
-        """(N,), from the rewards where none were given."""
+    def token_advantages(self) -> torch.Tensor:
+        """Returns the advantages (N,), computed from the rewards if none are given."""
         if self.advantages is None:
             assert self.group_rewards is not None
             return self.group_rewards.advantages()[self.sequence]
         return self.advantages
 
     def may_be_live(self, options: TokenLoss, entropy_grad: float) -> torch.Tensor:
-        """(N,) bool, False where d loss / d logprob is known to be 0 before any log-prob is."""
+        """Returns (N,) bool: False where d loss / d logprob is certainly 0, whatever the log-probs are."""
         if entropy_grad:
             return torch.ones_like(self.targets, dtype=torch.bool)
         weighted = self.weights != 0
@@ -102,10 +103,10 @@ class TokenInputs:
 
 
 class TokenLosses(NamedTuple):
-    """Per token, (N,): policy term + beta KL, its derivative by the log-prob, and what is worth logging."""
+    """Values of each token, (N,)."""
 
-    loss: torch.Tensor
-    coefficient: torch.Tensor
+    loss: torch.Tensor  # policy term + beta KL
+    coefficient: torch.Tensor  # d loss / d logprob
     ratio: torch.Tensor
     clipped: torch.Tensor
     kl: torch.Tensor | None
@@ -119,14 +120,16 @@ def token_losses(
     policy_scale_N: torch.Tensor | None,
     options: TokenLoss,
 ) -> TokenLosses:
-    """With r = exp(logprob - old) (1 on policy, where old is None), A the advantage and l = logprob::
+    """Computes the loss of each token (not weighted), and its derivative by the log-prob.
+
+    With r = exp(logprob - old) (1 on policy, where old is None), A the advantage and l = logprob::
 
         clip   -min(min(r, delta) A, clamp(r, 1 - epsilon_low, 1 + epsilon_high) A)   PPO, dual clip for delta
         cispo  -min(r, epsilon_high) A l, the ratio without gradient                  arXiv 2506.13585
         sapo   -4/t sigmoid(t (r - 1)) A, t by the sign of A                          arXiv 2511.20347
         KL     exp(ref - l) - (ref - l) - 1, times r with kl_times_ratio              k3, DeepSeek-V3.2
 
-    A token with advantage 0 has policy term and derivative exactly 0, however large its ratio.
+    The policy term of a token with advantage 0, and its derivative, are exactly 0, however large its ratio.
     """
     advantage = advantages_N
     ratio = torch.ones_like(logprobs_N) if old_logprobs_N is None else torch.exp(logprobs_N - old_logprobs_N)
@@ -137,12 +140,12 @@ def token_losses(
         capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
         first, second = capped * advantage, ratio.clamp(low, high) * advantage
         policy = -torch.minimum(first, second)
-        # torch's own rule for a tie of min: each side gets half
+        # at a tie of min each side gets half of the gradient, as in torch
         share = (first < second).to(ratio.dtype) + 0.5 * (first == second).to(ratio.dtype)
         first_slope = torch.ones_like(ratio) if options.delta is None else (ratio <= options.delta).to(ratio.dtype)
         second_slope = ((ratio >= low) & (ratio <= high)).to(ratio.dtype)
         slope = share * first_slope + (1 - share) * second_slope
-        coefficient = torch.where(slope > 0, -slope * ratio * advantage, 0.0)  # inf * 0 is no gradient
+        coefficient = torch.where(slope > 0, -slope * ratio * advantage, 0.0)  # 0, not inf * 0 = NaN
         clipped = ((capped < low) & (advantage < 0)) | ((capped > high) & positive)
     elif options.surrogate == "cispo":
         capped = ratio.clamp(max=options.epsilon_high)
@@ -153,7 +156,7 @@ def token_losses(
         steepness = torch.where(positive, options.sapo_positive, options.sapo_negative)
         gate = torch.sigmoid(steepness * (ratio - 1))
         policy = -gate * 4 / steepness * advantage
-        # far out the gate's slope underflows before the ratio overflows
+        # where gate is 1, its slope is 0 but the ratio may be inf
         coefficient = torch.where(gate < 1, -4 * gate * (1 - gate) * ratio * advantage, 0.0)
         clipped = torch.zeros_like(positive)
     policy = torch.where(live, policy, 0.0)
@@ -169,7 +172,7 @@ def token_losses(
     kl = torch.expm1(log_ratio) - log_ratio
     slope = -torch.expm1(log_ratio)  # d kl / d logprob
     if options.kl_times_ratio:
-        # d (r kl) / d logprob = r (kl + d kl / d logprob) = -r log_ratio: written so, nothing large cancels
+        # d (r kl) / d logprob = r (kl + d kl / d logprob) = -r log_ratio; this form has no cancellation
         slope = -ratio * log_ratio
         kl = kl * ratio
     if options.beta == 0:

@@ -1,1 +1,1 @@
-"""From reward functions to advantages: checks, keys of prompts, resampling, normalisation and its state."""
+"""Turns the output of reward functions into advantages: checks, prompt keys, resampling, normalisation, its state."""

@@ -1,4 +1,4 @@
-"""Rewards of several functions become one advantage per completion, and what is worth knowing about the groups.
+"""Computes one advantage per completion from the rewards of several functions, and metrics of the groups.
 
 Shapes: P prompts, G completions of one prompt, B = P*G sequences, F reward functions.
 """
@@ -18,7 +18,7 @@ from .normalization_state import NormalizationState
 
 
 def weighted_rewards(rewards_BF: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
-    """Weighted sum over reward functions, (B,). A missing (NaN) entry counts 0; NaN where every entry is missing."""
+    """Returns the weighted sum over reward functions, (B,). A NaN entry counts as 0; if all are NaN, the sum is NaN."""
     total_B = (rewards_BF * weights_F).nansum(dim=1)
     return torch.where(rewards_BF.isnan().all(dim=1), torch.nan, total_B)
 
@@ -33,23 +33,29 @@ def compute_advantages(
     states: Sequence[NormalizationState] = (),
     **context: torch.Tensor,
 ) -> Normalized:
-    """Advantages (P, G) of the gathered rewards (B, F), groups of ``num_generations`` following one another.
+    """Computes the advantages (P, G) of gathered rewards.
 
-    ``sum_then_normalize``: the weighted sum is normalised by ``method``, whatever the method. ``normalize_then_sum``
-    (GDPO, arXiv 2601.05242): each function's rewards are normalised by ``method`` (for ``beta``, ``max_rl`` and
-    ``curvature`` each function's rewards must lie in [0, 1]), weighted and summed, and the sum is whitened over the
-    batch, ``(x - mean) / (std + eps)``; with ``std`` that is TRL's. ``decoupled`` is that with ``std`` under either.
-
-    ``states`` are those of a method that has one: one, or one a function (``number_of_states``). ``context`` is handed
-    on, (P, G) ``lengths`` and (P,) ``prompt_keys``.
+    Args:
+        rewards_BF: (B, F), NaN where unscorable; the completions of a prompt are consecutive.
+        weights_F: (F,), the weights of the reward functions.
+        num_generations: G.
+        method: a name in ``METHODS``, or a function.
+        options: the method's options.
+        aggregation: "sum_then_normalize" normalises the weighted sum by ``method``. "normalize_then_sum" (GDPO, arXiv
+            2601.05242) normalises each function's rewards by ``method``, sums them with the weights, and whitens the
+            sum over the batch, ``(x - mean) / (std + eps)``; with ``std`` that is TRL's. There, ``beta``, ``max_rl``
+            and ``curvature`` need every function's rewards in [0, 1]. The method ``decoupled`` means
+            "normalize_then_sum" with ``std``, whatever the aggregation.
+        states: the states of a method that has one, see ``number_of_states``.
+        context: passed on to the method: (P, G) ``lengths`` and (P,) ``prompt_keys``.
     """
     rewards_PGF = rewards_BF.view(-1, num_generations, rewards_BF.shape[1])
     context = {**context, "function_rewards": rewards_PGF, "function_weights": weights_F}
     eps = options.get("eps", 1e-4)
 
     def normalize(rewards_PG: torch.Tensor, f: int) -> Normalized:
-        of_state = states[f].context(rewards_PG) if states else {}
-        return normalize_with_statistics(rewards_PG, method, context={**context, **of_state}, **options)
+        state_context = states[f].context(rewards_PG) if states else {}
+        return normalize_with_statistics(rewards_PG, method, context={**context, **state_context}, **options)
 
     if aggregation == "sum_then_normalize" or method == "decoupled":
         return normalize(weighted_rewards(rewards_BF, weights_F).view(-1, num_generations), 0)
@@ -57,7 +63,7 @@ def compute_advantages(
 
 
 def number_of_states(n_functions: int, aggregation: str) -> int:
-    """One for the sum, or one for each function that is normalised by itself."""
+    """Returns how many states a method needs: one for the sum, or one per function normalised by itself."""
     return 1 if aggregation == "sum_then_normalize" else n_functions
 
 
@@ -68,7 +74,7 @@ def observe_rewards(
     num_generations: int,
     aggregation: str,
 ) -> None:
-    """Shows each state the rewards it is the state of."""
+    """Updates each state with its rewards: the weighted sum, or those of its reward function."""
     if aggregation == "sum_then_normalize":
         rewards_BF = weighted_rewards(rewards_BF, weights_F).unsqueeze(1)
     for state, column_B in zip(states, rewards_BF.unbind(1), strict=True):
@@ -76,17 +82,17 @@ def observe_rewards(
 
 
 def live_groups(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """(P,) bool: at least two scorable rewards, and not all of them equal. The definition of a live group."""
+    """Returns (P,) bool: whether a group is live, that is, has at least two different scorable rewards."""
     high_P = torch.where(rewards_PG.isnan(), -torch.inf, rewards_PG).amax(dim=1)
     low_P = torch.where(rewards_PG.isnan(), torch.inf, rewards_PG).amin(dim=1)
     return high_P > low_P
 
 
 def zero_variance_groups(rewards_BF: torch.Tensor, weights_F: torch.Tensor, num_generations: int, aggregation: str):
-    """Which of the P groups have nothing to tell apart: boolean (P,).
+    """Returns (P,) bool: whether a group is dead, that is, not live.
 
-    True where all scorable rewards are equal or fewer than two are scorable. With ``normalize_then_sum`` that must
-    hold of every reward function, since differences that cancel in the sum don't cancel there.
+    With ``normalize_then_sum`` a group is dead only if it is dead for every reward function: differences may cancel in
+    the weighted sum, but not if each function is normalised by itself.
     """
     if aggregation == "sum_then_normalize":
         rewards_BF = weighted_rewards(rewards_BF, weights_F).unsqueeze(1)
@@ -95,13 +101,16 @@ def zero_variance_groups(rewards_BF: torch.Tensor, weights_F: torch.Tensor, num_
 
 
 def _right_and_wrong(rewards_PG: torch.Tensor, dead_P: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Shares of the groups whose answers are all right, and all wrong: of dead groups, by the batch's rewards."""
+    """Returns the shares of groups that are dead and all right, or dead and all wrong.
+
+    A dead group is all right if its mean is above the middle of the batch's range of rewards.
+    """
     scored = rewards_PG[~rewards_PG.isnan()]
     if len(scored) == 0:
         return {}
     low, high = scored.min(), scored.max()
     middle = torch.where(high > low, (low + high) / 2, torch.zeros_like(low))
-    mean_P = rewards_PG.nanmean(dim=1)  # NaN, neither, where none is scorable
+    mean_P = rewards_PG.nanmean(dim=1)  # NaN (neither right nor wrong) if no reward is scorable
     return {
         "normalization/all_right_frac": (dead_P & (mean_P > middle)).float().mean(),
         "normalization/all_wrong_frac": (dead_P & (mean_P <= middle)).float().mean(),
@@ -115,17 +124,20 @@ def normalization_metrics(
     aggregation: str,
     normalized: Normalized,
 ) -> dict[str, float]:
-    """What is logged of every batch.
+    """Returns the metrics of a batch's normalisation.
 
-    ``normalization/zero_variance_frac``: share of groups that give no advantage under a group baseline, counted per
-    group for every method. (TRL's ``frac_reward_zero_std`` looks at whatever std it divides by, for ``batch`` the
-    whole batch's.) Of these, ``all_right_frac`` and ``all_wrong_frac``: rewards above and up to the middle of the
-    batch's range (of one reward alone: 0), of all groups. ``unscorable_frac``: share of completions that no reward
-    function scored. ``scale_mean``, ``_min``, ``_max`` and ``centre_mean``, ``_max``: of the groups that have
-    different rewards, in units of reward (where each reward function is normalised by itself, over all functions'
-    groups); left out for methods that have none.
-    ``advantage_mean``; ``advantage_abs_mean`` and ``advantage_max``, of absolute values.
-    ``curvature/sigma_mean``: mean over the groups of the population std of their rewards, arXiv 2601.23135's sigma.
+    Under ``normalization/``:
+
+    * ``zero_variance_frac``: share of dead groups, the same definition for every method. (TRL's
+      ``frac_reward_zero_std`` uses the std that it divides by; for "batch" that is the batch's.)
+    * ``all_right_frac``, ``all_wrong_frac``: shares of groups that are dead and whose rewards are above, or not above,
+      the middle of the batch's range. If the batch has only one reward, the middle is 0.
+    * ``unscorable_frac``: share of completions that no reward function scored.
+    * ``scale_mean``, ``scale_min``, ``scale_max``, ``centre_mean``, ``centre_max``: of live groups, in units of reward;
+      over the groups of all functions if each is normalised by itself. Missing for methods without a scale.
+    * ``advantage_mean``, and ``advantage_abs_mean`` and ``advantage_max`` of absolute values.
+
+    ``curvature/sigma_mean``: the mean population std of a group's rewards, sigma in arXiv 2601.23135.
     """
     dead_P = zero_variance_groups(rewards_BF, weights_F, num_generations, aggregation)
     rewards_PG = weighted_rewards(rewards_BF, weights_F).view(-1, num_generations)
@@ -141,7 +153,7 @@ def normalization_metrics(
         "curvature/sigma_mean": sigma_P1[count_P1 > 0].mean(),
     }
     live = ~dead_P
-    if normalized.scale.ndim == 2:  # by function: a group may be live in one of them only
+    if normalized.scale.ndim == 2:  # (P, F): a group may be live for one function only
         live = torch.stack([live_groups(column_B.view(-1, num_generations)) for column_B in rewards_BF.unbind(1)], 1)
     scales, centres = normalized.scale[live], normalized.centre[live]
     if len(scales) and not scales.isnan().any():

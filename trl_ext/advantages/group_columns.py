@@ -1,4 +1,4 @@
-"""Our columns of TRL's per-sequence dict, as ``schema.Sequences`` describes them; TRL shuffles them with its own."""
+"""Makes our columns of TRL's per-sequence dict (see ``schema.Sequences``), which TRL shuffles with its own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from .rewarded import RewardedBatch
 
 
 def group_columns(batch: RewardedBatch, normalized: Normalized, n_local: int, process_index: int) -> Batch:
-    """The columns of this rank's ``n_local`` sequences; ``batch`` and ``normalized`` are of all ranks. ``advantages``
-    takes the place of TRL's."""
+    """Returns the columns of this rank's ``n_local`` sequences. ``batch`` and ``normalized`` are of all ranks.
+
+    Our column ``advantages`` replaces TRL's.
+    """
     advantages_B = normalized.advantages.flatten()
     local = slice(process_index * n_local, (process_index + 1) * n_local)
     position_B = torch.arange(len(advantages_B), device=advantages_B.device)

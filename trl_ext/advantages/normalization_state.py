@@ -1,13 +1,13 @@
-"""What a normalisation remembers from step to step: running variance, measured curvature, the theorem's constant C.
+"""Keeps the state of a normalisation from step to step: running variance, measured curvature, the theorem's constant C.
 
 Shapes: P prompts, G completions of one prompt.
 
-Each kind observes the gathered rewards of a generation batch, and hands ``normalize_rewards`` the entry of ``context``
-that it needs. All are functions of gathered numbers alone, so every process holds the same; ``state_dict`` is saved in
-the checkpoint's ``trainer_state.json``, where floats are written so that they are read back bit for bit.
+Each state observes the gathered rewards of a generation batch, and passes ``normalize_rewards`` the entry of
+``context`` that its method needs. States depend on gathered numbers only, so every rank holds the same. ``state_dict``
+is saved in the checkpoint's ``trainer_state.json``, which restores floats bit for bit.
 
-What is measured while training (by the interference logging, or by your own callback) comes in by
-``observe_curvature``. A kind that has no use for it lets it pass.
+``observe_curvature`` gets curvatures measured during training, from the interference logging or from a user's callback.
+Only ``MeasuredCurvature`` uses them.
 """
 
 from __future__ import annotations
@@ -21,56 +21,57 @@ from grpo_kernels import METHODS
 from grpo_kernels.normalize.group_statistics import masked_statistics
 from grpo_kernels.normalize.std_rule import std_exponent
 
-# a curvature below this share of the mean curvature divides by that share: a quotient stays bounded
+# The smallest scale, relative to the mean scale of the measured bins: it keeps advantages bounded.
 CURVATURE_FLOOR = 0.1
-ROUNDING = 1e-6  # of a weighted sum of rewards that is to be at most 1
+ROUNDING = 1e-6  # by which a weighted sum of rewards may leave [0, 1]
 
 
 def moving_average(previous: float | None, value: float, decay: float) -> float:
-    """``decay * previous + (1 - decay) * value``; the value where there is no previous one."""
+    """Returns ``decay * previous + (1 - decay) * value``, or ``value`` if there is no previous one."""
     return value if previous is None else decay * previous + (1 - decay) * value
 
 
 class NormalizationState:
-    """Remembers nothing: for the methods that need no state. Also the interface of those that do."""
+    """The interface of a state, and the empty state of methods that need none."""
 
-    not_ready = ""  # when and why the method is no more than ``std``, as the end of a sentence
+    not_ready = ""  # when and why the method falls back to ``std``; the end of a log message
 
     def __init__(self, decay: float = 0.9) -> None:
         self.decay = decay
 
     def observe_rewards(self, rewards_PG: torch.Tensor) -> None:
-        """The rewards of a new training batch, of all processes, NaN where unscorable."""
+        """Updates the state with a training batch's rewards (P, G) of all ranks, NaN where unscorable."""
 
     def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None:
-        """Measured curvatures of some prompts of the latest batch: their ``prompt_id`` and one number each."""
+        """Updates the state with curvatures (P,) of prompts of the latest batch, given by ``prompt_id`` (P,)."""
 
     @property
     def ready(self) -> bool:
-        """Whether what the method needs is known."""
+        """Whether the state has what the method needs."""
         return True
 
-    def context(self, rewards_PG: torch.Tensor) -> dict[str, Any]:
-        """The entries of ``normalize_rewards``'s context for these rewards."""
+    def context(self, rewards_PG: torch.Tensor) -> Mapping[str, torch.Tensor | float]:
+        """Returns the entries of ``normalize_rewards``'s context for these rewards."""
         return {}
 
     def metrics(self) -> dict[str, float]:
-        """What is logged of the state, under ``normalization/``."""
+        """Returns the state's metrics, under ``normalization/``."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, for JSON."""
+        """Returns the state as plain numbers and lists, for JSON."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what ``state_dict`` returned."""
+        """Restores the state from what ``state_dict`` returned."""
 
 
 class RunningVariance(NormalizationState):
-    """``running_std``: a moving average of the mean group variance, 0 for an all-equal group, as Adam's second moment.
+    """Keeps the moving average of the groups' mean variance, for ``running_std``; like Adam's second moment.
 
-    v <- decay v + (1 - decay) (mean over the groups of their sample variance), starting from the first batch's, and
-    the current batch is in it before it is used: so no group's std is more than sqrt(P / (1 - decay)) times the scale.
+    v <- decay v + (1 - decay) (mean over the groups of their sample variance, 0 for a group of equal rewards), starting
+    from the first batch's mean. The current batch is included before v is used, so no group's std is more than
+    sqrt(P / (1 - decay)) times the scale.
     """
 
     def __init__(self, decay: float = 0.9) -> None:
@@ -88,7 +89,7 @@ class RunningVariance(NormalizationState):
             self.variance = moving_average(self.variance, variance, self.decay)
 
     def context(self, rewards_PG):
-        if self.variance is None:  # an evaluation before the first training batch
+        if self.variance is None:  # evaluation before the first training batch
             return {"running_variance": self._batch_variance(rewards_PG) or 0.0}
         return {"running_variance": self.variance}
 
@@ -103,12 +104,14 @@ class RunningVariance(NormalizationState):
 
 
 class MeasuredConstant(NormalizationState):
-    """``adaptive``: alpha of ``power`` is what the theorem's constant C calls for (``std_rule.std_exponent``).
+    """Chooses the exponent alpha of ``power`` by the theorem's constant C, for ``adaptive``.
 
-    C = 8/3 of a moving average of the mean over the groups of the population std of their rewards; the current batch is
-    in it. It is defined for rewards in [0, 1]: once another was seen, alpha is 1, which is ``std``.
-    ``mean`` is as good where alpha falls, but at about twice the learning rate: by SGD a run whose alpha moves changes
-    its steps' length; AdamW takes no notice.
+    C is 8/3 of a moving average, with the current batch, of the mean population std of a group's rewards. It gives
+    alpha by ``std_rule.std_exponent``. C is defined for rewards in [0, 1]: after a reward outside, alpha stays 1, which
+    is ``std``.
+
+    Where alpha falls, ``mean`` works as well, at about twice the learning rate. With SGD, steps change their length
+    when alpha changes; AdamW isn't affected.
     """
 
     not_ready = "in this run: a reward was outside [0, 1], where the constant C that decides says nothing"
@@ -123,7 +126,7 @@ class MeasuredConstant(NormalizationState):
         return not self.outside
 
     def observe_rewards(self, rewards_PG):
-        beyond = (rewards_PG < -ROUNDING) | (rewards_PG > 1 + ROUNDING)  # NaN is neither
+        beyond = (rewards_PG < -ROUNDING) | (rewards_PG > 1 + ROUNDING)  # False for NaN
         self.outside |= bool(beyond.any())
         count, _, std = masked_statistics(rewards_PG.double(), ~rewards_PG.isnan(), dim=(1,))
         comparable = count > 1
@@ -149,13 +152,14 @@ class MeasuredConstant(NormalizationState):
 
 
 class MeasuredCurvature(NormalizationState):
-    """``curvature``: the measured curvature at a group's pass rate takes the place of the std, its proxy.
+    """Replaces the std of a group, a proxy, by the curvature measured at its pass rate, for ``curvature``.
 
-    A prompt comes back too rarely for an average of its own, so curvatures are kept by pass rate, in G + 1 bins
-    (round(G m)): a moving average of the curvature and one of the std of the groups that were measured. Curvature has
-    the unit of a squared gradient norm, so that only its shape over the bins is used: scale_b = |kappa_b| (sum of std)
-    / (sum of |kappa|), both over the measured bins. It is at least a tenth of the mean scale, and a bin that hasn't
-    been measured divides by the group's own std.
+    A prompt returns too rarely for an average of its own. So the state has G + 1 bins by pass rate (mean reward m goes
+    to bin round(G m)). Each bin keeps a moving average of the curvature, and one of the std of the measured groups.
+
+    Curvature has the unit of a squared gradient norm, so only its shape over the bins is used:
+    scale_b = |kappa_b| (sum of std) / (sum of |kappa|), summed over the measured bins, and at least a tenth of the mean
+    scale. In a bin that wasn't measured, the scale is the group's own std.
     """
 
     not_ready = "until it has seen the curvature along the prompts' gradients"
@@ -164,7 +168,9 @@ class MeasuredCurvature(NormalizationState):
         super().__init__(decay)
         self.curvature: list[float | None] = []  # by bin
         self.std: list[float | None] = []
-        self._latest: list[tuple[int, float]] = []  # (bin, std) of each group of the latest batch, -1: not comparable
+        self._latest: list[
+            tuple[int, float]
+        ] = []  # (bin, std) of the latest batch's groups; bin -1: fewer than 2 rewards
 
     @property
     def ready(self):
@@ -177,30 +183,30 @@ class MeasuredCurvature(NormalizationState):
         return torch.where(count > 1, bins, -1).flatten().tolist(), std.flatten().tolist()
 
     def observe_rewards(self, rewards_PG):
-        if len(self.curvature) != rewards_PG.shape[1] + 1:  # first batch, or resumed with another number of generations
+        if len(self.curvature) != rewards_PG.shape[1] + 1:  # first batch, or a resume with another G
             bins = rewards_PG.shape[1] + 1
             self.curvature, self.std = [None] * bins, [None] * bins
         self._latest = list(zip(*self._bins(rewards_PG), strict=True))
 
     def observe_curvature(self, prompt_id_P, curvature_P):
-        seen: dict[int, list[tuple[float, float]]] = {}
+        measured: dict[int, list[tuple[float, float]]] = {}  # by bin: (curvature, std) of its groups
         for prompt, curvature in zip(prompt_id_P.tolist(), curvature_P.tolist(), strict=True):
             if not 0 <= prompt < len(self._latest):
                 raise ValueError(f"prompt_id {prompt} is not in the latest batch of {len(self._latest)} prompts")
-            place, std = self._latest[prompt]
-            if place >= 0 and curvature == curvature:
-                seen.setdefault(place, []).append((curvature, std))
-        for place, pairs in seen.items():
+            b, std = self._latest[prompt]
+            if b >= 0 and curvature == curvature:  # not NaN
+                measured.setdefault(b, []).append((curvature, std))
+        for b, pairs in measured.items():
             curvature, std = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
-            self.curvature[place] = moving_average(self.curvature[place], curvature, self.decay)
-            self.std[place] = moving_average(self.std[place], std, self.decay)
+            self.curvature[b] = moving_average(self.curvature[b], curvature, self.decay)
+            self.std[b] = moving_average(self.std[b], std, self.decay)
 
     def context(self, rewards_PG):
         bins, stds = self._bins(rewards_PG)
         measured = {b: abs(value) for b, value in enumerate(self.curvature) if value is not None}
         total = sum(measured.values())
         scales = stds
-        # an evaluation may have another number of generations, and then other bins
+        # with another G, as an evaluation may have, the bins don't fit
         if total > 0 and len(self.curvature) == rewards_PG.shape[1] + 1:
             unit = sum(self.std[b] or 0.0 for b in measured) / total
             least = CURVATURE_FLOOR * unit * total / len(measured)
@@ -227,16 +233,19 @@ STATES: dict[str, type[NormalizationState]] = {
 
 
 def make_state(method: Any, options: Mapping[str, Any]) -> NormalizationState:
-    """The state of this normalisation, empty; one for each reward function that is normalised by itself."""
+    """Returns a new state for this normalisation."""
     if not isinstance(method, str) or method not in STATES:
         return NormalizationState()
     return STATES[method](options.get("decay", METHODS[method].options["decay"].default))
 
 
 def restore_states(states: Sequence[NormalizationState], saved: Sequence[Mapping[str, Any]]) -> bool:
-    """Each takes over what was saved of it. False, and nothing is taken, where another normalisation saved it."""
-    if len(saved) != len(states) or any(set(one) != set(s.state_dict()) for one, s in zip(saved, states, strict=True)):
+    """Restores each state. Returns False, and restores nothing, if ``saved`` is of another normalisation."""
+    if len(saved) != len(states):
         return False
-    for state, one in zip(states, saved, strict=True):
-        state.load_state_dict(one)
+    pairs = list(zip(states, saved, strict=True))
+    if any(set(entry) != set(state.state_dict()) for state, entry in pairs):
+        return False
+    for state, entry in pairs:
+        state.load_state_dict(entry)
     return True

@@ -1,6 +1,6 @@
-"""The gathered rewards of a batch become advantages by the method that the options name, with its state.
+"""Normalises the gathered rewards of a batch by the configured method, and keeps the method's state.
 
-Shapes: P prompts, G completions of one prompt, B = P*G sequences of all processes, F reward functions.
+Shapes: P prompts, G completions of one prompt, B = P*G sequences of all ranks, F reward functions.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ from .rewarded import RewardedBatch
 
 @dataclass(frozen=True)
 class UsedNormalization:
-    """What a logged step compares others with. ``name`` in ``METHODS``, None for a user's function; ``baseline_size``:
-    rewards in a sequence's baseline, its own among them, 0 where there is none; ``function_weights`` of the reward
-    functions; ``by_function``: each of them is normalised by itself."""
+    """The run's normalisation, with which the what-if analysis compares other methods.
+
+    Attributes:
+        name: in ``METHODS``; None for a user's function.
+        baseline_size: number of rewards in a sequence's baseline, including its own; 0 if there is no baseline.
+        function_weights: weights of the reward functions.
+        by_function: whether each reward function is normalised by itself.
+    """
 
     name: str | None
     baseline_size: int
@@ -33,7 +38,10 @@ class UsedNormalization:
 
 
 class Normalizer:
-    """``args``: the trainer's options. What a callback changes of TRL's is followed (``follow``)."""
+    """Turns rewards into advantages. ``follow`` applies changes of TRL's options that a callback makes.
+
+    ``args`` are the trainer's options.
+    """
 
     def __init__(self, run: RunSettings, args: Any, now: RewardSettings) -> None:
         self.run, self.now = run, now
@@ -52,19 +60,19 @@ class Normalizer:
         self.states = [make_state(self.method, self.options) for _ in range(count)]
 
     def follow(self, now: RewardSettings) -> None:
-        """Applies the settings that a callback changed, as TRL does, or warns that they have no effect."""
+        """Applies settings that a callback has changed, as TRL does; warns once of those that have no effect."""
         before, self.now = self.now, now
         if now == before:
             return
         if now.options != before.options:
-            changed = [one.name for one in fields(now.options)
-                       if getattr(now.options, one.name) != getattr(before.options, one.name)]  # fmt: skip
-            self.run.say_once(
+            names = [field.name for field in fields(now.options)]
+            changed = [name for name in names if getattr(now.options, name) != getattr(before.options, name)]
+            self.run.log_once(
                 f"{', '.join(changed)}: changed while training, which has no effect: these options are read when the "
                 "trainer is built."
             )
         if now.scale_rewards != before.scale_rewards and not self.follows_trl:
-            self.run.say_once(
+            self.run.log_once(
                 f"scale_rewards={now.scale_rewards!r}, set while training, has no effect: normalization="
                 f"{self.method!r} was given, and stays."
             )
@@ -74,35 +82,35 @@ class Normalizer:
             self._make_states()
 
     def used(self, weights_F: torch.Tensor) -> UsedNormalization:
-        """As it is now, with these weights of the reward functions."""
+        """Returns the current normalisation, with these weights of the reward functions."""
         by_function = self.aggregation != "sum_then_normalize"
         return UsedNormalization(self.name, self.baseline_size, weights_F.tolist(), by_function)
 
     @property
     def name(self) -> str | None:
-        """In ``METHODS``; None for a user's function."""
+        """The method's name in ``METHODS``; None for a user's function."""
         return self.method if isinstance(self.method, str) else None
 
     @property
     def own_group(self) -> tuple[str, Mapping[str, Any]] | None:
-        """Method and options where a group's advantages depend on its own summed rewards alone, else None."""
+        """Method and options if a group's advantages depend only on its own weighted rewards; else None."""
         if self.aggregation != "sum_then_normalize" or not isinstance(self.method, str):
             return None
         return (self.method, self.options) if METHODS[self.method].own_group else None
 
     @property
     def baseline_size(self) -> int:
-        """How many rewards are in a sequence's baseline, its own among them; 0: there is none."""
+        """The number of rewards in a sequence's baseline, including its own; 0 if there is no baseline."""
         centre = METHODS[self.method].centre if isinstance(self.method, str) else "group"
         return {"zero": 0, "given": self.run.generation_batch_size}.get(centre, self.run.num_generations)
 
     def __call__(self, batch: RewardedBatch, *, training: bool) -> tuple[Normalized, dict[str, float]]:
-        """Advantages (P, G), and what is logged of them; only training batches are remembered by the state."""
+        """Returns the advantages (P, G) and their metrics. Only training batches update the state."""
         if training:
             observe_rewards(self.states, batch.rewards_BF, batch.weights_F, batch.num_generations, self.aggregation)
         state = self.states[0]
         if not state.ready:
-            self.run.say_once(f"normalization={self.method!r} is 'std' {state.not_ready}.")
+            self.run.log_once(f"normalization={self.method!r} is 'std' {state.not_ready}.")
         normalized = compute_advantages(
             batch.rewards_BF,
             batch.weights_F,
@@ -120,14 +128,14 @@ class Normalizer:
         return normalized, {**metrics, **state.metrics()}
 
     def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None:
-        """Tells every state measured curvatures of prompts of the latest batch."""
+        """Updates the states with measured curvatures (P,) of prompts of the latest batch."""
         for state in self.states:
             state.observe_curvature(prompt_id_P, curvature_P)
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """Of each state, plain numbers for JSON."""
+    def state_dict(self) -> list[Mapping[str, Any]]:
+        """Returns each state as plain numbers, for JSON."""
         return [state.state_dict() for state in self.states]
 
     def load_state_dict(self, saved: Sequence[Mapping[str, Any]]) -> bool:
-        """False, and nothing is taken, where another normalisation saved it."""
+        """Restores the states. Returns False, and restores nothing, if ``saved`` is of another normalisation."""
         return restore_states(self.states, saved)

@@ -1,4 +1,4 @@
-"""What tells a prompt from others, and what a reader sees of it."""
+"""Makes keys (hashes) of prompts and tasks, and the text of a prompt that logs and reports show."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-NO_TASK = -1  # in place of a task's key
+NO_TASK = -1  # the task key of a prompt without a task
 
 
 def prompt_key(prompt: Any) -> int:
-    """63 bits of a hash of the prompt: the same whenever it comes back, in every process; pictures by their pixels."""
+    """Returns a 63-bit hash of the prompt, the same in every batch and on every rank; images are hashed by pixels."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=_fingerprint)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _fingerprint(value: Any) -> str:
-    """Of what JSON has no word for: its content, not the object's address; what can't be pickled, by its repr."""
-    if isinstance(value, torch.Tensor):  # pickled it has an address in it
+    """Returns a hash of the content of an object that JSON can't represent; of its repr if it can't be pickled."""
+    if isinstance(value, torch.Tensor):  # its pickle contains a memory address
         content = repr(value.tolist()).encode()
     elif hasattr(value, "tobytes"):
         content = value.tobytes()
@@ -36,7 +36,7 @@ def _fingerprint(value: Any) -> str:
 
 
 def prompt_text(prompt: Any) -> str:
-    """What the user said: the last message of a conversation, its pictures as [image]."""
+    """Returns the text of a prompt: of a conversation the last message, with [image] in place of images."""
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list) or not prompt:
@@ -49,19 +49,19 @@ def prompt_text(prompt: Any) -> str:
 
 
 def task_key(name: str) -> int:
-    """63 bits of a hash of a task's name, the same in every process."""
+    """Returns a 63-bit hash of a task's name, the same on every rank."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def prompt_tasks(rows: Iterable[Mapping[str, Any]]) -> dict[int, str]:
-    """By key, what a dataset's column ``task`` says of these prompts; none without one."""
+    """Returns the task names of these rows (their column ``task``) by prompt key."""
     return {
         prompt_key(row["prompt"]): str(row["task"]) for row in rows if row.get("task") is not None and "prompt" in row
     }
 
 
 def prompt_texts(logged: Iterable[Any], keys_B: Any) -> dict[int, str]:
-    """Texts by key, of the prompts that were logged last, one for each of ``keys_B``."""
+    """Returns the texts of the last ``len(keys_B)`` logged prompts, by key."""
     keys = keys_B.tolist()
     latest = list(logged)[-len(keys) :]
     return {key: prompt_text(prompt) for key, prompt in zip(keys, latest, strict=False)}

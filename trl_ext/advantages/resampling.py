@@ -1,12 +1,13 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): prompts whose answers all got the same reward make room.
+"""Replaces dead groups of a batch by live groups of other prompts: dynamic sampling (DAPO, arXiv 2503.14476, 3.2).
 
-Flow: TRL's rollouts and rewards of a batch -> while too few of its groups have different rewards: other prompts,
-another generation -> the first live groups, in the order they were drawn, filled up with dead ones, from whichever
-process has them -> TRL's per-sequence dict and logged table, as if these had been the batch.
+Flow: TRL's rollouts and rewards of a batch -> as long as too few groups are live, a round of other prompts ->
+the first live groups in the order they were drawn, filled up with dead ones, exchanged between ranks -> TRL's
+per-sequence dict and completions table, as if these had been the batch.
 
-Shapes: P prompts, G completions of one prompt, B = P*G sequences (of all processes), F reward functions.
+Shapes: P prompts, G completions of one prompt, B = P*G sequences of all ranks, F reward functions.
 
-What is drawn depends on ``seed``, the step and the dataset alone: the same on every process, and after a resume.
+The drawn prompts depend only on ``seed``, the step, the generation's number in it, and the dataset. So they are the
+same on every rank, and after a resume.
 """
 
 from __future__ import annotations
@@ -20,21 +21,23 @@ from accelerate.utils import gather_object
 from torch.utils.data import IterableDataset
 
 from trl_ext.compat import RunSettings, logged_columns, replace_latest
-from trl_ext.schema import Sequences, check_rows, num_items, pad_rows, split_rows
+from trl_ext.schema import Batch, Sequences, check_rows, num_items, pad_rows, split_rows
 
 from .compute import zero_variance_groups
 from .normalizer import Normalizer
 from .prompt_keys import prompt_key
 from .rewarded import RewardedBatch
 
+Example = dict[str, Any]  # a row of the dataset
+
 
 def has_transform(dataset: Any) -> bool:
-    """Whether a transform makes the rows when they are read, maybe with columns that aren't stored."""
+    """Returns whether the dataset has a transform, which may make columns that aren't stored."""
     return (getattr(dataset, "format", None) or {}).get("type") == "custom"
 
 
 def check_dataset(dataset: Any) -> None:
-    """Raises ``ValueError`` for one that other prompts can't be drawn from, or whose images couldn't be moved."""
+    """Raises ``ValueError`` for a dataset without random access or without stored prompts, or with images."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
             f"resample_zero_variance=True: other prompts can't be drawn from a {type(dataset).__name__}, "
@@ -53,8 +56,14 @@ def check_dataset(dataset: Any) -> None:
 
 @dataclass(frozen=True)
 class Round:
-    """One generation: ``rows`` of this process's sequences, all else of all processes'; ``logged`` are TRL's columns of
-    the completions table."""
+    """One round of generation.
+
+    Attributes:
+        rows: this rank's sequences, without padding.
+        rewarded: the rewards of all ranks.
+        logged: all ranks' columns of TRL's completions table.
+        dead_P: (P,) bool, of all ranks.
+    """
 
     rows: list[dict[str, torch.Tensor]]
     rewarded: RewardedBatch
@@ -63,24 +72,24 @@ class Round:
 
 
 class GenerationCount:
-    """How many generations an optimizer step has had before: they draw different prompts."""
+    """Numbers the generation batches of an optimizer step, so that each draws different prompts."""
 
     def __init__(self) -> None:
-        self._step, self._before = -1, 0
+        self._step, self._number = -1, 0
 
     def next(self, step: int) -> int:
-        """A generation begins at this optimizer step."""
-        self._before = self._before + 1 if step == self._step else 0
+        """Returns the number of a new generation batch in this optimizer step, from 0."""
+        self._number = self._number + 1 if step == self._step else 0
         self._step = step
-        return self._before
+        return self._number
 
     def forget(self) -> None:
-        """Training starts."""
+        """Starts anew, when training starts."""
         self._step = -1
 
 
 class Resampling:
-    """Fills a batch of rollouts up with live prompts before its rewards are normalised."""
+    """Replaces dead groups of a batch by live ones, before its rewards are normalised."""
 
     def __init__(self, run: RunSettings, normalizer: Normalizer) -> None:
         self.run, self.accelerator, self.normalizer = run, run.accelerator, normalizer
@@ -89,26 +98,34 @@ class Resampling:
         self.wanted = self.n_prompts if wanted is None else wanted
 
     def begin(self, logs: Mapping[str, Any]) -> None:
-        """A generation begins: a reward function that logs no column of its own in it leaves no other's there."""
+        """Clears the extra columns of TRL's table before a round of generation.
+
+        Otherwise a reward function that logs no extra column in this round would leave an earlier round's there.
+        """
         for column in logs["extra"].values():
             column.clear()
 
     def fill(
         self,
-        output: dict[str, Any],
+        output: Batch,
         rewarded: RewardedBatch,
         logs: Mapping[str, Any],
-        generate: Callable[[list[dict[str, Any]]], tuple[dict[str, Any], RewardedBatch]],
+        generate: Callable[[list[Example]], tuple[Batch, RewardedBatch]],
         *,
         dataset: Any,
         step: int,
         generation: int,
-    ) -> tuple[dict[str, Any], RewardedBatch]:
-        """The batch to train on, and its rewards.
+    ) -> tuple[Batch, RewardedBatch]:
+        """Returns the batch to train on, and its rewards; ``logs`` then holds that batch.
 
-        ``output``: TRL's dict of the first generation, ``rewarded`` its rewards. ``dataset``: where other prompts are
-        drawn from. ``logs``: TRL's completions table, which then holds the batch. ``generate`` answers this process's
-        examples. Drawn by ``step`` and the number of the ``generation`` in it.
+        Args:
+            output: TRL's dict of the first round.
+            rewarded: the rewards of the first round.
+            logs: TRL's completions table.
+            generate: runs a round of generation on this rank's examples.
+            dataset: where other prompts are drawn from.
+            step: the optimizer step.
+            generation: the number of the generation batch in this step.
         """
         n_local = len(Sequences(output))
         check_rows(output)
@@ -118,7 +135,7 @@ class Resampling:
         while self._live(rounds) < self.wanted and len(rounds) <= self.max_rounds:
             others = self._other_prompts(dataset, order, seen, n_local, rewarded.num_generations)
             if others is None:
-                self.run.say_once(
+                self.run.log_once(
                     "resample_zero_variance: the dataset has no other prompts left to draw in this step; the batch "
                     "keeps its dead ones."
                 )
@@ -138,15 +155,15 @@ class Resampling:
         return (output, rewarded) if len(rounds) == 1 else self._merge(rounds, output, logs)
 
     def _live(self, rounds: list[Round]) -> int:
-        return sum(int((~one.dead_P).sum()) for one in rounds)
+        return sum(int((~drawn.dead_P).sum()) for drawn in rounds)
 
-    def _rows(self, output: dict[str, Any], rewarded: RewardedBatch) -> list[dict[str, torch.Tensor]]:
+    def _rows(self, output: Batch, rewarded: RewardedBatch) -> list[dict[str, torch.Tensor]]:
         n_local = len(Sequences(output))
         first = self.accelerator.process_index * n_local
         return split_rows(output, rewarded.lengths_B[first : first + n_local].tolist())
 
     def _take(self, rewarded: RewardedBatch, logs: Mapping[str, Any]) -> Round:
-        """Without its rows, which only another generation makes necessary."""
+        """Returns a round without its rows; ``fill`` adds them if there is a second round."""
         n = len(rewarded.rewards_BF)
         dead_P = zero_variance_groups(
             rewarded.rewards_BF, rewarded.weights_F, rewarded.num_generations, self.normalizer.aggregation
@@ -159,16 +176,16 @@ class Resampling:
         )
 
     def _order(self, size: int, step: int, generation: int) -> list[int]:
-        """The dataset's rows in the order they are drawn in at this step."""
+        """Returns the dataset's rows in a random order, from whose end prompts are drawn."""
         generator = torch.Generator()
         generator.manual_seed((self.run.seed * 1_000_003 + step) * 1_009 + generation)
         return torch.randperm(size, generator=generator).tolist()
 
     def _other_prompts(
         self, dataset: Any, order: list[int], seen: set[int], n_local: int, num_generations: int
-    ) -> list[dict[str, Any]] | None:
-        """This process's examples of a batch of prompts not drawn for it yet, or None where they run out."""
-        found: list[dict[str, Any]] = []
+    ) -> list[Example] | None:
+        """Returns this rank's examples of a round of new prompts; None if the dataset has too few left."""
+        found: list[Example] = []
         while order and len(found) < self.n_prompts:
             example = dataset[order.pop()]
             key = prompt_key(example["prompt"])
@@ -180,24 +197,27 @@ class Resampling:
         first = self.accelerator.process_index * n_local
         return [dict(found[row // num_generations]) for row in range(first, first + n_local)]
 
-    def _merge(
-        self, rounds: list[Round], output: dict[str, Any], logs: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], RewardedBatch]:
-        """The chosen groups as TRL's dict of this process, and their rewards; the table of completions holds them."""
+    def _merge(self, rounds: list[Round], output: Batch, logs: Mapping[str, Any]) -> tuple[Batch, RewardedBatch]:
+        """Returns this rank's part of the chosen groups as TRL's dict, and their rewards; ``logs`` then holds them."""
         last, n_local = rounds[-1].rewarded, len(Sequences(output))
-        dead_P = torch.cat([one.dead_P for one in rounds])
+        dead_P = torch.cat([drawn.dead_P for drawn in rounds])
         group_P = torch.cat([(~dead_P).nonzero().flatten(), dead_P.nonzero().flatten()])[: self.n_prompts]
         row_B = (group_P.sort().values[:, None] * last.num_generations + torch.arange(last.num_generations)).flatten()
         device = last.rewards_BF.device
 
         def chosen(name: str) -> torch.Tensor:
-            return torch.cat([getattr(one.rewarded, name) for one in rounds])[row_B.to(device)]
+            return torch.cat([getattr(drawn.rewarded, name) for drawn in rounds])[row_B.to(device)]
 
-        columns: dict[str, Any] = {name: chosen(name) for name in ("rewards_BF", "lengths_B", "keys_B", "task_keys_B")}
-        rewarded = replace(last, **columns)
+        rewarded = replace(
+            last,
+            rewards_BF=chosen("rewards_BF"),
+            lengths_B=chosen("lengths_B"),
+            keys_B=chosen("keys_B"),
+            task_keys_B=chosen("task_keys_B"),
+        )
         first, n = self.accelerator.process_index * n_local, len(rounds[0].rewarded.rewards_BF)
         wanted = set(row_B.tolist())
-        own = {at * n + first + i: row for at, one in enumerate(rounds) for i, row in enumerate(one.rows)}
+        own = {number * n + first + i: row for number, drawn in enumerate(rounds) for i, row in enumerate(drawn.rows)}
         found = {
             i: row for part in gather_object([{i: own[i] for i in own.keys() & wanted}]) for i, row in part.items()
         }
@@ -205,6 +225,6 @@ class Resampling:
         merged = pad_rows(rows[first : first + n_local], self.run.pad_token_id, self.run.pad_to_multiple_of, device)
         merged |= num_items(rows, output)
         for name, column in logged_columns(logs).items():
-            values = [value for one in rounds for value in one.logged.get(name, [None] * n)]
+            values = [value for drawn in rounds for value in drawn.logged.get(name, [None] * n)]
             replace_latest(column, [values[row] for row in row_B.tolist()])
         return merged, rewarded

@@ -1,4 +1,4 @@
-"""A reward function that fails says which one it was, and where; and all processes stop together."""
+"""Checks the results of reward functions: an error names the function and the row, and stops all ranks together."""
 
 from __future__ import annotations
 
@@ -15,53 +15,57 @@ from torch import nn
 
 from trl_ext.compat import get_callable_name, is_async_callable
 
-LARGEST = torch.finfo(torch.float32).max  # rewards are gathered in float32, in which more is infinite
-CHECKED = "_curvature_grpo_checked"  # of a function that is checked already
+LARGEST = torch.finfo(torch.float32).max  # rewards are gathered in float32, where a larger one is infinite
+CHECKED = "_curvature_grpo_checked"  # attribute of a reward function that is wrapped already
 
 
 class RewardFailed(Exception):  # noqa: N818
-    """A reward function raised, or returned what can't be used: on every process."""
+    """A reward function failed on some rank. It is raised on every rank."""
 
 
 class RewardRaised(RewardFailed, RuntimeError):  # noqa: N818
-    """With what it raised as its cause."""
+    """A reward function raised an exception, which is the cause of this one."""
 
 
 class WrongRewards(RewardFailed, ValueError):  # noqa: N818
-    """Not one finite number, NaN or None for each completion."""
+    """A reward function didn't return one finite number, NaN or None for each completion."""
 
 
 class RewardFailures:
-    """With several processes: what failed on this one waits until it is told on all, who would wait for it else."""
+    """Keeps a failure on this rank until all ranks have gathered their rewards, then raises it on all of them.
+
+    If one rank raised at once, the others would wait for it in the next collective. With one rank it raises at once.
+    """
 
     def __init__(self, processes: int) -> None:
-        self._waits = processes > 1
+        self._several = processes > 1
         self._error: RewardFailed | None = None
 
     def keep(self, error: RewardFailed, completions: list | None) -> list[float]:
-        """Raises the error, or keeps it and returns rewards in place of the function's."""
-        if not self._waits or completions is None:
+        """Keeps the error and returns NaN rewards in place of the function's. With one rank it raises the error."""
+        if not self._several or completions is None:
             raise error
         self._error = self._error or error
         return [math.nan] * len(completions)
 
-    def raise_together(self, process_index: int) -> None:
-        """On all processes, once the rewards were gathered."""
-        if not self._waits:
+    def raise_on_all_ranks(self, process_index: int) -> None:
+        """Raises a kept failure of any rank on all ranks. All ranks must call it, after gathering rewards."""
+        if not self._several:
             return
         error, self._error = self._error, None
         if not gather(torch.tensor([error is not None], device=PartialState().device)).any():
             return
-        told = None if error is None else (type(error), f"process {process_index}: {error}")
-        found = next((one for one in gather_object([told]) if one is not None), None)
-        if found is not None:
-            raise found[0](found[1]) from error
+        own = None if error is None else (type(error), f"process {process_index}: {error}")
+        first = next((failure for failure in gather_object([own]) if failure is not None), None)
+        if first is not None:
+            raise first[0](first[1]) from error
 
 
 def _check(name: str, rewards: Any, completions: list | None) -> Any:
     """Returns ``rewards``; raises ``WrongRewards`` unless it holds one finite number, NaN or None per completion.
 
-    ``completions`` None: called without, as an environment's own reward may be; their number isn't known then.
+    ``completions`` is None if the function was called without them, as an environment's reward may be; then the number
+    of rewards isn't checked.
     """
     try:
         count = len(rewards)
@@ -76,7 +80,7 @@ def _check(name: str, rewards: Any, completions: list | None) -> Any:
         if reward is None:
             continue
         try:
-            if isinstance(reward, str | bytes):  # float("1.0") is a number
+            if isinstance(reward, str | bytes):  # float("1.0") would accept it
                 raise TypeError
             value = float(reward)
         except (TypeError, ValueError):
@@ -91,7 +95,7 @@ def _check(name: str, rewards: Any, completions: list | None) -> Any:
 
 
 def _list_of(rewards: Any) -> Any:
-    """What can only be iterated (``map``, a generator, an object of the user's) as a list; anything else as it is."""
+    """Returns a list of what can only be iterated (``map``, a generator); anything else unchanged."""
     iterates = hasattr(rewards, "__iter__") or hasattr(rewards, "__getitem__")
     return list(rewards) if iterates and not hasattr(rewards, "__len__") else rewards
 
@@ -101,10 +105,10 @@ def checked_reward(
     name: str | None = None,
     failures: RewardFailures | None = None,
 ) -> Callable:
-    """``function`` with its name in every error, and its result checked. Models are returned as they are.
+    """Wraps a reward function so that its result is checked and errors name it. Returns reward models unchanged.
 
-    An exception inside becomes a ``RewardRaised`` (a ``RuntimeError``), with the original as its cause. A result that
-    isn't one finite number (or None) per completion is a ``WrongRewards`` (a ``ValueError``) naming the row.
+    The wrapper raises ``RewardRaised`` (a ``RuntimeError``) if the function raises, and ``WrongRewards`` (a
+    ``ValueError``, which names the row) unless it returns one finite number, NaN or None per completion.
     """
     if isinstance(function, nn.Module):
         return function
@@ -113,7 +117,7 @@ def checked_reward(
     name = name or get_callable_name(function)
     failures = failures or RewardFailures(1)
 
-    def judged(rewards: Any, error: Exception | None, completions: list | None) -> Any:
+    def check_or_keep(rewards: Any, error: Exception | None, completions: list | None) -> Any:
         try:
             if error is not None:
                 raise RewardRaised(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
@@ -129,7 +133,7 @@ def checked_reward(
                 rewards = _list_of(await function(*args, **kwargs))
             except Exception as error:
                 failed = error
-            return judged(rewards, failed, kwargs.get("completions"))
+            return check_or_keep(rewards, failed, kwargs.get("completions"))
 
     else:
 
@@ -139,25 +143,25 @@ def checked_reward(
                 rewards = _list_of(function(*args, **kwargs))
             except Exception as error:
                 failed = error
-            return judged(rewards, failed, kwargs.get("completions"))
+            return check_or_keep(rewards, failed, kwargs.get("completions"))
 
     functools.update_wrapper(checked, function)
-    checked.__name__ = name  # a callable object has none of its own
+    checked.__name__ = name  # a callable object has no __name__
     setattr(checked, CHECKED, True)
     return checked
 
 
-def say_if_unscored(rewards_BF: torch.Tensor, names: Sequence[str], say_once: Callable[[str], None]) -> None:
-    """``rewards_BF`` (B, F) of all processes: where no function scored any completion, no step can learn anything."""
+def warn_if_unscored(rewards_BF: torch.Tensor, names: Sequence[str], log_once: Callable[[str], None]) -> None:
+    """Warns once if no function scored any completion of a batch: it has no gradient. ``rewards_BF``: of all ranks."""
     if rewards_BF.isnan().all():
         functions = ", ".join(map(repr, names))
-        say_once(
+        log_once(
             f"No completion of a batch was scored: {functions} returned None or NaN for each of the "
             f"{len(rewards_BF)}. Such a batch has no gradient."
         )
 
 
 def checked_rewards(functions: Sequence[Callable], names: Sequence[str], failures: RewardFailures) -> list[Callable]:
-    """``checked_reward`` of each; those that are checked already stay. TRL objects where ``names`` are fewer."""
+    """Wraps each function by ``checked_reward``. Missing names are left to TRL, which raises an error for them."""
     pairs = itertools.zip_longest(functions, names[: len(functions)])
-    return [checked_reward(one, name, failures) for one, name in pairs]
+    return [checked_reward(function, name, failures) for function, name in pairs]

@@ -1,6 +1,6 @@
-"""The contract between reward functions and all that follows: a batch's rewards, of all processes.
+"""Gathers the rewards of a generation batch, with lengths, prompts and tasks, from all ranks.
 
-Shapes: P prompts, G completions of one prompt, B = P*G sequences of all processes, F reward functions.
+Shapes: P prompts, G completions of one prompt, B = P*G sequences of all ranks, F reward functions.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from .prompt_keys import NO_TASK, prompt_key, task_key
 
 @dataclass(frozen=True)
 class RewardedBatch:
-    """What the reward functions made of a batch, of all processes, groups of ``num_generations`` after one another.
+    """The rewards of a generation batch, of all ranks. The completions of a prompt are consecutive.
 
-    ``rewards_BF`` (B, F), NaN where unscorable; ``weights_F`` (F,) of the functions; ``lengths_B`` (B,) int64, tokens
-    of the completions; ``keys_B`` (B,) int64, the prompts' keys; ``task_keys_B`` (B,) int64, their tasks' (``NO_TASK``:
-    none).
+    Attributes:
+        rewards_BF: (B, F), NaN where unscorable.
+        weights_F: (F,), the weights of the reward functions.
+        lengths_B: (B,) int64, the tokens of each completion.
+        keys_B: (B,) int64, the prompts' keys.
+        task_keys_B: (B,) int64, the tasks' keys; ``NO_TASK`` for a prompt without a task.
+        num_generations: G.
     """
 
     rewards_BF: torch.Tensor
@@ -33,12 +37,12 @@ class RewardedBatch:
 
     @property
     def rewards(self) -> torch.Tensor:
-        """(P, G), the weighted sums over functions."""
+        """The weighted sums over functions, (P, G)."""
         return weighted_rewards(self.rewards_BF, self.weights_F).view(-1, self.num_generations)
 
 
 def repetition(ids: list[int], length: int = 4) -> float:
-    """Share of an answer's runs of ``length`` tokens that occurred in it before; 0 where it has fewer tokens."""
+    """Returns the share of a completion's n-grams (n = ``length``) that are repeats; 0 if it has fewer tokens."""
     count = len(ids) - length + 1
     if count < 1:
         return 0.0
@@ -46,7 +50,7 @@ def repetition(ids: list[int], length: int = 4) -> float:
 
 
 def mean_repetition(completion_ids: list[list[int]], accelerator: Any) -> float:
-    """Over the answers of all processes."""
+    """Returns the mean ``repetition`` of the completions of all ranks."""
     values = torch.tensor([repetition(ids) for ids in completion_ids], device=accelerator.device)
     return float(accelerator.gather(values).mean())
 
@@ -60,8 +64,13 @@ def gather_rewarded(
     accelerator: Any,
     tasks: Mapping[int, str],
 ) -> RewardedBatch:
-    """``rewards_BF`` are of all processes already; prompts, completions and ``tasks`` (by the prompts' keys) of this
-    one."""
+    """Gathers this rank's prompts, completion lengths and tasks from all ranks, and adds them to the rewards.
+
+    Args:
+        rewards_BF: (B, F), of all ranks already.
+        prompts, completion_ids: of this rank.
+        tasks: task names of this rank's prompts, by prompt key.
+    """
     device = rewards_BF.device
     keys = [prompt_key(prompt) for prompt in prompts]
     of_tasks = {name: task_key(name) for name in tasks.values()}

@@ -1,4 +1,4 @@
-"""How far the sampler's distribution (vLLM's) is from the trainer's, whose gradient its samples are used for.
+"""Measures how far the sampler's distribution (vLLM's) is from the trainer's.
 
 Shapes: B sequences, T padded completion positions.
 """
@@ -13,15 +13,17 @@ from trl_ext.schema import Sequences
 
 
 def sampler_metrics(batch: Sequences, accelerator: Any) -> dict[str, float]:
-    """Of the batch of all processes, as it was generated; nothing where one of the two log-probs isn't there.
+    """Returns metrics of the generated batch of all ranks; none if it lacks the sampler's or the trainer's log-probs.
 
-    With mu the sampler, pi the trainer and r = pi / mu of a token that mu drew, over tokens that have both:
+    Let mu be the sampler, pi the trainer, and r = pi / mu the ratio of a token drawn from mu. Over tokens with both
+    log-probs:
 
-    * ``sampler/kl``: KL(mu || pi) in nats a token, the mean of r - 1 - log r (never negative, and its expectation is
-      that of -log r, as r's is 1).
-    * ``sampler/chi_square``: chi^2(pi || mu) of a token, the mean of (r - 1)^2.
-    * ``sampler/ess_tokens``: effective sample size as a share, (sum r)^2 / (n sum r^2); ``sampler/ess``: the same over
-      sequences, whose ratio is the product of their tokens'. 1: samples are as good as the trainer's own.
+    * ``sampler/kl``: KL(mu || pi) in nats per token, estimated by the mean of r - 1 - log r. That is never negative,
+      and its expectation is that of -log r because E[r] = 1.
+    * ``sampler/chi_square``: chi^2(pi || mu) per token, the mean of (r - 1)^2.
+    * ``sampler/ess_tokens``: effective sample size as a share of the tokens, (sum r)^2 / (n sum r^2).
+    * ``sampler/ess``: the same over sequences, whose ratio is the product of their tokens' ratios. 1 means that the
+      samples are as good as the trainer's own.
     """
     trainer_BT, sampler_BT = batch.old_logprobs, batch.sampling_logprobs
     if trainer_BT is None or sampler_BT is None:

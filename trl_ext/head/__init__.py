@@ -1,1 +1,1 @@
-"""The model's forward up to log-probs or the loss, through our LM head."""
+"""Patches the model's forward so that our LM head returns log-probs or the loss instead of logits."""

@@ -1,16 +1,16 @@
-"""The model's LM head becomes ours: hidden states of live completion tokens go straight to log-probs, or to the loss.
+"""Replaces the model's LM head: it turns hidden states of labelled tokens into log-probs or the loss, without logits.
 
-TRL calls ``model(..., labels=..., fused_lm_head=True)`` and gets log-probs instead of logits. ``FusedHead`` answers
-that call with ``grpo_kernels.linear_logprob``, on the tokens that have a label; with ``head_call=HeadCall(...)`` it
-answers with ``linear_grpo_loss``. Both run inside the model's forward, so that the hooks of DDP, FSDP2 and ZeRO around
-it fire. Any other call goes to the forward that was there, so generation is unchanged.
+TRL calls ``model(..., labels=..., fused_lm_head=True)`` and expects log-probs. ``FusedHead`` computes them by
+``grpo_kernels.linear_logprob``, for the tokens that have a label. If the call has ``head_call=HeadCall(loss_inputs)``,
+it computes the loss by ``linear_grpo_loss``. Both run inside the model's forward, so that the hooks of DDP, FSDP2 and
+ZeRO run. Any other call, such as generation's, runs the original forward.
 
 Shapes: B sequences, C columns of prompt and completion, N tokens with a label, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,28 +29,29 @@ from trl_ext.sharing.packed_rows import PackedRows, pack
 from .settings import HeadSettings, backbone
 from .weights import gathered_head
 
-# (head module, hidden_NH, sequence_N) -> what the kernels take as ``head_sketch``
+# (head module, hidden_NH, sequence_N) -> the kernels' argument ``head_sketch``
 HeadSketches = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], HeadSketch | None]
 
 
 @dataclass(frozen=True)
 class HeadCall:
-    """What a forward is to return beyond TRL's log-probs.
+    """Selects what a forward computes.
 
-    ``loss_inputs``: arguments of ``linear_grpo_loss`` by name, ``sequence_N`` among them; None: log-probs are wanted.
-    ``prompt_width``: the rows' first columns are prompts, and each different prompt runs once; None: every row by
-    itself.
+    Attributes:
+        loss_inputs: arguments of ``linear_grpo_loss`` by name, including ``sequence_N``; None: log-probs only.
+        prompt_width: number of prompt columns at the start of the rows, if each different prompt shall run once; None:
+            every row runs by itself.
     """
 
-    loss_inputs: dict[str, Any] | None = None
+    loss_inputs: Mapping[str, Any] | None = None
     prompt_width: int | None = None
 
 
 @dataclass
 class FusedGRPOOutput(ModelOutput):
-    """What a forward with ``grpo_inputs`` returns: the fields of ``grpo_kernels.GRPOLoss``, and the MoE loss.
+    """The output of a forward that computes the loss: fields of ``grpo_kernels.GRPOLoss``, and the MoE loss.
 
-    Nothing is called ``loss``: AdaLora's wrapper adds its own penalty to what is, which TRL's loss goes without.
+    No field has the name ``loss``, because AdaLora's wrapper would add its own penalty to it, which TRL's loss lacks.
     """
 
     grpo_loss: torch.Tensor | None = None
@@ -63,26 +64,27 @@ class FusedGRPOOutput(ModelOutput):
 
 
 class FusedHead:
-    """A patched model's forward where log-probs or the loss are wanted.
+    """Runs a patched model's forward up to log-probs or the loss.
 
-    ``entropy``: whether log-probs come with entropies. ``head_sketch``: see ``HeadSketches``.
+    ``entropy``: whether to return entropies with log-probs. ``head_sketch``: see ``HeadSketches``.
     """
 
     def __init__(self, settings: HeadSettings, *, entropy: bool, head_sketch: HeadSketches = lambda *_: None) -> None:
         self.settings, self.entropy, self.head_sketch = settings, entropy, head_sketch
 
     def __deepcopy__(self, memo: Any) -> None:
-        """A copy of a model in training (an average of weights, say) is a model without our head."""
+        """Returns None: a copy of a model made in training, such as an average of weights, doesn't have our head."""
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as None, like a deep copy."""
         return type(None), ()
 
     def __call__(self, model: Any, args: Any, labels_BC: torch.Tensor, call: HeadCall, kwargs: dict[str, Any]):
-        """``model``'s forward of ``args`` and ``kwargs``, up to log-probs or the loss of the tokens with a label."""
+        """Runs the backbone on ``args`` and ``kwargs``, and computes log-probs or the loss of the labelled tokens."""
         kwargs["use_cache"] = False
         packed = None if call.prompt_width is None else pack_inputs(kwargs, call.prompt_width)
         outputs = backbone(model)(*args, **kwargs)
-        labels_BC = labels_BC[:, 1:].to(outputs.last_hidden_state.device)  # a token is told by what stands before it
+        labels_BC = labels_BC[:, 1:].to(outputs.last_hidden_state.device)  # position i predicts token i + 1
         mask_BC = labels_BC != -100
         hidden_NH = hidden_of_tokens(outputs.last_hidden_state, mask_BC, packed)
         aux_loss = expert_loss(outputs, kwargs, self.settings)
@@ -109,7 +111,7 @@ class FusedHead:
         model: Any,
         hidden_NH: torch.Tensor,
         targets_N: torch.Tensor,
-        loss_inputs: dict[str, Any],
+        loss_inputs: Mapping[str, Any],
         aux_loss: torch.Tensor | None,
     ) -> FusedGRPOOutput:
         with self._projection(model, hidden_NH, keep=False) as (hidden_NH, weight, options):
@@ -133,7 +135,10 @@ class FusedHead:
     def _projection(
         self, model: Any, hidden_NH: torch.Tensor, *, keep: bool
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
-        """Hidden states on the head's device, its weight, and the kernels' options. ``keep``: see ``gathered_head``."""
+        """Yields hidden states on the head's device, its weight, and the kernels' options.
+
+        ``keep``: see ``gathered_head``.
+        """
         settings = self.settings
         autocast: Any = nullcontext()
         if settings.cast_to_fp32:
@@ -147,12 +152,12 @@ class FusedHead:
                 "logit_scale": settings.logit_scale,
                 "softcap": settings.softcap,
             }
-            # with the model split over devices the backbone can end on another one than the head's
+            # if the model is split over devices, the backbone's last layer may be on another device than the head
             yield hidden_NH.to(weight.device), weight, options
 
 
 def pack_inputs(kwargs: dict[str, Any], prompt_width: int) -> PackedRows:
-    """Replaces the padded rows in ``kwargs`` by packed ones, each prompt once."""
+    """Replaces the padded rows in ``kwargs`` by packed ones, with each prompt once; returns their layout."""
     input_ids_BC, mask_BC = kwargs.pop("input_ids"), kwargs.pop("attention_mask")
     packed = pack(input_ids_BC, mask_BC, prompt_width)
     kwargs |= packed.inputs(input_ids_BC)
@@ -160,18 +165,21 @@ def pack_inputs(kwargs: dict[str, Any], prompt_width: int) -> PackedRows:
 
 
 def hidden_of_tokens(hidden: torch.Tensor, mask_BC: torch.Tensor, packed: PackedRows | None) -> torch.Tensor:
-    """(N, H) hidden states before the masked tokens. ``hidden``: (B, C, H), or (1, S, H) of packed rows."""
+    """Returns the hidden states (N, H) that predict the masked tokens.
+
+    ``hidden``: (B, C, H), or (1, S, H) of packed rows. ``mask_BC`` is shifted: (B, C - 1).
+    """
     if packed is None:
         return hidden[:, :-1][mask_BC]
     return hidden[0, packed.packed_BC[:, :-1][mask_BC]]
 
 
-def expert_loss(outputs: Any, kwargs: dict[str, Any], settings: HeadSettings) -> torch.Tensor | None:
-    """The auxiliary loss of a mixture of experts, 0-d; None where the call doesn't ask for it."""
+def expert_loss(outputs: Any, kwargs: Mapping[str, Any], settings: HeadSettings) -> torch.Tensor | None:
+    """Returns the load-balancing loss (0-d) of a mixture of experts; None if the call doesn't request it."""
     if not kwargs.get("output_router_logits"):
         return None
     routed = getattr(outputs, "router_logits", None)
-    if not routed:  # configured without experts, as Doge may be
+    if not routed:  # the model is configured without experts, as Doge may be
         return outputs.last_hidden_state.new_zeros(())
     return load_balancing_loss_func(
         routed, settings.n_experts, settings.experts_per_token, kwargs.get("attention_mask")
@@ -179,8 +187,8 @@ def expert_loss(outputs: Any, kwargs: dict[str, Any], settings: HeadSettings) ->
 
 
 def spread(values_N: torch.Tensor | None, mask_BC: torch.Tensor) -> torch.Tensor | None:
-    """(B, C) values at the masked places, 0 elsewhere."""
+    """Returns (B, C): the values at the masked positions, 0 elsewhere."""
     if values_N is None:
         return None
-    # masked_scatter keeps the graph where no token is live, so that backward has a zero to give
+    # masked_scatter keeps the graph also if no token is live; backward then returns zeros
     return values_N.new_zeros(mask_BC.shape).masked_scatter(mask_BC.to(values_N.device), values_N)

@@ -1,4 +1,4 @@
-"""Gives the policy and the reference model our forward while a trainer uses them."""
+"""Patches the forward of the policy and the reference model while a trainer uses them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .forward import FusedHead, HeadCall, HeadSketches
 from .settings import read_settings
 from .weights import head_adapter
 
-HEAD = "_curvature_grpo_head"  # of a model, while a trainer uses it
-PLAIN_CALL = HeadCall()  # TRL's own: log-probs
+HEAD = "_curvature_grpo_head"  # attribute of a model while a trainer uses it
+PLAIN_CALL = HeadCall()  # TRL's own call, for log-probs
 
 
 def fused_heads(
@@ -27,10 +27,9 @@ def fused_heads(
     ref_model: Any,
     head_sketch: HeadSketches,
 ) -> list[Callable[[], Callable[[], None]]]:
-    """The patches (``model_patches.py``) that give the policy our head, with or without adapters around it, and TRL's
-    ``ref_model`` where there is one.
+    """Returns the patches (``model_patches.py``) that give our head to the policy and to TRL's ``ref_model``, if any.
 
-    Raises ``ValueError`` for a model without output embeddings, or an adapter on them that isn't plain LoRA.
+    Raises ``ValueError`` for a model without output embeddings, or with an adapter on them that isn't plain LoRA.
     """
     base = model.get_base_model() if is_peft_model(model) else model
     settings = read_settings(base, temperature=run.temperature, cast_to_fp32=run.cast_lm_head_to_fp32)
@@ -38,25 +37,29 @@ def fused_heads(
     if isinstance(head, BaseTunerLayer):
         if settings.cast_to_fp32:
             raise ValueError("cast_lm_head_to_fp32=True can't be used with an adapter on lm_head")
-        head_adapter(head, torch.zeros(1, head.get_base_layer().in_features, device=model.device))  # refuses
-    of_policy = FusedHead(settings, entropy=True, head_sketch=head_sketch)
+        # raises ValueError for an unsupported adapter
+        head_adapter(head, torch.zeros(1, head.get_base_layer().in_features, device=model.device))
+    policy_head = FusedHead(settings, entropy=True, head_sketch=head_sketch)
     zero = run.accelerator.distributed_type == DistributedType.DEEPSPEED
-    patches = [lambda: add_fused_head(base, of_policy)]
+    patches = [lambda: add_fused_head(base, policy_head)]
     if zero:
         patches.append(lambda: register_head_with_zero3(model, base))
     if ref_model is not None:
         reference = run.accelerator.unwrap_model(ref_model)
-        of_reference = FusedHead(settings, entropy=False)
+        reference_head = FusedHead(settings, entropy=False)
         if zero:
             patches.append(lambda: register_head_with_zero3(reference, reference))
-        patches.append(lambda: add_fused_head(reference, of_reference))
+        patches.append(lambda: add_fused_head(reference, reference_head))
     return patches
 
 
 def register_head_with_zero3(outermost: torch.nn.Module, model: Any) -> Callable[[], None]:
-    """ZeRO-3 gathers a module's parameters before its forward and its backward. The head's forward isn't called, so its
-    parameters are registered with the outermost module, before the first forward, in which ZeRO-3 records what it
-    gathers when. Returns what undoes it."""
+    """Makes ZeRO-3 gather the head's parameters with the outermost module. Returns a function that undoes it.
+
+    ZeRO-3 gathers a module's parameters before the module's forward and backward, but the head's forward isn't called.
+    So the head's parameters are registered with the outermost module. The hook runs before the first forward, because
+    ZeRO-3 records there which parameters it gathers when.
+    """
 
     def register(module: torch.nn.Module, args: Any) -> None:
         import deepspeed
@@ -69,8 +72,10 @@ def register_head_with_zero3(outermost: torch.nn.Module, model: Any) -> Callable
 
 
 def add_fused_head(model: torch.nn.Module, head: FusedHead) -> Callable[[], None]:
-    """Gives ``model``, without an adapter's wrapper around it, this head until the returned function is called, which
-    gives it back the head of another trainer that is using it too."""
+    """Gives ``model`` (without PEFT's wrapper) this head. Returns a function that undoes it.
+
+    If another trainer is using the model at the same time, undoing restores that trainer's head.
+    """
     remove_forward, before = add_forward(model), getattr(model, HEAD, None)
     setattr(model, HEAD, head)
 
@@ -84,9 +89,9 @@ def add_fused_head(model: torch.nn.Module, head: FusedHead) -> Callable[[], None
 
 
 def add_forward(model: torch.nn.Module) -> Callable[[], None]:
-    """Replaces ``model.forward`` by one that uses the model's head; without a head it calls the previous forward.
+    """Replaces ``model.forward`` by one that uses the model's head, if it has one. Returns a function that undoes it.
 
-    Returns what undoes it. A wrapper that was put around it meanwhile (accelerate's, for autocast) stays with it.
+    If another wrapper was put around our forward in the meantime (accelerate's, for autocast), undoing leaves both.
     """
     before = vars(model).get("forward")
     function = getattr(before, "__func__", None)
@@ -108,15 +113,13 @@ def add_forward(model: torch.nn.Module) -> Callable[[], None]:
 
 
 def _forward_with_head(model: Any) -> Any:
-    """A forward that uses the model's ``HEAD`` if it is set, and else calls the previous forward."""
-    there = forward_without_trl_head(model)
-    bound = getattr(there, "__self__", None) is model
-    inner = (
-        there.__func__ if bound else lambda self, *args, **kwargs: there(*args, **kwargs)
-    )  # a deep copy's is its own
+    """Returns a bound forward that uses the model's ``HEAD`` if it is set, and else calls the original forward."""
+    original = forward_without_trl_head(model)
+    bound = getattr(original, "__self__", None) is model
+    # takes ``self``, so that a deep copy of the model runs the copy's own forward
+    inner = original.__func__ if bound else lambda self, *args, **kwargs: original(*args, **kwargs)
 
-    # the signature stays: `generate` checks its arguments against it
-    @functools.wraps(type(model).forward)
+    @functools.wraps(type(model).forward)  # keeps the signature, against which generate checks its arguments
     def forward(self, *args, fused_lm_head=False, labels=None, head_call=PLAIN_CALL, **kwargs):
         head = getattr(self, HEAD, None)
         if head is None or not fused_lm_head or labels is None:

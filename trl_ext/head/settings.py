@@ -1,4 +1,4 @@
-"""How a model makes logits of hidden states, read from its configuration."""
+"""Reads from a model's configuration how it computes logits from hidden states."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How logits come from hidden states: ``softcap * tanh(logit_scale * y / softcap) / temperature``, y the product.
+    """How logits are computed: ``softcap * tanh(logit_scale * y / softcap) / temperature`` with y = hidden @ weight.T.
 
-    ``softcap`` None: no cap. ``cast_to_fp32``: TRL's ``cast_lm_head_to_fp32``. ``n_experts``, ``experts_per_token``: of
-    a mixture of experts, for its auxiliary loss.
+    Attributes:
+        softcap: None: no cap.
+        cast_to_fp32: TRL's ``cast_lm_head_to_fp32``.
+        n_experts, experts_per_token: of a mixture of experts, for its load-balancing loss; else None.
     """
 
     temperature: float = 1.0
@@ -24,15 +26,15 @@ class HeadSettings:
     experts_per_token: int | None = None
 
 
-# names under which models' configurations keep a factor on the logits, in the order in which the first that is set
-# counts; TRL reads the same in ``add_fused_lm_head``
+# Names of a factor on the logits in models' configurations; the first that is set is used, as in TRL's
+# ``add_fused_lm_head``.
 LOGIT_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 LOGIT_DIVISOR = "logits_scaling"
 MULTIPLIES_BY_ITS_DIVISOR = ("hyperclovax",)
 
 
 def read_settings(model: torch.nn.Module, *, temperature: float = 1.0, cast_to_fp32: bool = False) -> HeadSettings:
-    """From the model's configuration. ``ValueError``: the model has no output embeddings, or no backbone apart."""
+    """Reads the settings. Raises ``ValueError`` if the model has no output embeddings, or no separate backbone."""
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         raise ValueError(f"{type(model).__name__} has no output embeddings: it can't give log-probs")
     backbone(model)
@@ -53,9 +55,9 @@ def read_settings(model: torch.nn.Module, *, temperature: float = 1.0, cast_to_f
 
 
 def backbone(model: Any) -> Any:
-    """The model without its head. Raises ``ValueError`` where it can't be told apart."""
+    """Returns the model without its head. Raises ``ValueError`` if it has no separate backbone."""
     base = model.base_model
-    if base is model:  # Llama 4's text model has another prefix than its backbone's name
+    if base is model:  # in Llama 4's text model base_model_prefix isn't the name of the backbone
         base = getattr(model, "model", None)
     if base is None:
         raise ValueError(f"{type(model).__name__} has no backbone apart from its head: use fused_loss=False")

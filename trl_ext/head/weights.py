@@ -1,4 +1,4 @@
-"""The LM head's whole weight, bias and LoRA factors: from FSDP2's shards or ZeRO-3's, tied or not."""
+"""Gathers the LM head's full weight, bias and LoRA factors from the shards of FSDP2 or ZeRO-3."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from trl_ext.compat import maybe_gather_lm_head_ctx
 
 @contextmanager
 def gathered_head(head: torch.nn.Module, hidden_NH: torch.Tensor, *, keep: bool):
-    """The head's whole weight, bias and low-rank adapter: from FSDP2's shards or ZeRO-3's, tied or not.
+    """Yields the head's full weight, bias and low-rank adapter, gathered from FSDP2's or ZeRO-3's shards.
 
-    ``keep``: the weight is needed again in the backward, when ZeRO-3 has taken its parts away: a copy then.
+    ``keep``: whether backward needs the weight. ZeRO-3 has released it by then, so ``keep`` makes a copy.
     """
     low_rank, head = None, opened(head)
     if isinstance(head, BaseTunerLayer):
@@ -26,17 +26,17 @@ def gathered_head(head: torch.nn.Module, hidden_NH: torch.Tensor, *, keep: bool)
         head = cast(torch.nn.Module, head.get_base_layer())
     weight: Any = head.weight
     bias: Any = getattr(head, "bias", None)
-    weight, bias = _whole(weight), _whole(bias)
+    weight, bias = _unsharded(weight), _unsharded(bias)
     with maybe_gather_lm_head_ctx(weight, bias):
         if hasattr(weight, "ds_id") and keep and torch.is_grad_enabled():
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         yield weight, bias, low_rank
 
 
-def _whole(parameter: Any) -> Any:
-    """The parameter of all FSDP2 shards, its gradient the mean over processes of each one's, as FSDP2's own are.
+def _unsharded(parameter: Any) -> Any:
+    """Gathers a parameter from FSDP2's shards; its gradient is the mean over ranks, as FSDP2's own gradients are.
 
-    (``full_tensor()`` alone would take every process's gradient for the same, and keep one process's of each shard.)
+    ``full_tensor()`` alone would assume that all ranks have the same gradient, and keep one rank's for each shard.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -48,9 +48,9 @@ def _whole(parameter: Any) -> Any:
 
 
 def head_adapter(head: BaseTunerLayer, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """LoRA on the LM head as factors, ((N, R) scaled ``A(hidden)``, (V, R) ``B``), of all active adapters.
+    """Returns the active LoRA adapters on the LM head as two factors: scaled ``A(hidden)`` (N, R) and ``B`` (V, R).
 
-    None where it is switched off or merged. Raises ``ValueError`` for adapters that aren't plain LoRA.
+    Returns None if adapters are disabled or merged. Raises ``ValueError`` for adapters that aren't plain LoRA.
     """
     if head.disable_adapters or head.merged:
         return None
@@ -66,10 +66,11 @@ def head_adapter(head: BaseTunerLayer, hidden_NH: torch.Tensor) -> tuple[torch.T
         a, b = head.lora_A[name], head.lora_B[name]
         if b.bias is not None:
             raise ValueError(f"adapter {name!r} on the LM head has lora_bias, which isn't supported there")
-        own = {"weight": _whole(a.weight)}  # FSDP2 gathers it with the head's, before a forward that isn't called
+        # FSDP2 would gather A's weight before the head's forward, which isn't called
+        gathered = {"weight": _unsharded(a.weight)}
         hidden = head.lora_dropout[name](hidden_NH.to(a.weight.dtype))
-        inputs.append(torch.func.functional_call(a, own, (hidden,)) * head.scaling[name])
-        matrices.append(_whole(b.weight))
+        inputs.append(torch.func.functional_call(a, gathered, (hidden,)) * head.scaling[name])
+        matrices.append(_unsharded(b.weight))
     if not inputs:
         return None
     return torch.cat(inputs, dim=1), torch.cat(matrices, dim=1)

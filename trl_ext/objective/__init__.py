@@ -1,1 +1,1 @@
-"""The loss of a micro-batch: in one pass over the head, or TRL's own."""
+"""Computes the loss of a micro-batch: in one pass over the head, or by TRL's own code."""

@@ -1,12 +1,12 @@
-"""The loss in one pass inside the model's forward: backbone, head, loss and the head's gradients.
+"""Computes the loss in one pass inside the model's forward: backbone, head, loss and the head's gradients.
 
-Shapes: B sequences of a micro-batch, T completion positions, C columns of prompt and completion, N live tokens, in the
+Shapes: B sequences of a micro-batch, T completion positions, C columns of prompt and completion, N live tokens in the
 order of the (B, T) mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from .statistics import sequence_statistics
 
 
 def why_not_fused(settings: LossSettings, batch: Sequences) -> str | None:
-    """What of this micro-batch's loss isn't a sum over single tokens (TRL then computes it on our head), or None."""
+    """Returns why this loss isn't a sum over single tokens, so that TRL must compute it; None if it is one."""
     if settings.own_logprobs is not None:
         return settings.own_logprobs
     if settings.loss_type not in SURROGATES:
@@ -44,13 +44,13 @@ def why_not_fused(settings: LossSettings, batch: Sequences) -> str | None:
         return "images travel with the rows"
     try:
         check_loss_options(**loss_options(settings))
-    except ValueError as error:  # what TRL computes with, and we refuse
+    except ValueError as error:  # TRL accepts some values that our loss refuses
         return str(error)
     return None
 
 
-def loss_options(settings: LossSettings) -> dict[str, Any]:
-    """The loss's options as ``linear_grpo_loss`` names them."""
+def loss_options(settings: LossSettings) -> Mapping[str, Any]:
+    """Returns the loss's options by ``linear_grpo_loss``'s names."""
     return {
         "epsilon": settings.epsilon_low,
         "loss_type": settings.loss_type,
@@ -62,31 +62,31 @@ def loss_options(settings: LossSettings) -> dict[str, Any]:
     }
 
 
-def advantage_inputs(batch: Sequences, method: Method | None, mask_BT: torch.Tensor) -> dict[str, Any]:
-    """The arguments of ``linear_grpo_loss`` that give it advantages.
+def advantage_inputs(batch: Sequences, method: Method | None, mask_BT: torch.Tensor) -> Mapping[str, Any]:
+    """Returns the arguments of ``linear_grpo_loss`` for advantages, or for rewards if there is a ``method``.
 
-    With a ``method``, that of the run where it needs nothing but a group's own rewards, the kernel normalises the
-    rewards itself, by the definition that the trainer's advantages come from.
+    With a ``method`` (the run's normalisation, if it needs only a group's own rewards) the kernel normalises the
+    rewards itself, by the same definition as the trainer.
     """
     if method is not None:
         rewards = (batch.group_rewards, batch.group_position)
         return {"advantages": None, "rewards": rewards, "normalization": method}
     advantages = batch.advantages
-    if advantages.dim() == 2:  # a subclass's: one for each token
+    if advantages.dim() == 2:  # (B, T), from a subclass
         return {"advantages": None, "advantages_N": advantages.expand(mask_BT.shape)[mask_BT]}
     return {"advantages": advantages}
 
 
 def completion_labels(input_ids_BC: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """(B, C) the token ids at completion positions where the (B, T) mask is true, -100 elsewhere."""
+    """Returns labels (B, C): token ids at completion positions where the mask (B, T) is True, -100 elsewhere."""
     labels_BC = torch.full_like(input_ids_BC, -100)
     width = mask_BT.shape[1]
     labels_BC[:, -width:][mask_BT] = input_ids_BC[:, -width:][mask_BT]
     return labels_BC
 
 
-def loss_inputs(batch: Sequences, context: LossContext, mask_BT: torch.Tensor) -> dict[str, Any]:
-    """The arguments of ``linear_grpo_loss`` beyond hidden states, weight and targets."""
+def loss_inputs(batch: Sequences, context: LossContext, mask_BT: torch.Tensor) -> Mapping[str, Any]:
+    """Returns the arguments of ``linear_grpo_loss``, except hidden states, weight and targets."""
     settings, accumulation = context.settings, context.accumulation
     policy_scale_N = None
     if settings.importance_correction:
@@ -106,19 +106,19 @@ def loss_inputs(batch: Sequences, context: LossContext, mask_BT: torch.Tensor) -
 
 @dataclass(frozen=True)
 class FusedObjective:
-    """TRL's ``_compute_loss`` for losses that are sums over single tokens, in one pass.
+    """Computes TRL's loss in one pass, if it is a sum over single tokens.
 
-    ``autocast`` makes the context that the forward runs in.
+    ``autocast`` returns the context in which the forward runs.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]]
 
     def why_not(self, settings: LossSettings, batch: Sequences) -> str | None:
-        """Why this micro-batch's loss can't be made in one pass, or None."""
+        """Returns why this micro-batch's loss can't be computed in one pass, or None if it can."""
         return why_not_fused(settings, batch)
 
     def loss(self, model: torch.nn.Module, batch: Sequences, context: LossContext) -> LossResult:
-        """The loss and its statistics, from one forward pass."""
+        """Returns the loss and its statistics, from one forward pass."""
         settings, accumulation = context.settings, context.accumulation
         mask_BT, input_ids_BC = batch.live_mask, batch.input_ids
         inputs = loss_inputs(batch, context, mask_BT)
@@ -135,7 +135,7 @@ class FusedObjective:
         loss = output.grpo_loss
         if settings.aux_loss:
             loss = loss + settings.aux_loss_coef * output.aux_loss / accumulation
-        # TRL logs the policy loss before the division by the accumulation, but for losses over the global token count
+        # TRL logs the policy loss before it divides by the accumulation, except for dapo and cispo
         policy_loss = output.policy_loss * (1.0 if settings.loss_type in ("dapo", "cispo") else accumulation)
         return LossResult(
             loss=loss,

@@ -1,4 +1,4 @@
-"""What the two ways to a micro-batch's loss have in common."""
+"""Defines the interface of the two objectives, which compute a micro-batch's loss."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ Method = tuple[str, Mapping[str, Any]]  # a normalisation and its options
 
 @dataclass(frozen=True)
 class LossContext:
-    """What a micro-batch's loss depends on beyond the model and the batch.
+    """What a micro-batch's loss depends on, in addition to the model and the batch.
 
-    ``weights_B`` (B,): of a token of each sequence (``token_weights.py``). ``accumulation``: micro-batches of this
-    optimizer step, 1 in evaluation. ``method``: the run's normalisation where the kernel may evaluate it from the
-    group's rewards, None where it is to take the batch's advantages. ``shared``: each prompt runs once.
+    Attributes:
+        weights_B: (B,), the weight of one token of each sequence (``token_weights.py``).
+        accumulation: number of micro-batches of this optimizer step; 1 in evaluation.
+        method: the run's normalisation, if the kernel may compute it from the group's rewards; None: the kernel takes
+            the batch's advantages.
+        shared: whether each prompt runs once.
     """
 
     settings: LossSettings
@@ -32,8 +35,13 @@ class LossContext:
 
 @dataclass(frozen=True)
 class LossResult:
-    """``loss``, 0-d with its graph, divided by the accumulation as TRL's is. Detached, what is to be logged of it:
-    ``statistics_BS`` (``statistics.py``), ``policy_loss`` as TRL logs it, ``aux_loss``; None where TRL has logged it.
+    """The loss, and detached values to log; these are None if TRL has already logged them.
+
+    Attributes:
+        loss: 0-d with its graph, divided by the accumulation as in TRL.
+        statistics_BS: (B, S), see ``statistics.py``.
+        policy_loss: 0-d, as TRL logs it.
+        aux_loss: 0-d, the load-balancing loss; None if there is none.
     """
 
     loss: torch.Tensor
@@ -43,10 +51,10 @@ class LossResult:
 
 
 class Objective(Protocol):
-    """Makes a micro-batch's loss."""
+    """Computes a micro-batch's loss."""
 
     def why_not(self, settings: LossSettings, batch: Sequences) -> str | None:
-        """Why it can't make this one, or None."""
+        """Returns why it can't compute this loss, or None if it can."""
 
     def loss(self, model: torch.nn.Module, batch: Sequences, context: LossContext) -> LossResult:
-        """The loss, with its graph."""
+        """Returns the loss with its graph, and what to log."""

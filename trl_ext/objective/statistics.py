@@ -1,4 +1,4 @@
-"""What TRL logs of a micro-batch's loss, from sums over each sequence's tokens.
+"""Computes TRL's metrics of a micro-batch's loss from sums over each sequence's tokens.
 
 Shapes: B sequences of a micro-batch, S statistics of a sequence, N live tokens.
 """
@@ -14,17 +14,17 @@ from trl_ext.compat import LossSettings
 
 from .interface import LossResult
 
-STATISTICS = ("tokens", "entropy", "kl", "low", "high")  # of a sequence: sums over its tokens
+STATISTICS = ("tokens", "entropy", "kl", "low", "high")  # sums over a sequence's tokens
 CLIPPED = tuple(name for name, surrogate in SURROGATES.items() if surrogate == "clip")
 
 
 def sequence_statistics(
     output: Any, sequence_N: torch.Tensor, n_sequences: int, settings: LossSettings
 ) -> torch.Tensor:
-    """Sums over each sequence's tokens, (B, S) float32, in the order of ``STATISTICS``.
+    """Returns sums over each sequence's tokens, (B, S) float32, in the order of ``STATISTICS``.
 
-    ``output`` has the fields of ``grpo_kernels.GRPOLoss``. ``low`` and ``high`` count tokens whose ratio left the clip
-    range on the side where that stops the gradient.
+    ``output`` has the fields of ``grpo_kernels.GRPOLoss``. ``low`` and ``high`` count tokens whose ratio is outside the
+    clip range, on the side where clipping removes the gradient.
     """
     ratio, advantages = output.ratio, output.advantages
     if settings.delta is not None and settings.loss_type in CLIPPED:
@@ -33,13 +33,16 @@ def sequence_statistics(
     low = (ratio < 1 - settings.epsilon_low) & (advantages < 0)
     high = (ratio > high_bound) & (advantages > 0)
     kl = torch.zeros_like(ratio) if output.kl is None else output.kl
-    of_tokens = [torch.ones_like(ratio), output.entropies, kl, low, high]
-    values_NS = torch.stack([value.float() for value in of_tokens], dim=1)
-    return values_NS.new_zeros(n_sequences, len(of_tokens)).index_add_(0, sequence_N.to(values_NS.device), values_NS)
+    columns = [torch.ones_like(ratio), output.entropies, kl, low, high]
+    values_NS = torch.stack([column.float() for column in columns], dim=1)
+    return values_NS.new_zeros(n_sequences, len(columns)).index_add_(0, sequence_N.to(values_NS.device), values_NS)
 
 
 def micro_batch_metrics(table_BS: torch.Tensor, settings: LossSettings, *, entropy: bool = True) -> dict[str, float]:
-    """TRL's means over tokens, and extremes over sequences, of one micro-batch of all processes: (B, S), on the CPU."""
+    """Returns TRL's metrics of one micro-batch: means over tokens, and extremes over sequences.
+
+    ``table_BS`` (B, S) holds the statistics of all ranks, on the CPU.
+    """
     table = dict(zip(STATISTICS, table_BS.double().unbind(1), strict=True))
 
     def mean_over_tokens(name: str) -> float:
@@ -47,7 +50,7 @@ def micro_batch_metrics(table_BS: torch.Tensor, settings: LossSettings, *, entro
 
     def over_sequences(name: str) -> torch.Tensor:
         share_B = table[name] / table["tokens"]
-        share_B = share_B[~share_B.isnan()]  # a sequence without tokens
+        share_B = share_B[~share_B.isnan()]  # drops sequences without tokens
         return share_B if len(share_B) else torch.tensor([torch.nan])
 
     metrics: dict[str, float] = {}
@@ -66,18 +69,18 @@ def micro_batch_metrics(table_BS: torch.Tensor, settings: LossSettings, *, entro
     return metrics
 
 
-def whole_micro_batch_metrics(
-    one: LossResult, settings: LossSettings, accelerator: Any, *, last: bool
+def trl_micro_batch_metrics(
+    result: LossResult, settings: LossSettings, accelerator: Any, *, last: bool
 ) -> dict[str, float]:
-    """All that TRL logs of the loss of one of its own micro-batches, in one gather and one wait for the device.
+    """Returns all metrics that TRL logs of one of its own micro-batches, with a single gather and device-to-host copy.
 
-    ``last``: of an optimizer step in training, when TRL logs the entropy bonus's coefficient.
+    ``last``: whether it is the last of an optimizer step in training; TRL then logs the entropy bonus's coefficient.
     """
-    assert one.statistics_BS is not None and one.policy_loss is not None
-    aux_loss = torch.zeros_like(one.policy_loss) if one.aux_loss is None else one.aux_loss
-    scalars = torch.stack([x.to(one.statistics_BS) for x in (one.policy_loss, aux_loss)])
-    of_process = scalars.expand(len(one.statistics_BS), 2)
-    gathered = accelerator.gather(torch.cat([one.statistics_BS, of_process], dim=1)).cpu()
+    assert result.statistics_BS is not None and result.policy_loss is not None
+    aux_loss = torch.zeros_like(result.policy_loss) if result.aux_loss is None else result.aux_loss
+    scalars = torch.stack([x.to(result.statistics_BS) for x in (result.policy_loss, aux_loss)])
+    repeated = scalars.expand(len(result.statistics_BS), 2)
+    gathered = accelerator.gather(torch.cat([result.statistics_BS, repeated], dim=1)).cpu()
     metrics: dict[str, float] = {}
     if settings.entropy_bonus:
         metrics["policy_loss"] = gathered[:, -2].mean().item()

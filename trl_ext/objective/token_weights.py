@@ -1,7 +1,7 @@
-"""The weight of one token of each sequence in its micro-batch's loss.
+"""Computes the weight of one token of each sequence in its micro-batch's loss.
 
-Every aggregation TRL offers is ``loss = sum_i w_i sum_t loss_it / accumulation``: only the weight differs. B is the
-sequences of the micro-batch, len_i the live tokens of sequence i, max_len ``max_completion_length``::
+All of TRL's loss types aggregate tokens as ``loss = sum_i w_i sum_t loss_it / accumulation``; they differ in w_i. B is
+the number of sequences of the micro-batch, len_i the live tokens of sequence i, max_len ``max_completion_length``::
 
     grpo, sapo            1 / (B len_i)
     bnpo                  1 / (live tokens of the micro-batch)
@@ -9,8 +9,8 @@ sequences of the micro-batch, len_i the live tokens of sequence i, max_len ``max
     luspo                 1 / B
     dapo, cispo, vespo    processes * steps_per_generation / (live tokens of the generation batch)
 
-The division by the accumulation steps is left out: TRL knows it only when it computes the loss (the last step of an
-epoch may have fewer).
+The weights don't include the division by the accumulation steps, because their number is known only when the loss is
+computed: the last step of an epoch may have fewer.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from trl_ext.schema import Sequences
 
 
 def token_weights(batch: Sequences, settings: LossSettings, *, training: bool) -> torch.Tensor:
-    """Weights (B,) float32 as in the module's table, of one of TRL's micro-batches, or of an evaluation batch.
+    """Returns the weights (B,) float32 of one of TRL's micro-batches, or of an evaluation batch, by the module's table.
 
-    From the mask as it is now, which a subclass may have changed. An evaluation batch is neither split nor accumulated:
-    it has one step a generation.
+    They are computed from the batch's current mask, which a subclass may have changed. An evaluation batch is neither
+    split nor accumulated, so it has one step per generation.
     """
     lengths_B = batch.live_tokens.float()
     ones_B = torch.ones_like(lengths_B)

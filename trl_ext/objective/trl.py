@@ -1,4 +1,4 @@
-"""TRL's own loss, for what isn't a sum over single tokens."""
+"""Falls back to TRL's own loss, for losses that aren't a sum over single tokens."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .interface import LossContext, LossResult
 
 @dataclass(frozen=True)
 class TRLObjective:
-    """``compute``: ``GRPOTrainer._compute_loss``, which logs what it computes.
+    """Computes the loss by ``compute``, TRL's ``GRPOTrainer._compute_loss``, which also logs its metrics.
 
-    Its log-probs come from the model's head, which is ours where ``fused_loss`` is on.
+    TRL takes log-probs from the model's head, which is ours if ``fused_loss`` is on.
     """
 
     compute: Callable[[Any, Batch], torch.Tensor]
 
     def why_not(self, settings: LossSettings, batch: Sequences) -> str | None:
-        """It can make every loss."""
+        """Returns None: it can compute every loss."""
         return None
 
     def loss(self, model: torch.nn.Module, batch: Sequences, context: LossContext) -> LossResult:
-        """TRL's loss; it reads the options and the accumulation from the trainer."""
+        """Returns TRL's loss. TRL reads options and accumulation from the trainer, not from ``context``."""
         return LossResult(self.compute(model, batch.columns))

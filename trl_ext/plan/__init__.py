@@ -1,1 +1,1 @@
-"""From TRL's generation batch to the micro-batches of an optimizer step, which hold only what has a gradient."""
+"""Plans the micro-batches of an optimizer step from TRL's generation batch: only sequences with a gradient run."""

@@ -1,4 +1,4 @@
-"""How much of TRL's work an optimizer step runs: sequences, tokens, padding."""
+"""Counts how much of TRL's work an optimizer step runs: sequences, tokens, padding."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from .step_plan import StepPlan
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Of an optimizer step, over all ranks: what TRL would run, and what runs here."""
+    """The work of an optimizer step: what TRL would run, and (``_run``) what this trainer runs."""
 
     micro_batches: int
     sequences: int
     sequences_run: int
-    positions: int  # with padding
+    positions: int  # tokens and padding
     positions_run: int
-    tokens: int  # prompts and completions, no padding
+    tokens: int  # of prompts and completions, without padding
     tokens_run: int
 
 
 def count_own(parts: list[Sequences]) -> StepCounts:
-    """Where TRL's own micro-batches run."""
+    """Counts the work of this rank if TRL's own micro-batches run."""
     sequences, positions = sum(map(len, parts)), sum(part.positions for part in parts)
     tokens = int(torch.stack([part.token_count for part in parts]).sum())
     return StepCounts(len(parts), sequences, sequences, positions, positions, tokens, tokens)
 
 
 def count_planned(parts: list[Sequences], batches: list[Sequences], plan: StepPlan, table: RowTable) -> StepCounts:
-    """Where ``plan``'s ``batches`` run in place of TRL's ``parts``."""
+    """Counts the work of this rank if ``plan``'s ``batches`` run in place of TRL's ``parts``."""
     packed = plan.positions(table)
-    tokens_run = [own or int(table.length_B[row_B].sum()) for own, row_B in zip(packed, plan.batches, strict=True)]
-    positions_run = [own or batch.positions for own, batch in zip(packed, batches, strict=True)]
+    tokens_run = [n or int(table.length_B[row_B].sum()) for n, row_B in zip(packed, plan.batches, strict=True)]
+    positions_run = [n or batch.positions for n, batch in zip(packed, batches, strict=True)]
     return StepCounts(
         micro_batches=len(batches),
         sequences=sum(map(len, parts)),
@@ -50,20 +50,22 @@ def count_planned(parts: list[Sequences], batches: list[Sequences], plan: StepPl
 
 
 def over_ranks(counts: list[StepCounts], accelerator: Accelerator) -> StepCounts:
-    """The sum of an optimizer step's plans, over all ranks, which have as many micro-batches each."""
-    of_step = torch.tensor([astuple(one) for one in counts], device=accelerator.device).sum(0, keepdim=True)
-    gathered = accelerator.gather(of_step).cpu()
+    """Sums the counts of an optimizer step's plans over all ranks; every rank has the same number of micro-batches."""
+    step_total = torch.tensor([astuple(count) for count in counts], device=accelerator.device).sum(0, keepdim=True)
+    gathered = accelerator.gather(step_total).cpu()
     return StepCounts(int(gathered[0, 0]), *gathered[:, 1:].sum(0).tolist())
 
 
 def compute_metrics(counts: StepCounts) -> dict[str, float]:
-    """What is logged under ``compute/``.
+    """Returns the metrics of an optimizer step that are logged under ``compute/``.
 
-    ``sequences_skipped_frac``, ``tokens_skipped_frac``: shares that don't run (of a shared prompt's tokens, all but
-    once). ``tokens_run``: prompt and completion tokens, of all ranks. ``padding_removed_frac``: of the padding that
-    TRL would run. ``micro_batches``: forward and backward passes of each rank. ``flops_saved_frac``: of the
-    backbone's matrix products, the same for every position, padding or not; attention, which grows with the length,
-    saves a little more than this.
+    * ``sequences_skipped_frac``, ``tokens_skipped_frac``: shares that don't run. A shared prompt counts as run once,
+      and its other copies as skipped.
+    * ``tokens_run``: prompt and completion tokens, over all ranks.
+    * ``padding_removed_frac``: share of the padding that TRL would run.
+    * ``micro_batches``: forward and backward passes of each rank.
+    * ``flops_saved_frac``: share of the backbone's matrix products, which cost the same for every position, padding
+      included. Attention, whose cost grows with the length, saves a little more.
     """
     padding, padding_run = counts.positions - counts.tokens, counts.positions_run - counts.tokens_run
     return {

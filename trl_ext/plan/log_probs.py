@@ -1,7 +1,7 @@
-"""Old and reference log-probs, once rewards have shown which sequences the loss will use.
+"""Computes old and reference log-probs of the sequences that the loss will use, once rewards are known.
 
-TRL makes them before the rewards, of every sequence, padded to the longest. ``rollout.py`` answers that call with zeros
-where they can wait; here those that are used are made afterwards, with the same parameters.
+TRL computes them before the rewards, for every sequence, padded to the longest. If they can be postponed,
+``rollout.py`` returns zeros to TRL's call, and this file computes the needed ones afterwards, with the same parameters.
 
 Shapes: B sequences of this rank, T padded completion positions, C columns of prompt and completion.
 """
@@ -22,24 +22,26 @@ from trl_ext.schema import OLD, POSTPONED, Batch, Sequences
 from .micro_batches import MicroBatches
 from .rows import read_rows
 
-# what a subclass may compute of all log-probs
+# methods in which a subclass may use the log-probs of all sequences
 OWN_METHODS = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies")
 
 
-def why_complete(options: CurvatureOptions, settings: LossSettings, own: str | None) -> str | None:
-    """Why TRL's log-probs can't wait for the rewards, or None where they can. ``own``: what a subclass has of
-    ``OWN_METHODS``, or another reason."""
+def why_not_postponed(options: CurvatureOptions, settings: LossSettings, obstacle: str | None) -> str | None:
+    """Returns why the log-probs can't be postponed until rewards are known, or None if they can.
+
+    ``obstacle``: the override of a method of ``OWN_METHODS``, or another reason; None if there is none.
+    """
     if not options.fused_loss:
         return "fused_loss=False"
     if not options.skip_zero_advantage:
         return "skip_zero_advantage=False"
     if settings.importance_correction:
         return "vLLM's importance correction needs them at once"
-    return own
+    return obstacle
 
 
 def score(model: torch.nn.Module, batch: Sequences, autocast: Any, *, shared: bool) -> torch.Tensor:
-    """(B, T) log-probs of the completions' tokens, 0 at padding; no gradient. ``shared``: each prompt runs once."""
+    """Returns log-probs (B, T) of the completions, 0 at padding, no gradient. ``shared``: each prompt runs once."""
     input_ids_BC = batch.input_ids
     with torch.no_grad(), autocast:
         output = model(
@@ -53,10 +55,10 @@ def score(model: torch.nn.Module, batch: Sequences, autocast: Any, *, shared: bo
 
 
 class UsedLogProbs:
-    """Makes the log-probs of the sequences that the loss will use.
+    """Computes the log-probs of the sequences that the loss will use.
 
-    ``reference``: TRL's ``ref_model``, None where it is the policy without its adapter. ``checkpointing``: TRL's
-    ``gradient_checkpointing_kwargs``.
+    ``reference`` is TRL's ``ref_model``, or None if the reference is the policy without its adapter. ``checkpointing``
+    is TRL's ``gradient_checkpointing_kwargs``.
     """
 
     def __init__(self, run: RunSettings, micro_batches: MicroBatches, reference: Any, checkpointing: Any) -> None:
@@ -64,9 +66,9 @@ class UsedLogProbs:
         self.reference, self.checkpointing = reference, checkpointing
 
     def columns(self, batch: Sequences, used_B: torch.Tensor, policy: Any, *, training: bool) -> Batch:
-        """The (B, T) columns that TRL left as zeros, by name; sequences that aren't used stay 0.
+        """Returns the postponed columns (B, T) by name; rows where ``used_B`` (B,) is False stay 0.
 
-        ``used_B`` (B,) bool. Every rank makes as many passes as the one with the most sequences.
+        Every rank runs as many forward passes as the rank with the most sequences.
         """
         batch_size = self.run.train_batch_size if training else self.run.eval_batch_size
         table = read_rows(batch, used_B)
@@ -83,7 +85,7 @@ class UsedLogProbs:
         return columns
 
     def _model(self, name: str, policy: Any) -> tuple[Any, Any]:
-        """The model whose log-probs these are, and the context that gives it the right adapter."""
+        """Returns the model that computes the column ``name``, and the context that selects its adapter."""
         if name == OLD:
             return policy, nullcontext()
         if self.reference is not None:

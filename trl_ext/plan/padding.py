@@ -1,7 +1,7 @@
-"""Which columns of padding can be cut with the same result: by what is known of models, and as this one behaves.
+"""Decides which columns of padding can be trimmed without changing the result.
 
-A model may hide what moves it: HunYuan has a norm after its rotation, which no name tells. So where the rule would cut,
-the model itself is asked first, once, on a few tokens.
+A rule decides by the model's configuration and modules. It may miss a dependence on padding: HunYuan has a norm after
+its rotation, which no name reveals. So before padding on the left is trimmed, a forward pass of a few tokens checks it.
 """
 
 from __future__ import annotations
@@ -11,42 +11,42 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from trl_ext.probe_model import can_be_asked, evaluation_mode, multiplies_in_half, some_ids
-from trl_ext.say_once import SayOnce
+from trl_ext.log_once import LogOnce
+from trl_ext.probe_model import can_run, detect_half_products, evaluation_mode, probe_ids
 
-TOKENS, LEFT, RIGHT = 8, 24, 8  # of the row that asks, and the padding around it
-# of what is said at the tokens, relative: rounding alone gives 1e-7 and, rotated in bf16, 1e-2
+TOKENS, LEFT, RIGHT = 8, 24, 8  # tokens of the probe's row, and the padding on its left and right
+# The largest relative change of the logits that passes. Rounding alone gives 1e-7, and 1e-2 with rotations in bf16.
 TOLERANCE = 1e-5
 HALF_TOLERANCE = 5e-2
-# a norm's weight after the rotation: found by asking, and named for models that can't be asked
+# A norm after the rotation. The probe finds it; these names are for models that can't be probed.
 NORM_AFTER_ROTATION = ("hunyuan_v1_dense", "hunyuan_v1_moe")
 
 
 def trimmed_columns(
-    model: Any, accelerator: Accelerator, say_once: SayOnce, *, prepared: bool = False
+    model: Any, accelerator: Accelerator, log_once: LogOnce, *, prepared: bool = False
 ) -> tuple[bool, bool]:
-    """Whether columns of padding can be cut before prompts, and after completions; said where the model objects.
+    """Returns whether padding can be trimmed before prompts, and after completions; logs what the probe refuses.
 
-    By the rule alone where the model can't be run yet: its parameters on other processes, or not loaded.
-    ``prepared``: the engine has the model.
+    The rule alone decides if the model can't run yet, because its parameters are sharded or not loaded. ``prepared``:
+    whether the engine has wrapped the model.
     """
     left, right = columns_by_rule(model)
-    if not left or not can_be_asked(model, accelerator, prepared=prepared):
+    if not left or not can_run(model, accelerator, prepared=prepared):
         return left, right
     try:
-        moved, half = multiplies_in_half(model, lambda: moved_by_padding(model))
+        change, half = detect_half_products(model, lambda: change_by_padding(model))
     except Exception as error:
-        say_once(f"Padding before prompts stays: the model couldn't be asked ({type(error).__name__}: {error}).")
+        log_once(f"Padding before prompts stays: the model couldn't be asked ({type(error).__name__}: {error}).")
         return False, right
-    if moved <= (HALF_TOLERANCE if half else TOLERANCE):
+    if change <= (HALF_TOLERANCE if half else TOLERANCE):
         return left, right
-    say_once(f"Padding before prompts stays: what the model says changes with it, by {moved:.1e} of its size.")
+    log_once(f"Padding before prompts stays: what the model says changes with it, by {change:.1e} of its size.")
     return False, right
 
 
-def moved_by_padding(model: Any) -> float:
-    """How far logits of some tokens are from those of the same tokens after and before padding, relative."""
-    ids = some_ids(model, 1, TOKENS)
+def change_by_padding(model: Any) -> float:
+    """Returns the relative change of a row's logits when padding is added on both sides."""
+    ids = probe_ids(model, 1, TOKENS)
     mask = torch.ones_like(ids)
     with evaluation_mode(model), torch.no_grad():
         bare = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -57,13 +57,16 @@ def moved_by_padding(model: Any) -> float:
 
 
 def columns_by_rule(model: Any) -> tuple[bool, bool]:
-    """Whether columns of padding can be cut before prompts, and after completions, with the same result.
+    """Returns whether padding can be trimmed before prompts, and after completions, by configuration and modules.
 
-    Before prompts: with rotary positions alone, where only differences count; not with a state that runs over the
-    padding (Mamba, convolutions), nor with attention in chunks or scales counted from the first column, nor with
-    layers that have a scale in place of the rotation (Beam), nor with virtual tokens of an adapter (prompt tuning and
-    the like), which stand before the padding. Neither where the rotation depends on the length (``dynamic``,
-    ``longrope``).
+    Before prompts it can be trimmed only with rotary positions, where only differences of positions matter. It can't:
+
+    * with a recurrent state that runs over the padding (Mamba, convolutions);
+    * with attention in chunks, or attention scales, that are counted from the first column;
+    * with layers that have a scale in place of the rotation (Beam);
+    * with an adapter's virtual tokens (prompt tuning), which stand before the padding.
+
+    Neither side can be trimmed if the rotation depends on the row's length (``dynamic``, ``longrope``).
     """
     config = model.config.get_text_config()
     absolute = getattr(config, "attention_chunk_size", None) or getattr(config, "attn_temperature_tuning", None)

@@ -1,21 +1,24 @@
-"""What of a model draws random numbers in training, which regrouping gives to other tokens."""
+"""Finds layers that draw random numbers in training, which regrouping assigns to other tokens."""
 
 from __future__ import annotations
 
 import torch
 
-RANDOM = ("drop", "jitter", "noise")  # in the names of rates that a module keeps for its forward
-BY_ROW_LENGTH = "neftune_noise_alpha"  # of an embedding, while transformers' NEFTune is active
+RANDOM = ("drop", "jitter", "noise")  # parts of the names of rates that modules keep as attributes
+BY_ROW_LENGTH = "neftune_noise_alpha"  # attribute of an embedding while transformers' NEFTune is active
 
 
 def noise_by_row_length(model: torch.nn.Module) -> bool:
-    """Whether the size of a random number depends on how long its row is, padding included."""
+    """Returns whether the size of the noise depends on the length of a row, padding included (NEFTune)."""
     return any(getattr(module, BY_ROW_LENGTH, None) for module in model.modules())
 
 
 def random_layers(model: torch.nn.Module) -> str | None:
-    """What of the model draws random numbers in training, or None: dropout modules (LoRA's among them), rates that a
-    module keeps for its forward (dropout, stochastic depth, a router's jitter), and PVeRA's noise."""
+    """Returns what draws random numbers in training, or None.
+
+    It finds dropout modules (also LoRA's), rates that a module keeps as an attribute (dropout, stochastic depth, a
+    router's jitter), and PVeRA's noise.
+    """
     if any(getattr(adapter, "peft_type", None) == "PVERA" for adapter in getattr(model, "peft_config", {}).values()):
         return "PVeRA"
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""What planning knows of each sequence, and how sequences are put into evenly long batches.
+"""Tabulates the length and flags of each sequence for planning, and sorts sequences into batches by length.
 
 Shapes: B sequences of this rank.
 """
@@ -14,12 +14,17 @@ from trl_ext.schema import Sequences
 
 @dataclass(frozen=True)
 class RowTable:
-    """Lengths and flags of each row, (B,) int64, copied to the CPU once, so that planning waits for a GPU once.
+    """Lengths and flags of each row, (B,) int64 on the CPU, copied together so that planning waits for the GPU once.
 
-    ``prompt_B``, ``answer_B``: tokens of prompt and completion; ``last_B``: the completion's columns up to its last
-    token (a mask may have gaps); ``live_B``: tokens that the loss counts; ``id_B``: the prompt, -1 where there is none.
-    ``wanted_B`` (B,) bool: to be run. ``packable``: prompts can be shared: they are known, no row has a gap or lacks a
-    prompt, and no token types travel with the ids. ``unchanged``: the advantages are those that the normalisation made.
+    Attributes:
+        prompt_B, answer_B: tokens of prompt and completion.
+        last_B: columns of the completion up to its last token; more than ``answer_B`` if the mask has gaps.
+        live_B: tokens that the loss counts.
+        id_B: ``prompt_id``, -1 if the batch has none.
+        wanted_B: (B,) bool, whether the row shall run.
+        packable: whether prompts can be shared: prompt ids exist, no row has a gap or an empty prompt, and the model
+            takes no token types.
+        unchanged: whether all advantages are our normalisation's.
     """
 
     prompt_B: torch.Tensor
@@ -33,17 +38,21 @@ class RowTable:
 
     @property
     def length_B(self) -> torch.Tensor:  # noqa: N802
-        """(B,) tokens of prompt and completion."""
+        """(B,), tokens of prompt and completion together."""
         return self.prompt_B + self.answer_B
 
     def longest(self, index_B: torch.Tensor) -> tuple[int, int]:
-        """Prompt and completion columns that these rows need, at least 1 each."""
+        """Returns how many prompt and completion columns these rows need, at least 1 each."""
         return max(int(self.prompt_B[index_B].max()), 1), max(int(self.last_B[index_B].max()), 1)
 
 
 def read_rows(rows: Sequences, wanted_B: torch.Tensor, unchanged_B: torch.Tensor | None = None) -> RowTable:
-    """The table of ``rows``. ``wanted_B`` (B,) bool: to be run; ``unchanged_B`` (B,) bool: the advantage is the
-    normalisation's (None: not known)."""
+    """Reads the table of ``rows``.
+
+    Args:
+        wanted_B: (B,) bool, whether the row shall run.
+        unchanged_B: (B,) bool, whether the advantage is our normalisation's; None counts as False.
+    """
     prompt_BT, answer_BT = rows.prompt_mask, rows.completion_mask
     column_T = torch.arange(1, answer_BT.shape[1] + 1, device=answer_BT.device)
     nothing_B = answer_BT.new_zeros(len(answer_BT))
@@ -67,10 +76,10 @@ def read_rows(rows: Sequences, wanted_B: torch.Tensor, unchanged_B: torch.Tensor
 
 
 def even_batches(table: RowTable, n_batches: int) -> list[torch.Tensor]:
-    """The rows (indices) of each of ``n_batches``: the wanted ones, sorted by length, in even numbers.
+    """Splits the wanted rows into ``n_batches`` of even size, sorted by length; returns their indices.
 
-    Where fewer are wanted than there are batches, the shortest of the others make up for them, those without a token
-    that counts last of all. Longest first: a run that is out of memory is so at once.
+    If fewer rows are wanted than there are batches, the shortest other rows fill them up; rows without a token in the
+    loss come last. The longest rows come first, so that a run that is out of memory fails at once.
     """
     if n_batches == 0:
         return []
@@ -86,15 +95,17 @@ def even_batches(table: RowTable, n_batches: int) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Trimming:
-    """Which columns of padding may go: before prompts, after completions; widths stay a multiple of ``multiple_of``
-    (TRL's ``pad_to_multiple_of``)."""
+    """Which columns of padding are trimmed: before prompts, after completions.
+
+    Widths stay a multiple of ``multiple_of``, which is TRL's ``pad_to_multiple_of``.
+    """
 
     prompts: bool = False
     completions: bool = False
     multiple_of: int | None = None
 
     def select(self, rows: Sequences, index_B: torch.Tensor, table: RowTable) -> Sequences:
-        """These rows, without the columns that are padding in all of them."""
+        """Returns the rows ``index_B``, without columns that are padding in all of them."""
         prompt, completion = table.longest(index_B)
         return rows.select(
             index_B,

@@ -1,6 +1,6 @@
-"""What the gradient allows: may sequences change their micro-batch, may some be left out.
+"""Decides whether sequences may change their micro-batch, and whether some may be skipped, with the same gradient.
 
-``what_runs`` decides from the options and the batch, and says why. Which columns may be cut: ``padding.py``.
+``what_runs`` decides from the options and the batch, and gives the reason. ``padding.py`` decides what can be trimmed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from trl_ext.objective.fused import why_not_fused
 from trl_ext.options import CurvatureOptions
 from trl_ext.schema import Sequences
 
-# where a subclass may compute with TRL's own micro-batches, or with what has gathered in .grad between two of them
+# methods in which a subclass may use TRL's own micro-batches, or the .grad that has accumulated between two of them
 OWN_METHODS = ("_compute_loss", "compute_loss", "_prepare_inputs", "training_step")
 
 
 @dataclass(frozen=True)
 class WhatRuns:
-    """``regrouped``: sequences change micro-batches, ``skipped``: those without a gradient don't run; and why (not)."""
+    """Whether sequences are regrouped into other micro-batches, and those without a gradient skipped; and why (not)."""
 
     regrouped: bool
     skipped: bool
@@ -31,9 +31,9 @@ EVERYTHING = WhatRuns(False, False, "Every sequence runs.")
 
 
 def why_not_regrouped(
-    options: CurvatureOptions, settings: LossSettings, batch: Sequences, own: str | None
+    options: CurvatureOptions, settings: LossSettings, batch: Sequences, override: str | None
 ) -> str | None:
-    """Why the gradient would depend on which sequences share a micro-batch, or None where it doesn't."""
+    """Returns why the gradient depends on which sequences share a micro-batch, or None if it doesn't."""
     if not options.skip_zero_advantage:
         return "skip_zero_advantage=False"
     if not options.fused_loss:
@@ -45,19 +45,19 @@ def why_not_regrouped(
         return "the auxiliary loss of a mixture of experts depends on which sequences share a micro-batch"
     if settings.entropy_bonus:
         return "the entropy bonus averages over a micro-batch"
-    if own is not None:
-        return own
+    if override is not None:
+        return override
     if batch.advantages.dim() != 1:
         return "single tokens have advantages of their own"
     return None
 
 
-def what_runs(options: CurvatureOptions, settings: LossSettings, batch: Sequences, own: str | None) -> WhatRuns:
-    """Of ``batch``, a micro-batch as TRL makes it, or a whole generation batch.
+def what_runs(options: CurvatureOptions, settings: LossSettings, batch: Sequences, override: str | None) -> WhatRuns:
+    """Decides what happens to the sequences of ``batch``, one of TRL's micro-batches or a generation batch.
 
-    ``own``: what to say of a method of ``OWN_METHODS`` that a subclass has, or None.
+    ``override``: the reason to log if a subclass overrides a method of ``OWN_METHODS``; None if it doesn't.
     """
-    obstacle = why_not_regrouped(options, settings, batch, own)
+    obstacle = why_not_regrouped(options, settings, batch, override)
     if obstacle is not None:
         return WhatRuns(False, False, f"Every sequence runs, in TRL's own micro-batches: {obstacle}.")
     regrouped = "Micro-batches are regrouped by length and trimmed"
@@ -68,20 +68,23 @@ def what_runs(options: CurvatureOptions, settings: LossSettings, batch: Sequence
 
 
 def has_gradient(batch: Sequences) -> torch.Tensor:
-    """(B,) bool: sequences whose advantage isn't 0 and that have a token which the loss counts.
+    """Returns (B,) bool: True where the advantage isn't 0 and the sequence has a token that the loss counts.
 
-    The definition of a live sequence; a live group's is ``advantages/compute.py``'s ``live_groups``."""
+    This is the definition of a live sequence. ``live_groups`` (``advantages/compute.py``) defines a live group.
+    """
     return (batch.advantages != 0) & (batch.live_tokens > 0)
 
 
 def sequences_to_run(batch: Sequences, runs: WhatRuns) -> torch.Tensor:
-    """(B,) bool: those that are to run."""
+    """Returns (B,) bool: the sequences that run."""
     return has_gradient(batch) if runs.skipped else torch.ones_like(batch.live_tokens, dtype=torch.bool)
 
 
 def dead_sequences(batch: Sequences) -> list[Sequences]:
-    """Those of advantage 0 that have a token that counts, as a batch; none where there is none, or tokens have
-    advantages of their own."""
+    """Returns a list with one batch: the sequences of advantage 0 that have a token in the loss.
+
+    The list is empty if there are none, or if single tokens have advantages.
+    """
     if batch.advantages.dim() != 1:
         return []
     dead_B = ((batch.advantages == 0) & (batch.live_tokens > 0)).nonzero().squeeze(1)

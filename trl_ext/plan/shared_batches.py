@@ -1,4 +1,4 @@
-"""Micro-batches of sequences that share prompts: whole groups together, up to a budget of tokens.
+"""Packs sequences that share prompts into micro-batches: groups stay together, within a budget of tokens.
 
 Shapes: B sequences of this rank.
 """
@@ -9,26 +9,29 @@ import torch
 
 from .rows import RowTable, even_batches
 
-CAN_NOT = 1 << 40  # micro-batches, of a rank whose rows can't share
-# of a position's memory, what a copy of a prompt's keys and values takes: reckoned (2 of about 14 tensors of the hidden
-# width that a layer keeps), not measured; in parts, on a CPU, nothing is copied
+CANNOT_SHARE = 1 << 40  # the number of micro-batches that a rank reports if its rows can't be packed
+# Memory of a copied prompt token's keys and values, relative to a token that runs: 2 of the about 14 tensors of hidden
+# width that a layer keeps. Estimated, not measured. Attention in parts (attention.py) copies nothing.
 COPIED = 0.15
 
 
 def largest(batches: list[torch.Tensor], table: RowTable) -> int:
-    """Positions of the largest of these batches with padding."""
+    """Returns the positions (tokens and padding) of the largest of these batches."""
     return max(len(rows) * int(table.prompt_B[rows].max() + table.answer_B[rows].max()) for rows in batches)
 
 
 def packed_positions(rows_B: torch.Tensor, table: RowTable) -> int:
-    """Tokens of these sequences, each prompt once."""
+    """Returns the number of tokens of these sequences, with each prompt counted once."""
     first = {prompt: row for row, prompt in zip(rows_B.tolist(), table.id_B[rows_B].tolist(), strict=True)}
     return int(table.answer_B[rows_B].sum() + table.prompt_B[list(first.values())].sum())
 
 
 def shared_batches(table: RowTable, budget: int) -> list[list[int]]:
-    """The rows of each micro-batch, of the wanted ones: prompts once, with copies of their keys and values, within the
-    budget; a group that is larger is split. First fit, the largest first."""
+    """Packs the wanted rows into micro-batches of at most ``budget`` tokens; returns the rows of each.
+
+    A prompt counts once, plus the copies of its keys and values. A group larger than the budget is split. First fit,
+    with the largest group first.
+    """
     ids, prompts, answers = (column_B.tolist() for column_B in (table.id_B, table.prompt_B, table.answer_B))
     groups: dict[int, list[int]] = {}
     for row in table.wanted_B.nonzero().squeeze(1).tolist():
@@ -57,9 +60,11 @@ def shared_batches(table: RowTable, budget: int) -> list[list[int]]:
     return batches
 
 
-def as_many(batches: list[list[int]], n_batches: int, table: RowTable) -> list[torch.Tensor]:
-    """``n_batches`` of them, as another process has: the largest are split, and where there aren't as many sequences,
-    others that have no gradient make up for them."""
+def split_into(batches: list[list[int]], n_batches: int, table: RowTable) -> list[torch.Tensor]:
+    """Splits ``batches`` until there are ``n_batches``, the number of the rank with the most.
+
+    It halves the batch with the most rows. If there are fewer rows than ``n_batches``, rows without a gradient fill up.
+    """
     batches = [list(rows) for rows in batches]
     while len(batches) < n_batches and any(len(rows) > 1 for rows in batches):
         rows = max(batches, key=len)

@@ -1,6 +1,6 @@
-"""Which rows run in which micro-batch: a pure function of the rows' lengths.
+"""Assigns rows to micro-batches, as a pure function of the rows' lengths.
 
-Shapes: B sequences of all micro-batches that are planned together, on this rank.
+Shapes: B sequences of this rank that are planned together.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ from dataclasses import dataclass
 import torch
 
 from .rows import RowTable, even_batches
-from .shared_batches import CAN_NOT, as_many, largest, packed_positions, shared_batches
+from .shared_batches import CANNOT_SHARE, largest, packed_positions, shared_batches, split_into
 
 NOT_PACKABLE = "Prompts aren't shared in a batch whose rows have gaps, or more than token ids."
 
 
 @dataclass(frozen=True)
 class PlanLimits:
-    """``rows``: sequences of a micro-batch, where prompts aren't shared. ``least``, ``most``: micro-batches. ``share``:
-    whether each prompt may run once; ``tokens``: then packed tokens of a micro-batch, None: as many as the largest
-    would hold without."""
+    """The limits of a plan.
+
+    Attributes:
+        rows: sequences of a micro-batch, if prompts aren't shared.
+        least, most: number of micro-batches.
+        share: whether prompts may be shared.
+        tokens: packed tokens of a micro-batch, if prompts are shared; None: the positions of the largest micro-batch
+            without sharing.
+    """
 
     rows: int
     least: int = 0
@@ -32,30 +38,38 @@ class PlanLimits:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """``batches``: the rows of each micro-batch, as many on every rank. ``shared``: each prompt runs once in them.
-    ``not_shared``: why prompts that might be shared aren't, or None."""
+    """The micro-batches of an optimizer step.
+
+    Attributes:
+        batches: row indices of each micro-batch; every rank has the same number of micro-batches.
+        shared: whether each prompt runs once per micro-batch.
+        not_shared: the reason to log if the limits allow sharing and this batch doesn't; else None.
+    """
 
     batches: tuple[torch.Tensor, ...]
     shared: bool = False
     not_shared: str | None = None
 
     def left_out(self, table: RowTable) -> torch.Tensor:
-        """(B,) bool: rows in none of the micro-batches."""
+        """Returns (B,) bool: the rows in none of the micro-batches."""
         left_B = torch.ones_like(table.wanted_B)
         for row_B in self.batches:
             left_B[row_B] = False
         return left_B
 
     def positions(self, table: RowTable) -> list[int]:
-        """Of each micro-batch, the packed positions; 0 where prompts aren't shared."""
+        """Returns the number of packed positions of each micro-batch; 0 if prompts aren't shared."""
         return [packed_positions(row_B, table) if self.shared else 0 for row_B in self.batches]
 
 
 def plan_step(table: RowTable, limits: PlanLimits, most_over_ranks: Callable[[int], int] = lambda number: number):
-    """Puts the wanted rows into as few evenly long micro-batches as the limits allow.
+    """Puts the wanted rows, sorted by length, into as few micro-batches as the limits allow.
 
-    Every rank gets as many: one with fewer live sequences runs its shortest dead ones in their place, whose gradient is
-    0, so that DDP and FSDP2 meet. ``most_over_ranks`` gives the largest of the ranks' numbers.
+    Every rank gets the same number of micro-batches, because DDP and FSDP2 synchronise in each. A rank with too few
+    live sequences also runs its shortest dead ones, whose gradient is 0.
+
+    Args:
+        most_over_ranks: returns the largest of all ranks' numbers.
     """
     needed = -(-int(table.wanted_B.sum()) // limits.rows)
     unshared = tuple(even_batches(table, max(limits.least, most_over_ranks(needed))))
@@ -64,10 +78,10 @@ def plan_step(table: RowTable, limits: PlanLimits, most_over_ranks: Callable[[in
     batches: list[list[int]] = []
     if table.packable:
         batches = shared_batches(table, limits.tokens or largest(list(unshared), table))
-    n_batches = max(limits.least, most_over_ranks(len(batches) if table.packable else CAN_NOT))
-    if n_batches >= CAN_NOT:
+    n_batches = max(limits.least, most_over_ranks(len(batches) if table.packable else CANNOT_SHARE))
+    if n_batches >= CANNOT_SHARE:
         return StepPlan(unshared, not_shared=NOT_PACKABLE)
     if n_batches > limits.most:
         reason = f"Prompts aren't shared where that takes more than {limits.most} micro-batches."
         return StepPlan(unshared, not_shared=reason)
-    return StepPlan(tuple(as_many(batches, n_batches, table)), shared=True)
+    return StepPlan(tuple(split_into(batches, n_batches, table)), shared=True)

@@ -1,7 +1,7 @@
-"""What TRL logs of its micro-batches, of sequences that ran in others or not at all.
+"""Collects the statistics of regrouped sequences, and computes TRL's metrics of TRL's own micro-batches from them.
 
-Shapes: B sequences that were planned together, on this process, in TRL's order; S statistics of a sequence, as in
-``loss/statistics.py``.
+Shapes: B sequences of this rank that were planned together, in TRL's order; S statistics of a sequence, as in
+``objective/statistics.py``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ TOKENS, ENTROPY = STATISTICS.index("tokens"), STATISTICS.index("entropy")
 
 
 class StepStatistics:
-    """A table of B rows; what isn't run has its tokens in it, and nothing of it is clipped.
+    """A table (B, S) of statistics. A sequence that doesn't run has only its number of tokens in it.
 
-    ``live_B``: the sequences whose statistics will be recorded. ``entropy``: whether every sequence runs, so
-    that the entropy of all will be known.
+    Args:
+        live_B: (B,) bool, the sequences whose statistics will be recorded.
+        n_parts: number of TRL's micro-batches.
+        entropy: whether every sequence runs, so that the mean entropy can be logged.
     """
 
     def __init__(
@@ -31,13 +33,16 @@ class StepStatistics:
         self.table_BS[:, TOKENS] = tokens_B.float()
 
     def record(self, row_B: torch.Tensor, statistics_BS: torch.Tensor) -> None:
-        """What ``sequence_statistics`` found of a micro-batch of these rows; of live ones alone."""
+        """Stores the statistics of the live rows of a micro-batch. ``row_B``: the table's rows that ran in it."""
         live_B = self.live_B[row_B]
         self.table_BS[row_B[live_B]] = statistics_BS[live_B].to(self.table_BS)
 
     def gather(self, accelerator: Any) -> tuple[list[dict[str, float]], float, float]:
-        """TRL's metrics of each of its micro-batches, over all processes; the sum of the live sequences' entropies over
-        tokens, and how many tokens they have."""
+        """Gathers the table of all ranks.
+
+        Returns:
+            TRL's metrics of each of its micro-batches, the sum of the live tokens' entropies, and their number.
+        """
         live_B1 = self.live_B.to(self.table_BS)[:, None]
         local = torch.cat([self.table_BS, live_B1], dim=1).unflatten(0, (self.n_parts, -1))
         parts = accelerator.gather(local[None]).transpose(0, 1).flatten(1, 2).cpu()

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
 from grpo_kernels.interference.step_gradients import PromptGroups
-from trl_ext.probe_model import can_be_asked, evaluation_mode, some_ids
-from trl_ext.say_once import SayOnce
+from trl_ext.log_once import LogOnce
+from trl_ext.probe_model import can_run, evaluation_mode, probe_ids
 
 from .collectives import Collectives
 from .gradients import GradientParts
@@ -25,7 +25,7 @@ from .gradients import GradientParts
 ROWS, TOKENS, PADDING = 2, 12, 5
 
 
-def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_once: SayOnce) -> None:
+def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, log_once: LogOnce) -> None:
     """Leaves out the parameters that a forward and backward of a few made-up tokens shows to be followed wrongly.
 
     In evaluation mode, so that no random number is drawn, and past ``.grad``: what is trained doesn't notice. Where the
@@ -33,15 +33,15 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
     """
     untapped = sketch.untapped
     if untapped:
-        say_once(
+        log_once(
             f"Interference doesn't follow {len(untapped)} of {len(sketch.trainable_parameters)} trainable tensors: "
             f"{kinds_of(untapped)}. interference/coverage is the share of the gradient that it does."
         )
-    if not can_be_asked(model, accelerator):
+    if not can_run(model, accelerator):
         return
     sketch.open(0)
     try:
-        ids = some_ids(model, ROWS, TOKENS)
+        ids = probe_ids(model, ROWS, TOKENS)
         mask = torch.ones_like(ids)
         mask[0, :PADDING] = 0
         sketch.set_rows(torch.arange(ROWS, device=ids.device))
@@ -52,13 +52,13 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, say_o
             gradients = torch.autograd.grad(loss, sketch.trainable_parameters, allow_unused=True)
         wrong = sketch.leave_out_wrong(gradients, rehearsal=True)
     except Exception as error:
-        say_once(
+        log_once(
             f"Interference couldn't try the layers out ({type(error).__name__}: {error}): the first step will.", "info"
         )
         return
     finally:
         sketch.abandon()
-    name_wrong(wrong, say_once)
+    name_wrong(wrong, log_once)
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ def check_layers(sketch: GradientSketch, model: torch.nn.Module, collectives: Co
     return LayerCheck(wrong, squares, sum(GradientParts(trained_now, collectives).squared_norms()))
 
 
-def name_wrong(wrong: dict[str, float], say_once: SayOnce) -> None:
+def name_wrong(wrong: dict[str, float], log_once: LogOnce) -> None:
     """Logs which parameters were left out, and by how much they were off."""
     if wrong:
         finite = [error for error in wrong.values() if error != float("inf")]
         off = f", up to {max(finite):.0%} off" if finite else ""
-        say_once(
+        log_once(
             f"Interference leaves out {len(wrong)} parameters whose sum over sequences isn't their gradient{off}: "
             f"{kinds_of(list(wrong))}. They aren't in interference/coverage."
         )

@@ -29,7 +29,7 @@ from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
 from trl_ext.advantages.normalizer import UsedNormalization
 from trl_ext.compat import LossSettings, RunSettings, StepPosition
-from trl_ext.probe_model import mixes_rows
+from trl_ext.probe_model import why_rows_mix
 from trl_ext.schema import Sequences
 
 from .collectives import Collectives, OtherRankFailedError
@@ -110,7 +110,7 @@ class InterferenceRecorder:
         layers = self.run.options.interference_layers
         try:
             model = self.accelerator.unwrap_model(model)
-            mixed, obstacle = mixes_rows(model), None
+            mixed, obstacle = why_rows_mix(model), None
             if self.run.torch_compile:
                 obstacle = "torch_compile=True: a compiled model doesn't call the layers' hooks"
             elif mixed is not None:
@@ -227,7 +227,7 @@ class InterferenceRecorder:
 
     def _open_taps(self, model: torch.nn.Module, step: int) -> None:
         if self.sketch is not None and not self.sketch.is_of(self._model):
-            self.run.say_once("Parameters were frozen, unfrozen or added: interference follows what is trained now.")
+            self.run.log_once("Parameters were frozen, unfrozen or added: interference follows what is trained now.")
             self.sketch = None
         if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
             model = self._model = self.accelerator.unwrap_model(model)
@@ -241,7 +241,7 @@ class InterferenceRecorder:
                 on_error=self._layer_failed,
             )
             self._features = PromptFeatures(model, on_error=self._fail)
-            rehearse(self.sketch, model, self.accelerator, self.run.say_once)
+            rehearse(self.sketch, model, self.accelerator, self.run.log_once)
         self.sketch.open(self.run.seed * 1_000_003 + step)
 
     def _layer_failed(self, name: str, error: Exception) -> None:
@@ -318,9 +318,9 @@ class InterferenceRecorder:
         if step.check is None:
             self._check(step, sketch)
         assert step.check is not None
-        name_wrong(step.check.wrong, self.run.say_once)
+        name_wrong(step.check.wrong, self.run.log_once)
         if step.check.spoiled:  # the next step's sketches are without them
-            self.run.say_once(f"Interference of optimizer step {step.number} isn't logged.")
+            self.run.log_once(f"Interference of optimizer step {step.number} isn't logged.")
             return None
         of_run = self.run, self._used().baseline_size, self._what_if.observe
         return measure(recorded, self._collectives, *of_run, tasks=self._prompt_tasks)
@@ -333,7 +333,7 @@ class InterferenceRecorder:
         assert step.check is not None
         checked = step.check.metrics(sketch, found.groups, loss_scale(self.accelerator))
         if not checked:
-            self.run.say_once(f"interference/coverage isn't logged of step {step.number}: its gradient is 0.", "info")
+            self.run.log_once(f"interference/coverage isn't logged of step {step.number}: its gradient is 0.", "info")
         metrics |= checked
         constant, phase = self.speedup.observe(metrics, found.step.reward_B), self.phase.observe(metrics)
         signals = {

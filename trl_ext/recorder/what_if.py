@@ -148,7 +148,7 @@ class WhatIfLog:
             gram_BB, sequences = gram_BB.cpu(), sequences.cpu()
         scores = step_scores(gram_BB, sequences)
         if scores is None:
-            self.run.say_once(
+            self.run.log_once(
                 "What other normalisations would have done isn't logged: a sequence's tokens don't share one "
                 "coefficient (off policy, KL, an entropy bonus or mask, an auxiliary loss).",
                 level="info",

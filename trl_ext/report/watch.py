@@ -96,7 +96,7 @@ class Watch(TrainerCallback):
             if wandb.run is not None:
                 wandb.run.alert(title=one.title, text=f"Since step {one.onset}: {one.evidence}. {one.remedy}")
         except Exception as error:
-            self.run.say_once(f"Verdicts don't go to wandb: {type(error).__name__}: {error}.")
+            self.run.log_once(f"Verdicts don't go to wandb: {type(error).__name__}: {error}.")
 
     def _stop(self, levels: list[str]) -> bool:
         worse = LEVELS[: LEVELS.index(self.run.options.stop_on) + 1]

@@ -1,1 +1,1 @@
-"""Answers to one prompt in one row, the prompt once: layout, attention, hooks."""
+"""Runs each prompt once for all its completions: layout of the packed row, attention, hooks."""

@@ -1,15 +1,16 @@
-"""Attention in a row of prompts and their answers (``packed_rows.py``), in two ways that are both exact.
+"""Computes attention in a packed row of prompts and their answers (``packed_rows.py``), in one of two exact ways.
 
-In parts: prompts attend to themselves, all answers of a prompt at once to its keys, and each answer to its own; the two
-softmaxes of an answer become one by their log-sum-exps. Nothing is masked and no key is copied. The gradient of each
-part is flash attention's own, given the output and the log-sum-exp of the whole: ``dS = P (dP - rowsum(dO O))`` with
-``P = exp(S - lse)`` needs nothing else (Dao et al. 2022, algorithm 4). Where ``flash.py`` has such an attention: on a
-CPU, and on a GPU in half precision.
+In parts (``InParts``): each prompt attends to itself, all answers of a prompt together attend to the prompt's keys, and
+each answer attends to its own keys. The two softmaxes of an answer are merged by their log-sum-exps. Nothing is masked
+and no key is copied. The backward of each part is flash attention's, with the output and the log-sum-exp of the merged
+softmax: ``dS = P (dP - rowsum(dO O))`` with ``P = exp(S - lse)`` needs nothing else (Dao et al. 2022, algorithm 4).
+This way is used where ``flash.py`` supports the tensors: on a CPU, and on a GPU in half precision.
 
-By masks: answers unpacked to rows, with copies of their prompt's keys and values. For everything else, and for windows
-that are shorter than a sequence and dropout (whose masks a prompt's answers have in common: right on average).
+By masks (``by_masks``): answers are unpacked to rows, with copies of their prompt's keys and values. This way is used
+for everything else: other tensors, windows shorter than a sequence, and dropout. With dropout all answers of a prompt
+share the prompt's dropout masks, so the gradient is right on average.
 
-Shapes: S packed tokens, H heads, D a head's width; B sequences, R answer columns, W prompt columns, P prompts.
+Shapes: S packed tokens, H heads, D head width; B sequences, R answer columns, W prompt columns, P prompts.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from . import flash
 from .packed_rows import KEYWORD, PackedRows, Spans
 
-# what else a model may tell its attention, and that changes nothing here
-HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal",
-            "return_dict", "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k"}  # fmt: skip
+# arguments that models pass to attention and that have no effect here
+HARMLESS = {
+    *("position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal"),
+    *("return_dict", "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k"),
+}
 
 
 class NotShared(ValueError):  # noqa: N818
-    """What of a model's attention isn't plain softmax attention (sinks, soft caps, biases)."""
+    """The model's attention isn't plain softmax attention: it has sinks, soft caps or biases."""
 
 
 def attention(
@@ -42,18 +45,30 @@ def attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers calls one: query, key, value (1, heads, S, D); (1, S, H, D). Raises ``NotShared``."""
+    """Computes attention of a packed row, with the signature of transformers' attention functions.
+
+    Args:
+        query, key, value: (1, heads, S, D).
+        others: must include the row's ``PackedRows`` under ``KEYWORD``.
+
+    Returns:
+        The output (1, S, H, D), and None in place of attention weights.
+
+    Raises:
+        NotShared: the model passes an argument that changes the softmax.
+    """
     rows: PackedRows = others.pop(KEYWORD)
-    odd = [name for name, given in others.items() if name not in HARMLESS and given is not None and given is not False]
-    if odd:
-        raise NotShared(f"its attention takes {', '.join(odd)}")
+    given = [name for name, value in others.items() if value is not None and value is not False]
+    unsupported = [name for name in given if name not in HARMLESS]
+    if unsupported:
+        raise NotShared(f"its attention takes {', '.join(unsupported)}")
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # rotations can leave float32
+    if torch.is_autocast_enabled(kind):  # rotary embeddings may return float32
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows.windows.add(sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < rows.longest else None
-    if window is None and not dropout and flash.can(query, key, value):
+    if window is None and not dropout and flash.supports(query, key, value):
         return InParts.apply(query, key, value, rows.spans(), scale).transpose(1, 2), None
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
@@ -62,7 +77,7 @@ def attention(
 
 
 class InParts(torch.autograd.Function):
-    """Query (1, H, S, D), key and value (1, H or a part of them, S, D); (1, H, S, D)."""
+    """Computes attention in parts: query (1, H, S, D), key and value (1, K, S, D), H a multiple of K; (1, H, S, D)."""
 
     @staticmethod
     def forward(ctx, query, key, value, spans: tuple[Spans, Spans, Spans], scale: float):
@@ -74,12 +89,12 @@ class InParts(torch.autograd.Function):
         prompts, answers = of_prompts.queries, of_answers.queries
         out[:, :, prompts], lse[:, :, prompts] = flash.forward(query, key, value, of_prompts, scale)
         if answers.stop > answers.start:
-            before, before_lse = flash.forward(query, key, value, to_prompts, scale)
+            prompt, prompt_lse = flash.forward(query, key, value, to_prompts, scale)
             own, own_lse = flash.forward(query, key, value, of_answers, scale)
-            whole = torch.logaddexp(before_lse, own_lse)
-            before.mul_((before_lse - whole).exp_()[..., None])
-            torch.addcmul(before, own, (own_lse - whole).exp_()[..., None].to(own), out=out[:, :, answers])
-            lse[:, :, answers] = whole
+            merged_lse = torch.logaddexp(prompt_lse, own_lse)
+            prompt.mul_((prompt_lse - merged_lse).exp_()[..., None])
+            torch.addcmul(prompt, own, (own_lse - merged_lse).exp_()[..., None].to(own), out=out[:, :, answers])
+            lse[:, :, answers] = merged_lse
         ctx.save_for_backward(*given, out, lse)
         ctx.spans, ctx.scale = spans, scale
         return out
@@ -94,8 +109,8 @@ class InParts(torch.autograd.Function):
         for spans in ctx.spans:
             if spans.queries.stop > spans.queries.start:
                 parts = flash.backward(grad_out, query, key, value, out, lse, spans, ctx.scale)
-                for grad, part, where in zip(grads, parts, (spans.queries, spans.keys, spans.keys), strict=True):
-                    grad[:, :, where] += part
+                for grad, part, place in zip(grads, parts, (spans.queries, spans.keys, spans.keys), strict=True):
+                    grad[:, :, place] += part
         return grads[0], *(grad.unflatten(1, (heads, -1)).sum(2) for grad in grads[1:]), None, None
 
 
@@ -108,14 +123,14 @@ def by_masks(
     window: int | None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """(1, S, H, D)."""
+    """Computes attention by masks, on unpacked rows; query, key, value (1, H, S, D). Returns (1, S, H, D)."""
     prompt_mask, answer_mask = rows.masks(window, query.dtype)
     width = rows.width
     prompt_PW, answer_BR = rows.packed_BC[rows.row_P, :width], rows.packed_BC[:, width:]
     n_prompts, n_answer = len(prompt_PW), answer_BR.shape[1]
 
     def unpack(packed: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """(1, H, S, D) to (rows, H, columns, D); what isn't there is the first token, and isn't seen."""
+        """Unpacks (1, H, S, D) to (rows, H, columns, D); padding holds the first token, which the mask hides."""
         flat = packed[0].transpose(0, 1).index_select(0, place.clamp(min=0).flatten())
         return flat.view(*place.shape, *flat.shape[1:]).transpose(1, 2)
 

@@ -1,8 +1,8 @@
-"""Flash attention of spans of a row (``packed_rows.Spans``), forward and backward, by torch's own operators.
+"""Computes flash attention of spans of a row (``packed_rows.Spans``), forward and backward, by torch's operators.
 
-They have no documented interface: ``can`` says no in a torch without them. On a CPU (float32, float64, bfloat16) spans
-are dense calls, the short ones together, and every head of a query wants one of keys (``per_head``); on a GPU (float16,
-bfloat16) one call takes spans of any length.
+These operators have no documented interface; ``supports`` returns False if this torch lacks them. On a CPU (float32,
+float64, bfloat16) each long span is a call, all short spans together are one, and there must be as many key heads as
+query heads (``per_head``). On a GPU (float16, bfloat16) one call takes spans of any length.
 
 Shapes: query (1, H, S, D), key and value (1, K, S, D) with H a multiple of K; Q queries of the spans.
 """
@@ -16,9 +16,9 @@ import torch
 
 from .packed_rows import Spans
 
-SHORT = 48  # spans that run together, padded, on a CPU
-NOTHING = 1e4  # log-sum-exp where no token is: a probability of 0
-WIDEST = 256  # head, on a GPU
+SHORT = 48  # the longest span that runs padded, together with others, on a CPU
+NOTHING = 1e4  # the log-sum-exp of padding: probabilities become 0
+WIDEST = 256  # the largest head width on a GPU
 
 _cpu: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _cpu_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -26,8 +26,8 @@ _gpu: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
 _gpu_backward: Any = getattr(torch.ops.aten, "_flash_attention_backward", None)
 
 
-def can(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether there is one for tensors like these."""
+def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Returns whether torch has flash attention for tensors of these shapes, dtypes and device."""
     if query.shape[-1] != value.shape[-1] or not query.dtype == key.dtype == value.dtype:
         return False
     if query.device.type == "cpu":
@@ -46,7 +46,7 @@ def can(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 def forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (1, H, Q, D) and log-sum-exp (1, H, Q) of the spans' queries."""
+    """Returns the output (1, H, Q, D) and the log-sum-exp (1, H, Q) of the spans' queries."""
     q, k, v = query[:, :, spans.queries], key[:, :, spans.keys], value[:, :, spans.keys]
     if query.is_cuda:
         q, k, v = _by_token(q, k, v)
@@ -74,13 +74,17 @@ def backward(
     spans: Spans,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the spans' queries (1, H, Q, D) and of their keys and values. ``grad_out``, ``out`` (1, H, S, D) and
-    ``lse`` (1, H, S) are of the whole softmax, of which these keys may be a part."""
+    """Returns the gradients of the spans' queries (1, H, Q, D), and of their keys and values.
+
+    Args:
+        grad_out, out: (1, H, S, D), of the softmax over all keys; the spans' keys may be a part of them.
+        lse: (1, H, S), the log-sum-exp over all keys.
+    """
     at = spans.queries
     grad_out, q, out, lse = grad_out[:, :, at], query[:, :, at], out[:, :, at], lse[:, :, at]
     k, v = key[:, :, spans.keys], value[:, :, spans.keys]
     if query.is_cuda:
-        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of dropout
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # random state for dropout
         g, q, k, v, o = _by_token(grad_out, q, k, v, out)
         cu_q, cu_k, max_q, max_k = _offsets(spans, q.device)
         found = _gpu_backward(
@@ -90,44 +94,49 @@ def backward(
     grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     together, alone = _short(spans, q.device)
     if together is not None:
-        there = (together >= 0)[:, None, :]
-        g, own_lse = _unpack(grad_out, together) * there[..., None], _unpack(lse[..., None], together)[..., 0]
+        is_token = (together >= 0)[:, None, :]
+        g, own_lse = _unpack(grad_out, together) * is_token[..., None], _unpack(lse[..., None], together)[..., 0]
         tensors = [_unpack(x, together) for x in (q, k, v, out)]
-        parts = _cpu_backward(g, *tensors, torch.where(there, own_lse, NOTHING), 0.0, True, scale=scale)
+        parts = _cpu_backward(g, *tensors, torch.where(is_token, own_lse, NOTHING), 0.0, True, scale=scale)
         for grad, part in zip(grads, parts, strict=True):
             _put(grad, part, together)
     for queries, keys in alone:
         of_queries, of_keys = (grad_out[:, :, queries], q[:, :, queries]), (k[:, :, keys], v[:, :, keys])
-        told = out[:, :, queries], lse[:, :, queries]
-        parts = _cpu_backward(*of_queries, *of_keys, *told, 0.0, spans.causal, scale=scale)
-        for grad, part, where in zip(grads, parts, (queries, keys, keys), strict=True):
-            grad[:, :, where] = part
+        results = out[:, :, queries], lse[:, :, queries]
+        parts = _cpu_backward(*of_queries, *of_keys, *results, 0.0, spans.causal, scale=scale)
+        for grad, part, place in zip(grads, parts, (queries, keys, keys), strict=True):
+            grad[:, :, place] = part
     return grads
 
 
 def per_head(query: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Keys and values as ``forward`` and ``backward`` take them."""
+    """Repeats key and value heads to one per query head, on a CPU; a GPU's operator needs no repetition."""
     repeats = query.shape[1] // tensors[0].shape[1]
     return tensors if query.is_cuda or repeats == 1 else tuple(x.repeat_interleave(repeats, 1) for x in tensors)
 
 
 def _by_token(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """(1, H, S, D) to (S, H, D), as the GPU's operator takes it."""
+    """Transposes (1, H, S, D) to (S, H, D), the layout of the GPU's operator."""
     return [x[0].transpose(0, 1).contiguous() for x in tensors]
 
 
 def _offsets(spans: Spans, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    if "offsets" not in spans.known:
+    """Returns the GPU operator's offsets of the spans' queries and keys, and the largest length of each."""
+    if "offsets" not in spans.cache:
         both = spans.query_lengths, spans.key_lengths
-        made = (torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in both)
-        spans.known["offsets"] = (*made, max(both[0]), max(both[1]))
-    return spans.known["offsets"]
+        offsets = (torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in both)
+        spans.cache["offsets"] = (*offsets, max(both[0]), max(both[1]))
+    return spans.cache["offsets"]
 
 
 def _short(spans: Spans, device: torch.device) -> tuple[torch.Tensor | None, list[tuple[slice, slice]]]:
-    """Places (N, R) of the causal spans that run together, -1 behind a span's end; the others."""
-    if "short" in spans.known:
-        return spans.known["short"]
+    """Splits spans into short causal ones, which run together, and the others.
+
+    Returns:
+        The positions (N, R) of the short spans' tokens, -1 at padding, or None; queries and keys of each other span.
+    """
+    if "short" in spans.cache:
+        return spans.cache["short"]
     queries, keys = ([0, *accumulate(lengths)] for lengths in (spans.query_lengths, spans.key_lengths))
     short, alone, together = [], [], None
     for i, length in enumerate(spans.query_lengths):
@@ -139,17 +148,17 @@ def _short(spans: Spans, device: torch.device) -> tuple[torch.Tensor | None, lis
         begin, length = torch.tensor(short, device=device).T[..., None]
         column = torch.arange(int(length.max()), device=device)
         together = torch.where(column < length, begin + column, -1)
-    spans.known["short"] = together, alone
+    spans.cache["short"] = together, alone
     return together, alone
 
 
 def _unpack(packed: torch.Tensor, place_NR: torch.Tensor) -> torch.Tensor:
-    """(1, H, Q, D) to spans (N, H, R, D); behind a span's end stands the first token."""
+    """Unpacks (1, H, Q, D) to spans (N, H, R, D); padding holds the first token."""
     rows = packed[0].transpose(0, 1).index_select(0, place_NR.clamp(min=0).flatten())
     return rows.view(*place_NR.shape, *rows.shape[1:]).transpose(1, 2)
 
 
 def _put(packed: torch.Tensor, rows: torch.Tensor, place_NR: torch.Tensor) -> None:
-    """(N, H, R, D) into their places of (1, H, Q, D)."""
-    there = place_NR >= 0
-    packed[0].transpose(0, 1).index_copy_(0, place_NR[there], rows.transpose(1, 2)[there])
+    """Writes spans (N, H, R, D), without padding, to their positions in (1, H, Q, D)."""
+    is_token = place_NR >= 0
+    packed[0].transpose(0, 1).index_copy_(0, place_NR[is_token], rows.transpose(1, 2)[is_token])

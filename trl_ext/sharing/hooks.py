@@ -1,18 +1,17 @@
-"""Answers to one prompt in one row, the prompt once and no padding (``packed_rows.py``), exactly.
+"""Adds hooks to a backbone so that it can run packed rows, with each prompt once and no padding (``packed_rows.py``).
 
-Every layer but attention sees packed tokens only. Attention is made in two parts (``shared_attention.py``): a
-prompt attends to itself; an answer to its prompt's keys and values and to its own. Positions are those of the
-sequence, an answer's from the end of its prompt on, and so are a sliding window's. The gradient flows back into the
-prompt once, summed over its answers, as the sum over B rows gives it.
+The result is exact. Only attention (``attention.py``) treats packed rows differently: a prompt attends to itself, and
+an answer to the keys of its prompt and to its own. Positions, and a sliding window's distances, are those within the
+sequence: an answer's positions continue those of its prompt. A prompt's gradient is the sum over its answers, as with
+one row per sequence.
 
-transformers calls attention by the name in the model's configuration. Where a layer is called with a ``PackedRows``,
-also when a checkpointed one is computed again, the name is ours for as long as that call takes.
+transformers looks attention up by the name in the model's configuration. During each call of a layer with a
+``PackedRows``, also when gradient checkpointing recomputes it, the hooks set that name to our attention's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import AttentionInterface
@@ -21,26 +20,31 @@ from .attention import attention
 from .packed_rows import KEYWORD
 
 NAME = "curvature_grpo_shared_prompts"
-ATTRIBUTE = "_attn_implementation"  # of a configuration
+ATTRIBUTE = "_attn_implementation"  # attribute of a configuration: the name of the attention function
 
 AttentionInterface.register(NAME, attention)
 
 
 class _Sharing:
-    """The hooks of a backbone's modules. A class of the module, so that a model that is copied or saved while training
-    can be; and another trainer's hooks on the same modules change nothing, whichever are called first."""
+    """The hooks of a backbone's modules.
+
+    They are methods of a class, not closures, so that a model with hooks can be copied and pickled. Hooks of another
+    trainer on the same modules do no harm, in any order.
+    """
 
     def __init__(self) -> None:
-        self._before: list[str | None] = []  # what a call found, None where it found ours
+        self._before: list[str | None] = []  # by nested call: the name to restore, None if it was ours already
 
-    def enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def enter(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Sets the name of our attention before a call with packed rows."""
         if kwargs.get(KEYWORD) is None:
             return
         found = module.config._attn_implementation
         self._before.append(None if found == NAME else found)
         module.config._attn_implementation = NAME
 
-    def leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def leave(self, module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        """Restores the name after the call."""
         if kwargs.get(KEYWORD) is None:
             return
         before = self._before.pop()
@@ -48,12 +52,15 @@ class _Sharing:
             module.config._attn_implementation = before
 
 
-def let_share(backbone: Any) -> Callable[[], None]:
-    """Until the returned function is called, the backbone may be called with ``PackedRows.inputs``; other calls are as
-    they were."""
+def add_sharing_hooks(backbone: Any) -> Callable[[], None]:
+    """Adds the hooks, so that the backbone accepts ``PackedRows.inputs``. Returns a function that removes them.
+
+    Other calls of the backbone don't change.
+    """
     configured = [module for module in backbone.modules() if hasattr(getattr(module, "config", None), ATTRIBUTE)]
     sharing, handles = _Sharing(), []
-    for module in configured:  # attention among them; checkpointing calls a layer's forward without the layer's hooks
+    # attention modules need hooks of their own: gradient checkpointing recomputes a layer without the layer's hooks
+    for module in configured:
         handles.append(module.register_forward_pre_hook(sharing.enter, with_kwargs=True))
         handles.append(module.register_forward_hook(sharing.leave, with_kwargs=True, always_call=True))
 
@@ -62,19 +69,3 @@ def let_share(backbone: Any) -> Callable[[], None]:
             handle.remove()
 
     return undo
-
-
-class SharedPrompts:
-    """Whether the rows of a call are to be packed, where TRL's own lines make the call."""
-
-    def __init__(self) -> None:
-        self.width: int | None = None
-
-    @contextmanager
-    def given(self, width: int | None) -> Iterator[None]:
-        """Within, rows have this many prompt columns and are packed; None: not."""
-        before, self.width = self.width, width
-        try:
-            yield
-        finally:
-            self.width = before

@@ -1,7 +1,7 @@
-"""The built-in data: sums and arithmetic word problems, made on the spot, in five levels of difficulty.
+"""Generates the built-in data: sums and arithmetic word problems in five levels of difficulty.
 
-Train and held-out problems never share operands: ``12 + 7``, ``7 + 12`` and every story about adding 12 and 7 are on
-the same side of the split, so held-out accuracy measures arithmetic and not memory.
+Train and held-out problems never share operands: ``12 + 7``, ``7 + 12`` and every story about adding 12 and 7 belong to
+the same split. So held-out accuracy measures arithmetic, not memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TWO_STEP_STORIES = (
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its whole-number answer; ``level`` is a key of ``LEVELS``."""
+    """A question with its integer answer; ``level`` is a key of ``LEVELS``."""
 
     question: str
     answer: int
@@ -49,7 +49,7 @@ class Problem:
 
 
 def problem_split(operands: tuple[int, ...], operation: str) -> str:
-    """``"train"`` or ``"held_out"``, the same for every wording of the same calculation."""
+    """Returns "train" or "held_out", the same for every wording of the same calculation."""
     canonical = sorted(operands) if operation == "+" else list(operands)
     digest = zlib.crc32(f"{operation}{canonical}".encode())
     return "held_out" if digest % HELD_OUT_SHARE == 0 else "train"
@@ -79,9 +79,9 @@ def _draw(level: int, rng: random.Random) -> tuple[Problem, str]:
 def generate_problems(
     count: int, *, split: str = "train", levels: tuple[int, ...] = DEFAULT_LEVELS, seed: int = 0
 ) -> list[Problem]:
-    """``count`` different problems, the levels taking turns; the same arguments always give the same list.
+    """Returns ``count`` different problems, with the levels in turn; equal arguments give equal lists.
 
-    Raises ``ValueError`` for an unknown split or level, or when a level has fewer than the wanted number of problems.
+    Raises ``ValueError`` for an unknown split or level, or if the levels have fewer than ``count`` problems.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {SPLITS}")
@@ -91,7 +91,7 @@ def generate_problems(
     if count < 1:
         raise ValueError(f"count={count} must be at least 1")
 
-    rng = random.Random(f"{seed}-{split}")  # a string seeds the same in every process, unlike hash()
+    rng = random.Random(f"{seed}-{split}")  # a string gives the same seed in every process, unlike hash()
     seen: set[str] = set()
     problems: list[Problem] = []
     tries_left = 200 * count + 2000

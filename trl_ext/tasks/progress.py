@@ -6,14 +6,15 @@ import sys
 import time
 from collections.abc import Mapping
 
-REPORTED = 25  # steps between two reports of the first part
+REPORTED = 25  # steps between two reports of the first phase
 
 
 class Progress:
-    """Prints at once what is being done, and at each report how far it is and how long it may still take.
+    """Prints a message at the start, and at each report the accuracy and an upper bound of the remaining time.
 
-    ``most_steps``: of the first part, which ends earlier where the policy has learned enough. ``rest``: what the second
-    part costs at most, in steps of the first.
+    Args:
+        most_steps: the most steps of the first phase, which ends earlier once the policy is accurate enough.
+        rest: the most that the second phase costs, in steps of the first.
     """
 
     def __init__(self, most_steps: int, rest: int) -> None:
@@ -25,15 +26,15 @@ class Progress:
 
     def __call__(self, step: int, accuracy: float | Mapping[str, float]) -> None:
         seconds = time.monotonic() - self._started
-        in_first_part = self._last < step <= self.most_steps and step % REPORTED == 0
+        in_first_phase = self._last < step <= self.most_steps and step % REPORTED == 0
         self._last = step
         if isinstance(accuracy, Mapping):
-            told = ", ".join(f"{task} {value:.2f}" for task, value in accuracy.items())
+            shown = ", ".join(f"{task} {value:.2f}" for task, value in accuracy.items())
         else:
-            told = f"{accuracy:.2f}"
+            shown = f"{accuracy:.2f}"
         left = (self.most_steps - step + self.rest) * seconds / max(step, 1)
-        until = f"{seconds:.0f} s, at most {left:.0f} s to go" if in_first_part else f"ready after {seconds:.0f} s"
-        self._print(f"  step {step:>3}: right with probability {told} ({until})")
+        time_left = f"{seconds:.0f} s, at most {left:.0f} s to go" if in_first_phase else f"ready after {seconds:.0f} s"
+        self._print(f"  step {step:>3}: right with probability {shown} ({time_left})")
 
     @staticmethod
     def _print(text: str) -> None:

@@ -1,12 +1,12 @@
-"""The built-in policy: a 1 M-parameter Llama with a tokenizer of its own, warmed up until it is right half the time.
+"""Trains and caches the built-in policy: a Llama of 1 M parameters that is right about half the time.
 
-Reinforcement learning needs a policy that is right sometimes, and could be right more often. This one is trained from
-scratch by plain supervised learning, in two parts: on right answers, until it has learned to calculate; then for a few
-steps on a careless teacher's, who half the time repeats the first number of the question, until it is right about half
-the time. That leaves GRPO what it has with a large model too: an ability to bring out. The result is cached.
+Reinforcement learning needs a policy that is sometimes right and could be right more often. This one is trained from
+scratch by supervised learning in two phases. It first learns from right answers until it can calculate. Then, for a few
+steps, it learns from a careless teacher, who repeats the first number of the question half of the time, until it is
+right about half the time. So GRPO finds what it finds in a large model: an ability that it can bring out.
 
-(Stopped at half on the way up instead, the policy lost held-out accuracy or gained at most 0.08 in 100 to 300 steps of
-GRPO, at every learning rate tried: what it doesn't know yet, rewards alone teach slowly.)
+(If the first phase is stopped at half accuracy instead, GRPO lost held-out accuracy or gained at most 0.08 in 100 to
+300 steps, at every learning rate tried: rewards alone teach new abilities slowly.)
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ MODEL = {
 NUMBERS = 199  # 0 to 198, the sums of two numbers below 100
 BATCH = 64
 LEARNING_RATE = 3e-3
-LEARNING_STEPS = 900  # the learning rate falls linearly towards this
-LEARNED_ACCURACY = 0.88  # then the careless teacher takes over
-PROBLEMS = {1: 350, 2: 800, 3: 800, 4: 800, 5: 800}  # to learn from, by level; level 1 has no more
-CHECKED = 70  # held-out problems of each level
+LEARNING_STEPS = 900  # the learning rate would reach 0 at this step
+LEARNED_ACCURACY = 0.88  # at which the second phase starts
+PROBLEMS = {1: 350, 2: 800, 3: 800, 4: 800, 5: 800}  # training problems by level; level 1 has no more
+CHECKED = 70  # held-out problems of each level that measure the accuracy
 CARELESS_LEARNING_RATE = 3e-4
 CARELESS_STEPS = 60
 TARGET_ACCURACY = 0.45
 
-Encoded = tuple[torch.Tensor, torch.Tensor]  # ids and labels (B, T), of ``encode``
+Encoded = tuple[torch.Tensor, torch.Tensor]  # ids and labels (B, T), see ``encode``
 
 
 def cache_folder() -> Path:
-    """Where warmed-up and converted models are kept: ``$CURVATURE_GRPO_CACHE``, or ``~/.cache/curvature-grpo``."""
+    """Returns the cache of warmed-up and converted models, ``$CURVATURE_GRPO_CACHE`` or ``~/.cache/curvature-grpo``."""
     return Path(os.environ.get("CURVATURE_GRPO_CACHE") or Path.home() / ".cache" / "curvature-grpo")
 
 
 def build_tokenizer(levels: tuple[int, ...]) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE on the task's own questions; whole numbers up to 198 are tokens."""
+    """Trains a byte-level BPE on the task's questions; each number up to 198 becomes one token."""
     questions = [problem.question for problem in generate_problems(300, levels=levels, seed=0)]
     numbers = [f" {number}" for number in range(NUMBERS)]
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -104,10 +104,10 @@ def train_tokenizer(
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The policy before its warm-up: random weights, but number n starts as sines and cosines of n.
+    """Returns the policy before its warm-up: random weights, but the embedding of number n is sines and cosines of n.
 
-    From random number embeddings the warm-up took four times as long on two cores: most of it went into finding out
-    which number token follows which. Periods from 3 to 400 tell neighbours apart and cover the whole range.
+    With random embeddings of numbers the warm-up took four times as long on two cores, mostly to learn the order of the
+    number tokens. Periods from 3 to 400 distinguish neighbours and cover the whole range.
     """
     model = random_model(tokenizer)
     angle = 2 * math.pi / torch.logspace(math.log10(3), math.log10(400), MODEL["hidden_size"] // 2)
@@ -131,7 +131,7 @@ def random_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(questions: Sequence[str], answers: Sequence[str], tokenizer) -> Encoded:
-    """Token ids (B, T), right padded, and labels that are -100 on the question and the padding."""
+    """Returns token ids (B, T), padded on the right, and labels that are -100 on the question and the padding."""
     rows, starts = [], []
     for question, answer in zip(questions, answers, strict=True):
         prompt = tokenizer.encode(f"{USER}{question}{ASSISTANT}")
@@ -147,13 +147,14 @@ def encode(questions: Sequence[str], answers: Sequence[str], tokenizer) -> Encod
 
 
 def _encode_problems(problems: list[Problem], tokenizer) -> Encoded:
-    return encode([one.question for one in problems], [str(one.answer) for one in problems], tokenizer)
+    return encode([problem.question for problem in problems], [str(problem.answer) for problem in problems], tokenizer)
 
 
 def _training_data(level: int, seed: int, tokenizer) -> tuple[Encoded, Encoded]:
-    """Problems of a level with right answers, and with the careless teacher's."""
+    """Returns problems of a level with right answers, and with the careless teacher's answers."""
     problems = generate_problems(PROBLEMS[level], levels=(level,), seed=seed)
-    careless = encode([one.question for one in problems], [_first_number(one) for one in problems], tokenizer)
+    questions = [problem.question for problem in problems]
+    careless = encode(questions, [_first_number(problem) for problem in problems], tokenizer)
     return _encode_problems(problems, tokenizer), careless
 
 
@@ -163,7 +164,7 @@ def _first_number(problem: Problem) -> str:
 
 @torch.no_grad()
 def expected_accuracy(model, ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> float:
-    """Mean probability that sampling at temperature 1 gives exactly the right answer (no sampling noise)."""
+    """Returns the mean probability of the right answer when sampling at temperature 1; it has no sampling noise."""
     logprobs = torch.log_softmax(model(input_ids=ids_BT[:, :-1]).logits.float(), dim=-1)
     targets = labels_BT[:, 1:]
     token_logprobs = logprobs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -175,13 +176,13 @@ def warm_up(
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, float]:
     """Trains the policy from scratch until its expected accuracy on held-out problems is about ``TARGET_ACCURACY``.
 
-    ``report(step, accuracy)`` is called as it goes. Returns model, tokenizer and that accuracy.
+    Calls ``report(step, accuracy)`` every 25 steps. Returns model, tokenizer and the accuracy.
     """
     tokenizer = build_tokenizer(levels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(tokenizer)
-        # a level a batch: rows of about the same length
+        # each batch has one level, so that its rows have about the same length
         train = [_training_data(level, seed, tokenizer) for level in levels]
         check = [
             _encode_problems(generate_problems(CHECKED, split="held_out", levels=(level,), seed=seed), tokenizer)
@@ -222,7 +223,7 @@ def warm_up(
 
 
 def draw_batch(right: Encoded, slips: Encoded, careless: float, pad: int) -> Encoded:
-    """Draws ``BATCH`` rows, each with the right answer, or with probability ``careless`` its slip."""
+    """Draws ``BATCH`` rows; each has its answer from ``slips`` with probability ``careless``, else from ``right``."""
     rows = torch.randint(len(right[0]), (BATCH,))
     from_careless = torch.rand(BATCH, 1) < careless
     width = max(right[0].shape[1], slips[0].shape[1])
@@ -240,12 +241,12 @@ def _widen(matrix_BT: torch.Tensor, width: int, fill: int) -> torch.Tensor:
 def small_policy(
     seed: int = 0, levels: tuple[int, ...] = DEFAULT_LEVELS, report: Callable[[int, float], None] | None = None
 ) -> Path:
-    """Folder of the warmed-up policy for this seed and these levels; trained on the first call, cached afterwards.
+    """Returns the folder of the warmed-up policy; the first call trains it, later calls find it in the cache.
 
-    The first call takes a minute or two on two idle cores. ``report(step, accuracy)`` is called as it goes; None: it
-    prints its progress on standard error.
+    The first call takes one to two minutes on two idle cores. It calls ``report(step, accuracy)`` every 25 steps; None:
+    it prints progress to standard error.
     """
-    sources = [inspect.getsource(one) for one in (arithmetic, sys.modules[__name__])]
+    sources = [inspect.getsource(module) for module in (arithmetic, sys.modules[__name__])]
     recipe = [seed, list(levels), *sources]
     return cached_policy(
         "small-policy",
@@ -255,7 +256,10 @@ def small_policy(
 
 
 def cached_policy(name: str, recipe: list, make: Callable[[], tuple]) -> Path:
-    """The folder of what ``make`` returns, a model and its tokenizer; made once for each ``recipe``, as JSON has it."""
+    """Returns the folder of a model and its tokenizer; calls ``make`` if the cache has none for this ``recipe``.
+
+    ``recipe`` must be serialisable to JSON; its hash is the cache's key.
+    """
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     folder = cache_folder() / f"{name}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -267,7 +271,7 @@ def cached_policy(name: str, recipe: list, make: Callable[[], tuple]) -> Path:
 
 
 def trial_step() -> Callable[[], None]:
-    """Returns a step like the warm-up's, of a model that is thrown away, for timing."""
+    """Returns a step like the warm-up's, on a throwaway model, to be timed."""
     with torch.random.fork_rng(devices=[]):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=640, **MODEL))
         ids = torch.randint(640, (BATCH, 24))
@@ -275,7 +279,7 @@ def trial_step() -> Callable[[], None]:
 
 
 def save_atomically(folder: Path, model, tokenizer) -> None:
-    """Saves beside ``folder`` and renames, so that a kill never leaves a half-written cache entry."""
+    """Saves to a scratch folder and renames it to ``folder``, so that a kill never leaves half a cache entry."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:

@@ -1,4 +1,4 @@
-"""Chooses the number of threads with which a model of a million parameters is trained."""
+"""Chooses the number of threads for training a model of a million parameters."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from contextlib import contextmanager
 
 import torch
 
-TRIALS = 3  # steps timed with each number of threads
+TRIALS = 3  # steps to time with each number of threads
 
 
 @contextmanager
 def quickest_threads(step: Callable[[], object]) -> Iterator[None]:
-    """Within, torch uses as many threads as make ``step`` quickest now: 1, 2, 4, ... up to what it is set to.
+    """Sets torch in this context to the number of threads with which ``step`` is fastest now.
 
-    A model of a million parameters has little work for many threads, and threads that wait for busy cores are slower
-    than one (measured on two cores: 86 ms a step with two threads and 129 with one where nothing else ran, 590 and 260
-    beside two other warm-ups). ``step`` must leave nothing behind.
+    It tries 1, 2, 4, ... up to torch's current setting. A model of a million parameters has little work for many
+    threads, and threads that wait for busy cores are slower than one. (Measured on two cores: a step takes 86 ms with
+    two threads and 129 ms with one on an idle machine, but 590 and 260 ms while two other warm-ups run.) ``step`` must
+    have no side effects.
     """
     most = torch.get_num_threads()
     counts = [count for count in (1 << power for power in range(most.bit_length())) if count < most] + [most]
@@ -29,7 +30,7 @@ def quickest_threads(step: Callable[[], object]) -> Iterator[None]:
                 torch.set_num_threads(count)
                 start = time.perf_counter()
                 step()
-                if trial:  # the first is warmer afterwards
+                if trial:  # the first step is a warm-up
                     seconds[count].append(time.perf_counter() - start)
         if len(counts) > 1:
             torch.set_num_threads(min(counts, key=lambda count: statistics.median(seconds[count])))

@@ -1,1 +1,1 @@
-"""The arithmetic of a tile's rows, between its matrix products: ``plain`` in torch, ``triton_rows`` in Triton."""
+"""Computes the row arithmetic between a tile's matrix products: ``plain`` in torch, ``triton_rows`` in Triton."""

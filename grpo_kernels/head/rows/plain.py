@@ -1,8 +1,8 @@
-"""The row arithmetic of the head in plain torch: a tile of logits becomes probabilities, then dL/dlogits, in place.
+"""Computes the head's row arithmetic in plain torch: turns a tile of logits into probabilities, then into dL/dlogits.
 
-Shapes: C rows (tokens) of a tile, V vocabulary. The arithmetic is in float32 (float64 for float64), whatever the
-tile's dtype: rows are worked on in groups small enough to stay in the processor's cache, so that the tile itself is
-read and written once.
+Shapes: C rows (tokens) of a tile, V vocabulary. The tile changes in place. The arithmetic is in float32 (float64 for
+float64), whatever the tile's dtype. It works on groups of rows that fit into the processor's cache, so that the tile is
+read from and written to memory once.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 
 from grpo_kernels.head.token_losses import TokenInputs, TokenLoss, token_losses
 
-# A group's rows and its scratch stay in the cache between the passes over them. Measured on two cores with 1 MiB of
-# second and 32 MiB of third-level cache (fp32, bf16; time of the whole loss): 256 KiB 1.10, 1.20; 1 MiB 1.07, 1.13;
-# 2 MiB 1.05, 1.02; 4 MiB 1.00, 1.00; 16 MiB 1.12, 1.11; the whole tile 1.23, 1.50.
+# The size of a group of rows, which stays in the cache, with its scratch memory, between passes. Relative time of the
+# whole loss in fp32 and bf16, measured on two cores with 1 MiB of L2 and 32 MiB of L3 cache: 256 KiB 1.10, 1.20; 1 MiB
+# 1.07, 1.13; 2 MiB 1.05, 1.02; 4 MiB 1.00, 1.00; 16 MiB 1.12, 1.11; the whole tile 1.23, 1.50.
 GROUP_BYTES = 4 << 20
 
 
 class Transform(NamedTuple):
-    """From the product hidden . weight to logits: ``z = softcap * tanh(scale * y / softcap) / temperature``.
+    """How products y = hidden . weight become logits: ``z = softcap * tanh(logit_scale * y / softcap) / temperature``.
 
-    (A tuple, as ``RowStatistics`` is, because the kernels take it as it is.)
+    It is a tuple, like ``RowStatistics``, because Triton kernels take tuples as arguments.
     """
 
     temperature: float = 1.0
@@ -31,23 +31,24 @@ class Transform(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """dz/dy, without the softcap's part."""
+        """dz/dy without the softcap's factor."""
         return self.logit_scale / self.temperature
 
 
 class RowStatistics(NamedTuple):
-    """Of each row, (C,), in nats: the largest logit, log(sum exp(logit - largest)), log-prob, entropy or None.
+    """Statistics of each row, (C,), in nats.
 
-    The first two add up to the log-sum-exp; apart they keep its digits where logits are large.
+    ``high + log_total`` is the log-sum-exp. Kept apart, they lose no digits if logits are large.
     """
 
-    high: torch.Tensor
-    log_total: torch.Tensor
-    logprob: torch.Tensor
+    high: torch.Tensor  # the largest logit
+    log_total: torch.Tensor  # log(sum exp(logit - high))
+    logprob: torch.Tensor  # of the target
     entropy: torch.Tensor | None
 
 
 def _groups(tile: torch.Tensor, work_dtype: torch.dtype):
+    """Returns slices of the tile's rows, each of at most ``GROUP_BYTES`` in ``work_dtype``."""
     rows = max(1, GROUP_BYTES // max(1, tile.shape[1] * work_dtype.itemsize))
     return [slice(start, min(start + rows, tile.shape[0])) for start in range(0, tile.shape[0], rows)]
 
@@ -61,11 +62,11 @@ def softmax_rows_(
     entropy: bool = True,
     keep: bool = True,
 ) -> RowStatistics:
-    """Replaces products by probabilities, or with a softcap by its tanh, and returns the rows' statistics.
+    """Replaces the products in the tile by probabilities (with a softcap by the tanh), and returns row statistics.
 
-    (Left undefined where not ``keep``.)
+    Without ``keep`` the tile's content is undefined afterwards.
 
-    In plain torch, with z the transformed products: ``tile.copy_(z.softmax(1))``, ``z.logsumexp(1)``,
+    The same in plain torch, with z the logits: ``tile.copy_(z.softmax(1))``, ``z.logsumexp(1)``,
     ``z.log_softmax(1).gather(1, targets)`` and ``-(p * log p).sum(1)``.
     """
     work_dtype = torch.promote_types(tile_CV.dtype, torch.float32)
@@ -100,7 +101,7 @@ def softmax_rows_(
         logprob_C[rows] = (logprob - log_total).squeeze(1)
         if entropy_C is not None:
             if bias is not None:
-                d.clamp_(min=-1e30)  # a bias of -inf masks a column: its probability is 0, and 0 * -inf must be 0
+                d.clamp_(min=-1e30)  # a bias of -inf masks a column, with probability 0; 0 * -inf would be NaN
             entropy_C[rows] = log_total.squeeze(1) - torch.linalg.vecdot(e, d) / total.squeeze(1)
         if keep and transform.softcap is None:
             torch.mul(e, total.reciprocal_(), out=tile) if tile is z else tile.copy_(e.mul_(total.reciprocal_()))
@@ -118,18 +119,23 @@ def logit_gradient_(
     bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replaces what ``softmax_rows_`` kept by dL/dy up to a factor of each row: (the tile, factor (C,) in float32).
+    """Replaces the tile of ``softmax_rows_`` by dL/dy divided by a factor of each row.
 
-    With c = dL/dlogprob and e = dL/dentropy, ``dL/dz_j = c (1[j = target] - p_j) - e p_j (log p_j + entropy)``. Kept in
-    the tile is p - onehot, and c in the factor: a coefficient of 1e-9 would vanish in a half-precision tile. ``bias``
-    and ``dtype`` are for the Triton backend, whose tile is still logits, and wider than the products' operands.
+    With c = dL/dlogprob and e = dL/dentropy, ``dL/dz_j = c (1[j = target] - p_j) - e p_j (log p_j + entropy)``. Without
+    e, the tile holds p - onehot and the factor holds -c: a c of 1e-9 would underflow in a half-precision tile.
+
+    Args:
+        bias, dtype: for the Triton backend only. Its tile still holds products, and may be wider than the operands.
+
+    Returns:
+        The tile, and the factor (C,) in float32 (float64 for float64).
     """
     index = targets_C[:, None]
     at_target = torch.exp(statistics.logprob)[:, None]
     if entropy_grad_C is None:
         factor_C = -logprob_grad_C * transform.slope
         if transform.softcap is None:
-            # (scatter_ would copy a half-precision tile)
+            # only the target's column changes; scatter_ would copy a half-precision tile
             tile_CV[torch.arange(len(targets_C), device=tile_CV.device), targets_C] = torch.expm1(
                 statistics.logprob
             ).to(tile_CV.dtype)
@@ -143,11 +149,11 @@ def logit_gradient_(
         tile = tile_CV[rows]
         p = tile.to(statistics.logprob.dtype, copy=True)
         entropy = None if statistics.entropy is None else statistics.entropy[rows, None]
-        if transform.softcap is not None:  # the tile holds tanh(y scale / softcap), whose slope is 1 - tanh^2
+        if transform.softcap is not None:  # the tile holds tanh(y logit_scale / softcap), with slope 1 - tanh^2
             cap_slope = 1 - p.square()
             logp = p.mul_(transform.softcap / transform.temperature).sub_(statistics.high[rows, None])
             logp.sub_(statistics.log_total[rows, None])
-            if tile.dtype != logp.dtype:  # tanh was rounded: its shares add up to 1 by a sum of their own
+            if tile.dtype != logp.dtype:  # tanh was rounded to the tile's dtype, so probabilities are normalised again
                 logp.sub_(logp.logsumexp(1, keepdim=True)).clamp_(min=-1e30)
             p = logp.exp()
             if entropy is not None and tile.dtype != logp.dtype:
@@ -179,14 +185,20 @@ def grpo_rows_(
     gradient: bool,
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Products of these rows become dL/dy up to a factor of each row: (what is logged of each row, tile, factor (C,)).
+    """Computes losses of the tile's rows, and replaces the products in the tile by dL/dy divided by a factor per row.
 
-    Without ``gradient`` the tile's content is undefined afterwards. ``entropy_grad`` is -dL/dentropy of every token.
+    Args:
+        rows: the tokens that the tile's rows belong to.
+        entropy_grad: -dL/dentropy of every token.
+        gradient: whether to compute dL/dy; if not, the tile's content is undefined afterwards.
+
+    Returns:
+        Values to log by name, (C,) each; the tile; the factor (C,).
     """
     targets_C = tokens.targets[rows]
     statistics = softmax_rows_(tile_CV, targets_C, transform, bias=bias, keep=gradient)
     dtype = statistics.logprob.dtype
-    advantages_C, weights_C = tokens.made_advantages()[rows].to(dtype, copy=True), tokens.weights[rows].to(dtype)
+    advantages_C, weights_C = tokens.token_advantages()[rows].to(dtype, copy=True), tokens.weights[rows].to(dtype)
     old_C, ref_C, policy_scale_C = (
         None if x is None else x[rows].to(dtype) for x in (tokens.old, tokens.ref, tokens.policy_scale)
     )
@@ -195,7 +207,7 @@ def grpo_rows_(
     logs = {
         "logprob": statistics.logprob,
         "entropy": statistics.entropy,
-        "loss": torch.where(weights_C != 0, losses.loss * weights_C, 0.0),  # inf * 0 is no loss
+        "loss": torch.where(weights_C != 0, losses.loss * weights_C, 0.0),  # 0, not inf * 0 = NaN
         "ratio": losses.ratio,
         "clipped": losses.clipped,
         "advantage": advantages_C,

@@ -1,19 +1,16 @@
-"""The row arithmetic of the head in Triton: the functions of ``plain.py``, one program a row.
+"""Computes the head's row arithmetic in Triton: the functions of ``plain.py``, with one program per row.
 
-A row of V logits is read twice: once for its log-sum-exp and entropy (online, in float32), once to be turned into its
-gradient in place. ``_grpo_rows_kernel`` does both with everything between them, so that one launch a tile takes logits
+A program reads its row of V logits twice: once for log-sum-exp and entropy (online, in float32), and once to replace it
+by its gradient in place. ``_grpo_rows_kernel`` does both and all steps between them in one launch per tile, from logits
 and group rewards to dL/dlogits: baseline, scale, advantage, ratio, clip, KL, coefficient.
 
-The columns of a tile are padded to a multiple of 16, and the bound of every load is that padded width: only then does
-the compiler know that 16 bytes at a time stay inside, whatever V is. What lies in the padding is masked by value.
+The columns of a tile are padded to a multiple of 16, and that padded width bounds every load. Only then can the
+compiler prove that loads of 16 bytes stay inside the row, whatever V is. The kernels mask the values in the padding.
 
-Arguments go to the kernels in named tuples: a launcher puts tensors and numbers in, a kernel finds pointers and
-scalars. A field that is None is known at compile time, and what would have read it isn't compiled.
+Arguments of the kernels are named tuples (``triton_arguments.py``).
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,57 +22,26 @@ from grpo_kernels.normalize.methods import METHODS
 from grpo_kernels.normalize.triton_groups import Groups, group_centre_and_scale
 
 from .plain import RowStatistics, Transform
+from .triton_arguments import Gradient, Logs, Tile
 from .triton_token_loss import LossNumbers, Tokens, token_loss
 
-# 16 columns a thread: two runs of 8, the half-precision values of a 16-byte access. By compile_ahead.py, on sm_90 with
-# a bfloat16 gradient, at the worst of its vocabularies: 38 registers and 17 + 18 instructions an element (48 and
-# 33 + 42 with every option), no barrier while summing. 8 columns a thread take 9 barriers a block and 24 + 18
-# (41 + 44); 32 take 80 registers (122), so half the warps.
+# 16 columns per thread: two runs of 8, which is the number of half-precision values in a 16-byte access. Measured by
+# compile_ahead.py for sm_90 with a bfloat16 gradient, at the worst of its vocabularies (in brackets: with every
+# option): 38 registers (48), 17 + 18 instructions per element (33 + 42), no barrier while summing. With 8 columns per
+# thread: 9 barriers per block, 24 + 18 instructions (41 + 44). With 32: 80 registers (122), so half the warps.
 BLOCK_V = 4096
 THREADS = 256
 NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
-LOWEST = tl.constexpr(-1e30)  # stands for a logit of -inf
-
-
-class Tile(NamedTuple):
-    """C rows of products, and what makes logits of them.
-
-    The order of the fields is that of the machine code's parameters, and ptxas's use of registers hangs on it: with
-    transform before n_padded and n_vocabulary _grpo_rows_kernel takes up to 8 more.
-    """
-
-    products: Any  # (C, V)
-    stride: Any
-    bias: Any  # (n_padded,) or None
-    n_padded: Any  # columns up to which a row may be read
-    n_vocabulary: Any
-    transform: Any  # a Transform
-
-
-class Gradient(NamedTuple):
-    """dL/dy, up to a factor of each row; it may lie in the bytes of the tile."""
-
-    rows: Any  # (C, V)
-    stride: Any
-    factor: Any  # (C,)
-
-
-class Logs(NamedTuple):
-    """What is logged of each row, (C,) each."""
-
-    logprob: Any
-    entropy: Any
-    loss: Any
-    ratio: Any
-    clipped: Any
-    kl: Any
-    advantage: Any
+LOWEST = tl.constexpr(-1e30)  # replaces a logit of -inf
 
 
 @triton.jit
 def _tanh(x):
-    """To a few units in float32's last place everywhere: 2 sigmoid(2 x) - 1, whose digits cancel near 0, and there the
-    first eight terms of its series, whose rest is below 1e-8 of it."""
+    """Computes tanh to a few units in float32's last place.
+
+    It is 2 sigmoid(2 x) - 1, or near 0, where that cancels, the first eight terms of the series, whose relative error
+    is below 1e-8.
+    """
     square = x * x
     series = 62 / 2835 + square * (-1382 / 155925 + square * (21844 / 6081075 - square * (929569 / 638512875)))
     series = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * series)))
@@ -84,7 +50,7 @@ def _tanh(x):
 
 @triton.jit
 def _load_logits(tile, i_row, o_v):
-    """(z, d z / d y without the softcap's constant factors): logits in float32, -inf beyond the vocabulary."""
+    """Loads logits z in float32 (-inf beyond the vocabulary), and dz/dy without constant factors."""
     m_padded = o_v < tile.n_padded
     b_y = tl.load(tile.products + i_row * tile.stride + o_v, mask=m_padded, other=0.0).to(tl.float32)
     if tile.bias is not None:
@@ -102,17 +68,17 @@ def _load_logits(tile, i_row, o_v):
 
 @triton.jit
 def _row_statistics(tile, i_row, i_target, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr):
-    """``RowStatistics`` of a row, in one pass over it."""
-    # Each thread keeps sums of its own columns, and they meet once, after the loop: a reduction over the block in every
-    # round would be barriers in every round. A thread's columns are runs of 4, and BLOCK_V / 2 apart.
+    """Computes the ``RowStatistics`` of a row in one pass."""
+    # Each thread sums its own columns, and one reduction after the loop adds the sums up: a reduction in every round
+    # would need barriers in every round. A thread's columns are runs of 4 that are BLOCK_V / 2 apart.
     LANES: tl.constexpr = BLOCK_V // 8
     b_high = tl.full((LANES,), LOWEST, tl.float32)
     b_total = tl.zeros((LANES,), tl.float32)
-    b_moment = tl.zeros((LANES,), tl.float32)  # sum of e (z - high): relative to the maximum nothing large cancels
+    b_moment = tl.zeros((LANES,), tl.float32)  # sum of e (z - high); relative to the maximum it doesn't cancel
     for i_v in range(0, tile.n_padded, BLOCK_V):
         o_v = i_v + tl.arange(0, BLOCK_V)
         b_z, _ = _load_logits(tile, i_row, o_v)
-        # finite, so that no difference below is inf - inf; NaN stays
+        # makes logits finite, so that no difference is inf - inf; NaN stays NaN
         b_z = tl.reshape(tl.maximum(b_z, LOWEST, propagate_nan=tl.PropagateNan.ALL), (2, LANES, 4))
         b_new_high = tl.maximum(b_high, tl.max(tl.max(b_z, axis=2), axis=0))
         b_shift = b_high - b_new_high
@@ -137,14 +103,17 @@ def _row_statistics(tile, i_row, i_target, ENTROPY: tl.constexpr, BLOCK_V: tl.co
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 for x <= 0, to float32's precision: p - 1 would keep few digits of a nearly certain token's."""
+    """Computes exp(x) - 1 for x <= 0 to float32's precision; p - 1 would cancel for a nearly certain token."""
     series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
     return tl.where(x > -0.25, series, tl.exp(x) - 1.0)
 
 
 @triton.jit
 def _write_gradient(tile, gradient, i_row, i_target, row, logprob_grad, entropy_grad, BLOCK_V: tl.constexpr):
-    """dL/dy of a row up to its factor: p - onehot; or c (onehot - p) - e p (log p + entropy), shares of |c| + |e|."""
+    """Writes dL/dy of a row, divided by its factor, and the factor.
+
+    Without entropy: p - onehot. With entropy: c (onehot - p) - e p (log p + entropy), divided by |c| + |e|.
+    """
     slope = tile.transform.logit_scale / tile.transform.temperature
     factor = -logprob_grad * slope
     if entropy_grad is not None:
@@ -159,15 +128,15 @@ def _write_gradient(tile, gradient, i_row, i_target, row, logprob_grad, entropy_
     for i_v in range(0, tile.n_padded, BLOCK_V):
         o_v = i_v + tl.arange(0, BLOCK_V)
         b_z, b_slope = _load_logits(tile, i_row, o_v)
-        b_logp = (b_z - row.high) - row.log_total  # their sum, rounded, would cost digits where logits are large
+        b_logp = (b_z - row.high) - row.log_total  # high + log_total, rounded, would lose digits of large logits
         b_p = tl.exp(b_logp)
         b_gradient = tl.where(o_v == i_target, at_target, b_p)
         if entropy_grad is not None:
             b_log_term = tl.where(b_p > 0, b_p * (b_logp + row.entropy), 0.0)
             b_gradient = -logprob_share * b_gradient - entropy_share * b_log_term
         b_gradient *= b_slope
-        # the gradient may be narrower than the logits and lie in the same bytes: all of a block is read before
-        # any of it is written
+        # The gradient may be narrower than the logits and share their memory: the whole block must be read before any
+        # of it is written.
         tl.debug_barrier()
         tl.store(p_gradient + o_v, b_gradient.to(p_gradient.dtype.element_ty), mask=o_v < tile.n_padded)
 
@@ -206,7 +175,7 @@ def _logit_gradient_kernel(
 
 @triton.jit
 def _group_advantage(groups, i_group, position, CENTRE: tl.constexpr, SCALE: tl.constexpr, BLOCK_G: tl.constexpr):
-    """The advantage of one place of a group, (r - centre) / scale, as ``triton_groups.py`` makes it of a batch."""
+    """Computes the advantage of one position of a group, (r - centre) / scale, as ``triton_groups.py`` does."""
     o_g = tl.arange(0, BLOCK_G)[None, :]
     p_group = groups.rewards + i_group * groups.n_generations
     b_reward = tl.load(p_group + o_g, mask=o_g < groups.n_generations, other=float("nan")).to(tl.float64)
@@ -247,7 +216,7 @@ def _grpo_rows_kernel(
         tokens, i_token, row.logprob, advantage, numbers, SURROGATE, KL_TIMES_RATIO
     )
     weight = tl.load(tokens.weights + i_token)
-    coefficient = tl.where(weight != 0, coefficient * weight, 0.0)  # inf * 0 is no gradient
+    coefficient = tl.where(weight != 0, coefficient * weight, 0.0)  # 0, not inf * 0 = NaN
     loss = tl.where(weight != 0, loss * weight, 0.0)
     tl.store(logs.logprob + i_row, row.logprob)
     tl.store(logs.entropy + i_row, row.entropy)
@@ -261,7 +230,7 @@ def _grpo_rows_kernel(
 
 
 def _tile(tile_CV: torch.Tensor, bias: torch.Tensor | None, transform: Transform) -> Tile:
-    """A row may be read to the next multiple of 16 columns where the tile was made so."""
+    """Makes the kernel's ``Tile``; rows are read to a multiple of 16 columns if the tile has that padding."""
     n_vocabulary, stride = tile_CV.shape[1], tile_CV.stride(0)
     n_padded = -(-n_vocabulary // 16) * 16
     if stride < n_padded:
@@ -272,8 +241,10 @@ def _tile(tile_CV: torch.Tensor, bias: torch.Tensor | None, transform: Transform
 
 
 def _columns(number: int, count: int, device: torch.device) -> torch.Tensor:
-    """``number`` undefined vectors (count,) of float32, each aligned to 64 bytes: Triton compiles once for each
-    alignment of a pointer, which must not change with the number of rows."""
+    """Returns ``number`` undefined float32 vectors (count,), each aligned to 64 bytes.
+
+    Triton compiles a kernel for each alignment of its pointers, so alignment must not depend on the number of rows.
+    """
     return torch.empty((number, -(-count // 16) * 16), dtype=torch.float32, device=device)[:, :count]
 
 
@@ -282,7 +253,7 @@ def _block(n_padded: int) -> int:
 
 
 def _gradient(tile_CV: torch.Tensor, dtype: torch.dtype | None) -> Gradient:
-    """The tile itself, or for half operands the first half of each of its float32 rows."""
+    """Makes the kernel's ``Gradient`` in the tile's memory: for half precision, the first half of each float32 row."""
     rows_CV = tile_CV
     if dtype is not None and dtype != tile_CV.dtype:
         rows = tile_CV.as_strided((tile_CV.shape[0], tile_CV.stride(0)), (tile_CV.stride(0), 1))
@@ -299,7 +270,7 @@ def softmax_rows_(
     entropy: bool = True,
     keep: bool = True,
 ) -> RowStatistics:
-    """The rows' statistics, as in ``plain.py``; the tile stays logits, which ``logit_gradient_`` reads again."""
+    """Computes row statistics as in ``plain.py``, but leaves the tile as it is; ``logit_gradient_`` reads it again."""
     high_C, log_total_C, logprob_C, entropy_C = _columns(4, tile_CV.shape[0], tile_CV.device)
     statistics = RowStatistics(high_C, log_total_C, logprob_C, entropy_C if entropy else None)
     tile = _tile(tile_CV, bias, transform)
@@ -327,7 +298,7 @@ def logit_gradient_(
     bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits become dL/dy up to a factor of each row: (the tile's gradient, factor (C,))."""
+    """Replaces the products in the tile by dL/dy divided by a factor of each row; returns it and the factor (C,)."""
     tile, gradient = _tile(tile_CV, bias, transform), _gradient(tile_CV, dtype)
     if tile_CV.shape[0]:
         launch(
@@ -357,7 +328,7 @@ def grpo_rows_(
     gradient: bool,
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """One launch from logits and advantages (or rewards) to losses and dL/dy, as in ``plain.py``."""
+    """Computes losses and dL/dy from products and advantages (or rewards) in one launch, as in ``plain.py``."""
     count, device = tile_CV.shape[0], tile_CV.device
     rewards = tokens.group_rewards if tokens.advantages is None else None
     method = METHODS["none" if rewards is None else rewards.method]
@@ -388,7 +359,7 @@ def grpo_rows_(
         entropy_grad=-entropy_grad if entropy_grad else None,
     )
     logs = Logs(*_columns(7, count, device))
-    tile, made = _tile(tile_CV, bias, transform), _gradient(tile_CV, dtype)
+    tile, output = _tile(tile_CV, bias, transform), _gradient(tile_CV, dtype)
     launch(
         _grpo_rows_kernel,
         (count,),
@@ -397,7 +368,7 @@ def grpo_rows_(
         groups,
         numbers,
         logs,
-        made if gradient else None,
+        output if gradient else None,
         CENTRE=method.centre,
         SCALE=method.scale,
         SURROGATE=options.surrogate,
@@ -406,4 +377,4 @@ def grpo_rows_(
         BLOCK_V=_block(tile.n_padded),
         num_warps=NUM_WARPS,
     )
-    return {**logs._asdict(), "clipped": logs.clipped > 0}, made.rows, made.factor
+    return {**logs._asdict(), "clipped": logs.clipped > 0}, output.rows, output.factor

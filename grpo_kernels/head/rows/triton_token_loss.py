@@ -1,6 +1,6 @@
-"""One token of ``token_losses.py`` in Triton: what it adds to the loss, and the derivative by its log-prob.
+"""Computes the loss of one token, and its derivative by the log-prob, in Triton; see ``token_losses.py``.
 
-(Where a field of an argument is None, what would have read it isn't compiled.)
+If a field of an argument is None, code that would read it isn't compiled.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import triton.language as tl
 
 
 class Tokens(NamedTuple):
-    """Which token a row is of; and of every token what its loss needs, where it has it."""
+    """The tokens of a tile's rows, and the inputs of every token's loss: (N,) each, or None."""
 
-    rows: Any  # (C,)
-    targets: Any  # (N,), as all below but position
+    rows: Any  # (C,), the token of each row
+    targets: Any
     sequence: Any
-    position: Any  # (B,), of a sequence in its group; None with advantages
+    position: Any  # (B,), of a sequence in its group; None if advantages are given
     weights: Any
-    advantages: Any  # None: made of the group's rewards
+    advantages: Any  # None: computed from the group's rewards
     old: Any
     ref: Any
     policy_scale: Any
@@ -28,18 +28,18 @@ class Tokens(NamedTuple):
 class LossNumbers(NamedTuple):
     """The numbers of ``TokenLoss``, and dL/dentropy of every token."""
 
-    low: Any  # of the ratio, as high and delta are
-    high: Any
-    delta: Any  # or None
+    low: Any  # lower bound of the ratio
+    high: Any  # upper bound of the ratio
+    delta: Any  # second upper bound of the ratio, or None
     sapo_positive: Any
     sapo_negative: Any
     beta: Any
-    entropy_grad: Any  # None: 0
+    entropy_grad: Any  # None stands for 0
 
 
 @triton.jit
 def token_loss(tokens, i_token, logprob, advantage, numbers, SURROGATE: tl.constexpr, KL_TIMES_RATIO: tl.constexpr):
-    """(loss, d loss / d logprob, ratio, clipped, kl) of one token: the equations of token_losses.py."""
+    """Returns (loss, d loss / d logprob, ratio, clipped, kl) of one token, by the equations of token_losses.py."""
     ratio = 1.0
     if tokens.old is not None:
         ratio = tl.exp(logprob - tl.load(tokens.old + i_token))
@@ -85,6 +85,6 @@ def token_loss(tokens, i_token, logprob, advantage, numbers, SURROGATE: tl.const
             kl_slope = -ratio * log_ratio
             kl = kl * ratio
         loss = tl.where(numbers.beta != 0, loss + numbers.beta * kl, loss)
-        # beta = 0 logs KL and adds nothing, however large it is
+        # with beta = 0, KL is logged only, and an infinite KL must not turn the loss into NaN
         coefficient = tl.where(numbers.beta != 0, coefficient + numbers.beta * kl_slope, coefficient)
     return loss, coefficient, ratio, clipped, kl
