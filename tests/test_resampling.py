@@ -183,7 +183,6 @@ def test_two_processes_draw_what_one_does(tiny_policy, tmp_path):
         ({**FOUR, "resample_max_rounds": 2}, "resample_max_rounds=2 contradicts resample_zero_variance=False"),
         ({"resample_zero_variance": "yes"}, "resample_zero_variance='yes' must be True or False"),
         ({**FOUR, "resample_live_prompts": 2}, "resample_live_prompts=2 contradicts resample_zero_variance=False"),
-        ({"resample_live_prompts": 0, **ON}, "resample_live_prompts=0 must be between 1 and 4"),
         ({"resample_live_prompts": 5, **ON}, "resample_live_prompts=5 must be between 1 and 4"),
         ({"normalization": "global", **ON}, "contradicts normalization='global'"),
     ],
