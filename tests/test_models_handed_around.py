@@ -160,8 +160,8 @@ def test_a_run_that_breaks_off_leaves_the_model_as_it_was(error, tiny_policy, tm
     same(parameters(model), parameters(fresh))
 
 
-def other_trainer(model, policy, folder):
-    return build(policy, folder, model=model, **EVALUATED | {"eval_steps": 100})
+def other_trainer(model, policy, folder, **options):
+    return build(policy, folder, model=model, **EVALUATED | {"eval_steps": 100} | options)
 
 
 @pytest.mark.parametrize("case", ["built", "evaluates", "built and evaluates"])
@@ -212,9 +212,10 @@ def test_a_snapshot_taken_while_training_is_a_whole_model(tiny_policy, tmp_path)
 
 
 @pytest.mark.parametrize("by", ["compute_loss", "training_step"])
-def test_a_backward_of_ones_own_outside_of_training(by, tiny_policy, tmp_path):
-    """With checkpointing, which computes layers again in the backward."""
-    trainer = other_trainer(load(tiny_policy), tiny_policy, tmp_path)
+@pytest.mark.parametrize("options", [{}, {"beta": 0.04, "num_iterations": 2}], ids=["plain", "old and reference"])
+def test_a_backward_of_ones_own_outside_of_training(by, options, tiny_policy, tmp_path):
+    """With checkpointing, which computes layers again in the backward; with old and reference log-probs."""
+    trainer = other_trainer(load(tiny_policy), tiny_policy, tmp_path, **options)
     trainer.args.gradient_checkpointing = True
     trainer.train()
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})

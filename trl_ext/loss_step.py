@@ -34,11 +34,12 @@ class LossStep:
             accumulation: number of micro-batches of this optimizer step; None in evaluation.
         """
         batch, part = Sequences(inputs), micro_batch(inputs)
-        objective: Objective = self.fused
-        obstacle = self.fused.why_not(settings, batch)
-        if obstacle is not None:
+        objective: Objective
+        for objective in (self.fused, TRLObjective(compute)):
+            obstacle = objective.why_not(settings, batch)
+            if obstacle is None:
+                break
             self.run.log_once(f"The loss isn't made in one pass, but by TRL on our head's log-probs: {obstacle}.")
-            objective = TRLObjective(compute)
         # regrouped sequences keep the token weights that they have in TRL's own micro-batches
         training = accumulation is not None
         weights_B = token_weights(batch, settings, training=training) if part.is_trls else batch.token_weight

@@ -79,10 +79,10 @@ class Parts:
 
     def overrides(self) -> Overrides:
         """Finds the methods that a subclass overrides and that forbid skipping sequences or postponing log-probs."""
-        return Overrides(
-            plan=overridden(self.trainer, self.ours, *rules.OWN_METHODS),
-            log_probs=overridden(self.trainer, self.ours, *log_probs.OWN_METHODS),
-        )
+        reason = overridden(self.trainer, self.ours, *log_probs.OWN_METHODS)
+        if reason is None and "_get_per_token_logps_and_entropies" in vars(self.trainer):
+            reason = "the trainer has a _get_per_token_logps_and_entropies of its own"
+        return Overrides(plan=overridden(self.trainer, self.ours, *rules.OWN_METHODS), log_probs=reason)
 
     def step_request(self) -> StepRequest:
         """Collects what the plan of the current optimizer step depends on."""

@@ -29,6 +29,7 @@ from .advantages.reward_checks import RewardFailed
 from .checkpoints.find import find_checkpoint
 from .checkpoints.save import checkpoint_folder, complete_or_none, saved_when
 from .compat import read_position
+from .objective.token_weights import token_weights
 from .paper import PAPER
 from .parts import Parts, before_model, build_parts
 from .plan.micro_batches import micro_batch
@@ -80,7 +81,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         generate = super()._generate_and_score_completions
         if (parts := parts_of(self)) is None:
             return generate(inputs)
-        return parts.rollouts.batch(generate, inputs, parts.loss_settings(), parts.overrides())
+        with applied(self):
+            return parts.rollouts.batch(generate, inputs, parts.loss_settings(), parts.overrides())
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         """Runs TRL's method on the model with our head."""
@@ -119,12 +121,14 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if not part.runs:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         if (parts := parts_of(self)) is not None and self.model.training:
-            rows = Sequences(inputs)
+            rows, settings = Sequences(inputs), parts.loss_settings()
+            if part.is_trls:
+                rows = rows.with_columns(token_weight=token_weights(rows, settings, training=True))
 
             def dead() -> list[Sequences]:
                 return [*dead_sequences(rows), *part.not_run]
 
-            parts.recorder.rows(rows, part.skipped, read_position(self), parts.loss_settings(), dead)
+            parts.recorder.rows(rows, part.skipped, read_position(self), settings, dead)
         return super().compute_loss(model, inputs, *rest, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The catalogue of normalisations: what each subtracts from a reward, what it divides by, and the options it takes.
 
 r a reward; m, s, n mean, sample std (ddof=1) and number of the scorable rewards of its group; mu their mean over the
-batch. ``centre`` and ``scale`` name the two halves of ``A = (r - centre) / scale``, which `normalize.py` computes.
+batch. ``centre`` and ``scale`` name the two halves of ``A = (r - centre) / scale``, which `rewards.py` computes.
 """
 
 from __future__ import annotations

@@ -153,14 +153,14 @@ class MicroBatches:
 
     def _plan(self, parts: list[Sequences], request: StepRequest) -> list[Batch]:
         settings = request.settings
-        parts = [part.with_columns(token_weight=token_weights(part, settings, training=True)) for part in parts]
         runs = self.what_runs(parts[0], settings, request.override)
         self._log_what_runs(runs, request.override)
         self.skipping = runs.skipped
         if not runs.regrouped:
             return self._own_micro_batches(parts, request)
         self.limits.name_random_layers()
-        rows = join(parts)
+        weighted = [part.with_columns(token_weight=token_weights(part, settings, training=True)) for part in parts]
+        rows = join(weighted)
         table = read_rows(rows, sequences_to_run(rows, runs), unchanged_advantages(rows, request.advantages_PG))
         plan = self.plan(table, len(parts[0]), len(parts), share=not request.by_sequence)
         batches = [self.limits.trimming.select(rows, row_B, table) for row_B in plan.batches]
@@ -183,14 +183,15 @@ class MicroBatches:
         return [{KEY: NOTHING} for _ in range(len(parts) - len(planned))] + planned
 
     def _own_micro_batches(self, parts: list[Sequences], request: StepRequest) -> list[Batch]:
-        """Returns TRL's micro-batches as they are, with a note if the kernel may normalise the rewards."""
+        """Returns TRL's micro-batches: the same dicts, or copies with a note if the kernel may normalise the rewards."""
         self._counts.append(count_own(parts))
         method = request.method
         if method is not None:
             unchanged = torch.stack([unchanged_advantages(part, request.advantages_PG).all() for part in parts])
             method = method if bool(unchanged.all()) else None
-        note = {} if method is None else {KEY: MicroBatch(method=method)}
-        return [{**part.columns, **note} for part in parts]
+        if method is None:
+            return [part.columns for part in parts]
+        return [{**part.columns, KEY: MicroBatch(method=method)} for part in parts]
 
     def plan(self, table: RowTable, rows: int, n_parts: int, *, share: bool) -> StepPlan:
         """Plans a training step, for which TRL has ``n_parts`` micro-batches of ``rows`` sequences each."""

@@ -62,7 +62,9 @@ class StepPlan:
         return [packed_positions(row_B, table) if self.shared else 0 for row_B in self.batches]
 
 
-def plan_step(table: RowTable, limits: PlanLimits, most_over_ranks: Callable[[int], int] = lambda number: number):
+def plan_step(
+    table: RowTable, limits: PlanLimits, most_over_ranks: Callable[[int], int] = lambda number: number
+) -> StepPlan:
     """Puts the wanted rows, sorted by length, into as few micro-batches as the limits allow.
 
     Every rank gets the same number of micro-batches, because DDP and FSDP2 synchronise in each. A rank with too few

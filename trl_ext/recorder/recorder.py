@@ -11,7 +11,7 @@ closed             logged, and kept in a file                       files.py
 There is one failure boundary. What fails on this process between two collectives is kept (``guarded``), as the other
 processes go on to the end of the step; what fails in collective work fails on all processes (``Collectives.attempt``).
 Either way all processes switch the recorder off at the end of the step, for one logged reason, and training goes on.
-Parts that fail alone (what-if, the extra pass, files, images) are each an ``OptionalPart``.
+Parts that fail alone (what-if, the extra pass, files) are each an ``OptionalPart``.
 """
 
 from __future__ import annotations
