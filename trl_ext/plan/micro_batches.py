@@ -183,7 +183,7 @@ class MicroBatches:
         return [{KEY: NOTHING} for _ in range(len(parts) - len(planned))] + planned
 
     def _own_micro_batches(self, parts: list[Sequences], request: StepRequest) -> list[Batch]:
-        """Returns TRL's micro-batches: the same dicts, or copies with a note if the kernel may normalise the rewards."""
+        """Returns TRL's dicts of the micro-batches; copies with a note if the kernel may normalise the rewards."""
         self._counts.append(count_own(parts))
         method = request.method
         if method is not None:
