@@ -100,9 +100,24 @@ def test_the_example(processes, calling_policy, tmp_path):
     """Over several turns, on one and two processes: tools are called, dead groups skipped, prompts run once, and
     interference logged."""
     folder = tmp_path / "run"
-    given = ["--output_dir", str(folder), "--use_cpu", "true", "--max_steps", "6", "--logging_steps", "1",
-             "--interference_every", "2", "--per_device_train_batch_size", str(64 // processes),
-             "--per_device_eval_batch_size", "64", "--eval_steps", "6"]  # fmt: skip
+    given = [
+        "--output_dir",
+        str(folder),
+        "--use_cpu",
+        "true",
+        "--max_steps",
+        "6",
+        "--logging_steps",
+        "1",
+        "--interference_every",
+        "2",
+        "--per_device_train_batch_size",
+        str(64 // processes),
+        "--per_device_eval_batch_size",
+        "64",
+        "--eval_steps",
+        "6",
+    ]
     started = start(
         processes, run_script, ROOT / "examples" / "calculator.py", given, folder=tmp_path / "out", cwd=ROOT
     )

