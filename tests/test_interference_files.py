@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from grpo_kernels.interference.step_gradients import StepGradients
-from trl_ext.recorder import files as interference_files
 from trl_ext.recorder.files import MOST_SEQUENCES, read_interference, write_step
 
 NAN = float("nan")
@@ -91,9 +90,9 @@ def test_a_damaged_file_is_skipped_and_named(tmp_path, damage):
 
 
 WRITER = """
-import runpy, sys, torch
+import sys, torch
 from grpo_kernels.interference.step_gradients import StepGradients
-write_step = runpy.run_path(sys.argv[2])["write_step"]  # without the package, which imports trainers
+from trl_ext.recorder.files import write_step
 vectors = torch.randn(500, 30)
 step = StepGradients(vectors @ vectors.T, torch.arange(500) // 2, torch.rand(500), None, 2)
 for number in range(100000):
@@ -104,9 +103,7 @@ for number in range(100000):
 def test_a_killed_run_leaves_whole_files(tmp_path):
     """Killed at some moment of writing one file after another: every file is whole, and a new run goes on."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path), interference_files.__file__], env=environment
-    )
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], env=environment)
     folder = tmp_path / "interference"
     unfinished: list = []
     try:
