@@ -15,7 +15,10 @@ import trl_ext
 from grpo_kernels import normalize_rewards
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext._version_check import check_trl_version
+from trl_ext.compat import read_loss_settings
 from trl_ext.objective import fused
+from trl_ext.objective.token_weights import token_weights
+from trl_ext.schema import Sequences
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "sapo", "luspo"])
@@ -41,9 +44,11 @@ def test_token_weights_are_trls(loss_type, accumulation, tiny_policy, tmp_path):
 @pytest.mark.parametrize("loss_type", ["cispo", "vespo"])
 def test_token_weights_of_losses_on_log_probs(loss_type, tiny_policy, tmp_path):
     options = {"normalization": "none", "steps_per_generation": 2, "skip_zero_advantage": False}
-    for inputs, _ in loss_batches(build(tiny_policy, tmp_path, loss_type=loss_type, **options)):
+    trainer = build(tiny_policy, tmp_path, loss_type=loss_type, **options)
+    for inputs, _ in loss_batches(trainer):
         per_generation, items = 2, inputs["num_items_in_batch"].item()
-        torch.testing.assert_close(inputs["token_weight"], torch.full((8,), per_generation / items))
+        weights = token_weights(Sequences(inputs), read_loss_settings(trainer), training=True)
+        torch.testing.assert_close(weights, torch.full((8,), per_generation / items))
 
 
 COLUMNS = ("prompt_id", "group_position", "group_rewards", "advantages")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from two_process_worker import assert_same_run, run_processes
 
-KEEP = ["advantages", "prompt_id", "group_position", "group_rewards", "token_weight"]
+KEEP = ["advantages", "prompt_id", "group_position", "group_rewards"]
 
 
 def test_the_same_as_one_process(tiny_policy, tmp_path):
@@ -29,8 +29,6 @@ def test_the_same_as_one_process(tiny_policy, tmp_path):
             torch.testing.assert_close(
                 joined[name][order], whole[name][whole_order], equal_nan=True, rtol=1e-5, atol=1e-6
             )
-        # a micro-batch of half the size: twice the weight, and DDP halves the sum
-        torch.testing.assert_close(joined["token_weight"][order] / 2, whole["token_weight"][whole_order])
         assert set(parts[0]["prompt_id"].tolist()) & set(parts[1]["prompt_id"].tolist()) == {1}
 
 

@@ -290,6 +290,6 @@ def markdown() -> str:
     """The options as a table for the documentation."""
     lines = ["| option | default | must be | what it does |", "|---|---|---|---|"]
     for one in DECLARED:
-        allowed = one.metadata["help"].rule.allowed or one.type.replace("|", "or")
+        allowed = one.metadata["help"].rule.allowed or CurvatureOptions.__annotations__[one.name].replace("|", "or")
         lines.append(f"| `{one.name}` | `{one.default!r}` | {allowed} | {one.metadata['help'].text} |")
     return "\n".join(lines)
