@@ -52,7 +52,7 @@ def contenders(request):
 )
 def test_optimizer_step(benchmark, record, contenders, share):
     kind, tokens, found = contenders
-    # TRL runs every sequence, whatever the share: with long prompts, of which a step takes minutes on a CPU, once
+    # TRL runs every sequence at any share of dead groups: one measurement is enough
     runs = {name: one for name, one in found.items() if name != "trl" or not (share and tokens) or DEVICE == "cuda"}
     seconds = {name: [] for name in (*runs, "floor")}
     for contender in runs.values():

@@ -97,7 +97,7 @@ def reward_with_dead(share: float):
 
 
 def live_or_not(share: float):
-    """Rewards that differ within every group of the other prompts, whatever was answered."""
+    """Gives the other prompts' groups rewards that always differ, for any answers."""
 
     def reward(prompts, **kwargs):
         return [0.25 if dead_share(p, share) else (row % 4) / 4 for row, p in enumerate(prompts)]

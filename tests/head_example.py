@@ -1,4 +1,4 @@
-"""Inputs of the fused head, plain torch beside it, and the rule by which the two are compared."""
+"""Inputs of the fused head, the same loss in plain torch, and the rule that compares the two."""
 
 import math
 

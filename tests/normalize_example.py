@@ -38,7 +38,7 @@ def reference(rewards, method, *, alpha=0.5, eps=1e-4) -> torch.Tensor:
 
 
 def at_a_threshold(rewards, method) -> bool:
-    """Where rounding decides whether MAD or IQR, or the std in its place, is the scale."""
+    """Returns whether a group's MAD or IQR is so near its threshold that rounding decides if the std replaces it."""
     for group in rewards:
         known = np.array([x for x in group if not math.isnan(x)])
         if method not in ("median_mad", "iqr") or len(known) < 2:

@@ -76,3 +76,12 @@ def test_a_parameter_that_is_not_followed_is_named():
         hidden = nn.functional.linear(x, model.first.weight, model.first.bias)  # past the layer's forward
         model.second(hidden).sum().backward()
     assert set(gradients.check_gradients()) == {"first.weight", "first.bias"}
+
+
+@pytest.mark.parametrize("seed", ["3", 1.5, True])
+def test_a_seed_that_is_no_whole_number_is_named(seed):
+    with (
+        pytest.raises(ValueError, match=f"seed={seed!r} must be a whole number"),
+        GradientRecorder(Regression()).step(seed),
+    ):
+        pass

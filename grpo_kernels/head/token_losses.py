@@ -88,7 +88,7 @@ class TokenInputs:
         return self.advantages
 
     def may_be_live(self, options: TokenLoss, entropy_grad: float) -> torch.Tensor:
-        """Returns (N,) bool: False where d loss / d logprob is certainly 0, whatever the log-probs are."""
+        """Returns (N,) bool: False for a token whose d loss / d logprob is 0 for every value of its log-prob."""
         if entropy_grad:
             return torch.ones_like(self.targets, dtype=torch.bool)
         weighted = self.weights != 0

@@ -60,14 +60,14 @@ class RecordedGradients:
     def by_prompt(
         self, reward_B: torch.Tensor, coefficient_B: torch.Tensor | None = None, baseline_size: int = 0
     ) -> PromptGroups:
-        """The step grouped by prompt; the arguments are those of ``StepGradients``."""
+        """Groups the step's gradients by prompt. Takes the arguments of ``StepGradients``."""
         gram_BB = self.inner_products()
         return group_by_prompt(StepGradients(gram_BB, self.prompt_ids, reward_B, coefficient_B, baseline_size))
 
     def metrics(
         self, reward_B: torch.Tensor, coefficient_B: torch.Tensor | None = None, baseline_size: int = 0
     ) -> dict[str, float]:
-        """``interference_metrics`` of the step; the arguments are those of ``StepGradients``."""
+        """Computes ``interference_metrics`` of the step. Takes the arguments of ``StepGradients``."""
         groups = self.by_prompt(reward_B, coefficient_B, baseline_size)
         return interference_metrics(groups, sketch_rmse=self.sketch_rmse())
 
@@ -108,6 +108,12 @@ class GradientRecorder:
 
     @contextmanager
     def step(self, seed: int) -> Iterator[RecordedGradients]:
-        """Around the passes of one optimizer step. ``seed`` draws the projections: take the step's number."""
+        """Records the passes of one optimizer step. ``seed`` draws the projections: give the step's number.
+
+        Raises:
+            ValueError: ``seed`` isn't a whole number.
+        """
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed={seed!r} must be a whole number: the step's number")
         with self.sketch.step(seed) as recorded:
             yield RecordedGradients(self.sketch, recorded)
