@@ -43,11 +43,12 @@ $(TRL115)/.installed: pyproject.toml constraints.txt
 	$(TRL115)/bin/pip install -q -c $(TRL115)/constraints.txt -e ".[dev]"
 	touch $@
 
+TRL115_TESTS = trainer trainer_equality fused_trainer skipping work_saved resampling interference compat subclasses \
+	without_init environments
+
 test-trl115: $(TRL115)/.installed
-	$(TRL115)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/test_trainer.py tests/test_trainer_equality.py \
-		tests/test_fused_trainer.py tests/test_skipping.py tests/test_work_saved.py tests/test_resampling.py tests/test_two_processes.py \
-		tests/test_interference.py tests/test_normalization_state.py tests/test_compat.py \
-		tests/test_subclasses.py tests/test_without_init.py tests/test_environments.py
+	$(TRL115)/bin/python -m pytest -n $(JOBS) --dist worksteal $(TRL115_TESTS:%=tests/equality/test_%.py) \
+		tests/unit/test_normalization_state.py tests/distributed/test_two_processes.py
 
 # its ops aren't compiled: none is used here
 $(ENGINES)/.installed-engines: pyproject.toml constraints.txt
@@ -56,7 +57,7 @@ $(ENGINES)/.installed-engines: pyproject.toml constraints.txt
 	touch $@
 
 test-engines: $(ENGINES)/.installed-engines
-	DS_ACCELERATOR=cpu $(ENGINES)/bin/python -m pytest $(CASES) tests/test_engines.py tests/test_elastic.py
+	DS_ACCELERATOR=cpu $(ENGINES)/bin/python -m pytest $(CASES) tests/distributed/test_engines.py tests/distributed/test_elastic.py
 
 $(VLLM)/.installed-vllm: pyproject.toml constraints.txt .ci/install_vllm.py
 	$(MAKE) $(VLLM)/.installed-dev VENV=$(VLLM)
@@ -66,7 +67,7 @@ $(VLLM)/.installed-vllm: pyproject.toml constraints.txt .ci/install_vllm.py
 # where it can't be had the tests are skipped, and say so
 test-vllm:
 	-$(MAKE) $(VLLM)/.installed-vllm
-	$(VLLM)/bin/python -m pytest -m vllm -rs tests/test_vllm.py
+	$(VLLM)/bin/python -m pytest -m vllm -rs tests/distributed/test_vllm.py
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only

@@ -7,6 +7,7 @@ import hashlib
 import subprocess
 import sys
 import time
+from glob import glob
 from pathlib import Path
 
 DONE = Path(".nightly")  # a file for each part that passed: of which state of the repository
@@ -23,7 +24,7 @@ def state() -> str:
 
 
 def parts() -> list[str]:
-    marked = output("git", "grep", "-lE", r"mark\.nightly", "--", "tests/test_*.py")
+    marked = output("git", "grep", "-lE", r"mark\.nightly", "--", "tests/*/test_*.py")
     return sorted(Path(name).stem for name in marked.split())
 
 
@@ -38,7 +39,8 @@ def main(wanted: list[str]) -> None:
             print(f"{part}: passed before on these files", flush=True)
             continue
         start = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "nightly", f"tests/{part}.py"]).returncode
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "nightly", *glob(f"tests/*/{part}.py")]
+        code = subprocess.run(command).returncode
         print(f"{part}: {'passed' if code == 0 else 'FAILED'} in {time.monotonic() - start:.0f} s", flush=True)
         stamp.write_text(now) if code == 0 else failed.append(part)
     if failed:

@@ -18,7 +18,7 @@ from examples.tasks.questions import build_dataset, read_questions
 from examples.tasks.reasoning import GymScore, Tasks, counts, task_names, task_options, task_weights
 from trl_ext.load_function import load_function
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "math.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "math.py"
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import ratios
 from processes import start
 from ratios import Ratios
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 ROWS = [
     Ratios("step", "lora", {"TRL / ours": 2.7812, "ours / floor": 1.0}),

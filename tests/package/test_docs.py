@@ -173,14 +173,14 @@ def test_the_glossary_lists_what_runs_log(tiny_policy, warm_policy, tmp_path):
 
 def test_nightly_parts_are_listed():
     text = (DOCS / "testing.md").read_text()
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").glob("*/test_*.py")):
         if re.search(r"mark[.]nightly", path.read_text()):
             assert f"`{path.name}`" in text, path.name
 
 
 def test_no_test_imports_from_another_test_file():
     """Shared helpers live in files of their own."""
-    for path in (ROOT / "tests").glob("*.py"):
+    for path in (ROOT / "tests").rglob("*.py"):
         assert not re.search(r"^\s*(?:from|import) test_", path.read_text(), re.M), path.name
 
 

@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM isn't installed: make test-vllm"),
 ]
-WORKER = Path(__file__).with_name("vllm_worker.py")
+WORKER = Path(__file__).parents[1] / "vllm_worker.py"
 
 
 def run(policy, folder, trainer="ours", dtype="float32", **options):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pages import blocks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ("trl_ext", "grpo_kernels", "pyproject.toml", "README.md", "LICENSE")
 needs_shared_object = pytest.mark.skipif("math" in sys.builtin_module_names, reason="math is built into this Python")
 

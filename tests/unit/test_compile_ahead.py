@@ -12,7 +12,7 @@ from grpo_kernels import METHODS
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compile_ahead.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compile_ahead.py"
 
 # every kernel on sm_90; the two variants of --quick are compiled for every dtype, vocabulary and target besides
 EVERY_VARIANT = """

@@ -9,7 +9,7 @@ from trl.chat_template_utils import supports_tool_calling
 
 from examples.tasks.calculator import SameNumber, build_tokenizer, calculate, calculator_policy, questions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
