@@ -13,20 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 CROSSES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)  # between devices, as they are asked to
 # without CUDA these stop before they come to ``__torch_dispatch__``
-ASKS_FOR_CUDA = (
-    "__getitem__",
-    "__setitem__",
-    "__invert__",
-    "__int__",
-    "__float__",
-    "__bool__",
-    "__index__",
-    "tolist",
-    "item",
-    "nonzero",
-    "contiguous",
-    "copy_",
-)
+ASKS_FOR_CUDA = ("__getitem__", "__setitem__", "__invert__", "__int__", "__float__", "__bool__", "__index__")
+ASKS_FOR_CUDA += ("tolist", "item", "nonzero", "contiguous", "copy_")
 READS = (torch.ops.aten._local_scalar_dense.default,)
 
 

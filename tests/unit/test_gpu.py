@@ -133,26 +133,16 @@ def test_interference_on_a_gpu(lora, tiny_policy, tmp_path):
         assert abs(sketched.gram_BB - exact.gram_BB).max() < 0.2 * exact.gram_BB.diagonal().max()
 
 
-class PeakOnGpu:
-    """``peak``: bytes that tensors took within the ``with``, by torch's own count."""
-
-    def __enter__(self):
-        torch.cuda.reset_peak_memory_stats()
-        self.before = torch.cuda.memory_allocated()
-        return self
-
-    def __exit__(self, *error):
-        self.peak = torch.cuda.max_memory_allocated() - self.before
-
-
 @pytest.mark.parametrize("known", [True, False], ids=["coefficients", "no coefficients"])
 def test_a_large_step_on_a_gpu(known, monkeypatch):
     """One process of eight, 512 prompts of 16 answers: what the allocator has seen, temporaries of operations too."""
-    one_of_eight(known, monkeypatch, contextlib.nullcontext(), "cuda")  # workspaces of libraries
-    memory = PeakOnGpu()
-    one_of_eight(known, monkeypatch, memory, "cuda")
-    print(f"{memory.peak / 1e6:.1f} MB held by one of eight on a GPU")
-    assert memory.peak <= 64e6
+    for _ in range(2):  # the first allocates workspaces of libraries
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        one_of_eight(known, monkeypatch, contextlib.nullcontext(), "cuda")
+        peak = torch.cuda.max_memory_allocated() - before
+    print(f"{peak / 1e6:.1f} MB held by one of eight on a GPU")
+    assert peak <= 64e6
 
 
 def test_logging_changes_no_parameter_on_a_gpu(tiny_policy, tmp_path):

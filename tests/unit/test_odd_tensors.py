@@ -1,12 +1,21 @@
-"""Inputs with gaps, expanded, or beginning in the middle of their memory: the same results, on both backends."""
+"""Inputs with gaps, expanded, or beginning in the middle of their memory: the same results, on both backends.
+
+The kernels run on guarded memory: none reads or writes beside its tensors.
+"""
 
 import pytest
 import torch
+from guarded_memory import guard
 from kernel_inputs import CALLS, LAYOUTS, OF_TOKENS, head_inputs, loss_call
 
 from grpo_kernels import normalize_rewards, use_backend
 from grpo_kernels.launch import launch
 from grpo_kernels.normalize.triton_groups import Groups
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch):
+    guard(monkeypatch)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
