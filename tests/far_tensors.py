@@ -1,7 +1,7 @@
 """A GPU that isn't here: CPU tensors that say they are on it, and kernels that run interpreted on them.
 
 Every operation on a ``Far`` tensor is done on the CPU tensor behind it, so that values and what depends on them are
-real; the result says it is on the same device. What a GPU would refuse, or wait for unasked, is an error:
+real; the result says it is on the same device. What a GPU would refuse or wait for is an error:
 an operation on tensors of two devices, and one that makes a CPU tensor of one or more dimensions.
 """
 

@@ -31,8 +31,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_columns_are_cut_where_nothing_changes(name):
-    """What is said of a model is what its own forward does, with padding and without."""
+def test_columns_are_trimmed_where_that_changes_nothing(name):
+    """The rule agrees with the model's own forward, with padding and without."""
     config, expected = MODELS[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -54,31 +54,31 @@ def test_attention_in_chunks_keeps_its_columns():
 
 
 def test_a_model_that_moves_with_padding_is_found_out(monkeypatch):
-    """HunYuan has a norm after its rotation: were it not in the rule, the model would still be asked."""
+    """HunYuan has a norm after its rotation: without the rule, a forward pass still finds it out."""
     assert columns_by_rule(architecture("hunyuan_v1_dense")) == (False, True)
     monkeypatch.setattr(padding, "NORM_AFTER_ROTATION", ())
-    alone, said = SimpleNamespace(distributed_type=DistributedType.NO), []
+    alone, logged = SimpleNamespace(distributed_type=DistributedType.NO), []
     for name, moves in (("hunyuan_v1_dense", True), ("llama", False)):
         model = architecture(name).train()
         model.lm_head.eval()
         assert columns_by_rule(model) == (True, True)
         moved = change_by_padding(model)
         assert moved > 1e-3 if moves else moved < 1e-6
-        assert trimmed_columns(model, alone, said.append) == (not moves, True)
+        assert trimmed_columns(model, alone, logged.append) == (not moves, True)
         assert model.model.training and not model.lm_head.training
-    assert len(said) == 1 and "Padding before prompts stays: what the model says changes with it" in said[0]
+    assert len(logged) == 1 and "Padding before prompts stays: what the model says changes with it" in logged[0]
     sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)  # its parameters are elsewhere: by rule
-    assert trimmed_columns(architecture("hunyuan_v1_dense"), sharded, said.append) == (True, True)
+    assert trimmed_columns(architecture("hunyuan_v1_dense"), sharded, logged.append) == (True, True)
     monster = architecture("llama")
     monster.forward = lambda **kwargs: 1 / 0
-    assert trimmed_columns(monster, alone, said.append) == (False, True) and "ZeroDivisionError" in said[-1]
+    assert trimmed_columns(monster, alone, logged.append) == (False, True) and "ZeroDivisionError" in logged[-1]
 
 
 # ---- the parts
 
 
 def table(wanted_B, length_B, live_B=None):
-    """Of rows without prompts; every one has a token that counts unless ``live_B`` says otherwise."""
+    """Of rows without prompts; each has a token that counts, unless ``live_B`` is 0 for it."""
     live_B = torch.ones_like(length_B) if live_B is None else live_B
     return RowTable(0 * length_B, length_B, length_B, live_B, torch.arange(len(length_B)), wanted_B, packable=True)
 
@@ -111,7 +111,7 @@ def test_even_batches(rows, n_batches):
     st.tuples(st.booleans(), st.booleans()),
     st.sampled_from([None, 2, 4]),
 )
-def test_select_loses_padding_alone(lengths, data, trim, multiple_of):
+def test_select_removes_only_padding(lengths, data, trim, multiple_of):
     n, prompt_width, completion_width = len(lengths), 8, 8
     generator = torch.Generator().manual_seed(n)
     prompt_N1, completion_N1 = torch.tensor(lengths).split(1, dim=1)
@@ -150,7 +150,7 @@ def test_select_loses_padding_alone(lengths, data, trim, multiple_of):
     assert got["names"] == [str(i) for i in index.tolist()] and got["num_items_in_batch"] == 3
 
 
-def test_join_is_the_way_back():
+def test_join_undoes_a_split():
     rows = {"a": torch.arange(12).view(6, 2), "names": list("abcdef"), "n": torch.tensor(2)}
     parts = [{"a": rows["a"][i : i + 2], "names": rows["names"][i : i + 2], "n": rows["n"]} for i in (0, 2, 4)]
     whole = join([Sequences(part) for part in parts]).columns

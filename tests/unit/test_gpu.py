@@ -189,7 +189,7 @@ def test_taps_never_wait_for_the_gpu(packed, tiny_policy):
         model.zero_grad()
 
 
-def test_scores_beside_a_step_change_no_parameter_on_a_gpu(tiny_policy, tmp_path):
+def test_scores_from_an_extra_pass_change_no_parameter_on_a_gpu(tiny_policy, tmp_path):
     """``what_if_dead`` with dropout, in bf16 and with checkpointing: parameters and random numbers as without it."""
 
     def half_dead(completion_ids, **kwargs):
@@ -203,7 +203,7 @@ def test_scores_beside_a_step_change_no_parameter_on_a_gpu(tiny_policy, tmp_path
         trainer = train(tiny_policy, tmp_path / str(dead), half_dead, peft_config=lora, **options)
         values = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
         seen.append((torch.rand(4, device="cuda"), values))
-        told = [name for log in trainer.state.log_history for name in log if name == "what_if/global/cos"]
-        assert bool(told) == dead
+        logged = [name for log in trainer.state.log_history for name in log if name == "what_if/global/cos"]
+        assert bool(logged) == dead
     assert torch.equal(seen[0][0], seen[1][0])
     assert all(torch.equal(a, b) for a, b in zip(seen[0][1], seen[1][1], strict=True))

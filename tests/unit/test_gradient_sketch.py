@@ -138,7 +138,7 @@ def test_lora_over_four_bits(tmp_path):
 
 
 def test_packed_rows():
-    """Two sequences in a row, kept apart by a block-diagonal mask: each position's sequence is told."""
+    """Two sequences in a row, kept apart by a block-diagonal mask, with the sequence of each position."""
     model = make_model()
     torch.manual_seed(2)
     ids = torch.randint(0, WORDS, (2, 12))
@@ -178,7 +178,7 @@ def test_the_sketch_adds_over_micro_batches_and_draws_differ():
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_nothing_else_changes(lora):
+def test_taps_do_not_change_the_gradients(lora):
     """Gradients with taps are those without, bit for bit."""
     model = make_model(lora=lora)
     loss_of(model, *batch(), WEIGHTS).backward()
@@ -279,7 +279,7 @@ def test_taps_never_wait_for_the_device(kind, packed):
 
 
 def test_packed_rows_of_any_lengths():
-    """Padding dropped, the sketch of rows told token by token is that of whole rows; lengths from 1 to many, and 0."""
+    """Padding dropped, the sketch of packed tokens is that of padded rows; lengths from 1 to many, and 0."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(40, 24)
     lengths, width = [1, 30, 0, 2, 7], 30
@@ -301,7 +301,7 @@ def test_packed_rows_of_any_lengths():
         torch.testing.assert_close(packed.sketch, whole.sketch, rtol=1e-4, atol=1e-5)
 
 
-def test_signs_are_the_seeds():
+def test_signs_depend_on_the_seed_alone():
     device = torch.device("cpu")
     signs = random_signs("7 x", 4_000_003, device)
     assert torch.equal(signs, random_signs("7 x", 4_000_003, device)) and set(signs.tolist()) == {-1, 1}

@@ -8,7 +8,9 @@ from head_example import (
     assert_no_worse,
     distance,
     example,
+    gradients_of,
     our_gradients,
+    ours,
     plain,
     token_arguments,
 )
@@ -17,60 +19,42 @@ from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.backend import assume_native_half, native_half
 from grpo_kernels.head import products
 
-N, H, V = 24, 32, 257
-
-
-def problem():
-    generator = torch.Generator().manual_seed(0)
-    hidden_NH = torch.randn(N, H, generator=generator).bfloat16()
-    weight_VH = (torch.randn(V, H, generator=generator) * 0.4).bfloat16()
-    return hidden_NH, weight_VH, torch.randint(V, (N,), generator=generator)
-
 
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_autocast_changes_the_products_alone(softcap, inside):
     """With bfloat16 inputs autocast has nothing left to cast: every number is the one without it."""
-    hidden_NH, weight_VH, targets_N = problem()
-    bias = torch.linspace(-1, 1, V)
-    sequence_N, advantages_B = torch.arange(N) // 6, torch.tensor([1.0, -0.5, 0.7, -1.2])
+    tensors, data = example(h=32, v=257, dtype=torch.bfloat16, scale=0.4)
+    head = {"bias": tensors["bias"], "softcap": softcap, "entropy": True}
 
     def run(autocast):
-        hidden, weight, b = (x.clone().requires_grad_() for x in (hidden_NH, weight_VH, bias))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logprobs_N, entropies_N = linear_logprob(hidden, weight, targets_N, bias=b, softcap=softcap, entropy=True)
-            arguments = (hidden, weight, targets_N, sequence_N, advantages_B, torch.full((4,), 1 / N))
-            out = linear_grpo_loss(*arguments, bias=b, softcap=softcap, entropy_coef=0.1)
-            total = logprobs_N.sum() + entropies_N.square().sum() + out.loss
-            if inside:
-                total.backward()
-        if not inside:
-            total.backward()
-        details = [logprobs_N, entropies_N, out.logprobs, out.entropies, out.loss]
-        return [*details, hidden.grad, weight.grad, b.grad]
+            scores = linear_logprob(*token_arguments(tensors, data)[:3], **head)
+            out = ours(tensors, data, {"entropy_coef": 0.1}, {"softcap": softcap}, off_policy=False)
+            total = scores[0].sum() + scores[1].square().sum() + out.loss
+            gradients = gradients_of(total, tensors) if inside else {}
+        return [*scores, *vars(out).values(), gradients or gradients_of(total, tensors)]
 
     torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)  # their dtypes too
 
 
 def test_second_derivatives_are_refused():
-    hidden_NH, weight_VH, targets_N = problem()
-    hidden, arguments = hidden_NH.float().requires_grad_(), (weight_VH.float(), targets_N)
-    loss = linear_grpo_loss(hidden, *arguments, torch.arange(N) // 6, torch.randn(4), torch.ones(4)).loss
-    for result in (linear_logprob(hidden, *arguments).sum(), loss):
+    tensors, data = example(dtype=torch.float32)
+    for result in (linear_logprob(*token_arguments(tensors, data)[:3]).sum(), ours(tensors, data).loss):
         with pytest.raises(RuntimeError, match="no second derivatives: create_graph=True"):
-            torch.autograd.grad(result, hidden, create_graph=True)
+            torch.autograd.grad(result, tensors["hidden"], create_graph=True)
 
 
 @pytest.mark.parametrize("n_vocabulary", [1, 2, 257])
 def test_a_softcap_in_bfloat16_has_consistent_shares(n_vocabulary):
     """tanh is kept in bfloat16. Of one token the entropy has no gradient at all; of more, the error is that of rounding
     the tanh, not that of shares which don't add up to 1."""
-    hidden_NH, weight_VH, _ = problem()
-    weight_VH, targets_N = weight_VH[:n_vocabulary], torch.arange(N) % n_vocabulary
+    tensors, data = example(h=32, v=n_vocabulary, dtype=torch.bfloat16, scale=0.4)
 
     def gradient(dtype, entropies_alone):
-        hidden = hidden_NH.clone().to(dtype).detach().requires_grad_()
-        logprobs_N, entropies_N = linear_logprob(hidden, weight_VH.to(dtype), targets_N, softcap=5.0, entropy=True)
+        hidden = tensors["hidden"].detach().to(dtype).requires_grad_()
+        arguments = (hidden, tensors["weight"].detach().to(dtype), data["targets"])
+        logprobs_N, entropies_N = linear_logprob(*arguments, softcap=5.0, entropy=True)
         (entropies_N.sum() if entropies_alone else logprobs_N.sum() + entropies_N.sum()).backward()
         return hidden.grad.double()
 
@@ -165,7 +149,7 @@ def test_a_cpu_multiplies_float16_in_float32(monkeypatch):
         assert native_half(torch.float16, cpu)
 
 
-def test_autocast_is_linears():
+def test_autocast_multiplies_as_linear_does():
     tensors, data = example(n=32, h=16, v=50, dtype=torch.float32, scale=0.5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logprobs = linear_logprob(tensors["hidden"], tensors["weight"], data["targets"])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from allpairspy import AllPairs
+from guarded_memory import guard
 from head_example import EPS, OFF_POLICY, assert_no_worse, example, per_token, token_arguments
 from kernel_inputs import BACKENDS, INTERPRETED, method_options
 from reference import head_logprobs
@@ -90,7 +91,9 @@ class TestTriton:
         assert_no_worse(found, same, truth, EPS[torch.float32], "logprobs", slack=1.5)
 
     @pytest.mark.parametrize("flags", DESIGN, ids=lambda flags: "-".join(map(str, flags.values())))
-    def test_every_pair_of_flags(self, flags):
+    def test_every_pair_of_flags(self, flags, monkeypatch):
+        """On guarded memory: the kernels read and write nothing outside their tensors."""
+        guard(monkeypatch)
         options, biased = OFF_POLICY[flags["options"]], flags["biased"]
         tensors, data = example(n=12, v=50, dtype=torch.float32)
         if not biased:

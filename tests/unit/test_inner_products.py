@@ -69,7 +69,7 @@ def spread(vectors, crew, dropped=None):
     seed=st.integers(0, 1000),
     drops=st.booleans(),
 )
-def test_columns_answer_as_the_matrix_does(sizes, numbers, processes, seed, drops):
+def test_products_of_columns_are_those_of_the_matrix(sizes, numbers, processes, seed, drops):
     generator = torch.Generator().manual_seed(seed)
     row_B = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     row_B = row_B[torch.randperm(len(row_B), generator=generator)]

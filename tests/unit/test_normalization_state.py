@@ -103,7 +103,7 @@ SAVED = {"save_strategy": "steps", "save_steps": 1, **UNMEASURED}
 
 
 @pytest.mark.parametrize("method", ["running_std", "adaptive"])
-def test_resumed_training_takes_the_state_up(method, tiny_policy, tmp_path):
+def test_resumed_training_restores_the_state(method, tiny_policy, tmp_path):
     options = {"normalization": method, "max_steps": 3, **SAVED}
     trainer = train(tiny_policy, tmp_path, **options)
     expected = saved_state(tmp_path, 3)
@@ -115,7 +115,7 @@ def test_resumed_training_takes_the_state_up(method, tiny_policy, tmp_path):
     assert all(name in log for log in logged(trainer))
 
 
-def test_another_normalisation_starts_anew(tiny_policy, tmp_path):
+def test_another_normalisation_starts_with_a_new_state(tiny_policy, tmp_path):
     train(tiny_policy, tmp_path, normalization="running_std", max_steps=1, **SAVED)
     train(tiny_policy, tmp_path, normalization="adaptive", **SAVED, resume=str(tmp_path / "checkpoint-1"))
     assert set(saved_state(tmp_path, 2)[0]) == {"sigma", "outside"}

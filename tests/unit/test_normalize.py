@@ -210,7 +210,7 @@ def test_adding_a_constant_changes_nothing(case, shifts):
 
 @given(rewards=groups())
 @settings(max_examples=50, deadline=None)
-def test_power_ends_are_mean_and_std(rewards):
+def test_power_0_is_mean_and_power_1_is_std(rewards):
     tensor = torch.tensor(rewards)
     assert torch.equal(normalize_rewards(tensor, "power", alpha=0.0), normalize_rewards(tensor, "mean"))
     assert torch.equal(normalize_rewards(tensor, "power", alpha=1), normalize_rewards(tensor, "std"))
@@ -231,7 +231,7 @@ def test_context_gives_the_whole_batch_to_one_part(backend):
         torch.testing.assert_close(torch.cat(parts).double(), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_a_function_of_ones_own():
+def test_a_function_as_normalisation():
     rewards = torch.tensor([[1.0, 0.0, NAN], [2.0, 4.0, 6.0]])
 
     def own(rewards_PG, context, factor=1.0):

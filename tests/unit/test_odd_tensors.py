@@ -1,6 +1,6 @@
 """Inputs with gaps, expanded, or beginning in the middle of their memory: the same results, on both backends.
 
-The kernels run on guarded memory: none reads or writes beside its tensors.
+The kernels run on guarded memory: none reads or writes outside its tensors.
 """
 
 import pytest

@@ -208,7 +208,7 @@ def test_a_launch_makes_the_device_current_and_leaves_it(device):
     assert seen == [((3,), device)] and current.current == torch.device("cuda:0")
 
 
-def test_what_a_gpu_would_refuse_or_wait_for_is_seen(device):
+def test_mixed_devices_and_hidden_copies_are_caught(device):
     """The test can fail."""
     here, there = torch.ones(3), away(torch.ones(3), device)
     other = away(torch.ones(3), "cuda:0")

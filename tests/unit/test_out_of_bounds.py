@@ -1,7 +1,7 @@
-"""No kernel reads or writes beside its tensors, and nothing that lies there changes a result: ``guarded_memory.py``.
+"""No kernel reads or writes outside its tensors, and nothing that lies there changes a result: ``guarded_memory.py``.
 
-Every kernel, with every option that changes what it reads, at odd sizes, against the torch backend. Inputs with gaps
-are in test_odd_tensors.py.
+Every kernel at odd sizes, against the torch backend. On such memory run also inputs with gaps (test_odd_tensors.py) and
+every pair of the loss's options (test_head_triton.py).
 """
 
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ from grpo_kernels import METHODS, use_backend
 from grpo_kernels.head.rows import plain, triton_rows
 from grpo_kernels.head.rows.plain import Transform
 from grpo_kernels.head.rows.triton_rows import _gradient, _tile
-from grpo_kernels.head.token_losses import SURROGATES, GroupRewards, TokenInputs, TokenLoss
+from grpo_kernels.head.token_losses import GroupRewards, TokenInputs, TokenLoss
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 OWN_GROUP = [name for name, method in METHODS.items() if method.own_group]
@@ -59,9 +59,9 @@ def tokens(count, group, targets, *, method=None, off_policy=False, advantages=F
     return TokenInputs(every, sequence, numbers[0].abs() + 0.1, *signal, *more)
 
 
-def compare_rows(count, width, spare, tokens, options, *, dtype=None, every_option=False, rows=None):
+def compare_rows(count, width, spare, tokens, options, *, dtype=None, every_option=False):
     logits_CV, _ = logits(count, width)
-    rows = slice(1, count + 1) if rows is None else rows
+    rows = slice(1, count + 1)
     named = {"options": options, "gradient": True, "bias": None, "entropy_grad": 0.0}
     if every_option:
         named |= {"bias": torch.linspace(-1, 1, width), "entropy_grad": 0.01}
@@ -86,19 +86,6 @@ def test_rows_of_any_width(count, width, spare, dtype, guarded):
         loss = TokenLoss(delta=1.5, beta=0.1) if every_option else TokenLoss()
         compare_rows(count, width, spare, given, loss, dtype=dtype, every_option=every_option)
     assert guarded[1] == ["_grpo_rows_kernel"] * 2
-
-
-@pytest.mark.parametrize("surrogate", sorted(set(SURROGATES.values())))
-@pytest.mark.parametrize("chosen", [slice(1, 4), torch.tensor([4, 0, 2])], ids=["slice", "picked"])
-def test_every_token_loss(chosen, surrogate, guarded):
-    targets = logits(3, 37)[1]
-    for off_policy in (False, True):
-        given = tokens(3, 4, targets, off_policy=off_policy)
-        beta = 0.1 if off_policy else 0.0
-        for kl_times_ratio in (False, True):
-            loss = TokenLoss(surrogate, beta=beta, kl_times_ratio=kl_times_ratio)
-            compare_rows(3, 37, 0, given, loss, rows=chosen)
-    assert guarded[1] == ["_grpo_rows_kernel"] * 4
 
 
 @pytest.mark.parametrize("method", OWN_GROUP)

@@ -35,7 +35,7 @@ def test_by_hand():
     assert found["sampler/ess"] == pytest.approx((1 + 4 + 4) ** 2 / (3 * (1 + 16 + 16)))  # products 1, 4, 4
 
 
-def test_what_cannot_be_known_is_left_out():
+def test_tokens_without_a_log_prob_are_left_out():
     nan = float("nan")
     one = sampler_metrics(batch([[0.5, 0.7]], [[0.1, nan]]), ALONE)  # vLLM couldn't score it
     assert one == sampler_metrics(batch([[0.5]], [[0.1]]), ALONE)
@@ -48,7 +48,7 @@ def test_what_cannot_be_known_is_left_out():
 
 
 @given(st.lists(st.floats(-2, 2), min_size=2, max_size=6), st.lists(st.floats(-2, 2), min_size=2, max_size=6))
-def test_they_are_those_of_the_distributions(mu, pi):
+def test_metrics_of_samples_are_those_of_the_distributions(mu, pi):
     """Every token as often as the sampler draws it: a batch in which counts are exact."""
     n = min(len(mu), len(pi))
     counts = (torch.tensor(mu[:n]).double().softmax(0) * 200).round().clamp(min=1)
@@ -62,7 +62,7 @@ def test_they_are_those_of_the_distributions(mu, pi):
     assert found["sampler/ess"] == pytest.approx(1 / (1 + chi_square), rel=1e-4) == found["sampler/ess_tokens"]
 
 
-def test_a_run_whose_rollouts_tell_their_log_probs(tiny_policy, tmp_path):
+def test_a_run_whose_rollouts_return_their_log_probs(tiny_policy, tmp_path):
     """As with vLLM, by a rollout function: a sampler that gave every token half of what the trainer does."""
 
     def reward(completion_ids, **kwargs):
@@ -104,10 +104,10 @@ def test_a_run_whose_rollouts_tell_their_log_probs(tiny_policy, tmp_path):
     ],
 )
 def test_truncated_sampling_is_named(options, named):
-    said = []
+    logged = []
     defaults = {"use_vllm": True, "vllm_importance_sampling_correction": True, "top_p": 1.0, "top_k": 0, "min_p": None}
     args = SimpleNamespace(**{**defaults, "generation_kwargs": None, **options})
-    warn_about_truncated_sampling(args, said.append)
-    assert len(said) == (named is not None)
+    warn_about_truncated_sampling(args, logged.append)
+    assert len(logged) == (named is not None)
     if named:
-        assert said[0].startswith(f"{named}: vLLM samples from a part of the distribution") and "6789" in said[0]
+        assert logged[0].startswith(f"{named}: vLLM samples from a part of the distribution") and "6789" in logged[0]

@@ -1,4 +1,4 @@
-"""Layers that aren't followed rightly are found out: the sum over sequences isn't the parameter's gradient."""
+"""Layers whose taps record something else are found out: the sum over sequences isn't the parameter's gradient."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ class Unseen(nn.Module):
 
 
 @pytest.mark.parametrize("dim", [0, 8])
-def test_a_layer_that_is_followed_wrongly_is_left_out(dim):
+def test_a_layer_whose_sum_is_not_its_gradient_is_left_out(dim):
     torch.manual_seed(0)
     model = Unseen()
     sketch = GradientSketch(model, dim)
@@ -74,7 +74,7 @@ def test_gradients_that_dont_fit_are_named():
         sketch.leave_out_wrong([torch.ones(3), None])
 
 
-def test_a_gradient_that_overflowed_tells_nothing():
+def test_a_gradient_that_overflowed_is_not_checked():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
     sketch = GradientSketch(model, 8)

@@ -74,7 +74,7 @@ def test_the_interpreted_kernels_read_nothing_that_they_did_not_write(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_padding_beside_a_bfloat16_tile_matters_to_somebody(dtype):
+def test_the_padding_of_a_tile_is_zero_in_poisoned_memory(dtype):
     """The helper finds what it is for: without the head's zeros a row's padding would be NaN."""
     with poisoned_memory():
         factors = [(torch.randn(20, 8).to(dtype), torch.randn(35, 8).to(dtype))]

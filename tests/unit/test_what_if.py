@@ -110,7 +110,7 @@ def test_sequences_may_come_in_any_order(drawn):
     assert astuple(gradient_noise(shuffled)) == pytest.approx(astuple(gradient_noise(scores)))
 
 
-def test_scores_that_are_missing(drawn):
+def test_methods_that_need_missing_scores_are_left_out(drawn):
     """Trained with ``none``, wrong answers have no score: ``mean`` and noise need them, ``none`` doesn't."""
     score, reward = drawn
     table = what_if(make_scores(score, reward, "none"), candidates(["none", "mean", "global"]))
@@ -125,8 +125,8 @@ def test_scores_that_are_missing(drawn):
     assert table.absent == {"none": "6 sequences without a score would have an advantage"}  # the all-equal group's
 
 
-def test_scored_beside_the_step(drawn):
-    """Sequences of advantage 0 scored at advantage 1: every method is there, and as if it had been trained with."""
+def test_dead_sequences_scored_in_an_extra_pass_admit_every_method(drawn):
+    """Sequences of advantage 0, scored at advantage 1: each method's step is the one that training with it makes."""
     score, reward = drawn
     scores = make_scores(score, reward, "std")
     dead = scores.advantage_B == 0
@@ -141,7 +141,7 @@ def test_scored_beside_the_step(drawn):
         assert table.rows[name].cos == pytest.approx(cosine(step_of(score, reward, name), now), abs=1e-10)
 
 
-def test_sequences_of_no_token_are_nothing_under_any(drawn):
+def test_sequences_without_a_token_add_nothing(drawn):
     score, reward = drawn
     scores = make_scores(score, reward)
     cut = (scores.prompt_B == 0) & (scores.position_B == 0)
@@ -154,7 +154,7 @@ def test_sequences_of_no_token_are_nothing_under_any(drawn):
     assert row.cos == pytest.approx(expected, abs=1e-10)
 
 
-def test_what_can_not_be_told(drawn):
+def test_what_cannot_be_computed_is_left_out_with_a_reason(drawn):
     score, reward = drawn
     part = make_scores(score, reward, chosen=torch.arange(36) % 5 > 0)
     assert raw_gradient_factors(part)[1] == "the step holds parts of groups" and gradient_noise(part) is None
@@ -164,7 +164,7 @@ def test_what_can_not_be_told(drawn):
     assert nothing.absent == {"mean": "the step's gradient is 0"} and not nothing.rows
 
 
-def test_a_function_of_ones_own(drawn):
+def test_a_function_as_normalisation(drawn):
     score, reward = drawn
 
     def best_only(rewards_PG, context):
@@ -189,12 +189,12 @@ def test_a_function_of_ones_own(drawn):
         ({"made_at_B": torch.zeros(36)}, "coefficient_B isn't 0 where made_at_B is"),
     ],
 )
-def test_what_can_not_be_scores(drawn, change, message):
+def test_scores_that_do_not_fit_are_named(drawn, change, message):
     with pytest.raises(ValueError, match=message):
         replace(make_scores(*drawn), **change)
 
 
-def test_a_normalisation_that_there_is_not():
+def test_an_unknown_normalisation_is_named():
     with pytest.raises(ValueError, match="Did you mean 'mean'"):
         candidates(["maen"])
     with pytest.raises(ValueError, match="alpha=3"):
