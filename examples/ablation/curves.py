@@ -26,6 +26,8 @@ LOGGED = {
     "reliability": "interference/reliability",
     "near_orthogonal_frac": "interference/near_orthogonal_frac",
     "conflict_frac": "interference/conflict_frac",
+    "live_prompts": "interference/live_prompts",
+    "cos_abs_mean": "interference/cos_abs_mean",
     "cos_mean": "interference/cos_mean",
     "cos_std": "interference/cos_std",
     "cos_corrected_mean": "interference/cos_corrected_mean",
@@ -78,6 +80,10 @@ class Interval:
     estimate: float
     low: float
     high: float
+
+    def __format__(self, layout: str) -> str:
+        ends = "" if math.isnan(self.low) else f" [{self.low:{layout}}, {self.high:{layout}}]"
+        return f"{self.estimate:{layout}}{ends}"
 
 
 def tidy_rows(log_history: Sequence[Mapping[str, Any]]) -> list[Row]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
@@ -64,6 +66,15 @@ def unknown_option(left_over: Sequence[str], dataclasses: Iterable[Any]) -> str:
     if not names:
         return f"{' '.join(left_over)}: belongs to no option"
     return f"{names[0]}: no such option{did_you_mean(names[0], known)}"
+
+
+@contextmanager
+def exit_on(*errors: type[Exception]) -> Iterator[None]:
+    """Ends the program with the message of such an error."""
+    try:
+        yield
+    except errors as error:
+        sys.exit(f"error: {error}")
 
 
 def parse(kinds: Sequence[Any], arguments: Sequence[str], prog: str, **defaults: Any) -> list[Any]:

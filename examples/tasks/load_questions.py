@@ -15,12 +15,12 @@ from trl_ext.tasks.arithmetic import DEFAULT_LEVELS
 from . import reasoning
 from .correctness import drop_bad_gold
 from .questions import (
+    BUILT_IN_DATASETS,
     Question,
-    arithmetic_questions,
     build_dataset,
+    built_in_questions,
     hold_out,
     hub_questions,
-    mixture_questions,
     read_questions,
 )
 
@@ -60,12 +60,10 @@ def load_questions(
         return gym.questions(size, held_out=False), gym.questions(script.eval_size, held_out=True)
     if script.dataset_path is not None:
         return _read_files(script, script.dataset_path, seed, warn)
-    if script.dataset == "mixture":
-        train = mixture_questions(size, held_out=False, seed=seed)
-        return train, mixture_questions(script.eval_size, held_out=True, seed=seed)
-    if script.dataset == "arithmetic":
-        train = arithmetic_questions(size, held_out=False, levels=levels_of(script), seed=seed)
-        return train, arithmetic_questions(script.eval_size, held_out=True, levels=levels_of(script), seed=seed)
+    if script.dataset in BUILT_IN_DATASETS:
+        made = {"levels": levels_of(script), "seed": seed}
+        train = built_in_questions(script.dataset, size, held_out=False, **made)
+        return train, built_in_questions(script.dataset, script.eval_size, held_out=True, **made)
     columns = {"question_column": script.question_column, "answer_column": script.answer_column}
     train = drop_bad_gold(hub_questions(script.dataset, held_out=False, **columns), script.dataset, warn)
     held_out = hub_questions(script.dataset, held_out=True, **columns)

@@ -22,7 +22,8 @@ HUB_DATASETS = {
     "gsm8k": (("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")),
     "math": (("DigitalLearningGmbH/MATH-lighteval", "default", "train"), ("HuggingFaceH4/MATH-500", None, "test")),
 }
-DATASETS = ("mixture", "arithmetic", *HUB_DATASETS)
+BUILT_IN_DATASETS = ("mixture", "arithmetic")
+DATASETS = (*BUILT_IN_DATASETS, *HUB_DATASETS)
 FILE_TYPES = (".jsonl", ".json", ".parquet")
 QUESTION_COLUMNS = ("question", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
@@ -175,8 +176,12 @@ def arithmetic_questions(count: int, *, held_out: bool, levels: tuple[int, ...],
     ]
 
 
-def mixture_questions(count: int, *, held_out: bool, seed: int) -> list[Question]:
-    """Questions of the built-in mixture, see ``mixture.py``."""
+def built_in_questions(
+    dataset: str, count: int, *, held_out: bool, levels: tuple[int, ...], seed: int
+) -> list[Question]:
+    """Questions of ``mixture`` or of ``arithmetic``, which alone has levels."""
+    if dataset == "arithmetic":
+        return arithmetic_questions(count, held_out=held_out, levels=levels, seed=seed)
     exercises = generate_exercises(count, split="held_out" if held_out else "train", seed=seed)
     return [Question(one.question, one.answer, row, one.task) for row, one in enumerate(exercises, start=1)]
 
