@@ -2,8 +2,8 @@
 
 A small policy learns to add three numbers with a calculator that adds two: to call it, to call it again with what came
 back, and to answer what came back last. The tool, its loop and its mask are TRL's (``tools=``); dead groups are
-skipped, prompts run once and interference is logged as in any other run. Options are TRL's and this project's
-, from the command line or ``--config FILE.yaml``.
+skipped, prompts run once and interference is logged as in any other run. Options are TRL's and this project's,
+from the command line or ``--config FILE.yaml``.
 """
 
 import os
@@ -57,6 +57,7 @@ def build_trainer(training):
     from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 
     from examples.tasks.calculator import SameNumber, calculate, calculator_policy, questions
+    from examples.tasks.command_line import say
     from trl_ext import CurvatureGRPOTrainer
 
     def report(step: int, loss: float) -> None:
@@ -78,11 +79,6 @@ def build_trainer(training):
     return trainer
 
 
-def say(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, flush=True)
-
-
 def main(arguments: list[str]) -> None:
     import trl_ext  # noqa: F401 - before transformers: it keeps a start quiet
 
@@ -90,6 +86,7 @@ def main(arguments: list[str]) -> None:
     from transformers import TrainerCallback
     from transformers.utils import logging
 
+    from examples.tasks.command_line import exit_on, say
     from trl_ext.checkpoints import CheckpointError
 
     class Table(TrainerCallback):
@@ -102,17 +99,13 @@ def main(arguments: list[str]) -> None:
                 say(f"{state.global_step:>5}" + "".join(cell.rjust(len(name) + 2) for name, cell in cells.items()))
 
     logging.disable_progress_bar()
-    try:
+    with exit_on(ValueError):
         training = parse_arguments(arguments)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     trainer = build_trainer(training)
     trainer.add_callback(Table())
     say(" step" + "".join(f"  {name}" for name in COLUMNS))
-    try:
+    with exit_on(CheckpointError):
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")
     trainer.save_model(training.output_dir)
     trainer.save_state()
     trainer.end()

@@ -4,8 +4,6 @@ import csv
 import dataclasses
 import itertools
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -227,13 +225,12 @@ def test_command(tmp_path, monkeypatch):
     assert len(lab_cells.read_cells(path)) == len(wanted)
 
 
-def test_command_line_says_what_is_wrong(tmp_path):
+def test_command_line_says_what_is_wrong(launch, tmp_path):
     file = tmp_path / "file"
     file.touch()
     for arguments, message in (
-        (["--jobs", "0", "--output_dir", str(tmp_path)], "error: --jobs 0 must be at least 1"),
-        (["--output_dir", str(file)], f"error: --output_dir {file} can't be written to: File exists"),
+        (["--jobs", 0, "--output_dir", tmp_path], "error: --jobs 0 must be at least 1"),
+        (["--output_dir", file], f"error: --output_dir {file} can't be written to: File exists"),
     ):
-        command = [sys.executable, lab.__file__, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = launch("paper/lab.py", *arguments)
         assert done.returncode == 1 and done.stderr.strip() == message

@@ -68,6 +68,12 @@ def unknown_option(left_over: Sequence[str], dataclasses: Iterable[Any]) -> str:
     return f"{names[0]}: no such option{did_you_mean(names[0], known)}"
 
 
+def say(text: str) -> None:
+    """Prints on the main process."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)
+
+
 @contextmanager
 def exit_on(*errors: type[Exception]) -> Iterator[None]:
     """Ends the program with the message of such an error."""
