@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ratios  # from the folder above
+from compare import alternate
 
 HERE = Path(__file__).parent
 
@@ -43,6 +44,21 @@ def record(request):
 
     def call(topic: str, case: str, values: dict[str, float | None]) -> None:
         request.node.user_properties.append(("ratios", ratios.Ratios(topic, case, values)))
+
+    return call
+
+
+@pytest.fixture
+def compare(benchmark, record):
+    """``compare(topic, case, contenders, values)`` lets the contenders take turns and records ratios of their median
+    seconds: ``values`` names two contenders for each; a ratio of one that isn't there is None."""
+
+    def call(topic: str, case: str, contenders: dict, values: dict[str, tuple[str, str]], **timing) -> None:
+        medians = alternate(contenders, **timing)
+        benchmark.extra_info.update(medians)
+        found = {name: medians[a] / medians[b] if a in medians else None for name, (a, b) in values.items()}
+        record(topic, case, found)
+        benchmark.pedantic(contenders["ours"], rounds=1)
 
     return call
 
