@@ -158,7 +158,7 @@ def write_whole(path: Path, text: str) -> None:
 def run_file(output_dir: str | Path, settings: Settings) -> Path:
     """Returns the file of a run's result. Other settings have another file."""
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:10]
-    method = settings.method.replace(":", "-")
+    method = settings.method.replace(":", "-").replace(" ", "_")
     return Path(output_dir) / "runs" / f"{method}_lr{settings.learning_rate:g}_seed{settings.seed}_{digest}.json"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from examples.ablation import curves, tables
 from examples.ablation.curves import Interval, Run, best_learning_rate, mean_interval, tidy_rows
-from examples.ablation.plots import draw_tasks, mean_curve
+from examples.ablation.plots import draw_tasks
 
 INF = math.inf
 
@@ -43,7 +43,8 @@ def test_mean_over_training():
 
 
 def test_block_means():
-    assert curves.block_means([1, 2, 3, 4, 5], [1, 3, 10, 20, 7], 2) == ([1.5, 3.5, 5.5], [2, 15, 7])
+    curve = {1: 1, 2: 3, 3: 10, 4: 20, 5: 7}
+    assert curves.block_means(curve, 2) == {1.5: 2, 3.5: 15, 5.5: 7}
 
 
 def test_tidy_rows():
@@ -216,5 +217,7 @@ def test_the_table_of_methods():
 
 
 def test_mean_curve():
-    steps, points = mean_curve(finals()["std"], "held_out_accuracy", 10)
-    assert steps == [0, 10, 20] and [point.estimate for point in points] == pytest.approx([0.4, 0.7, 0.825])
+    curve = curves.mean_curve([run.by_step("held_out_accuracy") for run in finals()["std"]])
+    assert {step: point.estimate for step, point in curve.items()} == pytest.approx({0: 0.4, 10: 0.7, 20: 0.825})
+    two = [{0: 0.0, 1: 1.0}, {1: 3.0}]
+    assert list(curves.mean_curve(two)) == [0, 1] and list(curves.mean_curve(two, in_all=True)) == [1]

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.ablation.curves import Interval, Run, mean_interval, mean_over_training, steps_to_target
-from examples.ablation.plots import COLOURS, LINES
+from examples.ablation.curves import Interval, Run, mean_curve, mean_interval, mean_over_training, steps_to_target
+from examples.ablation.plots import COLOURS, LINES, draw_curve
 from examples.ablation.tables import Finals, markdown, rates_table, sections
 
 SPANS = 5
@@ -53,7 +53,7 @@ def spans(finals: Finals) -> list[Span]:
 
 def within(run: Run, column: str, span: Span) -> list[float]:
     """What a run logged in a span of steps."""
-    return [value for step, value in zip(*run.curve(column), strict=True) if span[0] < step <= span[1]]
+    return [value for step, value in run.by_step(column).items() if span[0] < step <= span[1]]
 
 
 def over_seeds(runs: Sequence[Run], column: str, span: Span) -> str:
@@ -88,28 +88,24 @@ def interference_table(finals: Finals) -> list[str]:
     return by_span(finals, list(LOGGED_STEADILY.values()), cells)
 
 
-Curve = tuple[list[float], list[float]]  # steps, values
-
-
-def compare(finals: Finals, read: Callable[[Curve], float]) -> tuple[float, float, Interval]:
-    """Of what is read from the held-out curves: ``mean``'s and ``std``'s mean over runs, and ``std`` less ``mean``,
-    paired by seed."""
-    found = {m: {run.seed: read(run.curve("held_out_accuracy")) for run in finals[m]} for m in ("mean", "std")}
-    mean, std = found["mean"], found["std"]
+def compare(finals: Finals, read: Callable[[Run], float]) -> tuple[float, float, Interval]:
+    """Of what is read from the runs: ``mean``'s and ``std``'s mean over runs, and ``std`` less ``mean``, paired by
+    seed."""
+    mean, std = ({run.seed: read(run) for run in finals[method]} for method in ("mean", "std"))
     difference = mean_interval([std[seed] - mean[seed] for seed in std if seed in mean])
     return statistics.fmean(mean.values()), statistics.fmean(std.values()), difference
 
 
 def lead(finals: Finals) -> dict[float, tuple[float, float, Interval]]:
     """By evaluated step, ``compare`` of the held-out accuracies."""
-    curves = [run.curve("held_out_accuracy") for method in ("mean", "std") for run in finals[method]]
-    steps = sorted(set.intersection(*(set(curve[0]) for curve in curves)))
-    return {step: compare(finals, lambda curve, at=step: dict(zip(*curve, strict=True))[at]) for step in steps}
+    curves = [run.by_step("held_out_accuracy") for method in ("mean", "std") for run in finals[method]]
+    steps = sorted(set.intersection(*map(set, curves)))
+    return {step: compare(finals, lambda run, at=step: run.by_step("held_out_accuracy")[at]) for step in steps}
 
 
 def lead_table(finals: Finals) -> list[str]:
     found = {f"{step:.0f}": one for step, one in lead(finals).items()}
-    found["mean over training"] = compare(finals, lambda curve: mean_over_training(*curve))
+    found["mean over training"] = compare(finals, lambda run: mean_over_training(*run.curve("held_out_accuracy")))
     rows = [
         [name, f"{mean:.3f}", f"{std:.3f}", f"{difference:+.3f}"] for name, (mean, std, difference) in found.items()
     ]
@@ -189,22 +185,16 @@ def draw_columns(axis: Any, finals: Finals, columns: Sequence[str]) -> None:
     """Draws each method's mean over seeds: of the first column with its interval, of others dotted."""
     for i, (method, runs) in enumerate(finals.items()):
         for k, column in enumerate(columns):
-            curves = [dict(zip(*run.curve(column), strict=True)) for run in runs]
-            steps = sorted({step for curve in curves for step in curve})
-            found = [mean_interval([c[step] for c in curves if step in c]) for step in steps]
             style = {"color": COLOURS[i + 1], "linestyle": ":" if k else LINES[i], "linewidth": 1.4}
-            axis.plot(steps, [one.estimate for one in found], label=None if k else method, **style)
-            if not k:
-                low, high = [one.low for one in found], [one.high for one in found]
-                axis.fill_between(steps, low, high, color=COLOURS[i + 1], alpha=0.15, linewidth=0)
+            curve = mean_curve([run.by_step(column) for run in runs])
+            draw_curve(axis, curve, {**style, "label": None if k else method}, band=0 if k else 0.15)
 
 
 def draw_lead(axis: Any, finals: Finals) -> None:
     """Draws the lead of ``std`` with its intervals."""
     found = {step: difference for step, (_, _, difference) in lead(finals).items()}
-    errors = [(one.estimate - one.low, one.high - one.estimate) for one in found.values()]
     estimates = [one.estimate for one in found.values()]
-    ends = list(zip(*errors, strict=True))
+    ends = [[one.estimate - one.low for one in found.values()], [one.high - one.estimate for one in found.values()]]
     axis.errorbar(list(found), estimates, ends, color="black", marker="o", markersize=3, capsize=2)
     axis.axhline(0, color="grey", linewidth=0.8)
 

@@ -40,15 +40,15 @@ COLUMNS = {
 }
 
 
-def settings_of(model: str, seed: int, state: str = "", **training) -> Settings:
-    """A run on the mixture, by the demo's recipe without evaluation and with these options."""
+def settings_of(model: str, seed: int, name: str = "", **training) -> Settings:
+    """A run on the mixture, by the demo's recipe without evaluation and with these options; ``name``: to print."""
     from examples.ablation.ablate import demo_training
     from examples.ablation.runs import Settings
 
     options = {"logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
     recipe = demo_training()
     recipe.pop("metric_for_best_model")
-    return Settings(state, recipe | options | training | {"seed": seed}, model=model, eval_size=4)  # never evaluated
+    return Settings(name, recipe | options | training | {"seed": seed}, model=model, eval_size=4)  # never evaluated
 
 
 def train_policy(seed: int, steps: int, folder: str) -> None:
@@ -69,7 +69,7 @@ def measurement(policy: str, seed: int, state: str, group: int, steps: int) -> S
     return settings_of(
         policy,
         seed + 1000,  # a draw of its own: some of the prompts may have been trained on
-        state,
+        f"{state}, G = {group}",
         learning_rate=0.0,
         max_steps=steps,
         num_generations=group,

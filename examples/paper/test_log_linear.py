@@ -10,7 +10,6 @@ import torch
 
 from examples.paper.log_linear import (
     EPS,
-    EXACT_SCALE,
     Policies,
     Sampled,
     Setting,
@@ -56,22 +55,13 @@ def test_exact_gradient_is_the_objectives():
             np.testing.assert_allclose(found[seed, 0], parameter.grad.numpy(), rtol=1e-10)
 
 
-def test_scales_of_exact_gradients():
-    _, _, _, pi = states()
-    m = SMALL.noise + (1 - 2 * SMALL.noise) * pi[..., :1]
-    sigma = np.sqrt(m * (1 - m))
-    mean = exact_gradient("mean", pi, SMALL.noise)
-    for method, scale in {"std": 1 / (sigma + EPS), "power": (sigma + EPS) ** -0.5, "max_rl": 1 / (m + EPS)}.items():
-        np.testing.assert_allclose(exact_gradient(method, pi, SMALL.noise), scale * mean)
-
-
-@pytest.mark.parametrize("method", sorted(EXACT_SCALE))
+@pytest.mark.parametrize("method", ["mean", "std"])
 def test_sampled_gradients_tend_to_the_exact(method):
     """Endlessly many answers, here a million: their mean is off by parts in a thousand."""
     _, _, _, pi = states()
     group = 1_000_000
     m = np.arange(group + 1) / group
-    scale = EXACT_SCALE[method](m, np.sqrt(m * (1 - m)))
+    scale = 1 / (np.sqrt(m * (1 - m)) + EPS) if method == "std" else 1.0
     table = np.stack([-m * scale, (1 - m) * scale], 1)
     sampled, right = sampled_gradient(table, pi, group, SMALL.noise, np.random.default_rng(1))
     exact = exact_gradient(method, pi, SMALL.noise)
