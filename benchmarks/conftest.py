@@ -17,18 +17,10 @@ HERE = Path(__file__).parent
 
 def pytest_addoption(parser):
     group = parser.getgroup("ratios", "ratios to peers and floors")
-    group.addoption(
-        "--full",
-        action="store_true",
-        help="run every benchmark case, over two hours on two cores; by default a choice of four",
-    )
-    group.addoption(
-        "--ratios-dir",
-        type=Path,
-        default=HERE / "results",
-        metavar="DIR",
-        help="folder of ratios.json and ratios.md (default: benchmarks/results)",
-    )
+    every = "run every benchmark case, over two hours on two cores; by default a choice of four"
+    group.addoption("--full", action="store_true", help=every)
+    folder = "folder of ratios.json and ratios.md (default: benchmarks/results)"
+    group.addoption("--ratios-dir", type=Path, default=HERE / "results", metavar="DIR", help=folder)
 
 
 def pytest_configure(config):

@@ -24,10 +24,7 @@ SHORT = [  # without --full
     ("SmolLM2", 512, "fp32", True, 1.0),
     ("Qwen2.5", 512, "fp32", True, 1.0),
 ]
-GRID = [
-    *product(("SmolLM2", "Qwen2.5"), (512,), DTYPES, (False, True), (1.0, 0.5, 0.125)),
-    *product(("SmolLM2",), (2048,), DTYPES, (False, True), (1.0,)),
-]
+GRID = list(product(("SmolLM2", "Qwen2.5"), (512,), DTYPES, (False, True), (1.0, 0.5)))
 if DEVICE == "cuda":  # 512 tokens are a millisecond there, and the launches' own time
     for shape, n in (("Qwen2.5", 4096), ("8B", 8192)):
         GRID += product((shape,), (n,), ("bf16",), (False, True), (1.0, 0.5))
@@ -37,23 +34,17 @@ def name_of(shape, n, dtype, frozen, live):
     return f"{shape} {n:>4} {dtype} {'frozen   ' if frozen else 'trainable'} live {live}"
 
 
-def check_same_gradient(problem, call, peer, tolerance):
-    gradients = []
-    for contender in (call, peer):
-        contender()
-        gradients.append(problem.hidden.grad.float())
-    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm().clamp(min=1e-30)
-    assert error < tolerance, error
-
-
 def calls_of(problem, *names):
-    """The contenders that are there, and the floor; those that have the same loss have the same gradient."""
+    """The contenders that are there, and the floor. Those with the same loss leave the same gradient."""
     there = [name for name in ("ours", *names) if name not in heads.missing()]
     calls = {name: heads.backward(heads.CONTENDERS[name], problem) for name in there}
-    for peer in set(there) - {"ours", "torch cross entropy"}:
-        check_same_gradient(
-            problem, calls["ours"], calls[peer], 1e-4 if problem.hidden.dtype == torch.float32 else 3e-2
-        )
+    gradients = {}
+    for name in there:
+        calls[name]()
+        gradients[name] = problem.hidden.grad.float()
+    for name in set(there) - {"torch cross entropy"}:
+        error = (gradients["ours"] - gradients[name]).norm() / gradients[name].norm().clamp(min=1e-30)
+        assert error < (1e-4 if problem.hidden.dtype == torch.float32 else 3e-2), (name, error)
     return {**calls, "floor": heads.bare_products(problem)}
 
 
@@ -63,9 +54,8 @@ def calls_of(problem, *names):
 )
 def test_against_trl_and_the_floor(compare, shape, n, dtype, frozen, live):
     problem = heads.make_problem(shape, n, DTYPES[dtype], frozen=frozen, live=live, device=DEVICE)
-    rounds = ROUNDS[shape] if n == 512 or DEVICE == "cuda" else 2
     values = {"TRL / ours": ("trl", "ours"), "ours / floor": ("ours", "floor")}
-    compare("head", name_of(shape, n, dtype, frozen, live), calls_of(problem, "trl"), values, rounds=rounds)
+    compare("head", name_of(shape, n, dtype, frozen, live), calls_of(problem, "trl"), values, rounds=ROUNDS[shape])
 
 
 @pytest.mark.full
@@ -79,9 +69,8 @@ def test_against_the_other_peers(compare, dtype, frozen):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("shape", ("SmolLM2", "Qwen2.5"))
 @pytest.mark.parametrize("frozen", [False, True])
-def test_peak_memory(benchmark, record, shape, frozen):
+def test_peak_memory(benchmark, record, frozen, shape="Qwen2.5"):
     """Beyond inputs and returned gradients, each contender in a fresh process."""
     theirs = in_fresh_process(head_peak, "trl", shape, frozen)
     peak = benchmark.pedantic(in_fresh_process, args=(head_peak, "ours", shape, frozen), rounds=1)

@@ -60,9 +60,11 @@ def load_questions(script: MathArguments, seed: int, gym: reasoning.Tasks | None
     if script.dataset_path is not None:
         return _read_files(script, script.dataset_path, seed)
     if script.dataset in BUILT_IN_DATASETS:
-        made = {"levels": levels_of(script), "seed": seed}
-        train = built_in_questions(script.dataset, size, held_out=False, **made)
-        return train, built_in_questions(script.dataset, script.eval_size, held_out=True, **made)
+        train, held_out = (
+            built_in_questions(script.dataset, count, held_out=held, levels=levels_of(script), seed=seed)
+            for count, held in ((size, False), (script.eval_size, True))
+        )
+        return train, held_out
     columns = {"question_column": script.question_column, "answer_column": script.answer_column}
     train = drop_bad_gold(hub_questions(script.dataset, held_out=False, **columns), script.dataset, say)
     held_out = hub_questions(script.dataset, held_out=True, **columns)
