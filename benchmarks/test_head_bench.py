@@ -26,7 +26,7 @@ SHORT = [  # without --full
 ]
 GRID = list(product(("SmolLM2", "Qwen2.5"), (512,), DTYPES, (False, True), (1.0, 0.5)))
 if DEVICE == "cuda":  # 512 tokens are a millisecond there, and the launches' own time
-    for shape, n in (("Qwen2.5", 4096), ("8B", 8192)):
+    for shape, n in (("SmolLM2", 2048), ("Qwen2.5", 4096), ("8B", 8192)):
         GRID += product((shape,), (n,), ("bf16",), (False, True), (1.0, 0.5))
 
 
