@@ -14,7 +14,7 @@ from compare import StepSeconds
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from examples.ablation.ablate import demo_training
+from examples.tasks.command_line import demo_training
 from examples.tasks.correctness import Correctness
 from examples.tasks.questions import arithmetic_questions, build_dataset
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer

@@ -16,37 +16,26 @@ sys.path.insert(0, os.path.dirname(_HERE))
 if os.path.realpath(os.getcwd()) == os.path.realpath(_HERE):
     os.environ["PYTHONSAFEPATH"] = "1"
 
-DEFAULTS = {
+DEFAULTS = {  # in place of the demo's
     "output_dir": "runs/calculator",
-    "num_generations": 8,
-    "per_device_train_batch_size": 128,  # 16 prompts
     "max_completion_length": 48,
     "max_tool_calling_iterations": 3,
     "max_steps": 40,
     "learning_rate": 3e-4,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 5,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "interference_dim": 32,
     "logging_steps": 5,
-    "eval_strategy": "steps",
     "eval_steps": 20,
-    "per_device_eval_batch_size": 256,
-    "num_generations_eval": 4,
     "save_strategy": "no",
-    "report_to": "none",
 }
 COLUMNS = ("reward", "eval_accuracy", "tools/call_frequency", "tools/failure_frequency", "grad_norm")
 
 
 def parse_arguments(arguments: list[str]):
     """A ``CurvatureGRPOConfig``; ``ValueError`` for what can be known to fail before the policy is warmed up."""
-    from examples.tasks.command_line import parse
+    from examples.tasks.command_line import demo_training, parse
     from trl_ext import CurvatureGRPOConfig
     from trl_ext.checkpoints import check_output_dir
 
-    (training,) = parse((CurvatureGRPOConfig,), arguments, "examples/calculator.py", **DEFAULTS)
+    (training,) = parse((CurvatureGRPOConfig,), arguments, "examples/calculator.py", **demo_training() | DEFAULTS)
     check_output_dir(training.output_dir)
     training.eval_on_start = training.eval_strategy != "no" and training.resume_from_checkpoint is None
     return training

@@ -19,11 +19,9 @@ if os.path.realpath(os.getcwd()) == os.path.realpath(_HERE):
 
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from pathlib import Path
 
 from examples.tasks.load_model import BUILT_IN, MADE_HERE
 
-DEMO_RECIPE = Path(_HERE) / "recipes" / "demo.yaml"
 INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
 
 
@@ -80,7 +78,7 @@ def parse_arguments(arguments: list[str]):
     """(MathArguments, CurvatureGRPOConfig, ModelConfig) from the command line and ``--config FILE.yaml``."""
     from trl import ModelConfig
 
-    from examples.tasks.command_line import parse
+    from examples.tasks.command_line import DEMO_RECIPE, parse
     from trl_ext import CurvatureGRPOConfig
 
     model_given = any(item.split("=", 1)[0] == "--model_name_or_path" for item in arguments)

@@ -26,7 +26,6 @@ if __name__ == "__main__":
     # worker processes must not look for modules in the working directory: in examples/ a math.py lies
     os.environ["PYTHONSAFEPATH"] = "1"
 
-DEMO_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 BUILT_IN = "small"
 
 
@@ -142,17 +141,10 @@ def check_arguments(options: argparse.Namespace) -> None:
     check_output_dir(options.output_dir)
 
 
-def demo_training() -> dict[str, object]:
-    """Reads the trainer's options of the demo's recipe."""
-    import yaml
-
-    recipe = yaml.safe_load(DEMO_RECIPE.read_text())
-    return {k: v for k, v in recipe.items() if k not in ("model_name_or_path", "dataset", "eval_size", "output_dir")}
-
-
 def run_settings(options: argparse.Namespace, method: str, learning_rate: float, seed: int) -> Settings:
     """The demo's recipe with what the ablation changes. Two runs differ in method, learning rate and seed alone."""
     from examples.ablation.runs import Settings
+    from examples.tasks.command_line import demo_training
     from trl_ext.tasks.arithmetic import DEFAULT_LEVELS
 
     arithmetic = options.dataset == "arithmetic"

@@ -42,8 +42,8 @@ COLUMNS = {
 
 def settings_of(model: str, seed: int, name: str = "", **training) -> Settings:
     """A run on the mixture, by the demo's recipe without evaluation and with these options; ``name``: to print."""
-    from examples.ablation.ablate import demo_training
     from examples.ablation.runs import Settings
+    from examples.tasks.command_line import demo_training
 
     options = {"logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
     recipe = demo_training()

@@ -10,7 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
+
+DEMO_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,14 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         sys.exit(f"error: {error}")
+
+
+def demo_training() -> dict[str, object]:
+    """Reads the trainer's options of the demo's recipe."""
+    import yaml
+
+    recipe = yaml.safe_load(DEMO_RECIPE.read_text())
+    return {k: v for k, v in recipe.items() if k not in ("model_name_or_path", "dataset", "eval_size", "output_dir")}
 
 
 def parse(kinds: Sequence[Any], arguments: Sequence[str], prog: str, **defaults: Any) -> list[Any]:
