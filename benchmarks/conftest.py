@@ -10,24 +10,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ratios  # from the folder above
+from compare import alternate
 
 HERE = Path(__file__).parent
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("ratios", "ratios to peers and floors")
-    group.addoption(
-        "--full",
-        action="store_true",
-        help="run every benchmark case, over two hours on two cores; by default a choice of four",
-    )
-    group.addoption(
-        "--ratios-dir",
-        type=Path,
-        default=HERE / "results",
-        metavar="DIR",
-        help="folder of ratios.json and ratios.md (default: benchmarks/results)",
-    )
+    every = "run every benchmark case, over two hours on two cores; by default a choice of four"
+    group.addoption("--full", action="store_true", help=every)
+    folder = "folder of ratios.json and ratios.md (default: benchmarks/results)"
+    group.addoption("--ratios-dir", type=Path, default=HERE / "results", metavar="DIR", help=folder)
 
 
 def pytest_configure(config):
@@ -43,6 +36,21 @@ def record(request):
 
     def call(topic: str, case: str, values: dict[str, float | None]) -> None:
         request.node.user_properties.append(("ratios", ratios.Ratios(topic, case, values)))
+
+    return call
+
+
+@pytest.fixture
+def compare(benchmark, record):
+    """``compare(topic, case, contenders, values)`` lets the contenders take turns and records ratios of their median
+    seconds: ``values`` names two contenders for each; a ratio of one that isn't there is None."""
+
+    def call(topic: str, case: str, contenders: dict, values: dict[str, tuple[str, str]], **timing) -> None:
+        medians = alternate(contenders, **timing)
+        benchmark.extra_info.update(medians)
+        found = {name: medians[a] / medians[b] if a in medians else None for name, (a, b) in values.items()}
+        record(topic, case, found)
+        benchmark.pedantic(contenders["ours"], rounds=1)
 
     return call
 

@@ -1,4 +1,4 @@
-"""The fused head and its peers on one set of inputs: each is a function that leaves gradients in ``.grad``.
+"""The fused head and its peers on one set of inputs: each is a function that returns the loss.
 
 Shapes: N tokens of B sequences, H hidden, V vocabulary. All compute the same on-policy GRPO loss, with entropies where
 they can (Liger's loss and torch's cross entropy can't), and gradients of hidden states and, unless frozen, the head.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -34,9 +35,6 @@ class Problem:
     def live_rows(self) -> int:
         return int((self.advantages != 0)[self.sequence].sum())
 
-    def clear(self) -> None:
-        self.hidden.grad = self.weight.grad = None
-
 
 def make_problem(shape: str, n: int, dtype: torch.dtype, *, frozen: bool, live: float, device: str = "cpu") -> Problem:
     h, v = SHAPES[shape]
@@ -58,71 +56,59 @@ def policy_loss(logprobs: torch.Tensor, problem: Problem) -> torch.Tensor:
     return (per_token * problem.weights[problem.sequence]).sum()
 
 
-def ours(problem: Problem) -> Callable[[], None]:
-    def call() -> None:
-        problem.clear()
-        linear_grpo_loss(
-            problem.hidden, problem.weight, problem.targets, problem.sequence, problem.advantages, problem.weights
-        ).loss.backward()
-
-    return call
+def ours(problem: Problem) -> torch.Tensor:
+    p = problem
+    return linear_grpo_loss(p.hidden, p.weight, p.targets, p.sequence, p.advantages, p.weights).loss
 
 
-def trl(problem: Problem) -> Callable[[], None]:
-    def call() -> None:
-        problem.clear()
-        logprobs, *_ = ChunkedLogProbFunction.apply(
-            problem.hidden, problem.weight, None, problem.targets, 1.0, 32768, None, 1.0, ("log_probs", "entropy")
-        )
-        policy_loss(logprobs, problem).backward()
-
-    return call
+def trl(problem: Problem) -> torch.Tensor:
+    logprobs, *_ = ChunkedLogProbFunction.apply(
+        problem.hidden, problem.weight, None, problem.targets, 1.0, 32768, None, 1.0, ("log_probs", "entropy")
+    )
+    return policy_loss(logprobs, problem)
 
 
-def naive(problem: Problem) -> Callable[[], None]:
-    def call() -> None:
-        problem.clear()
-        logp = (problem.hidden @ problem.weight.T).float().log_softmax(-1)
-        with torch.no_grad():
-            -(logp.exp() * logp).sum(-1)
-        policy_loss(logp.gather(1, problem.targets[:, None])[:, 0], problem).backward()
-
-    return call
+def naive(problem: Problem) -> torch.Tensor:
+    logp = (problem.hidden @ problem.weight.T).float().log_softmax(-1)
+    with torch.no_grad():
+        -(logp.exp() * logp).sum(-1)
+    return policy_loss(logp.gather(1, problem.targets[:, None])[:, 0], problem)
 
 
-def liger(problem: Problem) -> Callable[[], None] | None:
-    """None where Liger isn't installed."""
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-    except ImportError:
-        return None
+def liger(problem: Problem) -> torch.Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
     loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo")
-    n, h = problem.hidden.shape
-    mask = torch.ones(SEQUENCES, n // SEQUENCES, device=problem.hidden.device)
-
-    def call() -> None:
-        problem.clear()
-        loss(
-            problem.hidden.view(SEQUENCES, -1, h),
-            problem.weight,
-            problem.targets.view(SEQUENCES, -1),
-            mask,
-            problem.advantages,
-        )[0].backward()
-
-    return call
+    targets = problem.targets.view(SEQUENCES, -1)
+    hidden = problem.hidden.view(*targets.shape, -1)
+    mask = torch.ones(targets.shape, device=targets.device)
+    return loss(hidden, problem.weight, targets, mask, problem.advantages)[0]
 
 
-def cross_entropy(problem: Problem) -> Callable[[], None] | None:
-    """torch's own fused head for a scalar loss (every token the same weight), or None before torch 2.13."""
-    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
-    if function is None:
-        return None
+def cross_entropy(problem: Problem) -> torch.Tensor:
+    """torch's own fused head for a scalar loss (every token the same weight)."""
     options = torch.nn.LinearCrossEntropyOptions()
+    return torch.nn.functional.linear_cross_entropy(problem.hidden, problem.weight, problem.targets, options=options)
+
+
+CONTENDERS = {"ours": ours, "trl": trl, "full logits": naive, "Liger": liger, "torch cross entropy": cross_entropy}
+
+
+def missing() -> set[str]:
+    """The contenders that aren't installed here; torch has its own from 2.13 on."""
+    there = {
+        "Liger": find_spec("liger_kernel") is not None,
+        "torch cross entropy": hasattr(torch.nn.functional, "linear_cross_entropy"),
+    }
+    return {name for name, installed in there.items() if not installed}
+
+
+def backward(contender: Callable[[Problem], torch.Tensor], problem: Problem) -> Callable[[], None]:
+    """A call that leaves the gradients of the contender's loss in ``.grad``."""
 
     def call() -> None:
-        problem.clear()
-        function(problem.hidden, problem.weight, problem.targets, options=options).backward()
+        problem.hidden.grad = problem.weight.grad = None
+        contender(problem).backward()
 
     return call
 

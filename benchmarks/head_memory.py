@@ -1,10 +1,6 @@
-"""Peak memory of one contender beyond inputs and returned gradients: ``head_memory.py ours|trl SHAPE FROZEN``.
-
-Run in a fresh process, whose allocator has no freed memory to reuse. Prints bytes.
-"""
+"""Peak memory of a call, and of one contender of the head beyond inputs and returned gradients."""
 
 import os
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -46,14 +42,11 @@ def peak_beyond_now(call: Callable[[], object]) -> int:
     return peak - before
 
 
-def main(contender: str, shape: str, frozen: bool) -> None:
-    cuda = torch.cuda.is_available()
-    getattr(heads, contender)(heads.make_problem("SmolLM2", 16, torch.float32, frozen=frozen, live=1.0))()  # libraries
-    problem = heads.make_problem(shape, 512, torch.float32, frozen=frozen, live=1.0, device="cuda" if cuda else "cpu")
-    call = getattr(heads, contender)(problem)
+def head_peak(contender: str, shape: str, frozen: bool) -> int:
+    """Peak bytes of a contender, to be measured in a fresh process."""
+    call, device = heads.CONTENDERS[contender], "cuda" if torch.cuda.is_available() else "cpu"
+    small = heads.make_problem("SmolLM2", 16, torch.float32, frozen=frozen, live=1.0)
+    heads.backward(call, small)()  # libraries
+    problem = heads.make_problem(shape, 512, torch.float32, frozen=frozen, live=1.0, device=device)
     returned = problem.hidden.nbytes + (0 if frozen else problem.weight.nbytes)
-    print(peak_beyond_now(call) - returned)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], bool(int(sys.argv[3])))
+    return peak_beyond_now(heads.backward(call, problem)) - returned

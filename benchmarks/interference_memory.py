@@ -1,15 +1,4 @@
-"""Peak memory of a step with and without taps: ``interference_memory.py plain|sketched LORA CHECKPOINTING``.
-
-Run in a fresh process, whose allocator has no freed memory to reuse. Prints bytes beyond the model and its gradients.
-"""
-
-import os
-import sys
-from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for examples.tasks, where this is run as a script
+"""The step of SmolLM2 whose gradients are sketched, and its peak memory with and without taps."""
 
 import torch
 from head_memory import peak_beyond_now
@@ -54,14 +43,15 @@ def forward_backward(backbone, head, sketch: GradientSketch | None = None, rows:
     ).loss.backward()
 
 
-def main(kind: str, lora: bool, checkpointing: bool) -> None:
+def step_peak(sketched: bool, lora: bool, checkpointing: bool) -> int:
+    """Peak bytes beyond the model and its gradients, to be measured in a fresh process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, backbone, head = make_model(lora, device)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora:
             model.enable_input_require_grads()
-    sketch = GradientSketch(model, 64) if kind == "sketched" else None
+    sketch = GradientSketch(model, 64) if sketched else None
     prompt_B = torch.arange(PROMPTS, device=device).repeat_interleave(SEQUENCES // PROMPTS)
 
     def call() -> None:
@@ -72,8 +62,4 @@ def main(kind: str, lora: bool, checkpointing: bool) -> None:
             forward_backward(backbone, head, sketch)
 
     forward_backward(backbone, head, rows=torch.arange(1, device=device))  # libraries; and the gradients are there
-    print(peak_beyond_now(call))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], bool(int(sys.argv[2])), bool(int(sys.argv[3])))
+    return peak_beyond_now(call)

@@ -6,16 +6,13 @@ beside them: a tile's logits written by a product, read and written once by the 
 Without ``--full`` all is in float32: a CPU without instructions for bfloat16 takes minutes for one of its cases.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from itertools import product
 
 import head_contenders as heads
 import pytest
 import torch
-from compare import alternate
+from compare import in_fresh_process
+from head_memory import head_peak
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -27,99 +24,55 @@ SHORT = [  # without --full
     ("SmolLM2", 512, "fp32", True, 1.0),
     ("Qwen2.5", 512, "fp32", True, 1.0),
 ]
-GRID = [
-    (shape, 512, dtype, frozen, live)
-    for shape in ("SmolLM2", "Qwen2.5")
-    for dtype in DTYPES
-    for frozen in (False, True)
-    for live in (1.0, 0.5, 0.125)
-] + [("SmolLM2", 2048, dtype, frozen, 1.0) for dtype in DTYPES for frozen in (False, True)]
+GRID = list(product(("SmolLM2", "Qwen2.5"), (512,), DTYPES, (False, True), (1.0, 0.5)))
 if DEVICE == "cuda":  # 512 tokens are a millisecond there, and the launches' own time
-    GRID += [
-        (shape, n, "bf16", frozen, live)
-        for shape, n in (("Qwen2.5", 4096), ("8B", 8192))
-        for frozen in (False, True)
-        for live in (1.0, 0.5)
-    ]
+    for shape, n in (("SmolLM2", 2048), ("Qwen2.5", 4096), ("8B", 8192)):
+        GRID += product((shape,), (n,), ("bf16",), (False, True), (1.0, 0.5))
 
 
 def name_of(shape, n, dtype, frozen, live):
     return f"{shape} {n:>4} {dtype} {'frozen   ' if frozen else 'trainable'} live {live}"
 
 
-def check_same_gradient(problem, call, peer, tolerance):
-    gradients = []
-    for contender in (call, peer):
-        contender()
-        gradients.append(problem.hidden.grad.float())
-    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm().clamp(min=1e-30)
-    assert error < tolerance, error
+def calls_of(problem, *names):
+    """The contenders that are there, and the floor. Those with the same loss leave the same gradient."""
+    there = [name for name in ("ours", *names) if name not in heads.missing()]
+    calls = {name: heads.backward(heads.CONTENDERS[name], problem) for name in there}
+    gradients = {}
+    for name in there:
+        calls[name]()
+        gradients[name] = problem.hidden.grad.float()
+    for name in set(there) - {"torch cross entropy"}:
+        error = (gradients["ours"] - gradients[name]).norm() / gradients[name].norm().clamp(min=1e-30)
+        assert error < (1e-4 if problem.hidden.dtype == torch.float32 else 3e-2), (name, error)
+    return {**calls, "floor": heads.bare_products(problem)}
 
 
 @pytest.mark.parametrize(
     ("shape", "n", "dtype", "frozen", "live"),
     [case if case in SHORT else pytest.param(*case, marks=pytest.mark.full) for case in GRID],
 )
-def test_against_trl_and_the_floor(benchmark, record, shape, n, dtype, frozen, live):
+def test_against_trl_and_the_floor(compare, shape, n, dtype, frozen, live):
     problem = heads.make_problem(shape, n, DTYPES[dtype], frozen=frozen, live=live, device=DEVICE)
-    calls = {"ours": heads.ours(problem), "trl": heads.trl(problem), "floor": heads.bare_products(problem)}
-    check_same_gradient(problem, calls["ours"], calls["trl"], 1e-4 if dtype == "fp32" else 3e-2)
-    medians = alternate(calls, rounds=ROUNDS[shape] if n == 512 or DEVICE == "cuda" else 2)
-    benchmark.extra_info.update(medians)
-    record(
-        "head",
-        name_of(shape, n, dtype, frozen, live),
-        {"TRL / ours": medians["trl"] / medians["ours"], "ours / floor": medians["ours"] / medians["floor"]},
-    )
-    benchmark.pedantic(calls["ours"], rounds=2)
+    values = {"TRL / ours": ("trl", "ours"), "ours / floor": ("ours", "floor")}
+    compare("head", name_of(shape, n, dtype, frozen, live), calls_of(problem, "trl"), values, rounds=ROUNDS[shape])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", ["SmolLM2"])
-def test_against_the_other_peers(benchmark, record, full, shape, dtype, frozen):
-    problem = heads.make_problem(shape, 512, DTYPES[dtype], frozen=frozen, live=1.0, device=DEVICE)
-    calls = {
-        "ours": heads.ours(problem),
-        "full logits": heads.naive(problem),
-        "Liger": heads.liger(problem),
-        "torch cross entropy": heads.cross_entropy(problem),
-        "floor": heads.bare_products(problem),
-    }
-    peers = [name for name in calls if name not in ("ours", "floor")]
-    calls = {name: call for name, call in calls.items() if call is not None}
-    for peer in ("full logits", "Liger"):
-        if peer in calls:
-            check_same_gradient(problem, calls["ours"], calls[peer], 1e-4 if dtype == "fp32" else 3e-2)
-    medians = alternate(calls, rounds=5 if full else 3)
-    benchmark.extra_info.update(medians)
-    values = {f"{name} / ours": medians[name] / medians["ours"] if name in medians else None for name in peers}
-    values["ours / floor"] = medians["ours"] / medians["floor"]
-    record("head", name_of(shape, 512, dtype, frozen, 1.0), values)
-    benchmark.pedantic(calls["ours"], rounds=2)
+def test_against_the_other_peers(compare, dtype, frozen):
+    problem = heads.make_problem("SmolLM2", 512, DTYPES[dtype], frozen=frozen, live=1.0, device=DEVICE)
+    peers = ("full logits", "Liger", "torch cross entropy")
+    values = {f"{peer} / ours": (peer, "ours") for peer in peers} | {"ours / floor": ("ours", "floor")}
+    compare("head", name_of("SmolLM2", 512, dtype, frozen, 1.0), calls_of(problem, *peers), values, rounds=5)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("shape", ("SmolLM2", "Qwen2.5"))
 @pytest.mark.parametrize("frozen", [False, True])
-def test_peak_memory(benchmark, record, shape, frozen):
+def test_peak_memory(benchmark, record, frozen, shape="Qwen2.5"):
     """Beyond inputs and returned gradients, each contender in a fresh process."""
-
-    def measure(contender):
-        command = [sys.executable, str(Path(__file__).with_name("head_memory.py")), contender, shape, str(int(frozen))]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        return json.loads(done.stdout.splitlines()[-1])
-
-    peaks = {"trl": measure("trl"), "ours": benchmark.pedantic(measure, args=("ours",), rounds=1)}
-    benchmark.extra_info.update(peaks)
-    record(
-        "head",
-        f"{name_of(shape, 512, 'fp32', frozen, 1.0)} peak memory",
-        {
-            "ours MiB": peaks["ours"] / 2**20,
-            "TRL MiB": peaks["trl"] / 2**20,
-            "ours / TRL": peaks["ours"] / peaks["trl"],
-        },
-    )
+    theirs = in_fresh_process(head_peak, "trl", shape, frozen)
+    peak = benchmark.pedantic(in_fresh_process, args=(head_peak, "ours", shape, frozen), rounds=1)
+    values = {"ours MiB": peak / 2**20, "TRL MiB": theirs / 2**20, "ours / TRL": peak / theirs}
+    record("head", f"{name_of(shape, 512, 'fp32', frozen, 1.0)} peak memory", values)

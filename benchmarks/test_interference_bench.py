@@ -11,22 +11,22 @@ reliability); ``torch.func.vmap(grad)`` gives each sequence's, on the built-in p
 9 GB).
 """
 
-import os
 import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from compare import alternate
+from compare import StepSeconds, in_fresh_process
 from datasets import Dataset
-from interference_memory import PROMPTS, SEQUENCES, TOKENS, forward_backward, make_model
-from transformers import AutoTokenizer, TrainerCallback
+from interference_memory import PROMPTS, SEQUENCES, TOKENS, forward_backward, make_model, step_peak
+from peft import LoraConfig
+from torch.nn.functional import cosine_similarity, cross_entropy
+from transformers import AutoTokenizer
 
 from examples.tasks.smollm2 import smollm2
+from grpo_kernels import normalize_rewards
 from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.interference.noise import gradient_noise
+from grpo_kernels.interference.what_if import StepScores, candidates, what_if
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
 from trl_ext.tasks.small_policy import build_model, build_tokenizer
 
@@ -35,19 +35,11 @@ ROUNDS, SHORT_ROUNDS = 5, 3  # with and without --full
 LORA = [pytest.param(False, id="full", marks=pytest.mark.full), pytest.param(True, id="lora")]
 
 
-class StepSeconds(TrainerCallback):
-    """Seconds of each optimizer step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self.start)
+def built_in_model():
+    """The built-in policy before its warm-up."""
+    tokenizer = build_tokenizer((1, 4))
+    torch.manual_seed(0)
+    return build_model(tokenizer).to(DEVICE), len(tokenizer)
 
 
 def stored_rollouts(prompts, trainer):
@@ -62,17 +54,13 @@ def alternating(completion_ids, **kwargs):
     return [float(place % 2) for place in range(len(completion_ids))]
 
 
-@pytest.mark.parametrize("lora", LORA)
-def test_a_step_that_logs(benchmark, record, full, lora, tmp_path):
-    from peft import LoraConfig
-
-    rounds = ROUNDS if full else SHORT_ROUNDS
+def logging_trainer(lora: bool, rounds: int, output_dir) -> CurvatureGRPOTrainer:
     folder = smollm2()
-    trainer = CurvatureGRPOTrainer(
+    return CurvatureGRPOTrainer(
         model=str(folder),
         reward_funcs=alternating,
         args=CurvatureGRPOConfig(
-            output_dir=str(tmp_path),
+            output_dir=str(output_dir),
             interference_every=2,
             max_steps=2 * rounds + 2,
             learning_rate=1e-6,
@@ -91,28 +79,30 @@ def test_a_step_that_logs(benchmark, record, full, lora, tmp_path):
         rollout_func=stored_rollouts,
         peft_config=LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False) if lora else None,
     )
-    clock = StepSeconds()
+
+
+@pytest.mark.parametrize("lora", LORA)
+def test_a_step_that_logs(benchmark, record, full, lora, tmp_path):
+    rounds, clock = ROUNDS if full else SHORT_ROUNDS, StepSeconds()
+    trainer = logging_trainer(lora, rounds, tmp_path)
     trainer.add_callback(clock)
     benchmark.pedantic(trainer.train, rounds=1)
     assert len(read_interference(tmp_path)) == rounds + 1
     pairs = list(zip(clock.seconds[2::2], clock.seconds[3::2], strict=True))  # the first two are the warm-up
     ratio = statistics.median(logged / plain for logged, plain in pairs)
-    medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
-    benchmark.extra_info.update({"logged": medians[0], "plain": medians[1], "ratio": ratio})
-    record(
-        "interference",
-        f"a step that logs, SmolLM2 {'LoRA' if lora else 'full'} {SEQUENCES} x {TOKENS}",
-        {
-            "ours / floor": ratio,
-            "ratio of medians": medians[0] / medians[1],
-            "every 10th step, % more": 100 * (ratio - 1) / 10,
-        },
-    )
+    logged, plain = (statistics.median(times) for times in zip(*pairs, strict=True))
+    values = {"ours / floor": ratio, "ratio of medians": logged / plain, "every 10th step, % more": 10 * (ratio - 1)}
+    benchmark.extra_info.update(values)
+    record("interference", f"a step that logs, {name_of(lora)} {SEQUENCES} x {TOKENS}", values)
+
+
+def name_of(lora: bool) -> str:
+    return f"SmolLM2 {'LoRA' if lora else 'full'}"
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("lora", LORA)
-def test_against_one_backward_for_each_prompt(benchmark, record, lora):
+def test_against_one_backward_for_each_prompt(compare, lora):
     model, backbone, head = make_model(lora, DEVICE)
     sketch = GradientSketch(model, 64)
     prompt_B = torch.arange(PROMPTS, device=DEVICE).repeat_interleave(SEQUENCES // PROMPTS)
@@ -138,18 +128,9 @@ def test_against_one_backward_for_each_prompt(benchmark, record, lora):
             [torch.stack([sum((a * b).sum() for a, b in zip(p, q, strict=True)) for q in gradients]) for p in gradients]
         )
 
-    calls = {"plain": plain, "sketched": sketched, "one backward a prompt": one_backward_a_prompt}
-    medians = alternate(calls, rounds=3)
-    benchmark.extra_info.update(medians)
-    record(
-        "interference",
-        f"forward and backward, SmolLM2 {'LoRA' if lora else 'full'}",
-        {
-            "ours / floor": medians["sketched"] / medians["plain"],
-            "one backward a prompt and Gram matrix / floor": medians["one backward a prompt"] / medians["plain"],
-        },
-    )
-    benchmark.pedantic(sketched, rounds=1)
+    contenders = {"floor": plain, "ours": sketched, "peer": one_backward_a_prompt}
+    values = {"ours / floor": ("ours", "floor"), "one backward a prompt and Gram matrix / floor": ("peer", "floor")}
+    compare("interference", f"forward and backward, {name_of(lora)}", contenders, values, rounds=3)
     sketch.close()
 
 
@@ -159,39 +140,23 @@ def test_against_one_backward_for_each_prompt(benchmark, record, lora):
 def test_peak_memory(benchmark, record, lora, checkpointing):
     """In fresh processes: beyond the model, and beyond the gradients that stay."""
 
-    def peaks() -> dict[str, int]:
-        script = str(Path(__file__).with_name("interference_memory.py"))
-        found = {}
-        for kind in ("plain", "sketched"):
-            command = [sys.executable, script, kind, str(int(lora)), str(int(checkpointing))]
-            # glibc keeps freed memory below the signs that stay for the step: what is freed is to be gone
-            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-            found[kind] = int(done.stdout.split()[-1])
-        return found
-
-    found = benchmark.pedantic(peaks, rounds=1)
-    benchmark.extra_info.update(found)
-    record(
-        "interference",
-        f"peak memory, SmolLM2 {'LoRA' if lora else 'full'}, {'' if checkpointing else 'no '}checkpointing",
-        {"plain MiB": found["plain"] / 2**20, "sketched MiB": found["sketched"] / 2**20},
-    )
+    plain = in_fresh_process(step_peak, False, lora, checkpointing)
+    sketched = benchmark.pedantic(in_fresh_process, args=(step_peak, True, lora, checkpointing), rounds=1)
+    values = {"plain MiB": plain / 2**20, "sketched MiB": sketched / 2**20}
+    record("interference", f"peak memory, {name_of(lora)}, {'' if checkpointing else 'no '}checkpointing", values)
 
 
-def test_against_gradients_of_each_sequence(benchmark, record):
+def test_against_gradients_of_each_sequence(compare):
     """The built-in policy: a whole gradient of each sequence by ``vmap(grad)``; sketch and exact mode."""
-    tokenizer = build_tokenizer((1, 4))
-    torch.manual_seed(0)
-    model = build_model(tokenizer).to(DEVICE)
+    model, vocabulary = built_in_model()
     model.config._attn_implementation = "eager"  # vmap has no rule for the fused attention's choice of kernel
-    ids = torch.randint(4, len(tokenizer), (16, 24), device=DEVICE)
+    ids = torch.randint(4, vocabulary, (16, 24), device=DEVICE)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     sketch, exact = GradientSketch(model, 64), GradientSketch(model, 0)
 
     def loss(values: dict[str, torch.Tensor], row_T: torch.Tensor) -> torch.Tensor:
         logits = torch.func.functional_call(model, values, (row_T[None],), {"use_cache": False}).logits[0, :-1]
-        return torch.nn.functional.cross_entropy(logits, row_T[1:], reduction="sum")
+        return cross_entropy(logits, row_T[1:], reduction="sum")
 
     def by_vmap() -> torch.Tensor:
         gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, ids)
@@ -201,58 +166,48 @@ def test_against_gradients_of_each_sequence(benchmark, record):
     def plain() -> None:
         model.zero_grad(set_to_none=True)
         logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-        torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
+        cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
 
     def by_taps(taps: GradientSketch) -> torch.Tensor:
         with taps.step(0) as recorded, taps.rows(torch.arange(16, device=DEVICE)):
             plain()
         return recorded[0].gram()
 
-    contenders = {
-        "plain": plain,
-        "sketch": lambda: by_taps(sketch),
-        "exact": lambda: by_taps(exact),
-        "vmap(grad)": by_vmap,
-    }
     torch.testing.assert_close(by_taps(exact).float(), by_vmap(), rtol=1e-3, atol=1e-3)
-    medians = alternate(contenders, rounds=15)
-    benchmark.extra_info.update(medians)
-    names = {"sketch": "ours", "exact": "ours, exact", "vmap(grad)": "vmap(grad)"}
-    record(
-        "interference",
-        "each sequence's gradient, built-in policy 16 x 24",
-        {f"{shown} / floor": medians[name] / medians["plain"] for name, shown in names.items()},
-    )
-    benchmark.pedantic(contenders["sketch"], rounds=1)
+    names = {"ours": lambda: by_taps(sketch), "ours, exact": lambda: by_taps(exact), "vmap(grad)": by_vmap}
+    values = {f"{name} / floor": (name, "floor") for name in names}
+    case = "each sequence's gradient, built-in policy 16 x 24"
+    compare("interference", case, {"floor": plain, **names}, values, rounds=15)
 
 
-def test_what_if_against_a_backward_for_each(benchmark, record):
+METHODS = ["mean", "loo", "std", "batch_std", "power", "mean_abs", "rank", "max_rl", "median_mad", "iqr", "global"]
+
+
+def advantages_of(reward_PG: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By method, (P * G,)."""
+    own = {"power": {"alpha": 0.5}}
+    return {name: normalize_rewards(reward_PG, name, **own.get(name, {})).flatten() for name in METHODS}
+
+
+def test_what_if_against_a_backward_for_each(compare):
     """Eleven normalisations' steps: from one sketch and its inner products, and by a backward of its own for each."""
-    from grpo_kernels import normalize_rewards
-    from grpo_kernels.interference.noise import gradient_noise
-    from grpo_kernels.interference.what_if import StepScores, candidates, what_if
-
-    tokenizer = build_tokenizer((1, 4))
-    torch.manual_seed(0)
-    model = build_model(tokenizer).to(DEVICE)
-    methods = ["mean", "loo", "std", "batch_std", "power", "mean_abs", "rank", "max_rl", "median_mad", "iqr", "global"]
+    model, vocabulary = built_in_model()
     n_prompts, count = 16, 8
-    ids = torch.randint(4, len(tokenizer), (n_prompts * count, 12), device=DEVICE)
+    ids = torch.randint(4, vocabulary, (n_prompts * count, 12), device=DEVICE)
     reward_PG = (torch.rand(n_prompts, count, device=DEVICE) > 0.5).float()
     prompt_B = torch.arange(n_prompts, device=DEVICE).repeat_interleave(count)
-    own = {"power": {"alpha": 0.5}}
-    advantages = {name: normalize_rewards(reward_PG, name, **own.get(name, {})).flatten() for name in methods}
-    sketch, chosen = GradientSketch(model, 32), candidates(methods)
     position_B = torch.arange(count, device=DEVICE).repeat(n_prompts)
+    advantages = advantages_of(reward_PG)
+    sketch, chosen = GradientSketch(model, 32), candidates(METHODS)
 
-    def step(advantage_B: torch.Tensor) -> None:
+    def step(advantage_B: torch.Tensor = advantages["std"]) -> None:
         model.zero_grad(set_to_none=True)
         logp = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
         (-logp.gather(2, ids[:, 1:, None]).squeeze(2).sum(1) @ advantage_B).backward()
 
     def by_sketch() -> dict[str, float]:
         with sketch.step(0) as recorded, sketch.rows(prompt_B):
-            step(advantages["std"])
+            step()
         a = advantages["std"]
         scores = StepScores(recorded[0].gram(), -a, a, a, prompt_B, position_B, reward_PG)
         gradient_noise(scores)
@@ -263,21 +218,11 @@ def test_what_if_against_a_backward_for_each(benchmark, record):
         for name, advantage_B in advantages.items():
             step(advantage_B)
             flat[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        return {
-            name: float(torch.nn.functional.cosine_similarity(one, flat["std"], dim=0)) for name, one in flat.items()
-        }
+        return {name: float(cosine_similarity(one, flat["std"], dim=0)) for name, one in flat.items()}
 
     ours, theirs = by_sketch(), by_backward()
     assert all(abs(ours[name] - theirs[name]) < 0.1 for name in ours)
-    medians = alternate({"plain": lambda: step(advantages["std"]), "ours": by_sketch, "peer": by_backward}, rounds=7)
-    benchmark.extra_info.update(medians)
-    record(
-        "interference",
-        "eleven normalisations' steps, built-in policy 16 x 8",
-        {
-            "ours / floor": medians["ours"] / medians["plain"],
-            "a backward for each / floor": medians["peer"] / medians["plain"],
-        },
-    )
-    benchmark.pedantic(by_sketch, rounds=1)
+    values = {"ours / floor": ("ours", "floor"), "a backward for each / floor": ("peer", "floor")}
+    contenders = {"floor": step, "ours": by_sketch, "peer": by_backward}
+    compare("interference", "eleven normalisations' steps, built-in policy 16 x 8", contenders, values, rounds=7)
     sketch.close()

@@ -5,7 +5,6 @@ Counted: P * G float32 read once and written once, 8 * P * G bytes; the floor do
 
 import pytest
 import torch
-from compare import alternate
 from trl.trainer.utils import nanstd
 
 from grpo_kernels import METHODS, normalize_rewards
@@ -41,7 +40,7 @@ def context_of(method: str, rewards_PG: torch.Tensor) -> dict:
 @pytest.mark.parametrize(
     ("prompts", "generations"), [pytest.param(16, 8, marks=pytest.mark.full), (512, 16), (4096, 64)]
 )
-def test_normalize(benchmark, record, prompts, generations, method):
+def test_normalize(compare, prompts, generations, method):
     rewards_PG = torch.rand(prompts, generations, device=DEVICE)
     if method == "std":
         torch.testing.assert_close(normalize_rewards(rewards_PG).flatten(), trl_lines(rewards_PG), rtol=1e-4, atol=1e-5)
@@ -51,25 +50,12 @@ def test_normalize(benchmark, record, prompts, generations, method):
     def ours() -> torch.Tensor:
         return normalize_rewards(rewards_PG, method, context=context, **options)
 
-    # decoupled has two reward functions: TRL's lines once for each
-    n_functions = 2 if method == "decoupled" else 1
-    medians = alternate(
-        {
-            "ours": ours,
-            "trl": lambda: [trl_lines(rewards_PG) for _ in range(n_functions)],
-            "floor": rewards_PG.clone,
-        },
-        rounds=9,
-        inner=3 if prompts < 4096 else 1,
-    )
-    benchmark.extra_info.update(medians)
-    record(
-        "normalisation",
-        f"{prompts:>4} x {generations:<2} {8 * rewards_PG.numel() / 1e6:5.3f} MB {method}",
-        {
-            "TRL's std / ours": medians["trl"] / medians["ours"],
-            "ours / floor": medians["ours"] / medians["floor"],
-            "ours us": 1e6 * medians["ours"],
-        },
-    )
-    benchmark.pedantic(ours, rounds=3, warmup_rounds=1)
+    n_functions = 2 if method == "decoupled" else 1  # TRL's lines once for each reward function
+    contenders = {
+        "ours": ours,
+        "trl": lambda: [trl_lines(rewards_PG) for _ in range(n_functions)],
+        "floor": rewards_PG.clone,
+    }
+    case = f"{prompts:>4} x {generations:<2} {8 * rewards_PG.numel() / 1e6:5.3f} MB {method}"
+    values = {"TRL's std / ours": ("trl", "ours"), "ours / floor": ("ours", "floor")}
+    compare("normalisation", case, contenders, values, rounds=9, inner=3 if prompts < 4096 else 1)

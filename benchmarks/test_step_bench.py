@@ -71,17 +71,13 @@ def test_optimizer_step(benchmark, record, contenders, share):
     for contender in runs.values():
         assert found["ours"].gradient_norm == pytest.approx(contender.gradient_norm, rel=TOLERANCE)
     benchmark.extra_info.update({name: statistics.median(times) for name, times in seconds.items()})
-    saved = found["ours"].logged("compute/flops_saved_frac")
-    record(
-        "step",
-        title(kind, tokens, share),
-        {
-            "TRL / ours": ratio("trl", "ours") if "trl" in runs else None,
-            "predicted": 1 / (1 - saved),
-            "before / ours": ratio("before", "ours") if tokens else None,
-            "ours / floor": ratio("ours", "floor"),
-        },
-    )
+    values = {
+        "TRL / ours": ratio("trl", "ours") if "trl" in runs else None,
+        "predicted": 1 / (1 - found["ours"].logged("compute/flops_saved_frac")),
+        "before / ours": ratio("before", "ours") if tokens else None,
+        "ours / floor": ratio("ours", "floor"),
+    }
+    record("step", title(kind, tokens, share), values)
 
 
 @pytest.mark.full

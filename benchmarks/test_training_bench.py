@@ -10,9 +10,11 @@ and runs once more without. The floor is generation alone, the same in all. Only
 import time
 
 import pytest
-from transformers import AutoTokenizer, TrainerCallback
+from compare import StepSeconds
+from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+from examples.tasks.command_line import demo_training
 from examples.tasks.correctness import Correctness
 from examples.tasks.questions import arithmetic_questions, build_dataset
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
@@ -21,17 +23,12 @@ from trl_ext.tasks.small_policy import small_policy
 STEPS, GAIN, LEVELS = 60, 0.2, (1, 4)
 
 
-class UntilAccurate(TrainerCallback):
-    """Sums the seconds of optimizer steps, and ends training when the accuracy is high enough."""
+class UntilAccurate(StepSeconds):
+    """Times the optimizer steps, and ends training when the accuracy is high enough."""
 
     def __init__(self) -> None:
-        self.seconds, self.accuracies = 0.0, []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds += time.perf_counter() - self.start
+        super().__init__()
+        self.accuracies: list[float] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "eval_accuracy" in logs:
@@ -39,42 +36,23 @@ class UntilAccurate(TrainerCallback):
             control.should_training_stop |= self.accuracies[-1] >= self.accuracies[0] + GAIN
 
 
-def train(trainer_class, config_class, seed: int, folder, **options) -> dict[str, float]:
-    policy = small_policy(seed, LEVELS)
-    watch = UntilAccurate()
-    trainer = trainer_class(
-        model=str(policy),
-        reward_funcs=[Correctness()],
-        args=config_class(
-            output_dir=str(folder),
-            num_generations=8,
-            per_device_train_batch_size=128,
-            max_completion_length=4,
-            max_steps=STEPS,
-            learning_rate=2e-4,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=5,
-            bf16=False,
-            gradient_checkpointing=False,
-            eval_strategy="steps",
-            eval_steps=5,
-            eval_on_start=True,
-            per_device_eval_batch_size=256,
-            num_generations_eval=4,
-            save_strategy="no",
-            logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            seed=seed,
-            **options,
-        ),
-        train_dataset=build_dataset(arithmetic_questions(700, held_out=False, levels=LEVELS, seed=seed), "chat"),
-        eval_dataset=build_dataset(arithmetic_questions(128, held_out=True, levels=LEVELS, seed=seed), "chat"),
-        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
-        callbacks=[watch],
-    )
-    generating = [0.0]
+def options_of(seed: int, folder) -> dict[str, object]:
+    """The demo's options for built-in arithmetic, without those of ours."""
+    recipe = {k: v for k, v in demo_training().items() if k not in ("interference_dim", "metric_for_best_model")}
+    changed = {
+        "max_completion_length": 4,
+        "max_steps": STEPS,
+        "eval_steps": 5,
+        "eval_on_start": True,
+        "logging_steps": 1,
+    }
+    quiet = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    return {**recipe, **changed, **quiet, "output_dir": str(folder), "seed": seed}
+
+
+def time_generation(trainer) -> list[float]:
+    """Returns the seconds of each generation while training, as they come."""
+    seconds: list[float] = []
     generate = trainer._generate
 
     def timed(prompts):
@@ -82,52 +60,65 @@ def train(trainer_class, config_class, seed: int, folder, **options) -> dict[str
         try:
             return generate(prompts)
         finally:
-            generating[0] += (time.perf_counter() - start) if trainer.model.training else 0.0
+            seconds.extend([time.perf_counter() - start] if trainer.model.training else [])
 
     trainer._generate = timed
+    return seconds
+
+
+def train(trainer_class, config_class, seed: int, folder, **options) -> dict[str, float]:
+    policy = small_policy(seed, LEVELS)
+    watch = UntilAccurate()
+    train_set, held_out = (
+        build_dataset(arithmetic_questions(count, held_out=held, levels=LEVELS, seed=seed), "chat")
+        for count, held in ((700, False), (128, True))
+    )
+    trainer = trainer_class(
+        model=str(policy),
+        reward_funcs=[Correctness()],
+        args=config_class(**options_of(seed, folder), **options),
+        train_dataset=train_set,
+        eval_dataset=held_out,
+        processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
+        callbacks=[watch],
+    )
+    generating = time_generation(trainer)
     trainer.train()
     return {
-        "seconds": watch.seconds,
-        "generation": generating[0],
+        "seconds": sum(watch.seconds),
+        "generation": sum(generating),
         "steps": trainer.state.global_step,
-        "start": watch.accuracies[0],
-        "end": watch.accuracies[-1],
-        "dead": [log["frac_reward_zero_std"] for log in trainer.state.log_history if "frac_reward_zero_std" in log][-1],
+        "accuracy at start": watch.accuracies[0],
+        "accuracy at end": watch.accuracies[-1],
+        "dead groups": next(
+            log["frac_reward_zero_std"] for log in trainer.state.log_history[::-1] if "frac_reward_zero_std" in log
+        ),
     }
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [42, 0])
 def test_to_the_same_accuracy(benchmark, record, seed, tmp_path):
-    train(CurvatureGRPOTrainer, CurvatureGRPOConfig, seed, tmp_path / "warm-up")
+    ours = (CurvatureGRPOTrainer, CurvatureGRPOConfig, seed)
+    train(*ours, tmp_path / "warm-up")
     theirs = train(GRPOTrainer, GRPOConfig, seed, tmp_path / "trl")
-    ours = benchmark.pedantic(
-        lambda: train(CurvatureGRPOTrainer, CurvatureGRPOConfig, seed, tmp_path / "ours"), rounds=1
-    )
-    unlogged = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, seed, tmp_path / "unlogged", interference_every=0)
-    runs = {"TRL": theirs, "ours": ours, "ours without interference": unlogged}
+    runs = {
+        "TRL": theirs,
+        "ours": benchmark.pedantic(train, args=(*ours, tmp_path / "ours"), rounds=1),
+        "ours without interference": train(*ours, tmp_path / "unlogged", interference_every=0),
+    }
     benchmark.extra_info.update(runs)
     for name, run in runs.items():
-        record(
-            "training",
-            f"built-in task, seed {seed}, to +{GAIN}: {name}",
-            {
-                "steps": run["steps"],
-                "accuracy at start": run["start"],
-                "accuracy at end": run["end"],
-                "dead groups": run["dead"],
-            },
-        )
-    for name, run in list(runs.items())[1:]:
+        case = f"built-in task, seed {seed}, to +{GAIN}: {name}"
+        record("training", case, {k: v for k, v in run.items() if k not in ("seconds", "generation")})
+        if run is theirs:
+            continue
         per_step = (theirs["seconds"] / theirs["steps"]) / (run["seconds"] / run["steps"])
         without = [(one["seconds"] - one["generation"]) / one["steps"] for one in (theirs, run)]
-        record(
-            "training",
-            f"built-in task, seed {seed}, to +{GAIN}: {name}",
-            {
-                "TRL / ours": theirs["seconds"] / run["seconds"],
-                "TRL / ours, each step": per_step,
-                "TRL / ours, each step without generation": without[0] / without[1],
-                "ours / floor": run["seconds"] / run["generation"],
-            },
-        )
+        ratios = {
+            "TRL / ours": theirs["seconds"] / run["seconds"],
+            "TRL / ours, each step": per_step,
+            "TRL / ours, each step without generation": without[0] / without[1],
+            "ours / floor": run["seconds"] / run["generation"],
+        }
+        record("training", case, ratios)

@@ -2,8 +2,8 @@
 
 A small policy learns to add three numbers with a calculator that adds two: to call it, to call it again with what came
 back, and to answer what came back last. The tool, its loop and its mask are TRL's (``tools=``); dead groups are
-skipped, prompts run once and interference is logged as in any other run. Options are TRL's and this project's
-, from the command line or ``--config FILE.yaml``.
+skipped, prompts run once and interference is logged as in any other run. Options are TRL's and this project's,
+from the command line or ``--config FILE.yaml``.
 """
 
 import os
@@ -16,37 +16,26 @@ sys.path.insert(0, os.path.dirname(_HERE))
 if os.path.realpath(os.getcwd()) == os.path.realpath(_HERE):
     os.environ["PYTHONSAFEPATH"] = "1"
 
-DEFAULTS = {
+DEFAULTS = {  # in place of the demo's
     "output_dir": "runs/calculator",
-    "num_generations": 8,
-    "per_device_train_batch_size": 128,  # 16 prompts
     "max_completion_length": 48,
     "max_tool_calling_iterations": 3,
     "max_steps": 40,
     "learning_rate": 3e-4,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 5,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "interference_dim": 32,
     "logging_steps": 5,
-    "eval_strategy": "steps",
     "eval_steps": 20,
-    "per_device_eval_batch_size": 256,
-    "num_generations_eval": 4,
     "save_strategy": "no",
-    "report_to": "none",
 }
 COLUMNS = ("reward", "eval_accuracy", "tools/call_frequency", "tools/failure_frequency", "grad_norm")
 
 
 def parse_arguments(arguments: list[str]):
     """A ``CurvatureGRPOConfig``; ``ValueError`` for what can be known to fail before the policy is warmed up."""
-    from examples.tasks.command_line import parse
+    from examples.tasks.command_line import demo_training, parse
     from trl_ext import CurvatureGRPOConfig
     from trl_ext.checkpoints import check_output_dir
 
-    (training,) = parse((CurvatureGRPOConfig,), arguments, "examples/calculator.py", **DEFAULTS)
+    (training,) = parse((CurvatureGRPOConfig,), arguments, "examples/calculator.py", **demo_training() | DEFAULTS)
     check_output_dir(training.output_dir)
     training.eval_on_start = training.eval_strategy != "no" and training.resume_from_checkpoint is None
     return training
@@ -57,6 +46,7 @@ def build_trainer(training):
     from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 
     from examples.tasks.calculator import SameNumber, calculate, calculator_policy, questions
+    from examples.tasks.command_line import say
     from trl_ext import CurvatureGRPOTrainer
 
     def report(step: int, loss: float) -> None:
@@ -78,11 +68,6 @@ def build_trainer(training):
     return trainer
 
 
-def say(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, flush=True)
-
-
 def main(arguments: list[str]) -> None:
     import trl_ext  # noqa: F401 - before transformers: it keeps a start quiet
 
@@ -90,6 +75,7 @@ def main(arguments: list[str]) -> None:
     from transformers import TrainerCallback
     from transformers.utils import logging
 
+    from examples.tasks.command_line import exit_on, say
     from trl_ext.checkpoints import CheckpointError
 
     class Table(TrainerCallback):
@@ -102,17 +88,13 @@ def main(arguments: list[str]) -> None:
                 say(f"{state.global_step:>5}" + "".join(cell.rjust(len(name) + 2) for name, cell in cells.items()))
 
     logging.disable_progress_bar()
-    try:
+    with exit_on(ValueError):
         training = parse_arguments(arguments)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     trainer = build_trainer(training)
     trainer.add_callback(Table())
     say(" step" + "".join(f"  {name}" for name in COLUMNS))
-    try:
+    with exit_on(CheckpointError):
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")
     trainer.save_model(training.output_dir)
     trainer.save_state()
     trainer.end()

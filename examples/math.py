@@ -19,11 +19,9 @@ if os.path.realpath(os.getcwd()) == os.path.realpath(_HERE):
 
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from pathlib import Path
 
 from examples.tasks.load_model import BUILT_IN, MADE_HERE
 
-DEMO_RECIPE = Path(_HERE) / "recipes" / "demo.yaml"
 INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
 
 
@@ -80,7 +78,7 @@ def parse_arguments(arguments: list[str]):
     """(MathArguments, CurvatureGRPOConfig, ModelConfig) from the command line and ``--config FILE.yaml``."""
     from trl import ModelConfig
 
-    from examples.tasks.command_line import parse
+    from examples.tasks.command_line import DEMO_RECIPE, parse
     from trl_ext import CurvatureGRPOConfig
 
     model_given = any(item.split("=", 1)[0] == "--model_name_or_path" for item in arguments)
@@ -91,43 +89,48 @@ def parse_arguments(arguments: list[str]):
     return parse(kinds, arguments, "examples/math.py", model_name_or_path=BUILT_IN, output_dir="runs/math")
 
 
-def check_arguments(script, training, model, say) -> None:
+def check_arguments(script, training, model) -> None:
     """Raises ``ValueError`` for what can be known to fail before a model or a dataset is loaded."""
-    from examples.tasks import reasoning
+    from examples.tasks.command_line import say
+    from examples.tasks.load_questions import load_gym
     from examples.tasks.questions import DATASETS, PROMPT_STYLES
+    from examples.tasks.reasoning import PREFIX
     from trl_ext.checkpoints import check_output_dir, find_checkpoint
     from trl_ext.load_function import load_function
 
-    gym = script.dataset_path is None and script.dataset.startswith(reasoning.PREFIX)
-    if gym:
-        names = reasoning.task_names(script.dataset)
-        reasoning.task_options(names, script.task_options)
-        reasoning.task_weights(names, script.task_weights)
-    elif script.task_options or script.task_weights:
-        raise ValueError(f"--task_options and --task_weights go with --dataset {reasoning.PREFIX}TASK,TASK")
-    elif script.dataset_path is None and script.dataset not in DATASETS:
-        raise ValueError(
-            f"--dataset {script.dataset!r}: choose from {', '.join(DATASETS)} and {reasoning.PREFIX}TASK, or give "
-            "--dataset_path"
-        )
-    if script.levels and (script.dataset_path is not None or script.dataset != "arithmetic"):
-        raise ValueError("--levels goes with --dataset arithmetic")
-    if script.reward is not None:
-        load_function(script.reward, "--reward")
-        if script.format_reward_weight:
-            raise ValueError("--format_reward_weight goes with the built-in reward, not with --reward")
-    if script.eval_dataset_path is not None and script.dataset_path is None:
-        raise ValueError("--eval_dataset_path goes with --dataset_path")
-    if script.prompt_style not in PROMPT_STYLES:
-        raise ValueError(f"--prompt_style {script.prompt_style!r}: choose from {', '.join(PROMPT_STYLES)}")
+    gym, own_file = load_gym(script, training.seed), script.dataset_path is not None
+    choices = f"{', '.join(DATASETS)} and {PREFIX}TASK"
+    quantized = model.load_in_4bit or model.load_in_8bit
+    no_quantizer = quantized and find_spec("bitsandbytes") is None
+    rules = {
+        f"--task_options and --task_weights go with --dataset {PREFIX}TASK,TASK": (
+            gym is None and (script.task_options or script.task_weights)
+        ),
+        f"--dataset {script.dataset!r}: choose from {choices}, or give --dataset_path": (
+            gym is None and not own_file and script.dataset not in DATASETS
+        ),
+        "--levels goes with --dataset arithmetic": script.levels and (own_file or script.dataset != "arithmetic"),
+        "--format_reward_weight goes with the built-in reward, not with --reward": (
+            script.reward is not None and script.format_reward_weight
+        ),
+        "--eval_dataset_path goes with --dataset_path": script.eval_dataset_path is not None and not own_file,
+        f"--prompt_style {script.prompt_style!r}: choose from {', '.join(PROMPT_STYLES)}": (
+            script.prompt_style not in PROMPT_STYLES
+        ),
+        "--load_in_4bit and --load_in_8bit need bitsandbytes: pip install bitsandbytes": no_quantizer,
+        "--load_in_4bit and --load_in_8bit need --use_peft: quantized weights can't be trained": (
+            quantized and not model.use_peft
+        ),
+    }
+    for message, broken in rules.items():
+        if broken:
+            raise ValueError(message)
     for name, least in (("eval_size", 1), ("num_shots", 0), ("train_size", 1)):
         value = getattr(script, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
-    if (model.load_in_4bit or model.load_in_8bit) and find_spec("bitsandbytes") is None:
-        raise ValueError("--load_in_4bit and --load_in_8bit need bitsandbytes: pip install bitsandbytes")
-    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
-        raise ValueError("--load_in_4bit and --load_in_8bit need --use_peft: quantized weights can't be trained")
+    if script.reward is not None:
+        load_function(script.reward, "--reward")
     check_output_dir(training.output_dir)
     training.resume_from_checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir, say)
 
@@ -143,69 +146,56 @@ def choose_instruction(script, built_in: bool, judged_as_text: bool) -> str:
     return reasoning.INSTRUCTION if judged_as_text else INSTRUCTION
 
 
-def choose_rewards(script, gym, stop: str | None, say) -> list:
+def choose_rewards(script, gym, stop: str | None) -> list:
     """Reward functions; ``stop``: where a few-shot completion has gone on to a question of its own."""
-    from examples.tasks import reasoning
+    from examples.tasks.command_line import say
     from examples.tasks.correctness import Correctness, MarkedAnswer, SameText
     from examples.tasks.load_questions import is_mixture
+    from examples.tasks.reasoning import GymScore
     from trl_ext.load_function import load_function
 
     if script.reward is not None:
         rewards: list = [load_function(script.reward, "--reward")]
     elif gym is not None:
-        rewards = [reasoning.GymScore(gym, say, stop)]
+        rewards = [GymScore(gym, say, stop)]
     else:
         rewards = [SameText(stop) if is_mixture(script) else Correctness(stop)]
     return [*rewards, MarkedAnswer(stop)] if script.format_reward_weight else rewards
 
 
-def build_trainer(script, training, model, say):
+def build_trainer(script, training, model):
     """Builds the trainer: loads questions, model and tokenizer, makes prompts, chooses rewards."""
-    from transformers import AutoConfig, PrinterCallback, ProgressCallback
+    from transformers import AutoConfig
     from transformers.utils import logging
     from trl import get_peft_config, get_quantization_config
 
     from examples.tasks.load_model import check_model, find_model, load_tokenizer
-    from examples.tasks.load_questions import (
-        choose_style,
-        is_mixture,
-        levels_of,
-        load_gym,
-        load_questions,
-        make_prompts,
-    )
+    from examples.tasks.load_questions import is_mixture, levels_of, load_gym, load_questions, make_prompts
     from examples.tasks.questions import NEXT_QUESTION
     from trl_ext import CurvatureGRPOTrainer
-    from trl_ext.checkpoints import StopWithCheckpoint
-    from trl_ext.console import ConsoleCallback
     from trl_ext.run_checks import context_of
 
     logging.disable_progress_bar()  # of loading weights, in the middle of the table
-    name, mixture = model.model_name_or_path, is_mixture(script)
+    name, gym = model.model_name_or_path, load_gym(script, training.seed)
     if name not in MADE_HERE:
         check_model(name)
-    gym = load_gym(script, training.seed)
-    questions = load_questions(script, training.seed, say, gym)
-
-    path = find_model(name, training.seed, levels_of(script), mixture)
+    questions = load_questions(script, training.seed, gym)
+    path = find_model(name, training.seed, levels_of(script), is_mixture(script))
     loading = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
     tokenizer = load_tokenizer(path, name, **loading)
-    style = choose_style(script.prompt_style, tokenizer, name)
-    instruction = choose_instruction(script, name == BUILT_IN, judged_as_text=gym is not None or mixture)
     context = context_of(AutoConfig.from_pretrained(path, **loading))
-    prompts = make_prompts(script, questions, style, instruction, tokenizer, context, say)
-
-    rewards = choose_rewards(script, gym, NEXT_QUESTION if style == "few_shot" else None, say)
-    if script.format_reward_weight:
-        training.reward_weights = training.reward_weights or [1.0, script.format_reward_weight]
+    instruction = choose_instruction(script, name == BUILT_IN, gym is not None or is_mixture(script))
+    prompts = make_prompts(script, questions, instruction, tokenizer, name, context)
     loading |= {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = {**loading, **(training.model_init_kwargs or {})}
+    if script.format_reward_weight:
+        training.reward_weights = training.reward_weights or [1.0, script.format_reward_weight]
     # The accuracy before training is measured by the training loop: a call of evaluate() before train() would leave the
     # model unwrapped under DDP, and each process would train a model of its own.
     training.eval_on_start = training.eval_strategy != "no" and training.resume_from_checkpoint is None
     trainer = CurvatureGRPOTrainer(
         model=path,
-        reward_funcs=rewards,
+        reward_funcs=choose_rewards(script, gym, NEXT_QUESTION if prompts.style == "few_shot" else None),
         args=training,
         train_dataset=prompts.train,
         eval_dataset=prompts.held_out if training.eval_strategy != "no" else None,
@@ -213,21 +203,28 @@ def build_trainer(script, training, model, say):
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    for replaced in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(replaced)
-    trainer.add_callback(ConsoleCallback())
-    trainer.add_callback(StopWithCheckpoint())
-    say_start(trainer.accelerator.num_processes, prompts, style, say)
+    say_start(trainer, prompts)
     return trainer
 
 
-def say_start(processes: int, prompts, style: str, say) -> None:
-    """Says how many questions and processes there are, and shows a question."""
+def say_start(trainer, prompts) -> None:
+    """Says how many questions and processes there are, shows a question, and chooses what is printed from here on."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from examples.tasks.command_line import say
+    from trl_ext.checkpoints import StopWithCheckpoint
+    from trl_ext.console import ConsoleCallback
+
+    processes = trainer.accelerator.num_processes
+    for replaced in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(replaced)
+    for ours in (ConsoleCallback(), StopWithCheckpoint()):
+        trainer.add_callback(ours)
     if started_alone(processes):
         say("accelerate was asked for several processes on CPUs and started one, without telling: to have two, add")
         say("--config_file examples/accelerate/cpu_two_processes.yaml after accelerate launch.")
     sizes = f"{len(prompts.train)} training and {len(prompts.held_out)} held-out questions"
-    say(f"{sizes} on {processes} process{'es' if processes > 1 else ''}, prompts as {style}, for example:")
+    say(f"{sizes} on {processes} process{'es' if processes > 1 else ''}, prompts as {prompts.style}, for example:")
     say(f"  {prompts.first.question!r} -> {prompts.first.answer[-40:]!r}")
 
 
@@ -240,8 +237,9 @@ def started_alone(processes: int) -> bool:
     return processes == 1 and launched and "WORLD_SIZE" not in os.environ
 
 
-def finish(trainer, say) -> None:
+def finish(trainer) -> None:
     """Evaluates the final model, saves it, and says what came of the run."""
+    from examples.tasks.command_line import say
     from examples.tasks.held_out import held_out_lines, held_out_logs
 
     output = trainer.args.output_dir
@@ -265,42 +263,32 @@ def finish(trainer, say) -> None:
     say("--dataset gsm8k for a real model; examples/recipes/ for whole configurations.")
 
 
-def say_on_main_process(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, flush=True)
-
-
 def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(short_help())
         return
     from contextlib import nullcontext
 
+    from examples.tasks.command_line import exit_on, say
     from trl_ext.checkpoints import CheckpointError
     from trl_ext.tasks.small_policy import trial_step
     from trl_ext.tasks.threads import quickest_threads
 
-    say = say_on_main_process
-    try:
+    with exit_on(ValueError):
         script, training, model = parse_arguments(arguments)
-        check_arguments(script, training, model, say)
-        trainer = build_trainer(script, training, model, say)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-    try:
-        # a model of a million parameters: more threads may be slower
-        with quickest_threads(trial_step()) if model.model_name_or_path == BUILT_IN else nullcontext():
-            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")
+        check_arguments(script, training, model)
+        trainer = build_trainer(script, training, model)
+    # a model of a million parameters: more threads may be slower
+    threads = quickest_threads(trial_step()) if model.model_name_or_path == BUILT_IN else nullcontext()
+    with exit_on(CheckpointError), threads:
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     stop = next(item for item in trainer.callback_handler.callbacks if type(item).__name__ == "StopWithCheckpoint")
     if stop.stopped:
         where = f"step {trainer.state.global_step} with a checkpoint in {training.output_dir}"
         say(f"\nStopped at {where}. To go on, repeat the command")
         say("with --resume_from_checkpoint auto")
     else:
-        finish(trainer, say)
+        finish(trainer)
     trainer.end()
 
 

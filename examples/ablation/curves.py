@@ -12,32 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# groups of the trainer's log, and what of them is a column of results.csv; interference only of the steps that log it
+GROUPS = {
+    "curvature": "sigma_mean speedup_constant directional_corr",
+    "normalization": "scale_mean zero_variance_frac alpha",
+    "interference": (
+        "orthogonality reliability near_orthogonal_frac conflict_frac live_prompts cos_abs_mean cos_mean cos_std "
+        "cos_corrected_mean cos_corrected_std"
+    ),
+    "theory": "m_bound_p95 negative_pairs_frac r1 r2",
+}
 # column of results.csv -> key of the trainer's log
 LOGGED = {
-    "reward": "reward",
-    "held_out_accuracy": "eval_accuracy",
-    "sigma_mean": "curvature/sigma_mean",
-    "scale_mean": "normalization/scale_mean",
-    "zero_variance_frac": "normalization/zero_variance_frac",
-    "grad_norm": "grad_norm",
-    "entropy": "entropy",
-    # of the steps that log interference
-    "orthogonality": "interference/orthogonality",
-    "reliability": "interference/reliability",
-    "near_orthogonal_frac": "interference/near_orthogonal_frac",
-    "conflict_frac": "interference/conflict_frac",
-    "cos_mean": "interference/cos_mean",
-    "cos_std": "interference/cos_std",
-    "cos_corrected_mean": "interference/cos_corrected_mean",
-    "cos_corrected_std": "interference/cos_corrected_std",
-    "speedup_constant": "curvature/speedup_constant",
-    "directional_corr": "curvature/directional_corr",
-    "m_bound_p95": "theory/m_bound_p95",
-    "negative_pairs_frac": "theory/negative_pairs_frac",
-    "r1": "theory/r1",
-    "r2": "theory/r2",
+    **{"reward": "reward", "held_out_accuracy": "eval_accuracy", "grad_norm": "grad_norm", "entropy": "entropy"},
+    **{name: f"{group}/{name}" for group, names in GROUPS.items() for name in names.split()},
     "training_phase": "phase",
-    "alpha": "normalization/alpha",
 }
 # the same for each task: "held_out/sums", "heard/sums", "cos/sums/puzzles"
 LOGGED_BY_TASK = {
@@ -70,6 +59,9 @@ class Run:
         points = [(row["step"], row[column]) for row in self.rows if row.get(column) is not None]
         return [float(step) for step, _ in points], [float(value) for _, value in points]  # type: ignore[arg-type]
 
+    def by_step(self, column: str) -> dict[float, float]:
+        return dict(zip(*self.curve(column), strict=True))
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -78,6 +70,10 @@ class Interval:
     estimate: float
     low: float
     high: float
+
+    def __format__(self, layout: str) -> str:
+        ends = "" if math.isnan(self.low) else f" [{self.low:{layout}}, {self.high:{layout}}]"
+        return f"{self.estimate:{layout}}{ends}"
 
 
 def tidy_rows(log_history: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -141,9 +137,15 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def block_means(steps: Sequence[float], values: Sequence[float], width: int) -> tuple[list[float], list[float]]:
+def block_means(curve: Mapping[float, float], width: int) -> dict[float, float]:
     """Means over steps 1 to ``width``, and so on, at the middles: the reward of a single step is noisy."""
     blocks: dict[int, list[float]] = {}
-    for step, value in zip(steps, values, strict=True):
+    for step, value in curve.items():
         blocks.setdefault(math.ceil(step / width), []).append(value)
-    return [(block - 0.5) * width + 0.5 for block in blocks], [statistics.fmean(block) for block in blocks.values()]
+    return {(block - 0.5) * width + 0.5: statistics.fmean(values) for block, values in blocks.items()}
+
+
+def mean_curve(curves: Sequence[Mapping[float, float]], in_all: bool = False) -> dict[float, Interval]:
+    """By step, the mean with its interval over the curves that have it; ``in_all``: of the steps that all have."""
+    steps = set.intersection(*map(set, curves)) if in_all else {step for curve in curves for step in curve}
+    return {step: mean_interval([curve[step] for curve in curves if step in curve]) for step in sorted(steps)}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .curves import Interval, Run, block_means, mean_interval
+from .curves import Interval, Run, block_means, mean_curve
 from .tables import REFERENCE
 
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
@@ -19,28 +19,19 @@ LINES = ("-", "--", "-.", ":")
 COLUMNS = {"reward": "reward of the sampled answers", "held_out_accuracy": "held-out accuracy"}
 
 
-def mean_curve(runs: Sequence[Run], column: str, eval_every: int) -> tuple[list[float], list[Interval]]:
-    """Returns steps, and the mean over runs with its interval at each. The noisy reward is averaged over ``eval_every``
-    steps.
-    """
-    curves = [run.curve(column) for run in runs]
-    if column == "reward":
-        curves = [block_means(*curve, eval_every) for curve in curves]
-    return curves[0][0], [mean_interval(values) for values in zip(*(values for _, values in curves), strict=True)]
-
-
 def line_style(i: int, method: str) -> dict[str, str]:
     """Returns the i-th method's line, which differs from the others' in more than its colour."""
     marker, line = MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]
     return {"color": COLOURS[i % len(COLOURS)], "marker": marker, "label": method, "linestyle": line}
 
 
-def _draw(axes: Any, curve: tuple[list[float], list[Interval]], style: dict[str, Any], band: bool) -> None:
-    steps, points = curve
-    axes.plot(steps, [point.estimate for point in points], markersize=4, linewidth=1.3, **style)
+def draw_curve(axis: Any, curve: Mapping[float, Interval], style: Mapping[str, object], band: float = 0.0) -> None:
+    """Draws the means, and a band of their intervals of this opacity."""
+    points = list(curve.values())
+    axis.plot(list(curve), [point.estimate for point in points], markersize=4, **{"linewidth": 1.3, **style})
     if band:
         low, high = [point.low for point in points], [point.high for point in points]
-        axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        axis.fill_between(list(curve), low, high, color=style["color"], alpha=band, linewidth=0)
 
 
 def draw_ablation(finals: Mapping[str, Sequence[Run]], target: float, eval_every: int, title: str, file: Path) -> None:
@@ -53,15 +44,18 @@ def draw_ablation(finals: Mapping[str, Sequence[Run]], target: float, eval_every
     together_axes = halves[0].subplots(1, len(COLUMNS))
     apart_axes = halves[1].subplots(len(COLUMNS), len(finals), sharex=True, sharey="row", squeeze=False)
     for k, (column, label) in enumerate(COLUMNS.items()):
-        curves = {method: mean_curve(runs, column, eval_every) for method, runs in finals.items()}
+        curves = {}
+        for method, runs in finals.items():
+            of_runs = [run.by_step(column) for run in runs]
+            curves[method] = mean_curve([block_means(c, eval_every) for c in of_runs] if k == 0 else of_runs)
         for i, (method, curve) in enumerate(curves.items()):
             style = line_style(i, method)
-            _draw(together_axes[k], curve, style, band=False)
+            draw_curve(together_axes[k], curve, style)
             axes = apart_axes[k][i]
             if REFERENCE in curves and method != REFERENCE:
                 grey = {"color": "#888888", "marker": "", "label": REFERENCE, "linestyle": "--"}
-                _draw(axes, curves[REFERENCE], grey, band=True)
-            _draw(axes, curve, style, band=True)
+                draw_curve(axes, curves[REFERENCE], grey, band=0.2)
+            draw_curve(axes, curve, style, band=0.2)
             if k == 0:
                 axes.set_title(method, fontsize=9)
             if i == 0:
@@ -88,11 +82,8 @@ def draw_tasks(finals: Mapping[str, Sequence[Run]], names: Sequence[str], file: 
     for k, (column, label) in enumerate(rows.items()):
         for axes, name in zip(grid[k], names, strict=True):
             for i, (method, runs) in enumerate(finals.items()):
-                curves = [dict(zip(*run.curve(f"{column}/{name}"), strict=True)) for run in runs]
-                steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-                points = [mean_interval([curve[step] for curve in curves]) for step in steps]
-                style = line_style(i, method)
-                _draw(axes, (steps, points), style, band=False)
+                curve = mean_curve([run.by_step(f"{column}/{name}") for run in runs], in_all=True)
+                draw_curve(axes, curve, line_style(i, method))
             axes.grid(alpha=0.3)
             if k == 0:
                 axes.set_title(name, fontsize=9)

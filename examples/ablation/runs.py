@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,41 @@ from transformers.utils import logging
 from examples.ablation.curves import Run, tidy_rows
 from examples.tasks.correctness import Correctness, SameText
 from examples.tasks.mixed_policy import mixed_policy
-from examples.tasks.questions import arithmetic_questions, build_dataset, mixture_questions
+from examples.tasks.questions import build_dataset, built_in_questions
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.tasks.small_policy import small_policy
 
-# All that one run depends on, as JSON can hold it: "method" (as on the command line), "model" (a folder; None: the
-# built-in policy of the run's seed), "dataset", "levels", "train_size", "eval_size", "training" (the trainer's
-# options), and "reward_noise" where rewards are flipped
-Settings = dict[str, Any]
+
+@dataclass(frozen=True)
+class Settings:
+    """All that one run depends on.
+
+    Attributes:
+        method: as on the command line.
+        training: the trainer's options.
+        model: a folder; None: the built-in policy of the run's seed.
+    """
+
+    method: str
+    training: dict[str, object]
+    model: str | None = None
+    dataset: str = "mixture"
+    levels: Sequence[int] = ()
+    train_size: int = 700
+    eval_size: int = 128
+    reward_noise: float = 0.0
+
+    @property
+    def seed(self) -> int:
+        return self.training["seed"]
+
+    @property
+    def learning_rate(self) -> float:
+        return self.training["learning_rate"]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} at {self.learning_rate:g}, seed {self.seed}"
 
 
 # One run, in a worker process
@@ -61,14 +89,10 @@ def start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def training_config(settings: Settings, output_dir: str) -> CurvatureGRPOConfig:
-    return CurvatureGRPOConfig(**settings["training"], output_dir=output_dir)
-
-
-def warm_up(seed: int, dataset: str, levels: list[int]) -> str:
+def warm_up(seed: int, dataset: str, levels: Sequence[int]) -> str:
     """Returns the folder of the built-in policy; made on the first call."""
 
-    def silent(step: int, accuracy: Any) -> None:
+    def silent(step: int, accuracy: object) -> None:
         pass
 
     return str(mixed_policy(seed, silent) if dataset == "mixture" else small_policy(seed, tuple(levels), silent))
@@ -93,25 +117,19 @@ class Flipped:
 
 def trained(settings: Settings, output_dir: str) -> CurvatureGRPOTrainer:
     """Trains once, without messages, and returns the trainer."""
-    dataset, levels, seed = settings["dataset"], tuple(settings["levels"]), settings["training"]["seed"]
-    policy = settings["model"] or warm_up(seed, dataset, settings["levels"])
-    make, more, reward = arithmetic_questions, {"levels": levels}, Correctness
-    if dataset == "mixture":
-        make, more, reward = mixture_questions, {}, SameText
-    train_set = make(settings["train_size"], held_out=False, seed=seed, **more)
-    held_out = make(settings["eval_size"], held_out=True, seed=seed, **more)
-    datasets = [build_dataset(questions, "chat") for questions in (train_set, held_out)]
-    judge: Any = reward()
-    if noise := settings.get("reward_noise"):
-        judge = Flipped(judge, noise, seed)
-        datasets = [
-            dataset.add_column("noisy", [noisy] * len(dataset))
-            for dataset, noisy in zip(datasets, (True, False), strict=True)
-        ]
+    dataset, seed = settings.dataset, settings.seed
+    policy = settings.model or warm_up(seed, dataset, settings.levels)
+    judge: Any = SameText() if dataset == "mixture" else Correctness()
+    datasets = []
+    for count, held_out in ((settings.train_size, False), (settings.eval_size, True)):
+        questions = built_in_questions(dataset, count, held_out=held_out, levels=tuple(settings.levels), seed=seed)
+        made = build_dataset(questions, "chat")
+        # rewards are flipped in training alone
+        datasets.append(made.add_column("noisy", [not held_out] * count) if settings.reward_noise else made)
     trainer = CurvatureGRPOTrainer(
         model=policy,
-        reward_funcs=[judge],
-        args=training_config(settings, output_dir),
+        reward_funcs=[Flipped(judge, settings.reward_noise, seed) if settings.reward_noise else judge],
+        args=CurvatureGRPOConfig(**settings.training, output_dir=output_dir),
         train_dataset=datasets[0],
         eval_dataset=datasets[1],
         processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
@@ -125,7 +143,7 @@ def train(settings: Settings, file: str) -> None:
     """Trains once, and writes the settings and the tidy rows to ``file``, whole or not at all."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer = trained(settings, scratch)
-    write_whole(Path(file), json.dumps({"settings": settings, "rows": tidy_rows(trainer.state.log_history)}))
+    write_whole(Path(file), json.dumps({"settings": asdict(settings), "rows": tidy_rows(trainer.state.log_history)}))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -139,16 +157,9 @@ def write_whole(path: Path, text: str) -> None:
 
 def run_file(output_dir: str | Path, settings: Settings) -> Path:
     """Returns the file of a run's result. Other settings have another file."""
-    training = settings["training"]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-    method = settings["method"].replace(":", "-")
-    name = f"{method}_lr{training['learning_rate']:g}_seed{training['seed']}_{digest}.json"
-    return Path(output_dir) / "runs" / name
-
-
-def run_name(settings: Settings) -> str:
-    training = settings["training"]
-    return f"{settings['method']} at {training['learning_rate']:g}, seed {training['seed']}"
+    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:10]
+    method = settings.method.replace(":", "-").replace(" ", "_")
+    return Path(output_dir) / "runs" / f"{method}_lr{settings.learning_rate:g}_seed{settings.seed}_{digest}.json"
 
 
 def read_run(output_dir: str | Path, settings: Settings) -> Run | None:
@@ -157,7 +168,7 @@ def read_run(output_dir: str | Path, settings: Settings) -> Run | None:
         rows = json.loads(run_file(output_dir, settings).read_text())["rows"]
     except (OSError, ValueError):
         return None
-    return Run(settings["method"], settings["training"]["learning_rate"], settings["training"]["seed"], rows)
+    return Run(settings.method, settings.learning_rate, settings.seed, rows)
 
 
 class Workers:
@@ -181,7 +192,7 @@ class Workers:
             sys.exit("\nStopped. What has finished is kept: repeat the command to go on")
         self.pool.shutdown(cancel_futures=True)
 
-    def each(self, calls: Mapping[str, tuple[Any, ...]], report: Callable[[str], None]) -> None:
+    def each(self, calls: Mapping[str, tuple], report: Callable[[str], None]) -> None:
         """Makes the calls, by name, in the workers. ``report(name)`` as each ends; a failure is printed and kept."""
         names = {self.pool.submit(*call): name for name, call in calls.items()}
         for future in as_completed(names):
@@ -195,6 +206,11 @@ class Workers:
             else:
                 report(names[future])
 
+    def end_if_failed(self) -> None:
+        """Ends the program where calls have failed, and names them."""
+        if self.failed:
+            sys.exit(f"error: {len(self.failed)} failed: {'; '.join(self.failed)}")
+
     def run(self, output_dir: str, wanted: Sequence[Settings]) -> list[Run]:
         """Returns the ``Run`` of each of the settings, trained where it isn't there yet; without those that failed."""
         left = [settings for settings in wanted if read_run(output_dir, settings) is None]
@@ -202,23 +218,21 @@ class Workers:
             self.done += len(wanted) - len(left)
             print(f"{len(wanted) - len(left)} of {len(wanted)} runs were done before", flush=True)
         self._warm_up(left)
-        by_name = {run_name(settings): settings for settings in left}
+        by_name = {settings.name: settings for settings in left}
         calls = {name: (train, one, str(run_file(output_dir, one))) for name, one in by_name.items()}
         self.each(calls, lambda name: self._report(name, read_run(output_dir, by_name[name])))
         return [run for settings in wanted if (run := read_run(output_dir, settings))]
 
     def _warm_up(self, settings: Sequence[Settings]) -> None:
         """Makes the built-in policies that runs start from, each once."""
-        built_in = [one for one in settings if one["model"] is None]
-        seeds = dict.fromkeys(one["training"]["seed"] for one in built_in)
-        if seeds:
+        built_in = {one.seed: one for one in settings if one.model is None}
+        if built_in:
             print(
-                f"The built-in policies of {len(seeds)} seeds are warmed up where they aren't cached: a minute and a "
-                "half each on one core (measured)",
+                f"The built-in policies of {len(built_in)} seeds are warmed up where they aren't cached: a minute and "
+                "a half each on one core (measured)",
                 flush=True,
             )
-        dataset = [(one["dataset"], one["levels"]) for one in built_in[:1]]
-        calls = {f"policy of seed {seed}": (warm_up, seed, *which) for seed in seeds for which in dataset}
+        calls = {f"policy of seed {seed}": (warm_up, seed, one.dataset, one.levels) for seed, one in built_in.items()}
         self.each(calls, lambda name: print(f"  {name} is there", flush=True))
 
     def _report(self, name: str, run: Run | None) -> None:
@@ -226,9 +240,6 @@ class Workers:
         self.done += 1
         self.trained += 1
         accuracies = run.curve("held_out_accuracy")[1]
+        learned = f": held-out accuracy {accuracies[0]:.3f} -> {accuracies[-1]:.3f}" if accuracies else ""
         left = (time.monotonic() - self.started) / self.trained * (self.total - self.done)
-        print(
-            f"[{self.done}/{self.total}] {name}: held-out accuracy {accuracies[0]:.3f} -> {accuracies[-1]:.3f}, "
-            f"about {left / 60:.0f} min left",
-            flush=True,
-        )
+        print(f"[{self.done}/{self.total}] {name}{learned}, about {left / 60:.0f} min left", flush=True)

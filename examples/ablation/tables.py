@@ -9,9 +9,8 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,12 +22,23 @@ REFERENCE = "std"  # what differences are taken to
 Finals = Mapping[str, Sequence[Run]]  # the runs at its best learning rate, by method
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Writes rows of named values; a column that only some rows have is empty in the others."""
     with open(path, "w", newline="") as stream:
         writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def sections(tables: Mapping[str, Sequence[str]]) -> str:
+    """Puts tables below their titles."""
+    return "\n".join(line for title, lines in tables.items() for line in (f"## {title}", "", *lines, ""))
 
 
 def interpolated_rate(scores: Mapping[float, float]) -> float:
@@ -73,11 +83,10 @@ def rates_table(sweep: Sequence[Run]) -> str:
     """Formats ``rate_ratios``. Empty without a sweep over rates and seeds, or without the reference."""
     if len({run.learning_rate for run in sweep}) < 2 or REFERENCE not in {run.method for run in sweep}:
         return ""
-    lines = ["", f"| method | best learning rate / `{REFERENCE}`'s |", "|---|---|"]
-    for method, one in rate_ratios(sweep).items():
-        lines.append(f"| `{method}` | {one.estimate:.2f} [{one.low:.2f}, {one.high:.2f}] |")
+    rows = [[f"`{method}`", f"{one:.2f}"] for method, one in rate_ratios(sweep).items()]
+    lines = markdown(["method", f"best learning rate / `{REFERENCE}`'s"], rows)
     told = "By the area under the held-out curve, interpolated between rates; 95% bootstrap over the sweep's seeds"
-    return "\n".join([*lines, "", f"{told}.", ""])
+    return "\n".join(["", *lines, "", f"{told}.", ""])
 
 
 def at_edge(learning_rate: float, grid: Sequence[float]) -> bool:
@@ -100,11 +109,7 @@ def methods_table(finals: Finals, grid: Sequence[float], target: float, max_step
         method: {run.seed: run.curve("held_out_accuracy")[1][-1] for run in runs} for method, runs in finals.items()
     }
     reference = final_by_seed.get(REFERENCE, {})
-    lines = [
-        f"| method | learning rate | steps to {target:g} | got there | final held-out accuracy | minus `{REFERENCE}` "
-        "| C |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for method, runs in finals.items():
         rate, accuracy = runs[0].learning_rate, final_by_seed[method]
         steps = [steps_to_target(*run.curve("held_out_accuracy"), target) for run in runs]
@@ -113,41 +118,42 @@ def methods_table(finals: Finals, grid: Sequence[float], target: float, max_step
             for step in (statistics.median(steps), min(steps), max(steps))
         )
         paired = [accuracy[seed] - reference[seed] for seed in accuracy if seed in reference and method != REFERENCE]
-        cells = [
-            f"`{method}`",
-            f"{rate:g}{' (edge of the grid)' if at_edge(rate, grid) else ''}",
-            f"{median} [{least}, {most}]",
-            f"{sum(step < math.inf for step in steps)} of {len(runs)}",
-            _mean_text(list(accuracy.values())),
-            _mean_text(paired, "+.3f"),
-            _mean_text(speedup_constants(runs)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(
+            [
+                f"`{method}`",
+                f"{rate:g}{' (edge of the grid)' if at_edge(rate, grid) else ''}",
+                f"{median} [{least}, {most}]",
+                f"{sum(step < math.inf for step in steps)} of {len(runs)}",
+                mean_text(list(accuracy.values())),
+                mean_text(paired, "+.3f"),
+                mean_text(speedup_constants(runs)),
+            ]
+        )
+    accuracies = ["final held-out accuracy", f"minus `{REFERENCE}`", "C"]
+    lines = markdown(["method", "learning rate", f"steps to {target:g}", "got there", *accuracies], rows)
     coverage = 1 - 0.5 ** (min(map(len, finals.values())) - 1)
-    lines += [
-        "",
+    told = (
         f"Steps: median [least, most] over the seeds; a run that never got there counts as more than {max_steps}. "
         f"Least and most hold the true median with probability {coverage:.3f}. Accuracies: mean [95% t-interval over "
         "the seeds]; differences are paired by seed. C = 8/3 of the mean, over steps and prompts, of the std of a "
-        "group's rewards (arXiv 2601.23135, Theorem 3.2): below 1 it predicts that `std` converges faster than `mean`.",
-        "",
-    ]
-    return "\n".join(lines)
+        "group's rewards (arXiv 2601.23135, Theorem 3.2): below 1 it predicts that `std` converges faster than `mean`."
+    )
+    return "\n".join([*lines, "", told, ""])
 
 
-def _mean_text(values: Sequence[float], layout: str = ".3f") -> str:
+def mean_text(values: Sequence[float], layout: str = ".3f") -> str:
     """Formats the mean and its interval; empty without values."""
-    if not values:
-        return ""
-    one = mean_interval(values)
-    return f"{one.estimate:{layout}}" + ("" if math.isnan(one.low) else f" [{one.low:{layout}}, {one.high:{layout}}]")
+    return f"{mean_interval(values):{layout}}" if values else ""
 
 
 def task_names(finals: Finals) -> list[str]:
     """Returns the tasks of all runs, sorted; none where there is one task or no column of tasks."""
-    columns = dict.fromkeys(column for runs in finals.values() for run in runs for row in run.rows for column in row)
-    names = [column.removeprefix("held_out/") for column in columns if column.startswith("held_out/")]
+    names = {name.removeprefix("held_out/") for name in columns_of(finals) if name.startswith("held_out/")}
     return sorted(names) if len(names) > 1 else []
+
+
+def columns_of(finals: Finals) -> set[str]:
+    return {column for runs in finals.values() for run in runs for row in run.rows for column in row}
 
 
 def by_task(finals: Finals) -> str:
@@ -156,40 +162,28 @@ def by_task(finals: Finals) -> str:
     names = task_names(finals)
     if not names:
         return ""
-    runs = [run for one in finals.values() for run in one]
-    pairs = sorted({column for run in runs for row in run.rows for column in row if column.startswith("cos/")})
+    pairs = sorted(column for column in columns_of(finals) if column.startswith("cos/"))
     held_out, heard = ([f"{kind}/{name}" for name in names] for kind in ("held_out", "heard"))
     lines = [
         *_task_table("final held-out accuracy", finals, held_out, lambda steps, values: values[-1]),
         *_task_table("held-out accuracy over training", finals, held_out, mean_over_training),
-        *_task_table("heard (share of the gradient)", finals, heard, _mean_of_values),
-        *_task_table("cosine", finals, pairs, _mean_of_values),
+        *_task_table("heard (share of the gradient)", finals, heard, lambda steps, values: statistics.fmean(values)),
+        *_task_table("cosine", finals, pairs, lambda steps, values: statistics.fmean(values)),
     ]
+    runs = [run for one in finals.values() for run in one]
     starts = {name: statistics.fmean(run.curve(f"held_out/{name}")[1][0] for run in runs) for name in names}
     first = ", ".join(f"{name} {start:.3f}" for name, start in starts.items())
     told = "Heard and cosines: means over the steps that logged interference. 95% t-intervals over seeds"
     return "\n".join([*lines, "", f"Before training: {first}. {told}.", ""])
 
 
-def _mean_of_values(steps: Sequence[float], values: Sequence[float]) -> float:
-    return statistics.fmean(values)
-
-
 def _task_table(
-    title: str,
-    finals: Finals,
-    columns: Sequence[str],
-    reduce: Callable[[Sequence[float], Sequence[float]], float],
+    title: str, finals: Finals, columns: Sequence[str], reduce: Callable[[Sequence[float], Sequence[float]], float]
 ) -> list[str]:
     """Makes a row for each method and a cell for each column: the mean over runs of the reduced curves."""
-    if not any(run.curve(column)[0] for runs in finals.values() for run in runs for column in columns):
-        return []
-    names = [", ".join(column.split("/")[1:]) for column in columns]
-    lines = ["", f"| {title} | {' | '.join(names)} |", "|---|" + "---|" * len(columns)]
+    rows = []
     for method, runs in finals.items():
-        cells = []
-        for column in columns:
-            curves = [run.curve(column) for run in runs]
-            cells.append(_mean_text([reduce(*curve) for curve in curves if curve[0]]))
-        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
-    return lines
+        curves = [[curve for run in runs if (curve := run.curve(column))[0]] for column in columns]
+        rows.append([f"`{method}`", *(mean_text([reduce(*curve) for curve in of_runs]) for of_runs in curves)])
+    head = [title, *(", ".join(column.split("/")[1:]) for column in columns)]
+    return ["", *markdown(head, rows)] if any(cell for row in rows for cell in row[1:]) else []

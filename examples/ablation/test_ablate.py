@@ -1,11 +1,9 @@
 """examples/ablation/ablate.py as users run it: a sweep, a comparison, files; stopped, killed, given nonsense."""
 
 import csv
-import json
+import dataclasses
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -68,9 +66,9 @@ def test_matplotlib_is_asked_for_before_anything_is_trained(tmp_path, monkeypatc
 def test_runs_differ_in_method_learning_rate_and_seed_alone(tmp_path):
     options = ablate.parse_arguments([])
     one, other = (ablate.run_settings(options, *run) for run in (("std", 1e-4, 0), ("power:alpha=0.5", 2e-4, 1)))
-    different = {name for name in one["training"] if one["training"][name] != other["training"][name]}
+    different = {name for name in one.training if one.training[name] != other.training[name]}
     assert different == {"normalization", "normalization_kwargs", "learning_rate", "seed"}
-    assert {name for name in one if one[name] != other[name]} == {"method", "training"}
+    assert dataclasses.replace(one, method=other.method, training=other.training) == other
     files = {runs.run_file(tmp_path, settings) for settings in (one, other)}
     longer = ablate.parse_arguments(["--max_steps", "100"])
     assert len(files | {runs.run_file(tmp_path, ablate.run_settings(longer, "std", 1e-4, 0))}) == 3
@@ -84,27 +82,13 @@ def options_of(policy, folder, *more):
     return [*options.split(), "--model_name_or_path", str(policy), "--output_dir", str(folder), *more]
 
 
-QUIET = {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-FROM = SCRIPT.parents[1]  # examples/, the worst place: its math.py must not become the standard library's
-
-
-def launch(*arguments):
-    return subprocess.run(
-        [sys.executable, "ablation/ablate.py", *options_of(*arguments)],
-        cwd=FROM,
-        env={**os.environ, **QUIET},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def begin(*arguments, **variables):
-    """The same, forked from a process that has imported everything; its one worker hasn't."""
+    """The script, forked from a process that has imported everything; its one worker hasn't."""
     policy, folder, *more = arguments
     given = options_of(policy, folder, *more, "--jobs", "1")
+    variables |= {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     outputs = folder.with_name(f"{folder.name}-outputs")
-    return start(1, run_script, SCRIPT, given, folder=outputs, cwd=FROM, **QUIET, **variables)
+    return start(1, run_script, SCRIPT, given, folder=outputs, cwd=SCRIPT.parents[1], **variables)
 
 
 def read_csv(path):
@@ -112,9 +96,9 @@ def read_csv(path):
         return list(csv.DictReader(stream))
 
 
-def test_the_script(tiny_policy, tmp_path):
+def test_the_script(launch, tiny_policy, tmp_path):
     """Sweep, comparison and files. Then with a seed more: only what isn't done is trained, and a failure is named."""
-    done = launch(tiny_policy, tmp_path)
+    done = launch("ablation/ablate.py", *options_of(tiny_policy, tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "[8/8]" in done.stdout and "min left" in done.stdout
     rows = read_csv(tmp_path / "results.csv")
@@ -181,6 +165,4 @@ def test_no_worker_outlives_the_script(number, tiny_policy, tmp_path):
 
 def test_a_run_file_is_whole_or_absent(tmp_path):
     runs.write_whole(tmp_path / "run.json", "{}")
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"] and json.loads(
-        (tmp_path / "run.json").read_text()
-    ) == {}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"run.json": "{}"}

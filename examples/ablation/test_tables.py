@@ -4,28 +4,9 @@ import math
 
 import pytest
 
-from examples.ablation.curves import (
-    STUDENT_T,
-    Interval,
-    Run,
-    best_learning_rate,
-    block_means,
-    mean_interval,
-    mean_over_training,
-    steps_to_target,
-    tidy_rows,
-)
-from examples.ablation.plots import draw_tasks, mean_curve
-from examples.ablation.tables import (
-    at_edge,
-    by_task,
-    interpolated_rate,
-    methods_table,
-    rate_ratios,
-    rates_table,
-    speedup_constants,
-    task_names,
-)
+from examples.ablation import curves, tables
+from examples.ablation.curves import Interval, Run, best_learning_rate, mean_interval, tidy_rows
+from examples.ablation.plots import draw_tasks
 
 INF = math.inf
 
@@ -52,17 +33,18 @@ def run_of(method, accuracies, *, learning_rate=1e-4, seed=0, sigmas=(None, 0.3,
     ],
 )
 def test_steps_to_target(accuracies, target, expected):
-    assert steps_to_target([0, 10, 20], accuracies, target) == pytest.approx(expected)
+    assert curves.steps_to_target([0, 10, 20], accuracies, target) == pytest.approx(expected)
 
 
 def test_mean_over_training():
-    assert mean_over_training([0, 10, 20], [0.4, 0.6, 0.8]) == pytest.approx(0.6)
+    assert curves.mean_over_training([0, 10, 20], [0.4, 0.6, 0.8]) == pytest.approx(0.6)
     # trapezoids of unequal width: (10 * 0.5 + 30 * 0.7) / 40
-    assert mean_over_training([0, 10, 40], [0.4, 0.6, 0.8]) == pytest.approx(0.65)
+    assert curves.mean_over_training([0, 10, 40], [0.4, 0.6, 0.8]) == pytest.approx(0.65)
 
 
 def test_block_means():
-    assert block_means([1, 2, 3, 4, 5], [1, 3, 10, 20, 7], 2) == ([1.5, 3.5, 5.5], [2, 15, 7])
+    curve = {1: 1, 2: 3, 3: 10, 4: 20, 5: 7}
+    assert curves.block_means(curve, 2) == {1.5: 2, 3.5: 15, 5.5: 7}
 
 
 def test_tidy_rows():
@@ -85,15 +67,8 @@ def task_run(method, seed, last, heard):
     """Two tasks evaluated at steps 0 and 10; interference logged twice, the second time of one task alone."""
     history = [
         {"step": 0, "eval_accuracy": 0.3, "eval_tasks/a b/reward": 0.2, "eval_tasks/c/reward": 0.4},
-        {
-            "step": 1,
-            "reward": 0.4,
-            "tasks/a b/heard": heard,
-            "tasks/c/heard": 1 - heard,
-            "tasks/a b/cos/c": 0.1,
-            "tasks/a b/cos_error/c": 0.02,
-            "tasks/a b/reward": 0.25,
-        },
+        {"step": 1, "reward": 0.4, "tasks/a b/heard": heard, "tasks/c/heard": 1 - heard, "tasks/a b/reward": 0.25}
+        | {"tasks/a b/cos/c": 0.1, "tasks/a b/cos_error/c": 0.02},
         {"step": 6, "reward": 0.5, "tasks/a b/heard": 1.0, "tasks/a b/reward": 0.5},
         {"step": 10, "eval_accuracy": 0.5, "eval_tasks/a b/reward": last, "eval_tasks/c/reward": 0.6},
     ]
@@ -112,15 +87,13 @@ def test_tables_by_task(tmp_path):
         "mean": [task_run("mean", 0, 0.5, 0.2), task_run("mean", 1, 0.7, 0.4)],
         "std": [task_run("std", 0, 0.8, 0.5), task_run("std", 1, 0.8, 0.5)],
     }
-    assert task_names(finals) == ["a b", "c"] and task_names({"std": [run_of("std", [0.4, 0.5, 0.6])]}) == []
-    lines = by_task(finals).splitlines()
+    one_task = {"std": [run_of("std", [0.4, 0.5, 0.6])]}
+    assert tables.task_names(finals) == ["a b", "c"] and tables.task_names(one_task) == []
+    lines = tables.by_task(finals).splitlines()
     titles = [line for line in lines if line.startswith("| ") and "a b" in line]
-    assert [title.split("|")[1].strip() for title in titles] == [
-        "final held-out accuracy",
-        "held-out accuracy over training",
-        "heard (share of the gradient)",
-        "cosine",
-    ]
+    accuracies = ["final held-out accuracy", "held-out accuracy over training"]
+    kinds = [title.split("|")[1].strip() for title in titles]
+    assert kinds == [*accuracies, "heard (share of the gradient)", "cosine"]
     # 0.5 and 0.7: mean 0.6, half-width 12.706 * 0.1; from a straight line between 0.2 and the end: 0.35 and 0.45
     assert "| `mean` | 0.600 [-0.671, 1.871] | 0.600 [0.600, 0.600] |" in lines
     assert "| `mean` | 0.400 [-0.235, 1.035] | 0.500 [0.500, 0.500] |" in lines
@@ -128,8 +101,8 @@ def test_tables_by_task(tmp_path):
     assert "| `mean` | 0.650 [0.015, 1.285] | 0.700 [-0.571, 1.971] |" in lines
     assert "| `std` | 0.100 [0.100, 0.100] |" in lines
     assert any(line.startswith("Before training: a b 0.200, c 0.400.") for line in lines)
-    assert by_task({"std": [run_of("std", [0.4, 0.5, 0.6])]}) == ""
-    draw_tasks(finals, task_names(finals), tmp_path / "tasks.png")
+    assert tables.by_task(one_task) == ""
+    draw_tasks(finals, tables.task_names(finals), tmp_path / "tasks.png")
     assert (tmp_path / "tasks.png").read_bytes()[1:4] == b"PNG"
 
 
@@ -147,20 +120,17 @@ def test_best_learning_rate_is_of_the_whole_curve_over_all_seeds():
     assert best_learning_rate(runs) == 2e-4
     assert best_learning_rate(runs[2:4] + runs[:1] + [run_of("std", [0.4, 0.3, 0.8], learning_rate=2e-4)]) == 1e-4
     assert best_learning_rate(runs[4:]) == 4e-4
-
-
-def test_equal_learning_rates_give_the_smaller():
-    runs = [run_of("std", [0.4, 0.5, 0.6], learning_rate=rate) for rate in (4e-4, 1e-4, 2e-4)]
-    assert best_learning_rate(runs) == 1e-4
+    equal = [run_of("std", [0.4, 0.5, 0.6], learning_rate=rate) for rate in (4e-4, 1e-4, 2e-4)]
+    assert best_learning_rate(equal) == 1e-4  # of equals the smaller
 
 
 def test_the_interpolated_rate_by_hand():
     """Scores on a parabola in log2 of the rate, whose highest point is at 2 ** 0.5; edges and plateaus stay."""
     parabola = {2.0**x: 1 - (x - 0.5) ** 2 for x in (-2, -1, 0, 1, 2)}
-    assert interpolated_rate(parabola) == pytest.approx(2**0.5)
-    assert interpolated_rate({1.0: 0.9, 2.0: 0.5, 4.0: 0.1}) == 1.0
-    assert interpolated_rate({1.0: 0.5, 2.0: 0.5, 4.0: 0.5}) == 1.0
-    assert interpolated_rate({1.0: 0.5}) == 1.0
+    assert tables.interpolated_rate(parabola) == pytest.approx(2**0.5)
+    assert tables.interpolated_rate({1.0: 0.9, 2.0: 0.5, 4.0: 0.1}) == 1.0
+    assert tables.interpolated_rate({1.0: 0.5, 2.0: 0.5, 4.0: 0.5}) == 1.0
+    assert tables.interpolated_rate({1.0: 0.5}) == 1.0
 
 
 def test_ratios_of_best_rates():
@@ -175,13 +145,13 @@ def test_ratios_of_best_rates():
             for rate in (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
         ]
 
-    found = rate_ratios(sweep([2e-4, 2e-4, 2e-4]))
+    found = tables.rate_ratios(sweep([2e-4, 2e-4, 2e-4]))
     assert found["std"] == Interval(1, 1, 1)
     assert [found["mean"].estimate, found["mean"].low, found["mean"].high] == pytest.approx([2, 2, 2])
-    apart = rate_ratios(sweep([1e-4, 2e-4, 4e-4]))["mean"]
+    apart = tables.rate_ratios(sweep([1e-4, 2e-4, 4e-4]))["mean"]
     assert apart.low == pytest.approx(1, rel=0.05) and apart.high == pytest.approx(4, rel=0.05)
-    assert "| `mean` | 2.00 [2.00, 2.00] |" in rates_table(sweep([2e-4, 2e-4, 2e-4]))
-    assert rates_table([run for run in sweep([2e-4] * 3) if run.learning_rate == 1e-4]) == ""
+    assert "| `mean` | 2.00 [2.00, 2.00] |" in tables.rates_table(sweep([2e-4, 2e-4, 2e-4]))
+    assert tables.rates_table([run for run in sweep([2e-4] * 3) if run.learning_rate == 1e-4]) == ""
 
 
 @pytest.mark.parametrize(
@@ -189,7 +159,7 @@ def test_ratios_of_best_rates():
     [(1, [2, 1, 4], True), (4, [2, 1, 4], True), (2, [2, 1, 4], False), (2, [2], False)],
 )
 def test_edge_of_the_grid(rate, grid, expected):
-    assert at_edge(rate, grid) is expected
+    assert tables.at_edge(rate, grid) is expected
 
 
 # Intervals
@@ -209,7 +179,7 @@ def test_student_t_table():
     """Each entry's tail, by integrating the density, is 2.5%."""
     import torch
 
-    for freedom, quantile in enumerate(STUDENT_T, start=1):
+    for freedom, quantile in enumerate(curves.STUDENT_T, start=1):
         x = torch.linspace(-quantile, quantile, 20_001, dtype=torch.float64)
         log_norm = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
         density = (log_norm - (freedom + 1) / 2 * (x.square() / freedom).log1p()).exp()
@@ -228,7 +198,7 @@ def finals():
 
 
 def test_the_table_of_methods():
-    lines = methods_table(finals(), [1e-4, 2e-4], target=0.6, max_steps=20).splitlines()
+    lines = tables.methods_table(finals(), [1e-4, 2e-4], target=0.6, max_steps=20).splitlines()
     # steps 15 and 10, 10 and 5; sd of 0.8 and 0.85: 0.035; C = 8/3 * 0.3; differences to std -0.1 and -0.05
     mean, std, none = lines[2:5]
     edge = "0.0001 (edge of the grid)"
@@ -238,12 +208,16 @@ def test_the_table_of_methods():
     assert none.startswith(f"| `none` | {edge} | > 20 [17, > 20] | 1 of 2 |")
     assert " | -0.275 [-2.499, +1.949] | " in none  # paired by seed, not by order
     assert "with probability 0.500" in lines[-1]
-    (alone,) = methods_table({"mean": [run_of("mean", [0.4, 0.6, 0.8], sigmas=())]}, [1e-4], 0.6, 20).splitlines()[2:3]
+    (alone,) = tables.methods_table(
+        {"mean": [run_of("mean", [0.4, 0.6, 0.8], sigmas=())]}, [1e-4], 0.6, 20
+    ).splitlines()[2:3]
     assert alone == "| `mean` | 0.0001 | 10 [10, 10] | 1 of 1 | 0.800 |  |  |"
     apart = [run_of("std", [0.4, 0.5, 0.6], sigmas=sigmas) for sigmas in ((None, 0.2, 0.4), (None, 0.3, 0.6))]
-    assert speedup_constants(apart) == pytest.approx([0.8, 1.2])
+    assert tables.speedup_constants(apart) == pytest.approx([0.8, 1.2])
 
 
 def test_mean_curve():
-    steps, points = mean_curve(finals()["std"], "held_out_accuracy", 10)
-    assert steps == [0, 10, 20] and [point.estimate for point in points] == pytest.approx([0.4, 0.7, 0.825])
+    curve = curves.mean_curve([run.by_step("held_out_accuracy") for run in finals()["std"]])
+    assert {step: point.estimate for step, point in curve.items()} == pytest.approx({0: 0.4, 10: 0.7, 20: 0.825})
+    two = [{0: 0.0, 1: 1.0}, {1: 3.0}]
+    assert list(curves.mean_curve(two)) == [0, 1] and list(curves.mean_curve(two, in_all=True)) == [1]

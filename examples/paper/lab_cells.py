@@ -8,50 +8,46 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from examples.ablation.curves import mean_interval
+from examples.ablation.curves import Interval, mean_interval
 
 from .log_linear import Policies, Setting
 
 DIALS = ("overlap", "spread", "pass_rate", "group", "noise")
-STRUCTURE = ("prompts", "answers", "features", "shared_features")
-WHOLE = ("group", *STRUCTURE)
 FEWEST_STEPS = 3  # below, there is nothing to converge: a step or two solve it
 ENOUGH_SEEDS = 0.8
+FLAGS = {"True": 1.0, "False": 0.0}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A setting with its methods' rows; values of seeds as arrays."""
+    """A setting with its methods' rows; each value is an array, over seeds where it is measured by seed."""
 
     part: str
-    setting: dict[str, float]
-    rows: dict[str, dict[str, Any]]
+    setting: Setting
+    rows: dict[str, dict[str, np.ndarray]]
 
     def value(self, name: str) -> float:
         """The mean over seeds of one of ``mean``'s columns; nan where no seed has it."""
         values = self.rows["mean"][name]
         return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
-    def area_gain(self, method: str = "std", reference: str = "mean") -> tuple[float, float, float]:
-        """Returns estimate, low end and high end of the gain in area."""
-        found = mean_interval(list(self.rows[method]["area"] - self.rows[reference]["area"]))
-        return found.estimate, found.low, found.high
+    def area_gain(self, method: str = "std", reference: str = "mean") -> Interval:
+        return mean_interval(list(self.rows[method]["area"] - self.rows[reference]["area"]))
 
-    def steps_ratio(self, method: str = "std", reference: str = "mean") -> float:
-        """log(T_method / T_reference), a mean over the seeds where both got there; nan where too few did, where
-        fewer than three steps were taken, or where no rate was too large."""
-        first, second = self.rows[method], self.rows[reference]
-        if first["edge_steps"] or second["edge_steps"]:
-            return math.nan
+    def steps_ratio(self) -> float:
+        """log(T_std / T_mean), a mean over the seeds where both got there; nan where too few did, where fewer than
+        three steps were taken, or where no rate was too large."""
+        first, second = self.rows["std"], self.rows["mean"]
         both = np.isfinite(first["steps"]) & np.isfinite(second["steps"])
-        if both.mean() < ENOUGH_SEEDS or min(np.median(one["steps"][both]) for one in (first, second)) < FEWEST_STEPS:
+        if first["edge_steps"].any() or second["edge_steps"].any() or both.mean() < ENOUGH_SEEDS:
+            return math.nan
+        if min(np.median(one["steps"][both]) for one in (first, second)) < FEWEST_STEPS:
             return math.nan
         return float(np.log(first["steps"][both] / second["steps"][both]).mean())
 
@@ -62,38 +58,49 @@ class Cell:
         return float(np.log(8 / 3 * first[both] / second[both]).mean()) if both.mean() >= ENOUGH_SEEDS else math.nan
 
 
+def levels(cells: Sequence[Cell], dial: str) -> list[float]:
+    return sorted({getattr(cell.setting, dial) for cell in cells})
+
+
+def where(cells: Sequence[Cell], **wanted: float) -> list[Cell]:
+    """The cells whose dials have these levels."""
+    return [cell for cell in cells if all(getattr(cell.setting, dial) == level for dial, level in wanted.items())]
+
+
+def by_gradients(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
+    """The cells with exact gradients, and those with sampled ones."""
+    return where(cells, group=0), [cell for cell in cells if cell.setting.group]
+
+
 def read_cells(path: Path) -> list[Cell]:
-    """Reads ``cells.csv``, sorted by setting."""
-    found: dict[tuple[Any, ...], Cell] = {}
+    """Reads ``cells.csv``, sorted by setting, without rows that were cut off."""
+    found: dict[tuple[str, Setting], Cell] = {}
     with open(path, newline="") as stream:
         for row in csv.DictReader(stream):
-            setting = {name: float(row[name]) for name in (*DIALS, *STRUCTURE)}
-            cell = found.setdefault((row["part"], *setting.values()), Cell(row["part"], setting, {}))
-            cell.rows[row["method"]] = {name: _value(name, text) for name, text in row.items()}
-    return [found[key] for key in sorted(found)]
+            if None in row.values():
+                continue
+            setting = Setting(**{field.name: type(field.default)(row[field.name]) for field in fields(Setting)})
+            cell = found.setdefault((row["part"], setting), Cell(row["part"], setting, {}))
+            cell.rows[row["method"]] = {k: _numbers(v) for k, v in row.items() if k not in ("part", "method")}
+    return sorted(found.values(), key=lambda cell: (cell.part, *astuple(cell.setting)))
 
 
-def _value(name: str, text: str) -> Any:
-    if name in ("part", "method"):
-        return text
-    if text in ("True", "False"):
-        return text == "True"
-    numbers = [float(part) for part in text.split()]
-    return np.array(numbers) if len(numbers) > 1 else (numbers or [math.nan])[0]
+def _numbers(text: str) -> np.ndarray:
+    return np.array([FLAGS[part] if part in FLAGS else float(part) for part in text.split()])
 
 
-def summary_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def summary_rows(cells: Sequence[Cell]) -> list[dict[str, str]]:
     """``lab.csv``: a row for each setting, the ``mean``s over seeds; NaN as empty."""
     rows = []
     for cell in cells:
-        gain, low, high = cell.area_gain()
+        gain = cell.area_gain()
         values = {
             "area_mean": cell.value("area"),
-            "gain_std": gain,
-            "gain_low": low,
-            "gain_high": high,
-            "rate_mean": cell.rows["mean"]["rate_area"],
-            "rate_std": cell.rows["std"]["rate_area"],
+            "gain_std": gain.estimate,
+            "gain_low": gain.low,
+            "gain_high": gain.high,
+            "rate_mean": cell.value("rate_area"),
+            "rate_std": cell.rows["std"]["rate_area"].item(),
             "steps_ratio": math.exp(cell.steps_ratio()),
             "flow_ratio": math.exp(cell.flow_ratio()),
             "c": cell.value("c_steps"),
@@ -104,17 +111,18 @@ def summary_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             **{name: cell.value(name) for name in cell.rows["mean"] if name.startswith(("start_", "half_"))},
         }
         plain = {name: "" if math.isnan(value) else f"{value:.4g}" for name, value in values.items()}
-        rows.append({"part": cell.part} | {name: f"{value:g}" for name, value in cell.setting.items()} | plain)
+        rows.append(
+            {"part": cell.part} | {f.name: f"{getattr(cell.setting, f.name):g}" for f in fields(Setting)} | plain
+        )
     return rows
 
 
-def start_constant(setting: Mapping[str, float]) -> float:
+def start_constant(setting: Setting) -> float:
     """C as the first batch shows it in expectation: 8/3 of the mean std of a group of G sampled answers before
     training (the true sigma where gradients are exact)."""
-    policies = Policies(Setting(**{name: int(v) if name in WHOLE else v for name, v in setting.items()}), [0])
-    logits = policies.base_SPK[0, :, 0] - math.log(policies.setting.answers - 1)
+    policies, group = Policies(setting, [0]), setting.group
+    logits = policies.base_SPK[0, :, 0] - math.log(setting.answers - 1)
     m = policies.pass_rates((1 / (1 + np.exp(-logits)))[:, None])
-    group = policies.setting.group
     if not group:
         return float(8 / 3 * np.sqrt(m * (1 - m)).mean())
     right = np.arange(group + 1)

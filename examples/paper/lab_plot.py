@@ -8,33 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
-from .lab_cells import Cell
+from .lab_cells import Cell, by_gradients, levels, where
 
 
 def draw_map(cells: Sequence[Cell], path: Path) -> None:
     """Std or not: gain in area over overlap, spread and noise, a panel for each group size and pass rate."""
     from matplotlib.figure import Figure
 
-    def levels(dial: str) -> list[float]:
-        return sorted({cell.setting[dial] for cell in cells})
-
-    overlaps, groups, pass_rates = levels("overlap"), levels("group"), levels("pass_rate")[::-1]
-    lines = [(spread, noise) for noise in levels("noise") for spread in levels("spread")]
+    overlaps, groups, pass_rates = (levels(cells, dial) for dial in ("overlap", "group", "pass_rate"))
+    lines = [(spread, noise) for noise in levels(cells, "noise") for spread in levels(cells, "spread")]
     figure = Figure(figsize=(11, 13), layout="constrained")
     axes = figure.subplots(len(groups), len(pass_rates), squeeze=False)
     limit = 0.05
     for row, group in enumerate(groups):
-        for column, pass_rate in enumerate(pass_rates):
+        for column, pass_rate in enumerate(pass_rates[::-1]):
             axis = axes[row][column]
             values = np.full((len(lines), len(overlaps)), np.nan)
-            for cell in cells:
-                setting = cell.setting
-                if setting["group"] != group or setting["pass_rate"] != pass_rate:
-                    continue
-                place = lines.index((setting["spread"], setting["noise"])), overlaps.index(setting["overlap"])
-                gain, low, high = cell.area_gain()
-                values[place] = gain
-                sure = low > 0 or high < 0
+            for cell in where(cells, group=group, pass_rate=pass_rate):
+                setting, found = cell.setting, cell.area_gain()
+                place = lines.index((setting.spread, setting.noise)), overlaps.index(setting.overlap)
+                gain = values[place] = found.estimate
+                sure = found.low > 0 or found.high < 0
                 style = {"color": "white" if abs(gain) > 0.6 * limit else "black", "alpha": 1.0 if sure else 0.45}
                 axis.text(*place[::-1], f"{100 * gain:+.1f}", ha="center", va="center", fontsize=7, **style)
             image = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
@@ -65,9 +59,8 @@ def draw_predictor(cells: Sequence[Cell], path: Path) -> None:
         ("each at its best constant rate", "c_steps", Cell.steps_ratio),
     )
     for axis, (title, column, read) in zip(axes, panels, strict=True):
-        for label, exact, marker in (("exact gradients", True, "o"), ("sampled", False, ".")):
-            at = [cell for cell in cells if (cell.setting["group"] == 0) == exact]
-            points = [(cell.value(column), math.exp(read(cell)), cell.setting["overlap"]) for cell in at]
+        for label, at, marker in zip(("exact gradients", "sampled"), by_gradients(cells), "o.", strict=True):
+            points = [(cell.value(column), math.exp(read(cell)), cell.setting.overlap) for cell in at]
             points = [point for point in points if all(map(math.isfinite, point))]
             if points:
                 x, y, shade = zip(*points, strict=True)

@@ -4,45 +4,46 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import numpy as np
 
-from .lab_cells import DIALS, STRUCTURE, Cell, start_constant
+from examples.ablation.curves import Interval
+from examples.ablation.tables import markdown, sections
+
+from .lab_cells import DIALS, Cell, by_gradients, levels, start_constant, where
+from .log_linear import Setting
 
 OVERLAPS = (0.0, 0.25, 0.5, 0.75, 0.9)
 RESAMPLES = 2000
 GAIN_BY_CONSTANT = (0.0, 0.7, 0.9, 1.1, math.inf)
+COUNTS = "better, worse, cells"
 
 
-def gains_of(cells: Sequence[Cell], method: str = "std") -> tuple[np.ndarray, int, int]:
-    """Returns the gains in area over ``mean``, and in how many cells the whole interval is above 0, and below."""
-    found = np.array([cell.area_gain(method) for cell in cells])
-    return found[:, 0], int((found[:, 1] > 0).sum()), int((found[:, 2] < 0).sum())
+def gains_of(cells: Sequence[Cell], method: str = "std") -> tuple[np.ndarray, str]:
+    """Returns the gains in area over ``mean``, and the ``COUNTS``: in how many cells the whole interval is above 0, in
+    how many below, and of how many."""
+    found = [cell.area_gain(method) for cell in cells]
+    better, worse = sum(one.low > 0 for one in found), sum(one.high < 0 for one in found)
+    return np.array([one.estimate for one in found]), f"{better}, {worse}, {len(found)}"
 
 
 def by_constant(cells: Sequence[Cell]) -> list[str]:
     """The table that decides: gain in area by group size and by the C that the first batches show."""
-    edges = GAIN_BY_CONSTANT
-    spans = list(pairwise(edges))
-    heads = [
-        f"below {high:g}" if not low else f"{low:g} on" if high == math.inf else f"{low:g} to {high:g}"
-        for low, high in spans
-    ]
-    lines = [f"| answers a prompt | C {' | C '.join(heads)} |", "|---|" + "---|" * len(heads)]
-    for group in sorted({cell.setting["group"] for cell in cells}, key=lambda group: group or math.inf):
+    spans = list(pairwise(GAIN_BY_CONSTANT))
+    heads = [f"C {low:g} to {high:g}" for low, high in spans]
+    constants = [(cell, start_constant(cell.setting)) for cell in cells]
+    rows = []
+    for group in sorted(levels(cells, "group"), key=lambda group: group or math.inf):
         texts = []
         for low, high in spans:
-            at = [c for c in cells if c.setting["group"] == group and low <= start_constant(c.setting) < high]
-            if not at:
-                texts.append("")
-                continue
-            gains, better, worse = gains_of(at)
-            texts.append(f"{gains.mean():+.3f} ({better}, {worse} of {len(at)})")
-        lines.append(f"| {'endless' if not group else f'{group:g}'} | {' | '.join(texts)} |")
-    return lines
+            at = [cell for cell, c in constants if cell.setting.group == group and low <= c < high]
+            gains, counts = gains_of(at)
+            texts.append(f"{gains.mean():+.3f} ({counts})" if at else "")
+        rows.append([f"{group:g}" if group else "endless", *texts])
+    return markdown(["answers a prompt", *heads], rows)
 
 
 # Predictors
@@ -50,11 +51,11 @@ def by_constant(cells: Sequence[Cell]) -> list[str]:
 
 @dataclass(frozen=True)
 class Fit:
-    """A straight line, y = slope x + intercept, over cells; (estimate, low, high) by a bootstrap over cells."""
+    """A straight line, y = slope x + intercept, over cells; intervals by a bootstrap over cells."""
 
     cells: int
-    slope: tuple[float, float, float]
-    intercept: tuple[float, float, float]
+    slope: Interval
+    intercept: Interval
     explained: float  # R^2 of that line
     as_it_is: float  # R^2 of y = x: what slope 1 and intercept 0 would explain; below 0: worse than a constant
 
@@ -67,21 +68,17 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit | None:
     if len(x) < 10 or np.ptp(x) == 0:
         return None
     random = np.random.default_rng(0)
-    lines = []
-    for _ in range(RESAMPLES):
-        drawn = random.integers(len(x), size=len(x))
-        if np.ptp(x[drawn]) > 0:
-            lines.append(np.polyfit(x[drawn], y[drawn], 1))
-    low, high = np.quantile(lines, [0.025, 0.975], axis=0)
-    slope, intercept = np.polyfit(x, y, 1)
-    spread = ((y - y.mean()) ** 2).sum()
-    return Fit(
-        len(x),
-        (slope, low[0], high[0]),
-        (intercept, low[1], high[1]),
-        1 - ((y - slope * x - intercept) ** 2).sum() / spread,
-        1 - ((y - x) ** 2).sum() / spread,
-    )
+    draws = [random.integers(len(x), size=len(x)) for _ in range(RESAMPLES)]
+    lines = [np.polyfit(x[drawn], y[drawn], 1) for drawn in draws if np.ptp(x[drawn]) > 0]
+    ends = np.quantile(lines, [0.025, 0.975], axis=0).T
+    slope, intercept = (Interval(one, *end) for one, end in zip(np.polyfit(x, y, 1), ends, strict=True))
+    line = slope.estimate * x + intercept.estimate
+    return Fit(len(x), slope, intercept, r_squared(y, y - line), r_squared(y, y - x))
+
+
+def r_squared(y: np.ndarray, left: np.ndarray) -> float:
+    """The share of the variation of ``y`` that isn't in what is ``left`` of it."""
+    return 1 - (left**2).sum() / ((y - y.mean()) ** 2).sum()
 
 
 # -> tables
@@ -90,27 +87,19 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit | None:
 def by_dial(cells: Sequence[Cell]) -> list[str]:
     """Gain in area at each level of each dial, exact and sampled gradients apart; in brackets the share of what is to
     be gained: 1 - mean's area."""
-    lines = [
-        "| dial | | exact: gain in area (of what is left) | better, worse, cells | sampled | better, worse, cells |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for dial in DIALS:
-        for level in sorted({cell.setting[dial] for cell in cells}):
+        for level in levels(cells, dial):
             texts = []
-            for exact in (True, False):
-                at = [c for c in cells if c.setting[dial] == level and (c.setting["group"] == 0) == exact]
-                if not at:
-                    texts += ["", ""]
-                    continue
-                gains, better, worse = gains_of(at)
-                left = np.mean([1 - cell.value("area") for cell in at])
-                texts += [f"{gains.mean():+.3f} ({gains.mean() / left:.0%})", f"{better}, {worse}, {len(at)}"]
-            name = "exact" if dial == "group" and not level else f"{level:g}"
-            lines.append(f"| {dial} | {name} | " + " | ".join(texts) + " |")
-    return lines
+            for at in by_gradients(where(cells, **{dial: level})):
+                gains, counts = gains_of(at)
+                left = np.array([1 - cell.value("area") for cell in at])
+                texts += [f"{gains.mean():+.3f} ({gains.mean() / left.mean():.0%})", counts] if at else ["", ""]
+            rows.append([dial, "exact" if dial == "group" and not level else f"{level:g}", *texts])
+    return markdown(["dial", "", "exact: gain in area (of what is left)", COUNTS, "sampled", COUNTS], rows)
 
 
-PREDICTORS = {  # of log(T_std / T_mean)
+PREDICTORS: dict[str, Callable[[Cell], float]] = {  # of log(T_std / T_mean)
     "log C, exact": lambda cell: math.log(cell.value("c_steps")),
     "log C, logged": lambda cell: math.log(cell.value("c_logged_steps")),
     "log C, exact, of the slowest run": lambda cell: math.log(cell.value("c_slowest")),
@@ -121,157 +110,125 @@ PREDICTORS = {  # of log(T_std / T_mean)
 
 def predictors(cells: Sequence[Cell]) -> list[str]:
     """Lines of log(T_std / T_mean) on each predictor."""
-    lines = [
-        "| gradients, rates | predictor | cells | slope | intercept | R^2 | R^2 of slope 1, intercept 0 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for group in sorted({cell.setting["group"] for cell in cells}):
-        chosen = [cell for cell in cells if cell.setting["group"] == group]
-        name = f"G = {group:g}" if group else "exact"
-        small = fit([math.log(c.value("c_slowest")) for c in chosen], [c.flow_ratio() for c in chosen])
-        lines.append(_fit_line(f"{name}, small steps, 3 : 8", "log C, exact", len(chosen), small))
-        for predictor, read in PREDICTORS.items():
-            line = fit([read(c) for c in chosen], [c.steps_ratio() for c in chosen])
-            lines.append(_fit_line(f"{name}, best", predictor, len(chosen), line))
-    return lines
-
-
-def _fit_line(name: str, predictor: str, cells: int, line: Fit | None) -> str:
-    if line is None:
-        return f"| {name} | {predictor} | too few | | | | |"
-    texts = [f"{e:.2f} [{low:.2f}, {high:.2f}]" for e, low, high in (line.slope, line.intercept)]
-    own = f"{line.as_it_is:.2f}" if predictor.startswith("log C") else ""
-    return f"| {name} | {predictor} | {line.cells} of {cells} | {' | '.join(texts)} | {line.explained:.2f} | {own} |"
-
-
-REGRESSORS = {
-    "log2 G": lambda cell: math.log2(cell.setting["group"]),
-    "C at the start": lambda cell: start_constant(cell.setting),
-    "their product": lambda cell: math.log2(cell.setting["group"]) * start_constant(cell.setting),
-    **{
-        f"overlap {level:g}": lambda cell, level=level: float(cell.setting["overlap"] == level)
-        for level in OVERLAPS[1:]
-    },
-}
-OVERLAP_DUMMIES = [name for name in REGRESSORS if name.startswith("overlap")]
+    rows = []
+    for group in levels(cells, "group"):
+        chosen = where(cells, group=group)
+        slow = (", small steps, 3 : 8", "log C, exact", PREDICTORS["log C, exact, of the slowest run"], Cell.flow_ratio)
+        best = [(", best", name, read, Cell.steps_ratio) for name, read in PREDICTORS.items()]
+        for kind, name, read, ratio in (slow, *best):
+            line = fit([read(cell) for cell in chosen], [ratio(cell) for cell in chosen])
+            texts = ["too few", "", "", "", ""]
+            if line is not None:
+                own = f"{line.as_it_is:.2f}" if name.startswith("log C") else ""
+                counted = f"{line.cells} of {len(chosen)}"
+                texts = [counted, f"{line.slope:.2f}", f"{line.intercept:.2f}", f"{line.explained:.2f}", own]
+            rows.append([(f"G = {group:g}" if group else "exact") + kind, name, *texts])
+    head = ["gradients, rates", "predictor", "cells", "slope", "intercept", "R^2", "R^2 of slope 1, intercept 0"]
+    return markdown(head, rows)
 
 
 def explained(cells: Sequence[Cell]) -> list[str]:
-    """R^2 of linear regressions of the gain in area on sets of ``REGRESSORS``, over settings with sampled answers."""
-    sampled = [cell for cell in cells if cell.setting["group"] > 0]
-    y = np.array([cell.area_gain()[0] for cell in sampled])
-    columns = {name: np.array([read(cell) for cell in sampled]) for name, read in REGRESSORS.items()}
-    lines = ["| gain in area on | R^2 |", "|---|---|"]
-    three = ["log2 G", "C at the start", "their product"]
-    for names in (OVERLAP_DUMMIES, three[1:2], three[:1], three, [*three, *OVERLAP_DUMMIES]):
-        x = np.column_stack([np.ones(len(y)), *(columns[name] for name in names)])
-        left = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
-        told = ", ".join(dict.fromkeys("overlap" if name in OVERLAP_DUMMIES else name for name in names))
-        lines.append(f"| {told} | {1 - (left**2).sum() / ((y - y.mean()) ** 2).sum():.2f} |")
-    return lines
+    """R^2 of linear regressions of the gain in area on sets of variables, over settings with sampled answers."""
+    _, sampled = by_gradients(cells)
+    y = np.array([cell.area_gain().estimate for cell in sampled])
+    log_group = np.log2([cell.setting.group for cell in sampled])
+    constant = np.array([start_constant(cell.setting) for cell in sampled])
+    overlap = np.array([[cell.setting.overlap == level for level in OVERLAPS[1:]] for cell in sampled])
+    three = {"log2 G": log_group, "C at the start": constant, "their product": log_group * constant}
+    alone = [{name: three[name]} for name in ("C at the start", "log2 G")]
+    rows = []
+    for columns in ({"overlap": overlap}, *alone, three, {**three, "overlap": overlap}):
+        x = np.column_stack([np.ones(len(y)), *columns.values()])
+        rows.append([", ".join(columns), f"{r_squared(y, y - x @ np.linalg.lstsq(x, y, rcond=None)[0]):.2f}"])
+    return markdown(["gain in area on", "R^2"], rows)
 
 
 def rates(cells: Sequence[Cell]) -> list[str]:
     """Compares the best rates of ``mean`` and ``std``, and counts where the largest rate won."""
-    lines = [
-        "| | cells | best rate of `mean` / `std`: median [10 %, 90 %] | largest rate won: steps, area |",
-        "|---|---|---|---|",
-    ]
-    for name, exact in (("exact", True), ("sampled", False)):
-        at = [cell for cell in cells if (cell.setting["group"] == 0) == exact]
+    rows = []
+    for name, at in zip(("exact", "sampled"), by_gradients(cells), strict=True):
         ratios = [cell.rows["mean"]["rate_area"] / cell.rows["std"]["rate_area"] for cell in at]
         low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
-        edges = [
-            sum(any(cell.rows[m][f"edge_{kind}"] for m in ("mean", "std")) for cell in at) for kind in ("steps", "area")
-        ]
-        lines.append(f"| {name} | {len(at)} | {middle:.2f} [{low:.2f}, {high:.2f}] | {edges[0]}, {edges[1]} |")
-    return lines
+        edges = [sum(any(c.rows[m][edge] for m in ("mean", "std")) for c in at) for edge in ("edge_steps", "edge_area")]
+        rows.append([name, f"{len(at)}", f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{edges[0]}, {edges[1]}"])
+    ratio = "best rate of `mean` / `std`: median [10 %, 90 %]"
+    return markdown(["", "cells", ratio, "largest rate won: steps, area"], rows)
+
+
+ASSUMED = {
+    "cos_std": "std of cosines",
+    "near_orthogonal_frac": "near-orthogonal",
+    "violated_frac": "pairs that violate 4",
+    "m_bound_p95": "M (95 % of the others)",
+    "r1": "R1",
+    "r2": "R2",
+    "curvature_corr": "corr(abs curvature, sigma)",
+    "curvature_negative_frac": "curvature < 0",
+    "curvature_over_sigma": "most curvature / sigma",
+}
 
 
 def assumption_table(cells: Sequence[Cell]) -> list[str]:
     """Assumption 4 and 5, and curvature against sigma, by overlap: medians over the cells with exact gradients."""
-    names = {
-        "cos_std": "std of cosines",
-        "near_orthogonal_frac": "near-orthogonal",
-        "violated_frac": "pairs that violate 4",
-        "m_bound_p95": "M (95 % of the others)",
-        "r1": "R1",
-        "r2": "R2",
-        "curvature_corr": "corr(abs curvature, sigma)",
-        "curvature_negative_frac": "curvature < 0",
-        "curvature_over_sigma": "most curvature / sigma",
-    }
-    lines = [f"| overlap | when | {' | '.join(names.values())} |", "|---|---|" + "---|" * len(names)]
-    exact = [cell for cell in cells if cell.setting["group"] == 0]
-    for overlap in sorted({cell.setting["overlap"] for cell in exact}):
-        for when in ("start", "half"):
-            texts = []
-            for name in names:
-                values = [c.value(f"{when}_{name}") for c in exact if c.setting["overlap"] == overlap]
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)
-                    texts.append(f"{np.nanmedian(values):.3g}".replace("nan", ""))
-            lines.append(f"| {overlap:g} | {when} | {' | '.join(texts)} |")
-    return lines
+    exact, _ = by_gradients(cells)
+    rows = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a median of no cells: nan, left empty
+        for overlap in levels(exact, "overlap"):
+            for when in ("start", "half"):
+                at = where(exact, overlap=overlap)
+                medians = [np.nanmedian([cell.value(f"{when}_{name}") for cell in at]) for name in ASSUMED]
+                rows.append([f"{overlap:g}", when, *(f"{median:.3g}".replace("nan", "") for median in medians)])
+    return markdown(["overlap", "when", *ASSUMED.values()], rows)
 
 
 def methods_table(cells: Sequence[Cell]) -> list[str]:
     """Each method's area less mean's, by group size: over the slice, and how often an interval leaves 0."""
-    lines = ["| method | G | area less `mean`'s: least, mean, most | better, worse, cells |", "|---|---|---|---|"]
+    rows = []
     for name in [name for name in cells[0].rows if name != "mean"]:
-        for group in sorted({cell.setting["group"] for cell in cells}):
-            at = [cell for cell in cells if cell.setting["group"] == group]
-            gains, better, worse = gains_of(at, name)
-            told = ", ".join(f"{value:+.3f}" for value in (gains.min(), gains.mean(), gains.max()))
-            lines.append(f"| `{name}` | {group:g} | {told} | {better}, {worse}, {len(at)} |")
-    return lines
+        for group in levels(cells, "group"):
+            gains, counts = gains_of(where(cells, group=group), name)
+            least_to_most = ", ".join(f"{value:+.3f}" for value in (gains.min(), gains.mean(), gains.max()))
+            rows.append([f"`{name}`", f"{group:g}", least_to_most, counts])
+    return markdown(["method", "G", "area less `mean`'s: least, mean, most", COUNTS], rows)
 
 
 def adaptive_table(cells: Sequence[Cell]) -> list[str]:
     """``adaptive`` less ``std``, setting by setting."""
-    lines = ["| overlap, spread, pass rate, G, flips | `adaptive` less `std` |", "|---|---|"]
-    for cell in cells:
-        gain, low, high = cell.area_gain("adaptive", "std")
-        place = ", ".join(f"{cell.setting[dial]:g}" for dial in DIALS)
-        lines.append(f"| {place} | {gain:+.3f} [{low:+.3f}, {high:+.3f}] |")
-    return lines
+    rows = [
+        [", ".join(f"{getattr(cell.setting, dial):g}" for dial in DIALS), f"{cell.area_gain('adaptive', 'std'):+.3f}"]
+        for cell in cells
+    ]
+    return markdown(["overlap, spread, pass rate, G, flips", "`adaptive` less `std`"], rows)
 
 
 def structures_table(cells: Sequence[Cell]) -> list[str]:
     """std less mean in other policies."""
-    usual = {"prompts": 64.0, "answers": 8.0, "features": 3.0, "shared_features": 32.0}
-    lines = ["| policy | gain in area, exact | gain in area, G = 8 | better, worse, cells |", "|---|---|---|---|"]
     kinds: dict[str, list[Cell]] = {}
     for cell in cells:
-        other = {name: cell.setting[name] for name in STRUCTURE if cell.setting[name] != usual[name]}
-        kinds.setdefault(", ".join(f"{name} = {value:g}" for name, value in other.items()), []).append(cell)
+        other = {f.name: getattr(cell.setting, f.name) for f in fields(Setting) if f.name not in DIALS}
+        named = [f"{name} = {value:g}" for name, value in other.items() if value != getattr(Setting, name)]
+        kinds.setdefault(", ".join(named), []).append(cell)
+    rows = []
     for kind, at in kinds.items():
-        texts = []
-        for exact in (True, False):
-            gains = [c.area_gain()[0] for c in at if (c.setting["group"] == 0) == exact]
-            texts.append(f"{np.mean(gains):+.3f}" if gains else "")
-        _, better, worse = gains_of(at)
-        lines.append(f"| {kind} | {' | '.join(texts)} | {better}, {worse}, {len(at)} |")
-    return lines
+        texts = [f"{gains_of(some)[0].mean():+.3f}" if some else "" for some in by_gradients(at)]
+        rows.append([kind, *texts, gains_of(at)[1]])
+    return markdown(["policy", "gain in area, exact", "gain in area, G = 8", COUNTS], rows)
+
+
+TABLES = [  # title, part of the cells, table
+    ("Gain of `std` over `mean`, by dial", "map", by_dial),
+    (f"Gain of `std` over `mean`, by group size and C at the start ({COUNTS})", "map", by_constant),
+    ("Best rates", "map", rates),
+    ("What predicts T_std / T_mean", "map", predictors),
+    ("What explains the gain", "map", explained),
+    ("The assumptions", "map", assumption_table),
+    ("Other methods", "methods", methods_table),
+    ("`adaptive`", "methods", adaptive_table),
+    ("Other policies", "structures", structures_table),
+]
 
 
 def tables(cells: Sequence[Cell]) -> str:
     """``lab.md``."""
-    parts: Mapping[str, list[Cell]] = {
-        part: [cell for cell in cells if cell.part == part] for part in ("map", "methods", "structures")
-    }
-    sections = [
-        ("Gain of `std` over `mean`, by dial", by_dial(parts["map"])),
-        (
-            "Gain of `std` over `mean`, by group size and C at the start (better, worse of cells)",
-            by_constant(parts["map"]),
-        ),
-        ("Best rates", rates(parts["map"])),
-        ("What predicts T_std / T_mean", predictors(parts["map"])),
-        ("What explains the gain", explained(parts["map"])),
-        ("The assumptions", assumption_table(parts["map"])),
-        ("Other methods", methods_table(parts["methods"])),
-        ("`adaptive`", adaptive_table(parts["methods"])),
-        ("Other policies", structures_table(parts["structures"])),
-    ]
-    return "\n".join(line for title, lines in sections for line in (f"## {title}", "", *lines, ""))
+    return sections({title: table([cell for cell in cells if cell.part == part]) for title, part, table in TABLES})

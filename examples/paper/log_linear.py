@@ -108,24 +108,19 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 # The gradient of one step, with respect to the logits
 
-EXACT_SCALE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # of the pass rate m and sigma
-    "mean": lambda m, sigma: np.ones_like(m),
-    "std": lambda m, sigma: 1 / (sigma + EPS),
-    "power": lambda m, sigma: (sigma + EPS) ** -0.5,
-    "max_rl": lambda m, sigma: 1 / (m + EPS),
-}
 OPTIONS = {"power": {"alpha": 0.5}}
 
 
 def exact_gradient(method: str, pi_SRPK: np.ndarray, noise: float) -> np.ndarray:
-    """sum_a pi_a E[r - m | a] (e_a - pi) of each prompt times the method's scale, with endlessly many answers.
+    """sum_a pi_a E[r - m | a] (e_a - pi) of each prompt, over sigma with ``std``, with endlessly many answers.
 
     With binary rewards it is (1 - 2 noise) pi_right (e_right - pi): the paper's gradient, for ``mean``.
     """
     m = noise + (1 - 2 * noise) * pi_SRPK[..., :1]
     gradient = -pi_SRPK * pi_SRPK[..., :1]
     gradient[..., 0] += pi_SRPK[..., 0]
-    return (1 - 2 * noise) * EXACT_SCALE[method](m, np.sqrt(m * (1 - m))) * gradient
+    scale = {"mean": 1.0, "std": 1 / (np.sqrt(m * (1 - m)) + EPS)}[method]
+    return (1 - 2 * noise) * scale * gradient
 
 
 def advantage_table(method: str, group: int) -> np.ndarray:

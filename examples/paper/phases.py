@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     if options.measure_every < 0:
         sys.exit(f"error: --measure_every {options.measure_every} must not be negative")
     exact = {"interference_dim": 0, "interference_every": options.measure_every, "what_if": []}
-    sweep, finals, failed = compare(options, exact)
+    sweep, finals, workers = compare(options, exact)
     if finals:
         from examples.ablation.tables import write_csv
         from examples.paper.phases_results import draw_phases, measured_rows, phases_text
@@ -49,8 +49,7 @@ def main(arguments: list[str]) -> None:
         (folder / "phases.md").write_text(text)
         draw_phases(finals, folder / "phases.png")
         print(f"\n{text}\nWritten to {folder}: phases.md, phases.png, phases.csv")
-    if failed:
-        sys.exit(f"error: {len(failed)} failed: {'; '.join(failed)}")
+    workers.end_if_failed()
 
 
 if __name__ == "__main__":

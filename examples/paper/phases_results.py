@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.ablation.curves import Run, mean_interval, mean_over_training, steps_to_target
-from examples.ablation.plots import COLOURS, LINES
-from examples.ablation.tables import rates_table
+from examples.ablation.curves import Interval, Run, mean_curve, mean_interval, mean_over_training, steps_to_target
+from examples.ablation.plots import COLOURS, LINES, draw_curve
+from examples.ablation.tables import Finals, markdown, rates_table, sections
 
-Finals = Mapping[str, Sequence[Run]]
 SPANS = 5
 LOGGED_STEADILY = {  # column of a run -> its name in tables
     "near_orthogonal_frac": "near-orthogonal",
@@ -30,9 +29,10 @@ LOGGED_STEADILY = {  # column of a run -> its name in tables
     "directional_corr": "sigma against curvature",
 }
 BY_MEDIAN = {"m_bound_p95"}  # a bound that one small inner product makes huge
+Span = tuple[float, float]  # of steps: after, until
 
 
-def measured_rows(finals: Finals) -> list[dict[str, Any]]:
+def measured_rows(finals: Finals) -> list[dict[str, str | float | None]]:
     """A row for each step that measured interference or held-out accuracy."""
     columns = ["held_out_accuracy", *LOGGED_STEADILY, "conflict_frac", "speedup_constant", "r1", "r2", "training_phase"]
     return [
@@ -45,78 +45,76 @@ def measured_rows(finals: Finals) -> list[dict[str, Any]]:
     ]
 
 
-def spans(finals: Finals) -> list[tuple[float, float]]:
-    """(after, until) of ``SPANS`` equal spans of steps."""
+def spans(finals: Finals) -> list[Span]:
+    """``SPANS`` equal spans of steps."""
     last = max(row["step"] or 0 for runs in finals.values() for run in runs for row in run.rows)
     return [(last * i / SPANS, last * (i + 1) / SPANS) for i in range(SPANS)]
 
 
-def within(run: Run, column: str, span: tuple[float, float]) -> float | None:
-    """A run's mean (or median) of what it logged in a span; None where it logged nothing."""
-    values = [value for step, value in zip(*run.curve(column), strict=True) if span[0] < step <= span[1]]
-    if not values:
-        return None
-    return statistics.median(values) if column in BY_MEDIAN else statistics.fmean(values)
+def within(run: Run, column: str, span: Span) -> list[float]:
+    """What a run logged in a span of steps."""
+    return [value for step, value in run.by_step(column).items() if span[0] < step <= span[1]]
 
 
-def over_seeds(runs: Sequence[Run], column: str, span: tuple[float, float]) -> str:
-    values = [value for run in runs if (value := within(run, column, span)) is not None]
-    if not values:
+def over_seeds(runs: Sequence[Run], column: str, span: Span) -> str:
+    """The mean with its interval, or the median with its range, of the runs that logged the column in the span."""
+    logged = [values for run in runs if (values := within(run, column, span))]
+    if not logged:
         return ""
     if column in BY_MEDIAN:
-        return f"{statistics.median(values):.2g} ({min(values):.2g} to {max(values):.2g})"
-    found = mean_interval(values)
-    return f"{found.estimate:.3f}" + ("" if math.isnan(found.low) else f" +- {found.high - found.estimate:.3f}")
+        medians = [statistics.median(values) for values in logged]
+        return f"{statistics.median(medians):.2g} ({min(medians):.2g} to {max(medians):.2g})"
+    return plus_minus(mean_interval([statistics.fmean(values) for values in logged]))
+
+
+def plus_minus(one: Interval) -> str:
+    return f"{one.estimate:.3f}" + ("" if math.isnan(one.low) else f" +- {one.high - one.estimate:.3f}")
+
+
+def by_span(finals: Finals, head: Sequence[str], cells: Callable[[Sequence[Run], Span], list[str]]) -> list[str]:
+    """A table with a row for each method and span."""
+    rows = [
+        [f"`{method}`", f"{span[0] + 1:.0f} to {span[1]:.0f}", *cells(runs, span)]
+        for method, runs in finals.items()
+        for span in spans(finals)
+    ]
+    return markdown(["", "steps", *head], rows)
 
 
 def interference_table(finals: Finals) -> list[str]:
-    lines = [f"| | steps | {' | '.join(LOGGED_STEADILY.values())} |", "|---|---|" + "---|" * len(LOGGED_STEADILY)]
-    for method, runs in finals.items():
-        for after, until in spans(finals):
-            cells = [over_seeds(runs, column, (after, until)) for column in LOGGED_STEADILY]
-            lines.append(f"| `{method}` | {after + 1:.0f} to {until:.0f} | {' | '.join(cells)} |")
-    return lines
+    def cells(runs: Sequence[Run], span: Span) -> list[str]:
+        return [over_seeds(runs, column, span) for column in LOGGED_STEADILY]
+
+    return by_span(finals, list(LOGGED_STEADILY.values()), cells)
 
 
-def lead(finals: Finals) -> list[tuple[float, float, float, float]]:
-    """(step, std's held-out accuracy less mean's, low, high) of each evaluation, paired by seed."""
-    curves = {
-        method: {run.seed: dict(zip(*run.curve("held_out_accuracy"), strict=True)) for run in finals[method]}
-        for method in ("mean", "std")
-    }
-    seeds = sorted(set(curves["mean"]) & set(curves["std"]))
-    found = []
-    for step in sorted(set.intersection(*(set(curves[method][seed]) for method in curves for seed in seeds))):
-        one = mean_interval([curves["std"][seed][step] - curves["mean"][seed][step] for seed in seeds])
-        found.append((step, one.estimate, one.low, one.high))
-    return found
+def compare(finals: Finals, read: Callable[[Run], float]) -> tuple[float, float, Interval]:
+    """Of what is read from the runs: ``mean``'s and ``std``'s mean over runs, and ``std`` less ``mean``, paired by
+    seed."""
+    mean, std = ({run.seed: read(run) for run in finals[method]} for method in ("mean", "std"))
+    difference = mean_interval([std[seed] - mean[seed] for seed in std if seed in mean])
+    return statistics.fmean(mean.values()), statistics.fmean(std.values()), difference
+
+
+def lead(finals: Finals) -> dict[float, tuple[float, float, Interval]]:
+    """By evaluated step, ``compare`` of the held-out accuracies."""
+    curves = [run.by_step("held_out_accuracy") for method in ("mean", "std") for run in finals[method]]
+    steps = sorted(set.intersection(*map(set, curves)))
+    return {step: compare(finals, lambda run, at=step: run.by_step("held_out_accuracy")[at]) for step in steps}
 
 
 def lead_table(finals: Finals) -> list[str]:
-    accuracy = {
-        method: {
-            step: statistics.fmean(dict(zip(*run.curve("held_out_accuracy"), strict=True))[step] for run in runs)
-            for step, *_ in lead(finals)
-        }
-        for method, runs in finals.items()
-    }
-    lines = ["| step | `mean` | `std` | `std` - `mean` |", "|---|---|---|---|"]
-    for step, estimate, low, high in lead(finals):
-        at = " | ".join(f"{accuracy[method][step]:.3f}" for method in ("mean", "std"))
-        lines.append(f"| {step:.0f} | {at} | {estimate:+.3f} [{low:+.3f}, {high:+.3f}] |")
-    areas = {
-        method: {run.seed: mean_over_training(*run.curve("held_out_accuracy")) for run in finals[method]}
-        for method in ("mean", "std")
-    }
-    one = mean_interval([areas["std"][seed] - areas["mean"][seed] for seed in areas["std"] if seed in areas["mean"]])
-    at = " | ".join(f"{statistics.fmean(areas[method].values()):.3f}" for method in ("mean", "std"))
-    lines.append(f"| mean over training | {at} | {one.estimate:+.3f} [{one.low:+.3f}, {one.high:+.3f}] |")
-    return lines
+    found = {f"{step:.0f}": one for step, one in lead(finals).items()}
+    found["mean over training"] = compare(finals, lambda run: mean_over_training(*run.curve("held_out_accuracy")))
+    rows = [
+        [name, f"{mean:.3f}", f"{std:.3f}", f"{difference:+.3f}"] for name, (mean, std, difference) in found.items()
+    ]
+    return markdown(["step", "`mean`", "`std`", "`std` - `mean`"], rows)
 
 
 def speed_table(finals: Finals, targets: Sequence[float] = (0.6, 0.7, 0.8)) -> list[str]:
     """Steps to accuracies, paired: log(T_std / T_mean) over the seeds where both got there, beside mean's C."""
-    lines = ["| accuracy | seeds | steps of `std` / of `mean` | C to there, along `mean`'s run |", "|---|---|---|---|"]
+    rows = []
     for target in targets:
         steps = {
             method: {run.seed: steps_to_target(*run.curve("held_out_accuracy"), target) for run in finals[method]}
@@ -126,18 +124,13 @@ def speed_table(finals: Finals, targets: Sequence[float] = (0.6, 0.7, 0.8)) -> l
         if len(both) < 2:
             continue
         ratio = mean_interval([math.log(steps["std"][seed] / steps["mean"][seed]) for seed in both])
-        constants = []
-        for run in finals["mean"]:
-            if run.seed in both:
-                sigmas = [
-                    v for s, v in zip(*run.curve("sigma_mean"), strict=True) if s <= max(5, steps["mean"][run.seed])
-                ]
-                constants += [8 / 3 * statistics.fmean(sigmas)] if sigmas else []
-        of = mean_interval(constants) if len(constants) > 1 else None
-        text = "" if of is None else f"{of.estimate:.2f} [{of.low:.2f}, {of.high:.2f}]"
-        told = f"{math.exp(ratio.estimate):.2f} [{math.exp(ratio.low):.2f}, {math.exp(ratio.high):.2f}]"
-        lines.append(f"| {target:g} | {len(both)} | {told} | {text} |")
-    return lines
+        ratio = Interval(*(math.exp(one) for one in (ratio.estimate, ratio.low, ratio.high)))
+        reached = [run for run in finals["mean"] if run.seed in both]
+        sigmas = [within(run, "sigma_mean", (-1, max(5, steps["mean"][run.seed]))) for run in reached]
+        constants = [8 / 3 * statistics.fmean(values) for values in sigmas if values]
+        constant = f"{mean_interval(constants):.2f}" if len(constants) > 1 else ""
+        rows.append([f"{target:g}", f"{len(both)}", f"{ratio:.2f}", constant])
+    return markdown(["accuracy", "seeds", "steps of `std` / of `mean`", "C to there, along `mean`'s run"], rows)
 
 
 def phase_of(near_orthogonal: float, cos_std: float) -> int:
@@ -147,26 +140,19 @@ def phase_of(near_orthogonal: float, cos_std: float) -> int:
 
 def phase_table(finals: Finals) -> list[str]:
     """Shares of the measurements of a span that are in each phase, all seeds together."""
-    lines = ["| | steps | phase 1 | phase 2 | phase 3 |", "|---|---|---|---|---|"]
-    for method, runs in finals.items():
-        for after, until in spans(finals):
-            found = [
-                phase_of(row["near_orthogonal_frac"], row["cos_std"] or 0.0)
-                for run in runs
-                for row in run.rows
-                if row.get("near_orthogonal_frac") is not None and after < (row["step"] or 0) <= until
-            ]
-            shares = [f"{found.count(phase) / len(found):.0%}" if found else "" for phase in (1, 2, 3)]
-            lines.append(f"| `{method}` | {after + 1:.0f} to {until:.0f} | {' | '.join(shares)} |")
-    return lines
+
+    def cells(runs: Sequence[Run], span: Span) -> list[str]:
+        rows = [row for run in runs for row in run.rows if span[0] < (row["step"] or 0) <= span[1]]
+        pairs = [(row.get("near_orthogonal_frac"), row.get("cos_std") or 0.0) for row in rows]
+        found = [phase_of(share, cos_std) for share, cos_std in pairs if share is not None]
+        return [f"{found.count(phase) / len(found):.0%}" if found else "" for phase in (1, 2, 3)]
+
+    return by_span(finals, ["phase 1", "phase 2", "phase 3"], cells)
 
 
 def bound_table(finals: Finals) -> list[str]:
     """Assumption 4's M (95th percentile of a step's pairs with positive inner products), over all steps and seeds."""
-    lines = [
-        "| | measured | M: 10 %, median, 90 % | below 10 | pairs not above 0: mean | R1, R2 (medians) |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for method, runs in finals.items():
         bounds, negative, r1, r2 = (
             [value for run in runs for value in run.curve(column)[1]]
@@ -175,70 +161,66 @@ def bound_table(finals: Finals) -> list[str]:
         if len(bounds) < 2:
             continue
         tenths = statistics.quantiles(bounds, n=10)
-        told = ", ".join(f"{value:.2g}" for value in (tenths[0], statistics.median(bounds), tenths[-1]))
+        range_of_m = ", ".join(f"{value:.2g}" for value in (tenths[0], statistics.median(bounds), tenths[-1]))
         below = sum(value < 10 for value in bounds) / len(bounds)
         ratios = f"{statistics.median(r1):.1f}, {statistics.median(r2):.2f}"
-        lines.append(
-            f"| `{method}` | {len(bounds)} | {told} | {below:.0%} | {statistics.fmean(negative):.2f} | {ratios} |"
-        )
-    return lines
+        shares = [f"{below:.0%}", f"{statistics.fmean(negative):.2f}"]
+        rows.append([f"`{method}`", f"{len(bounds)}", range_of_m, *shares, ratios])
+    head = ["M: 10 %, median, 90 %", "below 10", "pairs not above 0: mean", "R1, R2 (medians)"]
+    return markdown(["", "measured", *head], rows)
 
 
 def phases_text(finals: Finals, sweep: Sequence[Run]) -> str:
     """``phases.md``."""
     rates = ", ".join(f"`{method}` {runs[0].learning_rate:g}" for method, runs in finals.items())
-    sections: list[tuple[str, list[str]]] = [("Interference and sigma through training", interference_table(finals))]
+    parts = {"Interference and sigma through training": interference_table(finals)}
     if {"mean", "std"} <= set(finals):
-        sections += [("The lead of `std`", lead_table(finals)), ("Steps", speed_table(finals))]
-    sections += [("Phases by the paper's rows", phase_table(finals)), ("Assumptions 4 and 5", bound_table(finals))]
-    text = "\n".join(line for title, lines in sections for line in (f"## {title}", "", *lines, ""))
-    return f"Learning rates: {rates}; {len(next(iter(finals.values())))} seeds.\n\n{text}{rates_table(sweep)}"
+        parts |= {"The lead of `std`": lead_table(finals), "Steps": speed_table(finals)}
+    parts |= {"Phases by the paper's rows": phase_table(finals), "Assumptions 4 and 5": bound_table(finals)}
+    seeds = len(next(iter(finals.values())))
+    return f"Learning rates: {rates}; {seeds} seeds.\n\n{sections(parts)}{rates_table(sweep)}"
 
 
 def draw_columns(axis: Any, finals: Finals, columns: Sequence[str]) -> None:
     """Draws each method's mean over seeds: of the first column with its interval, of others dotted."""
     for i, (method, runs) in enumerate(finals.items()):
         for k, column in enumerate(columns):
-            curves = [dict(zip(*run.curve(column), strict=True)) for run in runs]
-            steps = sorted({step for curve in curves for step in curve})
-            found = [mean_interval([c[step] for c in curves if step in c]) for step in steps]
             style = {"color": COLOURS[i + 1], "linestyle": ":" if k else LINES[i], "linewidth": 1.4}
-            axis.plot(steps, [one.estimate for one in found], label=None if k else method, **style)
-            if not k:
-                low, high = [one.low for one in found], [one.high for one in found]
-                axis.fill_between(steps, low, high, color=COLOURS[i + 1], alpha=0.15, linewidth=0)
+            curve = mean_curve([run.by_step(column) for run in runs])
+            draw_curve(axis, curve, {**style, "label": None if k else method}, band=0 if k else 0.15)
 
 
-def draw_lead(axis: Any, found: Sequence[tuple[float, float, float, float]]) -> None:
-    """Draws what ``lead`` found, with its intervals."""
-    steps, estimates, lows, highs = zip(*found, strict=True)
-    below = [estimate - low for estimate, low in zip(estimates, lows, strict=True)]
-    above = [high - estimate for estimate, high in zip(estimates, highs, strict=True)]
-    axis.errorbar(steps, estimates, [below, above], color="black", marker="o", markersize=3, capsize=2)
+def draw_lead(axis: Any, finals: Finals) -> None:
+    """Draws the lead of ``std`` with its intervals."""
+    found = {step: difference for step, (_, _, difference) in lead(finals).items()}
+    estimates = [one.estimate for one in found.values()]
+    ends = [[one.estimate - one.low for one in found.values()], [one.high - one.estimate for one in found.values()]]
+    axis.errorbar(list(found), estimates, ends, color="black", marker="o", markersize=3, capsize=2)
     axis.axhline(0, color="grey", linewidth=0.8)
 
 
+PANELS = {
+    "held-out accuracy": ["held_out_accuracy"],
+    "share of near-orthogonal pairs": ["near_orthogonal_frac"],
+    "std of cosines: raw, corrected (dotted)": ["cos_std", "cos_corrected_std"],
+    "sigma": ["sigma_mean"],
+    "pairs not above 0": ["negative_pairs_frac"],
+    "lead of std in held-out accuracy": [],
+}
+
+
 def draw_phases(finals: Finals, path: Path) -> None:
-    """Accuracy, its lead, orthogonality, cosines raw and corrected, sigma, M and pairs that aren't above 0."""
+    """Accuracy, its lead, orthogonality, cosines raw and corrected, sigma, and pairs that aren't above 0."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True).flatten()
-    panels = [
-        ("held-out accuracy", ["held_out_accuracy"]),
-        ("share of near-orthogonal pairs", ["near_orthogonal_frac"]),
-        ("std of cosines: raw, corrected (dotted)", ["cos_std", "cos_corrected_std"]),
-        ("sigma", ["sigma_mean"]),
-        ("pairs not above 0", ["negative_pairs_frac"]),
-    ]
-    for axis, (title, columns) in zip(axes[:5], panels, strict=True):
+    for axis, (title, columns) in zip(axes, PANELS.items(), strict=True):
         draw_columns(axis, finals, columns)
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
     if {"mean", "std"} <= set(finals):
-        draw_lead(axes[5], lead(finals))
-    axes[5].set_title("lead of std in held-out accuracy", fontsize=9)
-    axes[5].grid(alpha=0.3)
+        draw_lead(axes[5], finals)
     axes[1].axhline(0.9, color="grey", linewidth=0.8, linestyle="--")
     axes[2].axhline(0.1, color="grey", linewidth=0.8, linestyle="--")
     axes[0].legend(fontsize=8)

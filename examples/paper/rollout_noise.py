@@ -9,13 +9,17 @@ raw cosines grow with G where prompts really overlap, corrected ones shouldn't. 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from examples.ablation.runs import Settings
 
 if __name__ == "__main__":  # as in ablate.py
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -23,7 +27,7 @@ if __name__ == "__main__":  # as in ablate.py
 
 GROUPS = [4, 8, 16, 32, 64]
 PROMPTS = 16  # of a step
-TRAINED = "after training"
+STATES = ("before training", "after training")
 COLUMNS = {
     "near_orthogonal_frac": "near-orthogonal",
     "cos_abs_mean": "mean abs cosine",
@@ -36,42 +40,36 @@ COLUMNS = {
 }
 
 
-def settings_of(model: str | None, seed: int, **training: Any) -> dict[str, Any]:
-    """The settings of a run on the mixture: the demo's recipe without evaluation, with these options."""
-    from examples.ablation.ablate import demo_training
+def settings_of(model: str, seed: int, name: str = "", **training) -> Settings:
+    """A run on the mixture, by the demo's recipe without evaluation and with these options; ``name``: to print."""
+    from examples.ablation.runs import Settings
+    from examples.tasks.command_line import demo_training
 
     options = {"logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
     recipe = demo_training()
     recipe.pop("metric_for_best_model")
-    return {
-        "model": model,
-        "dataset": "mixture",
-        "levels": [],
-        "train_size": 700,
-        "eval_size": 4,  # never asked
-        "training": recipe | options | training | {"seed": seed},
-    }
+    return Settings(name, recipe | options | training | {"seed": seed}, model=model, eval_size=4)  # never evaluated
 
 
 def train_policy(seed: int, steps: int, folder: str) -> None:
     """Trains a seed's policy and saves it, whole or not at all."""
-    from examples.ablation.runs import trained
+    from examples.ablation.runs import trained, warm_up
 
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as scratch:
-        trainer = trained(settings_of(None, seed, max_steps=steps, interference_every=0), scratch)
+        policy = warm_up(seed, "mixture", [])
+        trainer = trained(settings_of(policy, seed, max_steps=steps, interference_every=0), scratch)
         trainer.save_model(scratch)
         trainer.processing_class.save_pretrained(scratch)
         Path(scratch).rename(folder)
         Path(scratch).mkdir()
 
 
-def measure(seed: int, state: str, policy: str | None, group: int, steps: int, file: str) -> None:
-    """Measures one policy with one group size, and writes a row for each step to a file of its own."""
-    from examples.ablation.runs import trained, warm_up, write_whole
-
-    settings = settings_of(
-        policy or warm_up(seed, "mixture", []),
+def measurement(policy: str, seed: int, state: str, group: int, steps: int) -> Settings:
+    """Measures one policy with one group size; nothing is learned."""
+    return settings_of(
+        policy,
         seed + 1000,  # a draw of its own: some of the prompts may have been trained on
+        f"{state}, G = {group}",
         learning_rate=0.0,
         max_steps=steps,
         num_generations=group,
@@ -80,43 +78,30 @@ def measure(seed: int, state: str, policy: str | None, group: int, steps: int, f
         interference_dim=0,
         what_if=[],
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = trained(settings, scratch)
-    rows = [
-        {"seed": seed, "state": state, "group": group, "step": log["step"]}
-        | {name: log.get(f"interference/{name}") for name in COLUMNS}
-        for log in trainer.state.log_history
-        if "interference/near_orthogonal_frac" in log
-    ]
-    write_whole(Path(file), json.dumps(rows))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict]) -> str:
     """``rollout_noise.md``: means over seeds of means over steps, with 95% intervals."""
     from examples.ablation.curves import mean_interval
+    from examples.ablation.tables import markdown
+    from examples.paper.phases_results import plus_minus
 
-    lines = [f"| | G | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS)]
-    for state in dict.fromkeys(row["state"] for row in rows):
-        for group in sorted({row["group"] for row in rows}):
-            cells = []
-            for name in COLUMNS:
-                by_seed: dict[int, list[float]] = {}
-                for row in rows:
-                    if (row["state"], row["group"]) == (state, group) and row[name] is not None:
-                        by_seed.setdefault(row["seed"], []).append(row[name])
-                if not by_seed:
-                    cells.append("")
-                    continue
-                one = mean_interval([statistics.fmean(values) for values in by_seed.values()])
-                error = "" if len(by_seed) < 2 else f" +- {one.high - one.estimate:.3f}"
-                cells.append(f"{one.estimate:.3f}{error}")
-            lines.append(f"| {state} | {group} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    def cell(state: str, group: int, name: str) -> str:
+        by_seed: dict[int, list[float]] = {}
+        for row in rows:
+            if (row["state"], row["group"]) == (state, group) and row[name] is not None:
+                by_seed.setdefault(row["seed"], []).append(row[name])
+        return plus_minus(mean_interval([statistics.fmean(values) for values in by_seed.values()])) if by_seed else ""
+
+    places = product(dict.fromkeys(row["state"] for row in rows), sorted({row["group"] for row in rows}))
+    cells = [[state, str(group), *(cell(state, group, name) for name in COLUMNS)] for state, group in places]
+    return "\n".join([*markdown(["", "G", *COLUMNS.values()], cells), ""])
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Ends the program where an argument is wrong."""
     from examples.ablation.ablate import check_options
+    from examples.tasks.command_line import exit_on
     from trl_ext.checkpoints import check_output_dir
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -129,44 +114,40 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if bad := [group for group in options.groups if group < 2]:
         sys.exit(f"error: --groups {bad[0]} must be at least 2")
-    try:
+    with exit_on(ValueError):
         check_options(options, lists=["seeds", "groups"], positive=["steps", "train_steps", "jobs"])
         check_output_dir(options.output_dir)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     return options
 
 
-def tell(name: str) -> None:
-    print(f"{name}: done", flush=True)
-
-
 def main(arguments: list[str]) -> None:
-    from examples.ablation.runs import Workers
+    from examples.ablation.runs import Workers, warm_up
     from examples.ablation.tables import write_csv
 
     options = parse_arguments(arguments)
     folder = Path(options.output_dir)
     (folder / "runs").mkdir(exist_ok=True)
     trained = {seed: folder / f"policy_seed{seed}_steps{options.train_steps}" for seed in options.seeds}
-    files, tasks = [], []
-    for seed in options.seeds:
-        for state, policy in (("before training", None), (TRAINED, str(trained[seed]))):
-            for group in options.groups:
-                after = options.train_steps if policy else 0
-                file = folder / "runs" / f"seed{seed}_after{after}_G{group}_steps{options.steps}.json"
-                files.append(file)
-                if not file.exists():
-                    tasks.append((seed, state, policy, group, options.steps, str(file)))
-    policies = {f"policy of seed {s}": (train_policy, s, options.train_steps, str(path)) for s, path in trained.items()}
-    with Workers(options.jobs, total=len(tasks)) as workers:
-        workers.each({name: call for name, call in policies.items() if not Path(call[-1]).exists()}, tell)
-        print(f"{len(files)} measurements, {len(files) - len(tasks)} done before", flush=True)
-        workers.each({Path(task[-1]).stem: (measure, *task) for task in tasks}, tell)
-    if workers.failed:
-        sys.exit(f"error: {len(workers.failed)} failed: {'; '.join(workers.failed)}")
+    calls = {path.name: (train_policy, seed, options.train_steps, str(path)) for seed, path in trained.items()}
+    with Workers(options.jobs, 2 * len(options.seeds) * len(options.groups)) as workers:
+        left = {name: call for name, call in calls.items() if not (folder / name).exists()}
+        workers.each(left, lambda name: print(f"{name}: done", flush=True))
+        workers.end_if_failed()
+        wanted = {
+            (seed, state, group): measurement(policy, seed, state, group, options.steps)
+            for seed in options.seeds
+            for state, policy in zip(STATES, (warm_up(seed, "mixture", []), str(trained[seed])), strict=True)
+            for group in options.groups
+        }
+        runs = workers.run(options.output_dir, list(wanted.values()))
+    workers.end_if_failed()
 
-    rows = [row for file in files for row in json.loads(file.read_text())]
+    rows = [
+        {"seed": seed, "state": state, "group": group, **{name: row[name] for name in ("step", *COLUMNS)}}
+        for (seed, state, group), run in zip(wanted, runs, strict=True)
+        for row in run.rows
+        if row["near_orthogonal_frac"] is not None
+    ]
     write_csv(folder / "rollout_noise.csv", rows)
     (folder / "rollout_noise.md").write_text(table(rows))
     print(f"\n{table(rows)}\nWritten to {folder}: rollout_noise.csv, rollout_noise.md")

@@ -2,9 +2,7 @@
 
 import csv
 import math
-import os
-import subprocess
-import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from examples.paper.phases_results import (
     lead,
     lead_table,
     measured_rows,
+    over_seeds,
     phase_of,
     phase_table,
     spans,
@@ -53,19 +52,19 @@ FINALS = {
 def test_spans_of_steps():
     assert spans(FINALS) == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20)]
     run = FINALS["mean"][0]
-    assert within(run, "near_orthogonal_frac", (0, 4)) == 1.0
-    assert within(run, "near_orthogonal_frac", (0, 8)) == pytest.approx(0.95)
-    assert within(run, "m_bound_p95", (0, 12)) == 5  # the median
-    assert within(run, "near_orthogonal_frac", (16, 20)) is None
+    assert within(run, "near_orthogonal_frac", (0, 8)) == [1.0, 0.9]
+    assert within(run, "near_orthogonal_frac", (16, 20)) == []
+    assert over_seeds([run], "near_orthogonal_frac", (0, 8)) == "0.950"
+    assert over_seeds([run], "m_bound_p95", (0, 12)) == "5 (5 to 5)"  # the median
     lines = interference_table(FINALS)
     assert lines[2].startswith("| `mean` | 1 to 4 | 0.900 +- 1.271 |")  # t = 12.7 of two seeds
     assert "| 2 (1 to 3) |" in lines[2] and "| 0.300 +- 0.000 |" in lines[2]
 
 
 def test_the_lead_is_paired():
-    steps, estimates, lows, highs = zip(*lead(FINALS), strict=True)
-    assert steps == (0, 10, 20) and estimates == pytest.approx((0, 0.25, 0))
-    assert lows[1] == pytest.approx(0.25 - 12.706 * 0.05) and highs[1] == pytest.approx(0.25 + 12.706 * 0.05)
+    found = {step: one for step, (_, _, one) in lead(FINALS).items()}
+    assert list(found) == [0, 10, 20] and [one.estimate for one in found.values()] == pytest.approx([0, 0.25, 0])
+    assert (found[10].low, found[10].high) == pytest.approx((0.25 - 12.706 * 0.05, 0.25 + 12.706 * 0.05))
     assert lead_table(FINALS)[3].startswith("| 10 | 0.500 | 0.750 | +0.250 [")
     # areas (0.2 / 2 + x + 0.8 / 2) / 2: 0.45 and 0.55, 0.55 and 0.7
     assert lead_table(FINALS)[-1].startswith("| mean over training | 0.500 | 0.625 | +0.125 [")
@@ -111,54 +110,49 @@ def test_flipped_rewards():
     assert judge(["a", "b"], noisy=[False, False], gold=["a", "a"]) == [1.0, 0.0]
 
 
-def launch(script, *arguments):
-    return subprocess.run(
-        [sys.executable, f"paper/{script}", *arguments],
-        cwd=EXAMPLES,  # the worst place: its math.py must not become the standard library's
-        env={**os.environ, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_phases_as_users_run_it(tiny_policy, tmp_path):
-    """With flipped rewards and other steps than the demo's; a second command finds all done."""
-    arguments = [
-        *("--learning_rates", "1e-3", "--seeds", "0", "1", "--max_steps", "2", "--eval_every", "1", "--eval_size", "4"),
-        *("--reward_noise", "0.2", "--num_generations", "4", "--answers_per_step", "16"),
-        *("--model_name_or_path", str(tiny_policy), "--output_dir", str(tmp_path), "--jobs", "1"),
-    ]
-    done = launch("phases.py", *arguments)
+def csv_after(done, file):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_phases_as_users_run_it(launch, tiny_policy, tmp_path):
+    """With flipped rewards and other steps than the demo's; a second command finds all done."""
+    options = (
+        "--learning_rates 1e-3 --seeds 0 1 --max_steps 2 --eval_every 1 --eval_size 4 --reward_noise 0.2 "
+        "--num_generations 4 --answers_per_step 16 --jobs 1"
+    )
+    arguments = [*options.split(), "--model_name_or_path", tiny_policy, "--output_dir", tmp_path]
+    rows = csv_after(launch("paper/phases.py", *arguments), tmp_path / "phases.csv")
     assert {"phases.md", "phases.png", "phases.csv", "results.csv", "table.md"} <= {f.name for f in tmp_path.iterdir()}
     assert "## The lead of `std`" in (tmp_path / "phases.md").read_text()
-    with open(tmp_path / "phases.csv", newline="") as stream:
-        rows = list(csv.DictReader(stream))
     assert {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in ("mean", "std") for s in "01"}
-    again = launch("phases.py", *arguments)
+    again = launch("paper/phases.py", *arguments)
     assert again.returncode == 0 and "4 of 4 runs were done before" in again.stdout
-    unmeasured = launch("phases.py", *arguments, "--measure_every", "0", "--output_dir", str(tmp_path / "without"))
-    assert unmeasured.returncode == 0, unmeasured.stderr[-3000:]
-    assert "## The lead of `std`" in (tmp_path / "without" / "phases.md").read_text()
+    without = tmp_path / "without"
+    csv_after(
+        launch("paper/phases.py", *arguments, "--measure_every", 0, "--output_dir", without), without / "phases.csv"
+    )
+    assert "## The lead of `std`" in (without / "phases.md").read_text()
     assert (
-        launch("phases.py", "--reward_noise", "0.5").stderr.strip() == "error: --reward_noise 0.5 must be in [0, 0.5)"
+        launch("paper/phases.py", "--reward_noise", 0.5).stderr.strip()
+        == "error: --reward_noise 0.5 must be in [0, 0.5)"
     )
 
 
-def test_rollout_noise_as_users_run_it(mixed_policy, tmp_path):
-    arguments = ["--seeds", "42", "--groups", "2", "4", "--steps", "1", "--train_steps", "1", "--jobs", "1"]
-    done = launch("rollout_noise.py", *arguments, "--output_dir", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    with open(tmp_path / "rollout_noise.csv", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert {(row["state"], row["group"]) for row in rows} == {
-        (state, group) for state in ("before training", "after training") for group in "24"
-    }
-    assert (tmp_path / "rollout_noise.md").read_text() in done.stdout
-    again = launch("rollout_noise.py", *arguments, "--output_dir", str(tmp_path))
-    assert again.returncode == 0 and "4 measurements, 4 done before" in again.stdout
-    assert launch("rollout_noise.py", "--groups", "1").stderr.strip() == "error: --groups 1 must be at least 2"
-    assert launch("rollout_noise.py", "--seeds", "0", "0").stderr.strip() == "error: --seeds has 0 more than once"
+def test_rollout_noise_as_users_run_it(launch, mixed_policy, tmp_path):
+    options = "--seeds 42 --groups 2 4 --steps 1 --train_steps 1 --jobs 1 --output_dir"
+    arguments = [*options.split(), tmp_path]
+    done = launch("paper/rollout_noise.py", *arguments)
+    rows = csv_after(done, tmp_path / "rollout_noise.csv")
+    assert {(row["state"], row["group"]) for row in rows} == set(product(("before training", "after training"), "24"))
     file = tmp_path / "rollout_noise.md"
-    assert f"--output_dir {file} can't be written to" in launch("rollout_noise.py", "--output_dir", str(file)).stderr
+    assert file.read_text() in done.stdout
+    again = launch("paper/rollout_noise.py", *arguments)
+    assert again.returncode == 0 and "4 of 4 runs were done before" in again.stdout
+    for arguments, error in (
+        (["--groups", 1], "error: --groups 1 must be at least 2"),
+        (["--seeds", 0, 0], "error: --seeds has 0 more than once"),
+        (["--output_dir", file], f"error: --output_dir {file} can't be written to: File exists"),
+    ):
+        assert launch("paper/rollout_noise.py", *arguments).stderr.strip() == error

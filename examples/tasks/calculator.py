@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -23,6 +22,7 @@ from trl_ext.tasks.small_policy import ASSISTANT, EOS, USER, cached_policy, rand
 
 from . import mixture
 from . import warm_up as shared
+from .correctness import Correctness
 from .mixture import content_split
 from .warm_up import WarmUpOptimizer, digit_tokenizer
 
@@ -88,37 +88,38 @@ def questions(count: int, *, held_out: bool, seed: int) -> Dataset:
         raise ValueError(f"count={count} must be from 1 to {MOST}")
     split = "held_out" if held_out else "train"
     rng = random.Random(f"{seed}-{split}")
-    found: dict[tuple[int, int, int], str] = {}
+    found: dict[tuple[int, ...], str] = {}
     while len(found) < count:
-        numbers = (rng.randint(10, 99), rng.randint(10, 99), rng.randint(10, 99))
-        if content_split(numbers) == split:
-            found[numbers] = str(sum(numbers))
+        numbers = _draw(rng, split)
+        found[numbers] = str(sum(numbers))
     prompts = [[{"role": "user", "content": _question(numbers)}] for numbers in found]
     return Dataset.from_dict({"prompt": prompts, "gold": list(found.values())})
+
+
+def _draw(rng: random.Random, split: str) -> tuple[int, ...]:
+    """Draws three numbers of this side of the split."""
+    while True:
+        numbers = tuple(rng.randint(10, 99) for _ in range(3))
+        if content_split(numbers) == split:
+            return numbers
 
 
 def _question(numbers: Sequence[int]) -> str:
     return f"What is {' + '.join(map(str, numbers))}?"
 
 
-class SameNumber:
+class SameNumber(Correctness):
     """Reward 1.0 where the policy's last message is the right number, else 0.0; logs their share as ``accuracy``."""
 
     __name__ = "same_number"
 
-    def __call__(
-        self, completions: list, gold: list[str], log_metric: Callable[[str, float], None] | None = None, **kwargs: Any
-    ) -> list[float]:
-        rewards = [float(_answer(messages) == right) for messages, right in zip(completions, gold, strict=True)]
-        if log_metric is not None:
-            log_metric("accuracy", sum(rewards) / len(rewards))
-        return rewards
+    def answer_of(self, completion) -> str:
+        """A conversation that was cut ends with a call, or with the tool's result: no answer."""
+        last = completion[-1]
+        return "" if last["role"] != "assistant" or last.get("tool_calls") else (last.get("content") or "").strip()
 
-
-def _answer(messages: list[dict[str, Any]]) -> str | None:
-    """Returns the policy's answer, or None: a conversation that was cut ends with a call, or with the tool's result."""
-    last = messages[-1]
-    return None if last["role"] != "assistant" or last.get("tool_calls") else (last.get("content") or "").strip()
+    def is_right(self, gold: str, text: str) -> bool:
+        return text == gold
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -133,9 +134,7 @@ def _conversation(rng: random.Random) -> list[tuple[str, bool]]:
     """Draws a conversation of a teacher who calls the tool, or answers with the number he has. Each piece says who
     wrote it.
     """
-    a, b, c = (rng.randint(10, 99) for _ in range(3))
-    while content_split((a, b, c)) != "train":
-        a, b, c = (rng.randint(10, 99) for _ in range(3))
+    a, b, c = _draw(rng, "train")
     pieces = [(f"{USER}{_question((a, b, c))}{ASSISTANT}", False)]
     known = a
     for term in (b, c):
@@ -149,14 +148,14 @@ def _conversation(rng: random.Random) -> list[tuple[str, bool]]:
 
 def _batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns token ids (B, T), right padded, and labels that are -100 on what the policy doesn't write."""
-    rows, marks = [], []
-    for _ in range(BATCH):
-        pieces = [(tokenizer.encode(text), own) for text, own in _conversation(rng)]
-        rows.append([one for ids, _ in pieces for one in ids])
-        marks.append([one if own else -100 for ids, own in pieces for one in ids])
+    conversations = [[(tokenizer.encode(t), own) for t, own in _conversation(rng)] for _ in range(BATCH)]
+    rows = [[one for ids, _ in pieces for one in ids] for pieces in conversations]
+    marks = [[one if own else -100 for ids, own in pieces for one in ids] for pieces in conversations]
     width = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    labels = torch.tensor([row + [-100] * (width - len(row)) for row in marks])
+    ids, labels = (
+        torch.tensor([row + [fill] * (width - len(row)) for row in matrix])
+        for matrix, fill in ((rows, tokenizer.pad_token_id), (marks, -100))
+    )
     return ids, labels
 
 

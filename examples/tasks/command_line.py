@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
+
+DEMO_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,29 @@ def unknown_option(left_over: Sequence[str], dataclasses: Iterable[Any]) -> str:
     if not names:
         return f"{' '.join(left_over)}: belongs to no option"
     return f"{names[0]}: no such option{did_you_mean(names[0], known)}"
+
+
+def say(text: str) -> None:
+    """Prints on the main process."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)
+
+
+@contextmanager
+def exit_on(*errors: type[Exception]) -> Iterator[None]:
+    """Ends the program with the message of such an error."""
+    try:
+        yield
+    except errors as error:
+        sys.exit(f"error: {error}")
+
+
+def demo_training() -> dict[str, object]:
+    """Reads the trainer's options of the demo's recipe."""
+    import yaml
+
+    recipe = yaml.safe_load(DEMO_RECIPE.read_text())
+    return {k: v for k, v in recipe.items() if k not in ("model_name_or_path", "dataset", "eval_size", "output_dir")}
 
 
 def parse(kinds: Sequence[Any], arguments: Sequence[str], prog: str, **defaults: Any) -> list[Any]:

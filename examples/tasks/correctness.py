@@ -124,11 +124,14 @@ class Correctness:
         log_metric: Callable[[str, float], None] | None = None,
         **kwargs: Any,
     ) -> list[float]:
-        texts = [completion_text(completion, self.stop) for completion in completions]
-        rewards = [float(self.is_right(answer, text)) for answer, text in zip(gold, texts, strict=True)]
+        answers = map(self.answer_of, completions)
+        rewards = [float(self.is_right(right, answer)) for right, answer in zip(gold, answers, strict=True)]
         if log_metric is not None:
             log_metric("accuracy", sum(rewards) / len(rewards))
         return rewards
+
+    def answer_of(self, completion: str | list[dict[str, str]]) -> str:
+        return completion_text(completion, self.stop)
 
     def is_right(self, gold: str, text: str) -> bool:
         return is_correct(gold, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,15 @@ from trl_ext.run_checks import rows_within
 from trl_ext.tasks.arithmetic import DEFAULT_LEVELS
 
 from . import reasoning
+from .command_line import say
 from .correctness import drop_bad_gold
 from .questions import (
+    BUILT_IN_DATASETS,
     Question,
-    arithmetic_questions,
     build_dataset,
+    built_in_questions,
     hold_out,
     hub_questions,
-    mixture_questions,
     read_questions,
 )
 
@@ -48,9 +49,7 @@ def load_gym(script: MathArguments, seed: int) -> reasoning.Tasks | None:
     return reasoning.Tasks(names, weights, reasoning.task_options(names, script.task_options), seed)
 
 
-def load_questions(
-    script: MathArguments, seed: int, warn: Callable[[str], None], gym: reasoning.Tasks | None = None
-) -> Split:
+def load_questions(script: MathArguments, seed: int, gym: reasoning.Tasks | None) -> Split:
     """Returns training and held-out questions.
 
     Each has a gold answer that can be parsed, unless ``--reward`` or a task of ``gym`` scores it.
@@ -59,24 +58,24 @@ def load_questions(
     if gym is not None:
         return gym.questions(size, held_out=False), gym.questions(script.eval_size, held_out=True)
     if script.dataset_path is not None:
-        return _read_files(script, script.dataset_path, seed, warn)
-    if script.dataset == "mixture":
-        train = mixture_questions(size, held_out=False, seed=seed)
-        return train, mixture_questions(script.eval_size, held_out=True, seed=seed)
-    if script.dataset == "arithmetic":
-        train = arithmetic_questions(size, held_out=False, levels=levels_of(script), seed=seed)
-        return train, arithmetic_questions(script.eval_size, held_out=True, levels=levels_of(script), seed=seed)
+        return _read_files(script, script.dataset_path, seed)
+    if script.dataset in BUILT_IN_DATASETS:
+        train, held_out = (
+            built_in_questions(script.dataset, count, held_out=held, levels=levels_of(script), seed=seed)
+            for count, held in ((size, False), (script.eval_size, True))
+        )
+        return train, held_out
     columns = {"question_column": script.question_column, "answer_column": script.answer_column}
-    train = drop_bad_gold(hub_questions(script.dataset, held_out=False, **columns), script.dataset, warn)
+    train = drop_bad_gold(hub_questions(script.dataset, held_out=False, **columns), script.dataset, say)
     held_out = hub_questions(script.dataset, held_out=True, **columns)
-    return train, drop_bad_gold(held_out, f"{script.dataset} (held out)", warn)[: script.eval_size]
+    return train, drop_bad_gold(held_out, f"{script.dataset} (held out)", say)[: script.eval_size]
 
 
-def _read_files(script: MathArguments, path: str, seed: int, warn: Callable[[str], None]) -> Split:
+def _read_files(script: MathArguments, path: str, seed: int) -> Split:
     def read(file: str) -> list[Question]:
         own_reward = script.reward is not None
         found = read_questions(file, script.question_column, script.answer_column, own_reward=own_reward)
-        return found if own_reward else drop_bad_gold(found, file, warn)
+        return found if own_reward else drop_bad_gold(found, file, say)
 
     train = read(path)
     if script.eval_dataset_path is None:
@@ -86,10 +85,11 @@ def _read_files(script: MathArguments, path: str, seed: int, warn: Callable[[str
 
 @dataclass(frozen=True)
 class Prompts:
-    """Datasets of prompts, and the first training question, to print."""
+    """Datasets of prompts, their style, and the first training question, to print."""
 
     train: Dataset
     held_out: Dataset
+    style: str
     first: Question
 
 
@@ -105,18 +105,19 @@ def choose_style(style: str, tokenizer: PreTrainedTokenizerBase, name: str) -> s
 def make_prompts(
     script: MathArguments,
     questions: Split,
-    style: str,
     instruction: str,
     tokenizer: PreTrainedTokenizerBase,
+    name: str,
     context: int | None,
-    say: Callable[[str], None],
 ) -> Prompts:
     """Turns questions into prompts, without those that leave no room for an answer.
 
     Args:
-        style: ``chat`` or ``few_shot``; the first training questions are the latter's solved examples.
+        instruction: the line below a chat question; the first training questions are the examples of a few-shot one.
+        name: the model's.
         context: tokens that the model can read; None: not known.
     """
+    style = choose_style(script.prompt_style, tokenizer, name)
     train, held_out = questions
     shots = script.num_shots if style == "few_shot" else 0
     if (there := min(len(train), script.train_size or len(train))) <= shots:
@@ -133,4 +134,4 @@ def make_prompts(
     train_dataset = prompts_of(train, "training")
     if script.train_size is not None:
         train_dataset = train_dataset.select(range(min(script.train_size - shots, len(train_dataset))))
-    return Prompts(train_dataset, prompts_of(held_out, "held-out"), train[0])
+    return Prompts(train_dataset, prompts_of(held_out, "held-out"), style, train[0])

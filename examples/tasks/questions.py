@@ -22,7 +22,8 @@ HUB_DATASETS = {
     "gsm8k": (("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")),
     "math": (("DigitalLearningGmbH/MATH-lighteval", "default", "train"), ("HuggingFaceH4/MATH-500", None, "test")),
 }
-DATASETS = ("mixture", "arithmetic", *HUB_DATASETS)
+BUILT_IN_DATASETS = ("mixture", "arithmetic")
+DATASETS = (*BUILT_IN_DATASETS, *HUB_DATASETS)
 FILE_TYPES = (".jsonl", ".json", ".parquet")
 QUESTION_COLUMNS = ("question", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
@@ -56,6 +57,13 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path} isn't UTF-8 text: {error}") from None
 
 
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} isn't JSON: {error}") from None
+
+
 def _read_rows(path: Path) -> list[tuple[int, dict]]:
     """(row or line number, row) pairs of a jsonl, json or parquet file."""
     if path.suffix == ".parquet":
@@ -64,22 +72,13 @@ def _read_rows(path: Path) -> list[tuple[int, dict]]:
         except (OSError, ArrowException) as error:
             raise ValueError(f"{path} isn't a parquet file: {error}") from None
     if path.suffix == ".json":
-        try:
-            rows = json.loads(_read_text(path))
-        except ValueError as error:
-            raise ValueError(f"{path} isn't JSON: {error}") from None
+        rows = _parse_json(_read_text(path), str(path))
         if not isinstance(rows, list):
             raise ValueError(f"{path} holds a JSON {type(rows).__name__}: expected a list of objects")
         numbered = list(enumerate(rows, start=1))
     else:
-        numbered = []
-        for number, line in enumerate(_read_text(path).split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                numbered.append((number, json.loads(line)))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} isn't JSON: {error}") from None
+        lines = enumerate(_read_text(path).split("\n"), start=1)
+        numbered = [(n, _parse_json(line, f"{path}, line {n}")) for n, line in lines if line.strip()]
     for number, row in numbered:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number} is a {type(row).__name__}: expected an object with named columns")
@@ -87,16 +86,13 @@ def _read_rows(path: Path) -> list[tuple[int, dict]]:
 
 
 def _pick_column(columns: Sequence[str], wanted: str | None, known: Sequence[str], flag: str, source: str) -> str:
-    if wanted is not None:
-        if wanted not in columns:
-            raise ValueError(f"{flag}={wanted!r} is not a column of {source}, which has: {', '.join(columns)}")
-        return wanted
-    for name in known:
-        if name in columns:
-            return name
-    raise ValueError(
-        f"{source} has no column {' or '.join(known)}; it has: {', '.join(columns)}. Say which one with {flag}"
-    )
+    if wanted is not None and wanted not in columns:
+        raise ValueError(f"{flag}={wanted!r} is not a column of {source}, which has: {', '.join(columns)}")
+    found = wanted or next((name for name in known if name in columns), None)
+    if found is None:
+        has = f"{source} has no column {' or '.join(known)}; it has: {', '.join(columns)}"
+        raise ValueError(f"{has}. Say which one with {flag}")
+    return found
 
 
 def _to_questions(
@@ -110,20 +106,17 @@ def _to_questions(
     if not numbered:
         raise ValueError(f"{source} is empty")
     columns = list(numbered[0][1])
-    question_name = _pick_column(columns, question_column, QUESTION_COLUMNS, "--question_column", source)
-    needs_answer = not own_reward or answer_column is not None or any(name in columns for name in ANSWER_COLUMNS)
-    answer_name = ""
-    if needs_answer:
-        answer_name = _pick_column(columns, answer_column, ANSWER_COLUMNS, "--answer_column", source)
+    names = [_pick_column(columns, question_column, QUESTION_COLUMNS, "--question_column", source)]
+    if not own_reward or answer_column is not None or any(name in columns for name in ANSWER_COLUMNS):
+        names.append(_pick_column(columns, answer_column, ANSWER_COLUMNS, "--answer_column", source))
     questions = []
     for number, row in numbered:
-        for name in (question_name, answer_name) if needs_answer else (question_name,):
-            if row.get(name) is None or str(row[name]).strip() == "":
-                raise ValueError(f"{source}, row {number} has nothing in column {name!r}")
+        texts = ["" if row.get(name) is None else str(row[name]).strip() for name in names]
+        if "" in texts:
+            raise ValueError(f"{source}, row {number} has nothing in column {names[texts.index('')]!r}")
         more = {name: value for name, value in row.items() if name not in NOT_PASSED_ON} if own_reward else {}
-        text, answer = str(row[question_name]).strip(), str(row[answer_name]).strip() if needs_answer else ""
         task = "" if row.get("task") is None else str(row["task"])
-        questions.append(Question(text, answer, number, task, more))
+        questions.append(Question(texts[0], texts[1] if texts[1:] else "", number, task, more))
     return questions
 
 
@@ -175,8 +168,12 @@ def arithmetic_questions(count: int, *, held_out: bool, levels: tuple[int, ...],
     ]
 
 
-def mixture_questions(count: int, *, held_out: bool, seed: int) -> list[Question]:
-    """Questions of the built-in mixture, see ``mixture.py``."""
+def built_in_questions(
+    dataset: str, count: int, *, held_out: bool, levels: tuple[int, ...], seed: int
+) -> list[Question]:
+    """Questions of ``mixture`` or of ``arithmetic``, which alone has levels."""
+    if dataset == "arithmetic":
+        return arithmetic_questions(count, held_out=held_out, levels=levels, seed=seed)
     exercises = generate_exercises(count, split="held_out" if held_out else "train", seed=seed)
     return [Question(one.question, one.answer, row, one.task) for row, one in enumerate(exercises, start=1)]
 

@@ -18,6 +18,7 @@ from .command_line import did_you_mean
 from .correctness import completion_text, final_answer
 from .questions import Question
 
+Options = dict[str, object]  # of one task
 PREFIX = "reasoning_gym:"
 INSTALL = "pip install reasoning-gym"
 INSTRUCTION = "Think step by step, and give the final answer between <answer> and </answer>."
@@ -38,20 +39,19 @@ def task_names(dataset: str) -> list[str]:
         raise ValueError(f"--dataset {dataset}: which tasks? {', '.join(sorted(DATASETS))}")
     for name in names:
         if name not in DATASETS:
-            near = did_you_mean(name, DATASETS)
-            more = near or f"; it has {len(DATASETS)}"
-            raise ValueError(f"--dataset {dataset}: reasoning-gym has no task {name!r}{more}")
+            near = did_you_mean(name, DATASETS) or f"; it has {len(DATASETS)}"
+            raise ValueError(f"--dataset {dataset}: reasoning-gym has no task {name!r}{near}")
         if names.count(name) > 1:
             raise ValueError(f"--dataset {dataset}: {name} is given twice; --task_weights says how much of each")
     return names
 
 
-def task_options(names: Sequence[str], given: Sequence[str]) -> dict[str, dict[str, Any]]:
+def task_options(names: Sequence[str], given: Sequence[str]) -> dict[str, Options]:
     """By task, from ``task.option=value`` (values as JSON, else as text). ``ValueError`` names what a task doesn't
     know, or doesn't take."""
     from reasoning_gym.factory import DATASETS
 
-    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    found: dict[str, Options] = {name: {} for name in names}
     for item in given:
         place, equals, value = item.partition("=")
         name, dot, option = place.partition(".")
@@ -75,14 +75,15 @@ def task_weights(names: Sequence[str], given: Sequence[float] | None) -> list[fl
     isn't finite, and for a mixture that sums to 0."""
     if not given:
         return [1.0] * len(names)
-    if len(given) != len(names):
-        raise ValueError(f"--task_weights {' '.join(map(str, given))}: {len(given)} for {len(names)} tasks")
-    if not all(math.isfinite(weight) for weight in given):
-        raise ValueError(f"--task_weights {' '.join(map(str, given))}: each must be a finite number")
-    if min(given) < 0:
-        raise ValueError(f"--task_weights {' '.join(map(str, given))}: {min(given)} is negative")
-    if sum(given) == 0:
-        raise ValueError(f"--task_weights {' '.join(map(str, given))} sum to 0: a mixture of nothing")
+    wrong = {
+        f": {len(given)} for {len(names)} tasks": len(given) != len(names),
+        ": each must be a finite number": not all(map(math.isfinite, given)),
+        f": {min(given)} is negative": min(given) < 0,
+        " sum to 0: a mixture of nothing": sum(given) == 0,
+    }
+    for reason, broken in wrong.items():
+        if broken:
+            raise ValueError(f"--task_weights {' '.join(map(str, given))}{reason}")
     return [float(weight) for weight in given]
 
 
@@ -108,10 +109,10 @@ class Tasks:
     """
 
     def __init__(
-        self, names: Sequence[str], weights: Sequence[float], options: Mapping[str, Mapping[str, Any]], seed: int
+        self, names: Sequence[str], weights: Sequence[float], options: Mapping[str, Options], seed: int
     ) -> None:
         self.names, self.weights, self.options, self.seed = list(names), list(weights), options, seed
-        self.entries: dict[tuple[str, str], dict[str, Any]] = {}  # by task and question
+        self.entries: dict[tuple[str, str], dict] = {}  # by task and question
         self.scorers = {name: self._made(name, seed, 1) for name in self.names}
 
     def _made(self, name: str, seed: int, size: int) -> Any:
@@ -127,8 +128,7 @@ class Tasks:
         task has no more different ones."""
         found: list[Question] = []
         for name, wanted in zip(self.names, counts(self.weights, count), strict=True):
-            if wanted:
-                found += self._of_task(name, wanted, held_out)
+            found += self._of_task(name, wanted, held_out) if wanted else []
         random.Random(f"{self.seed}-{held_out}").shuffle(found)
         return found
 
@@ -136,13 +136,13 @@ class Tasks:
         seed = self.seed + HELD_OUT_SEED * held_out
         source = self._made(name, seed, 10 * wanted + MISSES)  # some tasks refuse to be asked for a million
         made: list[Question] = []
-        row = misses = 0
-        while len(made) < wanted and misses < MISSES and row < len(source):
+        row = latest = 0
+        while len(made) < wanted and row - latest < MISSES and row < len(source):
             entry = source[row]
-            row, misses = row + 1, misses + 1
+            row += 1
             key = (name, str(entry["question"]).strip())
             if key not in self.entries:
-                misses = 0
+                latest = row
                 self.entries[key] = entry
                 answer = "" if entry["answer"] is None else str(entry["answer"])  # any right one will do
                 made.append(Question(key[1], answer, row, name))
