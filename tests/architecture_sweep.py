@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -21,21 +22,35 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import torch
 from accelerate import Accelerator
 from adapters import KINDS
-from architectures import NAMES, build
+from architectures import NAMES
+from architectures import build as build_model
 from datasets import Dataset
+from harness import build, distance, norm_of, separate_gradients
 from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import kinds_of
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
+from trl_ext import CurvatureGRPOTrainer, read_interference
 from trl_ext.probe_model import why_rows_mix
 from trl_ext.recorder.layer_check import rehearse
 from trl_ext.tasks.small_policy import build_tokenizer
 
 PROMPTS, GENERATIONS, STEPS = 4, 4, 3
 TOLERANCE = 1e-5
+WEIGHTS = [0.7, -1.3, 0.4]  # of the rows whose gradients the sketch is compared with
+OPTIONS = {
+    "per_device_train_batch_size": PROMPTS * GENERATIONS // 2,
+    "gradient_accumulation_steps": 2,
+    "max_completion_length": 16,
+    "max_steps": STEPS,
+    "learning_rate": 1e-3,
+    "max_grad_norm": 0.0,
+    "generation_kwargs": None,
+    "logging_strategy": "no",
+    "shuffle_dataset": False,
+    "seed": 3,
+}
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 HEADER = """# Architectures
 
@@ -75,14 +90,6 @@ def rollouts() -> tuple[list[list[int]], list[list[int]]]:
     return [ids(2, 11) for _ in range(PROMPTS)], [ids(2, 10) for _ in range(PROMPTS * GENERATIONS)]
 
 
-class Gradients(TrainerCallback):
-    def __init__(self):
-        self.steps: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-
 def reward(prompts, completion_ids, **kwargs):
     """Prompt 0's group is dead: all its answers get the same."""
     return [0.5 if prompt == "0" else sum(ids) % 4 / 4 for prompt, ids in zip(prompts, completion_ids, strict=True)]
@@ -102,72 +109,52 @@ def move_from_the_start(model: torch.nn.Module) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
 
 
-def train(trainer_class, config_class, model, tokenizer, adapter, **options):
-    """(trainer, gradients of each step) on the stored rollouts; ``adapter`` a peft configuration or None."""
+def stored(asked, trainer):
+    """A rollout function: the prompts' stored answers, in turn."""
     prompts, answers = rollouts()
+    taken = {str(i): iter(answers[i * GENERATIONS : (i + 1) * GENERATIONS]) for i in range(PROMPTS)}
+    return {
+        "prompt_ids": [prompts[int(one)] for one in asked],
+        "completion_ids": [next(taken[one]) for one in asked],
+        "logprobs": None,
+    }
 
-    def stored(asked, trainer):
-        taken = {str(i): iter(answers[i * GENERATIONS : (i + 1) * GENERATIONS]) for i in range(PROMPTS)}
-        return {
-            "prompt_ids": [prompts[int(one)] for one in asked],
-            "completion_ids": [next(taken[one]) for one in asked],
-            "logprobs": None,
-        }
 
-    seen = Gradients()
-    with tempfile.TemporaryDirectory() as folder:
-        config = config_class(
-            output_dir=folder,
-            num_generations=GENERATIONS,
-            per_device_train_batch_size=PROMPTS * GENERATIONS // 2,
-            gradient_accumulation_steps=2,
-            max_completion_length=16,
-            max_steps=STEPS,
-            optim="sgd",
-            learning_rate=1e-3,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_strategy="no",
-            seed=3,
-            shuffle_dataset=False,
-            **options,
-        )
-        torch.manual_seed(0)
-        trainer = trainer_class(
-            model=copy.deepcopy(model),
-            reward_funcs=reward,
-            args=config,
-            processing_class=tokenizer,
-            train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(PROMPTS)]}),
-            rollout_func=stored,
-            peft_config=adapter,
-            callbacks=[seen],
-        )
+@dataclass
+class Run:
+    """A trained trainer, each step's gradient, and two figures of each logged step, NaN where one is missing."""
+
+    trainer: GRPOTrainer
+    steps: list[dict[str, torch.Tensor]]
+    checks: list[float]
+    coverages: list[float]
+
+
+def train(trainer_class: type, model: torch.nn.Module, adapter: PeftConfig | None, **options) -> Run:
+    """Trains a copy of ``model`` on the stored rollouts."""
+    tokenizer = build_tokenizer((1, 4))
+    tokenizer.padding_side = "left"
+    options |= {"model": copy.deepcopy(model), "processing_class": tokenizer, "peft_config": adapter}
+    dataset = Dataset.from_dict({"prompt": [str(i) for i in range(PROMPTS)]})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        options |= {"trainer_class": trainer_class, "rollout_func": stored}
+        trainer = build(folder, folder, reward, dataset, **{**OPTIONS, **options})
         if adapter is not None:
             move_from_the_start(trainer.model)
         trainer.train()
-        logged = read_interference(folder) if (Path(folder) / "interference").is_dir() else []
-        trainer.checks, trainer.coverages = (
-            [record.metrics.get(f"interference/{name}", float("nan")) for record in logged]
-            for name in ("sketch_check", "coverage")
-        )
-    return trainer, seen.steps
+        records = read_interference(folder) if (folder / "interference").is_dir() else []
+    checks, coverages = (
+        [record.metrics.get(f"interference/{name}", math.nan) for record in records]
+        for name in ("sketch_check", "coverage")
+    )
+    return Run(trainer, trainer.recorder.gradients, checks, coverages)
 
 
-def distance(found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> float:
+def largest_error(found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> float:
     """The largest relative error of a step's whole gradient."""
     assert len(found) == len(expected) == STEPS
-    errors = []
-    for mine, its in zip(found, expected, strict=True):
-        assert mine.keys() == its.keys(), mine.keys() ^ its.keys()
-        square = sum(one.double().square().sum() for one in its.values())
-        errors.append((sum((mine[n] - its[n]).double().square().sum() for n in its) / square).sqrt().item())
+    errors = [float(distance(*pair) / norm_of(pair[1])) for pair in zip(found, expected, strict=True)]
     return max(errors, key=lambda error: (error != error, error))  # NaN is the largest
 
 
@@ -189,7 +176,7 @@ class Row:
     trl_fails: str | None = None
     ours_fails: str | None = None
     runs: str = ""
-    coverage: float = float("nan")
+    coverage: float = math.nan
     wrong: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     untapped: list[str] = field(default_factory=list)
@@ -208,69 +195,77 @@ class Row:
 
 def what_runs(trainer: CurvatureGRPOTrainer) -> str:
     """In a few words."""
-    if not trainer._parts.micro_batches.skipping:
+    micro_batches = trainer._parts.micro_batches
+    if not micro_batches.skipping:
         (why,) = [text for text in trainer._parts.run.log_once._logged if text.startswith("Every sequence runs")]
         return f"all, as TRL: {why.split(': ', 1)[1].rstrip('.')}"
-    trimming = trainer._parts.micro_batches.limits.trimming
-    before, after = trimming.prompts, trimming.completions
-    return "live; padding cut " + {(True, True): "on both sides", (False, True): "after answers"}.get(
-        (before, after), "nowhere"
-    )
+    trimming = micro_batches.limits.trimming
+    sides = {(True, True): "on both sides", (False, True): "after answers"}
+    return f"live; padding cut {sides.get((trimming.prompts, trimming.completions), 'nowhere')}"
 
 
 def examine(name: str, adapter: Callable[[], PeftConfig | None]) -> Row:
     """Trains both, ours in three ways, and sketches; ``name`` of an architecture."""
-    row, model, tokenizer = Row(name), build(name), build_tokenizer((1, 4))
-    tokenizer.padding_side = "left"
-    theirs = None
+    row, model, theirs = Row(name), build_model(name), None
     try:
-        _, theirs = train(GRPOTrainer, GRPOConfig, model, tokenizer, adapter())
+        theirs = train(GRPOTrainer, model, adapter()).steps
     except Exception as error:
         row.trl_fails = type(error).__name__
-    errors, coverages = [], []
-    for skip, every in ((True, 1), (True, 0), (False, 0)):  # a step that logs runs without sharing prompts
-        try:
-            options = {"interference_every": every, "interference_dim": 0, "skip_zero_advantage": skip}
-            trainer, ours = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, model, tokenizer, adapter(), **options)
-        except Exception as error:
-            row.ours_fails = type(error).__name__
-            break
-        if theirs is not None:
-            errors.append(distance(ours, theirs))
-        if (
-            skip
-            and not every
-            and trainer._parts.micro_batches.limits.not_shared is None
-            and trainer._parts.micro_batches.skipping
-        ):
-            row.runs += "; prompts shared"
-        if every:
-            row.runs = what_runs(trainer)
-            coverages = [coverage for coverage in trainer.coverages if coverage == coverage]
-            row.check = max(trainer.checks, key=lambda check: abs(check - 1), default=float("nan"))
-    row.errors = tuple(errors)
-    if errors and not max(errors) <= TOLERANCE:
-        for multiple in (16, 24):
-            _, padded = train(GRPOTrainer, GRPOConfig, model, tokenizer, adapter(), pad_to_multiple_of=multiple)
-            row.rounding = max(row.rounding, distance(padded, theirs))
     try:
-        row.coverage, found, row.left_out, row.untapped = sketch_errors(model, adapter())
-        row.coverage = min([row.coverage, *coverages[-1:]])  # in training the fused head is in the model's place
-        row.wrong = [name for name, error in found.items() if not error < 1e-3]
-    except ValueError as error:
-        known = {"nothing to tap": "nothing", "switched off": str(error)}
-        row.sketch_fails = next((text for start, text in known.items() if start in str(error)), type(error).__name__)
+        compare_trainers(row, model, adapter, theirs)
     except Exception as error:
-        row.sketch_fails = type(error).__name__
+        row.ours_fails = type(error).__name__
+    if row.errors and not max(row.errors) <= TOLERANCE:
+        for multiple in (16, 24):
+            padded = train(GRPOTrainer, model, adapter(), pad_to_multiple_of=multiple).steps
+            row.rounding = max(row.rounding, largest_error(padded, theirs))
+    try:
+        compare_sketch(row, model, adapter())
+    except Exception as error:
+        known = {"nothing to tap": "nothing", "switched off": str(error)} if isinstance(error, ValueError) else {}
+        row.sketch_fails = next((text for start, text in known.items() if start in str(error)), type(error).__name__)
     return row
 
 
-def sketch_errors(
-    model: torch.nn.Module, adapter: PeftConfig | None
-) -> tuple[float, dict[str, float], list[str], list[str]]:
-    """(share of the squared gradient that is followed, each parameter's error, what was left out, what has no tap).
+def compare_trainers(
+    row: Row, model: torch.nn.Module, adapter: Callable[[], PeftConfig | None], theirs: list | None
+) -> None:
+    """Trains ours with skipping and logging, with skipping, and with neither; a step that logs shares no prompts."""
+    for skip, every in ((True, 1), (True, 0), (False, 0)):
+        options = {"interference_every": every, "interference_dim": 0, "skip_zero_advantage": skip}
+        ours = train(CurvatureGRPOTrainer, model, adapter(), **options)
+        if theirs is not None:
+            row.errors = (*row.errors, largest_error(ours.steps, theirs))
+        micro_batches = ours.trainer._parts.micro_batches
+        if every:
+            row.runs = what_runs(ours.trainer)
+            row.check = max(ours.checks, key=lambda check: abs(check - 1), default=math.nan)
+            # in training the fused head is in the model's place
+            row.coverage = next((value for value in reversed(ours.coverages) if value == value), math.nan)
+        elif skip and micro_batches.skipping and micro_batches.limits.not_shared is None:
+            row.runs += "; prompts shared"
 
-    Exact: no projection, so that each sequence's part of each parameter's gradient is compared with its own backward.
+
+def weighted_loss(model: torch.nn.Module) -> Callable[[list[float]], torch.Tensor]:
+    """Returns the loss of three of the stored rows as a function of the rows' weights."""
+    prompts, answers = rollouts()
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers[::GENERATIONS], strict=True)][: len(WEIGHTS)]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+    def loss(weights: list[float]) -> torch.Tensor:
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return (logp * mask[:, 1:] * mask[:, :-1] * torch.tensor(weights)[:, None]).sum()
+
+    return loss
+
+
+def compare_sketch(row: Row, model: torch.nn.Module, adapter: PeftConfig | None) -> None:
+    """Compares each sequence's part of each parameter's gradient with a backward pass of its own.
+
+    Nothing is projected, so that the comparison is exact.
     """
     model = copy.deepcopy(model)
     if adapter is not None:
@@ -279,52 +274,31 @@ def sketch_errors(
     model.train()
     if why_rows_mix(model) is not None:
         raise ValueError("switched off: rows mix")
-    prompts, answers = rollouts()
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers[::GENERATIONS], strict=True)][:3]
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-
-    def loss(keep):
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        return (logp * mask[:, 1:] * mask[:, :-1] * torch.tensor(keep)[:, None]).sum()
-
-    weights = [0.7, -1.3, 0.4]
+    loss, parameters = weighted_loss(model), {n: p for n, p in model.named_parameters() if p.requires_grad}
     sketch = GradientSketch(model, dim=0, strict=False)
-    parameters = sketch.trainable_parameters
-    names = {id(p): n for n, p in model.named_parameters()}
-    before = set(sketch.untapped)
-    rehearse(sketch, model, Accelerator(cpu=True), lambda *said: None)
-    left_out = [name for name in sketch.untapped if name not in before]
-    numbers = {name: number for number, name in enumerate(sketch._parameter_names)}
-    sketch.open(0)
-    sketch.set_rows(torch.arange(len(rows)))
-    model.zero_grad()
-    loss(weights).backward()
-    totals = dict(sketch._sums.seen[0].total)
-    left_out += sketch.leave_out_wrong([p.grad for p in parameters])  # as a step does
-    tapped = {id(p) for p in sketch.tapped_parameters}
-    sketch.abandon()
-    sketch.close()
-    truth = []
-    for i in range(len(rows)):
-        model.zero_grad()
-        loss([w if j == i else 0.0 for j, w in enumerate(weights)]).backward()
-        truth.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters])
-    size = sum(g.square().sum() for per in truth for g in per).sqrt()
-    squares = torch.stack([sum(per[n].square().sum() for per in truth) for n in range(len(parameters))])
-    errors = {}
-    for number, parameter in enumerate(parameters):
-        if id(parameter) not in tapped:
-            continue
-        expected = torch.stack([per[number].flatten() for per in truth])
-        found = totals.get(number, torch.zeros_like(expected)).reshape(expected.shape)
-        if expected.norm() > 1e-4 * size:  # less is no part of any inner product
-            errors[names[id(parameter)]] = ((found - expected).norm() / expected.norm()).item()
-    covered = sum(squares[n] for n, p in enumerate(parameters) if id(p) in tapped) / squares.sum()
-    big = [name for name in sorted(before, key=numbers.get) if squares[numbers[name]] > 1e-3 * squares.sum()]
-    return float(covered), errors, left_out, big
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    tapped, untapped = [names[id(parameter)] for parameter in sketch.tapped_parameters], sketch.untapped
+    rehearse(sketch, model, Accelerator(cpu=True), lambda *text: None)
+    row.left_out = [name for name in sketch.untapped if name not in untapped]
+    with sketch.step(0) as recorded, sketch.rows(torch.arange(len(WEIGHTS))):
+        loss(WEIGHTS).backward()
+    row.left_out += sketch.leave_out_wrong([parameter.grad for parameter in parameters.values()])  # as a step does
+    parts = recorded[0].sketch[:, 0].split([parameters[name].numel() for name in tapped], dim=1)
+
+    alone = [[w if j == i else 0.0 for j, w in enumerate(WEIGHTS)] for i in range(len(WEIGHTS))]
+    rows = list(separate_gradients(model, map(loss, alone)))
+    truth = {name: torch.stack([one[name].flatten() for one in rows]) for name in parameters}
+    squares = {name: gradient.square().sum() for name, gradient in truth.items()}
+    whole = sum(squares.values())
+    followed = {names[id(parameter)] for parameter in sketch.tapped_parameters}
+    for name, found in zip(tapped, parts, strict=True):
+        # less is no part of any inner product
+        if name in followed and squares[name].sqrt() > 1e-4 * whole.sqrt():
+            if not (found - truth[name]).norm() / truth[name].norm() < 1e-3:
+                row.wrong.append(name)
+    coverage = float(sum(squares[name] for name in followed) / whole)
+    row.coverage = coverage if math.isnan(row.coverage) else min(coverage, row.coverage)
+    row.untapped = [name for name in untapped if squares[name] > 1e-3 * whole]
 
 
 def cell(row: Row) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from examples.tasks import mixed_policy as mixed
 from trl_ext.tasks import small_policy
-from trl_ext.tasks.small_policy import build_model, build_tokenizer, cache_folder
+from trl_ext.tasks.small_policy import cache_folder
 
 ROOT = Path(__file__).parents[1]
 # what is made for tests isn't what a user's run finds; scripts that tests start find it
@@ -27,17 +27,9 @@ DATA = ROOT.parent / "shared" / "data"
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory) -> Path:
     """Folder of the built-in architecture with random weights and its real tokenizer (no warm-up)."""
-    import torch
+    from harness import save_policy
 
-    folder = tmp_path_factory.mktemp("tiny-policy")
-    tokenizer = build_tokenizer((1, 4))
-    torch.manual_seed(0)
-    model = build_model(tokenizer)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(0.1)  # logits near 0: it says anything, and can be made to stop
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_policy(tmp_path_factory.mktemp("tiny-policy"))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ The tiny model and its tokenizer are ``tiny_policy`` of ``conftest.py``; two pro
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.tasks.arithmetic import generate_problems
+from trl_ext.tasks.small_policy import build_model, build_tokenizer
 
 OPTIONS = {
     "num_generations": 4,
@@ -41,6 +44,8 @@ OPTIONS = {
 }
 # TRL's own micro-batches, token by token, with no prompt shared: what most comparisons begin with
 PLAIN = {"loss_type": "grpo", "share_prompts": False, "max_steps": 3}
+# an optimizer step of 16 sequences in four micro-batches
+FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 OUR_OPTIONS = {field.name for field in fields(CurvatureGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
 
@@ -144,6 +149,23 @@ def config(folder: Path, config_class: type = CurvatureGRPOConfig, **options: An
     return config_class(output_dir=str(folder), **given)
 
 
+def lora(**options: Any) -> LoraConfig:
+    """An adapter of rank 4 on every Linear but the head, with these changes."""
+    return LoraConfig(**{"r": 4, "target_modules": "all-linear", **options})
+
+
+def save_policy(folder: Path) -> Path:
+    """Saves the built-in architecture with random weights and its real tokenizer (no warm-up)."""
+    tokenizer = build_tokenizer((1, 4))
+    torch.manual_seed(0)
+    model = build_model(tokenizer)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.1)  # logits near 0: it says anything, and can be made to stop
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def tokenizer_of(policy: Path):
     return AutoTokenizer.from_pretrained(policy, padding_side="left")
 
@@ -197,6 +219,22 @@ def train(policy: Path, folder: Path, *arguments: Any, resume: str | None = None
     trainer = build(policy, folder, *arguments, **options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def one_step(policy: Path, folder: Path, *arguments: Any, **options: Any):
+    """(gradient as one vector, log) of one step that moves nothing, with exact interference: the same rollouts."""
+    exact = {"interference_every": 1, "interference_dim": 0, "learning_rate": 0.0, "max_grad_norm": 0.0}
+    rows = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 1}
+    recorder = train(policy, folder, *arguments, **{**PLAIN, **exact, **rows, **options}).recorder
+    return flat(recorder.gradients[0]), recorder.logs[0]
+
+
+def assert_what_if(log: dict[str, Any], method: str, its: torch.Tensor, now: torch.Tensor) -> float:
+    """That the log tells ``method``'s gradient ``its`` as it is, in a step whose own is ``now``; returns the cosine."""
+    cos, factor = float(its @ now / its.norm() / now.norm()), float(its @ now / now.square().sum())
+    assert log[f"what_if/{method}/cos"] == pytest.approx(cos, abs=1e-5)
+    assert log[f"what_if/{method}/factor"] == pytest.approx(factor, rel=1e-4, abs=1e-5)
+    return cos
 
 
 def train_both(policy: Path, folder: Path, *arguments: Any, ours: type = CurvatureGRPOTrainer, **options: Any):
@@ -259,6 +297,21 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     """The norm of the difference of two gradients of the same parameters."""
     assert ours.keys() == theirs.keys() and theirs
     return norm_of({name: ours[name] - gradient for name, gradient in theirs.items()})
+
+
+def separate_gradients(model, losses) -> Iterator[dict[str, torch.Tensor]]:
+    """Of each loss, which is computed when its turn comes, the gradient of every trained parameter."""
+    for loss in losses:
+        model.zero_grad()
+        loss.backward()
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        yield {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trained.items()}
+    model.zero_grad()
+
+
+def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
+    """One vector in float64, of the parameters in the order of their names."""
+    return torch.cat([gradient[name].double().flatten() for name in sorted(gradient)])
 
 
 def assert_same_gradients(ours, theirs, tolerance: float = 1e-5) -> None:

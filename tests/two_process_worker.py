@@ -10,16 +10,17 @@ import os
 import random
 import signal
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from fsdp2_on_cpu import take_processes_for_gpus
+from harness import config, dead_share, table, tokenizer_of, two_tasks
 from peft import LoraConfig
 from processes import Started, start
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import trl_ext
@@ -27,7 +28,6 @@ from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.recorder import measure
 from trl_ext.recorder import recorder as interference_recorder
 from trl_ext.report import watch
-from trl_ext.tasks.arithmetic import generate_problems
 
 GENERATIONS = 8
 
@@ -54,8 +54,7 @@ def reward_with_dead(share):
 
     def reward_or_not(prompts, completion_ids, **kwargs):
         values = reward(completion_ids)
-        dead = [zlib.crc32(prompt[0]["content"].encode()) % 100 < 100 * share for prompt in prompts]
-        return [0.25 if d else v for d, v in zip(dead, values, strict=True)]
+        return [0.25 if dead_share(p, share) else v for p, v in zip(prompts, values, strict=True)]
 
     return reward_or_not
 
@@ -67,8 +66,8 @@ class Signals(TrainerCallback):
         self.trainer, self.kill_at, self.states = trainer, kill_at, []
 
     def _keep(self):
-        self.states.append([state.state_dict() for state in self.trainer._parts.normalizer.states])
-        self.states[-1] = json.loads(json.dumps(self.states[-1]))
+        states = [state.state_dict() for state in self.trainer._parts.normalizer.states]
+        self.states.append(json.loads(json.dumps(states)))
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._keep()
@@ -111,17 +110,10 @@ def run_out_of_memory(trainer, module, name, at_step):
 DEFAULTS = {
     "trainer": "ours",
     "dead": 0.0,
-    "lora": None,
-    "engine": None,
     "environment": {},
     "keep": (),
-    "resume": None,
-    "kill_at": None,
     "signals": False,
-    "wrong_layer": None,
-    "blind": None,
-    "most_dense": None,
-    "no_memory": None,
+    **dict.fromkeys(["lora", "engine", "resume", "kill_at", "wrong_layer", "blind", "most_dense", "no_memory"]),
 }
 
 
@@ -164,85 +156,74 @@ def train(spec):
     """The run, and what it left behind in ``spec["out"]``; the trainer."""
     spec = {**DEFAULTS, **spec}
     os.environ.update(spec["environment"])
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = build(spec)
+    make_faults(trainer, spec)
+    batches, live_by_step = keep_batches(trainer, spec["keep"])
+    signals = Signals(trainer, spec["kill_at"])
+    if spec["signals"]:
+        trainer.add_callback(signals)
+    trainer.train(resume_from_checkpoint=spec["resume"])
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    result = {
+        "parameters": {name: whole(p).detach() for name, p in model.named_parameters()},
+        "logs": trainer.state.log_history,
+        "advantages": table(trainer, "advantages"),
+        "batches": batches,
+        "live_by_step": list(live_by_step.values()),
+        "states": signals.states,
+    }
+    torch.save(result, f"{spec['out']}.{trainer.accelerator.process_index}.pt")
+    return trainer
+
+
+def build(spec):
     trainer_class, config_class = {
         "ours": (CurvatureGRPOTrainer, CurvatureGRPOConfig),
         "trl": (GRPOTrainer, GRPOConfig),
     }[spec["trainer"]]
-    config = config_class(
-        output_dir=spec["folder"],
-        num_generations=GENERATIONS,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        bf16=False,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        **{
-            "optim": "sgd",
-            "gradient_checkpointing": False,
-            "learning_rate": 0.5,
-            "max_steps": 3,
-            "save_strategy": "no",
-            # three groups: the second is split between two processes
-            "per_device_train_batch_size": 24 // processes,
-            **spec["options"],
-        },
-    )
+    # three groups: the second is split between two processes
+    size = 24 // int(os.environ.get("WORLD_SIZE", "1"))
+    options = {"num_generations": GENERATIONS, "learning_rate": 0.5, "max_steps": 3, "seed": 42}
+    options |= {"per_device_train_batch_size": size, **spec["options"]}
+    args = config(spec["folder"], config_class, **options)
     if spec["engine"] == "fsdp2":
         take_processes_for_gpus()
     torch.manual_seed(1)  # adapters are drawn
-    problems = generate_problems(24)
-    trainer = trainer_class(
+    return trainer_class(
         model=spec["model"],
         reward_funcs=reward_with_dead(spec["dead"]) if spec["dead"] else reward,
-        args=config,
-        train_dataset=Dataset.from_dict(
-            {
-                "prompt": [[{"role": "user", "content": problem.question}] for problem in problems],
-                "task": ["even" if i % 2 == 0 else "odd" for i in range(len(problems))],
-            }
-        ),
-        processing_class=AutoTokenizer.from_pretrained(spec["model"], padding_side="left"),
+        args=args,
+        train_dataset=two_tasks(24),
+        processing_class=tokenizer_of(spec["model"]),
         rollout_func=rollout,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **spec["lora"]) if spec["lora"] else None,
     )
+
+
+def make_faults(trainer, spec):
+    """What goes wrong in this run on purpose."""
+    rank = trainer.accelerator.process_index
     if spec["wrong_layer"]:  # multiplies what it is given by three, which its tap can't know, and isn't rehearsed
         interference_recorder.rehearse = lambda *args: None
         layer = trainer.model.get_submodule(spec["wrong_layer"])
         layer.forward = lambda x, forward=layer.forward: forward(3 * x)
-    if spec["blind"] == trainer.accelerator.process_index:  # a process that can't look at its log
+    if spec["blind"] == rank:  # a process that can't look at its log
         watch.diagnose = lambda run: 1 / 0
     if spec["most_dense"] is not None:
         measure.MOST_DENSE = spec["most_dense"]
-    if spec["no_memory"] and trainer.accelerator.process_index == 1:
+    if spec["no_memory"] and rank == 1:
         run_out_of_memory(trainer, *spec["no_memory"])
-    batches, live_by_step = [], {}
-    prepare = trainer._prepare_inputs
+
+
+def keep_batches(trainer, names):
+    """(these columns of every micro-batch, {step: its live sequences}), filled while the trainer trains."""
+    batches, live_by_step, prepare = [], Counter(), trainer._prepare_inputs
 
     def keep(generation_batch):
         inputs = prepare(generation_batch)
-        step = trainer.state.global_step
-        live_by_step[step] = live_by_step.get(step, 0) + int((inputs.get("advantages", torch.zeros(0)) != 0).sum())
-        batches.append({name: inputs[name].clone() for name in spec["keep"] if name in inputs})
+        live_by_step[trainer.state.global_step] += int((inputs.get("advantages", torch.zeros(0)) != 0).sum())
+        batches.append({name: inputs[name].clone() for name in names if name in inputs})
         return inputs
 
     trainer._prepare_inputs = keep
-    if spec["signals"]:
-        signals = Signals(trainer, spec["kill_at"])
-        trainer.add_callback(signals)
-    trainer.train(resume_from_checkpoint=spec["resume"])
-    rank = trainer.accelerator.process_index
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    torch.save(
-        {
-            "parameters": {name: whole(p).detach() for name, p in model.named_parameters()},
-            "logs": trainer.state.log_history,
-            "advantages": list(trainer._logs["advantages"]),
-            "batches": batches,
-            "live_by_step": list(live_by_step.values()),
-            "states": signals.states if spec["signals"] else [],
-        },
-        f"{spec['out']}.{rank}.pt",
-    )
-    return trainer
+    return batches, live_by_step

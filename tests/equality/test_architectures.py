@@ -8,8 +8,7 @@ from architecture_sweep import PAGE, STEPS, examine, lora, no_adapter, train
 from architectures import NAMES, build
 from peft import PeftType
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.tasks.small_policy import build_tokenizer
+from trl_ext import CurvatureGRPOTrainer
 
 # a rotation, learned positions, states, experts with their auxiliary loss, a softcap, a norm after the rotation,
 # attention that TRL's head doesn't know, and a hybrid
@@ -67,8 +66,7 @@ def test_the_page_has_every_architecture_and_nothing_wrong():
 )
 def test_logging_interference_ends_no_run(name, own):
     """They change a layer's output in place; with noise on the router's input."""
-    model, tokenizer = build(name, **own), build_tokenizer((1, 4))
-    trainer, steps = train(CurvatureGRPOTrainer, CurvatureGRPOConfig, model, tokenizer, None, interference_every=1)
-    assert len(steps) == STEPS
-    assert len(trainer.checks) >= STEPS - 1
-    assert trainer.checks == pytest.approx([1.0] * len(trainer.checks), abs=0.2)
+    run = train(CurvatureGRPOTrainer, build(name, **own), None, interference_every=1)
+    assert len(run.steps) == STEPS
+    assert len(run.checks) >= STEPS - 1
+    assert run.checks == pytest.approx([1.0] * len(run.checks), abs=0.2)

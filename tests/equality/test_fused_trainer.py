@@ -5,7 +5,19 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from harness import PLAIN, assert_same, build, distance, first_batch, messages, norm_of, tool_rollout, train, train_both
+from harness import (
+    PLAIN,
+    assert_same,
+    build,
+    distance,
+    first_batch,
+    messages,
+    norm_of,
+    reward_with_dead,
+    tool_rollout,
+    train,
+    train_both,
+)
 from peft import LoraConfig, get_peft_model
 from reference import head_logprobs
 from tiny_models import HEADS, save_model
@@ -18,6 +30,7 @@ from trl_ext.head import forward, weights
 from trl_ext.head.weights import gathered_head, head_adapter
 
 OFF_POLICY = {"num_iterations": 2}
+TWO = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
 
 
 @pytest.fixture
@@ -37,21 +50,35 @@ def projected(monkeypatch):
     return seen
 
 
+def own(name):
+    """A subclass that overrides this method, and changes nothing."""
+
+    def method(self, *arguments, **named):
+        return getattr(CurvatureGRPOTrainer, name)(self, *arguments, **named)
+
+    return type("Own", (CurvatureGRPOTrainer,), {name: method})
+
+
+SEQUENCES = {"importance_sampling_level": "sequence"}
+KL = "every sequence runs: beta=0.05"
+# options -> why the loss isn't made in one pass, or None; and why every sequence runs, if that is another reason
 CASES = {
-    "sequence level on policy": ({"importance_sampling_level": "sequence"}, None),
-    "sequence level off policy": ({"importance_sampling_level": "sequence", **OFF_POLICY}, "'sequence' off policy"),
-    "sequence level, KL": (
-        {"importance_sampling_level": "sequence", "beta": 0.05, "use_bias_correction_kl": True},
-        "with KL times the ratio",
-    ),
+    "plain": ({}, None),
+    "all rows": ({"skip_zero_advantage": False}, None, "skip_zero_advantage=False"),
+    "its own loss": ({"ours": own("_compute_loss")}, None, "Own has a _compute_loss of its own"),
+    "its own inputs": ({"ours": own("_prepare_inputs")}, None, "Own has a _prepare_inputs of its own"),
+    "its own step": ({"ours": own("training_step")}, None, "Own has a training_step of its own"),
+    "sequence level on policy": (SEQUENCES, None),
+    "sequence level off policy": ({**SEQUENCES, **OFF_POLICY}, "'sequence' off policy"),
+    "sequence level, KL": ({**SEQUENCES, "beta": 0.05, "use_bias_correction_kl": True}, "with KL times the ratio"),
     "entropy quantile": ({"top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5"),
     "off-policy mask": ({"off_policy_mask_threshold": 0.5, **OFF_POLICY}, "off_policy_mask_threshold=0.5"),
     "vespo": ({"loss_type": "vespo"}, "loss_type='vespo'"),
     "adaptive entropy": ({"use_adaptive_entropy": True, "entropy_target": 3.0}, "use_adaptive_entropy"),
-    "entropy bonus": ({"entropy_coef": 0.05, "gradient_accumulation_steps": 2}, None),
+    "entropy bonus": ({"entropy_coef": 0.05, **TWO}, None, "the entropy bonus averages over a micro-batch"),
     "dual clip": ({"delta": 1.05, "epsilon": 0.01, "epsilon_high": 0.02, "learning_rate": 0.2, **OFF_POLICY}, None),
-    "plain KL": ({"beta": 0.05, "use_bias_correction_kl": False, **OFF_POLICY}, None),
-    "KL times the ratio": ({"beta": 0.05, "use_bias_correction_kl": True, **OFF_POLICY}, None),
+    "plain KL": ({"beta": 0.05, "use_bias_correction_kl": False, **OFF_POLICY}, None, KL),
+    "KL times the ratio": ({"beta": 0.05, "use_bias_correction_kl": True, **OFF_POLICY}, None, KL),
     "truncated completions masked": ({"mask_truncated_completions": True}, None),
     "float32 head": ({"cast_lm_head_to_fp32": True}, None),
     "temperature": ({"temperature": 0.7}, None),
@@ -62,95 +89,52 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_pass_or_trl_on_our_head(name, projected, tiny_policy, tmp_path, caplog):
-    options, obstacle = CASES[name]
-    if "gradient_accumulation_steps" in options:
-        options = {**options, "steps_per_generation": options["gradient_accumulation_steps"]}
-    with caplog.at_level(logging.INFO, logger="trl_ext.trainer"):
+    """The gradient is TRL's, and the log says once which loss is made and which sequences run."""
+    options, obstacle, *runs = CASES[name]
+    with caplog.at_level(logging.INFO, logger="trl_ext"):
         _, theirs = train_both(tiny_policy, tmp_path, **{**PLAIN, **options})
     assert sum(log["grad_norm"] > 0 for log in theirs.recorder.logs if "grad_norm" in log) >= 2
     said = messages(caplog, "isn't made in one pass")
     if obstacle is None:
-        assert not said and len(projected["loss"]) > 0
+        assert not said and projected["loss"]
     else:
         assert len(said) == 1 and obstacle in said[0]
-        assert not projected["loss"] and len(projected["logprob"]) > 0
+        assert not projected["loss"] and projected["logprob"]
+    (why,) = runs or [obstacle or "sequences of advantage 0 don't run"]
+    assert_logged_once(caplog, why, skipped=not runs and obstacle is None, asked=why != "skip_zero_advantage=False")
+    assert bool(messages(caplog, "2 to 5 times as long")) is ("ours" in options)
 
 
-def gradients(trainer_class, policy, folder):
-    """Of the first step."""
-    return train(policy, folder, trainer_class=trainer_class, max_grad_norm=0.0, **PLAIN).recorder.gradients[0]
+def assert_logged_once(caplog, why, *, skipped, asked):
+    """Why which sequences run: a warning where they should be skipped and aren't."""
+    others = ("in one pass", "Prompts aren't shared")
+    (said,) = [one for one in caplog.records if why in one.message and not any(o in one.message for o in others)]
+    assert ("in TRL's own micro-batches" in said.message) is (not skipped and why != KL)
+    assert said.levelname == ("WARNING" if asked and not skipped else "INFO")
 
 
-def test_a_subclass_keeps_its_own_loss(projected, tiny_policy, tmp_path):
-    class Own(CurvatureGRPOTrainer):
-        def _compute_loss(self, model, inputs):
-            return 2 * GRPOTrainer._compute_loss(self, model, inputs)
-
-    own, theirs = (gradients(one, tiny_policy, tmp_path / one.__name__) for one in (Own, GRPOTrainer))
-    assert not projected["loss"] and projected["logprob"]
-    for name, gradient in theirs.items():
-        torch.testing.assert_close(own[name], 2 * gradient, rtol=1e-4, atol=1e-6)
-
-
-def with_batch(base, change):
-    """A subclass that changes what ``_generate_and_score_completions`` returns."""
-
-    class Changed(base):
-        def _generate_and_score_completions(self, inputs):
-            output = super()._generate_and_score_completions(inputs)
-            change(output)
-            return output
-
-    return Changed
-
-
-def flip(output):
-    output["advantages"] = -output["advantages"]
-
-
-def mask(output):
-    output["completion_mask"][:, 3:] = 0
-
-
-def of_tokens(output):
-    output["advantages"] = output["advantages"][:, None].expand(output["completion_ids"].shape)
-
-
-class FlippedInTheLoss(CurvatureGRPOTrainer):
-    def _compute_loss(self, model, inputs):
-        return super()._compute_loss(model, {**inputs, "advantages": -inputs["advantages"]})
-
-
-def test_a_subclasss_own_advantages_are_used(tiny_policy, tmp_path):
-    ours = gradients(CurvatureGRPOTrainer, tiny_policy, tmp_path / "ours")
-    masked = gradients(with_batch(GRPOTrainer, mask), tiny_policy, tmp_path / "masked")
-    flipped = {name: -gradient for name, gradient in ours.items()}
-    cases = [
-        (with_batch(CurvatureGRPOTrainer, flip), flipped),
-        (FlippedInTheLoss, flipped),
-        (with_batch(CurvatureGRPOTrainer, of_tokens), ours),
-        (with_batch(CurvatureGRPOTrainer, mask), masked),
-    ]
-    for number, (trainer_class, wanted) in enumerate(cases):
-        got = gradients(trainer_class, tiny_policy, tmp_path / str(number))
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+def test_trls_own_head(projected, tiny_policy, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="trl_ext"):
+        train(tiny_policy, tmp_path, fused_loss=False)
+    assert_logged_once(caplog, "fused_loss=False", skipped=False, asked=True)
+    assert not projected["loss"] and not projected["logprob"]
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_other_heads(name, projected, tiny_policy, tmp_path):
+def test_other_heads(name, projected, tiny_policy, tmp_path, caplog):
     """Softcaps, logit scales, and the load-balancing loss of a mixture of experts, which isn't dropped."""
-    folder = save_model(HEADS[name], tiny_policy, tmp_path / "model")
-    accumulation = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
+    folder, experts = save_model(HEADS[name], tiny_policy, tmp_path / "model"), name == "mixture of experts"
     for loss_type in ("grpo", "vespo"):
-        options = {**PLAIN, **accumulation, "loss_type": loss_type}
-        ours, _ = train_both(folder, tmp_path / loss_type, **options)
-        if name == "mixture of experts":
-            assert all(log["aux_loss"] > 0 for log in ours.recorder.logs if "grad_norm" in log)
+        ours, _ = train_both(
+            folder, tmp_path / loss_type, reward_with_dead(0.5), **{**PLAIN, **TWO, "loss_type": loss_type}
+        )
+        assert not experts or all(log["aux_loss"] > 0 for log in ours.recorder.logs if "grad_norm" in log)
+    assert len(messages(caplog, "Every sequence runs", "auxiliary loss")) == experts
     assert projected["loss"] and projected["logprob"]
 
 
 class TRLsLoss(CurvatureGRPOTrainer):
-    """A subclass with a loss of its own, which knows nothing of our masks."""
+    """A subclass with a loss of its own, which knows nothing of our masks and goes through our head's log-probs."""
 
     def _compute_loss(self, model, inputs):
         return GRPOTrainer._compute_loss(self, model, inputs)
@@ -168,21 +152,16 @@ class TRLsLoss(CurvatureGRPOTrainer):
 )
 def test_the_loss_in_one_pass_projects_no_token_of_a_tool(options, ours_class, projected, tiny_policy, tmp_path):
     options = {"learning_rate": 0.05, "generation_kwargs": None, "rollout_func": tool_rollout, **options}
-    trained = []
-    for trainer_class in (ours_class, GRPOTrainer):
-        trainer = build(tiny_policy, tmp_path, trainer_class=trainer_class, **options)
-        if trainer_class is ours_class:
-            for counts in projected.values():  # of the tokens that asked the model whether it may share prompts
-                counts.clear()
-            trainer.train()
-            counted = set(projected["loss"])
-        else:
-            trainer.train()
-        trained.append(trainer)
-    assert_same(*trained)
-    live = sum(sum(row) for row in tool_rollout([None] * 8, trained[0])["env_mask"])
+    theirs = train(tiny_policy, tmp_path, trainer_class=GRPOTrainer, **options)
+    ours = build(tiny_policy, tmp_path, trainer_class=ours_class, **options)
+    for counts in projected.values():  # of the tokens that asked the model whether it may share prompts
+        counts.clear()
+    ours.train()
+    assert_same(ours, theirs)
+    live = sum(sum(row) for row in tool_rollout([None] * 8, ours)["env_mask"])
     in_one_pass = ours_class is CurvatureGRPOTrainer and "top_entropy_quantile" not in options
-    assert counted == ({live} if in_one_pass else set())
+    assert set(projected["loss"]) == ({live} if in_one_pass else set())
+    assert projected["loss"] or projected["logprob"]
 
 
 def test_an_adapter_on_the_head_is_used_and_trained(tiny_policy, tmp_path):
