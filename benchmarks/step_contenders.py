@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for examples.tas
 import torch
 from datasets import Dataset
 from head_memory import in_use, peak_beyond_now
+from peft import LoraConfig
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -43,6 +44,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS, GENERATIONS, MICRO_BATCHES = (8, 8, 4) if DEVICE == "cuda" else (4, 4, 4)
 MODEL = "1.5B" if DEVICE == "cuda" else "SmolLM2"
 PROMPT_LOG_MEAN, ANSWER_LOG_MEAN = (4.5, 5.0) if DEVICE == "cuda" else (3.4, 3.4)
+
+
+CLASSES = {
+    "trl": (GRPOTrainer, GRPOConfig),
+    "before": (CurvatureGRPOTrainer, CurvatureGRPOConfig),
+    "ours": (CurvatureGRPOTrainer, CurvatureGRPOConfig),
+}
 
 
 def lengths(generator: torch.Generator, count: int, log_mean: float, log_std: float) -> list[int]:
@@ -120,16 +128,9 @@ class Contender:
     """One trainer; ``step()`` trains on the stored rollouts, for as many optimizer steps as they are used for."""
 
     def __init__(self, name: str, lora: bool, prompt_tokens: int = 0, **options) -> None:
-        from peft import LoraConfig
-
-        trainer_class, config_class = {
-            "trl": (GRPOTrainer, GRPOConfig),
-            "before": (CurvatureGRPOTrainer, CurvatureGRPOConfig),
-            "ours": (CurvatureGRPOTrainer, CurvatureGRPOConfig),
-        }[name]
+        trainer_class, config_class = CLASSES[name]
         self.dead_share = 0.0
         self.rollouts = make_rollouts(prompt_tokens)
-        generations = self.rollouts.generations
         self.clock = Clock()
         if name != "trl":  # interference has a benchmark of its own
             options = {"interference_every": 0, "share_prompts": name == "ours", **options}
@@ -139,31 +140,30 @@ class Contender:
         self.trainer = trainer_class(
             model=model,
             reward_funcs=self.reward,
-            args=config_class(
-                output_dir=tempfile.mkdtemp(),
-                num_generations=generations,
-                per_device_train_batch_size=PROMPTS * generations // MICRO_BATCHES,
-                gradient_accumulation_steps=accumulation,
-                max_steps=self.options["num_iterations"] * MICRO_BATCHES // accumulation,
-                max_completion_length=512,
-                learning_rate=0.0,  # nothing moves: all measure the same parameters, and gradients can be compared
-                bf16=DEVICE == "cuda",
-                gradient_checkpointing=DEVICE == "cuda",
-                shuffle_dataset=False,
-                report_to="none",
-                save_strategy="no",
-                logging_steps=1,
-                disable_tqdm=True,
-                use_cpu=DEVICE == "cpu",
-                seed=1,
-                **self.options,
-            ),
+            args=config_class(**self.arguments(accumulation)),
             train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(PROMPTS)]}),
             processing_class=tokenizer,
             rollout_func=self.rollout,
             peft_config=LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0) if lora else None,
             callbacks=[self.clock],
         )
+
+    def arguments(self, accumulation: int) -> dict[str, object]:
+        """Of the configuration."""
+        generations, on_gpu = self.rollouts.generations, DEVICE == "cuda"
+        return {
+            "output_dir": tempfile.mkdtemp(),
+            "num_generations": generations,
+            "per_device_train_batch_size": PROMPTS * generations // MICRO_BATCHES,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": self.options["num_iterations"] * MICRO_BATCHES // accumulation,
+            "max_completion_length": 512,
+            "learning_rate": 0.0,  # nothing moves: all measure the same parameters, and gradients can be compared
+            **dict.fromkeys(["bf16", "gradient_checkpointing"], on_gpu),
+            **{"use_cpu": not on_gpu, "shuffle_dataset": False, "disable_tqdm": True, "seed": 1},
+            **{"report_to": "none", "save_strategy": "no", "logging_steps": 1},
+            **self.options,
+        }
 
     def rollout(self, prompts, trainer):
         of_prompt = self.rollouts.generations

@@ -1,4 +1,4 @@
-"""Trains a tiny model in 30 settings, and compares what two versions of the code make of it, bit for bit.
+"""Trains a tiny model in 37 settings, and compares what two versions of the code make of it, bit for bit.
 
     python tests/equality_snapshot.py run before.pt              # in a checkout of the commit to compare with
     python tests/equality_snapshot.py run after.pt               # in this one, on the same machine
@@ -8,38 +8,25 @@
 parameter after three optimizer steps and every logged number but times. ``compare`` prints what differs, and exits with
 1 where something does; a number that only the first has is listed apart, as one may be taken away on purpose.
 
-The script needs only the public names, so that it runs in older checkouts too. ``PYTHONPATH`` says which one.
+The script and ``harness.py`` need only public names and the built-in policy, so that they run older checkouts too.
+``PYTHONPATH`` says which one.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRITON_INTERPRET="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    TrainerCallback,
-    trainer_utils,
-)
-
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-
-WORDS = ["<pad>", "<eos>", *(str(i) for i in range(20)), *"abcdefghij"]
-TIMES = re.compile("runtime|per_second|step_time|seconds|profiling|total_flos|^epoch$")
+from harness import TIMINGS, build, lora, parameters, prompts, reward_with_dead, save_policy, short
+from transformers import PrinterCallback, trainer_utils
 
 # the quick ones log no interference; every normalisation once, each in other company
 SETTINGS = {
@@ -84,103 +71,33 @@ SETTINGS = {
 OWN_NAMES = ("lora", "ranks", "functions", "dead")  # of this script; all others are options
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left")
-
-
-def save_model(folder: Path) -> None:
-    """A folder, from which TRL loads the reference model too."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(WORDS),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
-    )
-    model.save_pretrained(folder)
-
-
-def share_of_numbers(completion_ids, **kwargs):
-    """In eighths, so that sums are exact."""
-    return [round(8 * sum(i < 12 for i in ids) / max(len(ids), 1)) / 8 for ids in completion_ids]
-
-
-def dead_thirds(completion_ids, prompts, **kwargs):
-    """The same, but every third prompt's answers all get one reward."""
-    values = share_of_numbers(completion_ids)
-    return [0.5 if int(p.split()[0]) % 3 == 0 else v for p, v in zip(prompts, values, strict=True)]
-
-
-def short(completion_ids, **kwargs):
-    """None, not scored, for every fifth sum of ids."""
-    return [None if sum(ids) % 5 == 0 else float(len(ids) < 5) for ids in completion_ids]
-
-
-class Recorder(TrainerCallback):
-    def __init__(self):
-        self.logs = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logs.append({k: v for k, v in logs.items() if isinstance(v, int | float) and not TIMES.search(k)})
-
-
 def train(name: str, folder: str) -> dict:
     """Parameters and logs of one setting, of this rank."""
     setting = SETTINGS[name]
-    options = {key: value for key, value in setting.items() if key not in OWN_NAMES}
-    several, reward = setting.get("functions", 1) > 1, dead_thirds if setting.get("dead") else share_of_numbers
-    args = CurvatureGRPOConfig(
-        output_dir=folder,
-        **{
-            "num_generations": 4,
-            "per_device_train_batch_size": 16 // setting.get("ranks", 1),
-            "per_device_eval_batch_size": 8,
-            "max_completion_length": 8,
-            "max_steps": 3,
-            "learning_rate": 0.05,
-            "optim": "sgd",
-            "lr_scheduler_type": "constant",
-            "generation_kwargs": {"sequence_bias": [[[1], 1.5]]},
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "interference_every": 0,
-            "interference_dim": 16,
-            "reward_weights": [0.75, 0.5] if several else None,
-            "seed": 5,
-            **options,
-        },
-    )
-    rows = [" ".join(WORDS[2 + (7 * i + 3 * j) % 30] for j in range(3 + i % 5)) for i in range(48)]
-    prompts = Dataset.from_dict({"prompt": [f"{i % 20} {row}" for i, row in enumerate(rows)]})
-    recorder = Recorder()
-    trainer = CurvatureGRPOTrainer(
-        model=str(Path(folder) / "model"),
-        reward_funcs=[reward, short] if several else reward,
-        args=args,
-        train_dataset=prompts,
-        eval_dataset=prompts.select(range(4)) if "eval_strategy" in setting else None,
-        processing_class=tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if "lora" in setting else None,
-        callbacks=[recorder],
-    )
+    several, reward = setting.get("functions", 1) > 1, reward_with_dead(0.4 if setting.get("dead") else 0.0)
+    options = {
+        "per_device_train_batch_size": 16 // setting.get("ranks", 1),
+        "max_steps": 3,
+        "learning_rate": 0.05,
+        "interference_every": 0,
+        "interference_dim": 16,
+        "reward_weights": [0.75, 0.5] if several else None,
+        "peft_config": lora() if "lora" in setting else None,
+        **{key: value for key, value in setting.items() if key not in OWN_NAMES},
+    }
+    policy, rewards = Path(folder) / "model", [reward, short] if several else reward
+    trainer = build(policy, Path(folder), rewards, prompts(48), **options)
     trainer.remove_callback(PrinterCallback)
     trainer_utils.set_seed(5)
     trainer.train()
-    parameters = {n: p.detach().clone() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
-    return {"parameters": parameters, "logs": recorder.logs}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {"parameters": parameters(model), "logs": [numbers(log) for log in trainer.recorder.logs]}
+
+
+def numbers(log: dict) -> dict:
+    """All but times."""
+    times = (*TIMINGS, "seconds")
+    return {k: v for k, v in log.items() if isinstance(v, int | float) and not any(word in k for word in times)}
 
 
 def child(name: str, folder: str, out: str) -> None:
@@ -208,7 +125,7 @@ def run(out: str, names: list[str]) -> None:
         ranks = SETTINGS[name].get("ranks", 1)
         try:
             with tempfile.TemporaryDirectory() as folder:
-                save_model(Path(folder) / "model")
+                save_policy(Path(folder) / "model")
                 snapshot[name] = train(name, folder) if ranks == 1 else run_ranks(name, ranks, folder)
         except Exception as error:
             snapshot[name] = {"error": str(error)}
@@ -221,32 +138,30 @@ def run(out: str, names: list[str]) -> None:
 def compare(before_path: str, after_path: str) -> int:
     """Prints what differs between two snapshots; 0 where nothing does."""
     before, after = torch.load(before_path), torch.load(after_path)
-    differs = 0
+    differing = 0
     for name in [name for name in before if name in after]:
         one, two = before[name], after[name]
         if "error" in one or "error" in two:
-            print(f"{name}: failed {'before' if 'error' in one else 'after'}")
-            differs += 1
-            continue
-        lines = [
-            f"parameter {key}: {(value - two['parameters'][key]).abs().max():.2e} apart"
-            for key, value in one["parameters"].items()
-            if not torch.equal(value, two["parameters"][key])
-        ]
-        gone, new = set(), set()
-        for row, (old, now) in enumerate(zip(one["logs"], two["logs"], strict=True)):
-            gone |= old.keys() - now.keys()
-            new |= now.keys() - old.keys()
-            for key in sorted(old.keys() & now.keys()):
-                if old[key] != now[key] and not (math.isnan(old[key]) and math.isnan(now[key])):
-                    lines.append(f"log line {row}, {key}: {old[key]!r} became {now[key]!r}")
-        differs += bool(lines)
-        print(f"{name}: {'equal' if not lines else f'{len(lines)} differences'}")
-        for line in lines[:12]:
-            print(f"    {line}")
-        if gone or new:
-            print(f"    gone: {', '.join(sorted(gone)) or 'nothing'}; new: {', '.join(sorted(new)) or 'nothing'}")
-    return differs
+            lines = [f"failed {'before' if 'error' in one else 'after'}"]
+        else:
+            lines = [*differences(one, two)]
+        differing += bool(lines)
+        print(f"{name}: {f'{len(lines)} differences' if lines else 'equal'}", *lines[:12], sep="\n    ")
+        keys = [{key for log in run.get("logs", []) for key in log} for run in (one, two)]
+        if "error" not in one | two and keys[0] != keys[1]:
+            print(f"    gone: {sorted(keys[0] - keys[1]) or 'nothing'}; new: {sorted(keys[1] - keys[0]) or 'nothing'}")
+    return differing
+
+
+def differences(one: dict, two: dict) -> Iterator[str]:
+    """A line for each parameter, and for each logged number that both have, that isn't the same bit for bit."""
+    for key, value in one["parameters"].items():
+        if not torch.equal(value, two["parameters"][key]):
+            yield f"parameter {key}: {(value - two['parameters'][key]).abs().max():.2e} apart"
+    for row, (old, now) in enumerate(zip(one["logs"], two["logs"], strict=True)):
+        for key in sorted(old.keys() & now.keys()):
+            if old[key] != now[key] and not (math.isnan(old[key]) and math.isnan(now[key])):
+                yield f"log line {row}, {key}: {old[key]!r} became {now[key]!r}"
 
 
 if __name__ == "__main__":

@@ -91,11 +91,11 @@ def dead_share(prompt, share: float) -> bool:
     return zlib.crc32(prompt[0]["content"].encode()) % 100 < 100 * share
 
 
-def reward_with_dead(share: float):
-    """As ``digits``, but of equal rewards for this share of the prompts; 0.25 and 1 have an exact mean."""
+def reward_with_dead(share: float, live=digits):
+    """As ``live``, but of equal rewards for this share of the prompts; 0.25 and 1 have an exact mean."""
 
-    def reward(completions, prompts, **kwargs):
-        values = digits(completions)
+    def reward(prompts, **kwargs):
+        values = live(prompts=prompts, **kwargs)
         return [0.25 if dead_share(p, share) else v for p, v in zip(prompts, values, strict=True)]
 
     return reward
@@ -103,11 +103,7 @@ def reward_with_dead(share: float):
 
 def live_or_not(share: float):
     """Gives the other prompts' groups rewards that always differ, for any answers."""
-
-    def reward(prompts, **kwargs):
-        return [0.25 if dead_share(p, share) else (row % 4) / 4 for row, p in enumerate(prompts)]
-
-    return reward
+    return reward_with_dead(share, lambda prompts, **kwargs: [row % 4 / 4 for row in range(len(prompts))])
 
 
 def tool_rollout(prompts, trainer):
@@ -282,7 +278,7 @@ def loss_batches(trainer) -> list[tuple[dict[str, Any], torch.Tensor]]:
 
 # ---- comparisons
 
-TIMINGS = ("runtime", "per_second", "step_time", "total_flos", "epoch", "profiling")
+TIMINGS = ("runtime", "per_second", "step_time", "profiling")
 OURS = (
     *("normalization/", "interference/", "what_if/", "noise/", "curvature/", "theory/", "compute/", "phase"),
     *("verdicts/", "completions/repetition"),
@@ -314,54 +310,53 @@ def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([gradient[name].double().flatten() for name in sorted(gradient)])
 
 
-def assert_same_gradients(ours, theirs, tolerance: float = 1e-5) -> None:
-    """Step by step, up to this share of each step's norm."""
-    assert len(ours) == len(theirs) > 0
-    for mine, its in zip(ours, theirs, strict=True):
-        assert distance(mine, its) <= tolerance * norm_of(its)
-
-
-def assert_same(ours, theirs, *, small_kl: bool = False) -> None:
-    """Logs, advantages, gradients and parameters of two trained trainers.
+def assert_same_gradients(ours, theirs, tolerance: float = 1e-5, *, small_kl: bool = False) -> None:
+    """Step by step, up to this share of each step's norm.
 
     ``small_kl``: a step whose gradient is the KL penalty's alone, mere rounding, is held to the largest norm.
     """
+    assert len(ours) == len(theirs) > 0
+    largest = max(map(norm_of, theirs))
+    for mine, its in zip(ours, theirs, strict=True):
+        assert distance(mine, its) <= tolerance * (largest if small_kl else norm_of(its))
+
+
+def assert_same(ours, theirs, *, small_kl: bool = False) -> None:
+    """Logs, advantages, gradients and parameters of two trained trainers."""
     assert len(ours.recorder.logs) == len(theirs.recorder.logs) > 0
     for our_log, their_log in zip(ours.recorder.logs, theirs.recorder.logs, strict=True):
         assert_same_log(ours, our_log, their_log)
     advantages = [torch.tensor(table(trainer, "advantages")) for trainer in (ours, theirs)]
     torch.testing.assert_close(*advantages, rtol=1e-5, atol=1e-6)
-    assert len(ours.recorder.gradients) == len(theirs.recorder.gradients) > 0
-    largest = max(norm_of(step) for step in theirs.recorder.gradients)
-    for our_step, their_step in zip(ours.recorder.gradients, theirs.recorder.gradients, strict=True):
-        assert distance(our_step, their_step) <= 1e-5 * (largest if small_kl else norm_of(their_step))
-    our_parameters = parameters(ours.model)
-    for name, value in parameters(theirs.model).items():
-        torch.testing.assert_close(our_parameters[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    assert_same_gradients(ours.recorder.gradients, theirs.recorder.gradients, small_kl=small_kl)
+    torch.testing.assert_close(parameters(ours.model), parameters(theirs.model), rtol=1e-5, atol=1e-5)
 
 
 def assert_same_log(trainer, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    advantages_clear_of_zero = (
+    """A line of our trainer's log and of TRL's: the same numbers, and only numbers of ours besides."""
+    extra = {key for key in ours if not key.removeprefix("eval_").startswith(OURS)} - {*theirs, "entropy_live"}
+    assert not extra and set(theirs) - {"entropy"} <= set(ours)
+    clear_of_zero = (
         ours.get("normalization/zero_variance_frac", 1) == 0
         and trainer.multi_objective_aggregation == "sum_then_normalize"
     )
-    extra = {key for key in ours if not key.removeprefix("eval_").startswith(OURS)} - set(theirs)
-    left_out = set()
-    if "entropy_live" in ours:  # of what was run, in place of all tokens'
-        extra, left_out = extra - {"entropy_live"}, {"entropy"}
-    assert not extra and set(theirs) - left_out <= set(ours)
+    # they look at an advantage's sign: TRL's residue of an all-equal group has one, and ours is 0
+    ignore = () if clear_of_zero else ("cispo_clip_ratio", "vespo/phi_seq")
+    # rounding is as large as the terms: luspo sums a sequence's tokens where the others average, and what
+    # vespo and cispo sum are log-probs, of about ln V, where the others sum ratios of about 1
+    terms = 8 if trainer.loss_type in ("luspo", "vespo", "cispo") else 1
+    assert_same_numbers(ours, theirs, atol=1e-6 * terms, ignore=ignore)
+
+
+def assert_same_numbers(ours, theirs, *, rel: float = 1e-5, atol: float = 1e-6, ignore: tuple[str, ...] = ()) -> None:
+    """All that the second line of a log has, but times and what has one of these words in its name."""
     for key, value in theirs.items():
-        if any(word in key for word in TIMINGS) or key in left_out:
+        if any(word in key for word in (*TIMINGS, *ignore)):
             continue
-        if ("cispo_clip_ratio" in key or "vespo/phi_seq" in key) and not advantages_clear_of_zero:
-            continue  # they look at an advantage's sign: TRL's residue of an all-equal group has one, and ours is 0
-        if value is None or isinstance(value, str):
-            assert ours[key] == value, key
-        else:
-            # rounding is as large as the terms: luspo sums a sequence's tokens where the others average, and what
-            # vespo and cispo sum are log-probs, of about ln V, where the others sum ratios of about 1
-            terms = {"luspo": 8, "vespo": 8, "cispo": 8}.get(trainer.loss_type, 1)
-            assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-6 * terms), key
+        if key == "entropy" and "entropy_live" in ours:  # of what was run, in place of all tokens'
+            continue
+        same = value if value is None or isinstance(value, str) else pytest.approx(value, rel=rel, abs=atol)
+        assert ours[key] == same, key
 
 
 def messages(caplog, *texts: str) -> list[str]:

@@ -13,10 +13,9 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-import pytest
 import torch
 from fsdp2_on_cpu import take_processes_for_gpus
-from harness import config, dead_share, table, tokenizer_of, two_tasks
+from harness import assert_same_numbers, config, reward_with_dead, table, tokenizer_of, two_tasks
 from peft import LoraConfig
 from processes import Started, start
 from torch.distributed.tensor import DTensor
@@ -47,16 +46,6 @@ def rollout(prompts, trainer):
 
 def reward(completion_ids, **kwargs):
     return [None if sum(ids) % 7 == 0 else (sum(ids) % 5) / 4 for ids in completion_ids]
-
-
-def reward_with_dead(share):
-    """Equal rewards for all answers to this share of the prompts."""
-
-    def reward_or_not(prompts, completion_ids, **kwargs):
-        values = reward(completion_ids)
-        return [0.25 if dead_share(p, share) else v for p, v in zip(prompts, values, strict=True)]
-
-    return reward_or_not
 
 
 class Signals(TrainerCallback):
@@ -132,20 +121,13 @@ def run_processes(count: int, policy: Path, folder: Path, **arguments) -> list[d
     return [torch.load(folder / f"result.{rank}.pt") for rank in range(count)]
 
 
-NOT_ALIKE = ("step_time", "runtime", "per_second", "normalization/", "compute/")
-
-
-def assert_same_run(ours: dict, theirs: dict, ignore: tuple[str, ...] = NOT_ALIKE) -> None:
+def assert_same_run(ours: dict, theirs: dict) -> None:
     torch.testing.assert_close(
         torch.tensor(ours["advantages"]), torch.tensor(theirs["advantages"]), rtol=1e-5, atol=1e-6
     )
-    for ours_log, theirs_log in zip(ours["logs"], theirs["logs"], strict=True):
-        skipping = "entropy_live" in ours_log and "entropy" not in ours_log
-        for key, value in theirs_log.items():
-            if not any(word in key for word in ignore) and not (skipping and key == "entropy"):
-                assert ours_log[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
-    for name, value in theirs["parameters"].items():
-        torch.testing.assert_close(ours["parameters"][name], value, rtol=1e-5, atol=1e-5, msg=name)
+    for logs in zip(ours["logs"], theirs["logs"], strict=True):
+        assert_same_numbers(*logs, rel=1e-4, ignore=("normalization/", "compute/"))
+    torch.testing.assert_close(ours["parameters"], theirs["parameters"], rtol=1e-5, atol=1e-5)
 
 
 def main(spec):
@@ -191,7 +173,7 @@ def build(spec):
     torch.manual_seed(1)  # adapters are drawn
     return trainer_class(
         model=spec["model"],
-        reward_funcs=reward_with_dead(spec["dead"]) if spec["dead"] else reward,
+        reward_funcs=reward_with_dead(spec["dead"], reward),
         args=args,
         train_dataset=two_tasks(24),
         processing_class=tokenizer_of(spec["model"]),

@@ -2,13 +2,11 @@
 
 import ast
 import inspect
-import logging
 import textwrap
 
 import pytest
 import torch
-from harness import build, digits, logged, messages, norm_of, train
-from peft import LoraConfig
+from harness import build, digits, logged, lora, messages, norm_of, train
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
@@ -39,25 +37,18 @@ class Change(TrainerCallback):
 def run(ours, policy, folder, change, **options):
     """(trainer, the norm of each step's gradient)."""
     callback = Change(change)
-    trainer_class = CurvatureGRPOTrainer if ours else GRPOTrainer
+    options |= {"trainer_class": CurvatureGRPOTrainer if ours else GRPOTrainer, "callbacks": [callback]}
     # evaluated once, at the end: it needs a dataset
-    options = {**WIDE, "trainer_class": trainer_class, "callbacks": [callback], "eval_strategy": "no", **options}
-    callback.trainer = build(policy, folder, [digits, lengths], **options)
+    callback.trainer = build(policy, folder, [digits, lengths], **{**WIDE, "eval_strategy": "no", **options})
     callback.trainer.train()
     steps = callback.trainer.recorder.gradients
     return callback.trainer, [float(norm_of({n: g.double() for n, g in step.items()})) for step in steps]
 
 
 def put(name, value):
-    return lambda trainer: setattr(trainer, name, value)
-
-
-def put_option(name, value):
-    return lambda trainer: setattr(trainer.args, name, value)
-
-
-def another_function(trainer):
-    trainer.reward_funcs = [halves, lengths]
+    """Sets ``trainer.name``, or ``trainer.args.name`` for "args.name"."""
+    *inside, last = name.split(".")
+    return lambda trainer: setattr(getattr(trainer, *inside) if inside else trainer, last, value)
 
 
 def a_third_function(trainer):
@@ -72,39 +63,42 @@ CHANGES = {
     "scale_rewards batch": put("scale_rewards", "batch"),
     "aggregation": put("multi_objective_aggregation", "normalize_then_sum"),
     "weights": put("reward_weights", torch.tensor([0.2, 3.0])),
-    "another function": another_function,
+    "another function": put("reward_funcs", [halves, lengths]),
     "a third function": a_third_function,
     "beta": put("beta", 0.0),
     "temperature": put("temperature", 0.5),
     "epsilon": put("epsilon_low", 0.01),
     "loss type": put("loss_type", "dr_grpo"),
-    "args.delta": put_option("delta", 1.01),
-    "args.scale_rewards": put_option("scale_rewards", "none"),
-    "args.temperature": put_option("temperature", 0.5),
+    "args.delta": put("args.delta", 1.01),
+    "args.scale_rewards": put("args.scale_rewards", "none"),
+    "args.temperature": put("args.temperature", 0.5),
     "evaluations": put("num_generations_eval", 2),
 }
 
 
+@pytest.fixture(scope="module")
+def unchanged(tiny_policy, tmp_path_factory):
+    """The norms of the steps' gradients without a change."""
+    return run(True, tiny_policy, tmp_path_factory.mktemp("unchanged"), lambda trainer: None)[1]
+
+
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_has_its_effect_with_trl(name, tiny_policy, tmp_path):
+def test_a_change_has_its_effect_with_trl(name, unchanged, tiny_policy, tmp_path):
     options = {"num_iterations": 2 if name in ("epsilon", "args.delta") else 1, "beta": 0.05 if name == "beta" else 0.0}
     change = CHANGES[name]
     trl, expected = run(False, tiny_policy, tmp_path / "trl", change, **options)
     mine, found = run(True, tiny_policy, tmp_path / "ours", change, **options)
     assert found == pytest.approx(expected, rel=1e-5)
+    if name in ("scale_rewards none", "scale_rewards batch", "aggregation", "weights"):  # or it would hold of anything
+        assert found[:2] == pytest.approx(unchanged[:2], rel=1e-6) and found[2:] != pytest.approx(
+            unchanged[2:], rel=1e-3
+        )
     if name == "evaluations":
-        torch.manual_seed(1)
-        expected = trl.evaluate()["eval_reward"]
-        torch.manual_seed(1)
-        assert mine.evaluate()["eval_reward"] == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", ["scale_rewards none", "scale_rewards batch", "aggregation", "weights"])
-def test_the_changes_do_something(name, tiny_policy, tmp_path):
-    """Or the comparison above would hold of anything."""
-    _, without = run(True, tiny_policy, tmp_path / "without", lambda trainer: None)
-    _, found = run(True, tiny_policy, tmp_path / "with", CHANGES[name])
-    assert found[:2] == pytest.approx(without[:2], rel=1e-6) and found[2:] != pytest.approx(without[2:], rel=1e-3)
+        rewards = []
+        for trainer in (trl, mine):
+            torch.manual_seed(1)
+            rewards.append(trainer.evaluate()["eval_reward"])
+        assert rewards[1] == pytest.approx(rewards[0], rel=1e-5)
 
 
 def test_what_has_no_effect_is_said_once(tiny_policy, tmp_path, caplog):
@@ -113,8 +107,7 @@ def test_what_has_no_effect_is_said_once(tiny_policy, tmp_path, caplog):
         trainer.args.normalization = "mean"
         trainer.args.interference_every = 1
 
-    with caplog.at_level(logging.WARNING, logger="trl_ext"):
-        run(True, tiny_policy, tmp_path, change, normalization="std")
+    run(True, tiny_policy, tmp_path, change, normalization="std")
     assert len(messages(caplog, "scale_rewards='none', set while training, has no effect")) == 1
     assert len(messages(caplog, "interference_every", "normalization", "changed while training")) == 1
 
@@ -123,11 +116,8 @@ def test_a_new_reward_function_is_checked_too(tiny_policy, tmp_path):
     def broken(completions, **kwargs):
         raise KeyError("no such column")
 
-    def change(trainer):
-        trainer.reward_funcs = [broken, lengths]
-
     with pytest.raises(RuntimeError, match="reward function 'digits' raised KeyError"):
-        run(True, tiny_policy, tmp_path, change)
+        run(True, tiny_policy, tmp_path, put("reward_funcs", [broken, lengths]))
 
 
 # ---- parameters frozen, unfrozen, swapped, added
@@ -142,20 +132,14 @@ def freeze_head(trainer):
     trainer.model.get_output_embeddings().weight.requires_grad_(False)
 
 
-def freeze_half(trainer):
-    for name, parameter in trainer.model.named_parameters():
+def freeze_half(model):
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.0" not in name)
-
-
-def unfreeze_all(trainer):
-    for parameter in trainer.model.parameters():
-        parameter.requires_grad_(True)
 
 
 def frozen(policy):
     model = untied(policy)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("layers.0" not in name)
+    freeze_half(model)
     return model
 
 
@@ -179,12 +163,16 @@ def test_freezing_the_head_stops_nobody(tied, name, tiny_policy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "start"), [(freeze_half, untied), (unfreeze_all, frozen)], ids=["frozen later", "unfrozen later"]
+    ("change", "start"),
+    [
+        (lambda trainer: freeze_half(trainer.model), untied),
+        (lambda trainer: trainer.model.requires_grad_(True), frozen),
+    ],
+    ids=["frozen later", "unfrozen later"],
 )
 def test_coverage_is_of_what_has_a_gradient_now(change, start, tiny_policy, tmp_path, caplog):
     options = {"model": start(tiny_policy), "interference_every": 1, "interference_dim": 0}
-    with caplog.at_level(logging.WARNING, logger="trl_ext"):
-        trainer, _ = run(True, tiny_policy, tmp_path, change, **options)
+    trainer, _ = run(True, tiny_policy, tmp_path, change, **options)
     logs = logged(trainer, "interference/coverage")
     assert len(logs) == 5
     for entry in logs:
@@ -198,8 +186,7 @@ def test_coverage_is_a_share_of_all_parameters(tiny_policy, tmp_path):
 
     class Unfreeze(TrainerCallback):
         def on_substep_end(self, args, state, control, model=None, **kwargs):
-            for parameter in model.parameters():
-                parameter.requires_grad_(True)
+            model.requires_grad_(True)
 
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             squares = {n: float(p.grad.square().sum()) for n, p in model.named_parameters() if p.grad is not None}
@@ -214,13 +201,13 @@ def test_coverage_is_a_share_of_all_parameters(tiny_policy, tmp_path):
 
 
 def test_an_adapter_that_is_swapped_is_followed(tiny_policy, tmp_path):
-    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    first, second = (lora(target_modules=[layer], init_lora_weights=False) for layer in ("q_proj", "v_proj"))
 
     def swap(trainer):
-        trainer.model.add_adapter("second", LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False))
+        trainer.model.add_adapter("second", second)
         trainer.model.set_adapter("second")
 
-    options = {"peft_config": adapter, "interference_every": 1, "interference_dim": 0}
+    options = {"peft_config": first, "interference_every": 1, "interference_dim": 0}
     logs = logged(run(True, tiny_policy, tmp_path, swap, **options)[0])
     assert all(entry["interference/coverage"] > 0.99 for entry in logs) and len(logs) == 5
 
@@ -261,16 +248,13 @@ READ_BY_TRL = {
 
 def settings_read(method):
     """``self.x`` and ``self.args.x`` that a method loads, where ``x`` is no method."""
-    found = set()
-    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method)))):
-        if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load):
-            continue
-        if isinstance(node.value, ast.Name) and node.value.id == "self":
-            found.add(node.attr)
-        if isinstance(node.value, ast.Attribute) and isinstance(node.value.value, ast.Name):
-            if node.value.value.id == "self" and node.value.attr == "args":
-                found.add(f"args.{node.attr}")
-    return {name for name in found if not callable(getattr(GRPOTrainer, name, None))}
+    read = {
+        ast.unparse(node).removeprefix("self.")
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method))))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    names = {name for name in read if name.isidentifier() or name.removeprefix("args.").isidentifier()}
+    return {name for name in names if not callable(getattr(GRPOTrainer, name, None))}
 
 
 # no setting of the user's: what a trainer is made of, and what it counts
@@ -290,8 +274,7 @@ def test_the_list_of_what_trl_reads_is_whole():
 
 
 def test_another_group_size_ends_interference_with_a_word(tiny_policy, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="trl_ext"):
-        trainer, _ = run(True, tiny_policy, tmp_path, put("num_generations", 8), interference_every=1)
+    trainer, _ = run(True, tiny_policy, tmp_path, put("num_generations", 8), interference_every=1)
     assert trainer.state.global_step == 5
     (said,) = messages(caplog, "num_generations=8 was set while training")
     assert "Interference isn't logged from here on" in said

@@ -1,60 +1,44 @@
 """A check before the run looks at stored columns alone, runs no code of the user's and draws no random number; what TRL
 trains is trained."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from harness import build, digits, messages, prompts, question, tokenizer_of, train
+from harness import build, digits, messages, question, tokenizer_of, train, train_both
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl import GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, run_checks
 
-
-def assert_trains_as_trl(policy, folder, dataset, reward=digits, **options):
-    theirs, ours = (
-        train(policy, folder / one.__name__, reward, dataset, trainer_class=one, **options)
-        for one in (GRPOTrainer, CurvatureGRPOTrainer)
-    )
-    for its, mine in zip(theirs.model.parameters(), ours.model.parameters(), strict=True):
-        torch.testing.assert_close(mine, its, rtol=0, atol=1e-5)
+HINTED = {
+    "makes the column": lambda row: row["q"],
+    "reads another column": lambda row: row["q"] + row["hint"],
+    "draws at random": lambda row: row["q"] + "?" * int(torch.randint(0, 5, ())),
+}
 
 
-class Calls:
-    """Transforms, and how often they were called."""
-
-    def __init__(self):
-        self.count = 0
-
-    def makes_the_column(self, rows):
-        self.count += 1
-        return {"prompt": [question(text) for text in rows["q"]]}
-
-    def reads_another_column(self, rows):
-        self.count += 1
-        return {"prompt": [question(text + hint) for text, hint in zip(rows["q"], rows["hint"], strict=True)]}
-
-    def draws_at_random(self, rows):
-        self.count += 1
-        return {"prompt": [question(text + "?" * int(torch.randint(0, 5, ()))) for text in rows["q"]]}
-
-
-@pytest.mark.parametrize("name", ["makes_the_column", "reads_another_column", "draws_at_random"])
+@pytest.mark.parametrize("name", HINTED)
 def test_prompts_made_on_the_fly(name, tiny_policy, tmp_path):
+    """The transform is called as often as by TRL."""
     texts = [f"{i} + {i} =" for i in range(24)]
-    results, counts = [], []
+    columns = {"q": texts, "hint": ["!"] * 24, "prompt": [question(text) for text in texts]}
+    if name == "makes the column":
+        del columns["prompt"]
+    parameters, counts = [], []
     for trainer_class in (GRPOTrainer, CurvatureGRPOTrainer):
-        calls = Calls()
-        stored = Dataset.from_dict({"q": texts, "hint": ["!"] * 24, "prompt": [question(t) for t in texts]})
-        stored = stored.remove_columns("prompt") if name == "makes_the_column" else stored
-        dataset = stored.with_transform(getattr(calls, name))
+        calls = []
+
+        def transform(rows, calls=calls):
+            calls.append(rows)
+            rows = [{"q": q, "hint": hint} for q, hint in zip(rows["q"], rows["hint"], strict=True)]
+            return {"prompt": [question(HINTED[name](row)) for row in rows]}
+
+        dataset = Dataset.from_dict(columns).with_transform(transform)
         trainer = train(tiny_policy, tmp_path / trainer_class.__name__, digits, dataset, trainer_class=trainer_class)
-        results.append(list(trainer.model.parameters()))
-        counts.append(calls.count)
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
+        parameters.append(list(trainer.model.parameters()))
+        counts.append(len(calls))
+    torch.testing.assert_close(*parameters, rtol=0, atol=1e-5)
     assert counts[0] == counts[1] > 0
 
 
@@ -130,9 +114,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rewards_of_any_kind_that_trl_takes(kind, tiny_policy, tmp_path):
-    assert_trains_as_trl(
-        tiny_policy, tmp_path, prompts(32), lambda completions, **kwargs: KINDS[kind](digits(completions))
-    )
+    train_both(tiny_policy, tmp_path, lambda completions, **kwargs: KINDS[kind](digits(completions)))
 
 
 def test_what_an_iterator_raises_is_the_reward_functions(tiny_policy, tmp_path):
@@ -150,8 +132,7 @@ def test_a_long_prompt_of_a_batch_is_named(tiny_policy, tmp_path, caplog):
     dataset = Dataset.from_dict({"q": texts}).with_transform(
         lambda rows: {"prompt": [question(t * 200) for t in rows["q"]]}
     )
-    with caplog.at_level(logging.WARNING, logger="trl_ext"):
-        train(tiny_policy, tmp_path, train_dataset=dataset, max_steps=1)
+    train(tiny_policy, tmp_path, train_dataset=dataset, max_steps=1)
     (said,) = messages(caplog, "of this batch has")
     assert "1 + 1 =1 + 1 =" in said and "no room for an answer" in said
 
@@ -161,10 +142,9 @@ def test_a_prompt_beyond_a_table_of_positions_is_refused(tiny_policy, tmp_path):
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer_of(tiny_policy)), **sizes))
     message = r"The prompt of row 1 of train_dataset has \d+ tokens, and the model's context"
+    dataset = Dataset.from_dict({"prompt": ["1", "1 + 1 = " * 40] * 4})
     with pytest.raises(ValueError, match=message):
-        train(
-            tiny_policy, tmp_path, train_dataset=Dataset.from_dict({"prompt": ["1", "1 + 1 = " * 40] * 4}), model=model
-        )
+        train(tiny_policy, tmp_path, train_dataset=dataset, model=model)
 
 
 def test_an_empty_text_is_trained_on_beside_others(tiny_policy, tmp_path, caplog):
@@ -172,6 +152,6 @@ def test_an_empty_text_is_trained_on_beside_others(tiny_policy, tmp_path, caplog
         return [len(completion) % 3 / 2 for completion in completions]
 
     dataset = Dataset.from_dict({"prompt": ["1 + 1 =", "", "2 + 2 =", "3"] * 8})
-    with caplog.at_level(logging.WARNING, logger="trl_ext"):  # a batch of empty texts alone fails, as with TRL
-        assert_trains_as_trl(tiny_policy, tmp_path, dataset, reward, shuffle_dataset=False)
+    # a batch of empty texts alone fails, as with TRL
+    train_both(tiny_policy, tmp_path, reward, dataset, shuffle_dataset=False)
     assert len(messages(caplog, "is an empty text")) == 1

@@ -36,19 +36,19 @@ def test_a_method_that_is_gone_is_named(tiny_policy, tmp_path, monkeypatch):
         build(tiny_policy, tmp_path)
 
 
-def test_attributes_and_keys_that_are_gone_are_named(tiny_policy, tmp_path):
+GONE = [
+    (lambda trainer: trainer._logs.pop("advantages"), "_logs has no advantages"),
+    (lambda trainer: delattr(trainer, "epsilon_high"), "no attribute epsilon_high"),  # read for each micro-batch
+    (lambda trainer: delattr(trainer, "_buffered_inputs"), "no attribute _buffered_inputs"),
+]
+
+
+@pytest.mark.parametrize(("remove", "message"), GONE)
+def test_attributes_and_keys_that_are_gone_are_named(remove, message, tiny_policy, tmp_path):
     trainer = build(tiny_policy, tmp_path)
     check_trainer(trainer)
-    del trainer._logs["advantages"]
-    with pytest.raises(ChangedTRL, match="_logs has no advantages"):
-        check_trainer(trainer)
-    trainer = build(tiny_policy, tmp_path)
-    del trainer.epsilon_high  # read for each micro-batch
-    with pytest.raises(ChangedTRL, match="no attribute epsilon_high"):
-        check_trainer(trainer)
-    trainer = build(tiny_policy, tmp_path)
-    del trainer._buffered_inputs
-    with pytest.raises(ChangedTRL, match="no attribute _buffered_inputs"):
+    remove(trainer)
+    with pytest.raises(ChangedTRL, match=message):
         check_trainer(trainer)
 
 
@@ -74,13 +74,7 @@ def test_the_heads_settings_are_those_that_trl_closes_over(name):
 
 
 def test_an_override_is_seen_and_named():
-    class Own(CurvatureGRPOTrainer):
-        def _compute_loss(self, model, inputs):
-            return super()._compute_loss(model, inputs)
-
-    class Ours(CurvatureGRPOTrainer):
-        pass
-
+    own = type("Own", (CurvatureGRPOTrainer,), {"_compute_loss": lambda self, model, inputs: None})
     names = ("compute_loss", "_compute_loss")
-    assert overridden(object.__new__(Ours), CurvatureGRPOTrainer, *names) is None
-    assert overridden(object.__new__(Own), CurvatureGRPOTrainer, *names) == "Own has a _compute_loss of its own"
+    assert overridden(object.__new__(type("Ours", (CurvatureGRPOTrainer,), {})), CurvatureGRPOTrainer, *names) is None
+    assert overridden(object.__new__(own), CurvatureGRPOTrainer, *names) == "Own has a _compute_loss of its own"

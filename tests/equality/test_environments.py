@@ -7,7 +7,7 @@ follows a digit 1.
 
 import pytest
 from datasets import Dataset
-from harness import assert_same, logged, prompts, tokenizer_of
+from harness import assert_same, by_length, logged, prompts, tokenizer_of
 from harness import train as train_tiny
 from trl import GRPOTrainer
 
@@ -87,10 +87,6 @@ class Asks(Keyboard):
 
 class AsksMore(Asks):
     get_reward = None
-
-
-def by_length(completion_ids, **kwargs):
-    return [(len(ids) % 3) / 2 for ids in completion_ids]
 
 
 def train(trainer_class, policy, folder, factory, reward_funcs, **options):

@@ -8,17 +8,20 @@ import torch
 from harness import (
     PLAIN,
     assert_same,
+    assert_same_gradients,
     build,
     distance,
     first_batch,
+    lora,
     messages,
     norm_of,
     reward_with_dead,
+    separate_gradients,
     tool_rollout,
     train,
     train_both,
 )
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from reference import head_logprobs
 from tiny_models import HEADS, save_model
 from transformers import AutoModelForCausalLM
@@ -166,8 +169,7 @@ def test_the_loss_in_one_pass_projects_no_token_of_a_tool(options, ours_class, p
 
 def test_an_adapter_on_the_head_is_used_and_trained(tiny_policy, tmp_path):
     """TRL refuses one; ours gives the log-probs of PEFT's own forward, and its gradients are autograd's."""
-    adapter = LoraConfig(r=3, target_modules=["lm_head", "q_proj"], lora_dropout=0.0)
-    trainer = train(tiny_policy, tmp_path, peft_config=adapter)
+    trainer = train(tiny_policy, tmp_path, peft_config=lora(target_modules=["lm_head", "q_proj"]))
     trained = [p for name, p in trainer.model.named_parameters() if "lm_head" in name and "lora_B" in name]
     assert len(trained) == 1 and trained[0].abs().sum() > 0
 
@@ -179,9 +181,8 @@ def test_an_adapter_on_the_head_is_used_and_trained(tiny_policy, tmp_path):
     expected = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(ours, expected[:, 3:], rtol=1e-4, atol=1e-4)
 
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_policy), LoraConfig(r=2, target_modules=["lm_head"], use_dora=True)
-    )
+    dora = lora(target_modules=["lm_head"], use_dora=True)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_policy), dora)
     head = model.get_output_embeddings()
     with pytest.raises(ValueError, match=r"adapter 'default' on the LM head is a .* only plain LoRA"):
         head_adapter(head, torch.zeros(1, head.get_base_layer().weight.shape[1]))
@@ -216,10 +217,9 @@ def test_vllms_importance_correction(per_token, loss_type, projected, tiny_polic
     losses = [trainer._compute_loss(trainer.model, inputs), GRPOTrainer._compute_loss(trainer, trainer.model, inputs)]
     assert len(projected["loss"]) == 1
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
-    parameters = list(trainer.model.parameters())
-    ours, theirs = (torch.autograd.grad(loss, parameters) for loss in losses)
-    norm = sum(g.square().sum() for g in theirs).sqrt()
-    assert norm > 0 and sum((a - b).square().sum() for a, b in zip(ours, theirs, strict=True)).sqrt() <= 1e-5 * norm
+    ours, theirs = separate_gradients(trainer.model, losses)
+    assert norm_of(theirs) > 0
+    assert_same_gradients([ours], [theirs])
 
 
 def test_metrics_wait_for_the_device_once(tiny_policy, tmp_path):
@@ -244,11 +244,13 @@ def test_metrics_wait_for_the_device_once(tiny_policy, tmp_path):
 def test_a_compiled_backbone(tiny_policy, tmp_path):
     trainer = build(tiny_policy, tmp_path, max_steps=1)
     inputs = first_batch(trainer)
-    expected = torch.autograd.grad(trainer._compute_loss(trainer.model, inputs), list(trainer.model.parameters()))
+
+    def gradient():
+        return list(separate_gradients(trainer.model, [trainer._compute_loss(trainer.model, inputs)]))
+
+    expected = gradient()
     trainer.model.model.compile(backend="eager")
-    got = torch.autograd.grad(trainer._compute_loss(trainer.model, inputs), list(trainer.model.parameters()))
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient(), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -272,9 +274,7 @@ def test_a_weight_that_is_there_in_the_forward_only(frozen, monkeypatch):
     cotangent = torch.randn(5)
     with gathered_head(head, hidden, keep=True) as (weight, _, _):
         logprobs = linear_logprob(hidden, weight, targets)
-    inputs = [hidden] if frozen else [hidden, head.weight]
-    got = torch.autograd.grad(logprobs @ cotangent, inputs)
+    got = torch.autograd.grad(logprobs @ cotangent, [hidden] if frozen else [hidden, head.weight])
     whole.requires_grad_()
-    expected = torch.autograd.grad(head_logprobs(hidden, whole, targets)[0] @ cotangent, [hidden, whole][: len(inputs)])
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    expected = torch.autograd.grad(head_logprobs(hidden, whole, targets)[0] @ cotangent, [hidden, whole])
+    torch.testing.assert_close(got, expected[: len(got)])

@@ -1,16 +1,14 @@
 """What is wrong with a run is named before its first step, or as soon as it is known."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
-from harness import build, messages, prompts, train
+from harness import FOUR, build, messages, prompts, train
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.advantages.reward_checks import RewardFailures, RewardRaised, checked_reward
 from trl_ext.console import ConsoleCallback, advice
 from trl_ext.run_checks import warn_about_engine
@@ -22,53 +20,68 @@ def asked(*texts):
     return Dataset.from_dict({"prompt": list(texts)})
 
 
+POWER = {"normalization": "power"}
+RESAMPLED = {**FOUR, "resample_zero_variance": True}
+ONE_ROW = (
+    r"train_dataset has 1 rows, and a generation takes 2 different prompts \(generation_batch_size=8 / "
+    r"num_generations=4\): no step would be trained"
+)
+NO_PROMPT = "train_dataset has no column 'prompt', only 'question', 'answer': rename one, as in dataset.rename_column"
+NOT_A_PROMPT = "train_dataset: the prompt of row 0 is 1, neither a text nor a list of messages"
+NO_COLUMN = Dataset.from_dict({"question": ["a"] * 8, "answer": ["b"] * 8})
+WRONG_DATA = [
+    (NO_COLUMN, NO_PROMPT),
+    (asked([{"role": "user", "content": "a"}], []), r"the prompt of row 1 is empty \(\[\]\)"),
+    (asked("a").select([]), "train_dataset has 0 rows, and a generation takes 2 different"),
+    (asked("1+1="), ONE_ROW),
+    (asked(1, 2), NOT_A_PROMPT),
+]
+WRONG_OPTIONS = [
+    (
+        {"normalization": "std", "scale_rewards": "batch"},
+        "='std' contradicts scale_rewards='batch', which is 'batch_std'",
+    ),
+    ({"normalization": "loo", "scale_rewards": "none"}, "normalization='loo' contradicts scale_rewards='none'"),
+    ({"use_liger_kernel": True}, "use_liger_kernel=True needs a GPU, and this run has none"),
+    ({"use_liger_kernel": True, "config_class": GRPOConfig}, "use_liger_kernel=True needs a GPU"),
+    ({"tokens_per_micro_batch": 100, "share_prompts": False}, "micro_batch=100 contradicts share_prompts=False"),
+    ({"normalization": "grpo"}, "unknown normalization 'grpo': choose from none, mean, batch_mean, loo, std"),
+    ({**POWER, "normalization_kwargs": {"alpha": -0.1}}, r"alpha=-0.1 must be a number in \[0, 1\]"),
+    (POWER, "needs the option 'alpha'"),
+    ({"normalization_kwargs": {"alpha": 0.5}}, "'std' has no option 'alpha'"),
+    ({"normalization": "running_std", "normalization_kwargs": {"decay": 2}}, r"decay=2 must be a number in \[0, 1\)"),
+    ({"normalization": len}, r"normalization len can't be called with \(rewards_PG, context\)"),
+    (
+        {"normalization": lambda r, c, eps: r, "normalization_kwargs": {"eps": 1}},
+        "eps is for the named methods, not for a function",
+    ),
+    ({"scale_rewards": "prompt"}, "scale_rewards='prompt' must be one of"),
+    ({"scale_rewards": "prompt", "config_class": GRPOConfig}, "scale_rewards='prompt' must be one of"),
+    ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation='sum' must be"),
+    ({"per_device_train_batch_size": 6}, r"\(6\) must be divisible by num_generations \(4\)"),
+    ({"resample_max_rounds": 2}, "resample_max_rounds=2 contradicts resample_zero_variance=False"),
+    ({"resample_live_prompts": 2}, "resample_live_prompts=2 contradicts resample_zero_variance=False"),
+    ({"resample_live_prompts": 5, **RESAMPLED}, "resample_live_prompts=5 must be between 1 and 4"),
+    ({"normalization": "global", **RESAMPLED}, "contradicts normalization='global'"),
+    ({"what_if": ["maen"]}, "unknown normalization 'maen'.*Did you mean 'mean'"),
+    ({"what_if": ["adaptive"]}, "'adaptive' depends on what earlier steps of its own run left"),
+]
+
+
+WRONG_HELD_OUT = [
+    ({"eval_dataset": NO_COLUMN}, "eval_dataset has no column 'prompt'"),
+    ({"eval_dataset": {"sums": NO_COLUMN}}, r"eval_dataset\['sums'\] has no column 'prompt'"),
+]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        (
-            {"train_dataset": Dataset.from_dict({"question": ["a"] * 8, "answer": ["b"] * 8})},
-            r"train_dataset has no column 'prompt', only 'question', 'answer': rename one, as in dataset.rename_column",
-        ),
-        ({"train_dataset": asked([{"role": "user", "content": "a"}], [])}, r"the prompt of row 1 is empty \(\[\]\)"),
-        ({"train_dataset": asked("a").select([])}, "train_dataset has 0 rows, and a generation takes 2 different"),
-        (
-            {"train_dataset": asked("1+1=")},
-            r"train_dataset has 1 rows, and a generation takes 2 different prompts \(generation_batch_size=8 / "
-            r"num_generations=4\): no step would be trained",
-        ),
-        (
-            {"normalization": "std", "scale_rewards": "batch"},
-            r"normalization='std' contradicts scale_rewards='batch', which is 'batch_std': give one",
-        ),
-        ({"normalization": "loo", "scale_rewards": "none"}, r"normalization='loo' contradicts scale_rewards='none'"),
-        ({"use_liger_kernel": True}, "use_liger_kernel=True needs a GPU, and this run has none"),
-        ({"use_liger_kernel": True, "config_class": GRPOConfig}, "use_liger_kernel=True needs a GPU"),
-        (
-            {"tokens_per_micro_batch": 100, "share_prompts": False},
-            "tokens_per_micro_batch=100 contradicts share_prompts=False",
-        ),
-        (
-            {"train_dataset": Dataset.from_dict({"prompt": [1, 2]})},
-            "train_dataset: the prompt of row 0 is 1, neither a text nor a list of messages",
-        ),
-    ],
+    [*(({"train_dataset": one}, message) for one, message in WRONG_DATA), *WRONG_HELD_OUT, *WRONG_OPTIONS],
 )
 def test_before_a_model_is_loaded(options, message, tmp_path, monkeypatch):
-    options = dict(options)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: None)
     with pytest.raises(ValueError, match=message):
         build(tmp_path / NOWHERE, tmp_path, **{"train_dataset": prompts(32), **options})
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_held_out_questions_too(named, tmp_path):
-    wrong = Dataset.from_dict({"question": ["a"] * 8})
-    args = CurvatureGRPOConfig(str(tmp_path), report_to="none")
-    name = r"eval_dataset\['sums'\]" if named else "eval_dataset"
-    with pytest.raises(ValueError, match=f"{name} has no column 'prompt'"):
-        CurvatureGRPOTrainer(
-            str(tmp_path / NOWHERE), len, args, prompts(32), eval_dataset={"sums": wrong} if named else wrong
-        )
 
 
 def test_what_agrees_is_let_pass(tiny_policy, tmp_path):
@@ -86,21 +99,15 @@ def test_liger_without_a_gpu_breaks_nothing(tiny_policy, tmp_path):
 
 def test_prompts_longer_than_the_context(tiny_policy, tmp_path, caplog):
     """The built-in architecture has 512 positions."""
-    with caplog.at_level(logging.WARNING):  # TRL trains on it, as rotary positions go on
-        build(tiny_policy, tmp_path, train_dataset=asked("1 + 1 =", "2 + 2 =", "1 + 1 = " * 200, "3"))
-    assert "The prompt of row 2 of train_dataset has" in caplog.text and "no room for an answer" in caplog.text
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        build(tiny_policy, tmp_path, train_dataset=asked("1 + 1 =", "2 + 2 ="), max_completion_length=508)
-    assert "an answer may go beyond it (max_completion_length=508; 2 such prompts" in caplog.text
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        build(tiny_policy, tmp_path, train_dataset=asked("1 + 1 =", "2 + 2 ="), max_completion_length=200)
-    assert "context" not in caplog.text
-
-
-def unscored(completions, **kwargs):
-    return [None, float("nan")] * (len(completions) // 2)
+    short, beyond = asked("1 + 1 =", "2 + 2 ="), asked("1 + 1 =", "2 + 2 =", "1 + 1 = " * 200, "3")
+    said = []
+    for dataset, longest in ((beyond, 8), (short, 508), (short, 200)):  # TRL trains on all, as rotary positions go on
+        caplog.clear()
+        build(tiny_policy, tmp_path, train_dataset=dataset, max_completion_length=longest)
+        said.append(caplog.text)
+    assert "The prompt of row 2 of train_dataset has" in said[0] and "no room for an answer" in said[0]
+    assert "an answer may go beyond it (max_completion_length=508; 2 such prompts" in said[1]
+    assert "context" not in said[2]
 
 
 @pytest.mark.parametrize("by", ["the model", "the environment"])
@@ -131,20 +138,15 @@ def test_restarts_with_the_store_of_those_that_are_gone(monkeypatch):
 
 
 def test_rewards_that_are_all_missing_are_said_once(tiny_policy, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        train(tiny_policy, tmp_path, unscored, max_steps=3)
+    def unscored(completions, **kwargs):
+        return [None, float("nan")] * (len(completions) // 2)
+
+    train(tiny_policy, tmp_path, unscored, max_steps=3)
     assert len(messages(caplog, "No completion of a batch was scored: 'unscored' returned None or NaN")) == 1
     assert len(messages(caplog, "All reward functions returned None")) == 1, "TRL's own, with its dump"
 
 
 # ---- reward functions that fail
-
-
-def given(count=4):
-    return {
-        "prompts": [f"question {i // 2}" for i in range(count)],
-        "completions": [f"answer {i}" for i in range(count)],
-    }
 
 
 def test_failures_wait_for_the_other_processes():
@@ -154,7 +156,7 @@ def test_failures_wait_for_the_other_processes():
     def failing(completions, **kwargs):
         raise KeyError("boom")
 
-    rewards = checked_reward(failing, failures=failures)(**given())
+    rewards = checked_reward(failing, failures=failures)(prompts=["question"] * 4, completions=["answer"] * 4)
     assert all(value != value for value in rewards) and len(rewards) == 4
     with pytest.raises(RewardRaised, match="process 1: reward function 'failing' raised KeyError: 'boom'"):
         failures.raise_on_all_ranks(process_index=1)

@@ -5,8 +5,7 @@ import pytest
 import torch
 from architectures import NAMES
 from architectures import build as build_architecture
-from harness import graded, train
-from peft import LoraConfig
+from harness import graded, lora, train
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.model_parts import PARTS_OF_MODEL, part_metrics, part_of
@@ -46,24 +45,20 @@ def test_parts_sum_to_the_whole(name, dim):
         model(input_ids=ids, use_cache=False).logits.sin().sum().backward()
     (step,) = recorded
     flat = step.sketch.double()
-    grams = {
-        name: flat[..., columns].flatten(1) @ flat[..., columns].flatten(1).T for name, columns in step.sections.items()
-    }
+    parts = {name: flat[..., columns].flatten(1) for name, columns in step.sections.items()}
+    grams = {name: part @ part.T for name, part in parts.items()}
     torch.testing.assert_close(sum(grams.values()), step.gram(), rtol=1e-12, atol=1e-12)
     assert len(grams) >= 4 and all(float(gram.diagonal().min()) >= 0 for gram in grams.values())
     if dim == 0:  # each is what its parameters' gradients are
         section = {n: layer.section for layer in sketch.layers for n in (layer.weight, layer.bias) if n is not None}
-        square = dict.fromkeys(step.sections, 0.0)
-        for number, parameter in enumerate(sketch.trainable_parameters):
-            if number in section and parameter.grad is not None:
-                square[section[number]] += float(parameter.grad.double().square().sum())
+        squares = [0 if p.grad is None else float(p.grad.double().square().sum()) for p in sketch.trainable_parameters]
         for name, gram in grams.items():
-            assert float(gram.sum()) == pytest.approx(square[name], rel=1e-4)
+            of_part = sum(squares[number] for number, part in section.items() if part == name)
+            assert float(gram.sum()) == pytest.approx(of_part, rel=1e-4)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_run(lora, tiny_policy, tmp_path):
-    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None
+@pytest.mark.parametrize("adapter", [None, lora(init_lora_weights=False)], ids=["full", "lora"])
+def test_a_run(adapter, tiny_policy, tmp_path):
     options = {"interference_every": 1, "per_device_train_batch_size": 16, "learning_rate": 0.0}
     options |= {"interference_parts": True, "peft_config": adapter}
     found = {}
@@ -74,7 +69,7 @@ def test_a_run(lora, tiny_policy, tmp_path):
     for exact, sketched in zip(found[0], found[64], strict=True):
         np.testing.assert_allclose(sum(exact.gram_parts.values()), exact.gram_PP, rtol=1e-4, atol=1e-8)
         shares = {n: v for n, v in exact.metrics.items() if n.startswith("parts/") and n.endswith("/share")}
-        assert sum(shares.values()) == pytest.approx(1) and len(shares) == (4 if lora else 6)  # of two blocks
+        assert sum(shares.values()) == pytest.approx(1) and len(shares) == (4 if adapter else 6)  # of two blocks
         assert all(sketched.metrics[name] == pytest.approx(share, abs=0.1) for name, share in shares.items())
         for name in shares:
             of_part = name.removesuffix("share")

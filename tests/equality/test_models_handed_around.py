@@ -21,13 +21,6 @@ def load(policy, **options):
     return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32, **options)
 
 
-def copy_of(policy, model):
-    """A freshly loaded model with the same weights."""
-    fresh = load(policy)
-    fresh.load_state_dict(model.state_dict())
-    return fresh
-
-
 def trained(kind, model, policy, folder, **options):
     """The trainer after some steps of ``ours``, ``trl`` or ``sft`` on this model."""
     if kind != "sft":
@@ -42,10 +35,19 @@ def trained(kind, model, policy, folder, **options):
     return trainer
 
 
+def assert_trains_as_a_copy(model, policy, folder, kind="ours"):
+    """As a freshly loaded model with the same weights does; the trainer of ``model``."""
+    fresh = load(policy)
+    fresh.load_state_dict(model.state_dict())
+    trainer = trained(kind, model, policy, folder / "model")
+    trained(kind, fresh, policy, folder / "fresh")
+    same(parameters(model), parameters(fresh))
+    assert model.config._attn_implementation == fresh.config._attn_implementation
+    return trainer
+
+
 def same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, values in expected.items():
-        torch.testing.assert_close(found[name], values, rtol=0, atol=1e-6, msg=name)
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=1e-6)
 
 
 def marks(model):
@@ -85,14 +87,9 @@ def test_nothing_hangs_on_a_model_between_runs(options, tiny_policy, tmp_path):
 
 def test_a_model_goes_from_trainer_to_trainer(tiny_policy, tmp_path):
     """Ours, ours, TRL's, ours, SFT in turn on one model: each step is what it is on a fresh copy of the weights."""
-    model = load(tiny_policy)
-    alive = []
+    model, alive = load(tiny_policy), []
     for number, kind in enumerate(("ours", "ours", "trl", "ours", "sft", "ours")):
-        fresh = copy_of(tiny_policy, model)
-        alive.append(trained(kind, model, tiny_policy, tmp_path / f"{number}"))
-        trained(kind, fresh, tiny_policy, tmp_path / f"{number} fresh")
-        same(parameters(model), parameters(fresh))
-        assert model.config._attn_implementation == fresh.config._attn_implementation
+        alive.append(assert_trains_as_a_copy(model, tiny_policy, tmp_path / str(number), kind))
 
 
 @pytest.mark.parametrize("first", ["ours", "trl"])
@@ -100,13 +97,12 @@ def test_a_deep_copy_of_a_trained_model_trains_its_own_weights(first, tiny_polic
     """TRL's patch of the original would run the original's weights in the copy."""
     trainer = trained(first, load(tiny_policy), tiny_policy, tmp_path / "first")
     twin = copy.deepcopy(trainer.model)
-    fresh = copy_of(tiny_policy, trainer.model)
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     with torch.no_grad():  # what the original does from here on is of no account
         for parameter in trainer.model.parameters():
             parameter.zero_()
-    trained("ours", twin, tiny_policy, tmp_path / "twin")
-    trained("ours", fresh, tiny_policy, tmp_path / "fresh")
-    same(parameters(twin), parameters(fresh))
+    same(twin.state_dict(), weights)
+    assert_trains_as_a_copy(twin, tiny_policy, tmp_path)
 
 
 def test_rounds_of_adapters_on_one_model(tiny_policy, tmp_path):
@@ -154,10 +150,7 @@ def test_a_run_that_breaks_off_leaves_the_model_as_it_was(error, tiny_policy, tm
         trainer.train()
     assert marks(model) == []
     pickle.dumps(model)
-    fresh = copy_of(tiny_policy, model)
-    trained("ours", model, tiny_policy, tmp_path / "next")
-    trained("ours", fresh, tiny_policy, tmp_path / "fresh")
-    same(parameters(model), parameters(fresh))
+    assert_trains_as_a_copy(model, tiny_policy, tmp_path)
 
 
 def other_trainer(model, policy, folder, **options):
@@ -179,11 +172,9 @@ def test_another_trainer_on_the_model_while_one_trains(case, tiny_policy, tmp_pa
     earlier = other_trainer(model, tiny_policy, tmp_path / "earlier")
     outer = other_trainer(model, tiny_policy, tmp_path / "outer")
     outer.add_callback(Other())
-    torch.manual_seed(0)
-    outer.train()
-    undisturbed = other_trainer(alone, tiny_policy, tmp_path / "alone")
-    torch.manual_seed(0)
-    undisturbed.train()
+    for trainer in (outer, other_trainer(alone, tiny_policy, tmp_path / "alone")):
+        torch.manual_seed(0)
+        trainer.train()
     assert outer.state.global_step == 2 and marks(model) == []
     assert model.config._attn_implementation == alone.config._attn_implementation
     model(input_ids=torch.tensor([[5, 6]]))
@@ -205,10 +196,7 @@ def test_a_snapshot_taken_while_training_is_a_whole_model(tiny_policy, tmp_path)
         torch.testing.assert_close(best.model(input_ids=ids).logits, model(input_ids=ids).logits)
     torch.save(best.model, io.BytesIO())
     pickle.dumps(best.model)
-    fresh = copy_of(tiny_policy, best.model)
-    trained("ours", best.model, tiny_policy, tmp_path / "best")
-    trained("ours", fresh, tiny_policy, tmp_path / "fresh")
-    same(parameters(best.model), parameters(fresh))
+    assert_trains_as_a_copy(best.model, tiny_policy, tmp_path)
 
 
 @pytest.mark.parametrize("by", ["compute_loss", "training_step"])

@@ -4,91 +4,81 @@ import logging
 
 import pytest
 import torch
-from harness import messages
+from harness import messages, parameters
 from harness import train as train_tiny
 
 # every place at which the trainer, the loss, the head or a hook enters the code that measures interference
 PLACES = [
-    "grpo_kernels.interference.gradient_sketch.GradientSketch.__init__",
-    "grpo_kernels.interference.gradient_sketch.GradientSketch.is_of",
-    "grpo_kernels.interference.gradient_sketch.GradientSketch.open",
-    "grpo_kernels.interference.gradient_sketch.GradientSketch.set_rows",
-    "grpo_kernels.interference.gradient_sketch.GradientSketch.end_rows",
-    "grpo_kernels.interference.gradient_sketch.GradientSketch.head_sketch",
-    "grpo_kernels.interference.gradient_sketch.GradientSketch.leave_out_wrong",
-    "grpo_kernels.interference.gradient_sketch.GradientSketch.take",
-    "grpo_kernels.interference.projections.Projections._add_folded",
-    "grpo_kernels.interference.layer_sums.LayerSums._note_precision",
-    "grpo_kernels.interference.layer_sums.LayerSums._linear",
-    "grpo_kernels.interference.layer_sums.LayerSums._norm",
-    "grpo_kernels.interference.layer_sums.LayerSums._embedding",
-    "grpo_kernels.interference.gradient_sketch.tap",
-    "grpo_kernels.interference.projections.Projections.__init__",
-    "grpo_kernels.interference.projections.Projections.vocabulary",
-    "grpo_kernels.interference.projections.Projections.fold_side",
-    "grpo_kernels.interference.sequence_rows.SequenceRows.outer",
-    "grpo_kernels.interference.tap_check.TapCheck.outer",
-    "grpo_kernels.interference.tap_check.TapCheck.errors",
-    "grpo_kernels.head.checks._check_head_sketch",
-    "trl_ext.recorder.measure.directional_curvature",
-    "trl_ext.recorder.recorder.why_rows_mix",
-    "trl_ext.recorder.recorder.PromptFeatures.__init__",
-    "trl_ext.recorder.recorder.PromptFeatures.set_rows",
-    "trl_ext.recorder.recorder.PromptFeatures._look",
-    "trl_ext.recorder.recorder.PromptFeatures.end_rows",
-    "trl_ext.recorder.recorder.PromptFeatures.take",
-    "trl_ext.recorder.recorder.rehearse",
-    "trl_ext.recorder.layer_check.GradientParts.__getitem__",
-    "trl_ext.recorder.sequence_table.SequenceTable.of_batch",
-    "trl_ext.recorder.logged_step.sequence_coefficients",
-    "trl_ext.recorder.sequence_table.SequenceTable.join",
-    "trl_ext.recorder.sequence_table.SequenceTable.pack",
-    "trl_ext.recorder.recorder.measure",
-    "trl_ext.recorder.recorder.write_step",
-    "trl_ext.recorder.layer_check.GradientParts.squared_norms",
-    "trl_ext.recorder.recorder.check_shapes",
-    "trl_ext.recorder.layer_check.LayerCheck.metrics",
-    "trl_ext.recorder.recorder.InterferenceRecorder._open_taps",
-    "trl_ext.recorder.recorder.TrainingPhase.observe",
-    "trl_ext.recorder.recorder.SpeedupConstant.observe",
-    "trl_ext.recorder.what_if.what_if",
-    "trl_ext.recorder.extra_pass.ExtraPass.keep",
-    "trl_ext.recorder.extra_pass.ExtraPass.sketched",
-    "trl_ext.parts.prompt_texts",
-    "trl_ext.parts.TaskNames.of_prompts",
-    "trl_ext.trainer.dead_sequences",
-    "trl_ext.advantages.normalizer.Normalizer.observe_curvature",
-    "trl_ext.advantages.normalizer.Normalizer.used",
-    "trl_ext.report.completions.rows_of",
-    "trl_ext.report.watch.diagnose",
-    "trl_ext.parts.describe_run",
+    f"{module}.{name}"
+    for module, names in {
+        "grpo_kernels.interference.gradient_sketch.GradientSketch": (
+            "__init__ is_of open set_rows end_rows head_sketch leave_out_wrong take"
+        ),
+        "grpo_kernels.interference.gradient_sketch": "tap",
+        "grpo_kernels.interference.projections.Projections": "__init__ vocabulary fold_side _add_folded",
+        "grpo_kernels.interference.layer_sums.LayerSums": "_linear _norm _embedding _note_precision",
+        "grpo_kernels.interference.sequence_rows.SequenceRows": "outer",
+        "grpo_kernels.interference.tap_check.TapCheck": "outer errors",
+        "grpo_kernels.head.checks": "_check_head_sketch",
+        "trl_ext.recorder.recorder": "why_rows_mix rehearse measure write_step check_shapes",
+        "trl_ext.recorder.recorder.PromptFeatures": "__init__ set_rows _look end_rows take",
+        "trl_ext.recorder.recorder.InterferenceRecorder": "_open_taps",
+        "trl_ext.recorder.recorder.TrainingPhase": "observe",
+        "trl_ext.recorder.recorder.SpeedupConstant": "observe",
+        "trl_ext.recorder.measure": "directional_curvature interference_metrics",
+        "trl_ext.recorder.layer_check.GradientParts": "__getitem__ squared_norms",
+        "trl_ext.recorder.layer_check.LayerCheck": "metrics",
+        "trl_ext.recorder.sequence_table.SequenceTable": "of_batch join pack",
+        "trl_ext.recorder.logged_step": "sequence_coefficients",
+        "trl_ext.recorder.what_if": "what_if",
+        "trl_ext.recorder.extra_pass.ExtraPass": "keep sketched",
+        "trl_ext.parts": "prompt_texts describe_run TaskNames.of_prompts",
+        "trl_ext.trainer": "dead_sequences",
+        "trl_ext.advantages.normalizer.Normalizer": "observe_curvature used",
+        "trl_ext.report.completions": "rows_of",
+        "trl_ext.report.watch": "diagnose",
+    }.items()
+    for name in names.split()
 ]
+
+
+ENDS = "Interference isn't logged from here on"
+MESSAGES = {
+    "grpo_kernels.interference.sequence_rows.SequenceRows.outer": "MemoryError: the diagnostic is broken",
+    "grpo_kernels.interference.gradient_sketch.GradientSketch.open": ENDS,
+    "trl_ext.recorder.measure.interference_metrics": ENDS,
+    "trl_ext.recorder.recorder.write_step": "without its files",
+}
 
 
 def train(policy, folder, **options):
     trainer = train_tiny(policy, folder, gradient_accumulation_steps=2, share_prompts=False, **options)
-    assert trainer.state.global_step == 2
-    return list(trainer.model.parameters())
+    return parameters(trainer.model)
 
 
 @pytest.fixture(scope="module")
 def without(tiny_policy, tmp_path_factory):
-    return train(tiny_policy, tmp_path_factory.mktemp("without"), interference_every=0)
+    """Parameters without a diagnostic, by whether activations are checkpointed."""
+    folder = tmp_path_factory.mktemp("without")
+    return {on: train(tiny_policy, folder, interference_every=0, gradient_checkpointing=on) for on in (False, True)}
 
 
-CASES = [(place, RuntimeError) for place in PLACES] + [(place, MemoryError) for place in PLACES[::5]]
+CASES = [(place, RuntimeError, False) for place in PLACES if place not in MESSAGES]
+CASES += [(place, MemoryError, True) for place in (*PLACES[::5], *MESSAGES)]
+CASES += [(place, MemoryError, False) for place in MESSAGES]
 
 
-@pytest.mark.parametrize(("place", "kind"), CASES)
-def test_training_goes_on(place, kind, without, tiny_policy, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(("place", "kind", "checkpointing"), dict.fromkeys(CASES))
+def test_training_goes_on(place, kind, checkpointing, without, tiny_policy, tmp_path, monkeypatch, caplog):
 
     def broken(*args, **kwargs):
         raise kind("the diagnostic is broken")
 
     monkeypatch.setattr(place, broken)
+    options = {"interference_every": 1, "what_if_dead": True, "gradient_checkpointing": checkpointing}
     with caplog.at_level(logging.INFO, logger="trl_ext"):
-        found = train(tiny_policy, tmp_path, interference_every=1, what_if_dead=True)
-    assert all(torch.equal(a, b) for a, b in zip(found, without, strict=True))
+        found = train(tiny_policy, tmp_path, **options)
+    torch.testing.assert_close(found, without[checkpointing], rtol=0, atol=0)
     said = messages(caplog, "the diagnostic is broken")
-    assert len(said) == len(set(said))
-    assert said
+    assert said and len(said) == len(set(said))
+    assert any(MESSAGES.get(place, "") in text for text in said)

@@ -2,6 +2,7 @@
 found all the same."""
 
 import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -36,19 +37,14 @@ def coverage(tiny_policy, tmp_path, caplog):
 
 
 def users_own(dtype):
-    class Both:
-        def __init__(self, inner):
-            self.contexts = [inner, torch.autocast("cpu", dtype)]
+    """A context within which the user's own autocast is on, too."""
 
-        def __enter__(self):
-            for context in self.contexts:
-                context.__enter__()
+    @contextmanager
+    def both(inner):
+        with inner, torch.autocast("cpu", dtype):
+            yield
 
-        def __exit__(self, *error):
-            for context in reversed(self.contexts):
-                context.__exit__(*error)
-
-    return Both
+    return both
 
 
 @pytest.fixture
@@ -92,7 +88,7 @@ def test_nothing_is_left_out_where_float32_is_rounded(options, coverage, rounded
 def test_a_wrong_layer_is_found_all_the_same(options, coverage):
     """A weight that is also used without its layer has a gradient that the taps see a part of."""
 
-    def used_twice(model):  # the weight is used once more, without its layer
+    def used_twice(model):
         layer = model.model.layers[0].mlp
         inner = layer.forward
         layer.forward = lambda x: inner(x) + 0.5 * nn.functional.linear(layer.up_proj(x), layer.down_proj.weight)

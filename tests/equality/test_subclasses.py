@@ -19,13 +19,11 @@ def of_result(name, change):
     """A case: a subclass whose method ``name`` returns ``change`` of what the method of its base returned."""
 
     def case(base):
-        def method(self, *arguments, **named):
-            return change(getattr(super(own, self), name)(*arguments, **named))
+        return type(
+            "Own", (base,), {name: lambda self, *args, **kwargs: change(getattr(base, name)(self, *args, **kwargs))}
+        )
 
-        own = type("Own", (base,), {name: method})
-        return own
-
-    case.__name__ = case.method = name
+    case.__name__ = name
     return case
 
 
@@ -38,8 +36,14 @@ def of_static(name, change):
 
         return type("Own", (base,), {name: staticmethod(method)})
 
-    case.__name__ = case.method = name
+    case.__name__ = name
     return case
+
+
+TRLS_KEYS = {
+    *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"),
+    *("old_per_token_logps", "ref_per_token_logps"),
+}
 
 
 def first(change):
@@ -62,6 +66,21 @@ def two_tokens_masked(found):
 log_probs = of_result("_get_per_token_logps_and_entropies", first(lambda logps: 2 * logps))
 rewards = of_result("_calculate_rewards", lambda found: (found - 0.3).square())
 advantages = of_result("_generate_and_score_completions", lambda out: {**out, "advantages": -2 * out["advantages"]})
+token_advantages = of_result(
+    "_generate_and_score_completions",
+    lambda out: {**out, "advantages": -2 * out["advantages"][:, None].expand(out["completion_ids"].shape)},
+)
+trls_keys = of_result(
+    "_generate_and_score_completions",
+    lambda out: {name: 2 * out[name] if name == "advantages" else out[name] for name in TRLS_KEYS & out.keys()},
+)
+batch_mask = of_result(
+    "_generate_and_score_completions",
+    lambda out: {
+        **out,
+        "completion_mask": out["completion_mask"] * (torch.arange(out["completion_mask"].shape[1]) < 3),
+    },
+)
 generation = of_result("_generate_single_turn", first(lambda ids: [row[:5] for row in ids]))
 inputs = of_result("_prepare_inputs", lambda batch: {**batch, "advantages": batch["advantages"] + 0.5})
 inner_loss = of_result("_compute_loss", lambda loss: 3 * loss)
@@ -83,6 +102,16 @@ def step(base):
                 if parameter.grad is not None:
                     parameter.grad.mul_(1.5)  # of this micro-batch, and of those before it
             return loss
+
+    return Own
+
+
+def in_the_loss(base):
+    """The inner loss gets other advantages."""
+
+    class Own(base):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, {**inputs, "advantages": -inputs["advantages"]})
 
     return Own
 
@@ -124,7 +153,8 @@ def logged(base):
 # of old and reference log-probs, which are made before the rewards
 OF_LOG_PROBS = [log_probs, prompt_tokens, shorter, masked, other_mask]
 OF_THE_LOSS = [inner_loss, outer_loss, entropy_mask, step, off_policy_mask, gamma_weights]
-CASES = [rewards, advantages, generation, inputs, *OF_LOG_PROBS, *OF_THE_LOSS]
+OF_ADVANTAGES = [advantages, token_advantages, trls_keys, batch_mask, in_the_loss]
+CASES = [rewards, generation, inputs, *OF_ADVANTAGES, *OF_LOG_PROBS, *OF_THE_LOSS]
 IN_THE_LOG = [predicted, logged]
 SETTINGS = {
     "on policy": {},
@@ -139,22 +169,17 @@ OPTIONS = {
 
 # Methods of GRPOTrainer, or that ours overrides, which no case has: why what a subclass makes of them counts anyway
 WITHOUT_A_CASE = {
-    "__init__": "ours calls it with what it was given",
+    **{"__init__": "ours calls it with what it was given", "end": "after the last gradient"},
+    **dict.fromkeys(["_get_tool_suffix_ids", "_tool_call_loop"], "inside _generate, which is called whole"),
+    **dict.fromkeys(["_save_checkpoint", "_load_optimizer_and_scheduler"], "files, no gradient"),
+    **dict.fromkeys(["evaluate", "predict"], "no gradient; TRL's, with our head there"),
+    **dict.fromkeys(["_log_completion_extra", "_log_metric"], "what reward functions log; not called by us"),
+    **dict.fromkeys(
+        ["get_train_dataloader", "_get_train_sampler", "_get_eval_sampler", "get_eval_dataloader"],
+        "which prompts come, and when; not called by us",
+    ),
     "_set_signature_columns_if_needed": "the dataset's columns, before the trainer's path; not called by us",
-    "get_train_dataloader": "which prompts come, and when; not called by us",
-    "_get_train_sampler": "as above",
-    "_get_eval_sampler": "as above",
-    "get_eval_dataloader": "as above",
-    "_log_completion_extra": "what reward functions log; not called by us",
-    "_log_metric": "as above",
-    "_get_tool_suffix_ids": "inside _generate, which is called whole",
-    "_tool_call_loop": "as above",
-    "_save_checkpoint": "files, no gradient",
-    "_load_optimizer_and_scheduler": "as above",
     "train": "which checkpoint it goes on from; the training is TRL's",
-    "evaluate": "no gradient; TRL's, with our head there",
-    "predict": "as above",
-    "end": "after the last gradient",
 }
 
 
@@ -181,12 +206,8 @@ def test_a_subclasss_method_counts_in_the_log(own, tiny_policy, tmp_path):
     ours, theirs = logs(own(CurvatureGRPOTrainer), "ours"), logs(own(GRPOTrainer), "theirs")
     plain = logs(GRPOTrainer, "plain")
     assert ours == [pytest.approx(its, rel=1e-4, abs=1e-6) for its in theirs]
-    changed = {
-        name
-        for its, was in zip(theirs, plain, strict=True)
-        for name in its
-        if name not in was or its[name] != pytest.approx(was[name], rel=0.05)
-    }
+    pairs = [(name, log[name], was.get(name)) for log, was in zip(theirs, plain, strict=True) for name in log]
+    changed = {name for name, value, before in pairs if before is None or value != pytest.approx(before, rel=0.05)}
     assert changed == {predicted: {"eval_loss"}, logged: {"reward", "of_mine"}}[own]
 
 

@@ -1,14 +1,10 @@
 """What CurvatureGRPOTrainer adds to TRL's: the per-sequence dict, metrics, checks, names."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
-from datasets import Dataset
-from harness import build, by_length, digits, logged, loss_batches, prompts, table, train
-from trl import GRPOConfig
+from harness import build, by_length, digits, logged, loss_batches, parameters, prompts, table, train
 
 import grpo_kernels
 import trl_ext
@@ -72,50 +68,19 @@ def half_dead(completions, **kwargs):
     return [0.7] * 4 + [0.0, 0.25, 0.5, 1.0]
 
 
-def test_logged_table_holds_our_advantages(tiny_policy, tmp_path):
-    trainer = train(tiny_policy, tmp_path, half_dead, normalization="loo")
-    found = torch.tensor(table(trainer, "advantages"))[-8:]
-    mean_of_others = torch.tensor([(1.75 - r) / 3 for r in (0.0, 0.25, 0.5, 1.0)])
-    expected = torch.cat([torch.zeros(4), torch.tensor([0.0, 0.25, 0.5, 1.0]) - mean_of_others])
-    torch.testing.assert_close(found, expected)
-
-
 @pytest.mark.parametrize(
-    "options", [{"scale_rewards": "batch"}, {"normalization": "none"}, {"normalization": "global"}], ids=str
+    "options",
+    [{"normalization": "loo"}, {"scale_rewards": "batch"}, {"normalization": "none"}, {"normalization": "global"}],
+    ids=str,
 )
 def test_zero_variance_is_counted_per_group_for_every_method(options, tiny_policy, tmp_path):
     """Trap 5: under a batch statistic, and with a float residue, TRL's own count misses dead groups."""
     trainer = train(tiny_policy, tmp_path, half_dead, max_steps=1, **options)
     assert logged(trainer)[0]["normalization/zero_variance_frac"] == 0.5
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"normalization": "grpo"}, "unknown normalization 'grpo': choose from none, mean, batch_mean, loo, std"),
-        (
-            {"normalization": "power", "normalization_kwargs": {"alpha": -0.1}},
-            r"alpha=-0.1 must be a number in \[0, 1\]",
-        ),
-        ({"normalization": "power"}, "needs the option 'alpha'"),
-        ({"normalization_kwargs": {"alpha": 0.5}}, "'std' has no option 'alpha'"),
-        ({"scale_rewards": "prompt"}, "scale_rewards='prompt' must be one of"),
-        (
-            {"normalization": "running_std", "normalization_kwargs": {"decay": 2}},
-            r"decay=2 must be a number in \[0, 1\)",
-        ),
-        ({"normalization": len}, r"normalization len can't be called with \(rewards_PG, context\)"),
-        (
-            {"normalization": lambda r, c, eps: r, "normalization_kwargs": {"eps": 1}},
-            "eps is for the named methods, not for a function",
-        ),
-        ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation='sum' must be"),
-        ({"per_device_train_batch_size": 6}, r"\(6\) must be divisible by num_generations \(4\)"),
-    ],
-)
-def test_bad_configuration_stops_before_a_model_is_loaded(options, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        build(tmp_path / "no-model-here", tmp_path, **options)
+    if options == {"normalization": "loo"}:  # the logged table holds our advantages
+        mean_of_others = torch.tensor([(1.75 - r) / 3 for r in (0.0, 0.25, 0.5, 1.0)])
+        expected = torch.cat([torch.zeros(4), torch.tensor([0.0, 0.25, 0.5, 1.0]) - mean_of_others])
+        torch.testing.assert_close(torch.tensor(table(trainer, "advantages")), expected)
 
 
 def test_the_kernel_gets_rewards_only_where_they_say_everything(tiny_policy, tmp_path, monkeypatch):
@@ -138,15 +103,11 @@ def test_the_kernel_gets_rewards_only_where_they_say_everything(tiny_policy, tmp
 def test_one_launch_and_advantages_are_the_same_gradient(method, fused_loss, tiny_policy, tmp_path):
     """Rewards normalised inside the loss against a function of one's own that normalises them before."""
 
-    parameters = {}
-    for normalization in (method, lambda rewards_PG, context: normalize_rewards(rewards_PG, method)):
-        trainer = train(
-            tiny_policy, tmp_path, by_length, normalization=normalization, fused_loss=fused_loss, max_steps=3
-        )
-        parameters[normalization] = list(trainer.model.parameters())
-    one, other = parameters.values()
-    for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    named, own = (
+        train(tiny_policy, tmp_path, by_length, normalization=one, fused_loss=fused_loss, max_steps=3).model
+        for one in (method, lambda rewards_PG, context: normalize_rewards(rewards_PG, method))
+    )
+    torch.testing.assert_close(parameters(named), parameters(own), rtol=1e-5, atol=1e-6)
 
 
 def test_a_function_of_ones_own_sees_the_context(tiny_policy, tmp_path):
@@ -180,20 +141,10 @@ def test_rewards_outside_0_1_stop_before_a_step(tiny_policy, tmp_path):
     assert trainer.state.global_step == 0
 
 
-def test_a_plain_config_is_checked_too(tmp_path):
-    args = GRPOConfig(output_dir=str(tmp_path), scale_rewards="prompt", bf16=False, use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match="scale_rewards='prompt'"):
-        CurvatureGRPOTrainer(model=str(tmp_path / "none"), reward_funcs=digits, args=args)
-
-
 def test_normalization_kwargs_from_a_command_line(tmp_path):
     given = {"normalization": "power", "normalization_kwargs": '{"alpha": 0.25}', "bf16": False, "use_cpu": True}
     config = CurvatureGRPOConfig(output_dir=str(tmp_path), **given)
     assert config.normalization_kwargs == {"alpha": 0.25}
-
-
-def raising(completions, **kwargs):
-    raise KeyError("gold")
 
 
 async def slow_and_infinite(completions, **kwargs):
@@ -208,50 +159,36 @@ def returning(value):
 
 
 @pytest.mark.parametrize(
-    ("function", "error", "message"),
+    ("function", "message"),
     [
-        (raising, RuntimeError, "'raising' raised KeyError: 'gold'"),
-        (returning([1.0] * 7), ValueError, "'reward' returned 7 rewards for 8 completions"),
-        (returning([0.0, math.inf, *[1.0] * 6]), ValueError, "'reward' returned inf for row 1"),
-        (returning(["good"] * 8), ValueError, "'reward' returned 'good' for row 0, not a number$"),
-        (returning(1.0), ValueError, "'reward' returned float, not a list of 8"),
-        (slow_and_infinite, ValueError, "'slow_and_infinite' returned -inf for row 0"),
-        (returning([1e39] * 8), ValueError, r"'reward' returned 1e\+39 for row 0"),
+        (returning([1.0] * 7), "'reward' returned 7 rewards for 8 completions"),
+        (returning([0.0, math.inf, *[1.0] * 6]), "'reward' returned inf for row 1"),
+        (returning(["good"] * 8), "'reward' returned 'good' for row 0, not a number$"),
+        (returning(1.0), "'reward' returned float, not a list of 8"),
+        (slow_and_infinite, "'slow_and_infinite' returned -inf for row 0"),
+        (returning([1e39] * 8), r"'reward' returned 1e\+39 for row 0"),
     ],
-    ids=["raises", "too few", "infinite", "words", "no list", "asynchronous", "beyond float32"],
+    ids=["too few", "infinite", "words", "no list", "asynchronous", "beyond float32"],
 )
-def test_a_failing_reward_function_is_named_before_a_step(function, error, message, tiny_policy, tmp_path):
+def test_a_failing_reward_function_is_named_before_a_step(function, message, tiny_policy, tmp_path):
     trainer = build(tiny_policy, tmp_path, [digits, function])
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    with pytest.raises(error, match=message):
+    before = parameters(trainer.model)
+    with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    torch.testing.assert_close(parameters(trainer.model), before, rtol=0, atol=0)
 
 
 def test_public_names():
     assert set(trl_ext.__all__) == {"CurvatureGRPOConfig", "CurvatureGRPOTrainer", "read_interference"}
-    assert set(grpo_kernels.__all__) == {
-        "METHODS",
-        "GRPOLoss",
-        "Normalized",
-        "check_normalization",
-        "linear_grpo_loss",
-        "linear_logprob",
-        "normalize_rewards",
-        "normalize_with_statistics",
-        "use_backend",
-    }
+    functions = (
+        "check_normalization linear_grpo_loss linear_logprob normalize_rewards normalize_with_statistics use_backend"
+    )
+    assert set(grpo_kernels.__all__) == {"METHODS", "GRPOLoss", "Normalized", *functions.split()}
     for module in (trl_ext, grpo_kernels):
         for name in module.__all__:
             assert getattr(module, name).__doc__ or isinstance(getattr(module, name), dict), name
     assert CurvatureGRPOTrainer.__name__ == "CurvatureGRPOTrainer"
-
-
-def test_kernels_never_import_trl_or_transformers():
-    code = "import sys, grpo_kernels; print(sorted({'trl', 'transformers'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("version", ["1.14.2", "1.17.0", "2.0.0", "0.24.0"])
@@ -260,11 +197,3 @@ def test_another_trl_is_refused(version):
         check_trl_version(version)
     check_trl_version("1.15.0")
     check_trl_version("1.16.9")
-
-
-def test_datasets_of_plain_text_work_too(tiny_policy, tmp_path):
-    def even(completions, **kwargs):
-        return [float(len(text) % 2) for text in completions]
-
-    trainer = train(tiny_policy, tmp_path, even, Dataset.from_dict({"prompt": ["1 + 1 =", "2 + 2 ="] * 8}))
-    assert trainer.state.global_step == 2

@@ -6,6 +6,7 @@ the batch went through the model.
 """
 
 import json
+import re
 from itertools import combinations
 
 import pytest
@@ -87,6 +88,8 @@ def test_same_as_trl(setting, passes, tiny_policy, tmp_path):
 
 def check_work_saved(setting, share_run, logs):
     """``share_run``: of the positions that TRL runs. What is logged is what was run."""
+    shares = [value for log in logs for name, value in log.items() if re.fullmatch("compute/.*_frac", name)]
+    assert all(0 <= share <= 1 for share in shares)
     skipping = setting["fused_loss"] and setting["skip_zero_advantage"] and setting["loss_type"] != "vespo"
     if not skipping:
         assert share_run == 1 and all(log["compute/flops_saved_frac"] == 0 for log in logs)

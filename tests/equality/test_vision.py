@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from harness import assert_same_gradients, question, train
+from harness import assert_same_gradients, graded, question, train
 from PIL import Image
+from tiny_models import TINY
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
@@ -34,23 +35,9 @@ TEMPLATE = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{% endfor %}="
 )
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": SIDE,
-    "patch_size": PATCH,
-}
+TEXT = {**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": SIDE, "patch_size": PATCH}
 
 
 def llava(folder):
@@ -64,19 +51,18 @@ def llava(folder):
         vision_feature_select_strategy="full",
         chat_template=TEMPLATE.replace("IMAGE", "<image>"),
     )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(**VISION),
-            text_config=LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
-            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-            vision_feature_select_strategy="full",
-        )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="full",
     )
-    return save(folder, model, processor)
+    return save(folder, LlavaForConditionalGeneration, config, processor)
 
 
-def save(folder, model, processor):
+def save(folder, model_class, config, processor):
+    torch.manual_seed(0)
+    model = model_class(config)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(folder)
     return processor
@@ -93,18 +79,15 @@ def gemma3(folder):
         image_seq_length=4,
         chat_template=TEMPLATE.replace("IMAGE", "<start_of_image>"),
     )
-    torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(
-        Gemma3Config(
-            vision_config=SiglipVisionConfig(**VISION),
-            mm_tokens_per_image=4,
-            text_config=Gemma3TextConfig(**TEXT, vocab_size=len(tokenizer)),
-            image_token_index=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
-            boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),
-            eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
-        )
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**VISION),
+        mm_tokens_per_image=4,
+        text_config=Gemma3TextConfig(**TEXT, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
+        boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),
+        eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
     )
-    return save(folder, model, processor)
+    return save(folder, Gemma3ForConditionalGeneration, config, processor)
 
 
 MODELS = {"llava": llava, "gemma3": gemma3}  # Qwen-VL's processor needs torchvision
@@ -114,17 +97,13 @@ def pictures(count):
     return [Image.new("RGB", (SIDE, SIDE), (40 * i % 256, 90 * i % 256, 200 - 20 * i)) for i in range(count)]
 
 
-def length(completion_ids, **kwargs):
-    return [(sum(ids) % 5) / 4 for ids in completion_ids]
-
-
 def gradients(model, processor, folder, *, images, **options):
     rows = {"prompt": [question(f"What is {i}?") for i in range(8)]}
     if images:
         rows["image"] = pictures(8)
     options |= {"gradient_accumulation_steps": 2, "learning_rate": 0.01, "max_grad_norm": 0.0}
     options |= {"generation_kwargs": None, "processing_class": copy.deepcopy(processor)}
-    return train(model, folder, length, Dataset.from_dict(rows), **options).recorder.gradients
+    return train(model, folder, graded, Dataset.from_dict(rows), **options).recorder.gradients
 
 
 @pytest.mark.parametrize("images", [True, False], ids=["images", "text alone"])

@@ -43,13 +43,8 @@ def bare(trainer_class, **attributes):
 
 
 def score(trainer_class, monkeypatch):
-    trainer = bare(
-        trainer_class,
-        environment_factories=None,
-        tools=None,
-        environments=None,
-        _generate=Mock(side_effect=KeyError("rollouts")),
-    )
+    nothing = dict.fromkeys(["environment_factories", "tools", "environments"])
+    trainer = bare(trainer_class, **nothing, _generate=Mock(side_effect=KeyError("rollouts")))
     with pytest.raises(KeyError, match="rollouts"):  # the first that it needs
         trainer._generate_and_score_completions([{"prompt": "a"}])
     return trainer._generate.call_args.args
@@ -91,20 +86,11 @@ BATCH = {
     "advantages": torch.tensor([1.0, -0.5]),
     "num_items_in_batch": torch.tensor(5),
 }
+OFF = ("aux_loss_enabled", "use_vllm", "vllm_importance_sampling_correction", "use_adaptive_entropy")
 LOSS = {
-    "aux_loss_enabled": False,
-    "top_entropy_quantile": 1.0,
-    "off_policy_mask_threshold": None,
-    "beta": 0.0,
-    "importance_sampling_level": "token",
-    "loss_type": "grpo",
-    "epsilon_low": 0.2,
-    "epsilon_high": 0.2,
-    "use_vllm": False,
-    "vllm_importance_sampling_correction": False,
-    "current_gradient_accumulation_steps": 2,
-    "_entropy_bonus_enabled": False,
-    "use_adaptive_entropy": False,
+    **dict.fromkeys([*OFF, "_entropy_bonus_enabled"], False),
+    **{"loss_type": "grpo", "importance_sampling_level": "token", "beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2},
+    **{"top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "current_gradient_accumulation_steps": 2},
 }
 
 
@@ -133,27 +119,20 @@ def end(trainer_class, monkeypatch):
     return trainer.accelerator.end_training.call_count
 
 
-def whole_training(trainer_class, monkeypatch):
-    monkeypatch.setattr(
-        transformers.Trainer, "train", lambda self, resume=None, *rest, **kwargs: (resume, rest, kwargs)
-    )
-    return bare(trainer_class).train("auto", trial=None)  # not looked for
+def of_transformers(name, *arguments, **named):
+    """A case: what the method of transformers' Trainer gets."""
 
+    def case(trainer_class, monkeypatch):
+        monkeypatch.setattr(transformers.Trainer, name, lambda self, *args, **kwargs: (args, kwargs))
+        return getattr(bare(trainer_class), name)(*arguments, **named)
 
-def evaluation(trainer_class, monkeypatch):
-    monkeypatch.setattr(transformers.Trainer, "evaluate", lambda self, *args, **kwargs: (args, kwargs))
-    return bare(trainer_class).evaluate("held out", metric_key_prefix="test")
-
-
-def prediction(trainer_class, monkeypatch):
-    monkeypatch.setattr(transformers.Trainer, "predict", lambda self, *args, **kwargs: (args, kwargs))
-    return bare(trainer_class).predict("held out", metric_key_prefix="test")
+    return case
 
 
 CASES = {
-    "train": whole_training,
-    "evaluate": evaluation,
-    "predict": prediction,
+    "train": of_transformers("train", "auto", trial=None),  # not looked for
+    "evaluate": of_transformers("evaluate", "held out", metric_key_prefix="test"),
+    "predict": of_transformers("predict", "held out", metric_key_prefix="test"),
     "_generate_and_score_completions": score,
     "_get_per_token_logps_and_entropies": log_probs,
     "_prepare_inputs": inputs,

@@ -1,10 +1,8 @@
 """What is logged of the work that skipping saves, and log-probs that wait until rewards say which are needed."""
 
-import logging
-
 import pytest
 import torch
-from harness import build, digits, logged, loss_batches, messages, reward_with_dead, table, train
+from harness import FOUR, build, digits, logged, loss_batches, messages, reward_with_dead, table, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import TrainerCallback
@@ -12,11 +10,10 @@ from transformers.integrations import neftune
 from trl import GRPOTrainer
 
 from trl_ext import CurvatureGRPOTrainer, read_interference
+from trl_ext.compat import read_loss_settings
+from trl_ext.options import read_options
 from trl_ext.plan import log_probs
 from trl_ext.plan.log_probs import why_not_postponed
-
-# an optimizer step of 16 sequences in four micro-batches
-FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
 
 
 def test_entropy_live_is_of_what_has_a_gradient(tiny_policy, tmp_path):
@@ -24,18 +21,19 @@ def test_entropy_live_is_of_what_has_a_gradient(tiny_policy, tmp_path):
     start = {name: value.clone() for name, value in whole.model.state_dict().items()}
     batches = [inputs for inputs, _ in loss_batches(whole)]
     whole.model.load_state_dict(start)
-    rows = []
+    entropies = []
     for inputs in batches:
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        ids, mask = (
+            torch.cat([inputs[f"{part}_{what}"] for part in ("prompt", "completion")], 1) for what in ("ids", "mask")
+        )
         with torch.no_grad():
             logits = whole.model(input_ids=ids, attention_mask=mask).logits
         logp = logits[:, -inputs["completion_ids"].shape[1] - 1 : -1].float().log_softmax(-1)
         live = inputs["completion_mask"].bool() & (inputs["advantages"] != 0)[:, None]
-        rows.append(-(logp.exp() * logp).sum(-1)[live])
+        entropies.append(-(logp.exp() * logp).sum(-1)[live])
+    entropy = torch.cat(entropies)
+    assert len(entropy) > 0
     trainer = train(tiny_policy, tmp_path, reward_with_dead(0.5), **FOUR, max_steps=1)
-    entropy = torch.cat(rows)
-    assert 0 < len(entropy)
     assert logged(trainer)[0]["entropy_live"] == pytest.approx(entropy.mean().item(), rel=1e-5)
 
 
@@ -82,7 +80,7 @@ def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
 
 def test_vllms_correction_keeps_old_log_probs_complete(tiny_policy, tmp_path):
     def why(trainer):
-        return why_not_postponed(trainer._parts.run.options, trainer._parts.loss_settings(), None)
+        return why_not_postponed(read_options(trainer.args), read_loss_settings(trainer), None)
 
     trainer = build(tiny_policy, tmp_path)
     assert why(trainer) is None
@@ -90,26 +88,29 @@ def test_vllms_correction_keeps_old_log_probs_complete(tiny_policy, tmp_path):
     assert "vLLM" in why(trainer)
     trainer.vllm_importance_sampling_correction = False
     assert why(trainer) is None
-    assert "skip_zero_advantage" in why(build(tiny_policy, tmp_path, skip_zero_advantage=False))
+    trainer.args.skip_zero_advantage = False
+    assert "skip_zero_advantage" in why(trainer)
 
 
 def test_interference_counts_what_was_skipped(tiny_policy, tmp_path):
     """The same prompts, metrics and Gram matrix, whether dead sequences ran or not."""
     options = {"interference_every": 1, "interference_dim": 0, "gradient_accumulation_steps": 4}
 
-    def gram(folder, skip):
-        trainer = train(tiny_policy, folder, reward_with_dead(0.5), skip_zero_advantage=skip, **options)
-        return read_interference(folder), trainer.recorder.logs
+    def records_and_logs(skip):
+        folder = tmp_path / str(skip)
+        logs = train(tiny_policy, folder, reward_with_dead(0.5), skip_zero_advantage=skip, **options).recorder.logs
+        return read_interference(folder), logs
 
-    (ours, our_logs), (whole, whole_logs) = gram(tmp_path / "a", True), gram(tmp_path / "b", False)
+    def sorted_gram(record):
+        """Its rows by prompt and reward, whatever micro-batch they ran in."""
+        keys = [*zip(record.prompt_B, record.reward_B, record.gram_BB.diagonal().round(6), strict=True)]
+        order = sorted(range(32), key=keys.__getitem__)
+        return record.gram_BB[order][:, order]
+
+    (ours, our_logs), (whole, whole_logs) = records_and_logs(True), records_and_logs(False)
     for a, b in zip(ours, whole, strict=True):
         assert sorted(a.prompt_B) == sorted(b.prompt_B)
-        order_a, order_b = (
-            sorted(range(32), key=lambda i, r=r: (r.prompt_B[i], r.reward_B[i], round(r.gram_BB[i, i], 6)))
-            for r in (a, b)
-        )
-        scale = abs(b.gram_BB).max()
-        assert abs(a.gram_BB[order_a][:, order_a] - b.gram_BB[order_b][:, order_b]).max() < 1e-4 * scale
+        assert abs(sorted_gram(a) - sorted_gram(b)).max() < 1e-4 * abs(b.gram_BB).max()
     for ours_log, whole_log in zip(our_logs, whole_logs, strict=True):
         for name, value in whole_log.items():
             if name == "interference/feature_cos_abs_mean":  # of all prompts: of those that ran it has another name
@@ -183,44 +184,38 @@ def test_a_filler_without_tokens_takes_no_layer_away(tiny_policy, tmp_path, capl
 def test_neftune_keeps_rows_as_they_are(tiny_policy, tmp_path, monkeypatch, caplog):
     """The noise on an embedding is at most alpha / sqrt(length of the row * width): a row keeps TRL's length."""
     noisy = neftune.neftune_post_forward_hook
-    results = []
-    for trainer_class in (GRPOTrainer, CurvatureGRPOTrainer):
+
+    def row_lengths(trainer_class):
         lengths = set()
 
-        def keep(module, args, output, lengths=lengths):
+        def keep(module, args, output):
             if module.training and torch.is_grad_enabled():
                 lengths.add(output.shape[1])
             return noisy(module, args, output)
 
         monkeypatch.setattr(neftune, "neftune_post_forward_hook", keep)
         options = {"per_device_train_batch_size": 16, "neftune_noise_alpha": 5.0, "trainer_class": trainer_class}
-        with caplog.at_level(logging.WARNING, logger="trl_ext"):
-            train(tiny_policy, tmp_path, **options)
-        results.append(lengths)
-    theirs, ours = results
+        train(tiny_policy, tmp_path, **options)
+        return lengths
+
+    theirs, ours = row_lengths(GRPOTrainer), row_lengths(CurvatureGRPOTrainer)
     assert ours and ours <= theirs
     assert len(messages(caplog, "NEFTune's noise depends on the length of a row")) == 1
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    options=st.fixed_dictionaries(
-        {
-            "share_prompts": st.booleans(),
-            "skip_zero_advantage": st.booleans(),
-            "beta": st.sampled_from([0.0, 0.05]),
-            "pad_to_multiple_of": st.sampled_from([None, 8]),
-            "interference_every": st.sampled_from([0, 1]),
-            "gradient_accumulation_steps": st.sampled_from([1, 4]),
-        }
-    ),
+    flags=st.tuples(st.booleans(), st.booleans()),
+    beta=st.sampled_from([0.0, 0.05]),
+    pad_to_multiple_of=st.sampled_from([None, 8]),
+    interference_every=st.sampled_from([0, 1]),
+    gradient_accumulation_steps=st.sampled_from([1, 4]),
     dead=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_shares_of_work_are_shares(options, dead, tiny_policy, tmp_path):
-    rows = 16 // options["gradient_accumulation_steps"]
-    trainer = train(
-        tiny_policy, tmp_path, reward_with_dead(dead), max_steps=1, per_device_train_batch_size=rows, **options
-    )
+def test_shares_of_work_are_shares(flags, dead, tiny_policy, tmp_path, **options):
+    options |= dict(zip(("share_prompts", "skip_zero_advantage"), flags, strict=True))
+    options["per_device_train_batch_size"] = 16 // options["gradient_accumulation_steps"]
+    trainer = train(tiny_policy, tmp_path, reward_with_dead(dead), max_steps=1, **options)
     (entry,) = logged(trainer, "compute/micro_batches")
     shares = {name: value for name, value in entry.items() if name.startswith("compute/") and name.endswith("_frac")}
     assert shares and all(0 <= value <= 1 for value in shares.values()), shares
