@@ -1,7 +1,7 @@
 """Stock TRL and our trainer on one tiny model of an architecture: do the gradients agree, and who did what.
 
 ``examine(name, lora)`` runs it, ``examine(name, no_adapter)`` trains everything;
-``python tests/architecture_sweep.py`` writes docs/architectures.md.
+``python tests/architecture_sweep.py`` writes the tables of docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+import harness
 import torch
 from accelerate import Accelerator
 from adapters import KINDS
@@ -52,31 +54,6 @@ OPTIONS = {
     "seed": 3,
 }
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
-HEADER = """# Architectures
-
-Every causal architecture of transformers that one set of tiny sizes builds (`tests/architectures.py`), with random
-weights: three SGD steps of stock TRL and of `CurvatureGRPOTrainer` on the same stored rollouts, of which a quarter has
-no gradient. *right*: with skipping on and off, and with prompts that run once where the model allows it (*prompts
-shared*), each step's whole gradient is TRL's to 1e-5; the number is the largest
-relative distance (where TRL's own gradient moves further when it is padded otherwise, to three times that). *neither
-trains it*: TRL and we end with the error in brackets. *followed*: the share of the squared gradient that interference
-logging follows, each sequence's part of each parameter compared with a backward of its own; and what it left out by
-itself, since it isn't what a layer of that kind does.
-
-Made by `python tests/architecture_sweep.py`; a part of it runs with every test run, all of it nightly.
-
-| architecture | full | LoRA | what runs | followed, full | followed, LoRA |
-|---|---|---|---|---|---|
-"""
-
-ADAPTERS = """
-# Adapters
-
-Every kind of peft, on the tiny Llama, in the same way.
-
-| adapter | gradient | what runs | followed |
-|---|---|---|---|
-"""
 
 
 def rollouts() -> tuple[list[list[int]], list[list[int]]]:
@@ -96,8 +73,7 @@ def reward(prompts, completion_ids, **kwargs):
 
 
 def lora() -> LoraConfig:
-    """On every Linear but the head."""
-    return LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    return harness.lora(task_type="CAUSAL_LM")
 
 
 def move_from_the_start(model: torch.nn.Module) -> None:
@@ -347,7 +323,14 @@ def main() -> None:
             adapters.append(f"| {kind} | {cell(row)} | {row.runs} | {sketched(row)} |")
             print(adapters[-1], flush=True)
     if not asked:
-        PAGE.write_text("\n".join([HEADER + "\n".join(models), ADAPTERS + "\n".join(adapters), ""]))
+        write_page(models, adapters)
+
+
+def write_page(*tables: list[str]) -> None:
+    """Replaces the rows of the page's tables; its text stays."""
+    rows = iter(tables)
+    text = re.sub(r"(\|[-|]+\|\n)(\|.*\n)*", lambda head: head[1] + "\n".join([*next(rows), ""]), PAGE.read_text())
+    PAGE.write_text(text)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 import pytest
 import torch
 from harness import FOUR, build, digits, logged, loss_batches, messages, reward_with_dead, table, train
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from transformers import TrainerCallback
 from transformers.integrations import neftune
 from trl import GRPOTrainer
@@ -201,21 +199,3 @@ def test_neftune_keeps_rows_as_they_are(tiny_policy, tmp_path, monkeypatch, capl
     theirs, ours = row_lengths(GRPOTrainer), row_lengths(CurvatureGRPOTrainer)
     assert ours and ours <= theirs
     assert len(messages(caplog, "NEFTune's noise depends on the length of a row")) == 1
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    flags=st.tuples(st.booleans(), st.booleans()),
-    beta=st.sampled_from([0.0, 0.05]),
-    pad_to_multiple_of=st.sampled_from([None, 8]),
-    interference_every=st.sampled_from([0, 1]),
-    gradient_accumulation_steps=st.sampled_from([1, 4]),
-    dead=st.sampled_from([0.0, 0.5, 1.0]),
-)
-def test_shares_of_work_are_shares(flags, dead, tiny_policy, tmp_path, **options):
-    options |= dict(zip(("share_prompts", "skip_zero_advantage"), flags, strict=True))
-    options["per_device_train_batch_size"] = 16 // options["gradient_accumulation_steps"]
-    trainer = train(tiny_policy, tmp_path, reward_with_dead(dead), max_steps=1, **options)
-    (entry,) = logged(trainer, "compute/micro_batches")
-    shares = {name: value for name, value in entry.items() if name.startswith("compute/") and name.endswith("_frac")}
-    assert shares and all(0 <= value <= 1 for value in shares.values()), shares
