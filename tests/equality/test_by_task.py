@@ -7,7 +7,6 @@ import pytest
 import torch
 from harness import build, by_length, logged, prompts, train, two_tasks
 from kernel_inputs import step_of
-from two_process_worker import run_processes
 
 from grpo_kernels import Normalized
 from grpo_kernels.interference.step_gradients import group_by_prompt
@@ -167,21 +166,6 @@ def test_what_a_run_logs_of_its_tasks(run_of_tasks):
         for row in record.what_if["rows"].values():
             assert set(row["tasks"]) == {"up", "down"}
             assert row["tasks"]["up"]["share"] + row["tasks"]["down"]["share"] == pytest.approx(1, abs=1e-4)
-
-
-def test_two_processes_log_what_one_does(tiny_policy, tmp_path):
-    """Names are exchanged once; each process has prompts that the other doesn't know."""
-    options = {"interference_every": 1, "skip_zero_advantage": False}
-    one = run_processes(1, tiny_policy, tmp_path / "one", **options)[0]
-    two = run_processes(2, tiny_policy, tmp_path / "two", **options)
-    seen = 0
-    for rank in (0, 1):
-        for ours, theirs in zip(two[rank]["logs"], one["logs"], strict=True):
-            names = [name for name in theirs if name.startswith("tasks/")]
-            for name in names if rank == 0 or "reward" in ours else ():
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
-                seen += 1
-    assert seen >= 2 * 3 * 8
 
 
 def test_the_commands_and_the_report(run_of_tasks, tmp_path):

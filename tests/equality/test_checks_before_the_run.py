@@ -1,6 +1,8 @@
 """A check before the run looks at stored columns alone, runs no code of the user's and draws no random number; what TRL
 trains is trained."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -51,10 +53,15 @@ def test_no_random_number_is_drawn_before_the_run(tiny_policy, tmp_path):
     assert torch.equal(states[0][0], states[1][0]) and (states[0][1] == states[1][1]).all()
 
 
-def test_a_bounded_number_of_rows_is_read():
-    many = Dataset.from_dict({"prompt": [f"{i}" for i in range(3000)]})
-    assert len(list(run_checks._stored_prompts(many))) == run_checks.MOST_ROWS == 1000
-    assert len(list(run_checks._stored_prompts(many, None))) == 3000
+@pytest.mark.parametrize(("row", "read"), [(999, True), (1000, False)])
+def test_a_bounded_number_of_rows_is_read(row, read):
+    texts = [question("1 + 1 =")] * 1200
+    texts[row] = []
+    dataset = Dataset.from_dict({"prompt": texts})
+    assert run_checks.rows_within(dataset, None, None) == [*range(1200)]  # which the example asks for, are all
+    config = CurvatureGRPOConfig("unused", report_to="none", use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=f"row {row} is empty") if read else nullcontext():
+        run_checks.check_before_model(config, (dataset,), {})
 
 
 class Counter:

@@ -1,7 +1,6 @@
 """A layer is held to the precision of its own products: nothing is left out for autocast or TF32, and a wrong one is
 found all the same."""
 
-import logging
 from contextlib import contextmanager
 
 import pytest
@@ -18,7 +17,8 @@ from grpo_kernels.interference.gradient_sketch import GradientSketch
 def coverage(tiny_policy, tmp_path, caplog):
     """A function that trains, and gives the coverage of each step and the warnings on layers."""
 
-    def train(*, around=None, change=None, **options):
+    def train(*, around=None, change=None, products="highest", **options):
+        torch.set_float32_matmul_precision(products)
         load = {"dtype": torch.float32, **options.pop("load", {})}
         model = AutoModelForCausalLM.from_pretrained(tiny_policy, **load)
         if change is not None:
@@ -28,12 +28,13 @@ def coverage(tiny_policy, tmp_path, caplog):
         if around is not None:
             inner = trainer.compute_loss_context_manager
             trainer.compute_loss_context_manager = lambda: around(inner())
-        with caplog.at_level(logging.WARNING, logger="trl_ext"):
-            trainer.train()
+        trainer.train()
         found = [log["interference/coverage"] for log in logged(trainer, "interference/coverage")]
         return found, messages(caplog, "leaves out")
 
-    return train
+    before = torch.get_float32_matmul_precision()
+    yield train
+    torch.set_float32_matmul_precision(before)
 
 
 def users_own(dtype):
@@ -47,17 +48,11 @@ def users_own(dtype):
     return both
 
 
-@pytest.fixture
-def rounded_float32():
-    """float32 multiplied as bfloat16, what TF32 is on a GPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
+ROUNDED = {"products": "medium"}  # float32 multiplied as bfloat16, what TF32 is on a GPU
 CASES = {
     "float32": {},
+    "rounded float32": ROUNDED,
+    "rounded float32, autocast too": {"bf16": True, **ROUNDED},
     "autocast by accelerate": {"bf16": True},
     "autocast by the user": {"around": users_own(torch.bfloat16)},
     "float16 autocast by the user": {"around": users_own(torch.float16)},
@@ -74,18 +69,8 @@ def test_nothing_is_left_out_for_its_precision(case, coverage):
     assert len(found) == 3 and min(found) > 0.99 and said == []
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "autocast too"])
-def test_nothing_is_left_out_where_float32_is_rounded(options, coverage, rounded_float32):
-    found, said = coverage(**options)
-    assert len(found) == 3 and min(found) > 0.99 and said == []
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"bf16": True}, {"around": users_own(torch.bfloat16)}],
-    ids=["float32", "autocast by accelerate", "autocast by the user"],
-)
-def test_a_wrong_layer_is_found_all_the_same(options, coverage):
+@pytest.mark.parametrize("case", ["float32", "autocast by accelerate", "autocast by the user"])
+def test_a_wrong_layer_is_found_all_the_same(case, coverage):
     """A weight that is also used without its layer has a gradient that the taps see a part of."""
 
     def used_twice(model):
@@ -93,7 +78,7 @@ def test_a_wrong_layer_is_found_all_the_same(options, coverage):
         inner = layer.forward
         layer.forward = lambda x: inner(x) + 0.5 * nn.functional.linear(layer.up_proj(x), layer.down_proj.weight)
 
-    found, said = coverage(change=used_twice, **options)
+    found, said = coverage(change=used_twice, **CASES[case])
     assert len(said) == 1 and "down_proj" in said[0] and "up_proj" not in said[0]
     assert all(0.05 < share < 0.999 for share in found)
 
