@@ -1,6 +1,8 @@
 """How often a plan waits for the device: as often for 256 sequences as for 64."""
 
 import collections
+import contextlib
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,25 +17,23 @@ WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select
 class Reads(TorchDispatchMode):
     """Counts what waits for a device: values read one by one, ``tolist``, ``numpy``, ``cpu`` and boolean indices."""
 
-    def __init__(self):
-        super().__init__()
-        self.found = collections.Counter()
-        self._patched = {}
-
     def __enter__(self):
+        self.found, self._patches = collections.Counter(), contextlib.ExitStack()
         for name in ("tolist", "cpu", "numpy"):
-            method = self._patched[name] = getattr(torch.Tensor, name)
-
-            def counted(tensor, *args, _name=name, _method=method, **kwargs):
-                self.found[_name] += 1
-                return _method(tensor, *args, **kwargs)
-
-            setattr(torch.Tensor, name, counted)
+            self._patches.enter_context(mock.patch.object(torch.Tensor, name, self._counted(name)))
         return super().__enter__()
 
+    def _counted(self, name):
+        method = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, **kwargs):
+            self.found[name] += 1
+            return method(tensor, *args, **kwargs)
+
+        return counted
+
     def __exit__(self, *error):
-        for name, method in self._patched.items():
-            setattr(torch.Tensor, name, method)
+        self._patches.close()
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
