@@ -19,12 +19,18 @@ def of_result(name, change):
     """A case: a subclass whose method ``name`` returns ``change`` of what the method of its base returned."""
 
     def case(base):
-        return type(
-            "Own", (base,), {name: lambda self, *args, **kwargs: change(getattr(base, name)(self, *args, **kwargs))}
-        )
+        def method(self, *arguments, **named):
+            return change(getattr(base, name)(self, *arguments, **named))
+
+        return type("Own", (base,), {name: method})
 
     case.__name__ = name
     return case
+
+
+def of_batch(change):
+    """The same of a scored batch, in which ``change`` replaces some columns."""
+    return of_result("_generate_and_score_completions", lambda out: {**out, **change(out)})
 
 
 def of_static(name, change):
@@ -65,21 +71,14 @@ def two_tokens_masked(found):
 
 log_probs = of_result("_get_per_token_logps_and_entropies", first(lambda logps: 2 * logps))
 rewards = of_result("_calculate_rewards", lambda found: (found - 0.3).square())
-advantages = of_result("_generate_and_score_completions", lambda out: {**out, "advantages": -2 * out["advantages"]})
-token_advantages = of_result(
-    "_generate_and_score_completions",
-    lambda out: {**out, "advantages": -2 * out["advantages"][:, None].expand(out["completion_ids"].shape)},
+advantages = of_batch(lambda out: {"advantages": -2 * out["advantages"]})
+token_advantages = of_batch(
+    lambda out: {"advantages": -2 * out["advantages"][:, None].expand_as(out["completion_ids"])}
 )
+batch_mask = of_batch(lambda out: {"completion_mask": out["completion_mask"] * (out["completion_mask"].cumsum(1) <= 3)})
 trls_keys = of_result(
     "_generate_and_score_completions",
     lambda out: {name: 2 * out[name] if name == "advantages" else out[name] for name in TRLS_KEYS & out.keys()},
-)
-batch_mask = of_result(
-    "_generate_and_score_completions",
-    lambda out: {
-        **out,
-        "completion_mask": out["completion_mask"] * (torch.arange(out["completion_mask"].shape[1]) < 3),
-    },
 )
 generation = of_result("_generate_single_turn", first(lambda ids: [row[:5] for row in ids]))
 inputs = of_result("_prepare_inputs", lambda batch: {**batch, "advantages": batch["advantages"] + 0.5})
