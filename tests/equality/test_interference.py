@@ -18,6 +18,7 @@ from harness import (
     train,
 )
 from transformers import TrainerCallback
+from two_process_worker import run_processes
 
 from trl_ext import read_interference
 from trl_ext.recorder import recorder as interference_recorder
@@ -145,6 +146,18 @@ def test_phase_and_constant_are_saved(tiny_policy, tmp_path):
         train(tiny_policy, tmp_path, by_length, **options)
         state = json.loads((tmp_path / f"checkpoint-{steps}" / "trainer_state.json").read_text())
         assert state["stateful_callbacks"]["CurvatureGRPOTrainer"]["interference"]["speedup"]["steps"] == steps
+
+
+def test_two_processes_see_what_one_does(tiny_policy, tmp_path):
+    for count, name in ((1, "one"), (2, "two")):
+        run_processes(count, tiny_policy, tmp_path / name, interference_every=1, interference_dim=16, loss_type="grpo")
+    ours, theirs = read_interference(tmp_path / "two"), read_interference(tmp_path / "one")
+    assert len(ours) == len(theirs) == 3
+    for record, whole in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(record.prompt_key_P, whole.prompt_key_P)
+        np.testing.assert_allclose(record.gram_PP, whole.gram_PP, rtol=1e-3, atol=1e-4 * np.abs(whole.gram_PP).max())
+        for name in ("interference/sketch_check", "interference/feature_cos_abs_mean_live"):
+            assert record.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-3)
 
 
 def test_layers_can_be_chosen(tiny_policy, tmp_path):

@@ -111,8 +111,7 @@ def test_a_pass_that_fails_is_the_last(why, tiny_policy, tmp_path, monkeypatch, 
         options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     else:
         monkeypatch.setattr(CurvatureGRPOTrainer, "_score_with_graph", lambda self, batch: 1 / 0)
-    with caplog.at_level("WARNING"):
-        trainer = train(tiny_policy, tmp_path, half_dead, **options)
+    trainer = train(tiny_policy, tmp_path, half_dead, **options)
     (said,) = messages(caplog, "what_if_dead=True")
     assert ("use_reentrant" if why == "reentrant" else "ZeroDivisionError") in said
     logs = logged(trainer)
@@ -131,18 +130,23 @@ def test_off_policy_nothing_is_scored(tiny_policy, tmp_path, monkeypatch):
 
 
 def test_two_processes(tiny_policy, tmp_path):
-    """Each scores its own: the table is that of one process with the same rollouts, and training TRL's way as ever."""
+    """Each scores its own sequences and knows its own prompts' tasks alone: both log what one process logs with the
+    same rollouts, and training is what it is without."""
     options = {"interference_every": 1, "interference_dim": 0, "loss_type": "grpo", "dead": 0.5, "learning_rate": 0.01}
     one = run_processes(1, tiny_policy, tmp_path / "one", what_if_dead=True, **options)[0]
     two = run_processes(2, tiny_policy, tmp_path / "two", what_if_dead=True, **options)
     without = run_processes(2, tiny_policy, tmp_path / "without", **options)
-    for record in read_interference(tmp_path / "two"):  # each process knows the tasks of its own prompts alone
-        assert record.task_P is not None and set(record.task_P) <= {"down", "up"}
-        assert record.task_P == next(r for r in read_interference(tmp_path / "one") if r.step == record.step).task_P
+    records = [read_interference(tmp_path / name) for name in ("two", "one")]
+    assert len(records[0]) == len(records[1]) == 3
+    for ours, theirs in zip(*records, strict=True):
+        assert ours.task_P == theirs.task_P and set(ours.task_P) <= {"down", "up"}
     told = [name for log in one["logs"] for name in log if name.startswith("what_if/global/")]
     assert len(told) >= 3 and not any("what_if/global/cos" in log for log in without[0]["logs"])
-    for log, expected in zip(two[0]["logs"], one["logs"], strict=True):
-        for name in (name for name in expected if name.startswith(("what_if/", "noise/"))):
-            assert log[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    for rank, prefixes in ((0, ("what_if/", "noise/", "tasks/")), (1, ("tasks/",))):
+        for log, expected in zip(two[rank]["logs"], one["logs"], strict=True):
+            names = [name for name in expected if name.startswith(prefixes) and (rank == 0 or "reward" in log)]
+            assert len(names) >= 8 * ("reward" in log)
+            for name in names:
+                assert log[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
     for other in (two[1], without[0]):
         torch.testing.assert_close(two[0]["parameters"], other["parameters"], rtol=0, atol=0)
