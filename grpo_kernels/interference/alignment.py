@@ -1,0 +1,157 @@
+"""How aligned the prompts' gradients are once the noise of their few answers is removed, with a confidence interval.
+
+Shapes: P prompts of a step.
+
+gamma_p is the gradient that prompt p has in expectation over answers. The alignment of a run is::
+
+    alignment = E <gamma_p, gamma_q> / E |gamma_p|^2        p and q different prompts
+
+It is the mean cosine where all gamma_p have one length, and elsewhere a mean cosine weighed by length: prompts of one
+direction reach (E |gamma|)^2 / E |gamma|^2, which is 0.68 where half of the pass rates are 0.5 and half 0.05. A step
+of P prompts has the expected squared length P E |gamma|^2 (1 + (P - 1) alignment).
+
+Both expectations have estimates without bias (``metrics.signal`` for the second), summed over *all* prompts, those of
+equal rewards as zeros. Ratios pair by pair, over live prompts alone, don't estimate it: a prompt is live by chance,
+and the product of two lengths counts that chance twice, so that a cosine of 0.3 reads 7 at a pass rate of 0.03.
+
+The interval is Fieller's, of a ratio of two means. The variances of the means within a step are those of U-statistics
+(Hoeffding 1948). N is the mean of K_pq over ordered pairs, D the mean of V_p, K12 K13 the product of two pairs that
+share a prompt, and each expectation the mean over all such tuples of different prompts::
+
+    var N = (4 (P - 2) (E K12 K13 - E K12 K34) + 2 (E K12^2 - E K12 K34)) / (P (P - 1))
+    var D = var V_p / P
+    cov(N, D) = 2 (E K12 V1 - E K12 V3) / P
+
+``examples/paper/alignment.py`` simulates how often the interval holds the truth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+
+import torch
+
+from .metrics import signal
+from .step_gradients import PromptGroups
+
+WINDOW = 20  # logged steps
+FEWEST_PROMPTS = 4  # for products of two pairs that share no prompt
+SIGNAL_ERRORS = 4.0  # standard errors that the mean signal must be above 0; 16 / G with fewer than 4 answers
+NORMAL_QUANTILE = 1.959964  # of a 95 % interval
+
+
+@dataclass(frozen=True)
+class StepMoments:
+    """What one step adds to the pooled estimate.
+
+    Attributes:
+        cross: N, the mean of <g_p, g_q> over pairs of different prompts.
+        signal: D, the mean over prompts of V_p, an estimate of |gamma_p|^2.
+        cross_variance: estimated variance of ``cross``.
+        covariance: of ``cross`` and ``signal``.
+        signal_variance: estimated variance of ``signal``.
+        errors_needed: the standard errors that ``signal`` must be above 0.
+    """
+
+    cross: float
+    signal: float
+    cross_variance: float
+    covariance: float
+    signal_variance: float
+    errors_needed: float
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """A pooled estimate with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def step_moments(groups: PromptGroups) -> StepMoments | None:
+    """Returns a step's moments; None with fewer than four prompts, or where a prompt has one sequence.
+
+    Args:
+        groups: every prompt of the step, those of equal rewards too; gradients of rewards less their group's mean
+            (``raw_groups``), or gradients as trained.
+    """
+    signal_P = signal(groups)
+    if len(signal_P) < FEWEST_PROMPTS or signal_P.isnan().any():
+        return None
+    needed = errors_needed(float(groups.count_P.min()))
+    return StepMoments(*moments(groups.gram_PP, signal_P).tolist(), needed)
+
+
+def errors_needed(answers: float) -> float:
+    """The standard errors that the mean signal must be above 0, with so many answers to a prompt."""
+    return max(SIGNAL_ERRORS, 16 / answers)
+
+
+def moments(gram_PP: torch.Tensor, signal_P: torch.Tensor) -> torch.Tensor:
+    """(..., 5): the first five of ``StepMoments``, from (..., P, P) and (..., P)."""
+    n = signal_P.shape[-1]
+    gram_PP = gram_PP - torch.diag_embed(gram_PP.diagonal(dim1=-2, dim2=-1))
+    row_P = gram_PP.sum(-1)
+    total, squares, rows = row_P.sum(-1), gram_PP.square().sum((-1, -2)), row_P.square().sum(-1)
+    pairs, triples = n * (n - 1), n * (n - 1) * (n - 2)
+    same = squares / pairs  # E K12^2
+    one_shared = (rows - squares) / triples  # E K12 K13
+    none_shared = (total.square() - 4 * rows + 2 * squares) / (triples * (n - 3))  # E K12 K34
+    cross_variance = (4 * (n - 2) * (one_shared - none_shared) + 2 * (same - none_shared)) / pairs
+    with_own = (row_P * signal_P).sum(-1)
+    covariance = 2 / n * (with_own / pairs - (total * signal_P.sum(-1) - 2 * with_own) / triples)
+    return torch.stack([total / pairs, signal_P.mean(-1), cross_variance, covariance, signal_P.var(-1) / n], dim=-1)
+
+
+def pooled_alignment(steps: Sequence[StepMoments]) -> Alignment | None:
+    """Returns the ratio of the steps' mean moments with Fieller's interval.
+
+    None where the mean signal isn't ``errors_needed`` standard errors above 0: nothing can be said then.
+    """
+    if not steps:
+        return None
+    n = len(steps)
+    cross, length, *variances = (sum(column) / n for column in list(zip(*map(astuple, steps), strict=True))[:5])
+    cross_variance, covariance, length_variance = (max(variances[0], 0.0) / n, variances[1] / n, variances[2] / n)
+    error = math.sqrt(length_variance)
+    if length <= 0 or length <= max(one.errors_needed for one in steps) * error:
+        return None
+    z2 = _quantile((length / error) ** 2 if error else math.inf) ** 2
+    a = length**2 - z2 * length_variance
+    b = cross * length - z2 * covariance
+    c = cross**2 - z2 * cross_variance
+    half = math.sqrt(max(b**2 - a * c, 0.0))
+    return Alignment(cross / length, (b - half) / a, (b + half) / a)
+
+
+def _quantile(freedom: float) -> float:
+    """Student's 97.5 % quantile (Cornish-Fisher to second order). ``freedom``: the number of prompts of equal signal
+    that would have the same relative error."""
+    z = NORMAL_QUANTILE
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+class PooledAlignment:
+    """The alignment over the latest ``WINDOW`` logged steps."""
+
+    def __init__(self) -> None:
+        self.steps: deque[StepMoments] = deque(maxlen=WINDOW)
+
+    def observe(self, moments: StepMoments | None) -> Alignment | None:
+        """Adds a step, if it has moments, and returns the estimate; None where nothing can be said."""
+        if moments is not None:
+            self.steps.append(moments)
+        return pooled_alignment(self.steps)
+
+    def state_dict(self) -> list[dict[str, float]]:
+        """Plain numbers, for JSON."""
+        return [asdict(one) for one in self.steps]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, float]]) -> None:
+        """Takes over what ``state_dict`` returned."""
+        self.steps = deque((StepMoments(**one) for one in state), maxlen=WINDOW)
