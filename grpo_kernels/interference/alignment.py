@@ -84,7 +84,7 @@ def step_moments(groups: PromptGroups) -> StepMoments | None:
     if len(signal_P) < FEWEST_PROMPTS or signal_P.isnan().any():
         return None
     needed = errors_needed(float(groups.count_P.min()))
-    return StepMoments(*moments(groups.gram_PP, signal_P).tolist(), needed)
+    return StepMoments(*[*moments(groups.gram_PP, signal_P).tolist(), needed])
 
 
 def errors_needed(answers: float) -> float:
