@@ -55,9 +55,9 @@ def _interfering(pairs: dict[tuple[str, str], tuple[list[int], list[float]]]) ->
         )
     against = [text for mean, text in sorted(apart) if mean < 0]
     along = [text for mean, text in sorted(apart, reverse=True) if mean > 0]
-    told = [f"against one another: {', '.join(against[:3])}"] if against else []
-    told += [f"along with one another: {', '.join(along[:3])}"] if along else []
-    return f"Gradients of tasks that go {'; '.join(told)}."
+    groups = [f"against one another: {', '.join(against[:3])}"] if against else []
+    groups += [f"along with one another: {', '.join(along[:3])}"] if along else []
+    return f"Gradients of tasks that go {'; '.join(groups)}."
 
 
 def _weakest(run: Run, names: list[str]) -> list[str]:

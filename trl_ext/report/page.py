@@ -68,7 +68,7 @@ class Part:
     height: int = 0
     pairs: list[tuple[str, Pair]] = field(default_factory=list)
     methods: list[tuple[str, Method]] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     completions: dict[int, list[SampledAnswer]] = field(default_factory=dict)
 
 
@@ -149,11 +149,11 @@ def _what_if(numbers: ReportNumbers, whose: str) -> list[Part]:
     absent: dict[str, list[str]] = {}
     for name, (_, reason) in table.absent.items():
         absent.setdefault(reason, []).append(name)
-    told = [*table.remarks(), *(f"Not told: {', '.join(names)} ({reason})." for reason, names in absent.items())]
+    remarks = [*table.remarks(), *(f"Not told: {', '.join(names)} ({reason})." for reason, names in absent.items())]
     title = f"{whose}Against {table.used or 'the step taken'}"
     return [
         _chart(charts.what_if(table.methods), f"{whose}Direction and length", 340, shape="tall"),
-        Part(title, shape="tall", methods=table.by_cosine, told=told),
+        Part(title, shape="tall", methods=table.by_cosine, remarks=remarks),
     ]
 
 
@@ -183,7 +183,7 @@ def _tasks(numbers: ReportNumbers, whose: str) -> list[Part]:
     if numbers.tasks is None:
         return []
     chart = _chart(charts.tasks(numbers.tasks), f"{whose}Task against task", 340, shape="tall")
-    return [*(Part(note=whose + told, shape="wide") for told in numbers.tasks.told), chart]
+    return [*(Part(note=whose + text, shape="wide") for text in numbers.tasks.told), chart]
 
 
 def _curvature(numbers: ReportNumbers, whose: str) -> list[Part]:

@@ -70,8 +70,8 @@ def _learned(run: Run) -> str:
                 f"Too early to tell whether it learned: {label} {first}, {last}, measured {len(values)} times "
                 f"(it takes {LEAST_POINTS})."
             )
-        told = f" (a difference has an error of about {error:.3f})" if error else ""
-        return f"It {_moved(values[0], values[-1], error)}: {label} {first}, {last}{told}."
+        scatter = f" (a difference has an error of about {error:.3f})" if error else ""
+        return f"It {_moved(values[0], values[-1], error)}: {label} {first}, {last}{scatter}."
     values = run.series("reward")[1]
     if len(values) < 2:
         return "Whether it learned can't be told: fewer than two rewards are in the log."
@@ -146,14 +146,14 @@ def _choice(run: Run) -> str:
     first = sigmas[: max(1, round(len(sigmas) / 10))]  # as the map has it: later C falls whatever the task
     constant = 8 / 3 * float(np.mean(first))
     gain, more = std_gain(constant, group), std_gain(constant, MANY_ANSWERS)
-    told = f"C was {constant:.2f} at first, and with {group} answers to a prompt"
+    measured = f"C was {constant:.2f} at first, and with {group} answers to a prompt"
     later = f"; with {MANY_ANSWERS} answers {more:+.3f}" if group < MANY_ANSWERS and more - gain >= WORTH_A_WORD else ""
     if gain >= WORTH_A_WORD:
         advice, worth = "std", f"it is worth {gain:+.3f} of accuracy"
     else:
         advice = "std or mean" if std_exponent(constant) < 1 else "std"
         worth = "it is worth no more than a learning rate"
-    return f"Which normalisation: {advice}. {told} {worth} on a log-linear policy{later}."
+    return f"Which normalisation: {advice}. {measured} {worth} on a log-linear policy{later}."
 
 
 def _compute(run: Run) -> str:

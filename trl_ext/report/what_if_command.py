@@ -55,7 +55,7 @@ def counted(steps: int) -> str:
 def lines(table: WhatIfTable) -> list[str]:
     """What is printed."""
     steps, used = table.steps, table.used or "a normalisation that can't be made again"
-    told = [f"{table.run}: {counted(len(steps))} ({steps[0]} to {steps[-1]}), trained with {used}", ""]
+    printed = [f"{table.run}: {counted(len(steps))} ({steps[0]} to {steps[-1]}), trained with {used}", ""]
     header = ("", "cosine", "factor", "over steps", "spread", "steps")
     rows = [header]
     for name, one in table.by_cosine:
@@ -64,24 +64,23 @@ def lines(table: WhatIfTable) -> list[str]:
         rows.append((name, f"{one.cos:.3f}", number(one.factor), over, spread, str(one.steps)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     for row in rows:
-        told.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    told += ["", "cosine: with the step that was taken. factor: on its learning rate (median). spread: std of its log;"]
-    told.append("up to 0.15 it is a learning rate, above a schedule.")
-    told += table.remarks()
+        printed.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    legend = "cosine: with the step that was taken. factor: on its learning rate (median). spread: std of its log;"
+    printed += ["", legend, "up to 0.15 it is a learning rate, above a schedule.", *table.remarks()]
     absent: dict[tuple[int, str], list[str]] = {}
-    for name, (count, reason) in table.absent.items():
-        absent.setdefault((count, reason), []).append(name)
+    for name, why in table.absent.items():
+        absent.setdefault(why, []).append(name)
     for (count, reason), names in absent.items():
-        told.append(f"{', '.join(names)}: not told in {counted(count)} ({reason}).")
-    told += [f"{counted(count)} left out: {reason}." for reason, count in table.skipped.items()]
+        printed.append(f"{', '.join(names)}: not told in {counted(count)} ({reason}).")
+    printed += [f"{counted(count)} left out: {reason}." for reason, count in table.skipped.items()]
     if (noise := table.noise) is not None:
-        told += [
+        printed += [
             "",
             f"Noise, of {counted(noise.steps)}: between prompts {number(noise.between)}, within (answers) "
             f"{number(noise.within)}, of a prompt's squared gradient; with as many rollouts it is least at",
             f"{noise.advised:.1f} answers to a prompt ({noise.low:.1f} to {noise.high:.1f}, 90 %).",
         ]
-    return told
+    return printed
 
 
 def main(arguments: Sequence[str]) -> None:
