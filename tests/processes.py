@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 QUIET = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}
@@ -61,16 +62,10 @@ class Started:
 
 def _run_server() -> None:
     """Starts what is forked from. It finds modules by PYTHONPATH alone, and passes over those that it doesn't find."""
-    before = os.environ.get("PYTHONPATH")
     here = Path(__file__).parent
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), *([before] if before else [])])
-    try:
+    paths = [str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
         forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 def free_port() -> int:

@@ -13,13 +13,23 @@ import sys
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
 
 import torch
-from datasets import Dataset
-from transformers import AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
+from harness import build, prompts
+from trl import GRPOTrainer
 from trl.generation import vllm_generation
 
-from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.tasks.arithmetic import generate_problems
+from trl_ext import CurvatureGRPOTrainer
+
+OPTIONS = {
+    "per_device_train_batch_size": 16,
+    "max_grad_norm": 0.0,
+    "generation_kwargs": None,
+    "seed": 3,
+    "use_vllm": True,
+    "vllm_mode": "colocate",
+    "vllm_max_model_length": 64,
+    "model_init_kwargs": {"dtype": "float32"},
+}
+KEPT = ("completion_ids", "completion_mask", "sampling_per_token_logps", "old_per_token_logps", "advantages")
 
 
 def keep_weights_unpacked():
@@ -38,53 +48,26 @@ def reward(completion_ids, **kwargs):
     return [(sum(ids) % 5) / 4 for ids in completion_ids]
 
 
-def train(spec):
-    if spec["dtype"]:  # TRL leaves it to vLLM, which takes half precision for a float32 model
-        vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype=spec["dtype"])
-    config_class, trainer_class = {
-        "ours": (CurvatureGRPOConfig, CurvatureGRPOTrainer),
-        "trl": (GRPOConfig, GRPOTrainer),
-    }[spec["trainer"]]
-    problems = generate_problems(32)
-    trainer = trainer_class(
-        model=spec["model"],
-        reward_funcs=reward,
-        args=config_class(
-            output_dir=spec["folder"],
-            num_generations=4,
-            per_device_train_batch_size=16,
-            max_completion_length=8,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            logging_steps=1,
-            save_strategy="no",
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            seed=3,
-            use_vllm=True,
-            vllm_mode="colocate",
-            vllm_max_model_length=64,
-            model_init_kwargs={"dtype": "float32"},
-            **{"optim": "sgd", **spec["options"]},
-        ),
-        train_dataset=Dataset.from_dict(
-            {"prompt": [[{"role": "user", "content": problem.question}] for problem in problems]}
-        ),
-        processing_class=AutoTokenizer.from_pretrained(spec["model"], padding_side="left"),
-    )
-    batches = []
-    score = trainer._generate_and_score_completions
+def keep_batches(trainer):
+    """The columns ``KEPT`` of every batch that is scored while the trainer trains."""
+    batches, score = [], trainer._generate_and_score_completions
 
     def keep(inputs):
         output = score(inputs)
-        names = ("completion_ids", "completion_mask", "sampling_per_token_logps", "old_per_token_logps", "advantages")
-        batches.append({name: output[name].clone() for name in names if name in output})
+        batches.append({name: output[name].clone() for name in KEPT if name in output})
         return output
 
     trainer._generate_and_score_completions = keep
+    return batches
+
+
+def train(spec):
+    if spec["dtype"]:  # TRL leaves it to vLLM, which takes half precision for a float32 model
+        vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype=spec["dtype"])
+    trainer_class = {"ours": CurvatureGRPOTrainer, "trl": GRPOTrainer}[spec["trainer"]]
+    options = {**OPTIONS, **spec["options"]}
+    trainer = build(spec["model"], spec["folder"], reward, prompts(32), trainer_class=trainer_class, **options)
+    batches = keep_batches(trainer)
     trainer.train()
     dtype = str(trainer.vllm_generation.llm.llm_engine.model_config.dtype)
     torch.save({"logs": trainer.state.log_history, "batches": batches, "dtype": dtype}, spec["out"])

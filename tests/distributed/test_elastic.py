@@ -38,9 +38,8 @@ class Run:
         path = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         variables = environment(**path, **variables)
         with open(self.output, "w") as file:
-            self.process = subprocess.Popen(
-                launch.split(), cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT
-            )
+            streams = {"stdout": file, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(launch.split(), cwd=ROOT, env=variables, **streams)
         self.seen = 0
 
     def text(self):
@@ -151,14 +150,9 @@ def test_a_restart_that_finds_nobody(tmp_path):
         f"    CurvatureGRPOConfig(output_dir={str(tmp_path)!r}, use_cpu=True, bf16=False)\n"
     )
     alone = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
-    environment = {**os.environ, **alone, "TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "3"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**environment, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    restarted = {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "3", "ACCELERATE_USE_CPU": "true"}
+    env = {**os.environ, **alone, **restarted}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 75, done.stderr[-3000:]
     assert "error: restart 1 found no way back to the other processes in 3 s: set TORCH_DISABLE" in done.stderr

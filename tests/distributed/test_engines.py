@@ -19,16 +19,8 @@ from two_process_worker import assert_same_run
 
 from trl_ext.tasks.small_policy import build_model, build_tokenizer
 
-NAMES = ("zero2", "zero3", "fsdp2")
-ENGINES = [
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(
-            name != "fsdp2" and find_spec("deepspeed") is None, reason="DeepSpeed isn't installed"
-        ),
-    )
-    for name in NAMES
-]
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed isn't installed")
+ENGINES = [pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed), "fsdp2"]
 ROUNDING = 6e-8  # of a weight near 1 in float32: differences below are one rounding's
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 # a rank at which DeepSpeed takes the head's adapter apart too: smaller tensors stay whole on every process
@@ -83,35 +75,19 @@ def policies(tmp_path_factory) -> Path:
     return folder
 
 
-def specification(policies, folder, engine, name, trainer, *, resume=None, environment=None, **case):
-    """What ``two_process_worker.train`` takes."""
+def specification(policies, folder, engine, name, trainer, *, model="tied", options=(), **more):
+    """What ``two_process_worker.train`` takes; ``more``: of its ``DEFAULTS``."""
     folder.mkdir(parents=True, exist_ok=True)
-    options = dict(case.get("options", {}))
     if trainer == "ours":
-        options = {"interference_every": 0, "share_prompts": False, **options}
+        options = {"interference_every": 0, "share_prompts": False, **dict(options)}
     else:
-        options = {key: value for key, value in options.items() if key not in OURS_ALONE}
-    return {
-        "name": f"{name}-{trainer}",
-        "trainer": trainer,
-        "engine": engine,
-        "model": str(policies / case.get("model", "tied")),
-        "folder": str(folder),
-        "out": str(folder / ("result" if resume is None else "resumed")),
-        "options": options,
-        "resume": resume,
-        "environment": environment or {},
-        **{key: case[key] for key in ("lora", "dead") if key in case},
-    }
+        options = {key: value for key, value in dict(options).items() if key not in OURS_ALONE}
+    out = str(folder / ("resumed" if "resume" in more else "result"))
+    known = {"name": f"{name}-{trainer}", "trainer": trainer, "engine": engine, "folder": str(folder), "out": out}
+    return {**known, "model": str(policies / model), "options": options, **more}
 
 
-def variables(**extra):
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
-    return environment(**quiet, **extra)
-
-
-def launch(engine, *command, timeout=600, **extra):
+def launch(engine, *command):
     """What it printed; by accelerate with our configuration of the engine, or on one process."""
     python = Path(sys.executable)
     start = [str(python)]
@@ -119,9 +95,10 @@ def launch(engine, *command, timeout=600, **extra):
         configuration = ROOT / "examples" / "accelerate" / f"{engine}_cpu.yaml"
         start = [str(python.with_name("accelerate")), "launch", "--config_file", str(configuration)]
         start += ["--main_process_port", "0"]
-    done = subprocess.run(
-        [*start, *map(str, command)], cwd=ROOT, env=variables(**extra), capture_output=True, text=True, timeout=timeout
-    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
+    command = [*start, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(**quiet), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     return done.stdout + done.stderr
 
@@ -208,10 +185,8 @@ def test_sharing_and_skipping_really_ran(engine, runs):
             saved = log["compute/flops_saved_frac"]
             assert saved == pytest.approx(of_one["compute/flops_saved_frac"], abs=0.1)  # groups split over processes
             assert saved > (0.4 if "shared" in name else 0.5)
-    full = [log["compute/flops_saved_frac"] for log in logs(here, "full")]
-    assert all(
-        log["compute/flops_saved_frac"] > of + 0.2 for log, of in zip(logs(here, "shared lora"), full, strict=True)
-    )
+    for log, full in zip(logs(here, "shared lora"), logs(here, "full"), strict=True):
+        assert log["compute/flops_saved_frac"] > full["compute/flops_saved_frac"] + 0.2
 
 
 @pytest.mark.engines

@@ -7,6 +7,11 @@ from two_process_worker import assert_same_run, run_processes
 KEEP = ["advantages", "prompt_id", "group_position", "group_rewards"]
 
 
+def steps(result):
+    """The log's entries of training steps."""
+    return [log for log in result["logs"] if "reward" in log]
+
+
 def test_the_same_as_one_process(tiny_policy, tmp_path):
     options = {"normalization": "global", "loss_type": "grpo"}  # batch statistics, and groups across processes
     options["skip_zero_advantage"] = False  # every row is looked at
@@ -17,18 +22,16 @@ def test_the_same_as_one_process(tiny_policy, tmp_path):
     assert all(log.get("grad_norm", 1) > 0 for log in one["logs"])
     for name in one["parameters"]:
         assert torch.equal(two[0]["parameters"][name], two[1]["parameters"][name])
-    logged = [log["normalization/zero_variance_frac"] for log in one["logs"] if "reward" in log]
-    assert [log["normalization/zero_variance_frac"] for log in two[0]["logs"] if "reward" in log] == logged
-
+    for ours, theirs in zip(steps(two[0]), steps(one), strict=True):
+        assert ours["normalization/zero_variance_frac"] == theirs["normalization/zero_variance_frac"]
     for step, whole in enumerate(one["batches"]):
         parts = [two[rank]["batches"][step] for rank in (0, 1)]
         joined = {name: torch.cat([part[name] for part in parts]) for name in KEEP}
         whole_order = (whole["prompt_id"] * 8 + whole["group_position"]).argsort()  # TRL has shuffled the rows
         order = (joined["prompt_id"] * 8 + joined["group_position"]).argsort()
-        for name in ("prompt_id", "group_position", "group_rewards", "advantages"):
-            torch.testing.assert_close(
-                joined[name][order], whole[name][whole_order], equal_nan=True, rtol=1e-5, atol=1e-6
-            )
+        for name in KEEP:
+            found, expected = joined[name][order], whole[name][whole_order]
+            torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
         assert set(parts[0]["prompt_id"].tolist()) & set(parts[1]["prompt_id"].tolist()) == {1}
 
 
@@ -47,7 +50,7 @@ def test_shared_prompts_on_two_processes(dead, tiny_policy, tmp_path):
     theirs = run_processes(2, tiny_policy, tmp_path / "trl", trainer="trl", **options)[0]
     ours = run_processes(2, tiny_policy, tmp_path / "ours", share_prompts=True, interference_every=0, **options)[0]
     assert_same_run(ours, theirs)
-    assert all(log["compute/flops_saved_frac"] > 0.2 for log in ours["logs"] if "reward" in log)
+    assert all(log["compute/flops_saved_frac"] > 0.2 for log in steps(ours))
 
 
 def test_both_processes_leave_out_a_layer_that_is_followed_wrongly(tiny_policy, tmp_path):
@@ -56,7 +59,7 @@ def test_both_processes_leave_out_a_layer_that_is_followed_wrongly(tiny_policy, 
     one = run_processes(1, tiny_policy, tmp_path / "one", **wrong)[0]
     two = run_processes(2, tiny_policy, tmp_path / "two", **wrong)[0]
     assert_same_run(two, one)
-    logs = [log for log in two["logs"] if "reward" in log]
+    logs = steps(two)
     assert ["interference/sketch_check" in log for log in logs] == [False, True, True]
     assert all(0.3 < log["interference/coverage"] < 0.999 for log in logs[1:])
 
@@ -77,7 +80,7 @@ def test_a_large_step_is_logged_as_a_small_one(beta, tiny_policy, tmp_path):
             for key, value in theirs.items():
                 if not any(word in key for word in UNLIKE) and not key.endswith(("_low", "_high")):
                     assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
-        logs = [log for log in large[0]["logs"] if "reward" in log]
+        logs = steps(large[0])
         assert all(log["interference/sketch_check"] == pytest.approx(1.0, abs=0.2) for log in logs)
         assert ("curvature/fisher_trace_mean" in logs[0]) is (beta == 0)
 
@@ -103,19 +106,13 @@ def test_out_of_memory_on_one_process_ends_the_logging_of_both(place, tiny_polic
     for rank in (0, 1):
         for name, value in plain[rank]["parameters"].items():
             assert torch.equal(broken[rank]["parameters"][name], value), name
-    logged = ["interference/live_prompts" in log for log in broken[0]["logs"] if "reward" in log]
+    logged = ["interference/live_prompts" in log for log in steps(broken[0])]
     assert logged == [True, False, False]
 
 
 def test_out_of_memory_in_what_if_ends_what_if_alone(tiny_policy, tmp_path):
-    broken = run_processes(
-        2,
-        tiny_policy,
-        tmp_path / "run",
-        interference_every=1,
-        most_dense=0,
-        no_memory=("recorder.what_if", "gradient_noise", 1),
-    )
-    logs = [log for log in broken[0]["logs"] if "reward" in log]
+    options = {"interference_every": 1, "most_dense": 0, "no_memory": ("recorder.what_if", "gradient_noise", 1)}
+    broken = run_processes(2, tiny_policy, tmp_path / "run", **options)
+    logs = steps(broken[0])
     assert ["what_if/mean/cos" in log for log in logs] == [True, False, False]
     assert all("interference/live_prompts" in log for log in logs)

@@ -175,9 +175,9 @@ def test_the_commands_and_the_report(run_of_tasks, tmp_path):
     assert set(table["methods"]["mean"]["tasks"]) == {"up", "down"}
     run = read_run(folder)
     found = tasks_of_report(run)
-    assert found["names"] == ["down", "up"] and found["cosines"][0][1] == found["cosines"][1][0]
-    rewards = {name: run.curve(f"tasks/{name}/reward")[1][-1] for name in ("up", "down")}
-    assert any(f"weakest task is {min(rewards, key=rewards.get)}" in told for told in found["told"])
+    assert found.names == ["down", "up"] and found.cosines[0][1] == found.cosines[1][0]
+    rewards = {name: run.curve(f"tasks/{name}/reward").values[-1] for name in ("up", "down")}
+    assert any(f"weakest task is {min(rewards, key=rewards.get)}" in told for told in found.told)
     report_command(["report", str(folder), "--output", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text()
     for text in ("Reward by task", "Who is heard", "The weakest task", "Task against task"):

@@ -4,17 +4,14 @@ import json
 import os
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from processes import ROOT, start
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 
 import ratios
-from processes import start
 from ratios import Ratios
-
-ROOT = Path(__file__).parents[2]
 
 ROWS = [
     Ratios("step", "lora", {"TRL / ours": 2.7812, "ours / floor": 1.0}),
@@ -43,14 +40,8 @@ def test_files_keep_all_digits_and_say_what_they_were_measured_on(tmp_path):
     assert found["machine"] == FACTS
     assert [Ratios(**row) for row in found["rows"]] == ROWS
     text = as_markdown.read_text()
-    for part in (
-        found["about"],
-        "torch: 2.13.0",
-        "| fp32 frozen    |          - |         1.01 |",
-        "## Head",
-        "## Step",
-    ):
-        assert part in text
+    row = "| fp32 frozen    |          - |         1.01 |"
+    assert all(part in text for part in (found["about"], "torch: 2.13.0", row, "## Head", "## Step"))
     assert text.count("| case ") == 3  # two blocks of the head, one of the step
 
 

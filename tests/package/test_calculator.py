@@ -1,15 +1,12 @@
 """The calculator example: its tool, its templates as TRL and transformers read them, and the run itself."""
 
 import json
-from pathlib import Path
 
 import pytest
-from processes import load_script, run_script, start
+from processes import ROOT, run_script, start
 from trl.chat_template_utils import supports_tool_calling
 
 from examples.tasks.calculator import SameNumber, build_tokenizer, calculate, calculator_policy, questions
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +62,6 @@ def test_a_wrong_number_of_questions_is_named(count):
 
 def test_the_last_message_is_what_counts():
     call = {"role": "assistant", "content": "", "tool_calls": [{}]}
-    call["role"] = "assistant"
     conversations = [
         [call, {"role": "tool", "content": "46"}, {"role": "assistant", "content": " 46 "}],
         [call, {"role": "tool", "content": "46"}],  # cut off before it could answer
@@ -77,50 +73,17 @@ def test_the_last_message_is_what_counts():
     assert logged == {"accuracy": 0.25}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--max_step_typo", "3"], "--max_step_typo"),
-        (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
-        (["--num_generations", "7"], "num_generations"),
-        (["--output_dir", "/dev/null/run"], "--output_dir /dev/null/run can't be written to"),
-    ],
-)
-def test_bad_input_ends_before_the_warm_up(arguments, message, tmp_path):
-    script = load_script(ROOT / "examples" / "calculator.py")
-    if "--output_dir" not in arguments:
-        arguments = [*arguments, "--output_dir", str(tmp_path)]
-    with pytest.raises(SystemExit) as stopped:
-        script.main([*arguments, "--use_cpu", "true"])
-    assert message in str(stopped.value) and str(stopped.value).startswith("error: ")
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_example(processes, calling_policy, tmp_path):
     """Over several turns, on one and two processes: tools are called, dead groups skipped, prompts run once, and
     interference logged."""
     folder = tmp_path / "run"
-    given = [
-        "--output_dir",
-        str(folder),
-        "--use_cpu",
-        "true",
-        "--max_steps",
-        "6",
-        "--logging_steps",
-        "1",
-        "--interference_every",
-        "2",
-        "--per_device_train_batch_size",
-        str(64 // processes),
-        "--per_device_eval_batch_size",
-        "64",
-        "--eval_steps",
-        "6",
-    ]
-    started = start(
-        processes, run_script, ROOT / "examples" / "calculator.py", given, folder=tmp_path / "out", cwd=ROOT
-    )
+    options = (
+        f"--output_dir {folder} --use_cpu true --max_steps 6 --logging_steps 1 --interference_every 2 --eval_steps 6 "
+        f"--per_device_train_batch_size {64 // processes} --per_device_eval_batch_size 64"
+    ).split()
+    script = ROOT / "examples" / "calculator.py"
+    started = start(processes, run_script, script, options, folder=tmp_path / "out", cwd=ROOT)
     assert started.finish() == [0] * processes, started.text()[-4000:]
     logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     steps = [log for log in logs if "grad_norm" in log]

@@ -75,14 +75,10 @@ def targets(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_lead_somewhere_and_examples_parse(page):
     made = {"tutorial.md", "sample/report.html"}  # by make docs
     missing = [link for link in targets(page) if link and link not in made and not (page.parent / link).exists()]
     assert not missing
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_examples_parse(page):
     for code in blocks(page, "python"):
         ast.parse(code)
 

@@ -40,14 +40,12 @@ def test_a_small_step_is_read_as_written(tmp_path):
     np.testing.assert_array_equal(record.prompt_B, step.prompt_B.numpy())
     np.testing.assert_array_equal(record.reward_B, step.reward_B.double().numpy())
     np.testing.assert_array_equal(record.coefficient_B, step.coefficient_B.double().numpy())
-    for p, prompt in enumerate([-5, -2, 1]):
-        own = step.prompt_B == prompt
-        assert record.trace_P[p] == pytest.approx(step.gram_BB.diagonal()[own].sum().item(), rel=1e-5)
-        rewards = step.reward_B[own]
-        assert record.sigma_P[p] == pytest.approx(rewards[~rewards.isnan()].double().std(correction=0).item())
-        for q, other in enumerate([-5, -2, 1]):
-            block = step.gram_BB[own][:, step.prompt_B == other]
-            assert record.gram_PP[p, q] == pytest.approx(block.sum().item(), rel=1e-4, abs=1e-3)
+    members_PB = (step.prompt_B == torch.tensor([[-5], [-2], [1]])).double()
+    gram_BB = step.gram_BB.double()
+    np.testing.assert_allclose(record.gram_PP, members_PB @ gram_BB @ members_PB.T, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(record.trace_P, members_PB @ gram_BB.diagonal(), rtol=1e-5)
+    rewards_P = [step.reward_B[(members == 1) & ~step.reward_B.isnan()].double() for members in members_PB]
+    assert record.sigma_P == pytest.approx([rewards.std(correction=0).item() for rewards in rewards_P])
 
 
 def test_a_large_step_keeps_prompts_and_stays_small(tmp_path):
@@ -126,14 +124,13 @@ def test_a_killed_run_leaves_whole_files(tmp_path):
 
 def test_bad_input_is_named(tmp_path):
     step = random_step(2, 2)
-    with pytest.raises(ValueError, match="nothing_here"):
-        read_interference(tmp_path / "nothing_here")
-    with pytest.raises(ValueError, match="is not the folder of a run"):
-        read_interference(tmp_path)
-    with pytest.raises(ValueError, match="prompt_keys has 4 entries: expected one for each of the step's 2 prompts"):
-        write_step(tmp_path, 1, step, {}, range(4))
-    with pytest.raises(ValueError, match="prompt_texts has 1 entries"):
-        write_step(tmp_path, 1, step, {}, range(2), ["one"])
-    with pytest.raises(ValueError, match="step=-1"):
-        write_step(tmp_path, -1, step, {}, range(2))
+    for function, arguments, message in (
+        (read_interference, (tmp_path / "nothing_here",), "nothing_here"),
+        (read_interference, (tmp_path,), "is not the folder of a run"),
+        (write_step, (tmp_path, 1, step, {}, range(4)), "prompt_keys has 4 entries: expected one for each of the step"),
+        (write_step, (tmp_path, 1, step, {}, range(2), ["one"]), "prompt_texts has 1 entries"),
+        (write_step, (tmp_path, -1, step, {}, range(2)), "step=-1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(*arguments)
     assert list(tmp_path.iterdir()) == []

@@ -6,12 +6,10 @@ import subprocess
 import sys
 import venv
 import zipfile
-from pathlib import Path
 
 import pytest
-from pages import blocks
+from pages import ROOT, blocks
 
-ROOT = Path(__file__).parents[2]
 SOURCES = ("trl_ext", "grpo_kernels", "pyproject.toml", "README.md", "LICENSE")
 needs_shared_object = pytest.mark.skipif("math" in sys.builtin_module_names, reason="math is built into this Python")
 

@@ -43,38 +43,36 @@ def test_columns(tmp_path):
     assert read_questions(mapped, "input", "target") == [Question("one apple and one", "2.0", 1)]
 
 
+ANSWERED = '{"question": "x", "answer": "1"}\n'
+
+
 @pytest.mark.parametrize(
-    ("name", "text", "columns", "message"),
+    ("name", "text", "message"),
     [
-        ("missing.jsonl", None, {}, "no such file: .*missing.jsonl"),
-        ("a.csv", "x", {}, r"type '.csv': expected one of .jsonl, .json, .parquet"),
-        ("a.jsonl", '{"question": "q", "answer": "1"}\n\n{"question": oops}\n', {}, "line 3 isn't JSON"),
-        ("a.json", "[1, 2", {}, "isn't JSON"),
-        ("a.json", '{"question": "q"}', {}, "holds a JSON dict: expected a list"),
-        ("a.jsonl", "[1]\n", {}, "row 1 is a list: expected an object"),
-        ("a.jsonl", "", {}, "is empty"),
-        ("a.json", "[]", {}, "is empty"),
-        (
-            "a.jsonl",
-            '{"q": "x", "answer": "1"}\n',
-            {},
-            "no column question or problem; it has: q, answer. .*--question_c",
-        ),
-        ("a.jsonl", '{"question": "x", "a": "1"}\n', {}, "no column answer or solution; .*--answer_column"),
-        (
-            "a.jsonl",
-            '{"question": "x", "answer": "1"}\n',
-            {"answer_column": "gold"},
-            "--answer_column='gold' is not a col",
-        ),
-        ("a.jsonl", '{"question": "x", "answer": "1"}\n{"question": "", "answer": "1"}\n', {}, "row 2 has nothing in"),
+        ("missing.jsonl", None, "no such file: .*missing.jsonl"),
+        ("a.csv", "x", r"type '.csv': expected one of .jsonl, .json, .parquet"),
+        ("a.jsonl", '{"question": "q", "answer": "1"}\n\n{"question": oops}\n', "line 3 isn't JSON"),
+        ("a.json", "[1, 2", "isn't JSON"),
+        ("a.json", '{"question": "q"}', "holds a JSON dict: expected a list"),
+        ("a.jsonl", "[1]\n", "row 1 is a list: expected an object"),
+        ("a.jsonl", "", "is empty"),
+        ("a.json", "[]", "is empty"),
+        ("a.jsonl", '{"q": "x", "answer": "1"}', "no column question or problem; it has: q, answer. .*--question_c"),
+        ("a.jsonl", '{"question": "x", "a": "1"}\n', "no column answer or solution; .*--answer_column"),
+        ("a.jsonl", ANSWERED + '{"question": "", "answer": "1"}\n', "row 2 has nothing in"),
     ],
 )
-def test_bad_files(name, text, columns, message, tmp_path):
+def test_bad_files(name, text, message, tmp_path):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_questions(tmp_path / name, **columns)
+        read_questions(tmp_path / name)
+
+
+def test_a_column_that_is_not_there(tmp_path):
+    (tmp_path / "a.jsonl").write_text(ANSWERED)
+    with pytest.raises(ValueError, match="--answer_column='gold' is not a col"):
+        read_questions(tmp_path / "a.jsonl", answer_column="gold")
 
 
 def test_hub_without_a_network_says_what_to_do():
@@ -194,9 +192,7 @@ def test_real_gsm8k_and_math(real_data):
     math500 = read_questions(real_data / "math500" / "test.jsonl")
     good = drop_bad_gold(math500, "math500", warned.append)
     assert len(good) == 500
-    rows = {
-        json.loads(line)["problem"].strip(): json.loads(line)["solution"]
-        for line in (real_data / "math500" / "test.jsonl").read_text().splitlines()
-    }
-    solved = Correctness()([rows[q.question] for q in good], [q.answer for q in good])
+    rows = map(json.loads, (real_data / "math500" / "test.jsonl").read_text().splitlines())
+    solutions = {row["problem"].strip(): row["solution"] for row in rows}
+    solved = Correctness()([solutions[q.question] for q in good], [q.answer for q in good])
     assert sum(solved) >= 498  # the data set's own solutions, judged against its own answers

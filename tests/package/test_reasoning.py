@@ -1,9 +1,9 @@
 """Tasks of reasoning-gym: names, options, weights, questions that differ, scores; and a reward of one's own."""
 
 import json
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,74 +11,51 @@ pytest.importorskip("reasoning_gym", reason="the extra 'reasoning' isn't install
 
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import environment
+from processes import ROOT, environment
 
 from examples.tasks import reasoning
 from examples.tasks.questions import build_dataset, read_questions
 from examples.tasks.reasoning import GymScore, Tasks, counts, task_names, task_options, task_weights
 from trl_ext.load_function import load_function
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "math.py"
+SCRIPT = ROOT / "examples" / "math.py"
+TWO = ["chain_sum", "gcd"]
 
 
 @pytest.mark.parametrize(
-    ("dataset", "message"),
+    ("function", "arguments", "message"),
     [
-        ("reasoning_gym:chain_sun", "no task 'chain_sun', did you mean chain_sum"),
-        ("reasoning_gym:xyzzy", "no task 'xyzzy'; it has"),
-        ("reasoning_gym:", "which tasks"),
-        ("reasoning_gym:gcd,gcd", "gcd is given twice"),
+        (task_names, ("reasoning_gym:chain_sun",), "no task 'chain_sun', did you mean chain_sum"),
+        (task_names, ("reasoning_gym:xyzzy",), "no task 'xyzzy'; it has"),
+        (task_names, ("reasoning_gym:",), "which tasks"),
+        (task_names, ("reasoning_gym:gcd,gcd",), "gcd is given twice"),
+        (task_options, (TWO, ["chain_sum.max_term=3"]), "no option 'max_term', did you mean max_terms"),
+        (task_options, (TWO, ["gdc.max_value=3"]), "'gdc' isn't a task of this run, did you mean gcd"),
+        (task_options, (TWO, ["max_terms=3"]), "must be TASK.OPTION=VALUE"),
+        (task_options, (TWO, ["chain_sum.seed=3"]), "no option 'seed'"),
+        (task_weights, (TWO, [0, 0]), "sum to 0"),
+        (task_weights, (TWO, [1]), "1 for 2 tasks"),
+        (task_weights, (TWO, [2, -1]), "-1 is negative"),
+        (task_weights, (TWO, [float("nan"), 1]), "finite"),
+        (task_weights, (TWO, [float("inf"), 1]), "finite"),
+        (Tasks, (TWO[:1], [1.0], {"chain_sum": {"max_terms": 0}}, 0), "chain_sum refuses {'max_terms': 0}: max_terms"),
     ],
 )
-def test_unknown_tasks_are_named(dataset, message):
-    with pytest.raises(ValueError, match=message):
-        task_names(dataset)
+def test_bad_tasks_options_and_weights_are_named(function, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        function(*arguments)
 
 
 def test_options_reach_the_configuration():
-    options = task_options(["chain_sum", "gcd"], ["chain_sum.min_terms=2", "chain_sum.max_terms=2", "gcd.max_value=20"])
+    options = task_options(TWO, ["chain_sum.min_terms=2", "chain_sum.max_terms=2", "gcd.max_value=20"])
     assert options == {"chain_sum": {"min_terms": 2, "max_terms": 2}, "gcd": {"max_value": 20}}
-    tasks = Tasks(["chain_sum", "gcd"], [1.0, 1.0], options, seed=3)
+    tasks = Tasks(TWO, [1.0, 1.0], options, seed=3)
     for question in tasks.questions(40, held_out=False):
         metadata = tasks.entries[question.task, question.question]["metadata"]
         if question.task == "chain_sum":
             assert question.question.count(" + ") + question.question.count(" - ") == 1
         else:
             assert max(metadata["numbers"]) <= 20
-
-
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [
-        ("chain_sum.max_term=3", "no option 'max_term', did you mean max_terms"),
-        ("gdc.max_value=3", "'gdc' isn't a task of this run, did you mean gcd"),
-        ("max_terms=3", "must be TASK.OPTION=VALUE"),
-        ("chain_sum.seed=3", "no option 'seed'"),
-    ],
-)
-def test_unknown_options_are_named(item, message):
-    with pytest.raises(ValueError, match=message):
-        task_options(["chain_sum", "gcd"], [item])
-
-
-def test_refused_values_are_named():
-    with pytest.raises(ValueError, match=r"chain_sum refuses \{'max_terms': 0\}: max_terms must be"):
-        Tasks(["chain_sum"], [1.0], {"chain_sum": {"max_terms": 0}}, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ([0, 0], "sum to 0"),
-        ([1], "1 for 2 tasks"),
-        ([2, -1], "-1 is negative"),
-        ([float("nan"), 1], "finite"),
-        ([float("inf"), 1], "finite"),
-    ],
-)
-def test_mixtures_of_nothing_are_named(weights, message):
-    with pytest.raises(ValueError, match=message):
-        task_weights(["gcd", "lcm"], weights)
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=6).filter(lambda w: sum(w) > 0.1), st.integers(6, 500))
@@ -155,10 +132,18 @@ def test_every_task_can_be_asked():
 # ---- the script
 
 
-def script(tmp_path, *arguments):
-    command = [sys.executable, str(SCRIPT), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=600)
+def run(folder, *arguments):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=folder, timeout=600)
     return done.returncode, done.stdout + done.stderr
+
+
+def trained(policy, folder, *arguments):
+    """What a short run in this folder prints, and its log."""
+    code, printed = run(folder, "--model_name_or_path", policy, "--output_dir", "run", *arguments, *SHORT)
+    assert code == 0, printed
+    lines = (folder / "run" / "log_history.jsonl").read_text().splitlines()
+    return printed, [json.loads(line) for line in lines]
 
 
 SHORT = (
@@ -169,11 +154,9 @@ SHORT = (
 
 def test_a_mixture_by_the_script(tiny_policy, tmp_path):
     mixture = ["--dataset", "reasoning_gym:chain_sum,gcd", "--task_weights", "2", "1"]
-    options = ["--task_options", "chain_sum.max_terms=2", "--train_size", "60", "--output_dir", "run"]
-    code, said = script(tmp_path, "--model_name_or_path", str(tiny_policy), *mixture, *options, *SHORT)
-    assert code == 0, said
-    assert "60 training and 8 held-out questions" in said and "By task (mean reward):" in said
-    logs = [json.loads(line) for line in (tmp_path / "run" / "log_history.jsonl").read_text().splitlines()]
+    options = ["--task_options", "chain_sum.max_terms=2", "--train_size", "60"]
+    printed, logs = trained(tiny_policy, tmp_path, *mixture, *options)
+    assert "60 training and 8 held-out questions" in printed and "By task (mean reward):" in printed
     assert any("tasks/chain_sum/reward" in log for log in logs) and any("eval_tasks/gcd/reward" in log for log in logs)
 
 
@@ -186,12 +169,9 @@ def test_a_reward_of_ones_own_by_the_script(tiny_policy, tmp_path):
     )
     rows = [{"question": f"Say {i}", "wanted": i, "task": "ab"[i % 2]} for i in range(40)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    where = ["--dataset_path", "mine.jsonl", "--reward", "mine:short", "--output_dir", "run"]
-    code, said = script(tmp_path, "--model_name_or_path", str(tiny_policy), *where, *SHORT)
-    assert code == 0, said
-    logs = [json.loads(line) for line in (tmp_path / "run" / "log_history.jsonl").read_text().splitlines()]
+    printed, logs = trained(tiny_policy, tmp_path, "--dataset_path", "mine.jsonl", "--reward", "mine:short")
     assert any("tasks/b/reward" in log and "rewards/short/mean" in log for log in logs)
-    assert "Held-out reward: " in said and "By task (mean reward):" in said
+    assert "Held-out reward: " in printed and "By task (mean reward):" in printed
 
 
 def test_columns_travel_with_questions(tmp_path):
@@ -204,8 +184,8 @@ def test_columns_travel_with_questions(tmp_path):
 
 def test_wrong_rewards_are_named_before_anything_is_loaded(tmp_path):
     (tmp_path / "broken.py").write_text("raise RuntimeError('no luck')")
-    code, said = script(tmp_path, "--reward", "broken:f")
-    assert code == 1 and "error: --reward broken:f: RuntimeError: no luck" in said and "Traceback" not in said
+    code, printed = run(tmp_path, "--reward", "broken:f")
+    assert code == 1 and "error: --reward broken:f: RuntimeError: no luck" in printed and "Traceback" not in printed
     for place, message in (
         ("nowhere:f", "No module named 'nowhere'"),
         ("json:loadz", "no attribute 'loadz'"),

@@ -13,7 +13,7 @@ from trl_ext.recorder.files import MoreOfStep, write_step
 from trl_ext.report.charts import sigma_and_curvature, without_outliers
 from trl_ext.report.command import main
 from trl_ext.report.groups import differences, group_runs, mean_and_band
-from trl_ext.report.numbers import MOST_HEATMAPS, MOST_PROMPTS, cluster_order, extreme_pairs, histogram, report_numbers
+from trl_ext.report.numbers import MOST_HEATMAPS, MOST_PROMPTS, PromptCurvature, cluster_order, report_numbers
 from trl_ext.report.read_run import read_run
 from trl_ext.report.run_files import LOG_FILE
 from trl_ext.report.sections import FROM_INTERFERENCE, SECTIONS
@@ -38,21 +38,21 @@ def test_the_command_writes_a_page_and_numbers_and_prints_the_summary(reported_r
 def test_numbers_are_those_of_the_files(reported_run):
     run = read_run(reported_run)
     numbers = report_numbers(run)
-    record, shown = run.records[0], numbers["heatmaps"][0]
-    matrix = np.array(shown["cosines"])
+    record, shown = run.records[0], numbers.heatmaps[0]
+    matrix = np.array(shown.cosines)
     assert np.allclose(np.diag(matrix), 1) and np.allclose(matrix, matrix.T)
     pairs = matrix[np.triu_indices(len(matrix), 1)]
     assert pairs.mean() == pytest.approx(record.metrics["interference/cos_mean"], abs=0.01)
-    assert shown["live"] == record.metrics["interference/live_prompts"] == len(shown["prompts"])
-    assert all(text in record.prompt_text_P for text in shown["prompts"]) and len(set(shown["prompts"])) > 1
-    spread = numbers["histogram"]
-    live_pairs = [n * (n - 1) // 2 for n in (one["live"] for one in numbers["heatmaps"])]
-    first, last = spread["counts"]
+    assert shown.live == record.metrics["interference/live_prompts"] == len(shown.prompts)
+    assert all(text in record.prompt_text_P for text in shown.prompts) and len(set(shown.prompts)) > 1
+    counts = numbers.histogram.counts
+    live_pairs = [one.live * (one.live - 1) // 2 for one in numbers.heatmaps]
+    first, last = counts
     assert re.fullmatch(r"first third \(reliability -?\d\.\d\d\)", first) and last.startswith("last third (")
-    assert sum(spread["counts"][first]) == sum(live_pairs[:2]) and sum(spread["counts"][last]) == sum(live_pairs[-2:])
+    assert sum(counts[first]) == sum(live_pairs[:2]) and sum(counts[last]) == sum(live_pairs[-2:])
     for name in ("compute/seconds_generation", "compute/seconds_rewards", "compute/seconds_training"):
-        assert all(value > 0 for value in numbers["curves"]["compute"][name]["values"]), name
-    assert any("of the sequences had no gradient" in line for line in numbers["summary"])
+        assert all(value > 0 for value in numbers.curves["compute"][name].values), name
+    assert any("of the sequences had no gradient" in line for line in numbers.summary)
 
 
 def test_clusters_stand_together():
@@ -66,15 +66,16 @@ def test_clusters_stand_together():
 def test_pairs_that_conflict_and_agree(tmp_path):
     texts = [f"prompt {p} of {'left' if p < 4 else 'right'}" for p in range(8)]
     write_step(tmp_path, 3, gradients(8, 4), metrics(), range(8), texts)
-    found = extreme_pairs(read_run(tmp_path).records)
+    numbers = report_numbers(read_run(tmp_path))
+    found = numbers.pairs
     for pair in found["conflict"]:
-        assert pair["cosine"] < 0 and {text.split()[-1] for text in pair["prompts"]} == {"left", "right"}
+        assert pair.cosine < 0 and {text.split()[-1] for text in pair.prompts} == {"left", "right"}
     for pair in found["agree"]:
-        assert pair["cosine"] > 0 and len({text.split()[-1] for text in pair["prompts"]}) == 1
-    assert [p["cosine"] for p in found["conflict"]] == sorted(p["cosine"] for p in found["conflict"])
-    pairs = [(pair["step"], pair["sketch_rmse"], pair["reliability"]) for kind in found.values() for pair in kind]
-    assert set(pairs) == {(3, 0.02, 0.5)}
-    assert sum(histogram(read_run(tmp_path).records)["counts"]["first third (reliability 0.50)"]) == 28
+        assert pair.cosine > 0 and len({text.split()[-1] for text in pair.prompts}) == 1
+    assert [pair.cosine for pair in found["conflict"]] == sorted(pair.cosine for pair in found["conflict"])
+    pairs = {(pair.step, pair.sketch_rmse, pair.reliability) for pair in found["conflict"] + found["agree"]}
+    assert pairs == {(3, 0.02, 0.5)}
+    assert sum(numbers.histogram.counts["first third (reliability 0.50)"]) == 28
 
 
 def test_one_number_for_one_measurement(tiny_policy, tmp_path):
@@ -84,12 +85,12 @@ def test_one_number_for_one_measurement(tiny_policy, tmp_path):
     run = read_run(tmp_path)
     numbers = report_numbers(run)
     assert [entry["step"] for entry in run.logs if "interference/cos_mean" in entry] == [2, 4, 8]
-    assert numbers["curves"]["interference"]["interference/cos_mean"]["steps"] == [1, 4, 7]
-    assert [one["step"] for one in numbers["heatmaps"]] == [1, 4, 7]
-    assert {pair["step"] for kind in numbers["pairs"].values() for pair in kind} <= {1, 4, 7}
-    assert {point["step"] for point in numbers["sigma_and_curvature"]} <= {1, 4, 7}
-    assert {span[end] for span in numbers["phases"] for end in ("first", "last")} <= {1, 4, 7}
-    assert numbers["curves"]["learning"]["reward"]["steps"] == [2, 4, 6, 8]
+    assert numbers.curves["interference"]["interference/cos_mean"].steps == [1, 4, 7]
+    assert [one.step for one in numbers.heatmaps] == [1, 4, 7]
+    points = [*(pair for kind in numbers.pairs.values() for pair in kind), *numbers.sigma_and_curvature]
+    assert {point.step for point in points} <= {1, 4, 7}
+    assert {step for span in numbers.phases for step in (span.first, span.last)} <= {1, 4, 7}
+    assert numbers.curves["learning"]["reward"].steps == [2, 4, 6, 8]
     assert (tmp_path / "interference" / "step_00000007.npz").is_file()
 
 
@@ -106,8 +107,8 @@ def test_much_is_reduced_and_said(tmp_path):
         write_step(tmp_path / "long", place, step, metrics(), range(6), ["a prompt"] * 6)
     write_step(tmp_path / "long", 9_990, gradients(512, 2), metrics(), range(512), ["x" * 300] * 512)
     numbers = report_numbers(read_run(tmp_path / "long"))
-    assert numbers["logged_interference_steps"] == 1000 and len(numbers["heatmaps"]) == MOST_HEATMAPS
-    assert numbers["heatmaps"][-1]["live"] == 512 and len(numbers["heatmaps"][-1]["cosines"]) == MOST_PROMPTS
+    assert numbers.logged_interference_steps == 1000 and len(numbers.heatmaps) == MOST_HEATMAPS
+    assert numbers.heatmaps[-1].live == 512 and len(numbers.heatmaps[-1].cosines) == MOST_PROMPTS
     page = page_of(tmp_path / "long", folder=tmp_path)
     assert len(page.encode()) < 15e6
     assert f"{MOST_HEATMAPS} of 1000 logged steps have a heatmap here" in page and "at most 64 prompts" in page
@@ -208,8 +209,8 @@ def test_seeds_belong_together(tmp_path):
     groups = group_runs(runs)
     assert [[run.name for run in group.runs] for group in groups] == [["a0", "a1"], ["b"]]
     band = mean_and_band(groups[0], "reward")
-    assert np.allclose(band["low"], [0.1, 0.2, 0.3]) and np.allclose(band["high"], [0.6, 0.7, 0.8])
-    assert np.allclose(band["mean"], [0.35, 0.45, 0.55])
+    assert np.allclose(band.low, [0.1, 0.2, 0.3]) and np.allclose(band.high, [0.6, 0.7, 0.8])
+    assert np.allclose(band.mean, [0.35, 0.45, 0.55])
     assert dict(differences(runs)) == {"normalization": ["'std'", "'std'", "'mean'"], "seed": ["0", "1", "0"]}
     page = page_of(*folders, folder=tmp_path)
     assert "a0, a1 (mean and range of 2 runs)" in page and "What differs in configuration" in page
@@ -248,7 +249,7 @@ def test_bad_input_is_named(reported_run, tmp_path):
 
 def test_parts_of_the_model_where_they_are_logged(tiny_policy, tmp_path):
     train(tiny_policy, tmp_path / "run", interference_parts=True, interference_every=1, max_steps=3)
-    shares = [one["share"] for one in report_numbers(read_run(tmp_path / "run"))["parts"].values()]
+    shares = [one.share for one in report_numbers(read_run(tmp_path / "run")).parts.values()]
     assert sum(shares) == pytest.approx(1, abs=0.02) and len(shares) > 4
     assert "Share and cosine by part" in page_of(tmp_path / "run", folder=tmp_path)
 
@@ -263,6 +264,6 @@ def test_a_far_point_does_not_take_the_scale():
     values = [0.01 * i for i in range(20)] + [4.0]
     assert without_outliers(values) == (0.0, pytest.approx(0.19))
     assert without_outliers([1.0, 2.0]) == (1.0, 2.0)
-    points = [{"step": i, "sigma": 0.3, "curvature": value} for i, value in enumerate(values)]
+    points = [PromptCurvature(i, 0.3, value) for i, value in enumerate(values)]
     axis = sigma_and_curvature(points).layout.yaxis
     assert axis.range[1] < 0.3 and "1 beyond" in axis.title.text

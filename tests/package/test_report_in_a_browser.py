@@ -36,66 +36,73 @@ def browser():
     driver.quit()
 
 
-def set_width(browser, width):
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser(width, browser, reported_run, tmp_path):
-    from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.by import By
+@pytest.fixture(params=[1280, 390])
+def opened(request, browser, reported_run, tmp_path):
+    """(browser, width) with the page of a run of six steps, drawn; no error is in its console at the end."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     page_of(reported_run, folder=tmp_path)
-    set_width(browser, width)
+    screen = {"width": request.param, "height": 900, "deviceScaleFactor": 1, "mobile": request.param < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     browser.get((tmp_path / "page.html").as_uri())
-    wait = WebDriverWait(browser, 30)
-    wait.until(lambda b: b.execute_script("return document.body.dataset.drawn"))
-    plots = browser.find_elements(By.CSS_SELECTOR, ".plot.js-plotly-plot")
-    assert len(plots) > 12 and len(plots) == len(browser.find_elements(By.CSS_SELECTOR, ".plot"))
-    # nothing is wider than the screen
+    WebDriverWait(browser, 30).until(lambda b: b.execute_script("return document.body.dataset.drawn"))
+    yield browser, request.param
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def found(place, selector):
+    return place.find_elements("css selector", selector)
+
+
+def test_the_page_fits_the_screen(opened):
+    browser, width = opened
+    plots = found(browser, ".plot.js-plotly-plot")
+    assert len(plots) > 12 and len(plots) == len(found(browser, ".plot"))
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     for plot in plots:
         inner = browser.execute_script("return arguments[0].querySelector('svg.main-svg').clientWidth", plot)
         assert 0 < inner <= plot.size["width"] <= width
+    assert browser.execute_script("return document.documentElement.scrollHeight") < (5000 if width == 1280 else 12000)
+    assert len({one.location["x"] for one in found(browser, "#learning .part")}) == (2 if width == 1280 else 1)
 
-    heatmap = next(plot for plot in plots if plot.find_elements(By.CSS_SELECTOR, ".slider-container"))
+
+def test_the_heatmap_s_slider_and_the_texts_on_hover(opened, reported_run):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser, width = opened
+    wait = WebDriverWait(browser, 30)
+    heatmap = next(plot for plot in found(browser, ".plot.js-plotly-plot") if found(plot, ".slider-container"))
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", heatmap)
-    title = lambda: heatmap.find_element(By.CSS_SELECTOR, ".gtitle").text  # noqa: E731
-    assert title().startswith("step 1:")
-    ticks = heatmap.find_elements(By.CSS_SELECTOR, ".slider-rail-touch-rect")
-    ActionChains(browser).move_to_element_with_offset(ticks[0], ticks[0].size["width"] // 2 - 4, 0).click().perform()
-    wait.until(lambda b: title().startswith("step 6:"))
+    assert found(heatmap, ".gtitle")[0].text.startswith("step 1:")
+    tick = found(heatmap, ".slider-rail-touch-rect")[0]
+    ActionChains(browser).move_to_element_with_offset(tick, tick.size["width"] // 2 - 4, 0).click().perform()
+    wait.until(lambda _: found(heatmap, ".gtitle")[0].text.startswith("step 6:"))
+    prompts = report_numbers(read_run(reported_run)).heatmaps[-1].prompts
 
-    shown = report_numbers(read_run(reported_run))["heatmaps"][-1]
-
-    def hover(browser):
+    def hover(_):
         """Over the cell at the top left, wherever it is by now: margins follow the labels."""
-        area = heatmap.find_element(By.CSS_SELECTOR, ".nsewdrag")
-        half = 0.5 / len(shown["prompts"]) - 0.5  # the middle of the cell
+        area = found(heatmap, ".nsewdrag")[0]
+        half = 0.5 / len(prompts) - 0.5  # the middle of the cell
         corner = round(half * area.size["width"]), round(half * area.size["height"])
         ActionChains(browser).move_to_element(area).move_to_element_with_offset(area, *corner).perform()
-        return heatmap.find_elements(By.CSS_SELECTOR, ".hoverlayer .hovertext")
+        return found(heatmap, ".hoverlayer .hovertext")
 
     wait.until(hover)
-    hovered = "".join(heatmap.find_element(By.CSS_SELECTOR, ".hoverlayer").text.split())
-    # the cell at the top left: its row's and its column's prompt are the first
-    first = "".join(f"1. {shown['prompts'][0]}".split())
-    assert hovered.count(first) == 2 and "cosine1.00" in hovered
-    box = heatmap.find_element(By.CSS_SELECTOR, ".hoverlayer .hovertext").rect
+    hovered = "".join(found(heatmap, ".hoverlayer")[0].text.split())
+    # its row's and its column's prompt are the first
+    assert hovered.count("".join(f"1. {prompts[0]}".split())) == 2 and "cosine1.00" in hovered
+    box = found(heatmap, ".hoverlayer .hovertext")[0].rect
     assert box["x"] >= 0 and box["x"] + box["width"] <= width
-    chosen = browser.find_element(By.CSS_SELECTOR, ".chosen-step")
+
+
+def test_answers_of_the_chosen_step_are_shown(opened):
+    browser, _ = opened
 
     def shown_steps():
-        rows = browser.find_elements(By.CSS_SELECTOR, ".of-step:not([hidden])")
-        return [one.get_attribute("data-step") for one in rows]
+        return [one.get_attribute("data-step") for one in found(browser, ".of-step:not([hidden])")]
 
     assert shown_steps() == ["6"]
-    browser.execute_script("arguments[0].value = '2'; arguments[0].dispatchEvent(new Event('change'))", chosen)
+    choose = "arguments[0].value = '2'; arguments[0].dispatchEvent(new Event('change'))"
+    browser.execute_script(choose, *found(browser, ".chosen-step"))
     assert shown_steps() == ["2"]
-    assert browser.execute_script("return document.documentElement.scrollHeight") < (5000 if width == 1280 else 12000)
-    columns = {one.location["x"] for one in browser.find_elements(By.CSS_SELECTOR, "#learning .part")}
-    assert len(columns) == (2 if width == 1280 else 1)
-    errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert not errors

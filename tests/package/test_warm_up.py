@@ -21,10 +21,8 @@ def test_progress_tells_how_long_it_may_still_take(monkeypatch, capsys):
     ):
         now[0] = 100.0 + seconds
         progress(step, {"sums": 0.5, "sorting": 0.25})
-        assert (
-            capsys.readouterr().err
-            == f"  step {step:>3}: right with probability sums 0.50, sorting 0.25 ({expected})\n"
-        )
+        line = f"  step {step:>3}: right with probability sums 0.50, sorting 0.25 ({expected})\n"
+        assert capsys.readouterr().err == line
     now[0] = 250.0
     progress(560, 0.45)
     assert "0.45 (ready after 150 s)" in capsys.readouterr().err

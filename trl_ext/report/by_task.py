@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 from .evidence import ends, interval
 from .read_run import Run
 from .signatures.gradients import task_cosines
 
 
-def tasks(run: Run) -> dict[str, Any] | None:
-    """Mean cosine of each two tasks over the steps, its interval as text, and sentences; None with fewer than two
-    tasks."""
+@dataclass(frozen=True)
+class TaskTable:
+    """Of each two tasks the mean cosine over the steps and its interval as text; ``told``: sentences."""
+
+    names: list[str]
+    cosines: list[list[float | None]]
+    texts: list[list[str]]
+    told: list[str]
+
+
+def tasks(run: Run) -> TaskTable | None:
+    """None with fewer than two tasks."""
     pairs = task_cosines(run)
     names = sorted({name for pair in pairs for name in pair})
     if len(names) < 2:
@@ -21,10 +30,11 @@ def tasks(run: Run) -> dict[str, Any] | None:
     texts = [["" for _ in names] for _ in names]
     for (a, b), (_, values) in pairs.items():
         mean, low, high = interval(values)
-        told = f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
-        for i, j in ((names.index(a), names.index(b)), (names.index(b), names.index(a))):
-            cosines[i][j], texts[i][j] = mean, told
-    return {"names": names, "cosines": cosines, "texts": texts, "told": [_interfering(pairs), *_weakest(run, names)]}
+        text = f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
+        i, j = names.index(a), names.index(b)
+        cosines[i][j] = cosines[j][i] = mean
+        texts[i][j] = texts[j][i] = text
+    return TaskTable(names, cosines, texts, [_interfering(pairs), *_weakest(run, names)])
 
 
 def _interfering(pairs: dict[tuple[str, str], tuple[list[int], list[float]]]) -> str:
@@ -45,18 +55,15 @@ def _interfering(pairs: dict[tuple[str, str], tuple[list[int], list[float]]]) ->
         )
     against = [text for mean, text in sorted(apart) if mean < 0]
     along = [text for mean, text in sorted(apart, reverse=True) if mean > 0]
-    told = [f"against one another: {', '.join(against[:3])}"] if against else []
-    told += [f"along with one another: {', '.join(along[:3])}"] if along else []
-    return f"Gradients of tasks that go {'; '.join(told)}."
+    groups = [f"against one another: {', '.join(against[:3])}"] if against else []
+    groups += [f"along with one another: {', '.join(along[:3])}"] if along else []
+    return f"Gradients of tasks that go {'; '.join(groups)}."
 
 
 def _weakest(run: Run, names: list[str]) -> list[str]:
     """Names the task with the lowest reward in the last quarter of the log."""
-    rewards = {}
-    for name in names:
-        values = run.series(f"tasks/{name}/reward")[1]
-        if values:
-            rewards[name] = ends(values, 0.25)[1]
+    logged = {name: run.series(f"tasks/{name}/reward")[1] for name in names}
+    rewards = {name: ends(values, 0.25)[1] for name, values in logged.items() if values}
     if len(rewards) < 2:
         return []
     weakest = min(rewards, key=lambda name: rewards[name])

@@ -6,15 +6,19 @@ import html
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
+from .by_task import TaskTable
 from .groups import Group, mean_and_band
+from .numbers import Heatmap, Histogram, PartOfModel, PromptCurvature
+from .read_run import Curve
 from .sections import Curves
+from .summary import Span
+from .what_if_table import Method
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -41,21 +45,23 @@ def wrapped(text: str) -> str:
 
 
 def curves_of_a_run(
-    chart: Curves, curves: dict[str, dict[str, list[Any]]], paper: dict[str, dict[str, float]]
+    chart: Curves, curves: Mapping[str, Curve], paper: Mapping[str, Mapping[str, float]]
 ) -> go.Figure | None:
     """A line for each metric that was logged, once where two are the same; None where none was."""
     figure = go.Figure()
     steps: list[int] = []
-    drawn: list[list[Any]] = []
+    drawn: list[list[float | None]] = []
     for i, (name, label) in enumerate(chart.metrics.items()):
-        if name not in curves or curves[name]["values"] in drawn:  # a reward that is the accuracy
+        if name not in curves or curves[name].values in drawn:  # a reward that is the accuracy
             continue
-        steps, values = curves[name]["steps"], curves[name]["values"]
+        steps, values = curves[name].steps, curves[name].values
         drawn.append(values)
         mode = "lines+markers" if len(steps) < FEW_POINTS or None in values else "lines"  # points between gaps
         group = "all" if chart.stacked else None
-        style = {"mode": mode, "line": _line(i, width=1.8), "marker": {"size": 4}}
-        figure.add_scatter(x=steps, y=values, name=plain(label), stackgroup=group, **style)
+        line = _line(i, width=1.8)
+        figure.add_scatter(
+            x=steps, y=values, name=plain(label), stackgroup=group, mode=mode, line=line, marker={"size": 4}
+        )
     if not drawn:
         return None
     for value, label in chart.reference:
@@ -68,9 +74,9 @@ def curves_of_a_run(
     return _with_axes(figure, chart)
 
 
-def _line(i: int, **more: Any) -> dict[str, Any]:
+def _line(i: int, width: float | None = None) -> go.scatter.Line:
     """The style of the i-th line."""
-    return {"color": COLOURS[i % len(COLOURS)], "dash": DASHES[i % len(DASHES)], **more}
+    return go.scatter.Line(color=COLOURS[i % len(COLOURS)], dash=DASHES[i % len(DASHES)], width=width)
 
 
 def _reference(figure: go.Figure, steps: Sequence[int], value: float, label: str, i: int) -> None:
@@ -78,8 +84,8 @@ def _reference(figure: go.Figure, steps: Sequence[int], value: float, label: str
     ends = [min(steps), max(steps)] if len(steps) > 1 else [steps[0] - 1, steps[0] + 1]
     grey = ("#555555", "#888888", "#aaaaaa")[i % 3]
     line = {"dash": "dot", "color": grey, "width": 1.2}
-    shown = {"showlegend": i == 0, "legendgroup": label, "hoverinfo": "name"}
-    figure.add_scatter(x=ends, y=[value, value], name=label, mode="lines", line=line, **shown)
+    figure.add_scatter(x=ends, y=[value, value], name=label, mode="lines", line=line, hoverinfo="name")
+    figure.data[-1].update(showlegend=i == 0, legendgroup=label)
 
 
 def curves_of_groups(chart: Curves, name: str, groups: Sequence[Group]) -> go.Figure | None:
@@ -88,17 +94,18 @@ def curves_of_groups(chart: Curves, name: str, groups: Sequence[Group]) -> go.Fi
     for i, group in enumerate(groups):
         band = mean_and_band(group, name)
         if band is None:  # no step in common: each run by itself
-            for steps, values, run in ((*run.curve(name), run) for run in group.runs):
-                if steps:
-                    figure.add_scatter(x=steps, y=values, name=plain(run.name), line=_line(i))
+            for run in group.runs:
+                curve = run.curve(name)
+                if curve.steps:
+                    figure.add_scatter(x=curve.steps, y=curve.values, name=plain(run.name), line=_line(i))
             continue
         label = group.name
         if len(group.runs) > 1:
             label += f" (mean and range of {len(group.runs)} runs)"
-            xs, ys = band["steps"] + band["steps"][::-1], band["high"] + band["low"][::-1]
+            xs, ys = band.steps + band.steps[::-1], band.high + band.low[::-1]
             filled = {"fill": "toself", "fillcolor": COLOURS[i % len(COLOURS)], "opacity": 0.2, "line": {"width": 0}}
             figure.add_scatter(x=xs, y=ys, **filled, hoverinfo="skip", showlegend=False)
-        figure.add_scatter(x=band["steps"], y=band["mean"], name=plain(label), line=_line(i))
+        figure.add_scatter(x=band.steps, y=band.mean, name=plain(label), line=_line(i))
     return _with_axes(figure, chart) if figure.data else None
 
 
@@ -128,79 +135,78 @@ def without_outliers(values: Sequence[float]) -> tuple[float, float]:
     return float(min(kept)), float(max(kept))
 
 
-def always_zero(chart: Curves, curves: dict[str, dict[str, list[Any]]]) -> bool:
+def always_zero(chart: Curves, curves: Mapping[str, Curve]) -> bool:
     """Whether all that was logged of it is 0."""
-    values = [value for name in chart.metrics if name in curves for value in curves[name]["values"]]
+    values = [value for name in chart.metrics if name in curves for value in curves[name].values]
     return bool(values) and not any(values)
 
 
-def shade_phases(figure: go.Figure, phases: Sequence[dict[str, int]]) -> None:
+def shade_phases(figure: go.Figure, phases: Sequence[Span]) -> None:
     """Shades the phases behind the curves, lighter to darker, and names them in the legend."""
     for span in phases:
-        first, last, colour = span["first"], max(span["last"], span["first"] + 1), PHASES[span["phase"]][0]
-        figure.add_vrect(x0=first, x1=last, fillcolor=colour, layer="below", line_width=0)
-    for number in sorted({span["phase"] for span in phases}):
+        last, colour = max(span.last, span.first + 1), PHASES[span.phase][0]
+        figure.add_vrect(x0=span.first, x1=last, fillcolor=colour, layer="below", line_width=0)
+    for number in sorted({span.phase for span in phases}):
         colour, label = PHASES[number]
         marker = {"symbol": "square", "size": 10, "color": colour, "line": {"width": 1, "color": "#888"}}
         figure.add_scatter(x=[None], y=[None], mode="markers", name=label, marker=marker)
 
 
-def heatmap(maps: Sequence[dict[str, Any]]) -> go.Figure:
+def heatmap(maps: Sequence[Heatmap]) -> go.Figure:
     """Cosines of a logged step, square, with a slider over the steps; the prompts' texts on hover."""
-    frames = [go.Frame(data=_traces(one), name=str(one["step"]), layout=_layout(one)) for one in maps]
+    frames = [go.Frame(data=_traces(one), name=str(one.step), layout=_layout(one)) for one in maps]
     figure = go.Figure(data=_traces(maps[0]), frames=frames)
     move = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     steps = [{"label": frame.name, "method": "animate", "args": [[frame.name], move]} for frame in frames]
     sliders = [{"steps": steps, "currentvalue": {"prefix": "step ", "font": {"size": 11}}, "pad": {"t": 90}}]
-    figure.update_layout(**_layout(maps[0]), sliders=sliders if len(maps) > 1 else [])
+    figure.update_layout(_layout(maps[0]), sliders=sliders if len(maps) > 1 else [])
     return figure
 
 
-def _traces(one: dict[str, Any]) -> list[Any]:
+def _traces(one: Heatmap) -> tuple[go.Heatmap, go.Scatter]:
     """The cells, and hatches over those that are below 0 by more than twice the sketch's error."""
     names = [
         f"{i}. {wrapped(text)}" + ("" if reward is None else f" (reward {reward:g})")
-        for i, (text, reward) in enumerate(zip(one["prompts"], one["rewards"], strict=True), start=1)
+        for i, (text, reward) in enumerate(zip(one.prompts, one.rewards, strict=True), start=1)
     ]
     texts = [[f"{row}<br>{column}" for column in names] for row in names]
-    border = -2 * (one["sketch_rmse"] or 0.0)
-    below = [(i, j) for i, row in enumerate(one["cosines"]) for j, value in enumerate(row) if value < border]
+    border = -2 * (one.sketch_rmse or 0.0)
+    below = [(i, j) for i, row in enumerate(one.cosines) for j, value in enumerate(row) if value < border]
     size = max(2.0, min(16.0, 240 / len(names)))
     colorbar = {"title": {"text": "cosine", "font": {"size": 11}}, "thickness": 10}
-    cells = go.Heatmap(z=one["cosines"], zmin=-1, zmax=1, colorscale="RdBu", colorbar=colorbar)
+    cells = go.Heatmap(z=one.cosines, zmin=-1, zmax=1, colorscale="RdBu", colorbar=colorbar)
     cells.update(customdata=texts, hovertemplate="%{customdata}<br>cosine %{z:.2f}<extra></extra>")
     marker = {"symbol": "line-ne-open", "size": size, "color": "rgba(0,0,0,.55)"}
     columns, rows = [j for _, j in below], [i for i, _ in below]
-    return [cells, go.Scatter(x=columns, y=rows, mode="markers", marker=marker, hoverinfo="skip", showlegend=False)]
+    return cells, go.Scatter(x=columns, y=rows, mode="markers", marker=marker, hoverinfo="skip", showlegend=False)
 
 
-def _layout(one: dict[str, Any]) -> dict[str, Any]:
-    count, reliability = len(one["prompts"]), one["reliability"]
-    signal = "reliability unknown" if reliability is None else f"reliability {reliability:.2f}"
-    title = f"step {one['step']}: {one['live']} live prompts, {signal}"
-    labels = [plain(textwrap.shorten(text, SHORT, placeholder="…") or text[:SHORT]) for text in one["prompts"]]
+def _layout(one: Heatmap) -> go.Layout:
+    count = len(one.prompts)
+    signal = "reliability unknown" if one.reliability is None else f"reliability {one.reliability:.2f}"
+    title = f"step {one.step}: {one.live} live prompts, {signal}"
+    labels = [plain(textwrap.shorten(text, SHORT, placeholder="…") or text[:SHORT]) for text in one.prompts]
     ticks = {"tickvals": list(range(count)), "ticktext": labels, "showticklabels": count <= MOST_LABELS}
     common = {"showgrid": False, "zeroline": False, "tickfont": {"size": 9}, **ticks, "constrain": "domain"}
-    return {
-        "title": {"text": title, "font": {"size": 12}, "x": 0.02, "y": 0.98, "yanchor": "top"},
-        "xaxis": {**common, "range": [-0.5, count - 0.5], "tickangle": 90},
-        "yaxis": {**common, "range": [count - 0.5, -0.5], "scaleanchor": "x"},
-    }
+    return go.Layout(
+        title={"text": title, "font": {"size": 12}, "x": 0.02, "y": 0.98, "yanchor": "top"},
+        xaxis={**common, "range": [-0.5, count - 0.5], "tickangle": 90},
+        yaxis={**common, "range": [count - 0.5, -0.5], "scaleanchor": "x"},
+    )
 
 
-def histogram(numbers: dict[str, Any]) -> go.Figure:
+def histogram(numbers: Histogram) -> go.Figure:
     """The run's first and last third as shares of pairs, with two errors of the sketch on either side of 0."""
-    middles = [(low + high) / 2 for low, high in pairwise(numbers["edges"])]
+    middles = [(low + high) / 2 for low, high in pairwise(numbers.edges)]
     figure = go.Figure()
-    for i, (name, counts) in enumerate(numbers["counts"].items()):
+    for i, (name, counts) in enumerate(numbers.counts.items()):
         shares = [count / max(sum(counts), 1) for count in counts]
         pattern = {"shape": "/", "solidity": 0.3} if i else {}
         figure.add_bar(x=middles, y=shares, name=name, opacity=0.65, marker={"color": COLOURS[i], "pattern": pattern})
     figure.update_layout(barmode="overlay", bargap=0)
     figure.update_xaxes(title="cosine of two prompts' gradients", range=[-1, 1])
     figure.update_yaxes(title="share of pairs")
-    error = numbers["sketch_rmse"]
-    if error:
+    if error := numbers.sketch_rmse:
         figure.add_vrect(x0=-2 * error, x1=2 * error, fillcolor="#999", opacity=0.25, line_width=0)
         marker = {"symbol": "square", "size": 10, "color": "#cfcfcf"}
         label = f"within 2 errors of the sketch ({error:.3f})"
@@ -208,10 +214,10 @@ def histogram(numbers: dict[str, Any]) -> go.Figure:
     return figure
 
 
-def sigma_and_curvature(points: Sequence[dict[str, Any]]) -> go.Figure:
+def sigma_and_curvature(points: Sequence[PromptCurvature]) -> go.Figure:
     """A point for each prompt and logged step, darker the later."""
-    sigmas, curvatures = ([point[name] for point in points] for name in ("sigma", "curvature"))
-    marker = {"color": [point["step"] for point in points], "colorscale": "Viridis", "reversescale": True, "size": 5}
+    sigmas, curvatures = [point.sigma for point in points], [point.curvature for point in points]
+    marker = {"color": [point.step for point in points], "colorscale": "Viridis", "reversescale": True, "size": 5}
     marker["colorbar"] = {"title": {"text": "step", "font": {"size": 11}}, "thickness": 10}
     figure = go.Figure()
     figure.add_scatter(x=sigmas, y=curvatures, mode="markers", marker=marker)
@@ -227,29 +233,29 @@ def sigma_and_curvature(points: Sequence[dict[str, Any]]) -> go.Figure:
     return figure
 
 
-def what_if(table: dict[str, Any]) -> go.Figure:
+def what_if(methods: Mapping[str, Method]) -> go.Figure:
     """Each normalisation's cosine with the step taken, and its factor on the learning rate."""
-    methods = table["methods"]
-    names, rows = list(methods), list(methods.values())
-    cosines, factors = [one["cos"] for one in rows], [one["factor"] for one in rows]
-    hover = [
-        f"{name}<br>cosine {one['cos']:.3f}<br>factor {one['factor']:.3g}, spread "
-        + ("-" if one["spread"] is None else f"{one['spread']:.2g}")
-        for name, one in methods.items()
-    ]
-    low = [one["factor"] - one["factor_low"] for one in rows]
-    high = [one["factor_high"] - one["factor"] for one in rows]
+    rows = list(methods.values())
+    cosines, factors = [one.cos for one in rows], [one.factor for one in rows]
+    high = [one.factor_high - one.factor for one in rows]
+    low = [one.factor - one.factor_low for one in rows]
     figure = go.Figure()
     marker = {"size": 10, "line": {"width": 1, "color": "#333"}}
     error_y = {"type": "data", "array": high, "arrayminus": low, "thickness": 0.8, "width": 2, "color": "#999"}
     figure.add_scatter(x=cosines, y=factors, mode="markers+text", marker=marker, error_y=error_y, showlegend=False)
-    figure.update_traces(text=_labels(names, cosines, factors), textposition="middle left", textfont={"size": 10})
-    figure.update_traces(hovertext=hover, hoverinfo="text")
+    labels = _labels(list(methods), cosines, factors)
+    figure.update_traces(text=labels, textposition="middle left", textfont={"size": 10})
+    figure.update_traces(hovertext=[_hover(*item) for item in methods.items()], hoverinfo="text")
     figure.update_xaxes(title="cosine with the step that was taken", range=[min(*cosines, 0.98) - 0.03, 1.005])
     figure.update_yaxes(title="factor on the learning rate")
-    if all(one["factor_low"] > 0 for one in rows):
-        _log_axis(figure, [one[key] for one in rows for key in ("factor_low", "factor_high")])
+    if all(one.factor_low > 0 for one in rows):
+        _log_axis(figure, [factor for one in rows for factor in (one.factor_low, one.factor_high)])
     return figure
+
+
+def _hover(name: str, one: Method) -> str:
+    spread = "-" if one.spread is None else f"{one.spread:.2g}"
+    return f"{name}<br>cosine {one.cos:.3f}<br>factor {one.factor:.3g}, spread {spread}"
 
 
 def _labels(names: list[str], cosines: list[float], factors: list[float]) -> list[str]:
@@ -266,28 +272,26 @@ def _labels(names: list[str], cosines: list[float], factors: list[float]) -> lis
     return labels
 
 
-def parts(numbers: dict[str, Any]) -> go.Figure:
+def parts(numbers: Mapping[str, PartOfModel]) -> go.Figure:
     """Share of the squared gradients and mean cosine, by part of the model, with the cosine's error."""
     figure = go.Figure()
-    names = [name.replace("_", " ") for name in numbers]
-    shares = [one["share"] for one in numbers.values()]
+    names, values = [name.replace("_", " ") for name in numbers], list(numbers.values())
+    shares, cosines = [one.share for one in values], [one.cos_mean for one in values]
     figure.add_bar(x=names, y=shares, name="share of the squared gradients", marker={"color": "#b9c6d3"})
-    cosines, errors = ([one[key] for one in numbers.values()] for key in ("cos_mean", "sketch_rmse"))
     marker = {"size": 8, "color": COLOURS[1], "symbol": "diamond"}
-    error_y = {"type": "data", "array": [2 * (error or 0.0) for error in errors]}
-    figure.add_scatter(
-        x=names, y=cosines, mode="markers", name="mean cosine of two prompts", marker=marker, error_y=error_y
-    )
+    error_y = {"type": "data", "array": [2 * (one.sketch_rmse or 0.0) for one in values]}
+    label = "mean cosine of two prompts"
+    figure.add_scatter(x=names, y=cosines, mode="markers", name=label, marker=marker, error_y=error_y)
     figure.update_yaxes(title="share; cosine")
     return figure
 
 
-def tasks(numbers: dict[str, Any]) -> go.Figure:
+def tasks(numbers: TaskTable) -> go.Figure:
     """Task against task: mean cosine over steps, with its 95 % interval as text."""
-    names = [plain(name) for name in numbers["names"]]
+    names = [plain(name) for name in numbers.names]
     figure = go.Figure()
-    figure.add_heatmap(z=numbers["cosines"], x=names, y=names, zmin=-1, zmax=1, colorscale="RdBu")
-    figure.update_traces(text=numbers["texts"], texttemplate="%{text}", colorbar={"title": "cosine", "thickness": 10})
+    figure.add_heatmap(z=numbers.cosines, x=names, y=names, zmin=-1, zmax=1, colorscale="RdBu")
+    figure.update_traces(text=numbers.texts, texttemplate="%{text}", colorbar={"title": "cosine", "thickness": 10})
     figure.update_yaxes(autorange="reversed")
     return figure
 

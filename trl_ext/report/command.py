@@ -8,7 +8,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,17 +101,18 @@ def report(options: argparse.Namespace, command: str) -> None:
             print(f"{run.folder}: {len(run.problems)} skipped")
     numbers = [report_numbers(run, len(runs)) for run in runs]
     for one in numbers:
-        print(f"{one['run']}, up to step {one['last_step']}:")
-        for line in one["summary"]:
+        print(f"{one.run}, up to step {one.last_step}:")
+        for line in one.summary:
             print(f"  {line}")
-        for found in one["diagnosis"]["verdicts"]:
-            print(f"  {found['level']}: {found['title']}, since step {found['onset']}: {found['evidence']}.")
+        for found in one.diagnosis.verdicts:
+            print(f"  {found.level}: {found.title}, since step {found.onset}: {found.evidence}.")
     try:
         page = build_page(runs, groups, numbers, command).encode("utf-8", "replace")
         output.write_bytes(page)
         print(f"Page: {output} ({len(page) / 2**20:.1f} MB)")
         if json_file is not None:
-            json_file.write_text(json.dumps(numbers if len(numbers) > 1 else numbers[0], indent=1, allow_nan=False))
+            as_plain = [asdict(one) for one in numbers]
+            json_file.write_text(json.dumps(as_plain if len(runs) > 1 else as_plain[0], indent=1, allow_nan=False))
             print(f"Numbers: {json_file}")
     except OSError as error:
         sys.exit(f"error: {error.filename or output} can't be written: {error.strerror}")
@@ -133,7 +134,7 @@ def check(options: argparse.Namespace) -> None:
             print(f"skipped: {problem}")
         print(("\n" if i else "") + "\n".join(verdict_lines(run.name, run.last_step, found[run.name])))
     if file is not None:
-        file.write_text(json.dumps({name: one.as_plain() for name, one in found.items()}, indent=1))
+        file.write_text(json.dumps({name: asdict(one) for name, one in found.items()}, indent=1))
         print(f"Verdicts: {file}")
     sys.exit(int(any(one.worst == "critical" for one in found.values())))
 

@@ -9,8 +9,8 @@ failure is logged once, and training goes on.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,22 @@ from transformers import TrainerCallback
 
 from trl_ext.advantages.prompt_keys import prompt_text
 
+from .run_files import replace_text
+
 logger = get_logger(__name__)
 FILE = "sampled_completions.json"
 EVERY, ANSWERS, MOST, TEXT = 10, 4, 240, 1500  # steps, answers of a prompt, rows, characters of a text
+
+
+@dataclass(frozen=True)
+class SampledAnswer:
+    """A row of the file. ``rewards``: reward function -> value, None where it gave none."""
+
+    step: int
+    prompt: str
+    answer: str
+    rewards: dict[str, float | None]
+    advantage: float | None
 
 
 def answer_text(completion: Any) -> str:
@@ -33,7 +46,7 @@ def answer_text(completion: Any) -> str:
     return str(completion)
 
 
-def rows_of(logs: Mapping[str, Any], step: int, num_generations: int) -> list[dict[str, Any]]:
+def rows_of(logs: Mapping[str, Any], step: int, num_generations: int) -> list[SampledAnswer]:
     """The rows that are kept of TRL's table of the latest batch, whose groups stand one after another."""
     prompts, answers, advantages, rewards = (logs[key] for key in ("prompt", "completion", "advantages", "rewards"))
     count = min(len(prompts), len(answers), len(advantages), *(len(values) for values in rewards.values()))
@@ -43,9 +56,9 @@ def rows_of(logs: Mapping[str, Any], step: int, num_generations: int) -> list[di
     rows = []
     for start in (one for one in chosen if one is not None):
         for i in spread_by_reward(range(start, start + num_generations), rewards):
-            texts = {"prompt": prompt_text(prompts[i])[:TEXT], "answer": answer_text(answers[i])[:TEXT]}
             given = {name: values[i] for name, values in rewards.items()}
-            rows.append({"step": step, **texts, "rewards": given, "advantage": advantages[i]})
+            prompt, answer = prompt_text(prompts[i])[:TEXT], answer_text(answers[i])[:TEXT]
+            rows.append(SampledAnswer(step, prompt, answer, given, advantages[i]))
     return rows
 
 
@@ -64,13 +77,12 @@ def spread_by_reward(rows: Sequence[int], rewards: Mapping[str, Sequence[float |
     return sorted(ordered[place] for place in places)
 
 
-def read_completions(folder: Path) -> list[dict[str, Any]]:
+def read_completions(folder: Path) -> list[SampledAnswer]:
     """The rows of a run's folder; none where there is no file, or one that can't be read."""
     try:
-        rows = json.loads((folder / FILE).read_text())
-    except (OSError, ValueError):
+        return [SampledAnswer(**row) for row in json.loads((folder / FILE).read_text())]
+    except (OSError, ValueError, TypeError):
         return []
-    return rows if isinstance(rows, list) else []
 
 
 class KeptCompletions(TrainerCallback):
@@ -78,8 +90,8 @@ class KeptCompletions(TrainerCallback):
 
     def __init__(self, every: int, num_generations: int) -> None:
         self.every, self.num_generations = every or EVERY, num_generations
-        self._logs: dict[str, Any] | None = None  # of the latest training batch: evaluation fills the same table
-        self.rows: list[dict[str, Any]] = []
+        self._logs: Mapping[str, Any] | None = None  # of the latest training batch: evaluation fills the same table
+        self.rows: list[SampledAnswer] = []
         self._on = True
 
     def see(self, logs: Mapping[str, Any]) -> None:
@@ -94,7 +106,7 @@ class KeptCompletions(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         kept = read_completions(Path(args.output_dir)) if state.global_step else []
-        self.rows = [row for row in kept if row["step"] <= state.global_step]
+        self.rows = [row for row in kept if row.step <= state.global_step]
 
     def on_step_end(self, args, state, control, **kwargs):
         due = (state.global_step - 1) % self.every == 0
@@ -103,18 +115,14 @@ class KeptCompletions(TrainerCallback):
         try:
             self.rows += rows_of(self._logs, state.global_step, self.num_generations)
             while len(self.rows) > MOST:
-                steps = sorted({row["step"] for row in self.rows})
+                steps = sorted({row.step for row in self.rows})
                 self.every *= 2
-                self.rows = [row for row in self.rows if row["step"] in steps[::2]]
-            self._write(Path(args.output_dir))
+                self.rows = [row for row in self.rows if row.step in steps[::2]]
+            text = json.dumps([asdict(row) for row in self.rows], ensure_ascii=False)
+            replace_text(Path(args.output_dir) / FILE, text)
         except Exception as error:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self._on = False
         logger.warning(f"Answers aren't kept for the report: {type(error).__name__}: {error}. Training goes on.")
-
-    def _write(self, folder: Path) -> None:
-        scratch = folder / f".{FILE}.{os.getpid()}"
-        scratch.write_text(json.dumps(self.rows, ensure_ascii=False), errors="replace")
-        scratch.replace(folder / FILE)

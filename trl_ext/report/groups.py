@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -26,8 +25,14 @@ class Group:
     runs: list[Run]
 
 
-def _configuration(run: Run) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((k, repr(v)) for k, v in run.config.items() if k not in NOT_CONFIGURATION))
+@dataclass(frozen=True)
+class Band:
+    """Mean, lowest and highest value of several runs, by step."""
+
+    steps: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -43,10 +48,11 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
                 raise ValueError(
                     f"{other.folder} and {run.folder} can't be compared: their logs have no metric in common"
                 )
-    members: dict[Any, list[Run]] = {}
+    members: dict[object, list[Run]] = {}
     for run in runs:
-        members.setdefault(_configuration(run) or run.folder, []).append(run)
-    return [Group(_name(together), together) for together in members.values()]
+        same = tuple(sorted((k, repr(v)) for k, v in run.config.items() if k not in NOT_CONFIGURATION))
+        members.setdefault(same or run.folder, []).append(run)
+    return [Group(_name(runs_of_one), runs_of_one) for runs_of_one in members.values()]
 
 
 def _name(runs: list[Run]) -> str:
@@ -66,13 +72,12 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def mean_and_band(group: Group, name: str) -> dict[str, list[float]] | None:
+def mean_and_band(group: Group, name: str) -> Band | None:
     """Mean, lowest and highest over the group's runs at the steps that all of them logged, NaN where a run has none
     there; None where no step is in common."""
-    by_step = [dict(zip(*run.curve(name), strict=True)) for run in group.runs]
-    steps = sorted(set.intersection(*(set(one) for one in by_step))) if by_step else []
+    by_step = [dict(run.curve(name).points) for run in group.runs]
+    steps = sorted(set.intersection(*map(set, by_step)))
     if not steps:
         return None
     values = np.array([[one[step] for step in steps] for one in by_step], dtype=float)  # None: NaN
-    mean, low, high = values.mean(0), values.min(0), values.max(0)
-    return {"steps": steps, "mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
+    return Band(steps, values.mean(0).tolist(), values.min(0).tolist(), values.max(0).tolist())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,30 +22,112 @@ from grpo_kernels.interference.model_parts import PARTS_OF_MODEL
 from grpo_kernels.interference.step_gradients import StepGradients
 from trl_ext.recorder.files import InterferenceRecord
 
-from .by_task import tasks
-from .completions import read_completions
-from .read_run import Run
+from .by_task import TaskTable, tasks
+from .completions import SampledAnswer, read_completions
+from .read_run import Curve, Run
+from .run_files import Configuration
 from .sections import SECTIONS
-from .summary import phases, summary, tiles
-from .verdicts import diagnose
-from .what_if_table import what_if_table
+from .summary import Span, Tile, phases, summary, tiles
+from .verdicts import Diagnosis, diagnose
+from .what_if_table import WhatIfTable, what_if_table
 
 MOST_HEATMAPS, MOST_PROMPTS, MOST_POINTS, MOST_PAIRS = 40, 64, 2000, 5
 MORE = {  # numbers without a chart of their own, by section
-    "interference": ("interference/live_prompts", "interference/sketch_rmse", "interference/coverage",
-                     "interference/sketch_check"),
+    "interference": tuple(
+        f"interference/{name}" for name in ("live_prompts", "sketch_rmse", "coverage", "sketch_check")
+    ),
     "curvature": ("curvature/sigma_mean",),
     "compute": ("compute/tokens_run", "compute/padding_removed_frac", "step_time"),
-}  # fmt: skip
+}
 TEXT = 120  # characters of a prompt that are shown
 
 # arXiv 2601.23135: Table 1 (correlations), Table 3 (its steps 0, 260, 500)
-PAPER = {
+PAPER: dict[str, dict[str, float]] = {
     "curvature/fisher_variance_corr": {"same step": 0.342, "across": -0.028},
     "interference/cos_std": {"step 0": 0.045, "step 260": 0.066, "step 500": 0.130},
     "interference/near_orthogonal_frac": {"step 0": 0.977, "step 260": 0.803, "step 500": 0.524},
     "theory/m_bound_p95": {"step 0": 89, "step 260": 250, "step 500": 418},
 }
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Some prompts of a logged step: their texts and mean rewards, and how far the step's cosines can be trusted."""
+
+    step: int
+    prompts: list[str]
+    rewards: list[float | None]
+    reliability: float | None
+    sketch_rmse: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heatmap(Prompts):
+    """Cosines of a logged step, of ``live`` prompts in all."""
+
+    live: int
+    cosines: list[list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair(Prompts):
+    """Two prompts of a logged step."""
+
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """``counts``: label of a part of the run -> pairs in each bin."""
+
+    edges: list[float]
+    counts: dict[str, list[int]]
+    sketch_rmse: float | None
+
+
+@dataclass(frozen=True)
+class PromptCurvature:
+    """Sigma and measured curvature along its own gradient, of one prompt of a logged step."""
+
+    step: int
+    sigma: float
+    curvature: float
+
+
+@dataclass(frozen=True)
+class PartOfModel:
+    """Means over the logged steps."""
+
+    cos_mean: float
+    sketch_rmse: float
+    share: float
+
+
+@dataclass(frozen=True)
+class ReportNumbers:
+    """Everything that the page and ``--json`` show of a run. ``curves``: section -> metric -> curve."""
+
+    run: str
+    last_step: int
+    logged_interference_steps: int
+    most_prompts: int
+    summary: list[str]
+    tiles: list[Tile]
+    diagnosis: Diagnosis
+    problems: list[str]
+    notes: list[str]
+    config: Configuration
+    phases: list[Span]
+    curves: dict[str, dict[str, Curve]]
+    heatmaps: list[Heatmap]
+    histogram: Histogram | None
+    pairs: dict[str, list[Pair]]
+    what_if: WhatIfTable | None
+    parts: dict[str, PartOfModel]
+    tasks: TaskTable | None
+    completions: list[SampledAnswer]
+    sigma_and_curvature: list[PromptCurvature]
+    paper: dict[str, dict[str, float]]
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -54,35 +137,39 @@ def evenly(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, most).round().astype(int)).tolist()
 
 
-def curves(run: Run) -> dict[str, dict[str, dict[str, list[Any]]]]:
-    """Section -> metric -> ``steps`` and ``values``, None where one is missing; without metrics never logged."""
+def curves(run: Run) -> dict[str, dict[str, Curve]]:
+    """Section -> metric -> curve, without metrics never logged."""
     logged = dict.fromkeys(name for entry in run.logs for name in entry)
-    found: dict[str, dict[str, dict[str, list[Any]]]] = {}
+    found: dict[str, dict[str, Curve]] = {}
     for section, one in SECTIONS.items():
         ordered = sorted(logged) if section == "tasks" else logged  # reward functions in the order of the run's
         names = [*(name for chart in one.curves for name in chart.find(ordered).metrics), *MORE.get(section, ())]
-        found[section] = {name: curve for name in names if (curve := _curve(run, name))}
+        found[section] = {name: curve for name in names if (curve := _thinned(run.curve(name))).steps}
     return found
 
 
-def _curve(run: Run, name: str) -> dict[str, list[Any]]:
-    steps, values = run.curve(name)
-    chosen = evenly(len(steps), MOST_POINTS)
-    return {"steps": [steps[i] for i in chosen], "values": [values[i] for i in chosen]} if steps else {}
+def _thinned(curve: Curve) -> Curve:
+    chosen = evenly(len(curve.steps), MOST_POINTS)
+    return Curve([curve.steps[i] for i in chosen], [curve.values[i] for i in chosen])
 
 
-def parts(records: Sequence[InterferenceRecord]) -> dict[str, dict[str, float]]:
-    """Part of the model -> means over the logged steps of its share, mean cosine and the cosine's error."""
-    found: dict[str, dict[str, float]] = {}
+def mean_metric(records: Sequence[InterferenceRecord], name: str) -> float | None:
+    """Over the records that have it."""
+    values = [record.metrics[name] for record in records if name in record.metrics]
+    return float(np.mean(values)) if values else None
+
+
+def parts(records: Sequence[InterferenceRecord]) -> dict[str, PartOfModel]:
+    """By name, of the parts of the model whose share is logged."""
+    found = {}
     for name in PARTS_OF_MODEL:
-        for key in ("share", "cos_mean", "sketch_rmse"):
-            values = [r.metrics[f"parts/{name}/{key}"] for r in records if f"parts/{name}/{key}" in r.metrics]
-            if values:
-                found.setdefault(name, {"cos_mean": math.nan, "sketch_rmse": 0.0})[key] = float(np.mean(values))
+        share, cosine, error = (mean_metric(records, f"parts/{name}/{k}") for k in ("share", "cos_mean", "sketch_rmse"))
+        if share is not None:
+            found[name] = PartOfModel(math.nan if cosine is None else cosine, error or 0.0, share)
     return found
 
 
-def what_if(run: Run) -> dict[str, Any] | None:
+def what_if(run: Run) -> WhatIfTable | None:
     """The run's table, or None where no step can be compared."""
     try:
         return what_if_table(run)
@@ -127,18 +214,13 @@ def mean_rewards(record: InterferenceRecord, places: np.ndarray) -> list[float |
     return found
 
 
-def _of_prompts(record: InterferenceRecord, places: np.ndarray) -> dict[str, Any]:
-    """What a heatmap and a pair show of their prompts."""
-    return {
-        "step": record.step,
-        "prompts": prompt_labels(record, places),
-        "rewards": mean_rewards(record, places),
-        "reliability": record.metrics.get("interference/reliability"),
-        "sketch_rmse": record.metrics.get("interference/sketch_rmse"),
-    }
+def prompts_at(record: InterferenceRecord, places: np.ndarray) -> Prompts:
+    """These prompts of the record."""
+    reliability, rmse = (record.metrics.get(f"interference/{name}") for name in ("reliability", "sketch_rmse"))
+    return Prompts(record.step, prompt_labels(record, places), mean_rewards(record, places), reliability, rmse)
 
 
-def heatmap(record: InterferenceRecord) -> dict[str, Any]:
+def heatmap(record: InterferenceRecord) -> Heatmap:
     """One logged step's cosines, ordered by clustering."""
     live, matrix = cosines(record)
     shown = np.arange(len(live))
@@ -148,27 +230,25 @@ def heatmap(record: InterferenceRecord) -> dict[str, Any]:
     part = matrix[np.ix_(shown, shown)]
     order = cluster_order(part)
     rounded = part[np.ix_(order, order)].round(2).tolist()
-    return {"live": len(live), "cosines": rounded, **_of_prompts(record, live[shown[order]])}
+    return Heatmap(live=len(live), cosines=rounded, **vars(prompts_at(record, live[shown[order]])))
 
 
-def histogram(records: Sequence[InterferenceRecord]) -> dict[str, Any]:
+def histogram(records: Sequence[InterferenceRecord]) -> Histogram:
     """Counts the cosines of all pairs of live prompts in bins of 0.02, in the first and last third of the steps."""
     edges = np.linspace(-1, 1, 101)
     third = max(1, len(records) // 3)
     counts = {}
     for name, part in (("first third", records[:third]), ("last third", records[-third:])):
-        told = [r.metrics["interference/reliability"] for r in part if "interference/reliability" in r.metrics]
-        name += f" (reliability {np.mean(told):.2f})" if told else ""
+        reliability = mean_metric(part, "interference/reliability")
+        name += "" if reliability is None else f" (reliability {reliability:.2f})"
         values = [matrix[np.triu_indices(len(matrix), 1)] for _, matrix in map(cosines, part)]
         counts[name] = np.histogram(np.concatenate([*values, np.empty(0)]), edges)[0].tolist()
-    errors = [r.metrics["interference/sketch_rmse"] for r in records if "interference/sketch_rmse" in r.metrics]
-    rmse = float(np.mean(errors)) if errors else None
-    return {"edges": edges.round(2).tolist(), "counts": counts, "sketch_rmse": rmse}
+    return Histogram(edges.round(2).tolist(), counts, mean_metric(records, "interference/sketch_rmse"))
 
 
-def extreme_pairs(records: Sequence[InterferenceRecord]) -> dict[str, list[dict[str, Any]]]:
-    """The pairs of prompts that conflict and that agree most, of all logged steps."""
-    found: list[dict[str, Any]] = []
+def extreme_pairs(records: Sequence[InterferenceRecord]) -> dict[str, list[Pair]]:
+    """Those that "conflict" and those that "agree" most, of all logged steps."""
+    found: list[Pair] = []
     for record in records:
         live, matrix = cosines(record)
         if len(live) < 2:
@@ -177,17 +257,15 @@ def extreme_pairs(records: Sequence[InterferenceRecord]) -> dict[str, list[dict[
         values = matrix[rows, columns]
         order = np.argsort(values, kind="stable")
         for place in {*order[:MOST_PAIRS].tolist(), *order[-MOST_PAIRS:].tolist()}:
-            pair = live[[rows[place], columns[place]]]
-            found.append({"cosine": round(float(values[place]), 3), **_of_prompts(record, pair)})
-    found.sort(key=lambda pair: pair["cosine"])
-    return {
-        "conflict": [pair for pair in found[:MOST_PAIRS] if pair["cosine"] < 0],
-        "agree": [pair for pair in found[::-1][:MOST_PAIRS] if pair["cosine"] > 0],
-    }
+            both = prompts_at(record, live[[rows[place], columns[place]]])
+            found.append(Pair(cosine=round(float(values[place]), 3), **vars(both)))
+    found.sort(key=lambda pair: pair.cosine)
+    conflict = [pair for pair in found[:MOST_PAIRS] if pair.cosine < 0]
+    return {"conflict": conflict, "agree": [pair for pair in found[::-1][:MOST_PAIRS] if pair.cosine > 0]}
 
 
-def sigma_and_curvature(records: Sequence[InterferenceRecord]) -> list[dict[str, Any]]:
-    """Sigma and measured curvature along its own gradient, of each prompt and logged step where both are defined."""
+def sigma_and_curvature(records: Sequence[InterferenceRecord]) -> list[PromptCurvature]:
+    """Of each prompt and logged step where both are defined."""
     points = []
     for record in records:
         if record.gram_BB is None or record.coefficient_B is None:
@@ -202,7 +280,7 @@ def sigma_and_curvature(records: Sequence[InterferenceRecord]) -> list[dict[str,
         sigma = dict(zip(record.prompt_id_P.tolist(), record.sigma_P.tolist(), strict=True))
         prompts, curvature = directional_curvature(step)
         points += [
-            {"step": record.step, "sigma": sigma[prompt], "curvature": value}
+            PromptCurvature(record.step, sigma[prompt], value)
             for prompt, value in zip(prompts.tolist(), curvature.tolist(), strict=True)
             if math.isfinite(value)
         ]
@@ -218,39 +296,41 @@ def notes(run: Run) -> list[str]:
     ]
 
 
-def report_numbers(run: Run, n_runs: int = 1) -> dict[str, Any]:
-    """Everything that the page and ``--json`` show; ``n_runs`` share the page's heatmaps."""
+def report_numbers(run: Run, n_runs: int = 1) -> ReportNumbers:
+    """``n_runs`` share the page's heatmaps."""
     with_pairs = [record for record in run.records if len(cosines(record)[0]) > 1]
     chosen = [with_pairs[i] for i in evenly(len(with_pairs), max(2, MOST_HEATMAPS // n_runs))]
     compared = what_if(run)
-    found: dict[str, Any] = {
-        "run": run.name,
-        "last_step": run.last_step,
-        "logged_interference_steps": len(run.records),
-        "most_prompts": MOST_PROMPTS,
-        "summary": summary(run),
-        "tiles": tiles(run, compared),
-        "diagnosis": diagnose(run).as_plain(),
-        "problems": run.problems,
-        "notes": notes(run),
-        "config": run.config,
-        "phases": phases(run),
-        "curves": curves(run),
-        "heatmaps": [heatmap(record) for record in chosen],
-        "histogram": histogram(run.records) if chosen else None,
-        "pairs": extreme_pairs(run.records),
-        "what_if": compared,
-        "parts": parts(run.records),
-        "tasks": tasks(run),
-        "completions": read_completions(run.folder),
-        "sigma_and_curvature": sigma_and_curvature(run.records),
-        "paper": PAPER,
-    }
-    return finite(found)
+    numbers = ReportNumbers(
+        run=run.name,
+        last_step=run.last_step,
+        logged_interference_steps=len(run.records),
+        most_prompts=MOST_PROMPTS,
+        summary=summary(run),
+        tiles=tiles(run, compared),
+        diagnosis=diagnose(run),
+        problems=run.problems,
+        notes=notes(run),
+        config=run.config,
+        phases=phases(run),
+        curves=curves(run),
+        heatmaps=[heatmap(record) for record in chosen],
+        histogram=histogram(run.records) if chosen else None,
+        pairs=extreme_pairs(run.records),
+        what_if=compared,
+        parts=parts(run.records),
+        tasks=tasks(run),
+        completions=read_completions(run.folder),
+        sigma_and_curvature=sigma_and_curvature(run.records),
+        paper=PAPER,
+    )
+    return finite(numbers)
 
 
 def finite(value: Any) -> Any:
     """Puts None in place of NaN and infinity, which JSON doesn't have."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: finite(getattr(value, one.name)) for one in fields(value)})
     if isinstance(value, dict):
         return {str(name): finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import base64
 import gzip
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from typing import Any
 
+import plotly.graph_objects as go
 from jinja2 import Environment
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
@@ -19,11 +19,14 @@ from plotly.offline import get_plotlyjs
 from trl_ext.options import SCALE_REWARDS_METHOD
 
 from . import charts
+from .completions import SampledAnswer
 from .definitions import DEFINITIONS, PAPER
 from .groups import Group, differences
+from .numbers import Pair, ReportNumbers
 from .read_run import Run
-from .sections import FROM_INTERFERENCE, SECTIONS
-from .summary import STEADY_BLIND
+from .run_files import Configuration
+from .sections import FROM_INTERFERENCE, SECTIONS, Curves
+from .what_if_table import Method
 
 HOW_TO_LOG = "Not in this run's folder. CurvatureGRPOConfig(interference_every=10), the default, logs it."
 HOW_TO = {
@@ -52,149 +55,191 @@ CONFIGURATION = {
     "processes": "num_processes",
 }
 
-Part = dict[str, Any]
+
+@dataclass(frozen=True)
+class Part:
+    """A chart, a table or a note of a section; ``figure``: plotly's JSON. ``shape``: "tall", "wide" or "third", of the
+    page's columns."""
+
+    title: str = ""
+    note: str = ""
+    shape: str = ""
+    figure: str = ""
+    height: int = 0
+    pairs: list[tuple[str, Pair]] = field(default_factory=list)
+    methods: list[tuple[str, Method]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    completions: dict[int, list[SampledAnswer]] = field(default_factory=dict)
 
 
-class Page:
-    """Collects the figures of a page, and numbers them."""
+@dataclass(frozen=True)
+class ShownSection:
+    """``small``: takes half of the page's width; ``empty``: has nothing but a note why."""
 
-    def __init__(self) -> None:
-        self.figures: list[Markup] = []
+    id: str
+    heading: str
+    sentence: str
+    parts: list[Part]
+    small: bool
+    empty: bool
 
-    def place(self, figure: Any, title: str, height: int = charts.HEIGHT, **more: Any) -> Part:
-        self.figures.append(Markup(charts.as_json(figure, height)))
-        return {"chart": len(self.figures) - 1, "title": title, "height": height, **more}
+
+def _chart(figure: go.Figure, title: str, height: int = charts.HEIGHT, *, shape: str = "", note: str = "") -> Part:
+    return Part(title, note, shape, Markup(charts.as_json(figure, height)), height)
 
 
-def _curves(page: Page, section: str, numbers: Sequence[dict[str, Any]], groups: Sequence[Group]) -> list[Part]:
-    parts: list[Part] = []
-    logged = [name for one in numbers for name in one["curves"][section]]
+def _curves(section: str, numbers: Sequence[ReportNumbers], groups: Sequence[Group]) -> list[Part]:
+    logged = [name for one in numbers for name in one.curves[section]]
     chosen = [chart.find(logged) for chart in SECTIONS[section].curves]
     chosen = [chart for chart in chosen if not chart.pattern or len(chart.metrics) > 1]
-    if section == "learning":
-        clip = numbers[0]["config"].get("max_grad_norm")
-        if len(numbers) == 1 and isinstance(clip, int | float) and clip > 0:
-            chosen[1] = replace(chosen[1], reference=((float(clip), f"clipped at {clip:g}"),))
     zero: list[str] = []
-    for chart in chosen:
-        if len(numbers) == 1 and charts.always_zero(chart, numbers[0]["curves"][section]):
-            zero.append(chart.title)
-        elif len(numbers) == 1:
-            figure = charts.curves_of_a_run(chart, numbers[0]["curves"][section], numbers[0]["paper"])
-            if figure is not None:
-                if section == "learning" and "reward" in chart.metrics:
-                    charts.shade_phases(figure, numbers[0]["phases"])
-                parts.append(page.place(figure, chart.title))
-        else:
-            for name, label in chart.metrics.items():
-                figure = charts.curves_of_groups(chart, name, groups)
-                if figure is not None:
-                    parts.append(page.place(figure, f"{chart.title}: {label}"))
+    if len(numbers) == 1:
+        zero = [chart.title for chart in chosen if charts.always_zero(chart, numbers[0].curves[section])]
+        chosen = [chart for chart in chosen if chart.title not in zero]
+        parts = _curves_of_a_run(section, numbers[0], chosen)
+    else:
+        parts = _curves_of_groups(chosen, groups)
     if len(parts) % 3 == 0:
-        for part in parts:
-            part["third"] = True
-    return [*parts, {"note": f"0 throughout: {', '.join(zero)}.", "wide": True}] if zero else parts
+        parts = [replace(part, shape="third") for part in parts]
+    return [*parts, Part(note=f"0 throughout: {', '.join(zero)}.", shape="wide")] if zero else parts
 
 
-def _interference(page: Page, numbers: dict[str, Any], whose: str) -> list[Part]:
-    maps, logged = numbers["heatmaps"], numbers["logged_interference_steps"]
-    if not maps:
+def _curves_of_a_run(section: str, numbers: ReportNumbers, chosen: Sequence[Curves]) -> list[Part]:
+    parts = []
+    clip = numbers.config.get("max_grad_norm")
+    for chart in chosen:
+        if "grad_norm" in chart.metrics and isinstance(clip, int | float) and clip > 0:
+            chart = replace(chart, reference=((float(clip), f"clipped at {clip:g}"),))
+        figure = charts.curves_of_a_run(chart, numbers.curves[section], numbers.paper)
+        if figure is not None:
+            if "reward" in chart.metrics:
+                charts.shade_phases(figure, numbers.phases)
+            parts.append(_chart(figure, chart.title))
+    return parts
+
+
+def _curves_of_groups(chosen: Sequence[Curves], groups: Sequence[Group]) -> list[Part]:
+    titles = [(chart, name, f"{chart.title}: {label}") for chart in chosen for name, label in chart.metrics.items()]
+    figures = [(charts.curves_of_groups(chart, name, groups), title) for chart, name, title in titles]
+    return [_chart(figure, title) for figure, title in figures if figure is not None]
+
+
+def _interference(numbers: ReportNumbers, whose: str) -> list[Part]:
+    maps, logged = numbers.heatmaps, numbers.logged_interference_steps
+    if not maps or numbers.histogram is None:
         return []
     left_out = " (the others have fewer than two live prompts, or were left out evenly)" if logged > len(maps) else ""
     note = (
         f"{len(maps)} of {logged} logged steps have a heatmap here{left_out}; of a step at most "
-        f"{numbers['most_prompts']} prompts, those with the largest gradients. Hatched: below 0 by more than twice the "
+        f"{numbers.most_prompts} prompts, those with the largest gradients. Hatched: below 0 by more than twice the "
         "sketch's error."
     )
-    pairs = [(kind, pair) for kind in ("conflict", "agree") for pair in numbers["pairs"][kind][:SHOWN_PAIRS]]
+    pairs = [(kind, pair) for kind, found in numbers.pairs.items() for pair in found[:SHOWN_PAIRS]]
     return [
-        page.place(charts.heatmap(maps), f"{whose}Cosines of a logged step", 500, note=note, tall=True),
-        page.place(charts.histogram(numbers["histogram"]), f"{whose}How cosines are spread"),
-        {"title": f"{whose}Pairs that conflict and that agree most", "pairs": pairs},
+        _chart(charts.heatmap(maps), f"{whose}Cosines of a logged step", 500, note=note, shape="tall"),
+        _chart(charts.histogram(numbers.histogram), f"{whose}How cosines are spread"),
+        Part(f"{whose}Pairs that conflict and that agree most", pairs=pairs),
     ]
 
 
-def _what_if(page: Page, numbers: dict[str, Any], whose: str) -> list[Part]:
-    table = numbers["what_if"]
-    if not table or not table["methods"]:
+def _what_if(numbers: ReportNumbers, whose: str) -> list[Part]:
+    table = numbers.what_if
+    if table is None:
         return []
-    rows = sorted(table["methods"].items(), key=lambda item: -item[1]["cos"])
-    told = []
-    if str(table["optimizer"] or "").startswith(STEADY_BLIND):
-        told.append(f"{table['optimizer']} takes no notice of a factor that stays the same.")
-    told += [f"One and the same here, but for a learning rate: {', '.join(group)}." for group in table["same"]]
     absent: dict[str, list[str]] = {}
-    for name, (_, reason) in table["absent"].items():
+    for name, (_, reason) in table.absent.items():
         absent.setdefault(reason, []).append(name)
-    told += [f"Not told: {', '.join(names)} ({reason})." for reason, names in absent.items()]
+    remarks = [*table.remarks(), *(f"Not told: {', '.join(names)} ({reason})." for reason, names in absent.items())]
+    title = f"{whose}Against {table.used or 'the step taken'}"
     return [
-        page.place(charts.what_if(table), f"{whose}Direction and length", 340, tall=True),
-        {"title": f"{whose}Against {table['used'] or 'the step taken'}", "methods": rows, "told": told, "tall": True},
+        _chart(charts.what_if(table.methods), f"{whose}Direction and length", 340, shape="tall"),
+        Part(title, shape="tall", methods=table.by_cosine, remarks=remarks),
     ]
 
 
-def _noise(numbers: dict[str, Any], whose: str) -> list[Part]:
-    noise = (numbers["what_if"] or {}).get("noise")
-    if not noise:
+def _noise(numbers: ReportNumbers, whose: str) -> list[Part]:
+    noise = numbers.what_if.noise if numbers.what_if is not None else None
+    if noise is None:
         return []
     note = (
-        f"{whose}With as many rollouts, noise is least at {noise['advised']:.1f} answers to a prompt "
-        f"({noise['low']:.1f} to {noise['high']:.1f}, 90 % by resampling the {noise['steps']} steps). That is noise "
+        f"{whose}With as many rollouts, noise is least at {noise.advised:.1f} answers to a prompt "
+        f"({noise.low:.1f} to {noise.high:.1f}, 90 % by resampling the {noise.steps} steps). That is noise "
         "alone: fewer answers also make more groups whose answers are all alike."
     )
-    return [{"note": note, "wide": True}]
+    return [Part(note=note, shape="wide")]
 
 
-def _own(page: Page, section: str, numbers: dict[str, Any], whose: str) -> list[Part]:
-    """What a section shows besides curves."""
-    if section == "learning":
-        return [{"note": whose + note, "wide": True} for note in numbers["notes"]]
-    if section == "interference":
-        return _interference(page, numbers, whose)
-    if section == "what_if":
-        return _what_if(page, numbers, whose)
-    if section == "noise":
-        return _noise(numbers, whose)
-    if section == "parts" and numbers["parts"]:
-        return [page.place(charts.parts(numbers["parts"]), f"{whose}Share and cosine by part", 280)]
-    if section == "tasks" and numbers["tasks"]:
-        found = page.place(charts.tasks(numbers["tasks"]), f"{whose}Task against task", 340, tall=True)
-        return [*({"note": whose + told, "wide": True} for told in numbers["tasks"]["told"]), found]
-    if section == "curvature" and numbers["sigma_and_curvature"]:
-        figure = charts.sigma_and_curvature(numbers["sigma_and_curvature"])
-        return [page.place(figure, f"{whose}Sigma and curvature of each prompt")]
-    if section == "completions" and numbers["completions"]:
-        by_step: dict[int, list[dict[str, Any]]] = {}
-        for row in numbers["completions"]:
-            by_step.setdefault(row["step"], []).append(row)
-        return [{"title": f"{whose}Sampled answers", "completions": by_step, "wide": True}]
-    return []
+def _learning(numbers: ReportNumbers, whose: str) -> list[Part]:
+    return [Part(note=whose + note, shape="wide") for note in numbers.notes]
 
 
-def configuration(config: dict[str, Any]) -> list[tuple[str, str]]:
+def _parts(numbers: ReportNumbers, whose: str) -> list[Part]:
+    if not numbers.parts:
+        return []
+    return [_chart(charts.parts(numbers.parts), f"{whose}Share and cosine by part", 280)]
+
+
+def _tasks(numbers: ReportNumbers, whose: str) -> list[Part]:
+    if numbers.tasks is None:
+        return []
+    chart = _chart(charts.tasks(numbers.tasks), f"{whose}Task against task", 340, shape="tall")
+    return [*(Part(note=whose + text, shape="wide") for text in numbers.tasks.told), chart]
+
+
+def _curvature(numbers: ReportNumbers, whose: str) -> list[Part]:
+    if not numbers.sigma_and_curvature:
+        return []
+    figure = charts.sigma_and_curvature(numbers.sigma_and_curvature)
+    return [_chart(figure, f"{whose}Sigma and curvature of each prompt")]
+
+
+def _completions(numbers: ReportNumbers, whose: str) -> list[Part]:
+    by_step: dict[int, list[SampledAnswer]] = {}
+    for row in numbers.completions:
+        by_step.setdefault(row.step, []).append(row)
+    return [Part(f"{whose}Sampled answers", shape="wide", completions=by_step)] if by_step else []
+
+
+# what a section shows of a run besides curves
+OWN = {
+    "learning": _learning,
+    "what_if": _what_if,
+    "noise": _noise,
+    "interference": _interference,
+    "parts": _parts,
+    "tasks": _tasks,
+    "curvature": _curvature,
+    "completions": _completions,
+}
+
+
+def _section(name: str, numbers: Sequence[ReportNumbers], groups: Sequence[Group]) -> ShownSection:
+    own: list[Part] = []
+    for one in numbers:
+        own += OWN[name](one, f"{one.run}: " if len(numbers) > 1 else "") if name in OWN else []
+    curves = _curves(name, numbers, groups)
+    first = name in ("interference", "what_if")  # what is most looked at stands before the curves
+    parts = own + curves if first else curves + own
+    if name == "curvature" and len(parts) == 3 and len(numbers) == 1:
+        parts = [replace(part, shape="third") for part in parts]
+    if not parts:
+        parts = [Part(note=HOW_TO.get(name, HOW_TO_LOG if name in FROM_INTERFERENCE else NOT_LOGGED))]
+    small = len([part for part in parts if part.figure or not part.note]) <= 1 and len(own) < 2
+    empty = bool(parts[0].note) and len(parts) == 1
+    section = SECTIONS[name]
+    return ShownSection(name, section.heading, section.sentence, parts, small and name != "completions", empty)
+
+
+def configuration(config: Configuration) -> list[tuple[str, str]]:
     """Label and value of the options in the page's box, without those that the run doesn't have."""
     shown = {**config, "model_name_or_path": str(config.get("model_name_or_path") or "").rstrip("/").split("/")[-1]}
     shown["normalization"] = config.get("normalization") or SCALE_REWARDS_METHOD.get(config.get("scale_rewards", ""))
     return [(label, f"{shown[name]}") for label, name in CONFIGURATION.items() if shown.get(name) not in (None, "")]
 
 
-def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[dict[str, Any]], command: str) -> str:
+def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[ReportNumbers], command: str) -> str:
     """The HTML file as a text. ``numbers`` are ``report_numbers`` of the runs."""
-    page, sections = Page(), []
-    for name, section in SECTIONS.items():
-        own: list[Part] = []
-        for one in numbers:
-            own += _own(page, name, one, f"{one['run']}: " if len(numbers) > 1 else "")
-        first = name in ("interference", "what_if")  # what is most looked at stands before the curves
-        curves = _curves(page, name, numbers, groups)
-        parts = own + curves if first else curves + own
-        if name == "curvature" and len(parts) == 3 and len(numbers) == 1:
-            parts = [{**part, "third": True} for part in parts]
-        if not parts:
-            parts = [{"note": HOW_TO.get(name, HOW_TO_LOG if name in FROM_INTERFERENCE else NOT_LOGGED)}]
-        small = len([part for part in parts if "note" not in part or "chart" in part]) <= 1 and not own[1:]
-        more = {"small": small and name not in ("completions",), "empty": "note" in parts[0] and len(parts) == 1}
-        sections.append({"id": name, "heading": section.heading, "sentence": section.sentence, "parts": parts, **more})
+    sections = [_section(name, numbers, groups) for name in SECTIONS]
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
     )
@@ -206,7 +251,7 @@ def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[d
         sections=sections,
         definitions=DEFINITIONS,
         paper=PAPER,
-        figures=page.figures,
+        figures=[part.figure for section in sections for part in section.parts if part.figure],
         plotly_gzip=Markup(base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()),
         command=command,
     )

@@ -17,9 +17,10 @@ from typing import Any
 
 from trl_ext.recorder.files import FOLDER, InterferenceRecord, read_interference
 
-from .run_files import CONFIG_FILE, LOG_FILE, RESUMED, started_at
+from .run_files import CONFIG_FILE, LOG_FILE, RESUMED, Configuration, started_at
 
 STATE_FILE = "trainer_state.json"
+LogLine = dict[str, Any]  # an entry of TRL's log: metric -> value, with its step
 CLOCKS_DIFFER = 60  # seconds that a file system's clock may be behind
 
 
@@ -30,10 +31,22 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _same_kind(entry: dict[str, Any], name: str) -> bool:
+def _same_kind(entry: LogLine, name: str) -> bool:
     """Whether such a metric may be in this entry: an evaluation's, or a training step's."""
     of_evaluation = any(key.startswith("eval_") for key in entry)
     return name in entry or (of_evaluation if name.startswith("eval_") else "loss" in entry and not of_evaluation)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over steps; None where it might have been logged and wasn't."""
+
+    steps: list[int]
+    values: list[float | None]
+
+    @property
+    def points(self) -> list[tuple[int, float | None]]:
+        return list(zip(self.steps, self.values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -42,9 +55,9 @@ class Run:
 
     folder: Path
     name: str
-    logs: list[dict[str, Any]]
+    logs: list[LogLine]
     records: list[InterferenceRecord]
-    config: dict[str, Any]
+    config: Configuration
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -54,11 +67,11 @@ class Run:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a metric, where it is a finite number."""
-        points = [(step, value) for step, value in zip(*self.curve(name), strict=True) if value is not None]
+        points = [(step, value) for step, value in self.curve(name).points if value is not None]
         return [step for step, _ in points], [value for _, value in points]
 
-    def curve(self, name: str) -> tuple[list[int], list[float | None]]:
-        """(steps, values) of a metric, None where it might have been and isn't; none at all where it never is.
+    def curve(self, name: str) -> Curve:
+        """The curve of a metric; without a point where it is never logged.
 
         What interference files hold is of the step that was measured; TRL's log has it at the next step that it logs.
         Several values of one step (a second evaluation) are their mean.
@@ -67,7 +80,7 @@ class Run:
         logged = [(entry["step"], entry.get(name)) for entry in self.logs if _same_kind(entry, name)]
         of_files, of_log = (sum(_is_number(value) for _, value in points) for points in (measured, logged))
         if not of_files and not of_log:
-            return [], []
+            return Curve([], [])
         if of_files and of_files >= of_log and name != "curvature/sigma_mean":  # which is logged of every batch
             points = measured
         else:
@@ -76,14 +89,15 @@ class Run:
         by_step: dict[int, list[float]] = {}
         for step, value in points:
             by_step.setdefault(step, []).extend([float(value)] if value is not None and _is_number(value) else [])
-        return list(by_step), [sum(values) / len(values) if values else None for values in by_step.values()]
+        means = [sum(values) / len(values) if values else None for values in by_step.values()]
+        return Curve(list(by_step), means)
 
-    def evaluated_again(self, name: str = "eval_accuracy") -> dict[int, list[float]]:
-        """Steps that were evaluated more than once, and what came out."""
+    def evaluated_again(self) -> dict[int, list[float]]:
+        """Step -> accuracies, of steps that were evaluated more than once."""
         found: dict[int, list[float]] = {}
         for entry in self.logs:
-            if _is_number(entry.get(name)):
-                found.setdefault(entry["step"], []).append(float(entry[name]))
+            if _is_number(entry.get("eval_accuracy")):
+                found.setdefault(entry["step"], []).append(float(entry["eval_accuracy"]))
         return {step: values for step, values in found.items() if len(values) > 1}
 
     def last(self, name: str) -> float | None:
@@ -103,19 +117,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     problems: list[str] = []
     logs = _in_order(_lines(path / LOG_FILE, problems)) if (path / LOG_FILE).is_file() else []
     logs = logs or max(_states(path, problems), key=_reach, default=[])
-    records = []
-    if (path / FOLDER).is_dir():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            records = read_interference(path)
-        problems += [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
-    started = started_at(path)
-    if started is not None:
-        earlier = [record for record in records if _written(path, record) < started - CLOCKS_DIFFER]
-        if earlier:
-            problems.append(f"{path / FOLDER}: {len(earlier)} files are skipped, they are older than the run")
-            old = {record.step for record in earlier}
-            records = [record for record in records if record.step not in old]
+    records = _records(path, problems) if (path / FOLDER).is_dir() else []
     if not logs and not records:
         looked = f"neither {STATE_FILE}, nor {LOG_FILE}, nor {FOLDER}/ with anything to read"
         skipped = f" ({'; '.join(problems)})" if problems else ""
@@ -127,24 +129,31 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     return Run(path, path.resolve().name or str(path), logs, records, config, problems)
 
 
-def _reach(logs: list[dict[str, Any]]) -> tuple[float, int]:
+def _records(path: Path, problems: list[str]) -> list[InterferenceRecord]:
+    """The run's interference files, without those that are older than the run."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        records = read_interference(path)
+    problems += [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+    border = (started_at(path) or 0.0) - CLOCKS_DIFFER
+    kept = [r for r in records if (path / FOLDER / f"step_{r.step:08d}.npz").stat().st_mtime >= border]
+    if len(kept) < len(records):
+        older = len(records) - len(kept)
+        problems.append(f"{path / FOLDER}: {older} files are skipped, they are older than the run")
+    return kept
+
+
+def _reach(logs: list[LogLine]) -> tuple[float, int]:
     return max((entry["step"] for entry in logs), default=-1), len(logs)
 
 
-def _written(path: Path, record: InterferenceRecord) -> float:
-    return (path / FOLDER / f"step_{record.step:08d}.npz").stat().st_mtime
-
-
-def _states(path: Path, problems: list[str]) -> list[list[dict[str, Any]]]:
-    found = []
+def _states(path: Path, problems: list[str]) -> list[list[LogLine]]:
+    """The logs of TRL's state files: the folder's and each checkpoint's."""
     checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
-    for file in [path / STATE_FILE, *(checkpoint / STATE_FILE for checkpoint in checkpoints)]:
-        if file.is_file():
-            state = _json(file, problems)
-            history = state.get("log_history") if isinstance(state, dict) else None
-            if isinstance(history, list):
-                found.append(_in_order(history))
-    return found
+    files = [folder / STATE_FILE for folder in (path, *checkpoints)]
+    states = [_json(file, problems) for file in files if file.is_file()]
+    histories = [state.get("log_history") for state in states if isinstance(state, dict)]
+    return [_in_order(history) for history in histories if isinstance(history, list)]
 
 
 def _json(file: Path, problems: list[str]) -> Any:
@@ -155,13 +164,9 @@ def _json(file: Path, problems: list[str]) -> Any:
         return None
 
 
-def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _lines(file: Path, problems: list[str]) -> list[Any]:
     entries, broken = [], 0
-    try:
-        lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError as error:
-        problems.append(f"{file} is skipped, it can't be read: {error}")
-        return []
+    lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
     for line in lines:
         try:
             entries.append(json.loads(line))
@@ -172,16 +177,16 @@ def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
     return entries
 
 
-def _in_order(entries: list[Any]) -> list[dict[str, Any]]:
+def _in_order(entries: list[Any]) -> list[LogLine]:
     """Drops earlier entries of steps that are done again, after a resume or where steps go back."""
-    kept: list[dict[str, Any]] = []
+    kept: list[LogLine] = []
     for entry in entries:
         if not isinstance(entry, dict) or not _is_number(entry.get("step")):
             continue
         if entry.get(RESUMED):
             kept = [earlier for earlier in kept if earlier["step"] <= entry["step"]]
-        elif kept and kept[-1]["step"] > entry["step"]:
-            kept = [*(earlier for earlier in kept if earlier["step"] < entry["step"]), entry]
-        else:
-            kept.append(entry)
+            continue
+        if kept and kept[-1]["step"] > entry["step"]:
+            kept = [earlier for earlier in kept if earlier["step"] < entry["step"]]
+        kept.append(entry)
     return kept

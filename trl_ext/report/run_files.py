@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import TrainerCallback
 
 logger = get_logger(__name__)
 CONFIG_FILE, LOG_FILE = "run_config.json", "log_history.jsonl"
+Configuration = dict[str, Any]  # a run's options, as JSON holds them
 STARTED, RESUMED = "started_at", "resumed"  # seconds since the epoch, kept over resumes; an entry where a run goes on
 
 
@@ -30,7 +32,7 @@ def started_at(folder: Path) -> float | None:
         return None
 
 
-def describe_run(args: Any, model: Any, trainer: type, reward_functions: list[str]) -> dict[str, Any]:
+def describe_run(args: Any, model: Any, trainer: type, reward_functions: list[str]) -> Configuration:
     """The configuration that is kept: every option, and what else tells runs apart."""
     return {
         **args.to_dict(),
@@ -42,11 +44,25 @@ def describe_run(args: Any, model: Any, trainer: type, reward_functions: list[st
     }
 
 
+def append_resume(log: Path, step: int) -> None:
+    """Adds the entry of a resume, on a line of its own even where a kill left half a line."""
+    cut = log.is_file() and log.read_bytes()[-1:] not in (b"", b"\n")
+    with open(log, "a") as file:
+        file.write("\n" * cut + json.dumps({RESUMED: True, "step": step}) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Writes beside the file and renames, so that a reader never sees half of it."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    scratch.write_text(text, errors="replace")
+    scratch.replace(file)
+
+
 class RunFiles(TrainerCallback):
     """Writes both files on the main process. A failure is logged once, and training goes on without them."""
 
-    def __init__(self, describe: Any) -> None:
-        self._describe = describe  # () -> the configuration, of what JSON can hold
+    def __init__(self, describe: Callable[[], Configuration]) -> None:
+        self._describe = describe
         self._on = True
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -60,13 +76,8 @@ class RunFiles(TrainerCallback):
                 (folder / LOG_FILE).unlink(missing_ok=True)
             else:
                 config[STARTED] = started_at(folder) or config[STARTED]
-                log = folder / LOG_FILE
-                cut = log.is_file() and log.read_bytes()[-1:] not in (b"", b"\n")  # a kill left half a line
-                with open(log, "a") as file:
-                    file.write("\n" * cut + json.dumps({RESUMED: True, "step": state.global_step}) + "\n")
-            scratch = folder / f".{CONFIG_FILE}.{os.getpid()}"
-            scratch.write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
-            scratch.replace(folder / CONFIG_FILE)
+                append_resume(folder / LOG_FILE, state.global_step)
+            replace_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, default=str))
         except Exception as error:
             self._fail(error)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,24 +12,42 @@ from grpo_kernels.normalize.std_rule import WORTH_A_WORD, std_exponent, std_gain
 
 from .evidence import ends, interval
 from .read_run import Run
+from .what_if_table import WhatIfTable
 
 LEAST_POINTS = 4  # of fewer a change has no error, and isn't claimed
 SMALL_CHANGE = 0.02  # of accuracy or reward, no change worth a word
-STEADY_BLIND = ("adam", "paged_adam", "lion")  # optimizers that take no notice of a steady factor
 MANY_ANSWERS = 32  # to a prompt: with which the std was seen to be worth more than a learning rate
 OTHER_DIRECTION = 0.98  # mean cosine below which std is more than a learning rate
 
 
-def phases(run: Run) -> list[dict[str, int]]:
-    """Spans of steps with the same phase: ``phase``, ``first``, ``last``. A step without a phase ends a span."""
-    spans: list[dict[str, int]] = []
+@dataclass(frozen=True)
+class Span:
+    """Steps ``first`` to ``last`` have the same training phase: 1, 2 or 3."""
+
+    phase: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number that is looked at first; "-" where it isn't logged."""
+
+    label: str
+    value: str = "-"
+    note: str = "not logged"
+
+
+def phases(run: Run) -> list[Span]:
+    """The spans in order of steps. A step without a phase ends a span."""
+    spans: list[Span] = []
     previous = 0
-    for step, value in zip(*run.curve("phase"), strict=True):
+    for step, value in run.curve("phase").points:
         phase = round(value) if value is not None and round(value) in (1, 2, 3) else 0
-        if previous:
-            spans[-1]["last"] = step if phase else spans[-1]["last"]
+        if previous and phase:
+            spans[-1] = replace(spans[-1], last=step)
         if phase and phase != previous:
-            spans.append({"phase": phase, "first": step, "last": step})
+            spans.append(Span(phase, step, step))
         previous = phase
     return spans
 
@@ -52,8 +70,8 @@ def _learned(run: Run) -> str:
                 f"Too early to tell whether it learned: {label} {first}, {last}, measured {len(values)} times "
                 f"(it takes {LEAST_POINTS})."
             )
-        told = f" (a difference has an error of about {error:.3f})" if error else ""
-        return f"It {_moved(values[0], values[-1], error)}: {label} {first}, {last}{told}."
+        scatter = f" (a difference has an error of about {error:.3f})" if error else ""
+        return f"It {_moved(values[0], values[-1], error)}: {label} {first}, {last}{scatter}."
     values = run.series("reward")[1]
     if len(values) < 2:
         return "Whether it learned can't be told: fewer than two rewards are in the log."
@@ -98,8 +116,8 @@ def _phase(run: Run) -> str:
         return "Its phase can't be told: too few live prompts, too low a reliability, or no interference logged."
     meaning = {1: "gradients of prompts are near-orthogonal", 2: "they begin to interfere", 3: "they interfere"}
     last = spans[-1]
-    since = f"since step {last['first']}, last measured at step {last['last']}"
-    return f"Phase {last['phase']} {since}: {meaning[last['phase']]}."
+    since = f"since step {last.first}, last measured at step {last.last}"
+    return f"Phase {last.phase} {since}: {meaning[last.phase]}."
 
 
 def _theory(run: Run) -> str:
@@ -128,14 +146,14 @@ def _choice(run: Run) -> str:
     first = sigmas[: max(1, round(len(sigmas) / 10))]  # as the map has it: later C falls whatever the task
     constant = 8 / 3 * float(np.mean(first))
     gain, more = std_gain(constant, group), std_gain(constant, MANY_ANSWERS)
-    told = f"C was {constant:.2f} at first, and with {group} answers to a prompt"
+    measured = f"C was {constant:.2f} at first, and with {group} answers to a prompt"
     later = f"; with {MANY_ANSWERS} answers {more:+.3f}" if group < MANY_ANSWERS and more - gain >= WORTH_A_WORD else ""
     if gain >= WORTH_A_WORD:
         advice, worth = "std", f"it is worth {gain:+.3f} of accuracy"
     else:
         advice = "std or mean" if std_exponent(constant) < 1 else "std"
         worth = "it is worth no more than a learning rate"
-    return f"Which normalisation: {advice}. {told} {worth} on a log-linear policy{later}."
+    return f"Which normalisation: {advice}. {measured} {worth} on a log-linear policy{later}."
 
 
 def _compute(run: Run) -> str:
@@ -146,16 +164,7 @@ def _compute(run: Run) -> str:
     return f"{skipped}; {np.mean(saved):.0%} of the backbone's work was saved."
 
 
-def tiles(run: Run, what_if: dict[str, Any] | None) -> list[dict[str, str]]:
-    """``label``, ``value`` and ``note`` of the numbers that are looked at first; "-" where one isn't logged."""
-    name, label = ("eval_accuracy", "accuracy") if run.series("eval_accuracy")[0] else ("eval_reward", "reward")
-    (steps, values), rewards = run.series(name), run.series("reward")[1]
-    score = {"label": f"Held-out {label}", "value": "-", "note": "not logged"}
-    if len(values) > 1:
-        score |= {"value": f"{values[0]:.2f} → {values[-1]:.2f}", "note": f"at steps {steps[0]} and {steps[-1]}"}
-    elif len(rewards) > 1:
-        before, after = ends(rewards)
-        score = {"label": "Reward", "value": f"{before:.2f} → {after:.2f}", "note": "first and last tenth of the log"}
+def tiles(run: Run, what_if: WhatIfTable | None) -> list[Tile]:
     dead, reliability, saved = (
         run.series(name)[1]
         for name in ("normalization/zero_variance_frac", "interference/reliability", "compute/flops_saved_frac")
@@ -164,26 +173,37 @@ def tiles(run: Run, what_if: dict[str, Any] | None) -> list[dict[str, str]]:
     signal = f"{max(float(np.median(reliability)), 0):.0%}" if reliability else "-"
     work = f"{np.mean(saved):.0%}" if saved else "-"
     return [
-        score,
-        {"label": "Live groups", "value": live, "note": "answers of different reward, mean over the run"},
-        {"label": "Dividing by the std is", **_what_std_is(what_if)},
-        {"label": "Reliability", "value": signal, "note": "signal in a prompt's squared gradient, median"},
-        {"label": "Work saved", "value": work, "note": "of the backbone's token positions"},
+        _score(run),
+        Tile("Live groups", live, "answers of different reward, mean over the run"),
+        Tile("Dividing by the std is", *_what_std_is(what_if)),
+        Tile("Reliability", signal, "signal in a prompt's squared gradient, median"),
+        Tile("Work saved", work, "of the backbone's token positions"),
     ]
 
 
-def _what_std_is(what_if: dict[str, Any] | None) -> dict[str, str]:
-    if what_if is None or not {"std", "mean"} <= set(what_if["methods"]):
-        return {"value": "-", "note": "not told in this run"}
-    used, optimizer = what_if["used"], str(what_if["optimizer"] or "")
-    if used not in ("std", "mean"):
-        return {"value": "-", "note": f"the run used {used or 'a function'}"}
-    row = what_if["methods"]["mean" if used == "std" else "std"]
-    factor = 1 / row["factor"] if used == "std" else row["factor"]
-    against = f"against mean, cosine {row['cos']:.3f}"
-    if optimizer.startswith(STEADY_BLIND):
-        against += f"; {optimizer.split('_')[0]} ignores a steady one"
-    if row["cos"] < OTHER_DIRECTION:
-        return {"value": "another direction", "note": f"{against}, length × {factor:.2g}"}
-    kind = "learning rate" if row["kind"] == "rate" else "schedule"
-    return {"value": f"a {kind} × {factor:.2g}", "note": against}
+def _score(run: Run) -> Tile:
+    name, label = ("eval_accuracy", "accuracy") if run.series("eval_accuracy")[0] else ("eval_reward", "reward")
+    (steps, values), rewards = run.series(name), run.series("reward")[1]
+    if len(values) > 1:
+        change = f"{values[0]:.2f} → {values[-1]:.2f}"
+        return Tile(f"Held-out {label}", change, f"at steps {steps[0]} and {steps[-1]}")
+    if len(rewards) > 1:
+        before, after = ends(rewards)
+        return Tile("Reward", f"{before:.2f} → {after:.2f}", "first and last tenth of the log")
+    return Tile(f"Held-out {label}")
+
+
+def _what_std_is(what_if: WhatIfTable | None) -> tuple[str, str]:
+    """Value and note of a tile."""
+    if what_if is None or not {"std", "mean"} <= set(what_if.methods):
+        return "-", "not told in this run"
+    if what_if.used not in ("std", "mean"):
+        return "-", f"the run used {what_if.used or 'a function'}"
+    row = what_if.methods["mean" if what_if.used == "std" else "std"]
+    factor = 1 / row.factor if what_if.used == "std" else row.factor
+    against = f"against mean, cosine {row.cos:.3f}"
+    if what_if.ignores_a_steady_factor:
+        against += f"; {str(what_if.optimizer).split('_')[0]} ignores a steady one"
+    if row.cos < OTHER_DIRECTION:
+        return "another direction", f"{against}, length × {factor:.2g}"
+    return f"a {'learning rate' if row.kind == 'rate' else 'schedule'} × {factor:.2g}", against

@@ -7,8 +7,7 @@ something is wrong that costs. *advice*: something could be had. A healthy run (
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from .read_run import Run
 from .signatures import SIGNATURES, Finding, Unknown
@@ -37,10 +36,6 @@ class Diagnosis:
     def worst(self) -> str | None:
         """The gravest level, None where nothing was found."""
         return self.verdicts[0].level if self.verdicts else None
-
-    def as_plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"verdicts": [asdict(one) for one in self.verdicts], "unknown": self.unknown, "clear": self.clear}
 
 
 def diagnose(run: Run) -> Diagnosis:

@@ -7,10 +7,14 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl_ext.load_function import load_function
+
+if TYPE_CHECKING:
+    from .what_if_table import WhatIfTable
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -48,41 +52,35 @@ def counted(steps: int) -> str:
     return f"{steps} step{'' if steps == 1 else 's'}"
 
 
-def lines(table: dict[str, Any]) -> list[str]:
+def lines(table: WhatIfTable) -> list[str]:
     """What is printed."""
-    from .summary import STEADY_BLIND
-
-    steps, used = table["steps"], table["used"] or "a normalisation that can't be made again"
-    told = [f"{table['run']}: {counted(len(steps))} ({steps[0]} to {steps[-1]}), trained with {used}", ""]
+    steps, used = table.steps, table.used or "a normalisation that can't be made again"
+    printed = [f"{table.run}: {counted(len(steps))} ({steps[0]} to {steps[-1]}), trained with {used}", ""]
     header = ("", "cosine", "factor", "over steps", "spread", "steps")
     rows = [header]
-    for name, one in sorted(table["methods"].items(), key=lambda item: -item[1]["cos"]):
-        over = f"{number(one['factor_low'])} to {number(one['factor_high'])}"
-        spread = f"{number(one['spread'], 2)} {one['kind'] or ''}".rstrip()
-        rows.append((name, f"{one['cos']:.3f}", number(one["factor"]), over, spread, str(one["steps"])))
+    for name, one in table.by_cosine:
+        over = f"{number(one.factor_low)} to {number(one.factor_high)}"
+        spread = f"{number(one.spread, 2)} {one.kind or ''}".rstrip()
+        rows.append((name, f"{one.cos:.3f}", number(one.factor), over, spread, str(one.steps)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     for row in rows:
-        told.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    told += ["", "cosine: with the step that was taken. factor: on its learning rate (median). spread: std of its log;"]
-    told.append("up to 0.15 it is a learning rate, above a schedule.")
-    if (table["optimizer"] or "").startswith(STEADY_BLIND):
-        told.append(f"{table['optimizer']} takes no notice of a factor that stays the same.")
-    told += [f"One and the same here, but for a learning rate: {', '.join(group)}." for group in table["same"]]
+        printed.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    legend = "cosine: with the step that was taken. factor: on its learning rate (median). spread: std of its log;"
+    printed += ["", legend, "up to 0.15 it is a learning rate, above a schedule.", *table.remarks()]
     absent: dict[tuple[int, str], list[str]] = {}
-    for name, (count, reason) in table["absent"].items():
-        absent.setdefault((count, reason), []).append(name)
+    for name, why in table.absent.items():
+        absent.setdefault(why, []).append(name)
     for (count, reason), names in absent.items():
-        told.append(f"{', '.join(names)}: not told in {counted(count)} ({reason}).")
-    told += [f"{counted(count)} left out: {reason}." for reason, count in table["skipped"].items()]
-    noise = table["noise"]
-    if noise is not None:
-        told += [
+        printed.append(f"{', '.join(names)}: not told in {counted(count)} ({reason}).")
+    printed += [f"{counted(count)} left out: {reason}." for reason, count in table.skipped.items()]
+    if (noise := table.noise) is not None:
+        printed += [
             "",
-            f"Noise, of {counted(noise['steps'])}: between prompts {number(noise['between'])}, within (answers) "
-            f"{number(noise['within'])}, of a prompt's squared gradient; with as many rollouts it is least at",
-            f"{noise['advised']:.1f} answers to a prompt ({noise['low']:.1f} to {noise['high']:.1f}, 90 %).",
+            f"Noise, of {counted(noise.steps)}: between prompts {number(noise.between)}, within (answers) "
+            f"{number(noise.within)}, of a prompt's squared gradient; with as many rollouts it is least at",
+            f"{noise.advised:.1f} answers to a prompt ({noise.low:.1f} to {noise.high:.1f}, 90 %).",
         ]
-    return told
+    return printed
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -91,20 +89,16 @@ def main(arguments: Sequence[str]) -> None:
 
     from .command import writable
     from .read_run import read_run
-    from .what_if_table import what_if_table
+    from .what_if_table import STATELESS, what_if_table
 
     try:
         for name in options.methods or []:
             check_normalization(name, **({"alpha": 1.0} if name == "power" else {}))
         file = writable(Path(options.json), ".json") if options.json else None
-        methods: list[Any] | None = list(options.methods) if options.methods else None
+        methods = options.methods
         if options.function:
-            from .what_if_table import STATELESS
-
-            methods = [
-                *(methods or STATELESS),
-                raising_value_errors(load_function(options.function, "--function"), options.function),
-            ]
+            own = raising_value_errors(load_function(options.function, "--function"), options.function)
+            methods = [*(methods or STATELESS), own]
         run = read_run(options.run)
         table = what_if_table(run, methods)
     except ValueError as error:
@@ -113,5 +107,5 @@ def main(arguments: Sequence[str]) -> None:
         print(f"skipped: {problem}")
     print("\n".join(lines(table)))
     if file is not None:
-        file.write_text(json.dumps(table, indent=1))
+        file.write_text(json.dumps(asdict(table), indent=1))
         print(f"Numbers: {file}")

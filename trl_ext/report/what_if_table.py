@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -23,13 +23,100 @@ from trl_ext.recorder.task_interference import Tasks
 from trl_ext.recorder.what_if import STATELESS, as_plain, step_scores, step_table
 
 from .read_run import Run
+from .run_files import Configuration
 
 SAME_COSINE, SAME_SPREAD = 0.99, 0.1  # methods are one where steps are so alike, and their lengths' ratio so steady
 STEADY = 0.15  # std of the log of a factor up to which it is a learning rate
+STEADY_BLIND = ("adam", "paged_adam", "lion")  # optimizers that take no notice of a steady factor
 DRAWS = 500  # of steps, for the interval of the advised G
 
 
-def used_normalization(config: Mapping[str, Any]) -> str | None:
+class StepRow(TypedDict):
+    """One method in one step; ``tasks``: name -> ``{"share": share of the step}``."""
+
+    cos: float
+    factor: float
+    tasks: NotRequired[dict[str, dict[str, float]]]
+
+
+class StepTable(TypedDict):
+    """One step's comparison, as ``recorder.what_if.as_plain`` makes it and files keep it. ``mutual`` and ``factors``:
+    cosines and ratios of lengths of each two methods, in the order of ``rows``."""
+
+    rows: dict[str, StepRow]
+    absent: dict[str, str]
+    mutual: list[list[float]]
+    factors: list[list[float]]
+    noise: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class TaskShare:
+    """A task's mean share of the step over the steps that have it, and its standard error."""
+
+    share: float
+    share_error: float | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method over all steps: mean cosine, median, least and largest factor, std of the factor's log."""
+
+    steps: int
+    cos: float
+    factor: float
+    factor_low: float
+    factor_high: float
+    spread: float | None
+    kind: str | None  # "rate" or "schedule"
+    tasks: dict[str, TaskShare]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Means over steps; ``advised`` answers to a prompt with the interval ``low`` to ``high``, 90 % by resampling."""
+
+    steps: int
+    between: float
+    within: float
+    pairs: float
+    advised: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class WhatIfTable:
+    """``skipped``: reason -> steps; ``same``: groups of methods that differ by a learning rate alone; ``absent``:
+    method -> in how many steps it can't be computed, and the latest reason."""
+
+    run: str
+    used: str | None
+    steps: list[int]
+    skipped: dict[str, int]
+    optimizer: str | None
+    methods: dict[str, Method]
+    same: list[list[str]]
+    absent: dict[str, tuple[int, str]]
+    noise: Noise | None
+
+    @property
+    def by_cosine(self) -> list[tuple[str, Method]]:
+        return sorted(self.methods.items(), key=lambda item: -item[1].cos)
+
+    @property
+    def ignores_a_steady_factor(self) -> bool:
+        return str(self.optimizer or "").startswith(STEADY_BLIND)
+
+    def remarks(self) -> list[str]:
+        """What the cosines and factors mean for this run's optimizer, and which methods are one."""
+        same = [f"One and the same here, but for a learning rate: {', '.join(group)}." for group in self.same]
+        if self.ignores_a_steady_factor:
+            return [f"{self.optimizer} takes no notice of a factor that stays the same.", *same]
+        return same
+
+
+def used_normalization(config: Configuration) -> str | None:
     """The run's, where it is in the catalogue and needs no state and no more than the summed rewards."""
     if not config:
         return None  # nobody knows
@@ -39,7 +126,7 @@ def used_normalization(config: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) and name in STATELESS else None
 
 
-def given_options(config: Mapping[str, Any]) -> dict[str, Any]:
+def given_options(config: Configuration) -> dict[str, float]:
     """Of the run's normalisation; a function's are its own."""
     name = config.get("normalization") or "std"
     options = config.get("normalization_kwargs") if isinstance(name, str) and name in METHODS else None
@@ -85,8 +172,8 @@ def _with_advantages(record: InterferenceRecord, used: Candidate | None) -> Inte
     )
 
 
-def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, Any]:
-    """Everything that the command prints, as JSON holds it.
+def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> WhatIfTable:
+    """Compares the run's steps with those of other normalisations.
 
     ``methods``: names and functions; None: all in the catalogue that need no state. Raises ``ValueError`` where no step
     can be compared, with the reason.
@@ -94,121 +181,124 @@ def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, A
     used, options = used_normalization(run.config), given_options(run.config)
     own = candidates([used], **options)[0] if used is not None else None
     chosen = candidates(list(STATELESS if methods is None else methods), **options)
-    rollouts, generations = (int(run.config.get(key) or 0) for key in ("generation_batch_size", "num_generations"))
-    n_prompts = rollouts // generations if rollouts and generations else None
-    weights = run.config.get("reward_weights")
-    weights = weights if _are_numbers(weights) else None
-    steps: list[tuple[int, dict[str, Any]]] = []
+    steps: dict[int, StepTable] = {}
     skipped: dict[str, int] = {}
     for record in run.records:
         found = record_scores(record, own)
-        if isinstance(found, str):
-            if record.what_if is not None and methods is None:  # a large step's was kept
-                steps.append((record.step, record.what_if))
-            else:
-                skipped[found] = skipped.get(found, 0) + 1
-            continue
-        scores, sequences = found
-        here = chosen
-        if sequences.function_rewards.shape[1] < 2:
-            here = [one for one in chosen if one.name != "decoupled" or methods is not None]
-        whole = n_prompts is None or len(scores.rewards_PG) == n_prompts
-        tasks = Tasks.named(record.task_P or [""] * len(scores.rewards_PG))
-        table = step_table(scores, sequences, here, weights, tasks, whole_batch=whole)
-        steps.append((record.step, as_plain(table, gradient_noise(scores), used, tasks)))
-    if not any(table["rows"] for _, table in steps):
-        reasons = "; ".join(skipped) or "; ".join({r for _, table in steps for r in table["absent"].values()})
+        if not isinstance(found, str):
+            one_function = methods is None and found[1].function_rewards.shape[1] < 2
+            here = [one for one in chosen if one.name != "decoupled"] if one_function else chosen
+            steps[record.step] = _step_table(record, *found, here, used, run.config)
+        elif record.what_if is not None and methods is None:  # a large step's was kept
+            steps[record.step] = cast(StepTable, record.what_if)
+        else:
+            skipped[found] = skipped.get(found, 0) + 1
+    tables = list(steps.values())
+    if not any(table["rows"] for table in tables):
+        reasons = "; ".join(skipped) or "; ".join({reason for table in tables for reason in table["absent"].values()})
         raise ValueError(f"no step of {run.name} can be compared: {reasons or 'it logged no interference'}")
-    return {
-        "run": run.name, "used": used, "steps": [step for step, _ in steps], "skipped": skipped,
-        "optimizer": run.config.get("optim"), "methods": _pooled([table for _, table in steps]),
-        "same": _same([table for _, table in steps]), "absent": _absent([table for _, table in steps]),
-        "noise": _noise([table["noise"] for _, table in steps if table["noise"]], run.config),
-    }  # fmt: skip
+    return WhatIfTable(
+        run=run.name,
+        used=used,
+        steps=list(steps),
+        skipped=skipped,
+        optimizer=run.config.get("optim"),
+        methods=_pooled(tables),
+        same=_same(tables),
+        absent=_absent(tables),
+        noise=_noise([table["noise"] for table in tables if table["noise"]], run.config),
+    )
 
 
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+def _step_table(
+    record: InterferenceRecord,
+    scores: StepScores,
+    sequences: SequenceTable,
+    methods: Sequence[Candidate],
+    used: str | None,
+    config: Configuration,
+) -> StepTable:
+    rollouts, generations = (int(config.get(key) or 0) for key in ("generation_batch_size", "num_generations"))
+    whole = not (rollouts and generations) or len(scores.rewards_PG) == rollouts // generations
+    weights = config.get("reward_weights")
+    weights = weights if isinstance(weights, list) and all(isinstance(one, int | float) for one in weights) else None
+    tasks = Tasks.named(record.task_P or [""] * len(scores.rewards_PG))
+    table = step_table(scores, sequences, methods, weights, tasks, whole_batch=whole)
+    return cast(StepTable, as_plain(table, gradient_noise(scores), used, tasks))
 
 
-def _pooled(tables: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    pooled: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(name for table in tables for name in table["rows"]):
-        rows = [table["rows"][name] for table in tables if name in table["rows"]]
-        factors = [row["factor"] for row in rows]
-        spread = None  # to four places: the factor of what was trained with is 1 to rounding
-        if len(rows) > 1 and min(factors) > 0:
+def _pooled(tables: Sequence[StepTable]) -> dict[str, Method]:
+    names = dict.fromkeys(name for table in tables for name in table["rows"])
+    return {name: _pooled_method([table["rows"][name] for table in tables if name in table["rows"]]) for name in names}
+
+
+def _pooled_method(rows: Sequence[StepRow]) -> Method:
+    factors = [row["factor"] for row in rows]
+    spread = kind = None
+    if len(rows) > 1:
+        if min(factors) > 0:  # to four places: the factor of what was trained with is 1 to rounding
             spread = round(float(np.std(np.log(factors), ddof=1)), 4)
-        one: dict[str, Any] = {
-            "steps": len(rows), "cos": float(np.mean([row["cos"] for row in rows])),
-            "factor": float(np.median(factors)), "factor_low": min(factors), "factor_high": max(factors),
-            "spread": spread, "kind": None,
-        }  # fmt: skip
-        if len(rows) > 1:
-            one["kind"] = "rate" if spread is not None and spread <= STEADY else "schedule"
-        if tasks := _pooled_tasks(rows):
-            one["tasks"] = tasks
-        pooled[name] = one
-    return pooled
+        kind = "rate" if spread is not None and spread <= STEADY else "schedule"
+    return Method(
+        steps=len(rows),
+        cos=float(np.mean([row["cos"] for row in rows])),
+        factor=float(np.median(factors)),
+        factor_low=min(factors),
+        factor_high=max(factors),
+        spread=spread,
+        kind=kind,
+        tasks=_pooled_tasks(rows),
+    )
 
 
-def _pooled_tasks(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each task's mean share of the step, over the steps that have the task, and its standard error."""
-    pooled: dict[str, dict[str, Any]] = {}
-    for name in sorted({name for row in rows for name in row.get("tasks", {})}):
-        found = [row["tasks"][name] for row in rows if name in row.get("tasks", {})]
-        shares = [one["share"] for one in found if "share" in one]
-        if shares:
-            error = float(np.std(shares, ddof=1)) / math.sqrt(len(shares)) if len(shares) > 1 else None
-            pooled[name] = {"share": float(np.mean(shares)), "share_error": error}
-    return pooled
+def _pooled_tasks(rows: Sequence[StepRow]) -> dict[str, TaskShare]:
+    shares: dict[str, list[float]] = {}
+    for row in rows:
+        for name, one in row.get("tasks", {}).items():
+            if "share" in one:
+                shares.setdefault(name, []).append(one["share"])
+    errors = {name: float(np.std(s, ddof=1)) / math.sqrt(len(s)) for name, s in shares.items() if len(s) > 1}
+    return {name: TaskShare(float(np.mean(shares[name])), errors.get(name)) for name in sorted(shares)}
 
 
-def _same(tables: list[dict[str, Any]]) -> list[list[str]]:
+def _same(tables: Sequence[StepTable]) -> list[list[str]]:
     """Groups of methods that are one here: single links of steps alike, with a steady ratio of lengths."""
     names = list(dict.fromkeys(name for table in tables for name in table["rows"]))
     group = {name: {name} for name in names}
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
-            cosines, ratios = [], []
-            for table in tables:
-                order = list(table["rows"])
-                if one in order and other in order:
-                    a, b = order.index(one), order.index(other)
-                    cosines.append(table["mutual"][a][b])
-                    ratios.append(math.log(table["factors"][a][b]))
-            if cosines and np.mean(cosines) >= SAME_COSINE and np.std(ratios) <= SAME_SPREAD:
+            if _alike(tables, one, other):
                 joined = group[one] | group[other]
-                for name in joined:
-                    group[name] = joined
-    found: list[list[str]] = []
-    for name in names:
-        members = [other for other in names if other in group[name]]
-        if len(members) > 1 and members not in found:
-            found.append(members)
-    return found
+                group.update(dict.fromkeys(joined, joined))
+    members = ([other for other in names if other in group[name]] for name in names)
+    return [list(one) for one in dict.fromkeys(map(tuple, members)) if len(one) > 1]
 
 
-def _absent(tables: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """By method: in how many steps it can't be told, and the latest reason."""
-    found: dict[str, list[Any]] = {}
+def _alike(tables: Sequence[StepTable], one: str, other: str) -> bool:
+    cosines, ratios = [], []
+    for table in tables:
+        if one in table["rows"] and other in table["rows"]:
+            a, b = (list(table["rows"]).index(name) for name in (one, other))
+            cosines.append(table["mutual"][a][b])
+            ratios.append(math.log(table["factors"][a][b]))
+    return bool(cosines) and bool(np.mean(cosines) >= SAME_COSINE and np.std(ratios) <= SAME_SPREAD)
+
+
+def _absent(tables: Sequence[StepTable]) -> dict[str, tuple[int, str]]:
+    found: dict[str, tuple[int, str]] = {}
     for table in tables:
         for name, reason in table["absent"].items():
-            found[name] = [found.get(name, [0])[0] + 1, reason]
+            found[name] = found.get(name, (0, ""))[0] + 1, reason
     return found
 
 
-def _noise(steps: list[dict[str, float]], config: Mapping[str, Any]) -> dict[str, float] | None:
-    """Pooled: means over steps; the advised G's interval of 90 % by resampling steps."""
+def _noise(steps: Sequence[Mapping[str, float]], config: Configuration) -> Noise | None:
     if not steps:
         return None
     values = np.array([[one["between"], one["within"], one["pairs"]] for one in steps])
     most = int(config.get("generation_batch_size") or 0) or 10**6
     drawn = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
     advised = [advised_generations(pairs, between, most) for between, _, pairs in values[drawn].mean(1)]
-    between, within, pairs = values.mean(0)
-    low, high = np.quantile(advised, [0.05, 0.95])
-    return {
-        "steps": len(values), "between": float(between), "within": float(within), "pairs": float(pairs),
-        "advised": advised_generations(float(pairs), float(between), most), "low": float(low), "high": float(high),
-    }  # fmt: skip
+    between, within, pairs = values.mean(0).tolist()
+    low, high = np.quantile(advised, [0.05, 0.95]).tolist()
+    return Noise(len(values), between, within, pairs, advised_generations(pairs, between, most), low, high)

@@ -33,7 +33,7 @@ class Unknown:
     reason: str
 
 
-Find = Callable[[Run], Finding | Unknown | None]
+Found = Finding | Unknown | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Signature:
     """``explains``: signatures that only follow from this one, and are left out where this one is found."""
 
     title: str
-    find: Find
+    find: Callable[[Run], Found]
     explains: tuple[str, ...] = ()
 
 
@@ -75,7 +75,7 @@ def lasting(series: Series, levels: Levels, evidence: Evidence, remedy: str) -> 
 def stays(title: str, name: str, levels: Levels, evidence: Evidence, remedy: str, why: str = "") -> Signature:
     """The signature of a metric that stays beyond a threshold. ``why``: why it may not be logged."""
 
-    def find(run: Run) -> Finding | Unknown | None:
+    def find(run: Run) -> Found:
         series = run.series(name)
         if not series[0]:
             return Unknown(missing(name).reason + why)

@@ -9,7 +9,7 @@ import numpy as np
 from trl_ext.report.evidence import above, interval, state
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, WARNING, Finding, Unknown, lasting, missing, too_few
+from .finding import ADVICE, WARNING, Finding, Found, Unknown, lasting, missing, too_few
 
 UNCOVERED, UNCHECKED = 0.9, 0.15
 DOMINATED, ALMOST_ALL, PROMPTS = 0.5, 0.9, 5  # of the squared gradients, by one of so many live prompts
@@ -17,7 +17,7 @@ LEAST_STEPS = 4
 AGAINST = -0.02  # mean cosine of two tasks, upper end
 
 
-def uncovered(run: Run) -> Finding | Unknown | None:
+def uncovered(run: Run) -> Found:
     coverage = run.series("interference/coverage")
     if not coverage[0]:
         return missing("interference/coverage")
@@ -35,7 +35,7 @@ def uncovered(run: Run) -> Finding | Unknown | None:
     )
 
 
-def contradicts_theory(run: Run) -> Finding | Unknown | None:
+def contradicts_theory(run: Run) -> Found:
     """The theory says that sigma follows curvature, and that below C = 1 dividing by it helps."""
     steps, values = run.series("curvature/directional_corr")
     constant = run.last("curvature/speedup_constant")
@@ -57,7 +57,7 @@ def contradicts_theory(run: Run) -> Finding | Unknown | None:
     return Finding(ADVICE, steps[0], evidence, 0.95, remedy)
 
 
-def dominated(run: Run) -> Finding | Unknown | None:
+def dominated(run: Run) -> Found:
     """One prompt that makes up most of the step, where several have a gradient."""
     steps, shares, texts = [], [], []
     for record in run.records:
@@ -83,7 +83,7 @@ def dominated(run: Run) -> Finding | Unknown | None:
     return Finding(level, found.onset, evidence, found.confidence, remedy)
 
 
-def task_conflict(run: Run) -> Finding | Unknown | None:
+def task_conflict(run: Run) -> Found:
     """Two tasks, the dataset's column ``task``, whose gradients oppose one another."""
     pairs = task_cosines(run)
     if not pairs:

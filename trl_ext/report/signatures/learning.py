@@ -10,7 +10,7 @@ import numpy as np
 from trl_ext.report.evidence import above, state
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, CRITICAL, WARNING, Finding, Unknown, missing, too_few
+from .finding import ADVICE, CRITICAL, WARNING, Finding, Found, Unknown, missing, too_few
 
 GAP = {False: 0.15, True: 0.04}  # of reward, more than at the start; on fresh and on repeated problems
 WINDOW, SOON = 50, 5  # steps before an evaluation that stand beside it; of the first logged step, for one at 0
@@ -21,7 +21,7 @@ ERRORS = 0.67  # of the change: as large ones, or larger, are half of what nothi
 STEPS = 30  # logged, before a run that doesn't move is said not to
 
 
-def gap(run: Run) -> Finding | Unknown | None:
+def gap(run: Run) -> Found:
     """Training and held-out reward apart, by more than at the first evaluation."""
     for train, held_out in (("accuracy", "eval_accuracy"), ("reward", "eval_reward")):
         (steps, values), (eval_steps, eval_values) = run.series(train), run.series(held_out)
@@ -70,7 +70,7 @@ def _at_the_start(run: Run, name: str) -> list[float]:
     return values[:1] if steps[0] <= SOON else []
 
 
-def fell(run: Run) -> Finding | Unknown | None:
+def fell(run: Run) -> Found:
     """The reward has lost half of its range, or held-out accuracy is far below its best, both beyond their noise."""
     steps, values = run.series("eval_accuracy")
     reward_steps, rewards = run.series("reward")
@@ -105,7 +105,7 @@ def _normal(value: float, error: float) -> float:
     return statistics.NormalDist().cdf(value / error) if error else 1.0
 
 
-def no_progress(run: Run) -> Finding | Unknown | None:
+def no_progress(run: Run) -> Found:
     steps, values = run.series("reward")
     if len(values) < STEPS:
         return Unknown(f"fewer than {STEPS} rewards in the log (logging_steps)")
@@ -121,7 +121,7 @@ def no_progress(run: Run) -> Finding | Unknown | None:
     return Finding(ADVICE, steps[0], evidence, 2 * (1 - _normal(abs(change), error)), remedy)
 
 
-def not_finite(run: Run) -> Finding | Unknown | None:
+def not_finite(run: Run) -> Found:
     odd = [
         (int(entry["step"]), name)
         for entry in run.logs

@@ -13,6 +13,7 @@ from .finding import (
     WARNING,
     Evidence,
     Finding,
+    Found,
     Levels,
     Signature,
     Unknown,
@@ -31,7 +32,7 @@ LONGER, SHORTER, TOKENS = 2.0, 0.5, 8  # times the length at the start, and toke
 LEAST = 5  # log lines
 
 
-def _dead(run: Run, name: str, levels: Levels, evidence: Evidence, remedy: str) -> Finding | Unknown | None:
+def _dead(run: Run, name: str, levels: Levels, evidence: Evidence, remedy: str) -> Found:
     """A share of the groups, over as many logged numbers as have ``GROUPS`` of them: of one prompt it is 0 or 1."""
     series = run.series(name)
     batch, generations = (run.config.get(key) for key in ("generation_batch_size", "num_generations"))
@@ -50,13 +51,13 @@ def all_dead(title: str, kind: str, remedy: str) -> Signature:
     def evidence(mean: float) -> str:
         return f"{mean:.0%} of the groups have answers that are all {kind}: no gradient is left"
 
-    def find(run: Run) -> Finding | Unknown | None:
+    def find(run: Run) -> Found:
         return _dead(run, f"normalization/all_{kind}_frac", {CRITICAL: DEAD[CRITICAL]}, evidence, remedy)
 
     return Signature(title, find, explains=("mostly_dead", "few_live_prompts", "no_progress"))
 
 
-def mostly_dead(run: Run) -> Finding | Unknown | None:
+def mostly_dead(run: Run) -> Found:
     name = either(run, "normalization/zero_variance_frac", "frac_reward_zero_std")  # the second: TRL's own trainer
     right, wrong = (run.last(f"normalization/all_{kind}_frac") for kind in ("right", "wrong"))
     which = f" (at the end {right:.0%} all right, {wrong:.0%} all wrong)" if None not in (right, wrong) else ""
@@ -68,7 +69,7 @@ def mostly_dead(run: Run) -> Finding | Unknown | None:
     return _dead(run, name, DEAD, evidence, remedy)
 
 
-def length_limit(run: Run) -> Finding | Unknown | None:
+def length_limit(run: Run) -> Found:
     name = "completions/clipped_ratio"
     series = run.series(name)
     if not series[0]:
@@ -83,7 +84,7 @@ def length_limit(run: Run) -> Finding | Unknown | None:
     return lasting(series, CUT, lambda mean: f"{mean:.0%} of the answers are cut off at max_completion_length", remedy)
 
 
-def entropy_collapse(run: Run) -> Finding | Unknown | None:
+def entropy_collapse(run: Run) -> Found:
     """Below a tenth of the entropy at the start, and 0.02 nats."""
     name = either(run, "entropy", "entropy_live")
     steps, values = run.series(name)
@@ -98,7 +99,7 @@ def entropy_collapse(run: Run) -> Finding | Unknown | None:
     return lasting((steps, values), {WARNING: lambda nats: nats < min(0.1 * start, 0.02)}, evidence, remedy)
 
 
-def entropy_rise(run: Run) -> Finding | Unknown | None:
+def entropy_rise(run: Run) -> Found:
     """Above twice the first entropy, and 0.5 nats more."""
     name = either(run, "entropy", "entropy_live")
     steps, values = run.series(name)
@@ -113,7 +114,7 @@ def entropy_rise(run: Run) -> Finding | Unknown | None:
     return lasting((steps, values), {WARNING: lambda nats: nats > max(2 * start, start + 0.5)}, evidence, remedy)
 
 
-def length_hacking(run: Run) -> Finding | Unknown | None:
+def length_hacking(run: Run) -> Found:
     """Answers grow or shrink by much and the reward rises, but the held-out score doesn't."""
     steps, values = run.series("completions/mean_length")
     rewards = run.series("reward")[1]

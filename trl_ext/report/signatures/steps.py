@@ -9,7 +9,7 @@ import numpy as np
 from trl_ext.report.evidence import above, state
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, WARNING, Finding, Unknown, lasting, missing, too_few
+from .finding import ADVICE, WARNING, Finding, Found, Unknown, lasting, missing, too_few
 
 TINY = 0.05  # of the mean denominator
 HUGE = 10.0  # advantage
@@ -18,7 +18,7 @@ MISMATCH = 0.05  # nats a token, mean absolute
 SLOW_REWARDS = 0.5  # of a step's seconds
 
 
-def tiny_denominators(run: Run) -> Finding | Unknown | None:
+def tiny_denominators(run: Run) -> Found:
     steps, smallest = run.series("normalization/scale_min")
     if not steps:
         return missing("normalization/scale_min")
@@ -38,7 +38,7 @@ def tiny_denominators(run: Run) -> Finding | Unknown | None:
     return lasting((steps, ratios), {WARNING: lambda ratio: ratio < TINY}, evidence, remedy)
 
 
-def coefficient_spikes(run: Run) -> Finding | Unknown | None:
+def coefficient_spikes(run: Run) -> Found:
     name = "normalization/advantage_max"
     steps, values = run.series(name)
     if not steps:
@@ -57,7 +57,7 @@ def coefficient_spikes(run: Run) -> Finding | Unknown | None:
     return Finding(level, spikes[0][0], evidence, (len(spikes) + 1) / (len(spikes) + 2), remedy)
 
 
-def gradient_spikes(run: Run) -> Finding | Unknown | None:
+def gradient_spikes(run: Run) -> Found:
     steps, values = run.series("grad_norm")
     if len(values) < 10:
         return too_few(run, 10, "grad_norm")
@@ -77,7 +77,7 @@ def gradient_spikes(run: Run) -> Finding | Unknown | None:
     return Finding(level, spikes[0][0], evidence, (len(spikes) + 1) / (len(spikes) + 2), remedy)
 
 
-def sampler_mismatch(run: Run) -> Finding | Unknown | None:
+def sampler_mismatch(run: Run) -> Found:
     series = run.series("sampling/sampling_logp_difference/mean")
     if not series[0]:
         return Unknown("no sampler of its own (use_vllm=False)")
@@ -94,7 +94,7 @@ def sampler_mismatch(run: Run) -> Finding | Unknown | None:
     return lasting(series, {WARNING: lambda nats: nats > MISMATCH}, evidence, remedy)
 
 
-def slow_rewards(run: Run) -> Finding | Unknown | None:
+def slow_rewards(run: Run) -> Found:
     parts = {n: run.series(f"compute/seconds_{n}")[1] for n in ("generation", "rewards", "log_probs", "training")}
     steps, rewards = run.series("compute/seconds_rewards")
     if not rewards or not parts["training"]:
