@@ -28,10 +28,10 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from grpo_kernels.interference.layer_taps import kinds_of
+from grpo_kernels.interference.layer_taps import parameter_kinds
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer, read_interference
 from trl_ext.probe_model import why_rows_mix
-from trl_ext.recorder.layer_check import rehearse
+from trl_ext.recorder.layer_check import probe_layers
 from trl_ext.tasks.small_policy import build_tokenizer
 
 PROMPTS, GENERATIONS, STEPS = 4, 4, 3
@@ -208,10 +208,10 @@ class Row:
 
 def what_runs(trainer: CurvatureGRPOTrainer) -> str:
     """In a few words."""
-    if not trainer._parts.micro_batches.skipping:
-        (why,) = [text for text in trainer._parts.run.log_once._logged if text.startswith("Every sequence runs")]
+    if not trainer._components.micro_batches.skipping:
+        (why,) = [text for text in trainer._components.run.log_once._logged if text.startswith("Every sequence runs")]
         return f"all, as TRL: {why.split(': ', 1)[1].rstrip('.')}"
-    trimming = trainer._parts.micro_batches.limits.trimming
+    trimming = trainer._components.micro_batches.limits.trimming
     before, after = trimming.prompts, trimming.completions
     return "live; padding cut " + {(True, True): "on both sides", (False, True): "after answers"}.get(
         (before, after), "nowhere"
@@ -240,8 +240,8 @@ def examine(name: str, adapter: Callable[[], PeftConfig | None]) -> Row:
         if (
             skip
             and not every
-            and trainer._parts.micro_batches.limits.not_shared is None
-            and trainer._parts.micro_batches.skipping
+            and trainer._components.micro_batches.limits.not_shared is None
+            and trainer._components.micro_batches.skipping
         ):
             row.runs += "; prompts shared"
         if every:
@@ -295,7 +295,7 @@ def sketch_errors(
     parameters = sketch.trainable_parameters
     names = {id(p): n for n, p in model.named_parameters()}
     before = set(sketch.untapped)
-    rehearse(sketch, model, Accelerator(cpu=True), lambda *said: None)
+    probe_layers(sketch, model, Accelerator(cpu=True), lambda *said: None)
     left_out = [name for name in sketch.untapped if name not in before]
     numbers = {name: number for number, name in enumerate(sketch._parameter_names)}
     sketch.open(0)
@@ -303,7 +303,7 @@ def sketch_errors(
     model.zero_grad()
     loss(weights).backward()
     totals = dict(sketch._sums.seen[0].total)
-    left_out += sketch.leave_out_wrong([p.grad for p in parameters])  # as a step does
+    left_out += sketch.exclude_mismatches([p.grad for p in parameters])  # as a step does
     tapped = {id(p) for p in sketch.tapped_parameters}
     sketch.abandon()
     sketch.close()
@@ -339,11 +339,11 @@ def sketched(row: Row) -> str:
     if row.sketch_fails is not None:
         return row.sketch_fails
     if row.wrong:
-        return f"WRONG: {kinds_of(row.wrong)}"
+        return f"WRONG: {parameter_kinds(row.wrong)}"
     text = f"{row.coverage:.2f}"
     for what, names in (("left out", row.left_out), ("no tap", row.untapped)):
         if names:
-            text += f"; {what}: {kinds_of([_short(name) for name in names])}"
+            text += f"; {what}: {parameter_kinds([_short(name) for name in names])}"
     return text
 
 

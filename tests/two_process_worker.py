@@ -67,7 +67,7 @@ class Signals(TrainerCallback):
         self.trainer, self.kill_at, self.states = trainer, kill_at, []
 
     def _keep(self):
-        self.states.append([state.state_dict() for state in self.trainer._parts.normalizer.states])
+        self.states.append([state.state_dict() for state in self.trainer._components.normalizer.states])
         self.states[-1] = json.loads(json.dumps(self.states[-1]))
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -208,13 +208,13 @@ def train(spec):
         peft_config=LoraConfig(task_type="CAUSAL_LM", **spec["lora"]) if spec["lora"] else None,
     )
     if spec["wrong_layer"]:  # multiplies what it is given by three, which its tap can't know, and isn't rehearsed
-        interference_recorder.rehearse = lambda *args: None
+        interference_recorder.probe_layers = lambda *args: None
         layer = trainer.model.get_submodule(spec["wrong_layer"])
         layer.forward = lambda x, forward=layer.forward: forward(3 * x)
     if spec["blind"] == trainer.accelerator.process_index:  # a process that can't look at its log
         watch.diagnose = lambda run: 1 / 0
     if spec["most_dense"] is not None:
-        measure.MOST_DENSE = spec["most_dense"]
+        measure.MAX_DENSE = spec["most_dense"]
     if spec["no_memory"] and trainer.accelerator.process_index == 1:
         run_out_of_memory(trainer, *spec["no_memory"])
     batches, live_by_step = [], {}

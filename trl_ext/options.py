@@ -14,7 +14,7 @@ from typing import Any
 
 from grpo_kernels.normalize.methods import METHODS, check_normalization
 
-MOST_ROUNDS = 4  # of resampling, by default
+DEFAULT_MAX_ROUNDS = 4  # of resampling, by default
 # what TRL's scale_rewards does, by our name
 SCALE_REWARDS_METHOD = {"group": "std", "batch": "batch_std", "none": "mean"}
 
@@ -165,7 +165,7 @@ class CurvatureOptions:
         group=WORK,
     )
     resample_max_rounds: int = option(
-        MOST_ROUNDS,
+        DEFAULT_MAX_ROUNDS,
         at_least(1),
         "Generations for them in a step, at most.",
         "Generations of a step that draw other prompts, at most.",
@@ -258,7 +258,7 @@ def check(options: CurvatureOptions) -> None:
     _check_what_if(options.what_if)
     if options.tokens_per_micro_batch is not None and not options.share_prompts:
         raise ValueError(f"tokens_per_micro_batch={options.tokens_per_micro_batch!r} contradicts share_prompts=False")
-    for name, default in (("resample_max_rounds", MOST_ROUNDS), ("resample_live_prompts", None)):
+    for name, default in (("resample_max_rounds", DEFAULT_MAX_ROUNDS), ("resample_live_prompts", None)):
         value = getattr(options, name)
         if value != default and not options.resample_zero_variance:
             raise ValueError(f"{name}={value!r} contradicts resample_zero_variance=False")

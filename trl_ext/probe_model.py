@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from grpo_kernels.backend import rounds_products
-from grpo_kernels.interference.layer_taps import whole_shape
+from grpo_kernels.interference.layer_taps import full_shape
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def can_run(model: torch.nn.Module, accelerator: Accelerator, *, prepared: bool 
 def probe_ids(model: Any, rows: int, tokens: int) -> torch.Tensor:
     """Returns made-up token ids, (rows, tokens)."""
     weight = model.get_input_embeddings().weight
-    return (torch.arange(rows * tokens, device=weight.device) * 7 % whole_shape(weight)[0]).view(rows, tokens)
+    return (torch.arange(rows * tokens, device=weight.device) * 7 % full_shape(weight)[0]).view(rows, tokens)
 
 
 def detect_half_products(model: torch.nn.Module, run: Callable[[], T]) -> tuple[T, bool]:

@@ -18,7 +18,7 @@ from .elastic_restart import OWN_STORE, lacks_own_store
 from .options import read_options
 
 logger = get_logger(__name__)
-MOST_ROWS = 1000  # rows of a dataset that are checked before the run
+MAX_ROWS = 1000  # rows of a dataset that are checked before the run
 # The most tokens that a chat template is expected to add. A text has at most as many tokens as bytes, so a short prompt
 # needn't be tokenized.
 TEMPLATE_TOKENS = 256
@@ -27,7 +27,7 @@ TEMPLATE_TOKENS = 256
 def check_before_model(args: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
     """Raises ``ValueError`` for contradicting options and unusable datasets, before a model is loaded.
 
-    It reads the first ``MOST_ROWS`` rows of a dataset's stored columns. It calls no transform and draws no random
+    It reads the first ``MAX_ROWS`` rows of a dataset's stored columns. It calls no transform and draws no random
     number. ``check_batch`` checks later rows when they are drawn.
 
     Args:
@@ -122,7 +122,7 @@ def _refuse_empty(prompt: Any, what: str) -> None:
         raise ValueError(f"{what} is empty ({prompt!r}); nothing can be generated from it")
 
 
-def _stored_prompts(dataset: Any, most: int | None = MOST_ROWS) -> Iterator[Any]:
+def _stored_prompts(dataset: Any, most: int | None = MAX_ROWS) -> Iterator[Any]:
     """Yields the first ``most`` stored prompts (None: all). A stream or a dataset with a transform yields none."""
     stored = hasattr(dataset, "__len__") and hasattr(dataset, "with_format") and not has_transform(dataset)
     if not stored or "prompt" not in dataset.column_names:
@@ -205,7 +205,7 @@ def read_context(processing_class: Any, model: Any, args: Any, log_once: Callabl
 
 
 def check_stored_context(dataset: Any, context: Context | None) -> None:
-    """Checks that the first ``MOST_ROWS`` stored prompts fit into the context."""
+    """Checks that the first ``MAX_ROWS`` stored prompts fit into the context."""
     if context is not None:
         context.check(_stored_prompts(dataset), lambda row: f"The prompt of row {row} of train_dataset")
 

@@ -258,7 +258,7 @@ def test_the_script(engine, warm_policy, tmp_path):
     )
     output = launch(engine, *script, *options.split())
     assert "on 2 processes" in output and "Held-out accuracy" in output
-    assert "Interference doesn't follow" not in output and "FSDP was asked for" not in output
+    assert "Interference doesn't record" not in output and "FSDP was asked for" not in output
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [log["interference/coverage"] for log in history if "interference/coverage" in log]
     saved = load_file(tmp_path / "run" / "model.safetensors")

@@ -69,7 +69,7 @@ def test_no_random_number_is_drawn_before_the_run(tiny_policy, tmp_path):
 
 def test_a_bounded_number_of_rows_is_read():
     many = Dataset.from_dict({"prompt": [f"{i}" for i in range(3000)]})
-    assert len(list(run_checks._stored_prompts(many))) == run_checks.MOST_ROWS == 1000
+    assert len(list(run_checks._stored_prompts(many))) == run_checks.MAX_ROWS == 1000
     assert len(list(run_checks._stored_prompts(many, None))) == 3000
 
 

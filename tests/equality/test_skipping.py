@@ -114,7 +114,7 @@ CASES = {
 
 
 def runs_of(trainer, batch):
-    parts = trainer._parts
+    parts = trainer._components
     return parts.micro_batches.what_runs(Sequences(batch), parts.loss_settings(), parts.overrides().plan)
 
 

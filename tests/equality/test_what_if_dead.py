@@ -109,7 +109,7 @@ def test_the_file_and_the_command(tiny_policy, tmp_path, capsys):
     options = {"interference_every": 1, "what_if_dead": True, "per_device_train_batch_size": 16, "max_steps": 3}
     train(tiny_policy, tmp_path, half_dead, **options)
     record = next(one for one in read_interference(tmp_path) if one.scores_BB is not None)
-    beside = record.made_at_B != record.advantage_B
+    beside = record.score_advantage_B != record.advantage_B
     assert (
         beside.any() and (record.coefficient_B[beside] == 0).all() and (record.score_coefficient_B[beside] != 0).all()
     )

@@ -82,7 +82,7 @@ def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
 
 def test_vllms_correction_keeps_old_log_probs_complete(tiny_policy, tmp_path):
     def why(trainer):
-        return why_not_postponed(trainer._parts.run.options, trainer._parts.loss_settings(), None)
+        return why_not_postponed(trainer._components.run.options, trainer._components.loss_settings(), None)
 
     trainer = build(tiny_policy, tmp_path)
     assert why(trainer) is None

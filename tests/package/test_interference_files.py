@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grpo_kernels.interference.step_gradients import StepGradients
-from trl_ext.recorder.files import MOST_SEQUENCES, read_interference, write_step
+from trl_ext.recorder.files import MAX_SEQUENCES, read_interference, write_step
 
 NAN = float("nan")
 
@@ -61,7 +61,7 @@ def test_a_large_step_keeps_prompts_and_stays_small(tmp_path):
     expected = belongs.T @ step.gram_BB.double() @ belongs
     np.testing.assert_allclose(record.gram_PP, expected.numpy(), rtol=1e-5, atol=1e-4)
     assert record.reward_B.shape == record.prompt_B.shape == (1024,)
-    edge = random_step(MOST_SEQUENCES // 2, 2)
+    edge = random_step(MAX_SEQUENCES // 2, 2)
     assert write_step(tmp_path, 2, edge, {}, range(256)).stat().st_size < 2**20
     assert read_interference(tmp_path)[1].gram_BB is not None
 
@@ -125,15 +125,8 @@ def test_a_killed_run_leaves_whole_files(tmp_path):
 
 
 def test_bad_input_is_named(tmp_path):
-    step = random_step(2, 2)
     with pytest.raises(ValueError, match="nothing_here"):
         read_interference(tmp_path / "nothing_here")
     with pytest.raises(ValueError, match="is not the folder of a run"):
         read_interference(tmp_path)
-    with pytest.raises(ValueError, match="prompt_keys has 4 entries: expected one for each of the step's 2 prompts"):
-        write_step(tmp_path, 1, step, {}, range(4))
-    with pytest.raises(ValueError, match="prompt_texts has 1 entries"):
-        write_step(tmp_path, 1, step, {}, range(2), ["one"])
-    with pytest.raises(ValueError, match="step=-1"):
-        write_step(tmp_path, -1, step, {}, range(2))
     assert list(tmp_path.iterdir()) == []

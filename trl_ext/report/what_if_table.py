@@ -114,7 +114,7 @@ def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, A
             here = [one for one in chosen if one.name != "decoupled" or methods is not None]
         whole = n_prompts is None or len(scores.rewards_PG) == n_prompts
         tasks = Tasks.named(record.task_P or [""] * len(scores.rewards_PG))
-        table = step_table(scores, sequences, here, weights, tasks, whole_batch=whole)
+        table = step_table(scores, sequences, here, weights, tasks, full_batch=whole)
         steps.append((record.step, as_plain(table, gradient_noise(scores), used, tasks)))
     if not any(table["rows"] for _, table in steps):
         reasons = "; ".join(skipped) or "; ".join({r for _, table in steps for r in table["absent"].values()})
