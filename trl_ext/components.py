@@ -34,6 +34,7 @@ from .report.run_files import RunFiles, describe_run
 from .report.watch import Watch
 from .rollout import Overrides, RolloutComponents, Rollouts
 from .run_checks import (
+    Context,
     check_before_model,
     check_stored_context,
     read_context,
@@ -100,11 +101,7 @@ def build_components(trainer: Any, ours: type) -> Components:
     compat.check_trainer(trainer)
     keep_four_bit_layers_trainable(trainer.model)
     run = compat.read_run_settings(trainer, trainer._log_metrics, LogOnce(get_logger("trl_ext.trainer")))
-    refuse_tensor_parallelism(trainer.model, trainer.args)
-    warn_about_engine(trainer.args, run.accelerator, run.log_once)
-    warn_about_truncated_sampling(trainer.args, run.log_once)
-    context = read_context(trainer.processing_class, trainer.model, trainer.args, run.log_once)
-    check_stored_context(trainer.train_dataset, context)
+    context = check_run(trainer, run)
     normalizer = Normalizer(run, trainer.args, compat.read_reward_settings(trainer))
 
     def used() -> UsedNormalization:
@@ -141,6 +138,16 @@ def build_components(trainer: Any, ours: type) -> Components:
         checkpoint_state=state,
         callbacks=callbacks,
     )
+
+
+def check_run(trainer: Any, run: RunSettings) -> Context | None:
+    """Checks the built trainer's engine, sampling and stored prompts; returns the model's context."""
+    refuse_tensor_parallelism(trainer.model, trainer.args)
+    warn_about_engine(trainer.args, run.accelerator, run.log_once)
+    warn_about_truncated_sampling(trainer.args, run.log_once)
+    context = read_context(trainer.processing_class, trainer.model, trainer.args, run.log_once)
+    check_stored_context(trainer.train_dataset, context)
+    return context
 
 
 def batch_observer(

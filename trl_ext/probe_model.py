@@ -22,14 +22,9 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return zero3 or accelerator.distributed_type == DistributedType.FSDP
 
 
-def can_run(model: torch.nn.Module, accelerator: Accelerator, *, prepared: bool = False) -> bool:
-    """Returns whether the model can run a forward pass: its parameters are loaded, and not sharded.
-
-    A sharded model can run once the engine has wrapped it (``prepared``): the engine's hooks then gather the
-    parameters, if every rank runs the model at the same time.
-    """
-    loaded = not any(parameter.is_meta for parameter in model.parameters())
-    return loaded and (prepared or not is_sharded(accelerator))
+def is_loaded(model: torch.nn.Module) -> bool:
+    """Returns whether the model's parameters are loaded, not on the meta device."""
+    return not any(parameter.is_meta for parameter in model.parameters())
 
 
 def probe_ids(model: Any, rows: int, tokens: int) -> torch.Tensor:
@@ -45,13 +40,13 @@ def detect_half_products(model: torch.nn.Module, run: Callable[[], T]) -> tuple[
     """
     half: list[bool] = []
 
-    def look(module: torch.nn.Module, args: Any, output: Any) -> None:
+    def record(module: torch.nn.Module, args: Any, output: Any) -> None:
         weight = next(module.parameters(recurse=False), None)
         if isinstance(output, torch.Tensor) and weight is not None:
             half.append(not weight.is_floating_point() or rounds_products(output.device, output.dtype, weight.dtype))
 
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    handles = [module.register_forward_hook(look) for module in linear]
+    handles = [module.register_forward_hook(record) for module in linear]
     try:
         return run(), any(half)
     finally:

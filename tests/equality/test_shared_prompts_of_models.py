@@ -24,7 +24,7 @@ def asked(name):
     said = []
     options = SimpleNamespace(share_prompts=True, fused_loss=True)
     settings = SimpleNamespace(options=options, accelerator=Accelerator(cpu=True), torch_compile=False)
-    trim = trimmed_columns(model, settings.accelerator, said.append)
+    trim = trimmed_columns(model, said.append)
     add_fused_head(model, FusedHead(read_settings(model), entropy=True))
     return why_not_shared(settings, model, trim[0]), model
 

@@ -122,7 +122,7 @@ def test_a_failure_leaves_the_rest(tiny_policy, tmp_path, monkeypatch, caplog):
     ("names", "message"),
     [
         (["maen"], "unknown normalization 'maen'.*Did you mean 'mean'"),
-        (["adaptive"], "'adaptive' depends on what earlier steps of its own run left"),
+        (["adaptive"], "'adaptive' needs a state from earlier steps"),
         ("mean", "must be a list of names"),
     ],
 )

@@ -167,7 +167,7 @@ class MicroBatches:
         self._counts.append(count_planned(parts, batches, plan, table))
         self._statistics = StepStatistics(
             settings,
-            table.live_B.to(rows.prompt_mask.device),
+            table.loss_tokens_B.to(rows.prompt_mask.device),
             table.wanted_B,
             n_parts=len(parts),
             entropy=not runs.skipped,
@@ -215,7 +215,7 @@ class MicroBatches:
 
     def _not_run(self, rows: Sequences, table: RowTable, left_B: torch.Tensor, n_rows: int) -> list[Sequences]:
         """Returns batches of the skipped sequences with a token in the loss; none unless ``what_if_dead`` is on."""
-        skipped_B = left_B & (table.live_B > 0)
+        skipped_B = left_B & (table.loss_tokens_B > 0)
         if not self.options.what_if_dead or not skipped_B.any():
             return []
         plan = plan_step(replace(table, wanted_B=skipped_B), PlanLimits(n_rows))

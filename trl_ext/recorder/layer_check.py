@@ -17,7 +17,7 @@ from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import parameter_kinds
 from grpo_kernels.interference.step_gradients import PromptGroups
 from trl_ext.log_once import LogOnce
-from trl_ext.probe_model import can_run, evaluation_mode, probe_ids
+from trl_ext.probe_model import evaluation_mode, is_loaded, is_sharded, probe_ids
 
 from .collectives import Collectives
 from .gradients import GradientShards
@@ -37,7 +37,7 @@ def probe_layers(sketch: GradientSketch, model: Any, accelerator: Accelerator, l
             f"Interference doesn't record {len(untapped)} of {len(sketch.trainable_parameters)} trainable tensors: "
             f"{parameter_kinds(untapped)}. interference/coverage is the recorded share of the gradient."
         )
-    if not can_run(model, accelerator):
+    if is_sharded(accelerator) or not is_loaded(model):
         return
     sketch.open(0)
     try:

@@ -1,4 +1,4 @@
-"""``InterferenceRecorder`` measures, every ``interference_every`` optimizer steps, how the prompts' gradients interfere.
+"""``InterferenceRecorder`` measures how the prompts' gradients interfere, every ``interference_every`` steps.
 
 A logged step goes through these states::
 
