@@ -100,11 +100,7 @@ def _list_of(rewards: Any) -> Any:
     return list(rewards) if iterates and not hasattr(rewards, "__len__") else rewards
 
 
-def checked_reward(
-    function: Callable,
-    name: str | None = None,
-    failures: RewardFailures | None = None,
-) -> Callable:
+def checked_reward(function: Callable, name: str | None = None, failures: RewardFailures | None = None) -> Callable:
     """Wraps a reward function so that its result is checked and errors name it. Returns reward models unchanged.
 
     The wrapper raises ``RewardRaised`` (a ``RuntimeError``) if the function raises, and ``WrongRewards`` (a

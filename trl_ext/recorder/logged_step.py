@@ -52,12 +52,7 @@ class LoggedStep:
         return (position.micro_batch // length - self.first_micro_batch // length) * prompts_per_generation
 
     def add(
-        self,
-        batch: Sequences,
-        skipped: Sequences | None,
-        first_prompt: int,
-        settings: LossSettings,
-        accumulation: int,
+        self, batch: Sequences, skipped: Sequences | None, first_prompt: int, settings: LossSettings, accumulation: int
     ) -> None:
         """Adds a micro-batch's sequences, and the sequences that the plan skips."""
         coefficient_B = sequence_coefficients(batch, settings, accumulation)
