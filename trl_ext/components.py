@@ -82,7 +82,7 @@ class Components:
         """Finds the methods that a subclass overrides and that forbid skipping sequences or postponing log-probs."""
         reason = overridden(self.trainer, self.ours, *log_probs.OWN_METHODS)
         if reason is None and "_get_per_token_logps_and_entropies" in vars(self.trainer):
-            reason = "the trainer has a _get_per_token_logps_and_entropies of its own"
+            reason = "the trainer overrides _get_per_token_logps_and_entropies"
         return Overrides(plan=overridden(self.trainer, self.ours, *rules.OWN_METHODS), log_probs=reason)
 
     def step_request(self) -> StepRequest:
@@ -153,7 +153,7 @@ def check_run(trainer: Any, run: RunSettings) -> Context | None:
 def batch_observer(
     trainer: Any, recorder: InterferenceRecorder, kept: KeptCompletions
 ) -> Callable[[RewardedBatch, TaskNames, bool], None]:
-    """Returns what runs after each training batch: it passes prompts to the recorder and completions to their file."""
+    """Returns a callback for each training batch; it passes prompts to the recorder, and keeps completions."""
 
     def on_batch(rewarded: RewardedBatch, task_names: TaskNames, first: bool) -> None:
         def texts_and_tasks() -> tuple[dict[int, str], dict[int, str]]:

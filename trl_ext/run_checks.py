@@ -72,8 +72,8 @@ def warn_about_engine(args: Any, accelerator: Accelerator, log_once: Callable[[s
     fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if fsdp and accelerator.distributed_type != DistributedType.FSDP:
         log_once(
-            f"FSDP was asked for, and {accelerator.distributed_type.value} is what runs: accelerate has FSDP for GPUs "
-            "alone, with several processes. Every process holds the whole model."
+            f"FSDP is requested, but {accelerator.distributed_type.value} runs: accelerate supports FSDP only on GPUs, "
+            "with several processes. Every rank holds the full model."
         )
 
 
@@ -86,9 +86,9 @@ def warn_about_truncated_sampling(args: Any, log_once: Callable[[str], None]) ->
     named = ", ".join(f"{name}={given[name]}" for name, truncates in cuts.items() if truncates)
     if named:
         log_once(
-            f"{named}: vLLM samples from a part of the distribution, and its importance ratio compares with the whole "
-            "of the trainer's. It is biased: below 1 on average, by the share that is cut off, and what is never "
-            "sampled is never corrected. Set top_p=1.0, top_k=0 and min_p=None, or "
+            f"{named}: vLLM samples from a truncated distribution, but its importance ratio uses the trainer's full "
+            "distribution. The ratio is biased: its mean is below 1 by the truncated share, and it can't correct for "
+            "tokens that are never sampled. Set top_p=1.0, top_k=0 and min_p=None, or "
             "vllm_importance_sampling_correction=False (TRL issue 6789)."
         )
 

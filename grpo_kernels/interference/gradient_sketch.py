@@ -75,9 +75,8 @@ class GradientSketch:
         dim: k. 0: it keeps exact gradients, which takes B times the model's memory: for small models and tests.
         layers: patterns (``fnmatch``) of layer names to tap; None: every layer that can be tapped.
         by_part: whether each part of the model (``model_parts.py``) gets a sketch of k * k numbers.
-        strict: whether a layer that can't be recorded raises an error. False: the sketch excludes it, and calls
-            ``on_error``.
-        on_error: called with (layer name, exception).
+        on_error: called with (layer name, exception) if a layer can't be recorded, which the sketch then excludes.
+            None: the exception is raised.
 
     Raises:
         ValueError: ``dim`` or ``layers`` has a wrong type or value, a pattern matches no layer (the message lists the
@@ -91,7 +90,6 @@ class GradientSketch:
         layers: Sequence[str] | None = None,
         *,
         by_part: bool = False,
-        strict: bool = True,
         on_error: Callable[[str, Exception], None] | None = None,
     ) -> None:
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 0:
@@ -100,7 +98,7 @@ class GradientSketch:
             raise ValueError(f"layers={layers!r} must be a list of patterns of layer names, or None")
         if not isinstance(by_part, bool):
             raise ValueError(f"by_part={by_part!r} must be True or False")
-        self.dim, self.strict, self._on_error = dim, strict, on_error
+        self.dim, self._on_error = dim, on_error
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._parameter_names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self._numbers = {id(parameter): number for number, parameter in enumerate(self._parameters)}
@@ -351,9 +349,8 @@ class GradientSketch:
         return HeadSketch(projection, add, on_error=lambda error: self._fail(layer, error))
 
     def _fail(self, layer: Layer, error: Exception) -> None:
-        """Excludes a layer that can't be recorded; raises the error if ``strict``."""
-        if self.strict:
+        """Excludes a layer that can't be recorded; raises the error if there is no ``on_error``."""
+        if self._on_error is None:
             raise error
         self._failed.add(layer.name)
-        if self._on_error is not None:
-            self._on_error(layer.name, error)
+        self._on_error(layer.name, error)

@@ -60,7 +60,7 @@ def interference_metrics(
     metrics = _cosine_metrics(groups, sketch_rmse) | _signal_metrics(groups) | _sum_metrics(groups, sketch_rmse)
     if features_PP is not None:
         features_PP = features_PP.double()
-        cosine_N = _cosines(features_PP, features_PP.diagonal() > 0)
+        cosine_N = cosines(features_PP, features_PP.diagonal() > 0)
         metrics["feature_cos_abs_mean"] = _mean(cosine_N.abs())
     named = {f"interference/{name}": value for name, value in metrics.items()} | curvature_metrics(groups)
     return {name: value for name, value in named.items() if math.isfinite(value)}
@@ -76,7 +76,7 @@ def orthogonality(step: StepGradients | PromptGroups, sketch_rmse: float = 0.0) 
     0.80 and 0.52, where 1 - mean abs cos is 0.96 to 0.89. Rollout noise moves it towards 1.
     """
     groups = group_by_prompt(step)
-    cosine_N = _cosines(groups.gram_PP, groups.live_P)
+    cosine_N = cosines(groups.gram_PP, groups.live_P)
     if len(cosine_N) == 0:
         return None
     passing = math.erf(NEAR_ORTHOGONAL / (math.sqrt(2) * sketch_rmse)) if sketch_rmse > 0 else 1.0
@@ -120,7 +120,7 @@ def _pairs(matrix_PP: torch.Tensor) -> torch.Tensor:
     return matrix_PP[row_N, column_N]
 
 
-def _cosines(gram_PP: torch.Tensor, chosen_P: torch.Tensor) -> torch.Tensor:
+def cosines(gram_PP: torch.Tensor, chosen_P: torch.Tensor) -> torch.Tensor:
     """Returns the cosines (N,) over pairs of the chosen prompts, whose squared norms must be positive."""
     gram_PP = gram_PP[chosen_P][:, chosen_P]
     norm_P = gram_PP.diagonal().sqrt()
@@ -129,7 +129,7 @@ def _cosines(gram_PP: torch.Tensor, chosen_P: torch.Tensor) -> torch.Tensor:
 
 def _cosine_metrics(groups: PromptGroups, sketch_rmse: float) -> dict[str, float]:
     metrics = {"live_prompts": float(groups.live_P.sum())}
-    cosine_N = _cosines(groups.gram_PP, groups.live_P)
+    cosine_N = cosines(groups.gram_PP, groups.live_P)
     if len(cosine_N) == 0:
         return metrics
     return metrics | {

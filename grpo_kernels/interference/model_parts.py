@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 import torch
 
+from .metrics import cosines
+
 THIRDS = ("early", "middle", "late")
 PARTS_OF_MODEL = (*(f"{kind}_{third}" for kind in ("attention", "mlp") for third in THIRDS), "norms", "embedding_head")
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
@@ -62,10 +64,7 @@ def part_metrics(grams_PP: Mapping[str, torch.Tensor], errors: Mapping[str, floa
         live_P = square_P > 0
         if int(live_P.sum()) < 2:
             continue
-        norm_L = square_P[live_P].sqrt()
-        cosine_LL = gram_PP[live_P][:, live_P] / norm_L[:, None] / norm_L
-        row_N, column_N = torch.triu_indices(len(norm_L), len(norm_L), offset=1, device=gram_PP.device)
-        cosine_N = cosine_LL[row_N, column_N]
+        cosine_N = cosines(gram_PP, live_P)
         metrics[f"parts/{part}/cos_mean"] = float(cosine_N.mean())
         metrics[f"parts/{part}/cos_abs_mean"] = float(cosine_N.abs().mean())
         metrics[f"parts/{part}/sketch_rmse"] = errors[part]

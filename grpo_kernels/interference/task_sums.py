@@ -22,13 +22,11 @@ class TaskGradients:
             error; NaN if a task has fewer than two live prompts.
         share_T: <G_t, G> / |G|^2, each task's share of the step's gradient G. The shares sum to 1 if every prompt has a
             task. A share below 0 means that the step goes against the task.
-        live_T: number of live prompts.
     """
 
     cosine_TT: torch.Tensor
     error_TT: torch.Tensor
     share_T: torch.Tensor
-    live_T: torch.Tensor
 
 
 def task_gradients(groups: PromptGroups, task_P: torch.Tensor, n_tasks: int, sketch_rmse: float = 0.0) -> TaskGradients:
@@ -46,7 +44,6 @@ def task_gradients(groups: PromptGroups, task_P: torch.Tensor, n_tasks: int, ske
     inner_TT = one_hot_PT.T @ towards_PT
     summed_T = one_hot_PT.T @ groups.trace_P
     there_T = inner_TT.diagonal() > CANCELLED * summed_T
-    live_T = (one_hot_PT * groups.live_P[:, None]).sum(0)
     norm_T = torch.where(there_T, inner_TT.diagonal(), torch.nan).sqrt()
     cosine_TT = inner_TT / norm_T[:, None] / norm_T
     error_TT = torch.full_like(cosine_TT, torch.nan)
@@ -65,4 +62,4 @@ def task_gradients(groups: PromptGroups, task_P: torch.Tensor, n_tasks: int, ske
     share_T = (
         towards_PT.sum(0) / step_square if step_square > CANCELLED * float(groups.trace_P.sum()) else norm_T * torch.nan
     )
-    return TaskGradients(cosine_TT, error_TT, share_T, live_T)
+    return TaskGradients(cosine_TT, error_TT, share_T)

@@ -83,4 +83,4 @@ def test_an_override_is_seen_and_named():
 
     names = ("compute_loss", "_compute_loss")
     assert overridden(object.__new__(Ours), CurvatureGRPOTrainer, *names) is None
-    assert overridden(object.__new__(Own), CurvatureGRPOTrainer, *names) == "Own has a _compute_loss of its own"
+    assert overridden(object.__new__(Own), CurvatureGRPOTrainer, *names) == "Own overrides _compute_loss"

@@ -43,7 +43,7 @@ KNOWN = {
     "bloom": "depends on what stands before",
     "gpt_oss": "",
     "gemma2": "its attention takes softcap",
-    "phimoe": "its sliding window is in the mask alone",
+    "phimoe": "only its attention mask has the sliding window",
 }
 
 

@@ -103,19 +103,19 @@ CASES = {
     "entropy quantile": ({"top_entropy_quantile": 0.5}, False, False, "top_entropy_quantile=0.5 depends on the ent"),
     "entropy bonus": ({"entropy_coef": 0.1}, False, False, "the entropy bonus averages over a micro-batch"),
     "off-policy mask": ({"off_policy_mask_threshold": 0.5}, False, False, "off_policy_mask_threshold=0.5"),
-    "its own loss": ({"trainer_class": override("_compute_loss")}, False, False, "Own has a _compute_loss of its own"),
+    "its own loss": ({"trainer_class": override("_compute_loss")}, False, False, "Own overrides _compute_loss"),
     "its own inputs": (
         {"trainer_class": override("_prepare_inputs")},
         False,
         False,
-        "Own has a _prepare_inputs of its own",
+        "Own overrides _prepare_inputs",
     ),
 }
 
 
 def runs_of(trainer, batch):
     parts = trainer._components
-    return parts.micro_batches.what_runs(Sequences(batch), parts.loss_settings(), parts.overrides().plan)
+    return parts.micro_batches.decide_regrouping(Sequences(batch), parts.loss_settings(), parts.overrides().plan)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -280,6 +280,6 @@ def test_two_processes_with_different_live_counts(options, tiny_policy, tmp_path
 def test_a_step_of_ones_own_is_warned_of_with_its_cost(tiny_policy, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="trl_ext"):
         train(tiny_policy, tmp_path, trainer_class=override("training_step"), **FOUR)
-    said = [one for one in caplog.records if "Own has a training_step of its own" in one.message]
+    said = [one for one in caplog.records if "Own overrides training_step" in one.message]
     (said,) = [one for one in said if "Prompts aren't shared" not in one.message]
     assert said.levelname == "WARNING" and "2 to 5 times as long" in said.message

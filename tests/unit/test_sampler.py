@@ -109,4 +109,4 @@ def test_truncated_sampling_is_named(options, named):
     warn_about_truncated_sampling(args, said.append)
     assert len(said) == (named is not None)
     if named:
-        assert said[0].startswith(f"{named}: vLLM samples from a part of the distribution") and "6789" in said[0]
+        assert said[0].startswith(f"{named}: vLLM samples from a truncated distribution") and "6789" in said[0]

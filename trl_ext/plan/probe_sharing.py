@@ -80,6 +80,6 @@ def change_by_sharing(model: Any) -> float:
         hook.remove()
     (_, own), (rows, (packed,)) = captured
     if getattr(model.config.get_text_config(), "sliding_window", None) and rows.windows == {None}:
-        raise NotShared("its sliding window is in the mask alone")
+        raise NotShared("only its attention mask has the sliding window")
     shared, own = packed[rows.packed_BC[mask.bool()]].double(), own[mask.bool()].double()
     return float((shared - own).norm() / own.norm())

@@ -253,7 +253,6 @@ class InterferenceRecorder:
                 options.interference_dim,
                 options.interference_layers,
                 by_part=options.interference_parts,
-                strict=False,
                 on_error=self._layer_failed,
             )
             self._features = PromptFeatures(model, on_error=self._fail)

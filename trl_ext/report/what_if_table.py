@@ -98,7 +98,7 @@ def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> dict[str, A
     n_prompts = rollouts // generations if rollouts and generations else None
     weights = run.config.get("reward_weights")
     weights = weights if _are_numbers(weights) else None
-    steps: list[tuple[int, dict[str, Any]]] = []
+    steps: list[tuple[int, Any]] = []
     skipped: dict[str, int] = {}
     for record in run.records:
         found = record_scores(record, own)
