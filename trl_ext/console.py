@@ -23,9 +23,9 @@ COLUMNS = (
 )
 LEGEND = (
     "reward, accuracy: of the sampled answers. held-out: accuracy on problems that aren't trained on. zero-var: share\n"
-    "of prompts whose answers all have the same reward. They have no gradient and aren't run; entropy is of the others.\n"
-    "A loss of about 0 is expected: on policy every ratio is 1, so the loss is the mean of the advantages, weighted by\n"
-    "length, which sum to 0 in a group. Its gradient isn't 0: watch reward and grad."
+    "of prompts whose answers all have the same reward. They have no gradient and aren't run; entropy is of the rest.\n"
+    "A loss of about 0 is expected: on policy every ratio is 1, so the loss is the mean of the advantages, weighted\n"
+    "by length, which sum to 0 in a group. Its gradient isn't 0: watch reward and grad."
 )
 
 ADVISE_AFTER = 2  # logged steps in a row with the same problem
@@ -41,9 +41,10 @@ def advice(metrics: Mapping[str, float | None], max_completion_length: int) -> d
         )
     if metrics.get("accuracy") == 0:
         found["wrong"] = (
-            "every answer was wrong, so no group has a gradient. Take easier questions (--dataset, --levels), a stronger "
-            "model (--model_name_or_path), or more answers per prompt (--num_generations). Or the model misunderstands "
-            "the question: --log_completions true shows its answers, --prompt_style and --instruction change the prompt."
+            "every answer was wrong, so no group has a gradient. Take easier questions (--dataset, --levels), a "
+            "stronger model (--model_name_or_path), or more answers per prompt (--num_generations). Or the model "
+            "misunderstands the question: --log_completions true shows its answers, --prompt_style and --instruction "
+            "change the prompt."
         )
     return found
 
