@@ -21,7 +21,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,6 @@ VOCABULARIES = (49152, 151936, 50257)  # SmolLM2, Qwen2.5, and GPT-2's, which di
 ROWS = 16
 # (tile, gradient): float32 training, half training on a GPU (the gradient lies in the tile's bytes), a half tile
 DTYPES = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16))
-FULL_TRANSFORM = Transform(temperature=0.7, softcap=30.0)
 
 
 @dataclass(frozen=True)
@@ -96,52 +95,32 @@ class Report:
 def _grpo(
     case: Case, tile_CV: torch.Tensor, *, rewards: bool = False, full: bool = False, gradient: bool = True, **loss: Any
 ) -> None:
-    zeros_C, zeros = torch.zeros(ROWS), torch.zeros(ROWS, dtype=torch.long)
-    tokens = TokenInputs(
-        targets=zeros,
-        sequence=zeros,
-        weights=zeros_C,
-        advantages=None if rewards else zeros_C,
-        group_rewards=GroupRewards(torch.zeros(ROWS, 8), zeros, "std", 1e-4, 1.0) if rewards else None,
-        old=zeros_C if full else None,
-        ref=zeros_C if full else None,
-        policy_scale=zeros_C if full else None,
-    )
-    triton_rows.grpo_rows_(
-        tile_CV,
-        zeros,
-        tokens,
-        FULL_TRANSFORM if full else Transform(),
-        bias=torch.zeros(case.n_vocabulary, dtype=case.gradient) if full else None,
-        options=TokenLoss(**loss),
-        entropy_grad=0.1 if full else 0.0,
-        gradient=gradient,
-        dtype=case.gradient,
-    )
+    zeros_C, zeros, (transform, bias) = torch.zeros(ROWS), torch.zeros(ROWS, dtype=torch.long), _head(case, full)
+    group_rewards = GroupRewards(torch.zeros(ROWS, 8), zeros, "std", 1e-4, 1.0)
+    signal = (None, group_rewards) if rewards else (zeros_C, None)
+    tokens = TokenInputs(zeros, zeros, zeros_C, *signal, *[zeros_C if full else None] * 3)
+    options = {"options": TokenLoss(**loss), "entropy_grad": 0.1 if full else 0.0, "gradient": gradient}
+    triton_rows.grpo_rows_(tile_CV, zeros, tokens, transform, bias=bias, dtype=case.gradient, **options)
 
 
 def _softmax(case: Case, tile_CV: torch.Tensor, *, full: bool = False) -> None:
-    triton_rows.softmax_rows_(
-        tile_CV,
-        torch.zeros(ROWS, dtype=torch.long),
-        FULL_TRANSFORM if full else Transform(),
-        bias=torch.zeros(case.n_vocabulary, dtype=case.gradient) if full else None,
-        entropy=full,
-    )
+    transform, bias = _head(case, full)
+    triton_rows.softmax_rows_(tile_CV, torch.zeros(ROWS, dtype=torch.long), transform, bias=bias, entropy=full)
 
 
 def _gradient(case: Case, tile_CV: torch.Tensor, *, full: bool = False) -> None:
-    zeros_C = torch.zeros(ROWS)
-    triton_rows.logit_gradient_(
-        tile_CV,
-        torch.zeros(ROWS, dtype=torch.long),
-        RowStatistics(zeros_C, zeros_C, zeros_C, zeros_C if full else None),
-        FULL_TRANSFORM if full else Transform(),
-        zeros_C,
-        zeros_C if full else None,
-        bias=torch.zeros(case.n_vocabulary, dtype=case.gradient) if full else None,
-        dtype=case.gradient,
-    )
+    zeros_C, targets, (transform, bias) = torch.zeros(ROWS), torch.zeros(ROWS, dtype=torch.long), _head(case, full)
+    entropy_C = zeros_C if full else None
+    statistics = RowStatistics(zeros_C, zeros_C, zeros_C, entropy_C)
+    arguments = (tile_CV, targets, statistics, transform, zeros_C, entropy_C)
+    triton_rows.logit_gradient_(*arguments, bias=bias, dtype=case.gradient)
+
+
+def _head(case: Case, full: bool) -> tuple[Transform, torch.Tensor | None]:
+    """Returns what a head may do besides its product: nothing, or everything."""
+    if not full:
+        return Transform(), None
+    return Transform(temperature=0.7, softcap=30.0), torch.zeros(case.n_vocabulary, dtype=case.gradient)
 
 
 def _normalize(method: str) -> None:
@@ -170,9 +149,8 @@ QUICK = ("grpo", "grpo, all options")
 class _Launch:
     """Takes the place of a kernel in its launcher: keeps the launch's arguments, and launches nothing."""
 
-    def __init__(self) -> None:
-        self.positional: tuple[Any, ...] = ()
-        self.named: dict[str, Any] = {}
+    positional: tuple[Any, ...]
+    named: Mapping[str, Any]
 
     def __getitem__(self, grid: tuple[int, ...]) -> _Launch:
         return self
@@ -286,16 +264,9 @@ def report(case: Case, target_name: str) -> Report:
         numbers = {name: int(n) for name, n in re.findall(r"\.(\w+_count): +(\d+)", compiled.asm["amdgcn"])}
         registers, spills = numbers["vgpr_count"], numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
         loops = []
-    return Report(
-        target=target_name,
-        variant=case.variant,
-        dtypes=" -> ".join(str(dtype).removeprefix("torch.") for dtype in (case.tile, case.gradient)),
-        n_vocabulary=case.n_vocabulary,
-        registers=registers,
-        spills=spills,
-        shared=compiled.metadata.shared,
-        loops=loops,
-    )
+    dtypes = " -> ".join(str(dtype).removeprefix("torch.") for dtype in (case.tile, case.gradient))
+    shared = compiled.metadata.shared
+    return Report(target_name, case.variant, dtypes, case.n_vocabulary, registers, spills, shared, loops)
 
 
 def cases(quick: bool = False) -> list[Case]:
@@ -315,22 +286,23 @@ def _widths(accesses: dict[int, int]) -> str:
     return " ".join(f"{count}x{bits}" for bits, count in accesses.items()) or "-"
 
 
-def table(reports: Iterable[Report]) -> Iterator[str]:
-    """The lines of the table, each as soon as its kernel is compiled."""
-    yield (
-        f"{'target':7} {'kernel':22} {'tile -> gradient':21} {'V':>6} {'regs':>4} {'spill':>5} {'shared':>6}"
-        "  of each loop: loads / stores (count x bits), barriers, instructions per element"
+HEADER = (
+    f"{'target':7} {'kernel':22} {'tile -> gradient':21} {'V':>6} {'regs':>4} {'spill':>5} {'shared':>6}"
+    "  of each loop: loads / stores (count x bits), barriers, instructions per element"
+)
+
+
+def line(row: Report) -> str:
+    """A line of the table."""
+    loops = "; ".join(
+        f"{_widths(loop.loads)} / {_widths(loop.stores)}, {loop.barriers}, "
+        + (f"{loop.per_element:.1f}" if loop.per_element is not None else f"({loop.instructions} in all)")
+        for loop in row.loops
     )
-    for row in reports:
-        loops = "; ".join(
-            f"{_widths(loop.loads)} / {_widths(loop.stores)}, {loop.barriers}, "
-            + (f"{loop.per_element:.1f}" if loop.per_element is not None else f"({loop.instructions} in all)")
-            for loop in row.loops
-        )
-        yield (
-            f"{row.target:7} {row.variant:22} {row.dtypes:21} {row.n_vocabulary or '-':>6} {row.registers:>4} "
-            f"{row.spills:>5} {row.shared:>6}  {loops}"
-        )
+    return (
+        f"{row.target:7} {row.variant:22} {row.dtypes:21} {row.n_vocabulary or '-':>6} {row.registers:>4} "
+        f"{row.spills:>5} {row.shared:>6}  {loops}"
+    )
 
 
 def main() -> None:
@@ -339,19 +311,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two variants of the fused kernel only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     arguments = parser.parse_args()
-    rows: list[Report] = []
-
-    def compiled() -> Iterator[Report]:
-        for target in arguments.targets:
-            for case in cases(arguments.quick):
+    print(HEADER)
+    rows = []
+    for target in arguments.targets:
+        for case in cases(arguments.quick):
+            try:
                 rows.append(report(case, target))
-                yield rows[-1]
-
-    try:
-        for line in table(compiled()):
-            print(line, flush=True)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+            except ValueError as error:
+                raise SystemExit(str(error)) from None
+            print(line(rows[-1]), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

@@ -1,7 +1,7 @@
 """A GPU that isn't here: CPU tensors that say they are on it, and kernels that run interpreted on them.
 
 Every operation on a ``Far`` tensor is done on the CPU tensor behind it, so that values and what depends on them are
-real; the result says it is on the same device. What a GPU would refuse, or wait for unasked, is an error:
+real; the result says it is on the same device. What a GPU would refuse or wait for is an error:
 an operation on tensors of two devices, and one that makes a CPU tensor of one or more dimensions.
 """
 
@@ -13,20 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 CROSSES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)  # between devices, as they are asked to
 # without CUDA these stop before they come to ``__torch_dispatch__``
-ASKS_FOR_CUDA = (
-    "__getitem__",
-    "__setitem__",
-    "__invert__",
-    "__int__",
-    "__float__",
-    "__bool__",
-    "__index__",
-    "tolist",
-    "item",
-    "nonzero",
-    "contiguous",
-    "copy_",
-)
+ASKS_FOR_CUDA = ("__getitem__", "__setitem__", "__invert__", "__int__", "__float__", "__bool__", "__index__")
+ASKS_FOR_CUDA += ("tolist", "item", "nonzero", "contiguous", "copy_")
 READS = (torch.ops.aten._local_scalar_dense.default,)
 
 

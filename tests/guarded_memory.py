@@ -1,4 +1,4 @@
-"""Kernels, interpreted, on guarded memory: a launch that reads or writes beside its tensors is an error.
+"""Kernels, interpreted, on guarded memory: a launch that reads or writes outside its tensors is an error.
 
 Before each launch every tensor moves to memory of its own, where all bytes around it are 0xFF: NaN, or -1. So are the
 gaps between the rows of a tile and the padding of its rows. Every address that isn't masked must be one of the tensors'
@@ -115,7 +115,7 @@ class Guarded:
             bytes_at(start, end - start)[:] = POISON
         for *_, buffer in self.blocks:
             if not bool((buffer == POISON).all()):
-                raise OutOfBounds("bytes beside a tensor were written")
+                raise OutOfBounds("bytes outside a tensor were written")
 
 
 def guard(monkeypatch):

@@ -1,6 +1,7 @@
 """Inputs of the fused head, the same loss in plain torch, and the rule that compares the two."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from reference import grpo_loss, head_logprobs
@@ -36,10 +37,7 @@ def example(n=24, h=8, v=37, b=4, *, dtype=torch.float64, seed=0, scale=1.0, spr
     advantages = torch.randn(b, dtype=torch.float64)
     if b > 1:
         advantages[1] = 0
-    with torch.no_grad():
-        logprobs, _ = head_logprobs(
-            tensors["hidden"].double(), tensors["weight"].double(), targets, bias=tensors["bias"].double()
-        )
+    logprobs = double_logprobs(tensors, targets)
     data = {
         "targets": targets,
         "sequence": sequence,
@@ -52,6 +50,12 @@ def example(n=24, h=8, v=37, b=4, *, dtype=torch.float64, seed=0, scale=1.0, spr
     return tensors, data
 
 
+@torch.no_grad()
+def double_logprobs(tensors, targets):
+    hidden, weight, bias = (tensors[name].double() for name in ("hidden", "weight", "bias"))
+    return head_logprobs(hidden, weight, targets, bias=bias)[0]
+
+
 def per_token(data, options, *, off_policy=True, scaled=False):
     return {
         "old_logprobs_N": data["old"] if off_policy else None,
@@ -60,46 +64,45 @@ def per_token(data, options, *, off_policy=True, scaled=False):
     }
 
 
-def ours(tensors, data, options, head, **extra):
-    given = per_token(data, options, **extra)
-    given = {name: None if x is None else x.float() for name, x in given.items()}
-    if tensors["hidden"].dtype == torch.float64:
-        given = per_token(data, options, **extra)
-    return linear_grpo_loss(
-        tensors["hidden"],
-        tensors["weight"],
-        data["targets"],
-        data["sequence"],
-        data["advantages"],
-        data["weights"],
-        bias=tensors.get("bias"),
-        **given,
-        **options,
-        **head,
-    )
+def token_arguments(tensors, data):
+    """The first four arguments of ``linear_grpo_loss``."""
+    return tensors["hidden"], tensors["weight"], data["targets"], data["sequence"]
 
 
-def plain(tensors, data, options, head, dtype, **extra):
-    """Plain torch in this dtype: (loss, log-probs, entropies, gradients)."""
+def ours(tensors, data, options=None, head=None, **extra):
+    options, work = options or {}, torch.promote_types(tensors["hidden"].dtype, torch.float32)
+    given = {name: None if x is None else x.to(work) for name, x in per_token(data, options, **extra).items()}
+    given |= {"bias": tensors.get("bias"), **options, **(head or {})}
+    return linear_grpo_loss(*token_arguments(tensors, data), data["advantages"], data["weights"], **given)
+
+
+def gradients_of(loss, tensors):
+    """By name; None for a tensor that the loss doesn't depend on."""
+    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()), allow_unused=True), strict=True))
+
+
+def our_gradients(tensors, data, *options, **extra):
+    return gradients_of(ours(tensors, data, *options, **extra).loss, tensors)
+
+
+class Plain(NamedTuple):
+    loss: torch.Tensor
+    logprobs: torch.Tensor
+    entropies: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def plain(tensors, data, options=None, head=None, *, dtype=torch.float64, **extra):
+    """The same in plain torch, in this dtype."""
+    options, work = options or {}, torch.promote_types(dtype, torch.float32)
     tensors = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in tensors.items()}
-    work = torch.promote_types(dtype, torch.float32)
-    logprobs, entropies = head_logprobs(
-        tensors["hidden"], tensors["weight"], data["targets"], bias=tensors.get("bias"), **head
-    )
+    *arguments, sequence = token_arguments(tensors, data)
+    logprobs, entropies = head_logprobs(*arguments, bias=tensors.get("bias"), **(head or {}))
+    per_sequence = (data[name].to(work) for name in ("advantages", "weights"))
     given = per_token(data, options, **extra)
-    names = {"old_logprobs_N": "old_logprobs", "ref_logprobs_N": "ref_logprobs", "policy_scale_N": "policy_scale"}
-    given = {names[name]: None if x is None else x.to(work) for name, x in given.items()}
-    loss = grpo_loss(
-        logprobs.to(work),
-        entropies.to(work),
-        data["sequence"],
-        data["advantages"].to(work),
-        data["weights"].to(work),
-        **given,
-        **options,
-    )
-    gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
-    return loss, logprobs, entropies, dict(zip(tensors, gradients, strict=True))
+    given = {name.removesuffix("_N"): None if x is None else x.to(work) for name, x in given.items()}
+    loss = grpo_loss(logprobs.to(work), entropies.to(work), sequence, *per_sequence, **given, **options)
+    return Plain(loss, logprobs, entropies, gradients_of(loss, tensors))
 
 
 def distance(value, truth) -> float:
@@ -112,3 +115,9 @@ def assert_no_worse(value, same_dtype, truth, eps, name, slack=2.0, floor=0.0):
     assert math.isfinite(ours_error), name
     allowed = slack * plain_error + 4 * eps * truth.double().norm().item() + floor
     assert ours_error <= allowed, f"{name}: {ours_error:.3g} > {allowed:.3g} (plain torch {plain_error:.3g})"
+
+
+def assert_gradients_no_worse(found, same_dtype, truth, eps):
+    """Of every gradient: as ``assert_no_worse``."""
+    for name, gradient in found.items():
+        assert_no_worse(gradient, same_dtype.gradients[name], truth.gradients[name], eps, name)

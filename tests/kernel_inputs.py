@@ -45,13 +45,14 @@ LAYOUTS = [with_gaps, from_the_middle, transposed]
 N, H, V, B, G = 12, 16, 37, 4, 4
 
 
-def head_inputs():
+def head_inputs(dtype=torch.float32):
+    """Arguments of both functions by name; hidden states, weights and what else is multiplied in this dtype."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    return {
+    given = {
         "hidden_NH": normal(N, H),
         "weight_VH": normal(V, H) * 0.3,
         "bias": normal(V),
@@ -65,17 +66,27 @@ def head_inputs():
         "position": torch.arange(B) % G,
         "advantages": normal(B),
         "advantages_N": normal(N),
+        "low_inputs": normal(N, 2),
+        "low_weight": normal(V, 2),
+        "projection": normal(V, 4),
     }
+    products = ("hidden_NH", "weight_VH", "bias", "low_inputs", "low_weight", "projection")
+    return {name: tensor.to(dtype) if name in products else tensor for name, tensor in given.items()}
 
 
 OF_TOKENS = ("targets_N", "sequence_N", "bias", "weights_B", "old_logprobs_N", "ref_logprobs_N", "policy_scale_N")
 
 
+def signal_of(given, signal):
+    """The arguments of ``linear_grpo_loss`` that are advantages or rewards."""
+    value = (given["rewards"], given["position"]) if signal == "rewards" else given[signal]
+    return {"advantages": None, signal: value}
+
+
 def loss_call(given, signal):
     hidden = given["hidden_NH"].detach().requires_grad_()
     weight = given["weight_VH"].detach().requires_grad_()
-    signals = {"rewards": (given["rewards"], given["position"])} if signal == "rewards" else {signal: given[signal]}
-    arguments = {"advantages": None, **signals, **{name: given[name] for name in OF_TOKENS}}
+    arguments = {**signal_of(given, signal), **{name: given[name] for name in OF_TOKENS}}
     out = linear_grpo_loss(hidden, weight, beta=0.1, entropy_coef=0.01, **arguments)
     out.loss.backward()
     return [out.loss, out.logprobs, out.entropies, out.ratio, out.kl, hidden.grad, weight.grad]
@@ -123,6 +134,18 @@ def context_of(method: str, rewards, alpha: float = 0.5) -> dict:
     return context.get(method, dict)()
 
 
+def context_tensors(method: str, rewards_PG, alpha: float = 0.5) -> dict:
+    """The same as ``normalize_rewards`` takes it."""
+    context = context_of(method, rewards_PG.tolist(), alpha)
+    shapes = {"lengths": rewards_PG.shape, "function_rewards": (*rewards_PG.shape, 2)}  # of an empty batch too
+    return {
+        name: torch.tensor(value, dtype=torch.float64, device=rewards_PG.device).reshape(shapes.get(name, (-1,)))
+        if isinstance(value, list)
+        else value
+        for name, value in context.items()
+    }
+
+
 # ---- rows that share prompts
 
 PROMPT_OF, PROMPTS, ANSWERS, WIDTH, LONGEST = [0, 0, 1, 1, 1, 2, 0], [4, 6, 1], [9, 3, 1, 5, 9, 2, 4], 6, 9
@@ -154,6 +177,12 @@ def step_of(vectors, prompts, rewards, coefficients=None, baseline_size=0) -> St
         coefficient_B=None if coefficients is None else torch.as_tensor(coefficients, dtype=torch.float64),
         baseline_size=baseline_size,
     )
+
+
+def step_of_prompts(gradients) -> StepGradients:
+    """Of prompts with one sequence each, and these gradients."""
+    count = len(gradients)
+    return step_of(gradients, torch.arange(count), torch.zeros(count), torch.ones(count))
 
 
 def make_scores(score_PGD, reward_PG, method="std", weight=0.25, chosen=None, **options):

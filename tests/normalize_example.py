@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from kernel_inputs import context_of, method_options
+from kernel_inputs import context_of, context_tensors, method_options
 from reference import normalize_rewards_reference
 
 from grpo_kernels import METHODS, normalize_with_statistics
@@ -20,13 +20,7 @@ PASSED = [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]]
 def run(rewards, method, *, alpha=0.5, dtype=torch.float32, device="cpu", statistics=False, **arguments):
     """``normalize_rewards`` on nested lists or a tensor, with what the method needs."""
     tensor = torch.as_tensor(rewards, dtype=dtype, device=device)
-    context = {
-        name: torch.tensor(value, dtype=torch.float64, device=device) if isinstance(value, list) else value
-        for name, value in context_of(method, tensor.tolist(), alpha).items()
-    }
-    for name, shape in (("lengths", tensor.shape), ("function_rewards", (*tensor.shape, 2))):
-        if name in context:  # an empty batch too
-            context[name] = context[name].reshape(shape)
+    context = context_tensors(method, tensor, alpha)
     result = normalize_with_statistics(tensor, method, context=context, **method_options(method, alpha), **arguments)
     return result if statistics else result.advantages
 

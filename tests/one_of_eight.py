@@ -38,39 +38,20 @@ def one_of_eight(known, monkeypatch, measured, device="cpu"):
         monkeypatch.setattr(collectives.dist, name, getattr(network, name))
     accelerator = SimpleNamespace(num_processes=PROCESSES, process_index=0, device=torch.device(device))
     exchanges = collectives.Collectives(accelerator)
-    options = SimpleNamespace(interference_parts=False, what_if=None, normalization_kwargs=None)
     run = SimpleNamespace(
-        options=options,
+        options=SimpleNamespace(interference_parts=False, what_if=None, normalization_kwargs=None),
         num_generations=G,
         prompts_per_generation=P,
         aggregation="sum_then_normalize",
         log_once=lambda text, level="warning": None if level == "info" else pytest.fail(text),
     )
+    what = WhatIfLog(run, lambda: UsedNormalization("std", 4, [1.0]), exchanges.attempt)
     torch.manual_seed(0)
-    n = P * G // PROCESSES
     with torch.device(device):
-        prompt_B, position_B = torch.arange(n) // G, torch.arange(n) % G
-        rewards_BG = (torch.rand(n // G, G) < 0.5).float()[prompt_B]
-        reward_B = rewards_BG.gather(1, position_B[:, None])[:, 0]
-        advantage_B = (reward_B - rewards_BG.mean(1)) / (rewards_BG.std(1) + 1e-4)
-        what = WhatIfLog(run, lambda: UsedNormalization("std", 4, [1.0]), exchanges.attempt)
+        group_rewards = (torch.rand(P // PROCESSES, G) < 0.5).float()
+        tasks = {key: f"task {key % 4}" for key in range(len(group_rewards))}
         with measured:
-            sketch = torch.randn(n, 2, K * K // 2).mul_(advantage_B[:, None, None])
-            features = torch.cat([torch.randn(n // G, H), torch.full((n // G, 1), float(G))], dim=1)
-            table = SequenceTable(
-                **dict.fromkeys(("prompt_id", "prompt_key"), prompt_B),
-                **dict.fromkeys(("position", "length"), position_B),
-                **dict.fromkeys(("advantage", "score_advantage"), advantage_B),
-                weight=torch.ones(n),
-                group_rewards=rewards_BG,
-                function_rewards=reward_B[:, None],
-                square=squared_norms(sketch.flatten(1)),
-                coefficient=-advantage_B / PROCESSES if known else None,
-            )
-            recorded = RecordedStep(sketch, {"model": slice(0, K * K // 2)}, table, features)
-            del sketch, features, table
-            tasks = {key: f"task {key % 4}" for key in range(n // G)}
-            found = measure.measure(recorded, exchanges, run, G, what.observe, tasks=tasks)
+            found = measure.measure(recorded_step(group_rewards, known), exchanges, run, G, what.observe, tasks=tasks)
     assert found.metrics["interference/live_prompts"] > P - 8
     assert sum(found.metrics[f"tasks/task {i}/heard"] for i in range(4)) == pytest.approx(1)
     assert ("what_if/std/cos" in found.metrics) is known and ("noise/between" in found.metrics) is known
@@ -78,3 +59,24 @@ def one_of_eight(known, monkeypatch, measured, device="cpu"):
         names = [name for name in STATELESS if name != "decoupled"]
         assert all(f"what_if/{name}/cos" in found.metrics for name in names)
     return found
+
+
+def recorded_step(group_rewards, known):
+    """What one process recorded of its groups; ``known``: with coefficients."""
+    n = group_rewards.numel()
+    prompt_B, position_B = torch.arange(n) // G, torch.arange(n) % G
+    rewards_BG, reward_B = group_rewards[prompt_B], group_rewards.flatten()
+    advantage_B = (reward_B - rewards_BG.mean(1)) / (rewards_BG.std(1) + 1e-4)
+    sketch = torch.randn(n, 2, K * K // 2).mul_(advantage_B[:, None, None])
+    features = torch.cat([torch.randn(n // G, H), torch.full((n // G, 1), float(G))], dim=1)
+    table = SequenceTable(
+        **dict.fromkeys(("prompt_id", "prompt_key"), prompt_B),
+        **dict.fromkeys(("position", "length"), position_B),
+        **dict.fromkeys(("advantage", "score_advantage"), advantage_B),
+        weight=torch.ones(n),
+        group_rewards=rewards_BG,
+        function_rewards=reward_B[:, None],
+        square=squared_norms(sketch.flatten(1)),
+        coefficient=-advantage_B / PROCESSES if known else None,
+    )
+    return RecordedStep(sketch, {"model": slice(0, K * K // 2)}, table, features)

@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 
 def normalize_rewards_reference(
-    rewards: Sequence[Sequence[float]],
-    method: str,
-    *,
-    eps: float = 1e-4,
-    alpha: float = 1.0,
-    lengths: Sequence[Sequence[float]] | None = None,
-    function_rewards: Sequence[Sequence[Sequence[float]]] | None = None,
-    function_weights: Sequence[float] | None = None,
-    running_variance: float = 0.0,
-    curvature_scale: Sequence[float] | None = None,
+    rewards: Sequence[Sequence[float]], method: str, *, eps: float = 1e-4, alpha: float = 1.0, **context: Any
 ) -> list[list[float]]:
     """``normalize_rewards`` in Python floats (float64), one group and one reward at a time."""
     if method == "decoupled":
-        assert function_rewards is not None
-        return _decoupled_reference(function_rewards, function_weights, eps)
-    everything = [reward for group in rewards for reward in group if not math.isnan(reward)]
+        return _decoupled_reference(context["function_rewards"], context.get("function_weights"), eps)
+    groups = [[reward for reward in group if not math.isnan(reward)] for group in rewards]
+    everything = [reward for group in groups for reward in group]
     batch_mean = statistics.fmean(everything) if everything else 0.0
     batch_std = statistics.stdev(everything) if len(everything) > 1 else 0.0
-    scorable_groups = [[reward for reward in group if not math.isnan(reward)] for group in rewards]
 
-    def advantage(p: int, index: int) -> float:
-        reward, scorable = rewards[p][index], scorable_groups[p]
-        if math.isnan(reward):
-            return 0.0
-        others = [rewards[p][j] for j in range(len(rewards[p])) if j != index and not math.isnan(rewards[p][j])]
+    def advantage(p: int, reward: float) -> float:
+        """Of a reward that isn't NaN."""
+        group, others = groups[p], _without(groups[p], reward)
         if method == "none":
             return reward
         if method == "batch_mean":
@@ -42,33 +31,53 @@ def normalize_rewards_reference(
         if method == "global":
             return (reward - batch_mean) / (batch_std + eps) if batch_std + eps > 0 else 0.0
         if method == "shrinkage":
-            return reward - _shrinkage_baseline(reward, others, scorable_groups[:p] + scorable_groups[p + 1 :])
-        if len(scorable) < 2 or max(scorable) == min(scorable):
+            return reward - _shrinkage_baseline(reward, others, groups[:p] + groups[p + 1 :])
+        if len(group) < 2 or max(group) == min(group):
             return 0.0
         if method in ("median_mad", "iqr", "rank"):
-            return _by_order(method, reward, scorable, eps)
+            return _by_order(method, reward, group, eps)
         if method == "length_weighted":
-            weights = [(lengths or [])[p][j] for j in range(len(rewards[p])) if not math.isnan(rewards[p][j])]
-            weights = weights if sum(weights) > 0 else [1.0] * len(scorable)
-            return reward - statistics.fmean(scorable, weights)
+            lengths = zip(context["lengths"][p], rewards[p], strict=True)
+            weights = [length for length, other in lengths if not math.isnan(other)]
+            return reward - statistics.fmean(group, weights if sum(weights) > 0 else None)
         if method == "loo":
             return reward - statistics.fmean(others)
-        mean, std = statistics.fmean(scorable), statistics.stdev(scorable)
-        scale = {
-            "mean": lambda: 1.0,
-            "std": lambda: std + eps,
-            "batch_std": lambda: batch_std + eps,
-            "power": lambda: (std + eps) ** alpha,
-            "adaptive": lambda: (std + eps) ** alpha,
-            "mean_abs": lambda: statistics.fmean([abs(x - mean) for x in scorable]) + eps,
-            "max_rl": lambda: mean + eps,
-            "beta": lambda: _beta_density(mean, [statistics.fmean(group) for group in scorable_groups if group]),
-            "running_std": lambda: math.sqrt(running_variance) + eps,
-            "curvature": lambda: (curvature_scale or [])[p] + eps,
-        }[method]()
+        mean = statistics.fmean(group)
+        if method == "beta":
+            scale = _beta_density(mean, [statistics.fmean(other) for other in groups if other])
+        else:
+            scale = _scale(method, group, eps, alpha, {**context, "batch_std": batch_std}, p)
         return (reward - mean) / scale
 
-    return [[advantage(p, index) for index in range(len(group))] for p, group in enumerate(rewards)]
+    def row(p: int) -> list[float]:
+        return [0.0 if math.isnan(reward) else advantage(p, reward) for reward in rewards[p]]
+
+    return [row(p) for p in range(len(rewards))]
+
+
+def _without(group: Sequence[float], reward: float) -> list[float]:
+    """The group's other rewards."""
+    others = list(group)
+    others.remove(reward)
+    return others
+
+
+def _scale(method: str, group: Sequence[float], eps: float, alpha: float, context: Mapping[str, Any], p: int) -> float:
+    """Of group p, for the methods that centre by the group's mean."""
+    mean, std = statistics.fmean(group), statistics.stdev(group)
+    if method == "mean":
+        return 1.0
+    if method in ("power", "adaptive"):
+        return (std + eps) ** alpha
+    spread = {
+        "std": lambda: std,
+        "batch_std": lambda: context["batch_std"],
+        "mean_abs": lambda: statistics.fmean([abs(x - mean) for x in group]),
+        "max_rl": lambda: mean,
+        "running_std": lambda: math.sqrt(context["running_variance"]),
+        "curvature": lambda: context["curvature_scale"][p],
+    }[method]
+    return spread() + eps
 
 
 def _by_order(method: str, reward: float, scorable: Sequence[float], eps: float) -> float:

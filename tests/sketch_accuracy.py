@@ -44,9 +44,31 @@ class Accuracy:
     checks: list[float]
 
 
-def sample(model, tokenizer, questions: list[str], generations: int, max_tokens: int):
-    """(B, T) ids and mask, the prompts' width, and (B, C) the completions' live tokens."""
+@dataclass
+class Rollouts:
+    """(B, T) ids and mask, the prompts' width, (B, C) the completions' live tokens, and advantages."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    start: int
+    live: torch.Tensor
+    advantage_B: torch.Tensor
+
+
+def load(policy: str, prompts: int, folder: Path | None):
+    """Model, tokenizer and questions."""
+    folder = folder or (small_policy(42) if policy != "smollm2" else smollm2())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if policy != "smollm2":
+        return model, tokenizer, [problem.question for problem in generate_problems(prompts, seed=5)]
+    lines = GSM8K.read_text().splitlines()[:prompts]
+    return model, tokenizer, [json.loads(line)["question"] for line in lines]
+
+
+def sample(model, tokenizer, questions: list[str], generations: int, max_tokens: int, modulo: int | None) -> Rollouts:
+    """Rewards: the digits' sum modulo ``modulo``, or how many digits were written."""
     texts = [
         tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
         for q in questions
@@ -55,10 +77,14 @@ def sample(model, tokenizer, questions: list[str], generations: int, max_tokens:
     ids, mask = (prompts[name].repeat_interleave(generations, 0) for name in ("input_ids", "attention_mask"))
     torch.manual_seed(0)
     options = {"max_new_tokens": max_tokens, "do_sample": True, "top_k": 0, "pad_token_id": tokenizer.pad_token_id}
-    ids = model.generate(ids, attention_mask=mask, **options)
-    ended = (ids[:, mask.shape[1] :] == tokenizer.eos_token_id).long()
+    ids, start = model.generate(ids, attention_mask=mask, **options), mask.shape[1]
+    ended = (ids[:, start:] == tokenizer.eos_token_id).long()
     live = ended.cumsum(1) - ended == 0
-    return ids, torch.cat([mask, live.long()], 1), mask.shape[1], live
+    texts = [tokenizer.decode(row[start:][alive]) for row, alive in zip(ids, live, strict=True)]
+    found = [re.findall(r"\d+", text) for text in texts]
+    rewards = [sum(map(int, f)) % modulo if modulo else sum(map(len, f)) for f in found]
+    advantage_B = normalize_rewards(torch.tensor(rewards, dtype=torch.float32).view(-1, generations)).flatten()
+    return Rollouts(ids, torch.cat([mask, live.long()], 1), start, live, advantage_B)
 
 
 def add_lora(model):
@@ -86,6 +112,45 @@ def combined(sketches: list[HeadSketch | None]) -> HeadSketch | None:
     return HeadSketch(torch.cat([sketch.projection for sketch in present], dim=1), add)
 
 
+def record(model, backbone, rollouts: Rollouts, prompts: int, sketches: list[GradientSketch]):
+    """The exact gradients of each prompt, from the backward passes that the sketches watch."""
+    head, generations, tokens = model.get_output_embeddings(), len(rollouts.ids) // prompts, rollouts.live.numel()
+    exact = []
+    for prompt in range(prompts):
+        rows = slice(prompt * generations, (prompt + 1) * generations)
+        ids, live = rollouts.ids[rows], rollouts.live[rows]
+        model.zero_grad(set_to_none=True)
+        for sketch in sketches:
+            sketch.set_rows(torch.full((generations,), prompt))
+        hidden = backbone(input_ids=ids, attention_mask=rollouts.mask[rows]).last_hidden_state
+        hidden_NH, sequence_N = hidden[:, rollouts.start - 1 : -1][live], live.nonzero()[:, 0]
+        head_sketch = combined([sketch.head_sketch(head, hidden_NH, sequence_N) for sketch in sketches])
+        targets_N, weights = ids[:, rollouts.start :][live], torch.full((generations,), 1 / tokens)
+        arguments = (hidden_NH, head.weight, targets_N, sequence_N, rollouts.advantage_B[rows], weights)
+        linear_grpo_loss(*arguments, head_sketch=head_sketch).loss.backward()
+        exact.append([p.grad for p in sketches[0].trainable_parameters])
+    return exact
+
+
+def exact_products(sketch: GradientSketch, exact: list[list[torch.Tensor]]) -> tuple[torch.Tensor, float, float]:
+    """(P, P) inner products, and the squares of the step's gradient: of what is tapped, and of all."""
+    tapped = {id(parameter) for parameter in sketch.tapped_parameters}
+    gram_PP, seen, total = torch.zeros(len(exact), len(exact), dtype=torch.float64), 0.0, 0.0
+    for parameter, *gradients in zip(sketch.trainable_parameters, *exact, strict=True):
+        for chunk in torch.stack([gradient.flatten() for gradient in gradients]).split(2**20, dim=1):
+            gram_PP += chunk.double() @ chunk.double().T
+        square = sum(gradients).square().sum().item()
+        total += square
+        seen += square if id(parameter) in tapped else 0.0
+    return gram_PP, seen, total
+
+
+def cosines(gram_PP: torch.Tensor, alive_P: torch.Tensor) -> torch.Tensor:
+    gram_PP = gram_PP[alive_P][:, alive_P]
+    norm_P = gram_PP.diagonal().sqrt()
+    return (gram_PP / norm_P[:, None] / norm_P)[torch.triu_indices(len(norm_P), len(norm_P), 1).unbind()]
+
+
 def sketch_accuracy(
     policy: str, lora: bool, prompts: int, generations: int, max_tokens: int, folder: Path | None = None
 ) -> Accuracy:
@@ -93,65 +158,21 @@ def sketch_accuracy(
 
     ``folder``: another small policy.
     """
-    folder = folder or (small_policy(42) if policy != "smollm2" else smollm2())
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    if policy != "smollm2":
-        questions = [problem.question for problem in generate_problems(prompts, seed=5)]
-    else:
-        questions = [json.loads(line)["question"] for line in GSM8K.read_text().splitlines()[:prompts]]
-    ids, mask, start, live = sample(model, tokenizer, questions, generations, max_tokens)
-    texts = [tokenizer.decode(row[start:][alive]) for row, alive in zip(ids, live, strict=True)]
-    found = [re.findall(r"\d+", text) for text in texts]
-    rewards = [sum(map(int, f)) % 4 if policy != "smollm2" else sum(map(len, f)) for f in found]
-    advantages_B = normalize_rewards(torch.tensor(rewards, dtype=torch.float32).view(prompts, generations)).flatten()
-
-    head, backbone = model.get_output_embeddings(), model.model
-    if lora:
-        model = add_lora(model)
+    model, tokenizer, questions = load(policy, prompts, folder)
+    rollouts = sample(model, tokenizer, questions, generations, max_tokens, None if policy == "smollm2" else 4)
+    backbone, model = model.model, add_lora(model) if lora else model
     sketches = [GradientSketch(model, DIM) for _ in range(DRAWS)]
     for seed, sketch in enumerate(sketches):
         sketch.open(1000 + seed)
-    exact = []
-    for prompt in range(prompts):
-        rows = slice(prompt * generations, (prompt + 1) * generations)
-        model.zero_grad(set_to_none=True)
-        for sketch in sketches:
-            sketch.set_rows(torch.full((generations,), prompt))
-        hidden = backbone(input_ids=ids[rows], attention_mask=mask[rows]).last_hidden_state[:, start - 1 : -1]
-        hidden_NH, sequence_N = hidden[live[rows]], live[rows].nonzero()[:, 0]
-        linear_grpo_loss(
-            hidden_NH,
-            head.weight,
-            ids[rows, start:][live[rows]],
-            sequence_N,
-            advantages_B[rows],
-            torch.full((generations,), 1 / (prompts * generations * max_tokens)),
-            head_sketch=combined([sketch.head_sketch(head, hidden_NH, sequence_N) for sketch in sketches]),
-        ).loss.backward()
-        exact.append([p.grad for p in sketches[0].trainable_parameters])
-
-    tapped = {id(parameter) for parameter in sketches[0].tapped_parameters}
-    gram_PP, total, seen = torch.zeros(prompts, prompts, dtype=torch.float64), 0.0, 0.0
-    for parameter, *gradients in zip(sketches[0].trainable_parameters, *exact, strict=True):
-        for chunk in torch.stack([gradient.flatten() for gradient in gradients]).split(2**20, dim=1):
-            gram_PP += chunk.double() @ chunk.double().T
-        square = sum(gradients).square().sum().item()
-        total += square
-        seen += square if id(parameter) in tapped else 0.0
+    exact = record(model, backbone, rollouts, prompts, sketches)
+    gram_PP, seen, total = exact_products(sketches[0], exact)
     alive_P = gram_PP.diagonal() > 0
-
-    def cosines(gram_PP: torch.Tensor) -> torch.Tensor:
-        gram_PP = gram_PP[alive_P][:, alive_P]
-        norm_P = gram_PP.diagonal().sqrt()
-        return (gram_PP / norm_P[:, None] / norm_P)[torch.triu_indices(len(norm_P), len(norm_P), 1).unbind()]
-
     errors, predicted, checks = [], [], []
     for sketch in sketches:
         step = sketch.take()
         sum_P = torch.zeros(prompts, step.sketch[0].numel(), dtype=torch.float64)
         sum_P.index_add_(0, step.prompt_B, step.sketch.flatten(1).double())
-        errors.append(cosines(sum_P @ sum_P.T) - cosines(gram_PP))
+        errors.append(cosines(sum_P @ sum_P.T, alive_P) - cosines(gram_PP, alive_P))
         predicted.append(predicted_rmse(step.sketch, step.prompt_B) ** 2)
         checks.append(sum_P.sum(0).norm().item() / seen**0.5)
         sketch.close()

@@ -23,10 +23,12 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from .advantages.reward_checks import RewardFailed
-from .checkpoints.find import find_checkpoint
+from .checkpoints.callbacks import RunCompleteError
+from .checkpoints.find import AUTO, find_checkpoint
 from .checkpoints.save import checkpoint_folder, complete_or_none, saved_when
 from .compat import read_position
 from .components import Components, before_model, build_components
@@ -159,13 +161,17 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """Trains as the parent does. ``resume_from_checkpoint="auto"`` resumes from the newest checkpoint, if any.
 
-        It skips incomplete checkpoints, and so does True.
+        It skips incomplete checkpoints, and so does True. With "auto" a run that is complete isn't trained further.
         """
         if (components := components_of(self)) is None:
             return super().train(resume_from_checkpoint, *rest, **kwargs)
         found = find_checkpoint(resume_from_checkpoint, self.args.output_dir, get_logger(__name__).warning)
-        with applied(self), saved_when(RewardFailed, self, components.random_states):
-            return super().train(found, *rest, **kwargs)
+        components.checkpoint_state.stops_complete_runs = resume_from_checkpoint == AUTO
+        try:
+            with applied(self), saved_when(RewardFailed, self, components.random_states):
+                return super().train(found, *rest, **kwargs)
+        except RunCompleteError:
+            return TrainOutput(self.state.global_step, 0.0, {})
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as the parent does, with our head."""

@@ -30,6 +30,26 @@ def check_head(
     softcap: float | None,
 ) -> None:
     """Checks the arguments that ``linear_logprob`` and ``linear_grpo_loss`` share, except the targets' values."""
+    _check_shapes(hidden, weight, targets)
+    tensors = {"hidden": hidden, "weight": weight, "targets": targets}
+    if bias is not None:
+        if not isinstance(bias, torch.Tensor):
+            raise ValueError(f"bias must be a tensor, got {type(bias).__name__}")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
+        tensors["bias"] = bias
+    if low_rank is not None:
+        _check_low_rank(low_rank, hidden, weight)
+        tensors |= {"low_rank[0]": low_rank[0], "low_rank[1]": low_rank[1]}
+    _check_devices_and_dtypes(tensors)
+    check_number("temperature", temperature, above=0)
+    check_number("logit_scale", logit_scale)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0)
+
+
+def _check_shapes(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
+    """Checks that hidden states, weight and targets are tensors that fit each other."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -48,35 +68,31 @@ def check_head(
         raise ValueError(f"targets have shape {tuple(targets.shape)}: expected hidden's, {tuple(hidden.shape[:-1])}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets have dtype {targets.dtype}: expected torch.int64 or torch.int32")
-    tensors: dict[str, torch.Tensor | None] = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
-    if bias is not None and not isinstance(bias, torch.Tensor):
-        raise ValueError(f"bias must be a tensor, got {type(bias).__name__}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
-    if low_rank is not None:
-        pair = isinstance(low_rank, tuple) and len(low_rank) == 2
-        if not pair or not all(isinstance(tensor, torch.Tensor) for tensor in low_rank):
-            raise ValueError("low_rank must be a pair of tensors: (N, R) and (V, R)")
-        inputs, matrix = low_rank
-        tensors |= {"low_rank[0]": inputs, "low_rank[1]": matrix}
-        fits = inputs.ndim == hidden.ndim and inputs.shape[:-1] == hidden.shape[:-1] and matrix.ndim == 2
-        if not fits or matrix.shape != (weight.shape[0], inputs.shape[-1]) or matrix.shape[1] == 0:
-            raise ValueError(
-                f"low_rank has shapes {tuple(inputs.shape)} and {tuple(matrix.shape)}: expected "
-                f"{(*hidden.shape[:-1], 'R')} and ({weight.shape[0]}, R)"
-            )
+
+
+def _check_low_rank(low_rank: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    """Checks that the adapter's two factors fit hidden states and weight."""
+    pair = isinstance(low_rank, tuple) and len(low_rank) == 2
+    if not pair or not all(isinstance(tensor, torch.Tensor) for tensor in low_rank):
+        raise ValueError("low_rank must be a pair of tensors: (N, R) and (V, R)")
+    inputs, matrix = low_rank
+    fits = inputs.ndim == hidden.ndim and inputs.shape[:-1] == hidden.shape[:-1] and matrix.ndim == 2
+    if not fits or matrix.shape != (weight.shape[0], inputs.shape[-1]) or matrix.shape[1] == 0:
+        raise ValueError(
+            f"low_rank has shapes {tuple(inputs.shape)} and {tuple(matrix.shape)}: expected "
+            f"{(*hidden.shape[:-1], 'R')} and ({weight.shape[0]}, R)"
+        )
+
+
+def _check_devices_and_dtypes(tensors: dict[str, torch.Tensor]) -> None:
+    """Checks that all tensors, by name, are on hidden's device, and all but the targets are floats."""
+    device = tensors["hidden"].device
     for name, given in tensors.items():
-        if given is None:
-            continue
-        if given.device != hidden.device:
-            raise ValueError(f"{name} is on {given.device} and hidden on {hidden.device}: they must be on one device")
+        if given.device != device:
+            raise ValueError(f"{name} is on {given.device} and hidden on {device}: they must be on one device")
         if name != "targets" and given.dtype not in DTYPES:
             names = ", ".join(str(dtype) for dtype in DTYPES)
             raise ValueError(f"{name} has dtype {given.dtype}: expected one of {names}")
-    check_number("temperature", temperature, above=0)
-    check_number("logit_scale", logit_scale)
-    if softcap is not None:
-        check_number("softcap", softcap, above=0)
 
 
 def check_values(ranges: list[tuple[str, torch.Tensor, int]], rewards_BG: torch.Tensor | None = None) -> None:

@@ -121,14 +121,12 @@ class HeadProducts:
         self.widen = self.half and self.dtype == torch.float32
         self.sum_dtype = torch.promote_types(self.dtype, torch.float32)
         # CUDA computes float32 logits from half operands at no extra cost; a CPU rounds the product to half precision
-        on_gpu = self.device.type != "cpu"
-        self.tile_dtype = self.sum_dtype if on_gpu else self.dtype
+        self.tile_dtype = self.dtype if self.device.type == "cpu" else self.sum_dtype
         self.factors = [
             Factor(
                 inputs.to(self.dtype),
                 matrix if self.widen else matrix.to(self.dtype),
                 inputs.new_zeros(inputs.shape, dtype=self.sum_dtype) if want_input else None,
-                None,
             )
             for (inputs, matrix), want_input in zip(factors, want_inputs, strict=True)
         ]
@@ -143,12 +141,15 @@ class HeadProducts:
         self._projection: torch.Tensor | None = None
         self._sketch = sketch
         if sketch is not None:
-            with sketch.guarded():
-                width = self.n_vocabulary
-                if sketch.projection is not None:
-                    self._projection = sketch.projection.to(self.dtype)
-                    width = self._projection.shape[1]
-                self.projected = hidden.new_zeros((self.n_rows, width), dtype=self.sum_dtype)
+            self._start_projecting(sketch)
+
+    def _start_projecting(self, sketch: HeadSketch) -> None:
+        with sketch.guarded():
+            width = self.n_vocabulary
+            if sketch.projection is not None:
+                self._projection = sketch.projection.to(self.dtype)
+                width = self._projection.shape[1]
+            self.projected = torch.zeros((self.n_rows, width), dtype=self.sum_dtype, device=self.device)
 
     def tiles(self, order: torch.Tensor | None, start: int, stop: int) -> Iterator[torch.Tensor | slice]:
         """Yields the rows of each tile of ``order[start:stop]``; slices if ``order`` is None (rows as they are)."""

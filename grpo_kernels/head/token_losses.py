@@ -131,50 +131,59 @@ def token_losses(
 
     The policy term of a token with advantage 0, and its derivative, are exactly 0, however large its ratio.
     """
-    advantage = advantages_N
     ratio = torch.ones_like(logprobs_N) if old_logprobs_N is None else torch.exp(logprobs_N - old_logprobs_N)
-    live = advantage != 0
-    positive = advantage > 0
     if options.surrogate == "clip":
-        low, high = 1 - options.epsilon_low, 1 + options.epsilon_high
-        capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
-        first, second = capped * advantage, ratio.clamp(low, high) * advantage
-        policy = -torch.minimum(first, second)
-        # at a tie of min each side gets half of the gradient, as in torch
-        share = (first < second).to(ratio.dtype) + 0.5 * (first == second).to(ratio.dtype)
-        first_slope = torch.ones_like(ratio) if options.delta is None else (ratio <= options.delta).to(ratio.dtype)
-        second_slope = ((ratio >= low) & (ratio <= high)).to(ratio.dtype)
-        slope = share * first_slope + (1 - share) * second_slope
-        coefficient = torch.where(slope > 0, -slope * ratio * advantage, 0.0)  # 0, not inf * 0 = NaN
-        clipped = ((capped < low) & (advantage < 0)) | ((capped > high) & positive)
+        policy, coefficient, clipped = _clipped_surrogate(ratio, advantages_N, options)
     elif options.surrogate == "cispo":
         capped = ratio.clamp(max=options.epsilon_high)
-        policy = -capped * advantage * logprobs_N
-        coefficient = -capped * advantage
-        clipped = (ratio > options.epsilon_high) & positive
+        policy = -capped * advantages_N * logprobs_N
+        coefficient = -capped * advantages_N
+        clipped = (ratio > options.epsilon_high) & (advantages_N > 0)
     else:
-        steepness = torch.where(positive, options.sapo_positive, options.sapo_negative)
+        steepness = torch.where(advantages_N > 0, options.sapo_positive, options.sapo_negative)
         gate = torch.sigmoid(steepness * (ratio - 1))
-        policy = -gate * 4 / steepness * advantage
+        policy = -gate * 4 / steepness * advantages_N
         # where gate is 1, its slope is 0 but the ratio may be inf
-        coefficient = torch.where(gate < 1, -4 * gate * (1 - gate) * ratio * advantage, 0.0)
-        clipped = torch.zeros_like(positive)
-    policy = torch.where(live, policy, 0.0)
-    coefficient = torch.where(live, coefficient, 0.0)
+        coefficient = torch.where(gate < 1, -4 * gate * (1 - gate) * ratio * advantages_N, 0.0)
+        clipped = torch.zeros_like(advantages_N, dtype=torch.bool)
+    live = advantages_N != 0
+    policy, coefficient = torch.where(live, policy, 0.0), torch.where(live, coefficient, 0.0)
     if policy_scale_N is not None:
         scaled = policy_scale_N != 0
         policy = torch.where(scaled, policy * policy_scale_N, 0.0)
         coefficient = torch.where(scaled, coefficient * policy_scale_N, 0.0)
-
     if ref_logprobs_N is None:
         return TokenLosses(policy, coefficient, ratio, clipped, None)
-    log_ratio = ref_logprobs_N - logprobs_N
-    kl = torch.expm1(log_ratio) - log_ratio
-    slope = -torch.expm1(log_ratio)  # d kl / d logprob
-    if options.kl_times_ratio:
-        # d (r kl) / d logprob = r (kl + d kl / d logprob) = -r log_ratio; this form has no cancellation
-        slope = -ratio * log_ratio
-        kl = kl * ratio
+    kl, slope = _kl(logprobs_N, ref_logprobs_N, ratio if options.kl_times_ratio else None)
     if options.beta == 0:
         return TokenLosses(policy, coefficient, ratio, clipped, kl)
     return TokenLosses(policy + options.beta * kl, coefficient + options.beta * slope, ratio, clipped, kl)
+
+
+def _clipped_surrogate(
+    ratio: torch.Tensor, advantage: torch.Tensor, options: TokenLoss
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns PPO's policy term, its derivative by the log-prob, and whether clipping removes that."""
+    low, high = 1 - options.epsilon_low, 1 + options.epsilon_high
+    capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
+    first, second = capped * advantage, ratio.clamp(low, high) * advantage
+    # at a tie of min each side gets half of the gradient, as in torch
+    share = (first < second).to(ratio.dtype) + 0.5 * (first == second).to(ratio.dtype)
+    first_slope = torch.ones_like(ratio) if options.delta is None else (ratio <= options.delta).to(ratio.dtype)
+    second_slope = ((ratio >= low) & (ratio <= high)).to(ratio.dtype)
+    slope = share * first_slope + (1 - share) * second_slope
+    coefficient = torch.where(slope > 0, -slope * ratio * advantage, 0.0)  # 0, not inf * 0 = NaN
+    clipped = ((capped < low) & (advantage < 0)) | ((capped > high) & (advantage > 0))
+    return -torch.minimum(first, second), coefficient, clipped
+
+
+def _kl(
+    logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor, ratio: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns k3, times the ratio if one is given, and its derivative by the log-prob."""
+    log_ratio = ref_logprobs_N - logprobs_N
+    kl = torch.expm1(log_ratio) - log_ratio
+    if ratio is None:
+        return kl, -torch.expm1(log_ratio)
+    # d (r kl) / d logprob = r (kl + d kl / d logprob) = -r log_ratio; this form has no cancellation
+    return kl * ratio, -ratio * log_ratio

@@ -14,6 +14,7 @@ import pytest
 import torch
 from harness import build, train
 from processes import start
+from safetensors.torch import load_file
 
 from trl_ext.advantages.reward_checks import RewardRaised
 from trl_ext.checkpoints import CheckpointError, find_checkpoint
@@ -150,6 +151,18 @@ def test_the_trainer_passes_over_a_broken_checkpoint(resume, tiny_policy, run_fo
     assert f"Resuming from {run_folder / 'checkpoint-2'}." in said
     assert what_is_broken(run_folder / "checkpoint-3") is None and again.state.global_step == 4
     assert [log["step"] for log in again.state.log_history if "reward" in log] == [1, 2, 3, 4]
+
+
+def test_a_complete_run_that_is_started_again_trains_no_further_step(tiny_policy, run_folder):
+    """transformers would train step 4 of 3, at each restart of the command."""
+    again = build(tiny_policy, run_folder, max_steps=3, optim="adamw_torch", **SAVING)
+    before = [one.detach().clone() for one in again.model.parameters()]
+    assert again.train(resume_from_checkpoint="auto").global_step == again.state.global_step == 3
+    saved = load_file(run_folder / "checkpoint-3" / "model.safetensors")
+    for (name, one), first in zip(again.model.named_parameters(), before, strict=True):
+        if name in saved:
+            assert torch.equal(one, saved[name]) and not torch.equal(one, first), name
+    assert not (run_folder / "checkpoint-4").exists()
 
 
 # ---- no room

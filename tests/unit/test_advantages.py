@@ -23,13 +23,20 @@ NAN = float("nan")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 
 
+def made_and_metrics(rewards, size, method, weights=None, aggregation="sum_then_normalize"):
+    """Advantages of groups of this size, and what is logged of them."""
+    weights = torch.ones(rewards.shape[1]) if weights is None else weights
+    made = compute_advantages(rewards, weights, size, method, {}, aggregation)
+    return made, normalization_metrics(rewards, weights, size, aggregation, made)
+
+
 def test_several_rewards_by_hand():
     """Two prompts, two functions, weights 1 and 2. Function 2 doesn't score the last; nobody scores the fourth."""
     rewards = torch.tensor([[0, 1], [1, 0], [1, 1], [NAN, NAN], [0, 0], [0, 2], [4, 1], [2, NAN]])
     weights = torch.tensor([1.0, 2.0])
     total = weighted_rewards(rewards, weights)
     torch.testing.assert_close(total, torch.tensor([2, 1, 3, NAN, 0, 4, 6, 2]), equal_nan=True)
-    mean = compute_advantages(rewards, weights, 4, "mean", {}, "sum_then_normalize")
+    mean, metrics = made_and_metrics(rewards, 4, "mean", weights)
     torch.testing.assert_close(mean.advantages.flatten(), torch.tensor([0.0, -1, 1, 0, -3, 1, 3, -1]))
 
     # each function by itself, centred: means 2/3, 2/3 | 1.5, 1
@@ -41,25 +48,12 @@ def test_several_rewards_by_hand():
     whitened = (summed - summed.mean()) / (summed.std() + 1e-4)
     torch.testing.assert_close(each[[0, 1, 2, 4, 5, 6, 7]], whitened)
     assert each[3] == 0
-    metrics = normalization_metrics(rewards, weights, 4, "sum_then_normalize", mean)
     # group sums (2, 1, 3) and (0, 4, 6, 2): population variances 2/3 and 5
-    assert metrics == pytest.approx(
-        {
-            "normalization/zero_variance_frac": 0.0,
-            "normalization/all_right_frac": 0.0,
-            "normalization/all_wrong_frac": 0.0,
-            "normalization/unscorable_frac": 0.125,
-            "normalization/scale_mean": 1.0,
-            "normalization/scale_min": 1.0,
-            "normalization/scale_max": 1.0,
-            "normalization/centre_mean": 2.5,
-            "normalization/centre_max": 3.0,
-            "normalization/advantage_mean": 0.0,
-            "normalization/advantage_abs_mean": 1.25,
-            "normalization/advantage_max": 3.0,
-            "curvature/sigma_mean": (math.sqrt(2 / 3) + math.sqrt(5)) / 2,
-        }
-    )
+    assert metrics.pop("curvature/sigma_mean") == pytest.approx((math.sqrt(2 / 3) + math.sqrt(5)) / 2)
+    expected = dict.fromkeys(("zero_variance_frac", "all_right_frac", "all_wrong_frac", "advantage_mean"), 0.0)
+    expected |= {"scale_mean": 1.0, "scale_min": 1.0, "scale_max": 1.0, "centre_mean": 2.5, "centre_max": 3.0}
+    expected |= {"unscorable_frac": 0.125, "advantage_abs_mean": 1.25, "advantage_max": 3.0}
+    assert metrics == pytest.approx({f"normalization/{name}": value for name, value in expected.items()})
 
 
 def test_dead_groups_are_right_or_wrong():
@@ -67,8 +61,7 @@ def test_dead_groups_are_right_or_wrong():
     rewards = torch.tensor([0.0, 0, 1, 1, 0.25, 0.25, 0, 1, NAN, NAN, 2, 2])[:, None]
 
     def shares(rewards):
-        made = compute_advantages(rewards, torch.ones(1), 2, "mean", {}, "sum_then_normalize")
-        metrics = normalization_metrics(rewards, torch.ones(1), 2, "sum_then_normalize", made)
+        metrics = made_and_metrics(rewards, 2, "mean")[1]
         return [metrics.get(f"normalization/all_{kind}_frac") for kind in ("right", "wrong")]
 
     assert shares(rewards) == pytest.approx([1 / 6, 3 / 6])  # the middle is 1: only 2 is above it
@@ -79,15 +72,12 @@ def test_dead_groups_are_right_or_wrong():
 def test_tiny_denominators_are_seen_and_dead_groups_are_not():
     """Group 1 differs by 1e-3: its std shows as the smallest scale. Group 3 is all equal: left out."""
     rewards = torch.tensor([0.5, 0.5, 0.501, 0.5, 0, 0, 1, 1, 1, 1, 1, 1.0])[:, None]
-    made = compute_advantages(rewards, torch.ones(1), 4, "std", {}, "sum_then_normalize")
-    metrics = normalization_metrics(rewards, torch.ones(1), 4, "sum_then_normalize", made)
+    metrics = made_and_metrics(rewards, 4, "std")[1]
     assert metrics["normalization/scale_min"] == pytest.approx(0.0005 + 1e-4, rel=1e-3)
     assert metrics["normalization/scale_max"] == pytest.approx(math.sqrt(1 / 3) + 1e-4)
     assert metrics["normalization/zero_variance_frac"] == pytest.approx(1 / 3)
     assert metrics["normalization/centre_max"] == pytest.approx(0.50025)
-    dead = torch.ones(8, 1)
-    made = compute_advantages(dead, torch.ones(1), 4, "std", {}, "sum_then_normalize")
-    assert "normalization/scale_mean" not in normalization_metrics(dead, torch.ones(1), 4, "sum_then_normalize", made)
+    assert "normalization/scale_mean" not in made_and_metrics(torch.ones(8, 1), 4, "std")[1]
 
 
 def unit_rewards(seed: int) -> torch.Tensor:
@@ -140,11 +130,7 @@ def test_trls_normalize_then_sum_and_its_rloo(seed):
     total = (((grouped - mean_k) / (std_k + 1e-4)).view(-1, 2) * weights).nansum(dim=1)
     total[rewards.isnan().all(1)] = NAN
     gdpo = ((total - total.nanmean()) / (nanstd(total) + 1e-4)).nan_to_num(0.0)
-    for method, aggregation in (
-        ("std", "normalize_then_sum"),
-        ("decoupled", AGGREGATIONS[0]),
-        ("decoupled", AGGREGATIONS[1]),
-    ):
+    for method, aggregation in [("std", AGGREGATIONS[1]), *(("decoupled", one) for one in AGGREGATIONS)]:
         ours = compute_advantages(rewards, weights, 8, method, {}, aggregation).advantages.flatten()
         torch.testing.assert_close(ours, gdpo, rtol=1e-5, atol=1e-5)
 
@@ -165,8 +151,7 @@ def test_differences_that_cancel_in_the_sum():
 def test_a_group_is_live_by_function():
     """Function 1 is constant in group 1: its scale there is eps alone, and isn't counted."""
     rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0], [1.0, 4.0]])
-    made = compute_advantages(rewards, torch.ones(2), 2, "std", {}, "normalize_then_sum")
-    metrics = normalization_metrics(rewards, torch.ones(2), 2, "normalize_then_sum", made)
+    metrics = made_and_metrics(rewards, 2, "std", aggregation="normalize_then_sum")[1]
     h = math.sqrt(0.5)
     assert metrics["normalization/scale_min"] == pytest.approx(h + 1e-4)
     assert metrics["normalization/scale_max"] == pytest.approx(2 * h + 1e-4)

@@ -18,20 +18,18 @@ from trl_ext.plan.step_plan import PlanLimits, plan_step
 from trl_ext.schema import Sequences, join
 
 SMALL = {**TINY, "vocab_size": 50}
+BY_LENGTH = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 MODELS = {
     "rotary": (LlamaConfig(**SMALL), (True, True)),
     "positions learned": (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50), (False, True)),
     "state": (MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=50), (False, True)),
-    "rotation by length": (
-        LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        (False, False),
-    ),
+    "rotation by length": (LlamaConfig(**SMALL, rope_parameters=BY_LENGTH), (False, False)),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_columns_are_cut_where_nothing_changes(name):
-    """What is said of a model is what its own forward does, with padding and without."""
+def test_columns_are_trimmed_where_that_changes_nothing(name):
+    """The rule agrees with the model's own forward, with padding and without."""
     config, expected = MODELS[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -53,31 +51,31 @@ def test_attention_in_chunks_keeps_its_columns():
 
 
 def test_a_model_that_moves_with_padding_is_found_out(monkeypatch):
-    """HunYuan has a norm after its rotation: were it not in the rule, the model would still be asked."""
+    """HunYuan has a norm after its rotation: without the rule, a forward pass still finds it out."""
     assert columns_by_rule(architecture("hunyuan_v1_dense")) == (False, True)
     monkeypatch.setattr(padding, "NORM_AFTER_ROTATION", ())
-    said = []
+    logged = []
     for name, moves in (("hunyuan_v1_dense", True), ("llama", False)):
         model = architecture(name).train()
         model.lm_head.eval()
         assert columns_by_rule(model) == (True, True)
         moved = change_by_padding(model)
         assert moved > 1e-3 if moves else moved < 1e-6
-        assert trimmed_columns(model, said.append) == (not moves, True)
+        assert trimmed_columns(model, logged.append) == (not moves, True)
         assert model.model.training and not model.lm_head.training
-    assert len(said) == 1 and "Padding before prompts stays: the model's output depends on it" in said[0]
+    assert len(logged) == 1 and "Padding before prompts stays: the model's output depends on it" in logged[0]
     not_loaded = architecture("hunyuan_v1_dense").to("meta")
-    assert trimmed_columns(not_loaded, said.append) == (True, True)  # by rule
+    assert trimmed_columns(not_loaded, logged.append) == (True, True)  # by rule
     monster = architecture("llama")
     monster.forward = lambda **kwargs: 1 / 0
-    assert trimmed_columns(monster, said.append) == (False, True) and "ZeroDivisionError" in said[-1]
+    assert trimmed_columns(monster, logged.append) == (False, True) and "ZeroDivisionError" in logged[-1]
 
 
 # ---- the parts
 
 
 def table(wanted_B, length_B, loss_tokens_B=None):
-    """Of rows without prompts; every one has a token that counts unless ``loss_tokens_B`` says otherwise."""
+    """Of rows without prompts; each has a token that counts, unless ``loss_tokens_B`` is 0 for it."""
     loss_tokens_B = torch.ones_like(length_B) if loss_tokens_B is None else loss_tokens_B
     return RowTable(
         0 * length_B, length_B, length_B, loss_tokens_B, torch.arange(len(length_B)), wanted_B, packable=True
@@ -112,11 +110,12 @@ def test_even_batches(rows, n_batches):
     st.tuples(st.booleans(), st.booleans()),
     st.sampled_from([None, 2, 4]),
 )
-def test_select_loses_padding_alone(lengths, data, trim, multiple_of):
+def test_select_removes_only_padding(lengths, data, trim, multiple_of):
     n, prompt_width, completion_width = len(lengths), 8, 8
     generator = torch.Generator().manual_seed(n)
-    prompt_mask = torch.stack([torch.arange(prompt_width) >= prompt_width - p for p, _ in lengths]).long()
-    completion_mask = torch.stack([torch.arange(completion_width) < c for _, c in lengths]).long()
+    prompt_N1, completion_N1 = torch.tensor(lengths).split(1, dim=1)
+    prompt_mask = (torch.arange(prompt_width) >= prompt_width - prompt_N1).long()
+    completion_mask = (torch.arange(completion_width) < completion_N1).long()
     ids = torch.randint(1, 99, (n, prompt_width + completion_width), generator=generator)
     rows = {
         "prompt_ids": ids[:, :prompt_width] * prompt_mask,
@@ -133,15 +132,15 @@ def test_select_loses_padding_alone(lengths, data, trim, multiple_of):
     index = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True)))
     whole = Sequences(rows)
     got = Trimming(*trim, multiple_of).select(whole, index, read_rows(whole, torch.ones(n, dtype=torch.bool))).columns
-    for side, start in (("prompt", None), ("completion", 0)):
+    for side, trimmed in zip(("prompt", "completion"), trim, strict=True):
         width, kept = rows[f"{side}_mask"].shape[1], got[f"{side}_mask"].shape[1]
-        cut = slice(width - kept, width) if start is None else slice(0, kept)
+        cut = slice(width - kept, width) if side == "prompt" else slice(0, kept)
         for name in (f"{side}_ids", f"{side}_mask"):
             assert torch.equal(got[name], rows[name][index][:, cut])
             assert got[name].sum() == rows[name][index].sum()  # nothing but zeros is gone
         longest = max(1, int(rows[f"{side}_mask"][index].sum(1).max()))
         expected = longest if multiple_of is None else -(-longest // multiple_of) * multiple_of
-        assert kept == (expected if trim[side == "completion"] else width)
+        assert kept == (expected if trimmed else width)
     assert got["old_per_token_logps"].shape == got["completion_ids"].shape
     both = torch.cat([got["prompt_mask"], got["completion_mask"]], 1)
     assert got["token_type_ids"].shape == both.shape
@@ -150,7 +149,7 @@ def test_select_loses_padding_alone(lengths, data, trim, multiple_of):
     assert got["names"] == [str(i) for i in index.tolist()] and got["num_items_in_batch"] == 3
 
 
-def test_join_is_the_way_back():
+def test_join_undoes_a_split():
     rows = {"a": torch.arange(12).view(6, 2), "names": list("abcdef"), "n": torch.tensor(2)}
     parts = [{"a": rows["a"][i : i + 2], "names": rows["names"][i : i + 2], "n": rows["n"]} for i in (0, 2, 4)]
     whole = join([Sequences(part) for part in parts]).columns
@@ -175,38 +174,22 @@ def test_a_plan_runs_what_is_wanted_in_as_few_micro_batches_as_the_limits_allow(
 
 
 def test_compute_metrics_by_hand():
-    counts = StepCounts(
-        micro_batches=2, sequences=16, sequences_run=6, tokens=200, tokens_run=80, positions=320, positions_run=90
-    )
-    assert compute_metrics(counts) == pytest.approx(
-        {
-            "compute/sequences_skipped_frac": 10 / 16,
-            "compute/tokens_skipped_frac": 0.6,
-            "compute/tokens_run": 80.0,
-            "compute/padding_removed_frac": 1 - 10 / 120,
-            "compute/micro_batches": 2.0,
-            "compute/flops_saved_frac": 1 - 90 / 320,
-        }
-    )
+    counts = {"sequences": 16, "sequences_run": 6, "tokens": 200, "tokens_run": 80}
+    found = compute_metrics(StepCounts(micro_batches=2, **counts, positions=320, positions_run=90))
+    expected = {"sequences_skipped_frac": 10 / 16, "tokens_skipped_frac": 0.6, "tokens_run": 80, "micro_batches": 2}
+    expected |= {"padding_removed_frac": 1 - 10 / 120, "flops_saved_frac": 1 - 90 / 320}
+    assert found == pytest.approx({f"compute/{name}": value for name, value in expected.items()})
     assert compute_metrics(StepCounts(1, 4, 4, 20, 20, 20, 20))["compute/padding_removed_frac"] == 0
 
 
-OPT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "ffn_dim": 32,
-    "vocab_size": 50,
-    "word_embed_proj_dim": 32,
-}
-
-
 def test_random_layers_are_named():
-    def named(**options):
-        return random_layers(AutoModelForCausalLM.from_config(OPTConfig(**{**OPT, "dropout": 0.0, **options})))
+    def model(dropout=0.0, layerdrop=0.0):
+        config = OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=32, dropout=dropout, layerdrop=layerdrop)
+        return AutoModelForCausalLM.from_config(config)
 
-    assert named() is None and named(dropout=0.1) and named(layerdrop=0.1) == "layerdrop"
-    plain = AutoModelForCausalLM.from_config(OPTConfig(**OPT, dropout=0.0))
+    assert random_layers(model(dropout=0.1)) and random_layers(model(layerdrop=0.1)) == "layerdrop"
+    plain = model()
+    assert random_layers(plain) is None
     layer = plain.model.decoder.layers[0]
     layer.jitter_noise = 0.01  # as a mixture's router keeps it
     assert random_layers(plain) == "jitter_noise"

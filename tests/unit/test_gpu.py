@@ -133,26 +133,16 @@ def test_interference_on_a_gpu(lora, tiny_policy, tmp_path):
         assert abs(sketched.gram_BB - exact.gram_BB).max() < 0.2 * exact.gram_BB.diagonal().max()
 
 
-class PeakOnGpu:
-    """``peak``: bytes that tensors took within the ``with``, by torch's own count."""
-
-    def __enter__(self):
-        torch.cuda.reset_peak_memory_stats()
-        self.before = torch.cuda.memory_allocated()
-        return self
-
-    def __exit__(self, *error):
-        self.peak = torch.cuda.max_memory_allocated() - self.before
-
-
 @pytest.mark.parametrize("known", [True, False], ids=["coefficients", "no coefficients"])
 def test_a_large_step_on_a_gpu(known, monkeypatch):
     """One process of eight, 512 prompts of 16 answers: what the allocator has seen, temporaries of operations too."""
-    one_of_eight(known, monkeypatch, contextlib.nullcontext(), "cuda")  # workspaces of libraries
-    memory = PeakOnGpu()
-    one_of_eight(known, monkeypatch, memory, "cuda")
-    print(f"{memory.peak / 1e6:.1f} MB held by one of eight on a GPU")
-    assert memory.peak <= 64e6
+    for _ in range(2):  # the first allocates workspaces of libraries
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        one_of_eight(known, monkeypatch, contextlib.nullcontext(), "cuda")
+        peak = torch.cuda.max_memory_allocated() - before
+    print(f"{peak / 1e6:.1f} MB held by one of eight on a GPU")
+    assert peak <= 64e6
 
 
 def test_logging_changes_no_parameter_on_a_gpu(tiny_policy, tmp_path):
@@ -172,8 +162,7 @@ def test_memory_layout_on_a_gpu(call, signal, names, layout):
         expected = call(given, signal)
     for name in names:
         found = call({**given, name: layout(given[name])}, signal)
-        for a, b in zip(expected, found, strict=True):
-            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -200,7 +189,7 @@ def test_taps_never_wait_for_the_gpu(packed, tiny_policy):
         model.zero_grad()
 
 
-def test_scores_beside_a_step_change_no_parameter_on_a_gpu(tiny_policy, tmp_path):
+def test_scores_from_an_extra_pass_change_no_parameter_on_a_gpu(tiny_policy, tmp_path):
     """``what_if_dead`` with dropout, in bf16 and with checkpointing: parameters and random numbers as without it."""
 
     def half_dead(completion_ids, **kwargs):
@@ -214,7 +203,7 @@ def test_scores_beside_a_step_change_no_parameter_on_a_gpu(tiny_policy, tmp_path
         trainer = train(tiny_policy, tmp_path / str(dead), half_dead, peft_config=lora, **options)
         values = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
         seen.append((torch.rand(4, device="cuda"), values))
-        told = [name for log in trainer.state.log_history for name in log if name == "what_if/global/cos"]
-        assert bool(told) == dead
+        logged = [name for log in trainer.state.log_history for name in log if name == "what_if/global/cos"]
+        assert bool(logged) == dead
     assert torch.equal(seen[0][0], seen[1][0])
     assert all(torch.equal(a, b) for a, b in zip(seen[0][1], seen[1][1], strict=True))

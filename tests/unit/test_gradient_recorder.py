@@ -49,7 +49,7 @@ def test_inner_products_are_those_of_separate_backward_passes():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_sketch_has_them_to_its_predicted_error():
+def test_a_sketch_has_inner_products_within_its_predicted_error():
     _, gradients, wrong, expected = recorded_step(dim=32)
     sums = torch.stack([(PROMPT_B == prompt).double() for prompt in (3, 5, 8)])
 
@@ -69,7 +69,7 @@ def test_metrics_of_a_step():
     assert float(groups.gram_PP.sum()) == pytest.approx(float(expected.sum()), rel=1e-5)
 
 
-def test_a_parameter_that_is_not_followed_is_named():
+def test_a_parameter_that_no_tap_records_is_named():
     model, x = Regression(), torch.randn(2, 4, 6)
     recorder = GradientRecorder(model, dim=8)
     with recorder.step(seed=0) as gradients, gradients.rows(torch.tensor([0, 1])):

@@ -12,14 +12,11 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Qwen
 from grpo_kernels.interference import projections
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.projections import REPLICATES, random_signs
-from grpo_kernels.interference.sketch_error import predicted_rmse
 
 WORDS, POSITIONS, ROWS = 97, 11, 6
 MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}  # Qwen3: norms of heads
-SIZES = {
-    **{"vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 112, "head_dim": 16},
-    **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-}
+SIZES = {"vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 112, "head_dim": 16}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def make_model(kind="llama", tie=True, lora=False, bias=True):
@@ -29,9 +26,11 @@ def make_model(kind="llama", tie=True, lora=False, bias=True):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    if lora:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    return model
+    return add_lora(model) if lora else model
+
+
+def add_lora(model):
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
 
 def batch():
@@ -52,29 +51,36 @@ def loss_of(model, ids, mask, weights):
     return (chosen.sum(1) * weights).sum()
 
 
-def one_backward_each(model):
-    """(B, parameters) float64."""
-    ids, mask = batch()
+def gradient_rows(model, losses):
+    """(losses, parameters) float64."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    rows = []
-    for i in range(ROWS):
-        alone = torch.where(torch.arange(ROWS) == i, WEIGHTS, 0.0)
-        gradients = torch.autograd.grad(loss_of(model, ids, mask, alone), parameters)
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    return torch.stack(rows).double()
+    gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
+    return torch.stack([torch.cat([gradient.flatten() for gradient in row]) for row in gradients]).double()
 
 
-def record(model, dim, seed=0, parts=((0, 4), (4, 6)), backward=True, **arguments):
+def one_backward_each(model):
+    alone = torch.where(torch.eye(ROWS, dtype=torch.bool), WEIGHTS, 0.0)
+    return gradient_rows(model, (loss_of(model, *batch(), weights) for weights in alone))
+
+
+def record(model, dim, seed=0, parts=((0, 4), (4, 6)), **arguments):
     sketch = GradientSketch(model, dim, **arguments)
     ids, mask = batch()
-    try:
-        with sketch.step(seed) as recorded:
-            for start, stop in parts:
-                chosen = slice(start, stop)
-                with sketch.rows(torch.arange(ROWS)[chosen] // 2):
-                    loss_of(model, ids[chosen], mask[chosen], WEIGHTS[chosen]).backward()
-    finally:
-        sketch.close()
+    with sketch.step(seed) as recorded:
+        for start, stop in parts:
+            chosen = slice(start, stop)
+            with sketch.rows(torch.arange(ROWS)[chosen] // 2):
+                loss_of(model, ids[chosen], mask[chosen], WEIGHTS[chosen]).backward()
+    sketch.close()
+    return recorded[0]
+
+
+def record_loss(model, dim, loss, prompts, sequence_RT=None):
+    """What is recorded of one backward of ``loss()``."""
+    sketch = GradientSketch(model, dim)
+    with sketch.step(3) as recorded, sketch.rows(torch.tensor(prompts), sequence_RT):
+        loss().backward()
+    sketch.close()
     return recorded[0]
 
 
@@ -111,10 +117,9 @@ def test_checkpointing_still_lets_go_of_activations(checkpointing):
     seen = []
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda module, inputs: seen.append(weakref.ref(inputs[0])))
-    ids, mask = batch()
     sketch = GradientSketch(model, 8)
     with sketch.step(0), sketch.rows(torch.arange(ROWS)):
-        loss = loss_of(model, ids, mask, WEIGHTS)
+        loss = loss_of(model, *batch(), WEIGHTS)
         alive = [reference() is not None for reference in seen]
         assert alive == [checkpointing == "none"] * 2
         loss.backward()
@@ -124,19 +129,16 @@ def test_checkpointing_still_lets_go_of_activations(checkpointing):
 def test_lora_over_four_bits(tmp_path):
     pytest.importorskip("bitsandbytes")
     make_model().save_pretrained(tmp_path)
-    model = LlamaForCausalLM.from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map="cpu"
-    )
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    kinds = {type(module).__name__ for module in model.modules()}
-    assert "Linear4bit" in kinds
+    options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "device_map": "cpu"}
+    model = add_lora(LlamaForCausalLM.from_pretrained(tmp_path, **options))
+    assert "Linear4bit" in {type(module).__name__ for module in model.modules()}
     recorded = record(model, 0)
     assert_gram(recorded.gram(), one_backward_each(model), 1e-4)
     assert recorded.gram().trace() > 0
 
 
 def test_packed_rows():
-    """Two sequences in a row, kept apart by a block-diagonal mask: each position's sequence is told."""
+    """Two sequences in a row, kept apart by a block-diagonal mask, with the sequence of each position."""
     model = make_model()
     torch.manual_seed(2)
     ids = torch.randint(0, WORDS, (2, 12))
@@ -151,15 +153,9 @@ def test_packed_rows():
         logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         return (logp * same * weights_S[sequence[:, 1:].clamp(min=0)]).sum()
 
-    parameters = list(model.parameters())
-    truth = torch.stack(
-        [torch.cat([g.flatten() for g in torch.autograd.grad(loss(torch.eye(3)[s]), parameters)]) for s in range(3)]
-    ).double()
-    sketch = GradientSketch(model, 0)
-    with sketch.step(0) as recorded, sketch.rows(torch.tensor([7, 7, 9]), sequence):
-        loss(torch.ones(3)).backward()
-    assert_gram(recorded[0].gram(), truth)
-    assert recorded[0].prompt_B.tolist() == [7, 7, 9]
+    recorded = record_loss(model, 0, lambda: loss(torch.ones(3)), [7, 7, 9], sequence)
+    assert_gram(recorded.gram(), gradient_rows(model, (loss(alone) for alone in torch.eye(3))))
+    assert recorded.prompt_B.tolist() == [7, 7, 9]
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -168,24 +164,9 @@ def test_sketched_inner_products_are_unbiased(lora):
     model = make_model(lora=lora)
     truth = one_backward_each(model)
     gram = truth @ truth.T
-    grams, predicted = [], []
-    for seed in range(48):
-        recorded = record(model, 16, seed)
-        grams.append(recorded.gram())
-        predicted.append(predicted_rmse(recorded.sketch, torch.arange(ROWS)))
-    grams = torch.stack(grams)
+    grams = torch.stack([record(model, 16, seed).gram() for seed in range(48)])
     standard_error = grams.std(0) / len(grams) ** 0.5
     assert ((grams.mean(0) - gram).abs() <= 4 * standard_error + 1e-9 * gram.abs().max()).all()
-
-    def cosines(gram_BB):
-        norm = gram_BB.diagonal(dim1=-2, dim2=-1).sqrt()
-        cosine = gram_BB / norm[..., :, None] / norm[..., None, :]
-        return cosine[..., *torch.triu_indices(ROWS, ROWS, 1)]
-
-    observed = (cosines(grams) - cosines(gram)).square().mean().sqrt().item()
-    expected = (sum(p**2 for p in predicted) / len(predicted)) ** 0.5
-    assert expected == pytest.approx(observed, rel=0.25)
-    assert observed < 1.6 / 16
 
 
 def test_the_sketch_adds_over_micro_batches_and_draws_differ():
@@ -197,12 +178,11 @@ def test_the_sketch_adds_over_micro_batches_and_draws_differ():
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_nothing_else_changes(lora):
+def test_taps_do_not_change_the_gradients(lora):
     """Gradients with taps are those without, bit for bit."""
     model = make_model(lora=lora)
-    ids, mask = batch()
-    loss_of(model, ids, mask, WEIGHTS).backward()
-    plain = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    loss_of(model, *batch(), WEIGHTS).backward()
+    plain = [p.grad for p in model.parameters() if p.requires_grad]
     for layers in (None, ["*q_proj*", "*norm"] if not lora else ["*lora_A*"]):
         model.zero_grad()
         record(model, 8, parts=((0, 6),), layers=layers)
@@ -218,10 +198,9 @@ def test_memory_does_not_grow_with_depth():
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": layers}))
         sketch = GradientSketch(model, 8)
-        ids, mask = batch()
         sketch.open(0)
         sketch.set_rows(torch.arange(ROWS))
-        loss_of(model, ids, mask, WEIGHTS).backward()
+        loss_of(model, *batch(), WEIGHTS).backward()
         sums = sketch._sums
         assert {p: tuple(x.shape) for (_, p), x in sums.rows.entries.items()} == {
             REPLICATES: (REPLICATES, ROWS, 24, 24)
@@ -302,7 +281,7 @@ def test_taps_never_wait_for_the_device(kind, packed):
 
 
 def test_packed_rows_of_any_lengths():
-    """Padding dropped, the sketch of rows told token by token is that of whole rows; lengths from 1 to many, and 0."""
+    """Padding dropped, the sketch of packed tokens is that of padded rows; lengths from 1 to many, and 0."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(40, 24)
     lengths, width = [1, 30, 0, 2, 7], 30
@@ -314,20 +293,17 @@ def test_packed_rows_of_any_lengths():
         sequence[i, :length] = i
     order = torch.randperm(a.shape[0] * width)  # not even one after the other
     packed_a, packed_sequence = a.flatten(0, 1)[order][None], sequence.flatten()[order][None]
+
+    def loss(values, sequence):
+        return ((layer(values).tanh() @ weight) * (sequence >= 0)).sum()
+
     for dim in (0, 4, 64):
-        found = []
-        for values, told in ((a, None), (packed_a, packed_sequence)):
-            sketch = GradientSketch(layer, dim)
-            with sketch.step(3) as recorded, sketch.rows(torch.arange(len(lengths)), told):
-                y = layer(values)
-                live = (sequence if told is None else told) >= 0
-                ((y.tanh() @ weight) * live).sum().backward()
-            found.append(recorded[0].sketch)
-            sketch.close()
-        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+        whole = record_loss(layer, dim, lambda: loss(a, sequence), range(5))
+        packed = record_loss(layer, dim, lambda: loss(packed_a, packed_sequence), range(5), packed_sequence)
+        torch.testing.assert_close(packed.sketch, whole.sketch, rtol=1e-4, atol=1e-5)
 
 
-def test_signs_are_the_seeds():
+def test_signs_depend_on_the_seed_alone():
     device = torch.device("cpu")
     signs = random_signs("7 x", 4_000_003, device)
     assert torch.equal(signs, random_signs("7 x", 4_000_003, device)) and set(signs.tolist()) == {-1, 1}
@@ -339,7 +315,6 @@ def test_signs_are_the_seeds():
 
 def test_bad_input_is_named():
     model = make_model()
-    ids, mask = batch()
     with pytest.raises(ValueError, match="dim=-1 must be a whole number"):
         GradientSketch(model, -1)
     with pytest.raises(ValueError, match=r"'\*qproj' matches none of the layers model.embed_tokens, model.layers.0"):
@@ -357,18 +332,16 @@ def test_bad_input_is_named():
         sketch.take()
     with pytest.raises(ValueError, match="this step recorded no rows"), sketch.step(0):
         pass
-    with (
-        pytest.raises(ValueError, match="prompt ids of the wrong length"),
-        sketch.step(0),
-        sketch.rows(torch.arange(5)),
+    wrong_length = pytest.raises(ValueError, match="prompt ids of the wrong length")
+    with wrong_length, sketch.step(0), sketch.rows(torch.arange(5)):
+        loss_of(model, *batch(), WEIGHTS).backward()
+    for message, *rows in (
+        ("prompt ids must be an integer tensor", torch.ones(6)),
+        (r"sequence_RT must be an integer tensor \(R, T\), got \[0", torch.arange(2), [0, 1]),
+        (r"values in \[-1, 2\)", torch.arange(2), torch.full((1, 4), 2)),
     ):
-        loss_of(model, ids, mask, WEIGHTS).backward()
-    with pytest.raises(ValueError, match="prompt ids must be an integer tensor"), sketch.step(0):
-        sketch.set_rows(torch.ones(6))
-    with pytest.raises(ValueError, match=r"sequence_RT must be an integer tensor \(R, T\), got \[0"), sketch.step(0):
-        sketch.set_rows(torch.arange(2), [0, 1])
-    with pytest.raises(ValueError, match=r"values in \[-1, 2\)"), sketch.step(0):
-        sketch.set_rows(torch.arange(2), torch.full((1, 4), 2))
+        with pytest.raises(ValueError, match=message), sketch.step(0):
+            sketch.set_rows(*rows)
     with sketch.step(0):
         sketch.set_rows(torch.arange(ROWS))
         with pytest.raises(ValueError, match="a step is open already"):
@@ -389,10 +362,8 @@ def test_a_model_may_change_a_layers_output_in_place():
     torch.manual_seed(0)
     model, x = InPlace(), torch.randn(2, 5, 6)
     model(x).sum().backward()
-    plain = [p.grad.clone() for p in model.parameters()]
+    plain = [p.grad for p in model.parameters()]
     model.zero_grad()
-    sketch = GradientSketch(model, 0)
-    with sketch.step(0) as recorded, sketch.rows(torch.tensor([0, 1])):
-        model(x).sum().backward()
+    recorded = record_loss(model, 0, lambda: model(x).sum(), [0, 1])
     assert all(torch.equal(p.grad, before) for p, before in zip(model.parameters(), plain, strict=True))
-    assert recorded[0].gram().sum().item() == pytest.approx(sum(g.square().sum().item() for g in plain), rel=1e-5)
+    assert recorded.gram().sum().item() == pytest.approx(sum(g.square().sum().item() for g in plain), rel=1e-5)

@@ -2,82 +2,59 @@
 
 import pytest
 import torch
-from head_example import EPS, assert_no_worse, distance, example, ours, plain
+from head_example import (
+    EPS,
+    assert_gradients_no_worse,
+    assert_no_worse,
+    distance,
+    example,
+    gradients_of,
+    our_gradients,
+    ours,
+    plain,
+    token_arguments,
+)
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.backend import assume_native_half, native_half
 from grpo_kernels.head import products
-
-N, H, V = 24, 32, 257
-
-
-def problem():
-    generator = torch.Generator().manual_seed(0)
-    hidden_NH = torch.randn(N, H, generator=generator).bfloat16()
-    weight_VH = (torch.randn(V, H, generator=generator) * 0.4).bfloat16()
-    return hidden_NH, weight_VH, torch.randint(V, (N,), generator=generator)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_autocast_changes_the_products_alone(softcap, inside):
     """With bfloat16 inputs autocast has nothing left to cast: every number is the one without it."""
-    hidden_NH, weight_VH, targets_N = problem()
-    bias = torch.linspace(-1, 1, V)
-    sequence_N, advantages_B = torch.arange(N) // 6, torch.tensor([1.0, -0.5, 0.7, -1.2])
+    tensors, data = example(h=32, v=257, dtype=torch.bfloat16, scale=0.4)
+    head = {"bias": tensors["bias"], "softcap": softcap, "entropy": True}
 
     def run(autocast):
-        found = []
-        hidden, weight, b = (x.clone().requires_grad_() for x in (hidden_NH, weight_VH, bias))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logprobs_N, entropies_N = linear_logprob(hidden, weight, targets_N, bias=b, softcap=softcap, entropy=True)
-            out = linear_grpo_loss(
-                hidden,
-                weight,
-                targets_N,
-                sequence_N,
-                advantages_B,
-                torch.full((4,), 1 / N),
-                bias=b,
-                softcap=softcap,
-                entropy_coef=0.1,
-            )
-            total = logprobs_N.sum() + entropies_N.square().sum() + out.loss
-            if inside:
-                total.backward()
-        if not inside:
-            total.backward()
-        found += [logprobs_N, entropies_N, out.logprobs, out.entropies, out.loss, hidden.grad, weight.grad, b.grad]
-        return found
+            scores = linear_logprob(*token_arguments(tensors, data)[:3], **head)
+            out = ours(tensors, data, {"entropy_coef": 0.1}, {"softcap": softcap}, off_policy=False)
+            total = scores[0].sum() + scores[1].square().sum() + out.loss
+            gradients = gradients_of(total, tensors) if inside else {}
+        return [*scores, *vars(out).values(), gradients or gradients_of(total, tensors)]
 
-    for bare, mixed in zip(run(False), run(True), strict=True):
-        assert bare.dtype == mixed.dtype
-        torch.testing.assert_close(mixed, bare, rtol=0, atol=0)
+    torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)  # their dtypes too
 
 
 def test_second_derivatives_are_refused():
-    hidden_NH, weight_VH, targets_N = problem()
-    hidden = hidden_NH.float().requires_grad_()
-    logprobs_N = linear_logprob(hidden, weight_VH.float(), targets_N)
-    with pytest.raises(RuntimeError, match="no second derivatives: create_graph=True"):
-        torch.autograd.grad(logprobs_N.sum(), hidden, create_graph=True)
-    loss = linear_grpo_loss(
-        hidden, weight_VH.float(), targets_N, torch.arange(N) // 6, torch.randn(4), torch.ones(4)
-    ).loss
-    with pytest.raises(RuntimeError, match="no second derivatives: create_graph=True"):
-        torch.autograd.grad(loss, hidden, create_graph=True)
+    tensors, data = example(dtype=torch.float32)
+    for result in (linear_logprob(*token_arguments(tensors, data)[:3]).sum(), ours(tensors, data).loss):
+        with pytest.raises(RuntimeError, match="no second derivatives: create_graph=True"):
+            torch.autograd.grad(result, tensors["hidden"], create_graph=True)
 
 
 @pytest.mark.parametrize("n_vocabulary", [1, 2, 257])
 def test_a_softcap_in_bfloat16_has_consistent_shares(n_vocabulary):
     """tanh is kept in bfloat16. Of one token the entropy has no gradient at all; of more, the error is that of rounding
     the tanh, not that of shares which don't add up to 1."""
-    hidden_NH, weight_VH, _ = problem()
-    weight_VH, targets_N = weight_VH[:n_vocabulary], torch.arange(N) % n_vocabulary
+    tensors, data = example(h=32, v=n_vocabulary, dtype=torch.bfloat16, scale=0.4)
 
     def gradient(dtype, entropies_alone):
-        hidden = hidden_NH.clone().to(dtype).detach().requires_grad_()
-        logprobs_N, entropies_N = linear_logprob(hidden, weight_VH.to(dtype), targets_N, softcap=5.0, entropy=True)
+        hidden = tensors["hidden"].detach().to(dtype).requires_grad_()
+        arguments = (hidden, tensors["weight"].detach().to(dtype), data["targets"])
+        logprobs_N, entropies_N = linear_logprob(*arguments, softcap=5.0, entropy=True)
         (entropies_N.sum() if entropies_alone else logprobs_N.sum() + entropies_N.sum()).backward()
         return hidden.grad.double()
 
@@ -93,14 +70,10 @@ def test_half_precision_on_a_cpu_with_and_without_instructions_for_it(native, mo
     monkeypatch.setattr(products, "native_half", lambda dtype, device: native)
     monkeypatch.setattr(products, "VOCABULARY_BLOCK", 64)
     tensors, data = example(n=64, h=32, v=300, dtype=torch.bfloat16, scale=0.5)
-    same = plain(tensors, data, {}, {}, torch.bfloat16)
-    truth = plain(tensors, data, {}, {}, torch.float64)
+    same, truth = plain(tensors, data, dtype=torch.bfloat16), plain(tensors, data)
     for rows in (512, 16):
         monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", rows)
-        out = ours(tensors, data, {}, {})
-        gradients = torch.autograd.grad(out.loss, list(tensors.values()))
-        for name, got in zip(tensors, gradients, strict=True):
-            assert_no_worse(got, same[3][name], truth[3][name], EPS[torch.bfloat16], name)
+        assert_gradients_no_worse(our_gradients(tensors, data), same, truth, EPS[torch.bfloat16])
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
@@ -108,13 +81,12 @@ def test_float16_with_a_gradient_scaler(scale):
     """Coefficients of 1e-9 survive: multiplied as shares of the largest, and the scaler's factor comes last."""
     tensors, data = example(n=64, h=32, v=300, dtype=torch.float16, scale=0.3)
     data["advantages"] = data["advantages"] * 1e-5
-    weight = tensors["weight"].detach().float().requires_grad_()  # as under autocast: float32 parameters
+    del tensors["bias"]
+    truth = plain(tensors, data, off_policy=False).gradients["weight"]
+    tensors["weight"] = tensors["weight"].detach().float().requires_grad_()  # as under autocast: float32 parameters
     with torch.autocast("cpu", dtype=torch.float16):
-        out = linear_grpo_loss(
-            tensors["hidden"], weight, data["targets"], data["sequence"], data["advantages"], data["weights"]
-        )
-    (gradient,) = torch.autograd.grad(out.loss * scale, [weight])
-    truth = plain({**tensors, "bias": torch.zeros(300)}, data, {}, {}, torch.float64, off_policy=False)[3]["weight"]
+        out = linear_grpo_loss(*token_arguments(tensors, data), data["advantages"], data["weights"])
+    (gradient,) = torch.autograd.grad(out.loss * scale, [tensors["weight"]])
     assert gradient.dtype == torch.float32
     assert distance(gradient, truth * scale) <= 5e-3 * truth.norm().item() * scale
 
@@ -166,23 +138,18 @@ def test_a_cpu_multiplies_float16_in_float32(monkeypatch):
     assert not native_half(torch.float16, cpu)
     assert native_half(torch.float16, gpu) and native_half(torch.bfloat16, gpu)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    limits = dict.fromkeys(("AVX2", "AVX512_CORE"), False)
+    limits |= dict.fromkeys(("", "AVX512_CORE_BF16", "avx512_core_amx", "ALL"), True)
     for has in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
-        for limit, allows in (
-            ("", True),
-            ("AVX2", False),
-            ("AVX512_CORE", False),
-            ("AVX512_CORE_BF16", True),
-            ("avx512_core_amx", True),
-            ("ALL", True),
-        ):
+        for limit, allows in limits.items():
             monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
             assert native_half(torch.bfloat16, cpu) == (has and allows)
     with assume_native_half(True):
         assert native_half(torch.float16, cpu)
 
 
-def test_autocast_is_linears():
+def test_autocast_multiplies_as_linear_does():
     tensors, data = example(n=32, h=16, v=50, dtype=torch.float32, scale=0.5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logprobs = linear_logprob(tensors["hidden"], tensors["weight"], data["targets"])

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from allpairspy import AllPairs
-from head_example import EPS, OFF_POLICY, assert_no_worse, example, per_token
+from guarded_memory import guard
+from head_example import EPS, OFF_POLICY, assert_no_worse, example, per_token, token_arguments
 from kernel_inputs import BACKENDS, INTERPRETED, method_options
 from reference import head_logprobs
 
@@ -34,7 +35,7 @@ def test_rewards_instead_of_advantages(method, group, backend):
     rewards[:, -1] = math.nan
     position = torch.arange(group)
     advantages = normalize_rewards(rewards, method, **options)[position, position]
-    arguments = (tensors["hidden"], tensors["weight"], data["targets"], data["sequence"])
+    arguments = token_arguments(tensors, data)
     with use_backend(backend):
         want = linear_grpo_loss(*arguments, advantages, data["weights"])
         given = {"rewards": (rewards, position), "normalization": (method, options)}
@@ -45,8 +46,8 @@ def test_rewards_instead_of_advantages(method, group, backend):
     if method != "none":
         assert (got.advantages[data["sequence"] == 0] == 0).all()
     inputs = list(tensors.values())[:2]
-    for a, b in zip(torch.autograd.grad(got.loss, inputs), torch.autograd.grad(want.loss, inputs), strict=True):
-        torch.testing.assert_close(a, b, **close)
+    gradients, expected = (torch.autograd.grad(out.loss, inputs) for out in (got, want))
+    torch.testing.assert_close(gradients, expected, **close)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,19 +60,13 @@ def test_infinities_of_tokens_that_do_not_count(backend):
     ones, advantages = torch.ones(3), torch.tensor([-1.0, -1.0, 1.0])
     infinite = torch.tensor([-math.inf, -math.inf, -1.386])
     with use_backend(backend):
-        dead = linear_grpo_loss(
-            *arguments,
-            advantages,
-            torch.tensor([0.0, 1.0, 1.0]),
-            old_logprobs_N=infinite,
-            policy_scale_N=torch.tensor([1.0, 0.0, 1.0]),
-            ref_logprobs_N=infinite.abs() * 100,
-        )
+        options = {"old_logprobs_N": infinite, "ref_logprobs_N": infinite.abs() * 100}
+        options |= {"policy_scale_N": torch.tensor([1.0, 0.0, 1.0])}
+        dead = linear_grpo_loss(*arguments, advantages, torch.tensor([0.0, 1.0, 1.0]), **options)
         assert torch.isfinite(dead.loss) and dead.loss.item() == pytest.approx(-1, rel=1e-3)
         assert all(torch.isfinite(g).all() for g in torch.autograd.grad(dead.loss, [hidden, weight]))
-        reference = linear_grpo_loss(
-            *arguments, advantages, ones, ref_logprobs_N=-infinite.abs(), beta=0.1, kl_times_ratio=False
-        )
+        options = {"ref_logprobs_N": -infinite.abs(), "beta": 0.1, "kl_times_ratio": False}
+        reference = linear_grpo_loss(*arguments, advantages, ones, **options)
         assert all(torch.isfinite(g).all() for g in torch.autograd.grad(reference.loss, [hidden, weight]))
         sapo = linear_grpo_loss(*arguments, advantages * math.nan, ones, loss_type="sapo")
         assert not sapo.clipped.any()
@@ -88,14 +83,17 @@ class TestTriton:
         torch.manual_seed(0)
         hidden, weight = torch.randn(6, 16) * size, torch.randn(40, 16) / 4
         targets = torch.randint(0, 40, (6,))
-        truth, _ = head_logprobs(hidden.double(), weight.double(), targets, softcap=30.0, temperature=0.01)
-        same, _ = head_logprobs(hidden, weight, targets, softcap=30.0, temperature=0.01)
+        options = {"softcap": 30.0, "temperature": 0.01}
+        truth, _ = head_logprobs(hidden.double(), weight.double(), targets, **options)
+        same, _ = head_logprobs(hidden, weight, targets, **options)
         with use_backend("triton"):
-            found = linear_logprob(hidden, weight, targets, softcap=30.0, temperature=0.01)
+            found = linear_logprob(hidden, weight, targets, **options)
         assert_no_worse(found, same, truth, EPS[torch.float32], "logprobs", slack=1.5)
 
     @pytest.mark.parametrize("flags", DESIGN, ids=lambda flags: "-".join(map(str, flags.values())))
-    def test_every_pair_of_flags(self, flags):
+    def test_every_pair_of_flags(self, flags, monkeypatch):
+        """On guarded memory: the kernels read and write nothing outside their tensors."""
+        guard(monkeypatch)
         options, biased = OFF_POLICY[flags["options"]], flags["biased"]
         tensors, data = example(n=12, v=50, dtype=torch.float32)
         if not biased:
@@ -106,14 +104,11 @@ class TestTriton:
             table = torch.tensor([[1.0, 0.0, 0.25, math.nan]]).expand(4, 4)
             advantages = None
             given |= {"rewards": (table, torch.arange(4)), "normalization": ("std", {})}
-        arguments = (tensors["hidden"], tensors["weight"], data["targets"], data["sequence"])
         head = {"bias": tensors.get("bias"), "softcap": flags["softcap"], "temperature": 0.9}
         results = []
         for backend in ("torch", "triton"):
             with use_backend(backend):
-                out = linear_grpo_loss(*arguments, advantages, data["weights"], **head, **given)
+                out = linear_grpo_loss(*token_arguments(tensors, data), advantages, data["weights"], **head, **given)
                 gradients = torch.autograd.grad(out.loss, list(tensors.values()))
-            details = [out.loss, out.logprobs, out.entropies, out.ratio, out.clipped, out.advantages]
-            results.append([*details, *([] if out.kl is None else [out.kl]), *gradients])
-        for fused, expected in zip(results[1], results[0], strict=True):
-            torch.testing.assert_close(fused, expected, rtol=2e-5, atol=2e-6)
+            results.append([*vars(out).values(), *gradients])
+        torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-6)

@@ -1,10 +1,11 @@
 """Interference and curvature of a step: worked by hand, from planted truth, invariances; the sketch's error; phases."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from kernel_inputs import bernoulli, gaussian, rollouts, step_of
+from kernel_inputs import bernoulli, gaussian, rollouts, step_of, step_of_prompts
 
 from grpo_kernels.interference.curvature import directional_curvature, fisher_trace
 from grpo_kernels.interference.metrics import interference_metrics, orthogonality, signal
@@ -16,15 +17,9 @@ NAN = float("nan")
 # ---- by hand
 
 
-def interference_of(gradients, **options) -> dict[str, float]:
-    """Of prompts with one sequence each; names without the prefix."""
-    step = step_of(gradients, torch.arange(len(gradients)), torch.zeros(len(gradients)), torch.ones(len(gradients)))
-    metrics = interference_metrics(step, **options)
-    return {name.removeprefix("interference/"): value for name, value in metrics.items()}
-
-
 HAND = ("cos_mean", "cos_std", "cos_abs_mean", "conflict_frac", "near_orthogonal_frac", "sum_ratio", "effective_rank")
-ONE_THIRD = 1.4 / 3  # the mean of the cosines 0.6, 0, 0.8
+MEAN = 1.4 / 3  # of the cosines 0.6, 0, 0.8: K = [[1, .6, 0], [.6, 1, .8], [0, .8, 1]]
+THREE = (MEAN, math.sqrt((1.0 - 1.4**2 / 3) / 2), MEAN, 0, 1 / 3, 5.8 / 3, 9 / 5)
 
 
 @pytest.mark.parametrize(
@@ -33,21 +28,17 @@ ONE_THIRD = 1.4 / 3  # the mean of the cosines 0.6, 0, 0.8
         (torch.diag(torch.tensor([1.0, 2.0, 2.0])), (0, 0, 0, 0, 1, 1, 81 / 33), None),
         (torch.ones(4, 3), (1, 0, 1, 0, 0, 4, 1), 0),
         ([[3.0, 0], [-3, 0]], (-1, None, 1, 1, 0, 0, 1), None),
-        (  # K = [[1, .6, 0], [.6, 1, .8], [0, .8, 1]]
-            [[1.0, 0], [0.6, 0.8], [0, 1]],
-            (ONE_THIRD, math.sqrt((1.0 - 1.4**2 / 3) / 2), ONE_THIRD, 0, 1 / 3, 5.8 / 3, 9 / 5),
-            (1 - ONE_THIRD) / ONE_THIRD,
-        ),
+        ([[1.0, 0], [0.6, 0.8], [0, 1]], THREE, (1 - MEAN) / MEAN),
     ],
     ids=["orthogonal", "identical", "opposite", "three"],
 )
 def test_interference_by_hand(gradients, expected, noise_scale):
-    metrics = interference_of(gradients)
+    metrics = interference_metrics(step_of_prompts(gradients))
+    found = {name.removeprefix("interference/"): value for name, value in metrics.items() if "curvature" not in name}
     wanted = dict(zip((*HAND, "noise_scale"), (*expected, noise_scale), strict=True))
-    wanted |= {"live_prompts": float(len(gradients)), "sketch_rmse": 0.0, "curvature/sigma_mean": 0.0}
-    curvature = {"curvature/fisher_trace_mean", "curvature/fisher_variance_n", "curvature/directional_n"}
-    found = {name: value for name, value in metrics.items() if name not in curvature}
+    wanted |= {"live_prompts": float(len(gradients)), "sketch_rmse": 0.0}
     assert found == pytest.approx({name: value for name, value in wanted.items() if value is not None})
+    assert metrics["curvature/sigma_mean"] == 0.0
 
 
 def test_two_prompts_by_hand():
@@ -173,13 +164,12 @@ def test_without_coefficients_only_gradients_count():
     generator = torch.Generator().manual_seed(0)
     rewards = torch.tensor([[1.0, 0, 1], [0, 0, 1], [1, 1, 1]], dtype=torch.float64)
     known = rollouts(rewards, gaussian(3, 3, 5, generator=generator))
-    unknown = StepGradients(known.gram_BB, known.prompt_B, known.reward_B, None, known.baseline_size)
+    unknown = replace(known, coefficient_B=None)
     with_scores, without = interference_metrics(known), interference_metrics(unknown)
     assert without == {name: with_scores[name] for name in without}
     assert {"interference/cos_mean", "interference/reliability", "theory/r2"} <= set(without)
-    assert not [
-        name for name in without if name.startswith(("curvature/fisher", "curvature/dir", "theory/r1", "theory/neg"))
-    ]
+    of_scores = ("curvature/fisher", "curvature/dir", "theory/r1", "theory/neg")
+    assert not any(name.startswith(of_scores) for name in without)
     assert without["interference/live_prompts"] == 2
     assert len(directional_curvature(unknown)[0]) == len(fisher_trace(unknown)[0]) == 0
 
@@ -213,13 +203,13 @@ def test_unscorable_and_masked_completions():
 
 def test_orthogonality():
     """1 for none, 0 for all, whatever the sign; an error of 0.08 alone makes 21% of cosines pass 0.1: corrected for."""
-    assert orthogonality(step_of(torch.eye(4), range(4), [0.0] * 4, [1.0] * 4)) == 1.0
-    assert orthogonality(step_of([[1.0, 0], [-1, 0], [1, 0]], range(3), [0.0] * 3, [1.0] * 3)) == 0.0
-    half = step_of([[1.0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 2]], range(4), [0.0] * 4, [1.0] * 4)
+    assert orthogonality(step_of_prompts(torch.eye(4))) == 1.0
+    assert orthogonality(step_of_prompts([[1.0, 0], [-1, 0], [1, 0]])) == 0.0
+    half = step_of_prompts([[1.0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 2]])
     assert orthogonality(half) == pytest.approx(4 / 6)
     generator = torch.Generator().manual_seed(0)
     noise = (gaussian(150, 150, generator=generator) * 0.08).triu(1)
-    noisy = StepGradients(torch.eye(150) + noise + noise.T, torch.arange(150), torch.zeros(150), torch.ones(150), 0)
+    noisy = replace(step_of_prompts(torch.eye(150)), gram_BB=torch.eye(150) + noise + noise.T)
     assert orthogonality(noisy) == pytest.approx(0.79, abs=0.01)
     assert orthogonality(noisy, sketch_rmse=0.08) == pytest.approx(1.0, abs=0.01)
 
@@ -241,13 +231,7 @@ def test_orthogonality():
     ],
 )
 def test_bad_steps_are_named(change, message):
-    right = dict(
-        gram_BB=torch.eye(3),
-        prompt_B=torch.arange(3),
-        reward_B=torch.zeros(3),
-        coefficient_B=torch.ones(3),
-        baseline_size=0,
-    )
-    interference_metrics(StepGradients(**right))
+    right = step_of_prompts(torch.eye(3))
+    interference_metrics(right)
     with pytest.raises(ValueError, match=message):
-        interference_metrics(StepGradients(**right | change))
+        interference_metrics(replace(right, **change))

@@ -5,23 +5,19 @@ tensors that say they are on ``cuda:1``, kernels interpreted, and give the CPU's
 can't be run so (torch without CUDA aborts), and with it the trainer's path: that is left to ``make gpu``, test_gpu.py.
 """
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 from far_tensors import CurrentDevice, Far, InterpretedKernel, far_away, near
-from kernel_inputs import INTERPRETED, context_of, method_options
+from kernel_inputs import INTERPRETED, V, context_tensors, head_inputs, method_options, signal_of
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from grpo_kernels import METHODS, linear_grpo_loss, linear_logprob, normalize_with_statistics, use_backend
-from grpo_kernels.head.linear_grpo_loss import LinearGRPOLossFunction, LossCall
+from grpo_kernels.head.linear_grpo_loss import LinearGRPOLossFunction
 from grpo_kernels.head.linear_logprob import LinearLogprobFunction
-from grpo_kernels.head.loss_checks import check_loss_options, make_group_rewards
-from grpo_kernels.head.products import HeadSketch, compute_dtype
+from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.head.rows import triton_rows
-from grpo_kernels.head.rows.plain import Transform
-from grpo_kernels.head.token_losses import TokenInputs
 from grpo_kernels.interference.curvature import directional_curvature, fisher_trace
 from grpo_kernels.interference.metrics import interference_metrics
 from grpo_kernels.interference.projections import Projections
@@ -32,7 +28,6 @@ from grpo_kernels.launch import launch
 from grpo_kernels.normalize import triton_groups
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-N, H, V, B, G, R = 12, 16, 37, 6, 3, 2
 
 
 @pytest.fixture
@@ -57,112 +52,25 @@ def away(value, device):
     return tree_map_only(torch.Tensor, lambda tensor: Far(tensor.clone(), device), value)
 
 
-def assert_there(found, expected, device, *, rtol=1e-4, atol=1e-5):
-    """Every tensor is on ``device``, with these values."""
-    found, expected = tree_flatten(found)[0], tree_flatten(expected)[0]
-    assert len(found) == len(expected)
-    for mine, its in zip(found, expected, strict=True):
+def assert_same_there(call, given, device, *, cpu_is_fine=False, rtol=1e-4, atol=1e-5):
+    """What ``call(given)`` returns on ``device`` is there, with the CPU's values, which are returned."""
+    with use_backend("torch"), torch.no_grad():
+        expected = call(given)
+    far = away(given, device)
+    with far_away(device, cpu_is_fine=cpu_is_fine):
+        found = call(far)
+    found, there = tree_flatten(found)[0], tree_flatten(expected)[0]
+    assert len(found) == len(there)
+    for mine, its in zip(found, there, strict=True):
         if isinstance(its, torch.Tensor):
             assert mine.device == device
             torch.testing.assert_close(near(mine), its, rtol=rtol, atol=atol, equal_nan=True)
         else:
             assert mine == (its if its is None else pytest.approx(its, rel=1e-9))
+    return expected
 
 
-def inputs(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    return {
-        "hidden": normal(N, H).to(dtype),
-        "weight": (normal(V, H) * 0.3).to(dtype),
-        "bias": normal(V),
-        "low_inputs": normal(N, R).to(dtype),
-        "low_weight": normal(V, R).to(dtype),
-        "targets": torch.randint(V, (N,), generator=generator),
-        "sequence": torch.arange(N) // (N // B),
-        "weights": torch.rand(B, generator=generator),
-        "advantages": normal(B).round(),
-        "rewards": torch.randint(2, (B, G), generator=generator).float(),
-        "position": torch.arange(B) % G,
-        "old": normal(N) * 0.3 - 3,
-        "ref": normal(N) * 0.1 - 3,
-        "scale": torch.rand(N, generator=generator) + 0.5,
-        "projection": normal(V, 4),
-        "upstream": normal(N).round(),
-    }
-
-
-LOSSES = {
-    "on policy": {"signal": "advantages", "loss_type": "grpo"},
-    "clipped": {"signal": "advantages_N", "loss_type": "grpo", "old": True},  # rows without a gradient leave the tile
-    "off policy": {"signal": "advantages_N", "loss_type": "dapo", "old": True, "beta": 0.1, "delta": 1.5},
-    "rewards": {"signal": "rewards", "loss_type": "cispo", "old": True, "scaled": True},
-    "entropy": {"signal": "rewards", "loss_type": "sapo", "entropy_coef": 0.01, "softcap": 5.0},
-}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-IN_PASSES = [torch.float32, torch.float16]  # float16 has a unit of its own
-
-
-def public_loss(given, signal, loss_type, *, old=False, scaled=False, beta=0.0, **extra):
-    signals = {
-        "advantages": given["advantages"],
-        "advantages_N": given["upstream"],
-        "rewards": (given["rewards"], given["position"]),
-    }
-    named = {"advantages": None, signal: signals[signal]}
-    return linear_grpo_loss(
-        given["hidden"],
-        given["weight"],
-        given["targets"],
-        given["sequence"],
-        named.pop("advantages"),
-        given["weights"],
-        **named,
-        loss_type=loss_type,
-        bias=given["bias"].to(given["hidden"].dtype),
-        low_rank=(given["low_inputs"], given["low_weight"]),
-        old_logprobs_N=given["old"] if old else None,
-        ref_logprobs_N=given["ref"] if beta else None,
-        policy_scale_N=given["scale"] if scaled else None,
-        beta=beta,
-        **extra,
-    )
-
-
-def tolerance(dtype):
-    return {"rtol": 0.05, "atol": 0.05} if dtype.itemsize == 2 else {}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", LOSSES)
-def test_linear_grpo_loss(case, dtype, device, launched):
-    given = inputs(dtype)
-    with use_backend("torch"), torch.no_grad():
-        expected = dataclasses.asdict(public_loss(given, **LOSSES[case]))
-    far = away(given, device)
-    with far_away(device):
-        found = vars(public_loss(far, **LOSSES[case]))
-    assert_there(found, expected, device, **tolerance(dtype))
-    assert ("_grpo_rows_kernel" in launched) == (dtype != torch.float64)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("entropy", [False, True])
-def test_linear_logprob(entropy, dtype, device, launched):
-    def call(given):
-        low_rank = (given["low_inputs"], given["low_weight"])
-        return linear_logprob(given["hidden"], given["weight"], given["targets"], low_rank=low_rank, entropy=entropy)
-
-    with use_backend("torch"), torch.no_grad():
-        expected = call(inputs(dtype))
-    far = away(inputs(dtype), device)
-    with far_away(device):
-        found = call(far)
-    assert_there(found, expected, device, **tolerance(dtype))
-    assert launched == ([] if dtype == torch.float64 else ["_softmax_rows_kernel"])
+# ---- the head
 
 
 class Context(SimpleNamespace):
@@ -178,129 +86,135 @@ class Context(SimpleNamespace):
         pass
 
 
+GRAD_ENABLED = {LinearGRPOLossFunction: 1, LinearLogprobFunction: 4}  # its place among the arguments
 NEEDS = {
+    "no gradient": [False] * 5,
     "all": [True] * 5,
     "frozen head": [True, False, False, True, False],
     "adapter": [True, False, False, True, True],
 }
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+PASSES = [("no gradient", dtype) for dtype in DTYPES]
+# float16 has a unit of its own
+PASSES += [(need, dtype) for need in list(NEEDS)[1:] for dtype in (torch.float32, torch.float16)]
 
 
-def loss_passes(given, need, signal, loss_type, *, old=False, scaled=False, entropy_coef=0.0, softcap=None, **options):
-    """Forward and backward of the Function, as ``linear_grpo_loss`` and autograd call them."""
-    rewards = None
-    if signal == "rewards":
-        rewards = make_group_rewards((given["rewards"], given["position"]), None, B, given["rewards"].device)
-    advantages = given["upstream"] if signal == "advantages_N" else given["advantages"][given["sequence"]]
-    tokens = TokenInputs(
-        given["targets"],
-        given["sequence"],
-        given["weights"][given["sequence"]],
-        None if rewards else advantages,
-        rewards,
-        given["old"] if old else None,
-        given["ref"] if options.get("beta") else None,
-        given["scale"] if scaled else None,
-    )
-    defaults = {
-        "epsilon": 0.2,
-        "epsilon_high": None,
-        "delta": None,
-        "sapo_temperatures": (1.0, 1.05),
-        "beta": 0.0,
-        "kl_times_ratio": True,
-    }
-    checked = check_loss_options(loss_type=loss_type, **{**defaults, **options})
-    sketched = []
-    sketch = HeadSketch(given["projection"], sketched.append) if need[1] else None
-    ctx = Context(needs_input_grad=[False] * 2 + need)
-    head = (given[name] for name in ("hidden", "weight", "bias", "low_inputs", "low_weight"))
-    transform = Transform(1.0, 1.0, softcap)
-    call = LossCall(compute_dtype(given["hidden"]), tokens, transform, checked, entropy_coef / N, sketch)
-    out = LinearGRPOLossFunction.forward(ctx, call, True, *head)
-    return out, LinearGRPOLossFunction.backward(ctx, torch.full_like(out[0], 2.0)), sketched
+@pytest.fixture(params=PASSES, ids=lambda one: f"{one[0]}-{one[1]}")
+def passes(request, monkeypatch):
+    """Runs both passes of a Function as autograd would, where a public function calls ``apply``."""
+    need, dtype = NEEDS[request.param[0]], request.param[1]
+
+    def both(call, given, upstream):
+        """What ``call`` returns of ``given`` and a sketch, the gradients, and what was sketched."""
+        gradients, sketched = [], []
+
+        def apply(function, *arguments):
+            ctx = Context(needs_input_grad=[False] * (len(arguments) - 5) + need)
+            place = GRAD_ENABLED[function]
+            out = function.forward(ctx, *arguments[:place], any(need), *arguments[place + 1 :])
+            if any(need):
+                gradients.extend(function.backward(ctx, *upstream(out)))
+                assert bool(sketched) == need[1]
+            return out
+
+        for function in GRAD_ENABLED:
+            monkeypatch.setattr(function, "apply", lambda *arguments, function=function: apply(function, *arguments))
+        weight = given["weight_VH"].detach().requires_grad_(need[1])
+        sketch = HeadSketch(given["projection"], sketched.append) if need[1] else None
+        return call({**given, "weight_VH": weight}, sketch), gradients, sketched
+
+    both.dtype, both.need = dtype, need
+    both.tolerance = {"rtol": 0.05, "atol": 0.05} if dtype.itemsize == 2 else {}
+    return both
 
 
-@pytest.mark.parametrize("dtype", IN_PASSES, ids=str)
-@pytest.mark.parametrize("need", NEEDS)
+def inputs(dtype):
+    """Some advantages are 0, and some groups' rewards all equal."""
+    given = head_inputs(dtype)
+    rounded = {name: given[name].round() for name in ("advantages", "advantages_N")}
+    return {**given, **rounded, "rewards": (given["rewards"] > -0.5).float()}
+
+
+OLD, REF, SCALE = "old_logprobs_N", "ref_logprobs_N", "policy_scale_N"
+# the signal, which other tensors of tokens, and options
+LOSSES = {
+    "on policy": ("advantages", [], {}),
+    "clipped": ("advantages_N", [OLD], {}),  # rows without a gradient leave the tile
+    "off policy": ("advantages_N", [OLD, REF], {"loss_type": "dapo", "beta": 0.1, "delta": 1.5}),
+    "rewards": ("rewards", [OLD, SCALE], {"loss_type": "cispo"}),
+    "entropy": ("rewards", [], {"loss_type": "sapo", "entropy_coef": 0.01, "softcap": 5.0}),
+}
+
+
 @pytest.mark.parametrize("case", LOSSES)
-def test_both_passes_of_the_loss(case, need, dtype, device):
-    given = {**inputs(dtype), "projection": inputs()["projection"].to(dtype)}
-    with use_backend("torch"), torch.no_grad():
-        expected = loss_passes(given, NEEDS[need], **LOSSES[case])
-    far = away(given, device)
-    with far_away(device):
-        found = loss_passes(far, NEEDS[need], **LOSSES[case])
-    assert_there(found, expected, device, **tolerance(dtype))
+def test_linear_grpo_loss(case, passes, device, launched):
+    signal, names, options = LOSSES[case]
+    names = ["hidden_NH", "weight_VH", "targets_N", "sequence_N", "weights_B", "bias", *names]
+
+    def call(given, sketch):
+        arguments = {**signal_of(given, signal), **{name: given[name] for name in names}}
+        low_rank = (given["low_inputs"], given["low_weight"])
+        return vars(linear_grpo_loss(**arguments, low_rank=low_rank, head_sketch=sketch, **options))
+
+    def run(given):
+        return passes(call, given, lambda out: [torch.full_like(out[0], 2.0)])
+
+    assert_same_there(run, inputs(passes.dtype), device, **passes.tolerance)
+    assert ("_grpo_rows_kernel" in launched) == (passes.dtype != torch.float64)
 
 
-def logprob_passes(given, need, upstream):
-    sketched = []
-    sketch = HeadSketch(given["projection"], sketched.append) if need[1] else None
-    ctx = Context(needs_input_grad=[False] * 6 + need)
-    head = (given[name] for name in ("hidden", "weight", "bias", "low_inputs", "low_weight"))
-    out = LinearLogprobFunction.forward(
-        ctx, compute_dtype(given["hidden"]), given["targets"], Transform(0.9, 1.0, None), True, True, sketch, *head
-    )
-    gradients = [given["upstream"].to(out[0].dtype) if wanted else None for wanted in upstream]
-    return out, LinearLogprobFunction.backward(ctx, *gradients), sketched
-
-
-@pytest.mark.parametrize("dtype", IN_PASSES, ids=str)
-@pytest.mark.parametrize("need", NEEDS)
 @pytest.mark.parametrize("upstream", [(True, False), (True, True), (False, True)])
-def test_both_passes_of_the_log_probs(upstream, need, dtype, device, launched):
-    given = {**inputs(dtype), "projection": inputs()["projection"].to(dtype)}
-    with use_backend("torch"), torch.no_grad():
-        expected = logprob_passes(given, NEEDS[need], upstream)
-    far = away(given, device)
-    with far_away(device):
-        found = logprob_passes(far, NEEDS[need], upstream)
-    assert_there(found, expected, device, **tolerance(dtype))
-    assert set(launched) == {"_softmax_rows_kernel", "_logit_gradient_kernel"}
+def test_linear_logprob(upstream, passes, device, launched):
+    def call(given, sketch):
+        arguments = (given["hidden_NH"], given["weight_VH"], given["targets_N"])
+        low_rank = (given["low_inputs"], given["low_weight"])
+        options = {"bias": given["bias"], "low_rank": low_rank, "temperature": 0.9, "head_sketch": sketch}
+        return linear_logprob(*arguments, entropy=upstream != (True, False) or any(passes.need), **options)
+
+    def run(given):
+        gradient_N = given["advantages_N"]
+        return passes(call, given, lambda out: [gradient_N.to(out[0].dtype) if wanted else None for wanted in upstream])
+
+    assert_same_there(run, inputs(passes.dtype), device, **passes.tolerance)
+    kernels = {"_softmax_rows_kernel"} | ({"_logit_gradient_kernel"} if any(passes.need) else set())
+    assert set(launched) == (kernels if passes.dtype != torch.float64 else set())
 
 
-SHAPES = {"lengths": (B, G), "function_rewards": (B, G, 2)}
+# ---- the rest
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_normalisation(method, device, launched):
-    rewards_PG = inputs()["rewards"]
-    context = {
-        name: torch.tensor(value).reshape(SHAPES.get(name, (-1,))) if isinstance(value, list) else value
-        for name, value in context_of(method, rewards_PG.tolist()).items()
-    }
-    with use_backend("torch"):
-        expected = normalize_with_statistics(rewards_PG, method, context=context, **method_options(method))
-    rewards, context = away(rewards_PG, device), away(context, device)
-    with far_away(device):
-        found = normalize_with_statistics(rewards, method, context=context, **method_options(method))
-    assert_there(found._asdict(), expected._asdict(), device)
+    rewards_PG = inputs(torch.float32)["rewards"]
+
+    def call(given):
+        rewards_PG, context = given
+        return normalize_with_statistics(rewards_PG, method, context=context, **method_options(method))._asdict()
+
+    assert_same_there(call, (rewards_PG, context_tensors(method, rewards_PG)), device)
     assert set(launched) == {"_normalize_kernel"}
 
 
 def test_a_launch_makes_the_device_current_and_leaves_it(device):
-    current, names = torch.cuda.device, []
-    seen = []
+    current, seen = torch.cuda.device, []
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *args, **options: seen.append((grid, current.current, names))
+            return lambda *args, **options: seen.append((grid, current.current))
 
     far = away(torch.ones(4), device)
     with far_away(device):
         launch(Kernel(), (3,), far, None, 2.0)
-    assert seen == [((3,), device, [])] and current.current == torch.device("cuda:0")
+    assert seen == [((3,), device)] and current.current == torch.device("cuda:0")
 
 
-def test_what_a_gpu_would_refuse_or_wait_for_is_seen(device):
+def test_mixed_devices_and_hidden_copies_are_caught(device):
     """The test can fail."""
     here, there = torch.ones(3), away(torch.ones(3), device)
     other = away(torch.ones(3), "cuda:0")
     for wrong in (lambda: here + there, lambda: there[:1] + other, lambda: torch.arange(3), lambda: there.cpu()):
-        with (
-            far_away(device),
-            pytest.raises(AssertionError, match=r"on tensors of|makes a CPU tensor|everything is on"),
-        ):
+        refused = pytest.raises(AssertionError, match=r"on tensors of|makes a CPU tensor|everything is on")
+        with far_away(device), refused:
             wrong()
     with far_away(device):
         assert (there + torch.tensor(1.0)).sum().item() == 6.0
@@ -314,8 +228,9 @@ def test_sketches_of_a_layer(device):
     words = torch.randn(2, 5, V, generator=generator)
     sequence_RT = torch.tensor([[0, 0, 1, 1, -1], [2, 2, 2, -1, -1]])
 
-    def sketch(where, d, a, words, sequence_RT, prompt_S):
-        projections = Projections(4, 3, where, [(30, 20), (30,), (V, 20)])
+    def sketch(given):
+        d, a, words, sequence_RT, prompt_S = given
+        projections = Projections(4, 3, d.device, [(30, 20), (30,), (V, 20)])
         found = []
         for rows in (SequenceRows(prompt_S[:2], None, 2), SequenceRows(prompt_S, sequence_RT, 2)):
             left, right = projections.fold_side(d, "out", 0), projections.fold_side(a, "in", 0)
@@ -330,11 +245,7 @@ def test_sketches_of_a_layer(device):
         return found
 
     given = (d, a, words, sequence_RT, torch.tensor([7, 7, 8]))
-    expected = sketch(torch.device("cpu"), *given)
-    far = away(given, device)
-    with far_away(device, cpu_is_fine=True):
-        found = sketch(device, *far)
-    assert_there(found, expected, device)
+    assert_same_there(sketch, given, device, cpu_is_fine=True)
 
 
 def test_figures_of_a_step(device):
@@ -349,15 +260,13 @@ def test_figures_of_a_step(device):
         "reward_B": torch.randint(2, (8,), generator=generator).float(),
     }
 
-    def figures(sketch_BMK, tensors):
+    def figures(given):
+        sketch_BMK, tensors = given
         step = StepGradients(**tensors, baseline_size=4)
         rmse = predicted_rmse(sketch_BMK, step.prompt_B)
         metrics = interference_metrics(step, sketch_rmse=rmse, features_PP=sketch_BMK[:2, 0] @ sketch_BMK[:2, 0].T)
         return metrics, directional_curvature(step), fisher_trace(step)
 
-    expected = figures(sketch_BMK, tensors)
-    assert len(expected[0]) > 15
-    far = away((sketch_BMK, tensors), device)
-    with far_away(device, cpu_is_fine=True):  # eigenvalues of small matrices
-        found = figures(*far)
-    assert_there(found, expected, device)
+    # eigenvalues of small matrices are the CPU's
+    metrics, *_ = assert_same_there(figures, (sketch_BMK, tensors), device, cpu_is_fine=True)
+    assert len(metrics) > 15

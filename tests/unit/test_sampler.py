@@ -1,5 +1,6 @@
 """Sampler against trainer: by hand, against distributions that are known, and warnings before a run."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -28,13 +29,13 @@ def test_by_hand():
     found = sampler_metrics(batch(log, [[0.0] * 2] * 3, [[1, 1], [1, 1], [1, 0]]), ALONE)
     ratios = [2.0, 0.5, 1.0, 4.0, 4.0]
     # their logs sum to log 2 + log(1/2) + 0 + log 4 + log 4
-    assert found["sampler/kl"] == pytest.approx((sum(ratios) - 5 - 2 * torch.log(torch.tensor(4.0)).item()) / 5)
+    assert found["sampler/kl"] == pytest.approx((sum(ratios) - 5 - 2 * math.log(4)) / 5)
     assert found["sampler/chi_square"] == pytest.approx((1 + 0.25 + 0 + 9 + 9) / 5)
     assert found["sampler/ess_tokens"] == pytest.approx(11.5**2 / (5 * (4 + 0.25 + 1 + 16 + 16)))
     assert found["sampler/ess"] == pytest.approx((1 + 4 + 4) ** 2 / (3 * (1 + 16 + 16)))  # products 1, 4, 4
 
 
-def test_what_cannot_be_known_is_left_out():
+def test_tokens_without_a_log_prob_are_left_out():
     nan = float("nan")
     one = sampler_metrics(batch([[0.5, 0.7]], [[0.1, nan]]), ALONE)  # vLLM couldn't score it
     assert one == sampler_metrics(batch([[0.5]], [[0.1]]), ALONE)
@@ -47,7 +48,7 @@ def test_what_cannot_be_known_is_left_out():
 
 
 @given(st.lists(st.floats(-2, 2), min_size=2, max_size=6), st.lists(st.floats(-2, 2), min_size=2, max_size=6))
-def test_they_are_those_of_the_distributions(mu, pi):
+def test_metrics_of_samples_are_those_of_the_distributions(mu, pi):
     """Every token as often as the sampler draws it: a batch in which counts are exact."""
     n = min(len(mu), len(pi))
     counts = (torch.tensor(mu[:n]).double().softmax(0) * 200).round().clamp(min=1)
@@ -61,7 +62,7 @@ def test_they_are_those_of_the_distributions(mu, pi):
     assert found["sampler/ess"] == pytest.approx(1 / (1 + chi_square), rel=1e-4) == found["sampler/ess_tokens"]
 
 
-def test_a_run_whose_rollouts_tell_their_log_probs(tiny_policy, tmp_path):
+def test_a_run_whose_rollouts_return_their_log_probs(tiny_policy, tmp_path):
     """As with vLLM, by a rollout function: a sampler that gave every token half of what the trainer does."""
 
     def reward(completion_ids, **kwargs):
@@ -76,7 +77,7 @@ def test_a_run_whose_rollouts_tell_their_log_probs(tiny_policy, tmp_path):
         with torch.no_grad():
             logits = [trainer.model(row).logits[0].log_softmax(-1) for row in whole]
         logps = [
-            [float(one[len(a) - 1 + place, token]) - 0.6931472 for place, token in enumerate(b)]
+            (one[len(a) - 1 : -1].gather(1, torch.tensor(b)[:, None])[:, 0] - math.log(2)).tolist()
             for one, a, b in zip(logits, ids, completions, strict=True)
         ]
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": logps}
@@ -85,7 +86,7 @@ def test_a_run_whose_rollouts_tell_their_log_probs(tiny_policy, tmp_path):
     options = {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "skip_zero_advantage": False}
     trainer = train(tiny_policy, tmp_path, reward, rollout_func=rollouts, interference_every=0, **options)
     log = logged(trainer)[0]
-    assert log["sampler/kl"] == pytest.approx(2 - 1 - 0.6931472, abs=1e-3)
+    assert log["sampler/kl"] == pytest.approx(2 - 1 - math.log(2), abs=1e-3)
     assert log["sampler/chi_square"] == pytest.approx(1.0, abs=1e-3)
     assert log["sampler/ess"] == pytest.approx(1.0, abs=1e-4)  # all alike: as good as its own, times a constant
 
@@ -103,10 +104,10 @@ def test_a_run_whose_rollouts_tell_their_log_probs(tiny_policy, tmp_path):
     ],
 )
 def test_truncated_sampling_is_named(options, named):
-    said = []
+    logged = []
     defaults = {"use_vllm": True, "vllm_importance_sampling_correction": True, "top_p": 1.0, "top_k": 0, "min_p": None}
     args = SimpleNamespace(**{**defaults, "generation_kwargs": None, **options})
-    warn_about_truncated_sampling(args, said.append)
-    assert len(said) == (named is not None)
+    warn_about_truncated_sampling(args, logged.append)
+    assert len(logged) == (named is not None)
     if named:
-        assert said[0].startswith(f"{named}: vLLM samples from a truncated distribution") and "6789" in said[0]
+        assert logged[0].startswith(f"{named}: vLLM samples from a truncated distribution") and "6789" in logged[0]

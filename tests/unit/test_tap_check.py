@@ -1,4 +1,4 @@
-"""Layers that aren't followed rightly are found out: the sum over sequences isn't the parameter's gradient."""
+"""Layers whose taps record something else are found out: the sum over sequences isn't the parameter's gradient."""
 
 import pytest
 import torch
@@ -22,14 +22,14 @@ class Unseen(nn.Module):
         self.first, self.second, self.unused = nn.Linear(6, 6), ScaledAfterwards(6, 6), nn.Linear(6, 6)
         self.frozen_part, self.right = nn.Linear(6, 6, bias=False), nn.Linear(6, 4)
 
-    def forward(self, x, idle=False):
+    def forward(self, x):
         x = self.second(torch.tanh(self.first(x)))
         x = torch.nn.functional.linear(torch.tanh(x), self.unused.weight, self.unused.bias)
         return self.right(torch.tanh(x) + 0 * self.frozen_part(x))
 
 
 @pytest.mark.parametrize("dim", [0, 8])
-def test_a_layer_that_is_followed_wrongly_is_left_out(dim):
+def test_a_layer_whose_sum_is_not_its_gradient_is_left_out(dim):
     torch.manual_seed(0)
     model = Unseen()
     sketch = GradientSketch(model, dim)
@@ -74,7 +74,7 @@ def test_gradients_that_dont_fit_are_named():
         sketch.exclude_mismatches([torch.ones(3), None])
 
 
-def test_a_gradient_that_overflowed_tells_nothing():
+def test_a_gradient_that_overflowed_is_not_checked():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
     sketch = GradientSketch(model, 8)

@@ -1,5 +1,7 @@
 """No result depends on what lies in memory that nobody wrote: every buffer is NaN before each call."""
 
+from functools import partial
+
 import pytest
 import torch
 from kernel_inputs import BACKENDS
@@ -23,13 +25,10 @@ def head(dtype, n_vocabulary, *, trainable, low_rank, entropy, count=33):
     torch.manual_seed(n_vocabulary)
     hidden = torch.randn(count, 24).to(dtype).requires_grad_()
     weight = (torch.randn(n_vocabulary, 24) / 5).to(dtype).requires_grad_(trainable)
-    low = None
-    if low_rank:
-        low = torch.randn(count, 3).to(dtype).requires_grad_(), torch.randn(n_vocabulary, 3).to(dtype).requires_grad_()
+    low = tuple(torch.randn(n, 3).to(dtype).requires_grad_() for n in (count, n_vocabulary)) if low_rank else None
     targets, sequence = torch.randint(0, n_vocabulary, (count,)), torch.arange(count) % 4
     advantages = torch.tensor([1.0, 0.0, -1.0, 0.5])
-    old = torch.zeros(count) - torch.rand(count)
-    options = {"old_logprobs_N": old, "entropy_coef": 0.1 if entropy else 0.0, "low_rank": low}
+    options = {"old_logprobs_N": -torch.rand(count), "entropy_coef": 0.1 if entropy else 0.0, "low_rank": low}
     loss = linear_grpo_loss(hidden, weight, targets, sequence, advantages, torch.full((4,), 1 / count), **options)
     logprobs, entropies = linear_logprob(hidden, weight, targets, entropy=True, low_rank=low)
     (loss.loss + (logprobs * advantages[sequence]).sum() + (entropies.square().sum() if entropy else 0.0)).backward()
@@ -37,11 +36,13 @@ def head(dtype, n_vocabulary, *, trainable, low_rank, entropy, count=33):
     return [loss.loss, loss.logprobs, logprobs, entropies, *(x.grad for x in tensors if x.grad is not None)]
 
 
-def assert_same(given, poisoned):
-    assert len(given) == len(poisoned) > 0
-    for clean, other in zip(given, poisoned, strict=True):
-        assert torch.equal(clean, other)
-        assert clean.isfinite().all()
+def assert_memory_does_not_matter(call):
+    """``call`` returns the same finite tensors with and without NaN in what it leaves uninitialised."""
+    clean = call()
+    with poisoned_memory():
+        poisoned = call()
+    assert clean and all(tensor.isfinite().all() for tensor in clean)
+    torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -59,10 +60,7 @@ def test_the_head_reads_nothing_that_it_did_not_write(dtype, native, threads, mo
             for trainable, low_rank, entropy in ((True, False, False), (False, False, False), (True, True, True)):
                 options = {"trainable": trainable, "low_rank": low_rank, "entropy": entropy}
                 with assume_native_half(native):
-                    clean = head(dtype, n_vocabulary, **options)
-                    with poisoned_memory():
-                        poisoned = head(dtype, n_vocabulary, **options)
-                assert_same(clean, poisoned)
+                    assert_memory_does_not_matter(partial(head, dtype, n_vocabulary, **options))
     finally:
         torch.set_num_threads(before)
 
@@ -70,23 +68,17 @@ def test_the_head_reads_nothing_that_it_did_not_write(dtype, native, threads, mo
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_interpreted_kernels_read_nothing_that_they_did_not_write(dtype):
     for n_vocabulary in (1, 17, 35, 64):
+        options = {"trainable": True, "low_rank": False, "entropy": True, "count": 5}
         with use_backend("triton"):
-            clean = head(dtype, n_vocabulary, trainable=True, low_rank=False, entropy=True, count=5)
-            with poisoned_memory():
-                poisoned = head(dtype, n_vocabulary, trainable=True, low_rank=False, entropy=True, count=5)
-        assert_same(clean, poisoned)
+            assert_memory_does_not_matter(partial(head, dtype, n_vocabulary, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_padding_beside_a_bfloat16_tile_matters_to_somebody(dtype):
+def test_the_padding_of_a_tile_is_zero_in_poisoned_memory(dtype):
     """The helper finds what it is for: without the head's zeros a row's padding would be NaN."""
     with poisoned_memory():
-        made = products.HeadProducts(
-            [(torch.randn(20, 8).to(dtype), torch.randn(35, 8).to(dtype))],
-            dtype,
-            want_inputs=[True],
-            want_weights=[True],
-        )
+        factors = [(torch.randn(20, 8).to(dtype), torch.randn(35, 8).to(dtype))]
+        made = products.HeadProducts(factors, dtype, want_inputs=[True], want_weights=[True])
         tile = made.logits(slice(0, 20))
         padded = tile.as_strided((20, 48), (tile.stride(0), 1))
         assert tile.stride(0) == 48 and (padded[:, 35:] == 0).all() and padded[:, :35].isfinite().all()
@@ -100,10 +92,7 @@ def test_normalisation(backend, method):
     rewards = torch.rand(5, 7)
     rewards[1, 2], rewards[2] = torch.nan, 0.5
     with use_backend(backend):
-        clean = run(rewards, method)
-        with poisoned_memory():
-            poisoned = run(rewards, method)
-    assert torch.equal(clean, poisoned) and clean.isfinite().all()
+        assert_memory_does_not_matter(lambda: [run(rewards, method)])
 
 
 @pytest.mark.parametrize("dim", [0, 8])
@@ -119,10 +108,7 @@ def test_sketches(dim, dtype):
             model(ids).float().square().sum().backward()
         return [recorded[0].sketch]
 
-    clean = sketch()
-    with poisoned_memory():
-        poisoned = sketch()
-    assert_same(clean, poisoned)
+    assert_memory_does_not_matter(sketch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -142,7 +128,4 @@ def test_packed_attention(dtype):
         out.float().square().sum().backward()
         return [out, *(x.grad for x in given)]
 
-    clean = attend()
-    with poisoned_memory():
-        poisoned = attend()
-    assert_same(clean, poisoned)
+    assert_memory_does_not_matter(attend)

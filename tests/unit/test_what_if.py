@@ -4,7 +4,8 @@ whose true gradients are known.
 Shapes: P prompts, K possible answers, G drawn ones, D parameters.
 """
 
-from dataclasses import astuple
+import itertools
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -51,9 +52,18 @@ def drawn():
     return score, reward
 
 
-def step_of(score_PGD, reward_PG, method, weight=0.25, **options):
-    advantage = normalize_rewards(reward_PG, method, **options)
-    return -(weight * advantage[:, :, None] * score_PGD).sum((0, 1))
+def prompt_steps(score_PGD, reward_PG, method):
+    """(P, D) each prompt's part of a step with ``method``."""
+    advantage_PG = normalize_rewards(reward_PG, method, **({"alpha": 0.5} if method == "power" else {}))
+    return -(0.25 * advantage_PG[:, :, None] * score_PGD).sum(1)
+
+
+def step_of(score_PGD, reward_PG, method):
+    return prompt_steps(score_PGD, reward_PG, method).sum(0)
+
+
+def cosine(a, b) -> float:
+    return float(a @ b / a.norm() / b.norm())
 
 
 @pytest.mark.parametrize("trained", ["std", "mean", "rank"])
@@ -64,19 +74,16 @@ def test_cosine_factor_and_share_are_of_the_methods_own_steps(drawn, trained):
     assert {"mean", "std", "max_rl", "power", "batch_std", "rank"} <= set(table.rows)
     steps = {}
     for name, row in table.rows.items():
-        steps[name] = its = step_of(score, reward, name, **({"alpha": 0.5} if name == "power" else {}))
-        assert row.cos == pytest.approx(float(its @ now / its.norm() / now.norm()), abs=1e-10)
+        steps[name] = its = step_of(score, reward, name)
+        assert row.cos == pytest.approx(cosine(its, now), abs=1e-10)
         assert row.factor == pytest.approx(float(its @ now / now.square().sum()), rel=1e-8)
-        advantage = normalize_rewards(reward, name, **({"alpha": 0.5} if name == "power" else {}))
-        of_prompts = -(0.25 * advantage[:, :, None] * score).sum(1)
+        of_prompts = prompt_steps(score, reward, name)
         torch.testing.assert_close(row.share_P, of_prompts @ its / its.square().sum(), rtol=1e-8, atol=1e-10)
         assert float(row.share_P.sum()) == pytest.approx(1)
     assert table.rows[trained].cos == pytest.approx(1) and table.rows[trained].factor == pytest.approx(1)
-    names = list(table.rows)
-    for i, one in enumerate(names):
-        for j, other in enumerate(names):
-            a, b = steps[one], steps[other]
-            assert float(table.mutual_MM[i, j]) == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-10)
+    for i, a in enumerate(steps.values()):
+        for j, b in enumerate(steps.values()):
+            assert float(table.mutual_MM[i, j]) == pytest.approx(cosine(a, b), abs=1e-10)
             assert float(table.factor_MM[i, j]) == pytest.approx(float(a.norm() / b.norm()), rel=1e-8)
 
 
@@ -101,7 +108,7 @@ def test_sequences_may_come_in_any_order(drawn):
     assert astuple(gradient_noise(shuffled)) == pytest.approx(astuple(gradient_noise(scores)))
 
 
-def test_scores_that_are_missing(drawn):
+def test_methods_that_need_missing_scores_are_left_out(drawn):
     """Trained with ``none``, wrong answers have no score: ``mean`` and noise need them, ``none`` doesn't."""
     score, reward = drawn
     table = what_if(make_scores(score, reward, "none"), candidates(["none", "mean", "global"]))
@@ -116,51 +123,40 @@ def test_scores_that_are_missing(drawn):
     assert table.absent == {"none": "6 sequences without a score would have an advantage"}  # the all-equal group's
 
 
-def test_scored_beside_the_step(drawn):
-    """Sequences of advantage 0 scored at advantage 1: every method is there, and as if it had been trained with."""
+def test_dead_sequences_scored_in_an_extra_pass_admit_every_method(drawn):
+    """Sequences of advantage 0, scored at advantage 1: each method's step is the one that training with it makes."""
     score, reward = drawn
     scores = make_scores(score, reward, "std")
     dead = scores.advantage_B == 0
     coefficient = torch.where(dead, -0.25, scores.coefficient_B)
     contribution = coefficient[:, None] * score.flatten(0, 1)
-    whole = StepScores(
-        contribution @ contribution.T,
-        coefficient,
-        torch.where(dead, 1.0, scores.score_advantage_B),
-        scores.advantage_B,
-        scores.prompt_B,
-        scores.position_B,
-        reward,
-    )
-    table = what_if(whole, candidates(METHODS))
+    score_advantage = torch.where(dead, 1.0, scores.score_advantage_B)
+    whole = {
+        "gram_BB": contribution @ contribution.T,
+        "coefficient_B": coefficient,
+        "score_advantage_B": score_advantage,
+    }
+    table = what_if(replace(scores, **whole), candidates(METHODS))
     assert set(table.rows) == set(METHODS)
     now = step_of(score, reward, "std")
     for name in ("none", "global"):
-        its = step_of(score, reward, name)
-        assert table.rows[name].cos == pytest.approx(float(its @ now / its.norm() / now.norm()), abs=1e-10)
+        assert table.rows[name].cos == pytest.approx(cosine(step_of(score, reward, name), now), abs=1e-10)
 
 
-def test_sequences_of_no_token_are_nothing_under_any(drawn):
+def test_sequences_without_a_token_add_nothing(drawn):
     score, reward = drawn
     scores = make_scores(score, reward)
     cut = (scores.prompt_B == 0) & (scores.position_B == 0)
-    masked = StepScores(
-        torch.where(cut | cut[:, None], 0.0, scores.gram_BB),
-        torch.where(cut, 0.0, scores.coefficient_B),
-        scores.score_advantage_B,
-        scores.advantage_B,
-        scores.prompt_B,
-        scores.position_B,
-        reward,
-    )
+    gram_BB = scores.gram_BB.masked_fill(cut | cut[:, None], 0.0)
+    masked = replace(scores, gram_BB=gram_BB, coefficient_B=scores.coefficient_B.masked_fill(cut, 0.0))
     row = what_if(masked, candidates(["mean"])).rows["mean"]
     score = score.clone()
     score[0, 0] = 0.0
-    its, now = step_of(score, reward, "mean"), step_of(score, reward, "std")
-    assert row.cos == pytest.approx(float(its @ now / its.norm() / now.norm()), abs=1e-10)
+    expected = cosine(step_of(score, reward, "mean"), step_of(score, reward, "std"))
+    assert row.cos == pytest.approx(expected, abs=1e-10)
 
 
-def test_what_can_not_be_told(drawn):
+def test_what_cannot_be_computed_is_left_out_with_a_reason(drawn):
     score, reward = drawn
     part = make_scores(score, reward, chosen=torch.arange(36) % 5 > 0)
     assert raw_gradient_factors(part)[1] == "the step holds parts of groups" and gradient_noise(part) is None
@@ -170,22 +166,22 @@ def test_what_can_not_be_told(drawn):
     assert nothing.absent == {"mean": "the step's gradient is 0"} and not nothing.rows
 
 
-def test_a_function_of_ones_own(drawn):
+def test_a_function_as_normalisation(drawn):
     score, reward = drawn
 
     def best_only(rewards_PG, context):
         return torch.where(rewards_PG == rewards_PG.amax(1, keepdim=True), 1.0, 0.0) * (context["lengths"] > 0)
 
-    lengths = torch.ones_like(reward)
-    table = what_if(make_scores(score, reward), candidates([best_only, "std"]), context={"lengths": lengths})
+    chosen, context = candidates([best_only, "std"]), {"lengths": torch.ones_like(reward)}
+    table = what_if(make_scores(score, reward), chosen, context=context)
     name = next(iter(table.absent))
     assert name.endswith("best_only") and "without a score" in table.absent[name]
     reward[2, 0] = 0.0
-    table = what_if(make_scores(score, reward), candidates([best_only, "std"]), context={"lengths": lengths})
+    table = what_if(make_scores(score, reward), chosen, context=context)
     assert len(table.rows) == 2 and 0 < table.rows[name].cos < 1
 
 
-def test_a_normalisation_that_there_is_not():
+def test_an_unknown_normalisation_is_named():
     with pytest.raises(ValueError, match="Did you mean 'mean'"):
         candidates(["maen"])
     with pytest.raises(ValueError, match="alpha=3"):
@@ -207,12 +203,8 @@ def test_pairs_of_pairs_by_loops(drawn):
     reward = reward + torch.arange(6.0) / 7
     found = answer_pair_moments(all_scored(score, reward))
     for p in range(3):
-        h = {
-            (i, j): (reward[p, i] - reward[p, j]) * (score[p, i] - score[p, j]) / 2
-            for i in range(6)
-            for j in range(6)
-            if i < j
-        }
+        pairs = itertools.combinations(range(6), 2)
+        h = {(i, j): (reward[p, i] - reward[p, j]) * (score[p, i] - score[p, j]) / 2 for i, j in pairs}
         inner = {n: [] for n in (0, 1, 2)}
         for a in h:
             for b in h:

@@ -23,6 +23,10 @@ from .validate import OUR_STATE
 logger = get_logger(__name__)
 
 
+class RunCompleteError(Exception):
+    """The checkpoint that training resumes from is of the run's last step."""
+
+
 class CheckpointState(TrainerCallback):
     """Saves the states of the normalisation and of the interference log, and restores them when training resumes.
 
@@ -33,6 +37,13 @@ class CheckpointState(TrainerCallback):
         self, normalizer: Normalizer, interference: InterferenceRecorder, *, on_start: Iterable[Callable[[], None]]
     ) -> None:
         self.normalizer, self.interference, self.on_start = normalizer, interference, on_start
+        self.stops_complete_runs = False
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # transformers would train one step more, at each restart of a command with resume_from_checkpoint="auto"
+        if self.stops_complete_runs and state.global_step >= state.max_steps:
+            logger.warning(f"The run is complete: its checkpoint is of step {state.global_step} of {state.max_steps}.")
+            raise RunCompleteError
 
     def save(self, state: Any) -> None:
         """Writes our state into the trainer's state, whose file is the last of a checkpoint."""

@@ -81,16 +81,7 @@ def softmax_rows_(
     )
     for rows in groups:
         tile = tile_CV[rows]
-        z = tile if tile.dtype == work_dtype else wide[: len(tile)].copy_(tile)
-        if bias is not None:
-            z.add_(bias)
-        if transform.softcap is not None:
-            z.mul_(transform.logit_scale / transform.softcap).tanh_()
-            if keep and tile is not z:
-                tile.copy_(z)
-            z = torch.mul(z, transform.softcap / transform.temperature, out=capped[: len(z)])
-        elif transform.slope != 1.0:
-            z.mul_(transform.slope)
+        z = _logits(tile, transform, bias, wide, capped, keep)
         high = z.amax(1, keepdim=True)
         d = torch.sub(z, high, out=scratch[: z.shape[0]])
         logprob = d.gather(1, targets_C[rows, None])
@@ -106,6 +97,26 @@ def softmax_rows_(
         if keep and transform.softcap is None:
             torch.mul(e, total.reciprocal_(), out=tile) if tile is z else tile.copy_(e.mul_(total.reciprocal_()))
     return RowStatistics(high_C, log_total_C, logprob_C, entropy_C)
+
+
+def _logits(
+    tile: torch.Tensor,
+    transform: Transform,
+    bias: torch.Tensor | None,
+    wide: torch.Tensor,
+    capped: torch.Tensor,
+    keep: bool,
+) -> torch.Tensor:
+    """Returns the logits of a group of rows, in the tile's memory or in that of ``wide`` or ``capped``."""
+    z = tile if not wide.numel() else wide[: len(tile)].copy_(tile)
+    if bias is not None:
+        z.add_(bias)
+    if transform.softcap is not None:
+        z.mul_(transform.logit_scale / transform.softcap).tanh_()
+        if keep and tile is not z:
+            tile.copy_(z)
+        return torch.mul(z, transform.softcap / transform.temperature, out=capped[: len(z)])
+    return z if transform.slope == 1.0 else z.mul_(transform.slope)
 
 
 def logit_gradient_(
@@ -147,19 +158,7 @@ def logit_gradient_(
         factor_C = size_C * transform.slope
     for rows in _groups(tile_CV, statistics.logprob.dtype):
         tile = tile_CV[rows]
-        p = tile.to(statistics.logprob.dtype, copy=True)
-        entropy = None if statistics.entropy is None else statistics.entropy[rows, None]
-        if transform.softcap is not None:  # the tile holds tanh(y logit_scale / softcap), with slope 1 - tanh^2
-            cap_slope = 1 - p.square()
-            logp = p.mul_(transform.softcap / transform.temperature).sub_(statistics.high[rows, None])
-            logp.sub_(statistics.log_total[rows, None])
-            if tile.dtype != logp.dtype:  # tanh was rounded to the tile's dtype, so probabilities are normalised again
-                logp.sub_(logp.logsumexp(1, keepdim=True)).clamp_(min=-1e30)
-            p = logp.exp()
-            if entropy is not None and tile.dtype != logp.dtype:
-                entropy = -torch.linalg.vecdot(p, logp)[:, None]
-        else:
-            logp = p.log()
+        p, logp, entropy, cap_slope = _probabilities(tile, rows, statistics, transform)
         p.scatter_(1, index[rows], at_target[rows])
         if size_C is not None and entropy_grad_C is not None and entropy is not None:
             c, e = (g[rows, None] / size_C[rows, None] for g in (logprob_grad_C, entropy_grad_C))
@@ -169,8 +168,31 @@ def logit_gradient_(
             p.sub_(log_term)
         else:
             p.scatter_(1, index[rows], torch.expm1(statistics.logprob[rows])[:, None])
-        tile.copy_(p.mul_(cap_slope) if transform.softcap is not None else p)
+        tile.copy_(p if cap_slope is None else p.mul_(cap_slope))
     return tile_CV, factor_C
+
+
+def _probabilities(
+    tile: torch.Tensor, rows: slice, statistics: RowStatistics, transform: Transform
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Returns p and log p of a group of rows, their entropies, and the softcap's slope, from what softmax_rows_ left.
+
+    With a softcap the tile holds tanh(y logit_scale / softcap), whose slope is 1 - tanh^2.
+    """
+    p = tile.to(statistics.logprob.dtype, copy=True)
+    entropy = None if statistics.entropy is None else statistics.entropy[rows, None]
+    if transform.softcap is None:
+        return p, p.log(), entropy, None
+    cap_slope = 1 - p.square()
+    logp = p.mul_(transform.softcap / transform.temperature).sub_(statistics.high[rows, None])
+    logp.sub_(statistics.log_total[rows, None])
+    rounded = tile.dtype != logp.dtype  # tanh was rounded to the tile's dtype, so probabilities are normalised again
+    if rounded:
+        logp.sub_(logp.logsumexp(1, keepdim=True)).clamp_(min=-1e30)
+    p = logp.exp()
+    if rounded and entropy is not None:
+        entropy = -torch.linalg.vecdot(p, logp)[:, None]
+    return p, logp, entropy, cap_slope
 
 
 def grpo_rows_(

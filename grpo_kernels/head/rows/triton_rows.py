@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_kernels.head.token_losses import TokenInputs, TokenLoss
+from grpo_kernels.head.token_losses import GroupRewards, TokenInputs, TokenLoss
 from grpo_kernels.launch import launch
 from grpo_kernels.normalize.methods import METHODS
 from grpo_kernels.normalize.triton_groups import Groups, group_centre_and_scale
@@ -335,38 +335,15 @@ def grpo_rows_(
     groups = None
     if rewards is not None:
         groups = Groups(rewards.rewards.float(), rewards.rewards.shape[1], rewards.eps, rewards.alpha)
-    advantages_N, old_N, ref_N, policy_scale_N = (
-        None if x is None else x.float() for x in (tokens.advantages, tokens.old, tokens.ref, tokens.policy_scale)
-    )
-    inputs = Tokens(
-        rows=torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows,
-        targets=tokens.targets,
-        sequence=tokens.sequence,
-        position=None if rewards is None else rewards.position,
-        weights=tokens.weights.float(),
-        advantages=advantages_N,
-        old=old_N,
-        ref=ref_N,
-        policy_scale=policy_scale_N,
-    )
-    numbers = LossNumbers(
-        low=1.0 - options.epsilon_low,
-        high=1.0 + options.epsilon_high if options.surrogate == "clip" else options.epsilon_high,
-        delta=options.delta,
-        sapo_positive=options.sapo_positive,
-        sapo_negative=options.sapo_negative,
-        beta=options.beta,
-        entropy_grad=-entropy_grad if entropy_grad else None,
-    )
     logs = Logs(*_columns(7, count, device))
     tile, output = _tile(tile_CV, bias, transform), _gradient(tile_CV, dtype)
     launch(
         _grpo_rows_kernel,
         (count,),
         tile,
-        inputs,
+        _tokens(tokens, rows, rewards, device),
         groups,
-        numbers,
+        _loss_numbers(options, entropy_grad),
         logs,
         output if gradient else None,
         CENTRE=method.centre,
@@ -378,3 +355,34 @@ def grpo_rows_(
         num_warps=NUM_WARPS,
     )
     return {**logs._asdict(), "clipped": logs.clipped > 0}, output.rows, output.factor
+
+
+def _tokens(
+    tokens: TokenInputs, rows: torch.Tensor | slice, rewards: GroupRewards | None, device: torch.device
+) -> Tokens:
+    advantages_N, old_N, ref_N, policy_scale_N = (
+        None if x is None else x.float() for x in (tokens.advantages, tokens.old, tokens.ref, tokens.policy_scale)
+    )
+    return Tokens(
+        rows=torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows,
+        targets=tokens.targets,
+        sequence=tokens.sequence,
+        position=None if rewards is None else rewards.position,
+        weights=tokens.weights.float(),
+        advantages=advantages_N,
+        old=old_N,
+        ref=ref_N,
+        policy_scale=policy_scale_N,
+    )
+
+
+def _loss_numbers(options: TokenLoss, entropy_grad: float) -> LossNumbers:
+    return LossNumbers(
+        low=1.0 - options.epsilon_low,
+        high=1.0 + options.epsilon_high if options.surrogate == "clip" else options.epsilon_high,
+        delta=options.delta,
+        sapo_positive=options.sapo_positive,
+        sapo_negative=options.sapo_negative,
+        beta=options.beta,
+        entropy_grad=-entropy_grad if entropy_grad else None,
+    )
