@@ -32,10 +32,10 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from trl import GRPOTrainer
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from grpo_kernels.interference.layer_taps import kinds_of
+from grpo_kernels.interference.layer_taps import parameter_kinds
 from trl_ext import CurvatureGRPOTrainer, read_interference
 from trl_ext.probe_model import why_rows_mix
-from trl_ext.recorder.layer_check import rehearse
+from trl_ext.recorder.layer_check import probe_layers
 from trl_ext.tasks.small_policy import build_tokenizer
 
 PROMPTS, GENERATIONS, STEPS = 4, 4, 3
@@ -171,9 +171,9 @@ class Row:
 
 def what_runs(trainer: CurvatureGRPOTrainer) -> str:
     """In a few words."""
-    micro_batches = trainer._parts.micro_batches
+    micro_batches = trainer._components.micro_batches
     if not micro_batches.skipping:
-        (why,) = [text for text in trainer._parts.run.log_once._logged if text.startswith("Every sequence runs")]
+        (why,) = [text for text in trainer._components.run.log_once._logged if text.startswith("Every sequence runs")]
         return f"all, as TRL: {why.split(': ', 1)[1].rstrip('.')}"
     trimming = micro_batches.limits.trimming
     sides = {(True, True): "on both sides", (False, True): "after answers"}
@@ -212,7 +212,7 @@ def compare_trainers(
         ours = train(CurvatureGRPOTrainer, model, adapter(), **options)
         if theirs is not None:
             row.errors = (*row.errors, largest_error(ours.steps, theirs))
-        micro_batches = ours.trainer._parts.micro_batches
+        micro_batches = ours.trainer._components.micro_batches
         if every:
             row.runs = what_runs(ours.trainer)
             row.check = max(ours.checks, key=lambda check: abs(check - 1), default=math.nan)
@@ -251,14 +251,14 @@ def compare_sketch(row: Row, model: torch.nn.Module, adapter: PeftConfig | None)
     if why_rows_mix(model) is not None:
         raise ValueError("switched off: rows mix")
     loss, parameters = weighted_loss(model), {n: p for n, p in model.named_parameters() if p.requires_grad}
-    sketch = GradientSketch(model, dim=0, strict=False)
+    sketch = GradientSketch(model, dim=0, on_error=lambda *_: None)
     names = {id(parameter): name for name, parameter in parameters.items()}
     tapped, untapped = [names[id(parameter)] for parameter in sketch.tapped_parameters], sketch.untapped
-    rehearse(sketch, model, Accelerator(cpu=True), lambda *text: None)
+    probe_layers(sketch, model, Accelerator(cpu=True), lambda *text: None)
     row.left_out = [name for name in sketch.untapped if name not in untapped]
     with sketch.step(0) as recorded, sketch.rows(torch.arange(len(WEIGHTS))):
         loss(WEIGHTS).backward()
-    row.left_out += sketch.leave_out_wrong([parameter.grad for parameter in parameters.values()])  # as a step does
+    row.left_out += sketch.exclude_mismatches([parameter.grad for parameter in parameters.values()])  # as a step does
     parts = recorded[0].sketch[:, 0].split([parameters[name].numel() for name in tapped], dim=1)
 
     alone = [[w if j == i else 0.0 for j, w in enumerate(WEIGHTS)] for i in range(len(WEIGHTS))]
@@ -289,11 +289,11 @@ def sketched(row: Row) -> str:
     if row.sketch_fails is not None:
         return row.sketch_fails
     if row.wrong:
-        return f"WRONG: {kinds_of(row.wrong)}"
+        return f"WRONG: {parameter_kinds(row.wrong)}"
     text = f"{row.coverage:.2f}"
     for what, names in (("left out", row.left_out), ("no tap", row.untapped)):
         if names:
-            text += f"; {what}: {kinds_of([_short(name) for name in names])}"
+            text += f"; {what}: {parameter_kinds([_short(name) for name in names])}"
     return text
 
 

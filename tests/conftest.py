@@ -75,7 +75,7 @@ def passes(monkeypatch) -> list[tuple[int, int]]:
     """(sequences, columns) of each forward with a gradient through the backbone, the rehearsal's left aside."""
     import torch
 
-    monkeypatch.setattr("trl_ext.recorder.recorder.rehearse", lambda *args: None)
+    monkeypatch.setattr("trl_ext.recorder.recorder.probe_layers", lambda *args: None)
     seen = []
     forward = torch.nn.Embedding.forward
 

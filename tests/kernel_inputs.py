@@ -197,7 +197,7 @@ def make_scores(score_PGD, reward_PG, method="std", weight=0.25, chosen=None, **
     return StepScores(
         gram_BB=(contribution @ contribution.T)[row][:, row],
         coefficient_B=coefficient.flatten()[row],
-        made_at_B=advantage.flatten()[row],
+        score_advantage_B=advantage.flatten()[row],
         advantage_B=advantage.flatten()[row],
         prompt_B=row // count,
         position_B=row % count,

@@ -72,7 +72,7 @@ def recorded_step(group_rewards, known):
     table = SequenceTable(
         **dict.fromkeys(("prompt_id", "prompt_key"), prompt_B),
         **dict.fromkeys(("position", "length"), position_B),
-        **dict.fromkeys(("advantage", "made_at"), advantage_B),
+        **dict.fromkeys(("advantage", "score_advantage"), advantage_B),
         weight=torch.ones(n),
         group_rewards=rewards_BG,
         function_rewards=reward_B[:, None],

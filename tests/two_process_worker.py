@@ -55,7 +55,7 @@ class Signals(TrainerCallback):
         self.trainer, self.kill_at, self.states = trainer, kill_at, []
 
     def _keep(self):
-        states = [state.state_dict() for state in self.trainer._parts.normalizer.states]
+        states = [state.state_dict() for state in self.trainer._components.normalizer.states]
         self.states.append(json.loads(json.dumps(states)))
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -186,13 +186,13 @@ def make_faults(trainer, spec):
     """What goes wrong in this run on purpose."""
     rank = trainer.accelerator.process_index
     if spec["wrong_layer"]:  # multiplies what it is given by three, which its tap can't know, and isn't rehearsed
-        interference_recorder.rehearse = lambda *args: None
+        interference_recorder.probe_layers = lambda *args: None
         layer = trainer.model.get_submodule(spec["wrong_layer"])
         layer.forward = lambda x, forward=layer.forward: forward(3 * x)
     if spec["blind"] == rank:  # a process that can't look at its log
         watch.diagnose = lambda run: 1 / 0
     if spec["most_dense"] is not None:
-        measure.MOST_DENSE = spec["most_dense"]
+        measure.MAX_DENSE = spec["most_dense"]
     if spec["no_memory"] and rank == 1:
         run_out_of_memory(trainer, *spec["no_memory"])
 

@@ -101,7 +101,7 @@ class _OnceFilter(logging.Filter):
 
 
 def limit_unscored_warning() -> None:
-    """Lets TRL warn once per trainer of completions without a reward: it warns at every step, with a whole row."""
+    """Limits TRL's warning about completions without a reward, which it logs at every step, to once per trainer."""
     logger = logging.getLogger(grpo_trainer.__name__)
     for earlier in [added for added in logger.filters if isinstance(added, _OnceFilter)]:
         logger.removeFilter(earlier)

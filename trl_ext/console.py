@@ -22,11 +22,10 @@ COLUMNS = (
     ("s/step", 7, "step_time", "{:.2f}"),
 )
 LEGEND = (
-    "reward, accuracy: of the sampled answers. held-out: accuracy on problems never trained on. zero-var: share of\n"
-    "prompts whose answers all got the same reward, so that nothing can be learned from them: they aren't run, and\n"
-    "entropy is of the others.\n"
-    "loss is about 0 by construction, and no sign of trouble: on policy every ratio is 1, and it is the mean of the\n"
-    "advantages, weighed by length, which sum to 0 in a group. Its gradient isn't 0: watch reward and grad."
+    "reward, accuracy: of the sampled answers. held-out: accuracy on problems that aren't trained on. zero-var: share\n"
+    "of prompts whose answers all have the same reward. They have no gradient and aren't run; entropy is of the rest.\n"
+    "A loss of about 0 is expected: on policy every ratio is 1, so the loss is the mean of the advantages, weighted\n"
+    "by length, which sum to 0 in a group. Its gradient isn't 0: watch reward and grad."
 )
 
 ADVISE_AFTER = 2  # logged steps in a row with the same problem
@@ -37,15 +36,15 @@ def advice(metrics: Mapping[str, float | None], max_completion_length: int) -> d
     found = {}
     if metrics.get("completions/clipped_ratio") == 1:
         found["cut"] = (
-            f"every answer was cut at max_completion_length={max_completion_length} before it ended, so that none is "
-            "whole. Raise --max_completion_length, or ask for shorter answers (--instruction)."
+            f"every answer was cut at max_completion_length={max_completion_length} before it ended. "
+            "Raise --max_completion_length, or ask for shorter answers (--instruction)."
         )
     if metrics.get("accuracy") == 0:
         found["wrong"] = (
-            "every answer was wrong: all groups are equal, and nothing can be learned from them. Take easier questions "
-            "(--dataset, --levels), a stronger model (--model_name_or_path), more answers a prompt "
-            "(--num_generations); or the model doesn't see what is asked: --log_completions true shows its answers, "
-            "--prompt_style and --instruction change the question."
+            "every answer was wrong, so no group has a gradient. Take easier questions (--dataset, --levels), a "
+            "stronger model (--model_name_or_path), or more answers per prompt (--num_generations). Or the model "
+            "misunderstands the question: --log_completions true shows its answers, --prompt_style and --instruction "
+            "change the prompt."
         )
     return found
 

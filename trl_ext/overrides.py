@@ -12,7 +12,7 @@ def overridden(trainer: Any, ours: type, *names: str) -> str | None:
     """Returns the reason to log if a subclass of ``ours`` overrides one of these methods, or None."""
     for name in names:
         if getattr(type(trainer), name) is not getattr(ours, name):
-            return f"{type(trainer).__name__} has a {name} of its own"
+            return f"{type(trainer).__name__} overrides {name}"
     return None
 
 

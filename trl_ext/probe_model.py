@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from grpo_kernels.backend import rounds_products
-from grpo_kernels.interference.layer_taps import whole_shape
+from grpo_kernels.interference.layer_taps import full_shape
 
 T = TypeVar("T")
 
@@ -22,20 +22,15 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return zero3 or accelerator.distributed_type == DistributedType.FSDP
 
 
-def can_run(model: torch.nn.Module, accelerator: Accelerator, *, prepared: bool = False) -> bool:
-    """Returns whether the model can run a forward pass: its parameters are loaded, and not sharded.
-
-    A sharded model can run once the engine has wrapped it (``prepared``): the engine's hooks then gather the
-    parameters, if every rank runs the model at the same time.
-    """
-    loaded = not any(parameter.is_meta for parameter in model.parameters())
-    return loaded and (prepared or not is_sharded(accelerator))
+def is_loaded(model: torch.nn.Module) -> bool:
+    """Returns whether the model's parameters are loaded, not on the meta device."""
+    return not any(parameter.is_meta for parameter in model.parameters())
 
 
 def probe_ids(model: Any, rows: int, tokens: int) -> torch.Tensor:
     """Returns made-up token ids, (rows, tokens)."""
     weight = model.get_input_embeddings().weight
-    return (torch.arange(rows * tokens, device=weight.device) * 7 % whole_shape(weight)[0]).view(rows, tokens)
+    return (torch.arange(rows * tokens, device=weight.device) * 7 % full_shape(weight)[0]).view(rows, tokens)
 
 
 def detect_half_products(model: torch.nn.Module, run: Callable[[], T]) -> tuple[T, bool]:
@@ -45,13 +40,13 @@ def detect_half_products(model: torch.nn.Module, run: Callable[[], T]) -> tuple[
     """
     half: list[bool] = []
 
-    def look(module: torch.nn.Module, args: Any, output: Any) -> None:
+    def record(module: torch.nn.Module, args: Any, output: Any) -> None:
         weight = next(module.parameters(recurse=False), None)
         if isinstance(output, torch.Tensor) and weight is not None:
             half.append(not weight.is_floating_point() or rounds_products(output.device, output.dtype, weight.dtype))
 
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    handles = [module.register_forward_hook(look) for module in linear]
+    handles = [module.register_forward_hook(record) for module in linear]
     try:
         return run(), any(half)
     finally:

@@ -42,8 +42,8 @@ class Overrides:
 
 
 @dataclass(frozen=True)
-class RolloutParts:
-    """The parts of the trainer that ``Rollouts`` uses.
+class RolloutComponents:
+    """The components that ``Rollouts`` uses.
 
     ``on_batch(rewarded, task_names, first)`` is called with each training batch; ``first``: the first of its optimizer
     step.
@@ -118,17 +118,17 @@ class Rollouts:
     ``latest_advantages`` (P, G) are the advantages of the latest training batch, of all ranks.
     """
 
-    def __init__(self, trainer: Any, run: RunSettings, parts: RolloutParts) -> None:
-        self.trainer, self.run, self.parts = trainer, run, parts
+    def __init__(self, trainer: Any, run: RunSettings, components: RolloutComponents) -> None:
+        self.trainer, self.run, self.components = trainer, run, components
         self.latest_advantages: torch.Tensor | None = None
         self.failures = RewardFailures(run.accelerator.num_processes)
-        self.check_reward_functions()
+        self.wrap_reward_functions()
         self.generations = GenerationCount()
         self.task_names = TaskNames(run.accelerator.num_processes, run.log_once)
         self.task_means = {"train": TaskMeans(), "eval": TaskMeans()}
-        self.resampling = Resampling(run, parts.normalizer) if run.options.resample_zero_variance else None
+        self.resampling = Resampling(run, components.normalizer) if run.options.resample_zero_variance else None
 
-    def check_reward_functions(self) -> None:
+    def wrap_reward_functions(self) -> None:
         """Wraps the reward functions in checks, also those that a callback has added since."""
         trainer = self.trainer
         functions: Any = vars(trainer)["reward_funcs"]
@@ -139,35 +139,35 @@ class Rollouts:
 
         ``overrides``: the methods that a subclass overrides, which forbid skipping or postponing.
         """
-        trainer, parts = self.trainer, self.parts
+        trainer, components = self.trainer, self.components
         training, step = trainer.model.training, trainer.state.global_step
         generation = self.generations.next(step) if training else 0
-        obstacle = overrides.log_probs or overrides.plan or parts.micro_batches.mixed
+        obstacle = overrides.log_probs or overrides.plan or components.micro_batches.mixed
         postpone = why_not_postponed(self.run.options, settings, obstacle) is None
         postponed = False
 
         def run_rollout(examples: Any) -> tuple[Batch, RewardedBatch]:
             nonlocal postponed
-            rollout = Rollout(trainer, self._check_prompts, self._calculate_rewards, parts.seconds, postpone)
+            rollout = Rollout(trainer, self._check_prompts, self._calculate_rewards, components.seconds, postpone)
             output, rewarded = self._run_rollout(rollout, generate, examples)
             postponed |= rollout.postponed
             return output, rewarded
 
         output, rewarded = run_rollout(inputs)
         if training:
-            parts.micro_batches.limits.probe(trainer.model)
+            components.micro_batches.limits.probe(trainer.model)
             if self.resampling is not None:
                 source = {"dataset": trainer.train_dataset, "step": step, "generation": generation}
                 output, rewarded = self.resampling.fill(output, rewarded, trainer._logs, run_rollout, **source)
         output = self._with_advantages(output, rewarded, training=training, postponed=postponed)
         if training:
-            parts.on_batch(rewarded, self.task_names, generation == 0)
+            components.on_batch(rewarded, self.task_names, generation == 0)
         if not postponed:
             return output
-        with parts.seconds.stage("log_probs", training):
+        with components.seconds.stage("log_probs", training):
             rows = Sequences(output)
-            used_B = parts.micro_batches.used(rows, settings, overrides.plan, training=training)
-            return output | parts.log_probs.columns(rows, used_B, trainer.model, training=training)
+            used_B = components.micro_batches.used(rows, settings, overrides.plan, training=training)
+            return output | components.log_probs.columns(rows, used_B, trainer.model, training=training)
 
     def _run_rollout(self, rollout: Rollout, generate: Generate, examples: Any) -> tuple[Batch, RewardedBatch]:
         if self.resampling is not None:
@@ -178,18 +178,18 @@ class Rollouts:
         return output, rollout.rewarded
 
     def _check_prompts(self, prompts: Any) -> None:
-        check_batch(prompts, self.parts.context, self.run.log_once)
+        check_batch(prompts, self.components.context, self.run.log_once)
 
     def _calculate_rewards(
         self, calculate: Callable[..., Any], inputs: Any, prompts: Any, completions: Any, completion_ids: Any
     ) -> tuple[torch.Tensor, RewardedBatch]:
         """Returns the rewards (B, F) of all ranks for TRL, and the ``RewardedBatch`` for our advantages."""
         trainer, accelerator = self.trainer, self.run.accelerator
-        self.check_reward_functions()
-        self.parts.normalizer.follow(read_reward_settings(trainer))
+        self.wrap_reward_functions()
+        self.components.normalizer.follow(read_reward_settings(trainer))
         if trainer.num_generations != self.run.num_generations:
-            self.parts.recorder.stop(f"num_generations={trainer.num_generations} was set while training")
-        with self.parts.seconds.stage("rewards", trainer.model.training):
+            self.components.recorder.stop(f"num_generations={trainer.num_generations} was set while training")
+        with self.components.seconds.stage("rewards", trainer.model.training):
             rewards_BF = calculate(inputs, prompts, completions, completion_ids)
             self.failures.raise_on_all_ranks(accelerator.process_index)
         self.run.log({"completions/repetition": mean_repetition(completion_ids, accelerator)})
@@ -205,7 +205,7 @@ class Rollouts:
     def _with_advantages(self, output: Batch, rewarded: RewardedBatch, *, training: bool, postponed: bool) -> Batch:
         """Computes the advantages and logs their metrics. Returns TRL's dict with our columns."""
         trainer, mode = self.trainer, "train" if training else "eval"
-        normalized, metrics = self.parts.normalizer(rewarded, training=training)
+        normalized, metrics = self.components.normalizer(rewarded, training=training)
         sums = task_sums(rewarded, normalized, self.task_names.names)
         self.task_means[mode].into(trainer._metrics[mode], sums)
         self.run.log(metrics if postponed else metrics | sampler_metrics(Sequences(output), self.run.accelerator))

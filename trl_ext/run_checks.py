@@ -18,7 +18,7 @@ from .elastic_restart import OWN_STORE, lacks_own_store
 from .options import read_options
 
 logger = get_logger(__name__)
-MOST_ROWS = 1000  # rows of a dataset that are checked before the run
+MAX_ROWS = 1000  # rows of a dataset that are checked before the run
 # The most tokens that a chat template is expected to add. A text has at most as many tokens as bytes, so a short prompt
 # needn't be tokenized.
 TEMPLATE_TOKENS = 256
@@ -27,7 +27,7 @@ TEMPLATE_TOKENS = 256
 def check_before_model(args: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
     """Raises ``ValueError`` for contradicting options and unusable datasets, before a model is loaded.
 
-    It reads the first ``MOST_ROWS`` rows of a dataset's stored columns. It calls no transform and draws no random
+    It reads the first ``MAX_ROWS`` rows of a dataset's stored columns. It calls no transform and draws no random
     number. ``check_batch`` checks later rows when they are drawn.
 
     Args:
@@ -72,8 +72,8 @@ def warn_about_engine(args: Any, accelerator: Accelerator, log_once: Callable[[s
     fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if fsdp and accelerator.distributed_type != DistributedType.FSDP:
         log_once(
-            f"FSDP was asked for, and {accelerator.distributed_type.value} is what runs: accelerate has FSDP for GPUs "
-            "alone, with several processes. Every process holds the whole model."
+            f"FSDP is requested, but {accelerator.distributed_type.value} runs: accelerate supports FSDP only on GPUs, "
+            "with several processes. Every rank holds the full model."
         )
 
 
@@ -86,9 +86,9 @@ def warn_about_truncated_sampling(args: Any, log_once: Callable[[str], None]) ->
     named = ", ".join(f"{name}={given[name]}" for name, truncates in cuts.items() if truncates)
     if named:
         log_once(
-            f"{named}: vLLM samples from a part of the distribution, and its importance ratio compares with the whole "
-            "of the trainer's. It is biased: below 1 on average, by the share that is cut off, and what is never "
-            "sampled is never corrected. Set top_p=1.0, top_k=0 and min_p=None, or "
+            f"{named}: vLLM samples from a truncated distribution, but its importance ratio uses the trainer's full "
+            "distribution. The ratio is biased: its mean is below 1 by the truncated share, and it can't correct for "
+            "tokens that are never sampled. Set top_p=1.0, top_k=0 and min_p=None, or "
             "vllm_importance_sampling_correction=False (TRL issue 6789)."
         )
 
@@ -122,7 +122,7 @@ def _refuse_empty(prompt: Any, what: str) -> None:
         raise ValueError(f"{what} is empty ({prompt!r}); nothing can be generated from it")
 
 
-def _stored_prompts(dataset: Any, most: int | None = MOST_ROWS) -> Iterator[Any]:
+def _stored_prompts(dataset: Any, most: int | None = MAX_ROWS) -> Iterator[Any]:
     """Yields the first ``most`` stored prompts (None: all). A stream or a dataset with a transform yields none."""
     stored = hasattr(dataset, "__len__") and hasattr(dataset, "with_format") and not has_transform(dataset)
     if not stored or "prompt" not in dataset.column_names:
@@ -205,7 +205,7 @@ def read_context(processing_class: Any, model: Any, args: Any, log_once: Callabl
 
 
 def check_stored_context(dataset: Any, context: Context | None) -> None:
-    """Checks that the first ``MOST_ROWS`` stored prompts fit into the context."""
+    """Checks that the first ``MAX_ROWS`` stored prompts fit into the context."""
     if context is not None:
         context.check(_stored_prompts(dataset), lambda row: f"The prompt of row {row} of train_dataset")
 

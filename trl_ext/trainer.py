@@ -12,7 +12,7 @@ backbone, head and loss in one pass           loss_step.py, objective/fused.py, 
 backward: each sequence's gradient            recorder/recorder.py
 log, run folder, warnings                     recorder/files.py, report/run_files.py, report/watch.py
 
-``parts.py`` builds the objects that do this work.
+``components.py`` builds the objects that do this work.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from .checkpoints.callbacks import RunCompleteError
 from .checkpoints.find import AUTO, find_checkpoint
 from .checkpoints.save import checkpoint_folder, complete_or_none, saved_when
 from .compat import read_position
+from .components import Components, before_model, build_components
 from .objective.token_weights import token_weights
 from .paper import PAPER
-from .parts import Parts, before_model, build_parts
 from .plan.micro_batches import micro_batch
 from .plan.rules import dead_sequences
 from .process_group import keep_process_group
 from .schema import Batch, Sequences
 
 
-def parts_of(trainer: Any) -> Parts | None:
-    """Returns the trainer's parts; None for a trainer built without ``__init__``, as TRL's own tests build mocks.
+def components_of(trainer: Any) -> Components | None:
+    """Returns the trainer's components; None for a trainer built without ``__init__``, as TRL's own tests build mocks.
 
-    Without parts, every method does what TRL's does.
+    Without them, every method does what TRL's does.
     """
-    return vars(trainer).get("_parts")
+    return vars(trainer).get("_components")
 
 
 def applied(trainer: Any) -> AbstractContextManager[None]:
     """Returns the context in which the trainer's model has our head and hooks."""
-    parts = parts_of(trainer)
-    return nullcontext() if parts is None else parts.patches.applied()
+    components = components_of(trainer)
+    return nullcontext() if components is None else components.patches.applied()
 
 
 class CurvatureGRPOTrainer(GRPOTrainer):
@@ -72,8 +72,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         """Builds the trainer. Raises ``ValueError`` for contradicting options before it loads a model."""
         with before_model(self, model, args, rest, kwargs):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        self._parts = build_parts(self, CurvatureGRPOTrainer)
-        for callback in self._parts.callbacks:
+        self._components = build_components(self, CurvatureGRPOTrainer)
+        for callback in self._components.callbacks:
             self.add_callback(callback)
 
     # ---- rollouts, rewards, advantages
@@ -81,10 +81,10 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> Batch:
         """Returns TRL's dict, with our advantages and columns."""
         generate = super()._generate_and_score_completions
-        if (parts := parts_of(self)) is None:
+        if (components := components_of(self)) is None:
             return generate(inputs)
         with applied(self):
-            return parts.rollouts.batch(generate, inputs, parts.loss_settings(), parts.overrides())
+            return components.rollouts.batch(generate, inputs, components.loss_settings(), components.overrides())
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         """Runs TRL's method on the model with our head."""
@@ -101,20 +101,20 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """Returns the next micro-batch; in training it holds only sequences with a gradient."""
         inputs = super()._prepare_inputs(generation_batch)
-        if (parts := parts_of(self)) is None or not self.model.training:
+        if (components := components_of(self)) is None or not self.model.training:
             return inputs
-        return parts.micro_batches.next(self._buffered_inputs, read_position(self), parts.step_request())
+        return components.micro_batches.next(self._buffered_inputs, read_position(self), components.step_request())
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Runs forward and backward of a micro-batch; records gradients in steps that log interference."""
-        if (parts := parts_of(self)) is None:
+        if (components := components_of(self)) is None:
             return super().training_step(model, inputs, num_items_in_batch)
         position = read_position(self)
-        recorded = parts.recorder.micro_batch(position, self.model, lambda: parts.micro_batches.skipping)
-        with applied(self), parts.seconds.stage("step"), recorded:
+        recorded = components.recorder.micro_batch(position, self.model, lambda: components.micro_batches.skipping)
+        with applied(self), components.seconds.stage("step"), recorded:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if position.last:
-            self._log_metrics(parts.seconds.take())
+            self._log_metrics(components.seconds.take())
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -122,25 +122,25 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         part = micro_batch(inputs)
         if not part.runs:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
-        if (parts := parts_of(self)) is not None and self.model.training:
-            rows, settings = Sequences(inputs), parts.loss_settings()
+        if (components := components_of(self)) is not None and self.model.training:
+            rows, settings = Sequences(inputs), components.loss_settings()
             if part.is_trls:
                 rows = rows.with_columns(token_weight=token_weights(rows, settings, training=True))
 
             def dead() -> list[Sequences]:
                 return [*dead_sequences(rows), *part.not_run]
 
-            parts.recorder.rows(rows, part.skipped, read_position(self), settings, dead)
+            components.recorder.rows(rows, part.skipped, read_position(self), settings, dead)
         return super().compute_loss(model, inputs, *rest, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         """Computes the loss in one pass over the head if it is a sum over single tokens; else TRL computes it."""
         compute = super()._compute_loss
-        if (parts := parts_of(self)) is None or not parts.run.options.fused_loss:
+        if (components := components_of(self)) is None or not components.run.options.fused_loss:
             return compute(model, inputs)
         accumulation = self.current_gradient_accumulation_steps if self.model.training else None
         with applied(self):
-            return parts.losses.loss(model, inputs, parts.loss_settings(), compute, accumulation)
+            return components.losses.loss(model, inputs, components.loss_settings(), compute, accumulation)
 
     # ---- signals, log, checkpoints, end
 
@@ -151,8 +151,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             prompt_id_P: (P,) ``prompt_id`` of some prompts of the latest batch.
             curvature_P: (P,) their curvatures.
         """
-        if (parts := parts_of(self)) is not None:
-            parts.normalizer.observe_curvature(prompt_id_P, curvature_P)
+        if (components := components_of(self)) is not None:
+            components.normalizer.observe_curvature(prompt_id_P, curvature_P)
 
     def _log_metrics(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -163,12 +163,12 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
         It skips incomplete checkpoints, and so does True. With "auto" a run that is complete isn't trained further.
         """
-        if (parts := parts_of(self)) is None:
+        if (components := components_of(self)) is None:
             return super().train(resume_from_checkpoint, *rest, **kwargs)
         found = find_checkpoint(resume_from_checkpoint, self.args.output_dir, get_logger(__name__).warning)
-        parts.checkpoint_state.stops_complete_runs = resume_from_checkpoint == AUTO
+        components.checkpoint_state.stops_complete_runs = resume_from_checkpoint == AUTO
         try:
-            with applied(self), saved_when(RewardFailed, self, parts.random_states):
+            with applied(self), saved_when(RewardFailed, self, components.random_states):
                 return super().train(found, *rest, **kwargs)
         except RunCompleteError:
             return TrainOutput(self.state.global_step, 0.0, {})
@@ -185,9 +185,9 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Saves a checkpoint with our state in it. A save that fails leaves no incomplete folder."""
-        if (parts := parts_of(self)) is None:
+        if (components := components_of(self)) is None:
             return super()._save_checkpoint(model, trial)
-        parts.checkpoint_state.save(self.state)
+        components.checkpoint_state.save(self.state)
         with complete_or_none(checkpoint_folder(self), self.args.output_dir):
             super()._save_checkpoint(model, trial)
 

@@ -1,4 +1,4 @@
-"""How the gradients of a step's prompts interfere: sketches of gradients, inner products, metrics."""
+"""Measures how the prompts' gradients of an optimizer step interfere: sketches, inner products, metrics."""
 
 from .gradient_recorder import GradientRecorder, RecordedGradients
 

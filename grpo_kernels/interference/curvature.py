@@ -1,11 +1,11 @@
-"""Curvature of each prompt's objective, and the constants of the paper's assumptions, from gradients and rewards.
+"""Estimates the curvature of each prompt's objective, and the constants of the paper's assumptions.
 
 Shapes: B sequences, P prompts, G completions of one prompt.
 
-arXiv 2601.23135. A sequence's score s_i is the gradient of log pi(o_i | q_p), summed over its tokens: u_i / c_i, known
-where c_i isn't 0. a_i is its reward less its group's mean here; raw_p = mean of a_i s_i over the prompt's sequences is
-the paper's gradient, whatever the normalisation trained with. A sequence whose score isn't known counts in means over
-a group where its a_i is 0 to rounding, and is left out otherwise (masked for its length, say).
+Source: arXiv 2601.23135. A sequence's score s_i is the gradient of log pi(o_i | q_p), summed over its tokens. It is
+u_i / c_i, and unknown if c_i is 0. a_i is the reward minus its group's mean. raw_p, the mean of a_i s_i over the
+prompt's sequences, is the paper's gradient for every normalisation. A sequence with an unknown score counts in a
+group's mean if its a_i is 0 up to rounding. Otherwise (for example, if its length masks it) it is left out.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ import torch
 
 from .step_gradients import CANCELLED, PromptGroups, StepGradients, group_by_prompt
 
-ROUNDING = 1e-6  # of a group's sigma: an a_i below it is 0
-LEAST_FOR_CORRELATION = 3  # two points always correlate perfectly
+ROUNDING = 1e-6  # an a_i below this share of its group's sigma counts as 0
+MIN_POINTS = 3  # two points always correlate perfectly
 
 
 def directional_curvature(step: StepGradients | PromptGroups) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P,) int64 prompts and (P,) kappa_p = mean_i a_i (s_i . v_i)^2, v_i the direction of raw_p **without** i.
+    """Returns the signed curvature kappa_p = mean_i a_i <s_i, v_i>^2 along each prompt's gradient.
 
-    Signed. With i in it the statistic measures itself: a completion of large a_i pulls the direction to itself. Only
-    the prompts where it is defined: scores known, rewards that differ, two sequences.
+    v_i is the direction of raw_p without sequence i. With i included the statistic is biased: a completion with a large
+    a_i turns the direction towards its own score.
+
+    Returns:
+        The prompts' ids (P,) int64 and curvatures (P,), for prompts with known scores, different rewards and at least
+        two sequences.
     """
     groups = group_by_prompt(step)
     if groups.coefficient_B is None:
@@ -35,7 +39,7 @@ def directional_curvature(step: StepGradients | PromptGroups) -> tuple[torch.Ten
 
 
 def fisher_trace(step: StepGradients | PromptGroups) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P,) int64 prompts and (P,) F_p = mean_i norm(s_i)^2, of the prompts that have a known score."""
+    """Returns the ids (P,) int64 and F_p = mean_i |s_i|^2 (P,) of the prompts that have a known score."""
     groups = group_by_prompt(step)
     trace_P = _fisher_trace(groups, _scores(groups))
     defined_P = ~trace_P.isnan()
@@ -43,18 +47,20 @@ def fisher_trace(step: StepGradients | PromptGroups) -> tuple[torch.Tensor, torc
 
 
 def curvature_metrics(groups: PromptGroups) -> dict[str, float]:
-    """``curvature/`` and ``theory/``, without the score-based where coefficients are unknown. May hold NaN or inf.
+    """Returns the metrics under ``curvature/`` and ``theory/``, possibly NaN or inf.
 
-    * ``curvature/sigma_mean``: mean over prompts with a scorable completion of the population std of their rewards.
-    * ``curvature/fisher_trace_mean``; ``fisher_variance_corr``: Pearson correlation over prompts of F_p and sigma_p^2,
-      ``fisher_variance_n`` over how many. Paper, Table 1: 0.342 within an iteration.
-    * ``curvature/directional_corr``, ``directional_n``: Pearson correlation of kappa_p and sigma_p.
-    * ``theory/m_bound_p95``: 95th percentile over ordered pairs with <raw_p, raw_q> > 0 of the least M of Assumption 4,
-      norm(S_p raw_q)^2 / (norm(S_p)^2 <raw_p, raw_q>), S_p the rows s_i, its norm spectral. ``negative_pairs_frac``:
-      share of pairs with <raw_p, raw_q> <= 0, for which no M will do. Both see a sketch's error where gradients are
-      nearly orthogonal: compare with an exact run before reading much into M.
-    * ``theory/r1``, ``theory/r2``: Assumption 5, the largest ratio of two prompts' norm(raw_p), and of their sigma_p,
-      among those above 0.
+    * ``curvature/sigma_mean``: mean population std of a prompt's rewards, over prompts with a scorable completion.
+    * ``curvature/fisher_trace_mean``: mean of F_p.
+    * ``curvature/fisher_variance_corr``: Pearson correlation of F_p and sigma_p^2 over ``fisher_variance_n`` prompts.
+      The paper's Table 1 has 0.342 within an iteration.
+    * ``curvature/directional_corr``: Pearson correlation of kappa_p and sigma_p over ``directional_n`` prompts.
+    * ``theory/m_bound_p95``: 95th percentile, over ordered pairs with <raw_p, raw_q> > 0, of the smallest M that
+      satisfies Assumption 4: |S_p raw_q|^2 / (|S_p|^2 <raw_p, raw_q>), with the scores s_i as rows of S_p and its
+      spectral norm. ``theory/negative_pairs_frac``: share of pairs with <raw_p, raw_q> <= 0, for which no M exists. A
+      sketch's error affects both if gradients are nearly orthogonal; compare with an exact run before you interpret M.
+    * ``theory/r1``, ``theory/r2`` (Assumption 5): the largest ratio of two prompts' positive |raw_p|, and sigma_p.
+
+    Without coefficients, only ``curvature/sigma_mean`` and ``theory/r2``.
     """
     sigma_P = groups.sigma_P
     metrics = {"curvature/sigma_mean": sigma_P[~sigma_P.isnan()].mean().item()}
@@ -75,12 +81,20 @@ def curvature_metrics(groups: PromptGroups) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores of the sequences: which are known, 1 / c_i (0 where unknown), their inner products within a prompt."""
+    """The sequences' scores.
+
+    Attributes:
+        known_B: (B,) bool, whether the score is known.
+        inverse_B: (B,) 1 / c_i, 0 if unknown.
+        gram_PGG: (P, G, G) inner products of the scores of each prompt.
+        centred_PG: (P, G) a_i, 0 if the score is unknown.
+        counted_P: (P,) number of sequences in a group's mean.
+    """
 
     known_B: torch.Tensor
     inverse_B: torch.Tensor
     gram_PGG: torch.Tensor
-    centred_PG: torch.Tensor  # a_i, 0 where the score isn't known
+    centred_PG: torch.Tensor
     counted_P: torch.Tensor
 
 
@@ -105,16 +119,16 @@ def _scores(groups: PromptGroups) -> _Scores:
 
 
 def _fisher_trace(groups: PromptGroups, scores: _Scores) -> torch.Tensor:
-    """(P,) F_p, NaN where no score is known."""
+    """Returns (P,) F_p, NaN if no score is known."""
     square_B = groups.products.squares() * scores.inverse_B.square()
     return groups.sum_by_prompt(square_B) / groups.sum_by_prompt(scores.known_B.double())
 
 
 def _directional_curvature(groups: PromptGroups, scores: _Scores) -> torch.Tensor:
-    """(P,) kappa_p, NaN where undefined. A sequence without which raw_p is 0 has no direction, and adds nothing."""
+    """Returns (P,) kappa_p, NaN if undefined. A sequence i adds nothing if raw_p without i is 0."""
     a_PG = scores.centred_PG
     square_PG = scores.gram_PGG.diagonal(dim1=1, dim2=2)
-    # s_i . raw_p and norm(raw_p)^2, times the count, which directions don't need
+    # <s_i, raw_p> and |raw_p|^2 times the count, which cancels in directions
     along_PG = (scores.gram_PGG @ a_PG[:, :, None])[:, :, 0]
     norm2_P1 = (a_PG * along_PG).sum(1, keepdim=True)
     along_others_PG = along_PG - a_PG * square_PG
@@ -128,11 +142,11 @@ def _directional_curvature(groups: PromptGroups, scores: _Scores) -> torch.Tenso
 
 
 def _assumptions(groups: PromptGroups, scores: _Scores) -> dict[str, float]:
-    """Assumptions 4 and 5 on raw gradients."""
+    """Returns the metrics of Assumptions 4 and 5."""
     inverse_B, row_B, n_prompts = scores.inverse_B, groups.row_B, len(groups.prompt_P)
-    weight_B = groups.centred_B * inverse_B / scores.counted_P[row_B].clamp(min=1)  # raw_p = sum of weight_i u_i
+    weight_B = groups.centred_B * inverse_B / scores.counted_P[row_B].clamp(min=1)  # raw_p = sum weight_i u_i
     raw_PP = groups.products.of_sums(row_B, n_prompts, weight_B, weight_B[None])[0]
-    score_raw2_PP = groups.products.squared_along(row_B, n_prompts, inverse_B, weight_B)  # norm(S_p raw_q)^2
+    score_raw2_PP = groups.products.squared_along(row_B, n_prompts, inverse_B, weight_B)  # |S_p raw_q|^2
 
     summed_P = groups.sum_by_prompt(groups.products.squares() * weight_B.square())
     chosen_P = raw_PP.diagonal() > CANCELLED * summed_P
@@ -140,7 +154,9 @@ def _assumptions(groups: PromptGroups, scores: _Scores) -> dict[str, float]:
     if n_chosen < 2:
         return {}
     raw_PP, score_raw2_PP = (matrix[chosen_P][:, chosen_P] for matrix in (raw_PP, score_raw2_PP))
-    spectral2_P = torch.linalg.eigvalsh(scores.gram_PGG[chosen_P].cpu())[:, -1].to(raw_PP)  # less memory there
+    spectral2_P = torch.linalg.eigvalsh(scores.gram_PGG[chosen_P].cpu())[:, -1].to(
+        raw_PP
+    )  # on a GPU it needs much memory
     norm_P = raw_PP.diagonal().sqrt()
     different_PP = ~torch.eye(n_chosen, dtype=torch.bool, device=raw_PP.device)
     positive_PP = different_PP & (raw_PP > 0)
@@ -155,7 +171,7 @@ def _assumptions(groups: PromptGroups, scores: _Scores) -> dict[str, float]:
 
 
 def _quantile(values_N: torch.Tensor, q: float) -> float:
-    """Linear between neighbours, as ``torch.quantile``, which refuses more than 16 million values."""
+    """Returns the quantile like ``torch.quantile``, which refuses more than 16 million values."""
     place = q * (len(values_N) - 1)
     ordered_N = values_N.sort().values
     low, high = ordered_N[int(place)].item(), ordered_N[min(int(place) + 1, len(values_N) - 1)].item()
@@ -163,8 +179,8 @@ def _quantile(values_N: torch.Tensor, q: float) -> float:
 
 
 def _pearson(x_P: torch.Tensor, y_P: torch.Tensor) -> float:
-    """NaN for fewer than three points, or where either is constant to rounding."""
-    if len(x_P) < LEAST_FOR_CORRELATION:
+    """Returns Pearson's correlation; NaN for fewer than three points or a constant (up to rounding)."""
+    if len(x_P) < MIN_POINTS:
         return float("nan")
     x_P, y_P = ((v / v.abs().max().clamp(min=1e-300)) for v in (x_P, y_P))
     x_P, y_P = x_P - x_P.mean(), y_P - y_P.mean()

@@ -1,6 +1,6 @@
-"""``GradientRecorder``: how the prompts' gradients interfere, in any training loop.
+"""``GradientRecorder`` measures how the prompts' gradients interfere, in any training loop.
 
-Shapes: B sequences of a step, S of a micro-batch, R rows, T positions, M parts of a sketch, K numbers in each.
+Shapes: B sequences of a step, S of a micro-batch, R rows, T positions, M replicates of a sketch, K numbers in each.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from .step_gradients import PromptGroups, StepGradients, group_by_prompt
 
 @dataclass
 class RecordedGradients:
-    """One step's gradients by sequence, in the order of its ``rows``; readable once the step is over."""
+    """The per-sequence gradients of one step, in the order of its ``rows`` calls. Readable after the step."""
 
     _sketch: GradientSketch
     _recorded: list[StepSketch] = field(default_factory=list)
 
     @contextmanager
     def rows(self, prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None = None) -> Iterator[None]:
-        """Around the forward and backward passes of a micro-batch.
+        """Records the forward and backward pass of one micro-batch in this context.
 
         Args:
             prompt_S: (S,) integers, the prompt of each sequence.
-            sequence_RT: where a row isn't a sequence: (R, T), each position's sequence in [0, S), -1 for none.
+            sequence_RT: (R, T) integers, each position's sequence in [0, S), -1 for none. None: row i is sequence i.
         """
         with self._sketch.rows(prompt_S, sequence_RT):
             yield
 
     @property
     def step(self) -> StepSketch:
-        """The sketches; ``ValueError`` while the step is open."""
+        """The sketches. Raises ``ValueError`` while the step is open."""
         if not self._recorded:
-            raise ValueError("the step isn't over: read its gradients after the with block")
+            raise ValueError("the step is still open: read its gradients after the with block")
         return self._recorded[0]
 
     @property
@@ -49,11 +49,11 @@ class RecordedGradients:
         return self.step.prompt_B
 
     def inner_products(self) -> torch.Tensor:
-        """(B, B) float64 inner products of the sequences' parts of the gradient."""
+        """Returns the (B, B) float64 inner products of the per-sequence gradients."""
         return self.step.gram()
 
     def sketch_rmse(self) -> float:
-        """The predicted error of one cosine of two prompts' gradients; 0.0 where nothing is sketched."""
+        """Returns the predicted RMSE of one cosine of two prompts' gradients; 0.0 if the gradients are exact."""
         sketch_BMK = self.step.sketch
         return predicted_rmse(sketch_BMK, self.prompt_ids) if sketch_BMK.shape[1] > 1 else 0.0
 
@@ -72,15 +72,15 @@ class RecordedGradients:
         return interference_metrics(groups, sketch_rmse=self.sketch_rmse())
 
     def check_gradients(self) -> dict[str, float]:
-        """Compares what was recorded with each parameter's ``.grad``, which must be of this step alone and not clipped.
+        """Compares each parameter's recorded sum with its ``.grad``, which must be this step's alone and not clipped.
 
-        Returns the relative errors of the parameters that differ, by name. They aren't recorded from the next step on.
+        Returns the relative error of each parameter that differs, by name. The next step doesn't record them.
         """
-        return self._sketch.leave_out_wrong([parameter.grad for parameter in self._sketch.trainable_parameters])
+        return self._sketch.exclude_mismatches([parameter.grad for parameter in self._sketch.trainable_parameters])
 
 
 class GradientRecorder:
-    """Records each sequence's part of the gradient of an optimizer step, small enough to keep::
+    """Records a small sketch of each sequence's gradient in an optimizer step::
 
         recorder = GradientRecorder(model)
         with recorder.step(seed=number) as gradients:
@@ -91,16 +91,16 @@ class GradientRecorder:
         print(gradients.metrics(rewards)["interference/cos_mean"])
         optimizer.step()
 
-    Between steps nothing hangs on the model, and no forward or backward value changes. See ``GradientSketch`` for the
-    layers that are recorded, and what may wrap the model.
+    It adds hooks to the model only while a step is open, and changes no forward or backward value. ``GradientSketch``
+    lists the layers that it can record and the wrappers that the model may have.
 
     Args:
         model: any torch module.
-        dim: width k of the sketch, of k * k numbers a sequence. 0: gradients are kept as they are, for small models.
-        layers: patterns (``fnmatch``) of layer names; None: all that can be recorded.
+        dim: k; a sketch has k * k numbers per sequence. 0: it keeps exact gradients, for small models.
+        layers: patterns (``fnmatch``) of layer names; None: every layer that it can record.
 
     Raises:
-        ValueError: dim negative; a pattern that matches no layer; nothing trainable to record.
+        ValueError: ``dim`` is negative, a pattern matches no layer, or no trainable layer can be recorded.
     """
 
     def __init__(self, model: nn.Module, dim: int = 64, layers: Sequence[str] | None = None) -> None:
@@ -108,10 +108,10 @@ class GradientRecorder:
 
     @contextmanager
     def step(self, seed: int) -> Iterator[RecordedGradients]:
-        """Records the passes of one optimizer step. ``seed`` draws the projections: give the step's number.
+        """Records the passes of one optimizer step. ``seed`` draws the random projections: pass the step's number.
 
         Raises:
-            ValueError: ``seed`` isn't a whole number.
+            ValueError: ``seed`` isn't an integer.
         """
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seed={seed!r} must be a whole number: the step's number")

@@ -1,114 +1,89 @@
-"""Inner products of a step's vectors, as far as they are asked for: from their matrix, or from the vectors' columns.
+"""Computes inner products of a step's vectors (sketches), from their Gram matrix or from columns of the vectors.
 
-Shapes: B vectors, one a sequence; P prompts, G sequences of one prompt; K numbers of a vector; M, N sums.
+Shapes: B vectors, one per sequence; P prompts, G sequences of one prompt; K numbers of a vector; M, N sums of vectors.
 
-The matrix of a large step takes more memory than all of its vectors: 268 MB in float32 for 8192 sequences. What is
-logged of a step needs three things of it, and none is larger than P times P or P times G times G. With the columns of
-every vector spread over processes each of them is a sum over processes of the same thing made of a process's columns.
+The Gram matrix (B, B) of a large step takes more memory than its vectors: 268 MB in float32 for 8192 sequences. The
+metrics need only tensors of at most (P, P) or (P, G, G). If every rank holds some columns of all vectors, each of these
+tensors is the sum over ranks of the same tensor made from a rank's columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 
-PIECE = 4 << 20  # bytes of what is made at a time
+PIECE = 4 << 20  # bytes of a temporary tensor
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]  # the sum of a tensor over processes
-
-
-class InnerProducts(Protocol):
-    """Of vectors z_i. All that is returned is float64, and the same on every process.
-
-    ``row_B``: the prompt of each vector in [0, P). Where vectors are spread over processes every call is a collective
-    one.
-    """
-
-    def __len__(self) -> int:
-        """B."""
-
-    def squares(self) -> torch.Tensor:
-        """(B,) of |z_i|^2."""
-
-    def within(self, index_PG: torch.Tensor) -> torch.Tensor:
-        """(P, G, G): <z_i, z_j> of the vectors ``index_PG``."""
-
-    def of_sums(self, row_B: torch.Tensor, n_rows: int, left_B: torch.Tensor, right_NB: torch.Tensor) -> torch.Tensor:
-        """(N, P, P): <sum over p's i of left_i z_i, sum over q's j of right_j z_j>."""
-
-    def squared_along(
-        self, row_B: torch.Tensor, n_rows: int, scale_B: torch.Tensor, factor_B: torch.Tensor
-    ) -> torch.Tensor:
-        """(P, P): sum over p's i of <scale_i z_i, sum over q's j of factor_j z_j>^2."""
-
-    def of_totals(self, factor_MB: torch.Tensor) -> torch.Tensor:
-        """(M, M): <sum over all i of left_i z_i, sum over all j of right_j z_j> of every two rows."""
+Reduce = Callable[[torch.Tensor], torch.Tensor]  # returns the sum of a tensor over ranks
 
 
 def sum_rows(values_BN: torch.Tensor, row_B: torch.Tensor, n_rows: int) -> torch.Tensor:
-    """(P, N): the sums over each prompt's vectors."""
+    """Returns the sums (P, ...) over each prompt's rows of (B, ...); ``row_B`` is the prompt of each row."""
     return values_BN.new_zeros(n_rows, *values_BN.shape[1:]).index_add_(0, row_B, values_BN)
 
 
 def squared_norms(values_BK: torch.Tensor) -> torch.Tensor:
-    """(B,) float64, without a copy of all in float64."""
+    """Returns (B,) float64 squared norms, without a float64 copy of all values."""
     step = max(1, PIECE // (8 * max(values_BK.shape[1], 1)))
     return torch.cat([rows.double().square().sum(1) for rows in values_BK.split(step)])
 
 
 class MatrixProducts:
-    """Of their matrix ``gram_BB``, floating and symmetric; ``ValueError`` for one that isn't square."""
+    """Inner products of vectors z_i from their Gram matrix ``gram_BB`` (B, B), floating and symmetric.
+
+    All methods return float64. In their arguments, ``row_B`` (B,) is the prompt of each vector in [0, P), and
+    ``n_rows`` is P.
+    """
 
     def __init__(self, gram_BB: torch.Tensor) -> None:
-        if gram_BB.ndim != 2 or gram_BB.shape[0] != gram_BB.shape[1]:
-            raise ValueError(f"gram_BB has shape {tuple(gram_BB.shape)}: expected a square (B, B)")
         self.gram_BB = gram_BB.double()
 
     def __len__(self) -> int:
         return len(self.gram_BB)
 
     def squares(self) -> torch.Tensor:
+        """Returns (B,) |z_i|^2."""
         return self.gram_BB.diagonal()
 
     def within(self, index_PG: torch.Tensor) -> torch.Tensor:
+        """Returns (P, G, G) <z_i, z_j> of the vectors with the indices ``index_PG``."""
         return self.gram_BB[index_PG[:, :, None], index_PG[:, None, :]]
 
     def along(self, row_B: torch.Tensor, n_rows: int, factor_B: torch.Tensor) -> torch.Tensor:
-        """(B, P): <z_i, sum over q's j of factor_j z_j>."""
+        """Returns (B, P) <z_i, sum over prompt q's j of factor_j z_j>."""
         return sum_rows(factor_B.to(self.gram_BB)[:, None] * self.gram_BB, row_B, n_rows).T  # it is symmetric
 
     def of_sums(self, row_B: torch.Tensor, n_rows: int, left_B: torch.Tensor, right_NB: torch.Tensor) -> torch.Tensor:
+        """Returns (N, P, P) <sum over prompt p's i of left_i z_i, sum over prompt q's j of right_j z_j>."""
         left_B1 = left_B.to(self.gram_BB)[:, None]
         return torch.stack([sum_rows(left_B1 * self.along(row_B, n_rows, right), row_B, n_rows) for right in right_NB])
 
     def squared_along(
         self, row_B: torch.Tensor, n_rows: int, scale_B: torch.Tensor, factor_B: torch.Tensor
     ) -> torch.Tensor:
+        """Returns (P, P) sum over prompt p's i of <scale_i z_i, sum over prompt q's j of factor_j z_j>^2."""
         along_BP = scale_B.to(self.gram_BB)[:, None] * self.along(row_B, n_rows, factor_B)
         return sum_rows(along_BP.square(), row_B, n_rows)
 
     def of_totals(self, factor_MB: torch.Tensor) -> torch.Tensor:
+        """Returns (M, M) <sum over i of left_i z_i, sum over j of right_j z_j> for every two rows of factors."""
         factor_MB = factor_MB.to(self.gram_BB)
         return factor_MB @ self.gram_BB @ factor_MB.T
 
 
 class ColumnProducts:
-    """Of the vectors, of each of which this process holds the same columns.
+    """The same inner products from this rank's columns of the vectors. Every call is a collective.
 
-    Sums over a prompt's vectors are made in float32, products of sums in float64. They are fastest where the vectors
-    come prompt by prompt, as many of each.
+    It sums a prompt's vectors in float32, and multiplies sums in float64. It is fastest if the vectors are sorted by
+    prompt and every prompt has equally many.
 
     Args:
-        values_BK: float32, the columns that are here, of all vectors.
-        squares_B: |z_i|^2 over all columns.
-        reduce: the sum over processes.
-        first: the number of the first column that is here.
-        dropped_B: bool, vectors that count as 0.
-
-    Raises:
-        ValueError: values_BK isn't (B, K), or another one not (B,).
+        values_BK: (B, K) float32, this rank's columns of all vectors.
+        squares_B: (B,) |z_i|^2 over all columns.
+        reduce: returns the sum of a tensor over ranks.
+        first: the number of this rank's first column.
+        dropped_B: (B,) bool, vectors that count as 0; None: none.
     """
 
     def __init__(
@@ -120,11 +95,6 @@ class ColumnProducts:
         first: int = 0,
         dropped_B: torch.Tensor | None = None,
     ) -> None:
-        if values_BK.ndim != 2:
-            raise ValueError(f"values_BK has shape {tuple(values_BK.shape)}: expected (B, K)")
-        for name, value in (("squares_B", squares_B), ("dropped_B", dropped_B)):
-            if value is not None and tuple(value.shape) != (len(values_BK),):
-                raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({len(values_BK)},)")
         self.values_BK, self._reduce, self.first = values_BK, reduce, first
         self._squares_B, self._kept_B = squares_B.double(), None if dropped_B is None else (~dropped_B).double()
 
@@ -132,7 +102,7 @@ class ColumnProducts:
         return len(self.values_BK)
 
     def _sum(self, made: torch.Tensor) -> torch.Tensor:
-        """Over processes: made in float64, sent in float32."""
+        """Sums over ranks; sends float32 to halve the traffic."""
         return self._reduce(made.float()).double()
 
     def _factor(self, factor_B: torch.Tensor) -> torch.Tensor:
@@ -185,7 +155,7 @@ class ColumnProducts:
         return made_NPP
 
     def of_blocks(self, row_B: torch.Tensor, n_rows: int, blocks: Sequence[slice]) -> torch.Tensor:
-        """(len(blocks), P, P): inner products of the prompts' sums, over these columns of all alone."""
+        """Returns (len(blocks), P, P) inner products of the prompts' sums, each over one block of columns."""
         ones_B = torch.ones_like(self._squares_B)
         size = self.values_BK.shape[1]
         here = [slice(*(min(max(at - self.first, 0), size) for at in (b.start, b.stop))) for b in blocks]
@@ -214,7 +184,7 @@ class ColumnProducts:
         return self._reduce(made_MM)
 
     def matrix(self) -> torch.Tensor:
-        """(B, B) float64: all of them, of a small step."""
+        """Returns the Gram matrix (B, B) float64, for a small step."""
         made_BB = self._squares_B.new_zeros(len(self), len(self))
         for piece_Bk in self._pieces():
             wide_Bk = piece_Bk.double()
@@ -222,10 +192,13 @@ class ColumnProducts:
         return self._reduce(made_BB)
 
     def masked(self, dropped_B: torch.Tensor) -> ColumnProducts:
-        """The same with the vectors of ``dropped_B`` (bool) put to 0."""
+        """Returns the same vectors with those of ``dropped_B`` (B,) bool set to 0."""
         return ColumnProducts(self.values_BK, self._squares_B, self._reduce, first=self.first, dropped_B=dropped_B)
 
 
+InnerProducts = MatrixProducts | ColumnProducts
+
+
 def as_products(given: torch.Tensor | InnerProducts) -> InnerProducts:
-    """A matrix as what answers for it."""
+    """Wraps a Gram matrix as ``MatrixProducts``."""
     return MatrixProducts(given) if isinstance(given, torch.Tensor) else given

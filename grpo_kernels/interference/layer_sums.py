@@ -1,9 +1,9 @@
-"""What the layers add up in one open step: each sequence's numbers, and sums to check against the gradient.
+"""Sums up what the layers' taps record in one step: each sequence's sketch, and sums for the gradient check.
 
 Shapes: S sequences of a micro-batch, R rows, T positions, N tokens of all rows, H hidden, V words, D width of a vector.
 
 A Linear layer's gradient is a sum over tokens, ``sum_t d_t a_t^T``, of the output's gradient d and the input a. Each
-function here makes these two of what a tap saw, and hands them to the projection and to the check.
+function here computes these two from a tap's tensors, and passes them to the projection and to the check.
 """
 
 from __future__ import annotations
@@ -17,47 +17,51 @@ from torch import nn
 from grpo_kernels.backend import rounds_products
 from grpo_kernels.head.products import compute_dtype
 
-from .layer_taps import Layer, norm_at
+from .layer_taps import Layer, norm_output
 from .projections import IdentityProjection, Projections
 from .sequence_rows import SequenceRows
 from .tap_check import TapCheck
 
 
 class LayerSums:
-    """The sums of one open step. ``seen``: the rows of its micro-batches. ``rows``: those of the passes that run now,
-    None for what belongs to no row."""
+    """The sums of one step.
+
+    Attributes:
+        micro_batches: the rows of each micro-batch so far.
+        rows: the rows of the running forward or backward pass; None: the pass isn't recorded.
+    """
 
     def __init__(
         self, projection: Projections | IdentityProjection, check: TapCheck, parameters: Sequence[nn.Parameter]
     ) -> None:
         self.projection, self.check, self._parameters = projection, check, parameters
         self.rows: SequenceRows | None = None
-        self.seen: list[SequenceRows] = []
+        self.micro_batches: list[SequenceRows] = []
 
     def begin(self, rows: SequenceRows) -> None:
-        """What comes is of these rows; what the micro-batch before has added up is folded."""
+        """Starts a micro-batch with these rows, after it has folded the previous one's sums."""
         self.finish()
         self.rows = rows
-        self.seen.append(rows)
+        self.micro_batches.append(rows)
 
     def finish(self) -> None:
-        """Folds what was added up to the numbers that are kept."""
-        for rows in self.seen:
+        """Folds the sums of all micro-batches to their sketches."""
+        for rows in self.micro_batches:
             self.projection.finish(rows)
 
     def take(self, key: Any, device: torch.device) -> torch.Tensor:
-        """(B, parts, numbers) of all rows under this key of the projection, zeros where nothing was added; once."""
+        """Removes and returns the sketch (B, M, K) under this key; 0 where no layer added anything."""
         size = self.projection.size(key)
         of_rows = [
             rows.total.pop(key).flatten(1).to(device)
             if key in rows.total
             else torch.zeros(len(rows.prompt_S), size, device=device)
-            for rows in self.seen
+            for rows in self.micro_batches
         ]
-        return torch.cat(of_rows).unflatten(1, (self.projection.parts, -1))
+        return torch.cat(of_rows).unflatten(1, (self.projection.replicates, -1))
 
     def add(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, layer_input: torch.Tensor) -> None:
-        """Adds a layer's part, of the gradient of its output and its input."""
+        """Adds a layer's gradient, from its input and the gradient of its output."""
         add = {"embedding": self._embedding, "norm": self._norm}.get(layer.kind, self._linear)
         add(layer, rows, gradient, layer_input)
 
@@ -78,10 +82,10 @@ class LayerSums:
         self._note_precision(layer, d)
         ids = ids.reshape(d.shape[:2])
         embedding: Any = layer.module
-        if type(embedding).forward is not nn.Embedding.forward:  # Gemma's, and whose else multiplies what it looks up
+        if type(embedding).forward is not nn.Embedding.forward:  # Gemma multiplies the looked-up rows
             scale = getattr(embedding, "embed_scale", 1.0)
             d = d * (scale.to(d.dtype) if isinstance(scale, torch.Tensor) else scale)
-        if embedding.padding_idx is not None:  # that row gets no gradient
+        if embedding.padding_idx is not None:  # torch gives that row no gradient
             d = d * (ids != embedding.padding_idx)[..., None]
         if layer.weight is None:
             return
@@ -91,12 +95,12 @@ class LayerSums:
         self.projection.words(rows, layer, ids, n_words, d)
 
     def _norm(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
-        """A norm's output is linear in its weight: the slope is its output at weight 1 less that at weight 0."""
+        """Adds a norm's gradient. Its output is linear in its weight: slope = output(weight 1) - output(weight 0)."""
         d = rows.tokens(layer.name, gradient)
         self._note_precision(layer, d, a)
-        slope = rows.tokens(layer.name, norm_at(layer.module, 1.0, a.float()))
+        slope = rows.tokens(layer.name, norm_output(layer.module, 1.0, a.float()))
         if not layer.zero_at_zero:
-            slope = slope - rows.tokens(layer.name, norm_at(layer.module, 0.0, a.float()))
+            slope = slope - rows.tokens(layer.name, norm_output(layer.module, 0.0, a.float()))
         if layer.weight is not None:
             self._vector(layer, layer.weight, rows, rows.sums(d.float() * slope.float()))
         if layer.bias is not None:
@@ -105,11 +109,11 @@ class LayerSums:
     def add_head(
         self, layer: Layer, rows: SequenceRows, projected_NK: torch.Tensor, hidden_NH: torch.Tensor, n_words: int
     ) -> None:
-        """Adds the LM head's part where a fused loss takes its place.
+        """Adds the LM head's gradient if a fused kernel computes it.
 
         Args:
-            rows: of which the N tokens are the only row.
-            projected_NK: dL/dlogits multiplied by the projection's ``vocabulary``.
+            rows: the rows of the N tokens, laid out as a single row.
+            projected_NK: dL/dlogits times the projection's ``vocabulary``.
             hidden_NH: the hidden states.
             n_words: V.
         """
@@ -122,11 +126,10 @@ class LayerSums:
         self.projection.projected_words(rows, layer, projected, hidden)
 
     def note_head_precision(self, layer: Layer, hidden_NH: torch.Tensor) -> None:
-        """Tells the check in what precision the head's products are made. Called in the forward, where the caller's
-        autocast is on."""
+        """Notes in the check whether the head multiplies in half precision. Call it in the forward, under autocast."""
         assert layer.weight is not None
         if rounds_products(hidden_NH.device, compute_dtype(hidden_NH), self._parameters[layer.weight].dtype):
-            self.check.made_in_half(layer.weight)
+            self.check.mark_half_precision(layer.weight)
 
     def _vector(self, layer: Layer, number: int, rows: SequenceRows, vector_SD: torch.Tensor) -> None:
         if self._due(number, rows):
@@ -134,22 +137,22 @@ class LayerSums:
         self.projection.vector(rows, layer, number, vector_SD)
 
     def _due(self, number: int, rows: SequenceRows) -> bool:
-        """Whether this parameter is checked, by these rows."""
+        """Returns whether the check needs these rows' sum of this parameter."""
         return rows.checked and number in self.check.due
 
     def _note_precision(self, layer: Layer, *operands: torch.Tensor) -> None:
-        """Tells the check in what precision the layer's gradient is made: its products', and what it is kept in."""
+        """Notes in the check whether the layer's gradient has half precision, by its products or its dtype."""
         for number in (layer.weight, layer.bias):
             if number is not None:
                 dtypes = (*(tensor.dtype for tensor in operands), self._parameters[number].dtype)
                 if rounds_products(operands[0].device, *dtypes):
-                    self.check.made_in_half(number)
+                    self.check.mark_half_precision(number)
 
     def _left_signs(self, layer: Layer, width: int) -> torch.Tensor:
-        """(width, PROBES): what the check multiplies the weight's left side by.
+        """Returns the (width, PROBES) signs by which the check projects the weight's left side.
 
-        Where its rows are words these are made from the projection's own, as of dL/dlogits in the fused head nothing
-        else is known.
+        For a weight with one row per word they are made from the projection's signs, because a fused head passes only
+        dL/dlogits times those.
         """
         assert layer.weight is not None
         words = None
@@ -161,13 +164,13 @@ class LayerSums:
         return self.check.signs(width, 0) if signs is None else signs
 
 
-def head_rows(rows: SequenceRows, sequence_N: torch.Tensor) -> SequenceRows:
-    """The same rows' sums, of tokens that stand in one row: ``sequence_N`` (N,), the sequence of each."""
+def head_token_rows(rows: SequenceRows, sequence_N: torch.Tensor) -> SequenceRows:
+    """Returns rows with the same sums, for N tokens laid out as one row; ``sequence_N`` (N,) is each one's sequence."""
     return SequenceRows(rows.prompt_S, sequence_N[None], 1, rows.checked, rows.total, rows.entries)
 
 
-def rows_of(prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None, checked: bool) -> SequenceRows:
-    """The rows of a micro-batch; raises ``ValueError`` for prompts and positions that can't be such."""
+def make_rows(prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None, checked: bool) -> SequenceRows:
+    """Returns the rows of a micro-batch. Raises ``ValueError`` for wrong shapes, dtypes or sequence indices."""
     if not isinstance(prompt_S, torch.Tensor) or prompt_S.ndim != 1 or prompt_S.is_floating_point():
         got = f"{tuple(prompt_S.shape)} of {prompt_S.dtype}" if isinstance(prompt_S, torch.Tensor) else prompt_S
         raise ValueError(f"prompt ids must be an integer tensor (S,), got {got}")

@@ -1,4 +1,4 @@
-"""Which layers of a model can be tapped, and the tap, which sees the output's gradient and the input."""
+"""Finds the layers of a model that can be tapped, and taps them: a tap gets the output's gradient and the input."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 
-class _Kept(torch.autograd.Function):
-    """Holds a tensor as autograd holds an activation, and has no part in any gradient."""
+class _SavedInput(torch.autograd.Function):
+    """Saves a tensor as autograd saves an activation, and contributes to no gradient."""
 
     @staticmethod
     def forward(ctx, anchor, tensor):
@@ -27,49 +27,56 @@ class _Kept(torch.autograd.Function):
 def tap(
     output: torch.Tensor, layer_input: torch.Tensor, record: Callable[[torch.Tensor, Callable[[], torch.Tensor]], None]
 ) -> None:
-    """Calls ``record`` with the gradient of ``output`` when it is there, and a function that gives ``layer_input``.
+    """Calls ``record`` in the backward pass with the gradient of ``output``, and a function that returns the input.
 
-    The forward's values stay those of the model, which may change them in place: the hook is on what made the output
-    (of a view, on what made the tensor that is viewed: a change in place takes the view itself out of the graph). The
-    input is kept as autograd keeps activations, so that gradient checkpointing drops and recomputes it: a closure over
-    it would keep it alive.
+    The hook is on the autograd node of the output, not on the tensor, so that the model may change the output in place.
+    For a view it is on the node of the viewed tensor, because an in-place change replaces the view's own node. Autograd
+    saves the input like an activation, so that gradient checkpointing can drop and recompute it; a closure over the
+    input would keep it alive.
     """
-    kept = [_Kept.apply(torch.empty(0, requires_grad=True), layer_input)]
+    kept = [_SavedInput.apply(torch.empty(0, requires_grad=True), layer_input)]
     base = output._base if output._is_view() else None
-    whole = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
-    made = base if base is not None and whole and base.grad_fn is not None else output
-    shape, place = output.shape, made.output_nr
+    reshaped = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    hooked = base if base is not None and reshaped and base.grad_fn is not None else output
+    shape, place = output.shape, hooked.output_nr
 
-    def see(gradients: tuple[torch.Tensor | None, ...]) -> None:
+    def on_gradient(gradients: tuple[torch.Tensor | None, ...]) -> None:
         gradient = gradients[place]
-        if kept and gradient is not None:  # a second backward through the same graph adds nothing
+        if kept and gradient is not None:  # ignores a second backward through the same graph
             holder = kept.pop()
             with torch.no_grad():
                 record(gradient.reshape(shape), lambda: holder.grad_fn.saved_tensors[0])
 
-    assert made.grad_fn is not None
-    made.grad_fn.register_prehook(see)
+    assert hooked.grad_fn is not None
+    hooked.grad_fn.register_prehook(on_gradient)
 
 
 @dataclass
 class Layer:
-    """A layer that can be tapped; ``weight`` and ``bias`` are the numbers of its trainable ones, None for others."""
+    """A layer that can be tapped.
+
+    Attributes:
+        kind: linear, transposed, head, embedding or norm.
+        weight, bias: numbers of the trainable parameters; None for a frozen, missing or excluded one.
+        zero_at_zero: whether a norm's output is 0 where its weight is 0.
+        section: the part of the model whose sketch it adds to.
+    """
 
     name: str
     module: nn.Module
-    kind: str  # linear, transposed, head, embedding or norm
+    kind: str
     weight: int | None
     bias: int | None
-    zero_at_zero: bool = False  # a norm whose output is 0 where its weight is
-    section: str = ""  # of the model, whose sketch it adds to
+    zero_at_zero: bool = False
+    section: str = ""
 
 
-def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """Also where DeepSpeed's ZeRO-3 has taken the parameter apart and left an empty tensor in its place."""
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """Returns the parameter's full shape, also if DeepSpeed's ZeRO-3 has sharded it and left an empty tensor."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def opened(module: Any) -> Any:
+def active_module(module: Any) -> Any:
     """Returns the module that runs. PEFT's ``modules_to_save`` wraps a module and keeps a trained copy of it: this
     returns the active copy, or the original where adapters are disabled. Other modules are returned unchanged."""
     copies = getattr(module, "modules_to_save", None)
@@ -79,10 +86,10 @@ def opened(module: Any) -> Any:
     return module.original_module if module.disable_adapters or not active else copies[active[0]]
 
 
-def norm_at(norm: nn.Module, weight: float, values: torch.Tensor) -> torch.Tensor:
-    """What a norm makes of ``values``, were all its weights this number, and its bias, if it has one, 0.
+def norm_output(norm: nn.Module, weight: float, values: torch.Tensor) -> torch.Tensor:
+    """Returns the norm's output for ``values`` with every weight equal to ``weight`` and the bias 0.
 
-    By its forward without hooks, which may look after the parameters that this puts others in place of (DeepSpeed's).
+    It calls ``forward`` without hooks: DeepSpeed's hooks would gather the parameters that this function replaces.
     """
     zeros = torch.zeros(values.shape[-1], dtype=values.dtype, device=values.device)
     own = norm._parameters
@@ -94,34 +101,38 @@ def norm_at(norm: nn.Module, weight: float, values: torch.Tensor) -> torch.Tenso
         norm._parameters = own
 
 
-def is_zero_at_zero(norm: nn.Module, width: int, device: torch.device) -> bool:
-    """Not so of Gemma's, which multiply by 1 + weight. Asked once, with one made-up token.
+def is_zero_at_zero_weight(norm: nn.Module, width: int, device: torch.device) -> bool:
+    """Returns whether the norm's output is 0 at weight 0, tested on one token. Gemma's norms multiply by 1 + weight.
 
-    Where that can't be asked the answer is no, which is always right and costs a call more: the tap makes the same
-    call of what the layer really gets, and where that fails too the layer is named and left out.
+    False if the test fails: that is always correct, and costs the tap one more call of the norm.
     """
     values = torch.linspace(-1, 1, width, device=device)[None, None]
     try:
         with torch.no_grad():
-            return not norm_at(norm, 0.0, values).any().item()
+            return not norm_output(norm, 0.0, values).any().item()
     except Exception:
         return False
 
 
-def kinds_of(names: Sequence[str], most: int = 6) -> str:
-    """The kinds of parameters among these names, numbers left out: ``ia3_l, mlp.gate.weight, ...``."""
+def parameter_kinds(names: Sequence[str], most: int = 6) -> str:
+    """Summarises parameter names for a message, without block numbers: ``ia3_l, mlp.gate.weight, ...``."""
     kinds = list(dict.fromkeys(".".join(p for p in name.split(".") if not p.isdigit())[-60:] for name in names))
     return ", ".join(kinds[:most]) + (", ..." if len(kinds) > most else "")
 
 
 def find_layers(model: nn.Module, numbers: Mapping[int, int], patterns: Sequence[str] | None) -> list[Layer]:
-    """The layers whose names match, of those that can be tapped; ``numbers`` of the trainable parameters, by ``id``.
+    """Returns the tappable layers whose names match a pattern.
 
-    ``ValueError``: a pattern that matches no layer (lists what there is); nothing trainable to tap.
+    Args:
+        numbers: the numbers of the trainable parameters, by ``id``.
+        patterns: ``fnmatch`` patterns of layer names; None: every layer.
+
+    Raises:
+        ValueError: a pattern matches no layer, or no trainable layer can be tapped.
     """
     found = []
     find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
-    output = opened(find_output())
+    output = active_module(find_output())
     words = [module.weight for module in (*model.modules(), output) if isinstance(module, nn.Embedding)]
     words += [output.weight] if isinstance(output, nn.Linear) else []
     of_words = {id(weight) for weight in words}
@@ -134,21 +145,21 @@ def find_layers(model: nn.Module, numbers: Mapping[int, int], patterns: Sequence
         if isinstance(module, nn.Linear):
             # a head's rows are words, projected as an embedding's: their weights may be tied
             kind = "head" if id(module.weight) in of_words else "linear"
-        elif type(module).__name__ == "Conv1D" and weight is not None and len(whole_shape(weight)) == 2:
+        elif type(module).__name__ == "Conv1D" and weight is not None and len(full_shape(weight)) == 2:
             kind = "transposed"  # GPT-2's Linear: its weight is (in, out)
         elif isinstance(module, nn.Embedding):
             kind = "embedding"
-        elif weight is not None and len(whole_shape(weight)) == 1 and "norm" in type(module).__name__.lower():
+        elif weight is not None and len(full_shape(weight)) == 1 and "norm" in type(module).__name__.lower():
             kind = "norm"
         else:
             continue
-        zero = kind == "norm" and is_zero_at_zero(module, whole_shape(module.weight)[0], module.weight.device)
+        zero = kind == "norm" and is_zero_at_zero_weight(module, full_shape(module.weight)[0], module.weight.device)
         found.append(Layer(name, module, kind, trainable.get("weight"), trainable.get("bias"), zero))
     if not found:
         others = [name for name, parameter in model.named_parameters() if id(parameter) in numbers]
         raise ValueError(
             "nothing to tap: the model has no trainable Linear, Embedding or norm layer"
-            + (f", only {kinds_of(others)}" if others else "")
+            + (f", only {parameter_kinds(others)}" if others else "")
         )
     if patterns is None:
         return found

@@ -1,6 +1,6 @@
-"""Eight parts of a language model, by the names of its layers: where in it prompts interfere.
+"""Assigns layers to eight parts of a language model by their names, to show where in the model prompts interfere.
 
-Attention and MLP by thirds of the depth, norms, and embedding with head (whose weights may be tied).
+The parts are attention and MLP by thirds of the depth, norms, and embedding with head (whose weights may be tied).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 import torch
 
+from .metrics import cosines
+
 THIRDS = ("early", "middle", "late")
 PARTS_OF_MODEL = (*(f"{kind}_{third}" for kind in ("attention", "mlp") for third in THIRDS), "norms", "embedding_head")
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
@@ -17,14 +19,21 @@ _ATTENTION = re.compile(r"attn|attention|(?:^|\.)[qkvo]_proj|c_attn|query_key_va
 
 
 def block_of(name: str) -> int | None:
-    """The number of the block that a layer is in, the first number of its name; None outside of all."""
+    """Returns the number of a layer's block, the first number in its name; None for a layer outside all blocks."""
     found = _BLOCK.search(name)
     return None if found is None else int(found.group(1))
 
 
 def part_of(name: str, kind: str, n_blocks: int) -> str:
-    """One of ``PARTS_OF_MODEL``. ``kind``: as ``layer_taps.Layer`` has it. What is neither attention nor a norm nor of
-    words counts with the MLPs (experts, mixers of a state-space model); outside of all blocks, as of the last."""
+    """Returns the layer's part, one of ``PARTS_OF_MODEL``.
+
+    Experts and the mixers of state-space models belong to the MLPs. A layer outside all blocks belongs to the last
+    third.
+
+    Args:
+        name, kind: as in ``layer_taps.Layer``.
+        n_blocks: number of blocks of the model.
+    """
     if kind in ("embedding", "head"):
         return "embedding_head"
     if kind == "norm":
@@ -35,25 +44,27 @@ def part_of(name: str, kind: str, n_blocks: int) -> str:
 
 
 def part_metrics(grams_PP: Mapping[str, torch.Tensor], errors: Mapping[str, float]) -> dict[str, float]:
-    """What is logged, under ``parts/<part>/``: ``share``, of the prompts' summed squared gradients; ``cos_mean`` and
-    ``cos_abs_mean`` over pairs of prompts that have a gradient there; ``sketch_rmse``, the error of one such cosine.
+    """Returns the metrics of each part of the model, under ``parts/<part>/``.
 
-    ``grams_PP``: (P, P) inner products of the prompts' gradients in each part, which sum to the whole's.
+    * ``share``: the part's share of the prompts' summed squared gradients.
+    * ``cos_mean``, ``cos_abs_mean``: over pairs of prompts that have a gradient in the part.
+    * ``sketch_rmse``: the error of one of these cosines.
+
+    Args:
+        grams_PP: by part, (P, P) inner products of the prompts' gradients in it.
+        errors: by part, the error of one cosine.
     """
-    whole = sum(float(gram_PP.diagonal().sum()) for gram_PP in grams_PP.values())
+    total = sum(float(gram_PP.diagonal().sum()) for gram_PP in grams_PP.values())
     metrics: dict[str, float] = {}
-    if whole <= 0:
+    if total <= 0:
         return metrics
     for part, gram_PP in grams_PP.items():
         square_P = gram_PP.diagonal()
-        metrics[f"parts/{part}/share"] = float(square_P.sum()) / whole
+        metrics[f"parts/{part}/share"] = float(square_P.sum()) / total
         live_P = square_P > 0
         if int(live_P.sum()) < 2:
             continue
-        norm_L = square_P[live_P].sqrt()
-        cosine_LL = gram_PP[live_P][:, live_P] / norm_L[:, None] / norm_L
-        row_N, column_N = torch.triu_indices(len(norm_L), len(norm_L), offset=1, device=gram_PP.device)
-        cosine_N = cosine_LL[row_N, column_N]
+        cosine_N = cosines(gram_PP, live_P)
         metrics[f"parts/{part}/cos_mean"] = float(cosine_N.mean())
         metrics[f"parts/{part}/cos_abs_mean"] = float(cosine_N.abs().mean())
         metrics[f"parts/{part}/sketch_rmse"] = errors[part]

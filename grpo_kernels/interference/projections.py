@@ -1,22 +1,25 @@
-"""How a layer's gradient G (out, in) becomes part of k * k numbers, so that inner products are kept on average.
+"""Projects a layer's gradient G (out, in) to k * k numbers, so that inner products are kept in expectation.
 
-Shapes: S sequences, R rows, T tokens of a row, P parts (1 where both parts are the same), k the sketch's width.
+Shapes: S sequences, R rows, T tokens of a row, M replicates (1 if both replicates are equal), k the sketch's width.
 
-The numbers are ``PARTS`` sketches of the same gradient, independent of one another: what they disagree by is the error
-(``sketch_error.py``). Each is made in two steps, both linear. Each side of ``G = sum_t d_t a_t^T`` is folded to
-``SIDE`` * k: every entry gets a random sign, and entries that share a place are added (a count sketch; Charikar et al.
-2002); a narrower side is left whole, with the same signs in both parts. The folded layers, (side, side) a sequence, are
-added up. Then the entries of their sum get signs of each part's own, and are folded to the part's numbers. The layers'
-signs are independent, which keeps layers apart.
+A sketch consists of ``REPLICATES`` independent sketches of the same gradient; their disagreement measures the error
+(``sketch_error.py``). Each replicate is made in two linear steps:
+
+1. Each side of ``G = sum_t d_t a_t^T`` is folded to ``SIDE`` * k by a count sketch (Charikar et al. 2002): every entry
+   gets a random sign, and entries with the same target index are added. A side that is narrower than that isn't folded,
+   and has the same signs in both replicates. The folded layers, (side, side) per sequence, are added up.
+2. The entries of that sum get signs, which differ between replicates, and are folded to the replicate's numbers.
+
+The signs of different layers are independent, so the layers' inner products with each other are 0 in expectation.
 
 Why not ``R_out^T G R_in`` with R of width k: G has few directions (tokens, heads, LoRA's rank), and each one's length
-then errs by 1/sqrt(k) for its side, not by 1/k. Measured on the built-in policy at k = 64 (8 prompts x 8 answers, 20
-draws), RMSE of the prompts' cosines: 0.031 with random signs in R, 0.028 with orthogonal columns, 0.018 folded to 4k in
-one part; with LoRA (r = 8) 0.040, 0.037 and 0.011.
+then has a relative error of 1/sqrt(k) per side, not 1/k. RMSE of the prompts' cosines on the built-in policy at k = 64
+(8 prompts x 8 answers, 20 draws): 0.031 with random signs in R, 0.028 with orthogonal columns, 0.018 folded to 4k in
+one replicate; with LoRA (r = 8) 0.040, 0.037 and 0.011.
 
-Why two parts: on other rollouts of the same policy one part of 4k gave 0.0202 (LoRA 0.0150), two of 3k 0.0196 (0.0138),
-four of 2k 0.0204 (0.0155), at about the same number of multiplications; four fold twice as often, and predict one
-step's error to 10 % instead of 20 %.
+Why two replicates: on other rollouts of the same policy one replicate of 4k had an RMSE of 0.0202 (LoRA 0.0150), two of
+3k 0.0196 (0.0138), four of 2k 0.0204 (0.0155), with about the same number of multiplications. Four replicates fold
+twice as often, and predict one step's error to 10 % instead of 20 %.
 """
 
 from __future__ import annotations
@@ -31,19 +34,19 @@ import torch
 from .layer_taps import Layer
 from .sequence_rows import SequenceRows
 
-PARTS = 2
-SIDE = 3  # a side is folded to this many times k
-VOCABULARY = 1  # the vocabulary's side, in a matrix product within the fused head, to this many times k, for each part
-# Of a side, signed and added up at once: on a CPU a piece that stays in its caches (two parts of 2400 x 1536 to 192,
-# two threads: 3.2 ms at 512 KiB, 2.3 at 1 MiB, 1.9 at 2, 1.8 at 4, 1.9 at 8), on a GPU few launches
+REPLICATES = 2
+SIDE = 3  # a side is folded to this multiple of k
+VOCABULARY = 1  # the vocabulary's side is projected to this multiple of k per replicate, in the fused head
+# Bytes of a side that are folded at once. On a CPU a piece should fit into the caches (two replicates of 2400 x 1536 to
+# 192, two threads: 3.2 ms at 512 KiB, 2.3 at 1 MiB, 1.9 at 2, 1.8 at 4, 1.9 at 8); on a GPU launches should be few.
 TILE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 
 def random_signs(seed: str, count: int, device: torch.device) -> torch.Tensor:
-    """(count,) of +-1 as int8, made where they are used and the same everywhere: a hash of the seed and the place.
+    """Returns (count,) int8 random signs, +1 or -1, which are the same on every device.
 
-    Integer arithmetic alone: two rounds of a 32-bit mixer (hash-prospector's 16-21f0aaad-15-735a2d97-15), whose
-    products stay below 2^63; each word gives 32 signs.
+    They are a hash of seed and index in integer arithmetic: two rounds of a 32-bit mixer (hash-prospector's
+    16-21f0aaad-15-735a2d97-15), whose products stay below 2^63. Each word gives 32 signs.
     """
     keys = random.Random(seed)
     word_N = torch.arange(math.ceil(count / 32), device=device)
@@ -59,10 +62,10 @@ def random_signs(seed: str, count: int, device: torch.device) -> torch.Tensor:
 
 
 def _fold_by_halves(values_ND: torch.Tensor, signs_P1D: torch.Tensor, shift: int, out_PNK: torch.Tensor) -> None:
-    """Entry i, signed, is added up in place (i + shift) mod K; more than K entries.
+    """Folds (N, D) to (M, N, K) with D > K: adds signed entry i to index (i + shift) mod K.
 
-    The upper half of the blocks of K is added to the lower until one is left: on a CPU a fifth (1536 wide) to a half
-    (576) less time than blocks that are summed at once, whose rows are short.
+    It adds the upper half of the blocks of K entries to the lower half until one block is left. On a CPU that takes a
+    fifth (D = 1536) to a half (D = 576) less time than one sum over all blocks.
     """
     width, side = values_ND.shape[1], out_PNK.shape[-1]
     blocks = math.ceil(math.ceil(width / side) / 2)
@@ -77,7 +80,7 @@ def _fold_by_halves(values_ND: torch.Tensor, signs_P1D: torch.Tensor, shift: int
 
 
 def _fold_in_few_launches(values_ND: torch.Tensor, signs_P1D: torch.Tensor, shift: int, out_PNK: torch.Tensor) -> None:
-    """The same, of blocks that are summed at once."""
+    """Folds like ``_fold_by_halves``, by one sum over all blocks."""
     width, side = values_ND.shape[1], out_PNK.shape[-1]
     blocks = math.ceil((shift + width) / side)
     signed = values_ND.new_empty(len(signs_P1D), len(values_ND), blocks * side)
@@ -87,11 +90,9 @@ def _fold_in_few_launches(values_ND: torch.Tensor, signs_P1D: torch.Tensor, shif
 
 
 class IdentityProjection:
-    """Keeps gradients as they are, for small models and tests; what it has in common with ``Projections`` is documented
-    there. ``shapes``: of all parameters, by number.
-    """
+    """Keeps exact gradients, with the interface of ``Projections``. For small models and tests."""
 
-    parts = 1
+    replicates = 1
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self._shapes = shapes
@@ -122,24 +123,24 @@ class IdentityProjection:
 
 
 class Projections:
-    """The random signs of one draw; the same seed gives the same ones in every process, on every device.
+    """The random projections of one step; the same seed gives the same ones on every rank and device.
 
     Args:
         dim: k.
-        seed: of this draw.
-        device: where they are used.
-        shapes: of all parameters, by number.
+        seed: the seed of the signs.
+        device: the device of the signs.
+        shapes: the parameters' shapes, by number.
     """
 
-    parts = PARTS
+    replicates = REPLICATES
 
     def __init__(self, dim: int, seed: int, device: torch.device, shapes: Sequence[Sequence[int]]) -> None:
         self.dim, self.device = dim, device
         self.side = SIDE * dim
-        self.slots = max(1, dim**2 // PARTS)  # the numbers of a part
+        self.slots = max(1, dim**2 // REPLICATES)  # numbers of a replicate
         self._seed = seed
-        # drawn for all layers at once: on a GPU one by one took longer than to use them
-        self._sizes = [PARTS * size for shape in shapes for size in shape]
+        # drawn for all layers at once: on a GPU, drawing layer by layer took longer than folding
+        self._sizes = [REPLICATES * size for shape in shapes for size in shape]
         self._first = [0]
         for shape in shapes:
             self._first.append(self._first[-1] + len(shape))
@@ -147,21 +148,21 @@ class Projections:
         self._kept: dict[str, torch.Tensor] = {}
 
     def _features(self, parameter: int, axis: int) -> torch.Tensor:
-        """(parts, size) of +-1 for the features of this axis."""
-        return self._of_features[self._first[parameter] + axis].view(PARTS, -1)
+        """Returns the (M, size) signs of the features of this axis."""
+        return self._of_features[self._first[parameter] + axis].view(REPLICATES, -1)
 
     def _large(self, name: str, count: int) -> torch.Tensor:
-        """As int8, kept for the step."""
+        """Returns (count,) int8 signs, and keeps them for the step."""
         if name not in self._kept:
             self._kept[name] = random_signs(f"{self._seed} {name}", count, self.device)
         return self._kept[name]
 
     def fold_side(self, values_RTD: torch.Tensor, side: str, layer: int) -> torch.Tensor:
-        """(R, T, width) to (P, R, T, side), at least float32; a narrower side stays as it is (1, R, T, width), since
-        signs and shift cost less on the sequences' sums (``turn_narrow``).
+        """Folds (R, T, width) to (M, R, T, side), at least float32.
 
-        Turned by a random shift: features that are large in every layer would meet in the layers' sum otherwise
-        (LoRA of rank 16 on the built-in architecture: RMSE of a cosine 0.021 without).
+        A narrower side is returned unchanged, (1, R, T, width): its signs and shift cost less on the sequences' sums
+        (``turn_narrow``). The result is rotated by a random shift, so that features that are large in every layer
+        don't all land on one index (without it, LoRA of rank 16 on the built-in architecture has an RMSE of 0.021).
         """
         n_rows, n_tokens, width = values_RTD.shape
         if width < self.side:
@@ -175,16 +176,16 @@ class Projections:
             torch.mul(values_RTD[..., width - shift :], signs_PD[0, width - shift :], out=folded[0, ..., :shift])
             return folded
         values_ND = values_RTD.reshape(-1, width)
-        folded = values_ND.new_empty(PARTS, len(values_ND), self.side, dtype=dtype)
+        folded = values_ND.new_empty(REPLICATES, len(values_ND), self.side, dtype=dtype)
         device = "cpu" if values_ND.device.type == "cpu" else "cuda"
         step = max(1, TILE_BYTES[device] // (width * values_ND.element_size()))
         fold = _fold_by_halves if device == "cpu" else _fold_in_few_launches
         for start in range(0, len(values_ND), step):
             fold(values_ND[start : start + step], signs_PD[:, None], shift, folded[:, start : start + step])
-        return folded.view(PARTS, n_rows, n_tokens, self.side)
+        return folded.view(REPLICATES, n_rows, n_tokens, self.side)
 
     def turn_narrow(self, sums: torch.Tensor, layer: int, sides: Sequence[str] = ("out", "in")) -> torch.Tensor:
-        """(P, S, out, in): signs and shift of these sides, where ``fold_side`` left them as they were."""
+        """Applies signs and shift to those sides of (M, S, out, in) sums that ``fold_side`` left unchanged."""
         for side, axis in (("out", -2), ("in", -1)):
             if side in sides and sums.shape[axis] < self.side:
                 signs_PD, shift = self._turn(side, layer, sums.shape[axis])
@@ -193,60 +194,67 @@ class Projections:
         return sums
 
     def _turn(self, side: str, layer: int, width: int) -> tuple[torch.Tensor, int]:
-        """(parts, width) signs of a side, and its shift."""
+        """Returns the (M, width) signs of a side, and its shift."""
         shift = self._draw(f"shift {side} {layer}").randrange(min(width, self.side))
         return self._features(layer, ["out", "in"].index(side)), shift
 
     def _draw(self, name: str) -> random.Random:
-        """A stream of its own for every purpose and layer, so that which comes first doesn't matter."""
+        """Returns a random stream for one purpose, so that results don't depend on the order of the layers."""
         return random.Random(f"{self._seed} {name}")
 
     def place(self, layer: int, rows: int, columns: int) -> tuple[slice, slice]:
-        """Where a folded layer is added to the (side, side) entries: each at a place of its own, lest small ones share
-        theirs (LoRA of rank 8 on the built-in policy: RMSE of a cosine 0.011 instead of 0.019)."""
+        """Returns the random block of the (side, side) entries to which a folded layer is added.
+
+        It is random so that small layers rarely overlap (LoRA of rank 8 on the built-in policy: RMSE of a cosine 0.011
+        instead of 0.019).
+        """
         draw = self._draw(f"place {layer}")
         row, column = draw.randint(0, self.side - rows), draw.randint(0, self.side - columns)
         return slice(row, row + rows), slice(column, column + columns)
 
     def fold_entries(self, entries: torch.Tensor) -> torch.Tensor:
-        """(P, S, side, side) of all layers to (S, parts, slots).
+        """Folds (M, S, side, side), the sum of all layers, to (S, M, slots).
 
-        Rows an odd number apart: 192 apart, a column of LoRA's narrow blocks would fall on 32 of 2048 slots.
+        Rows are padded to an odd width. With a width of 192, a column of LoRA's narrow blocks would use only 32 of 2048
+        slots.
         """
-        signs = self._large("entries", PARTS * self.side**2).to(entries.device, entries.dtype)
-        signed = entries * signs.view(PARTS, 1, self.side, self.side)
-        apart = torch.nn.functional.pad(signed, (0, 1 - self.side % 2))
-        return self._wrap(apart.flatten(2).transpose(0, 1))
+        signs = self._large("entries", REPLICATES * self.side**2).to(entries.device, entries.dtype)
+        signed = entries * signs.view(REPLICATES, 1, self.side, self.side)
+        padded = torch.nn.functional.pad(signed, (0, 1 - self.side % 2))
+        return self._wrap(padded.flatten(2).transpose(0, 1))
 
     def fold_vector(self, vector_SD: torch.Tensor, layer: int) -> torch.Tensor:
-        """(S, width) to (S, parts, slots)."""
+        """Folds (S, width) to (S, M, slots)."""
         wrapped = self._wrap(vector_SD[:, None] * self._features(layer, 0).to(vector_SD.device, vector_SD.dtype))
         return wrapped.roll(self._draw(f"place {layer}").randrange(self.slots), dims=2)
 
     def _wrap(self, values: torch.Tensor) -> torch.Tensor:
-        """(S, parts, any) to (S, parts, slots): blocks of ``slots`` numbers on top of one another."""
+        """Folds (S, M, any) to (S, M, slots), by adding blocks of ``slots`` numbers."""
         padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % self.slots))
-        return padded.unflatten(-1, (-1, self.slots)).sum(2) / PARTS**0.5
+        return padded.unflatten(-1, (-1, self.slots)).sum(2) / REPLICATES**0.5
 
     def vocabulary(self, n_words: int, layer: int, dtype: torch.dtype) -> torch.Tensor:
-        """(V, parts * width) of +-1/sqrt(width): a matrix product, since dL/dlogits is only seen tile by tile in the
-        fused head. ``split_vocabulary`` takes its result apart."""
+        """Returns the (V, M * width) matrix of +-1/sqrt(width) that projects dL/dlogits.
+
+        It is a dense product, because the fused head has dL/dlogits only tile by tile. ``split_vocabulary`` splits the
+        result.
+        """
         return self._words(n_words, layer).to(dtype) / (VOCABULARY * self.dim) ** 0.5
 
     def of_words(self, ids: torch.Tensor, n_words: int, layer: int, dtype: torch.dtype) -> torch.Tensor:
-        """(..., parts * width): the rows of ``vocabulary`` of these words."""
+        """Returns the rows of ``vocabulary`` of these words, (..., M * width)."""
         return self._words(n_words, layer)[ids].to(dtype) / (VOCABULARY * self.dim) ** 0.5
 
     def _words(self, n_words: int, layer: int) -> torch.Tensor:
-        width = PARTS * VOCABULARY * self.dim
+        width = REPLICATES * VOCABULARY * self.dim
         return self._large(f"vocabulary {layer}", n_words * width).view(n_words, width)
 
     @staticmethod
     def split_vocabulary(projected: torch.Tensor) -> torch.Tensor:
-        """(R, T, parts * width), what was multiplied by ``vocabulary``, to (parts, R, T, width)."""
-        return projected.unflatten(-1, (PARTS, -1)).movedim(-2, 0)
+        """Splits a product with ``vocabulary``, (R, T, M * width), to (M, R, T, width)."""
+        return projected.unflatten(-1, (REPLICATES, -1)).movedim(-2, 0)
 
-    # ---- what a layer adds: ``left`` and ``right`` (R, T, width) are of the two sides of its weight
+    # ---- adding a layer's gradient; ``left`` and ``right`` (R, T, width) belong to the two sides of its weight
 
     def outer(self, rows: SequenceRows, layer: Layer, left: torch.Tensor, right: torch.Tensor) -> None:
         """Adds each sequence's ``sum_t left_t right_t^T`` to the rows' sums."""
@@ -258,18 +266,18 @@ class Projections:
             self._add_folded(rows, layer, self.fold_side(left, "out", layer.weight), right, ("out", "in"))
 
     def words(self, rows: SequenceRows, layer: Layer, ids: torch.Tensor, n_words: int, right: torch.Tensor) -> None:
-        """The same, ``left`` being the one-hot vectors of these words."""
+        """Adds the same for a ``left`` of one-hot vectors of these words."""
         assert layer.weight is not None
         self.projected_words(rows, layer, self.of_words(ids, n_words, layer.weight, right.dtype), right)
 
     def projected_words(self, rows: SequenceRows, layer: Layer, projected: torch.Tensor, right: torch.Tensor) -> None:
-        """The same, of a ``left`` that was multiplied by ``vocabulary`` already."""
+        """Adds the same for a ``left`` that is multiplied by ``vocabulary`` already."""
         self._add_folded(rows, layer, self.split_vocabulary(projected), right, ("in",))
 
     def _add_folded(
         self, rows: SequenceRows, layer: Layer, left: torch.Tensor, right: torch.Tensor, turned: Sequence[str]
     ) -> None:
-        """``left`` is folded already, for each part; ``turned``: the sides that get their signs after the sum."""
+        """Adds a ``left`` that is folded already. ``turned``: the sides that get their signs after the sum."""
         assert layer.weight is not None
         weight = layer.weight
         right = self.fold_side(right, "in", weight)
@@ -281,23 +289,23 @@ class Projections:
         rows.add_outer(layer.section, left, right, self.side, place, turn)
 
     def vector(self, rows: SequenceRows, layer: Layer, number: int, vector_SD: torch.Tensor) -> None:
-        """Adds each sequence's part of the gradient of a vector, which is parameter ``number``."""
+        """Adds each sequence's gradient (S, D) of the vector that is parameter ``number``."""
         rows.add(layer.section, self.fold_vector(vector_SD, number))
 
     def finish(self, rows: SequenceRows) -> None:
-        """Folds what was added up to the numbers that are kept."""
+        """Folds the rows' entries to their sketch."""
         for (section, _), entries in rows.entries.items():
             rows.add(section, self.fold_entries(entries))
         rows.entries.clear()
 
     def keys(self, sections: Sequence[str], section_of: Mapping[int, str]) -> list[tuple[Any, str]]:
-        """The keys of ``SequenceRows.total`` and the section of each, the same on every process."""
+        """Returns the keys of ``SequenceRows.total`` and the section of each, the same on every rank."""
         return [(name, name) for name in sections]
 
     def size(self, key: Any) -> int:
-        """How many numbers a sequence has under this key."""
-        return PARTS * self.slots
+        """Returns how many numbers a sequence has under this key."""
+        return REPLICATES * self.slots
 
     def numbers(self) -> int:
-        """How many signs are kept."""
+        """Returns how many signs are kept in memory."""
         return sum(self._sizes) + sum(signs.numel() for signs in self._kept.values())

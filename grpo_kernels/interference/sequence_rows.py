@@ -1,6 +1,6 @@
-"""The rows of one micro-batch as sequences: sums over each sequence's own tokens.
+"""``SequenceRows`` sums a layer's tensors over each sequence's tokens in one micro-batch.
 
-Shapes: S sequences of a micro-batch, R rows, T positions, N = R T tokens, P parts of a sketch.
+Shapes: S sequences of a micro-batch, R rows, T positions, N = R T tokens, M replicates of a sketch.
 """
 
 from __future__ import annotations
@@ -15,22 +15,27 @@ import torch
 
 @dataclass
 class SequenceRows:
-    """The sequences of one micro-batch, and what was seen of them.
+    """The sequences of one micro-batch, and their sums so far. No method waits for the GPU.
 
-    Nothing here waits for the device: on a GPU a tap only starts work.
+    Attributes:
+        prompt_S: (S,) integers, the prompt of each sequence.
+        sequence_RT: (R, T) integers, the sequence of each position, -1 for none; None: row i is sequence i.
+        n_rows: R.
+        checked: whether these rows contribute to the step's gradient.
+        total: sums by key: (S, M, slots) by section, or (S, ...) by parameter if nothing is projected.
+        entries: by (section, M): (M, S, side, side) sums that aren't folded yet.
     """
 
     prompt_S: torch.Tensor
-    sequence_RT: torch.Tensor | None  # the sequence of each position, -1 for none; None: each row is one
+    sequence_RT: torch.Tensor | None
     n_rows: int
-    checked: bool = True  # whether the step's gradient is made of these rows
-    # a section's (S, parts, slots) sketch; exact, a parameter's
+    checked: bool = True
     total: dict[Any, torch.Tensor] = field(default_factory=dict)
-    # by section and P: (P, S, side, side), yet to be folded
     entries: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     _pieces: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, key: Any, values_S: torch.Tensor) -> None:
+        """Adds (S, ...) values to the sum under ``key``."""
         values_S = values_S.to(torch.promote_types(values_S.dtype, torch.float32))
         if key in self.total:
             self.total[key] += values_S.to(self.total[key].device)
@@ -46,21 +51,23 @@ class SequenceRows:
         place: tuple[slice, slice],
         turn: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """Adds ``outer(left, right)``, folded sides of a layer, to the section's entries at this place, after ``turn``
-        where a side is narrower than they are."""
-        parts, rows, columns = max(len(left), len(right)), *place
-        if (section, parts) not in self.entries:
-            size = (parts, len(self.prompt_S), side, side)
-            self.entries[section, parts] = left.new_zeros(size, dtype=torch.promote_types(left.dtype, right.dtype))
-        entries = self.entries[section, parts]
-        if self.sequence_RT is None and rows == columns == slice(0, side):  # no block of its own, of (side, side) each
-            left, right = (x.expand(parts, -1, -1, -1).flatten(0, 1).to(entries) for x in (left, right))
+        """Adds ``outer(left, right)`` of a layer's folded sides to the section's entries at ``place``.
+
+        ``turn`` is applied to the sums if they are narrower than the entries.
+        """
+        replicates, rows, columns = max(len(left), len(right)), *place
+        if (section, replicates) not in self.entries:
+            size = (replicates, len(self.prompt_S), side, side)
+            self.entries[section, replicates] = left.new_zeros(size, dtype=torch.promote_types(left.dtype, right.dtype))
+        entries = self.entries[section, replicates]
+        if self.sequence_RT is None and rows == columns == slice(0, side):  # in place, to save memory
+            left, right = (x.expand(replicates, -1, -1, -1).flatten(0, 1).to(entries) for x in (left, right))
             entries.flatten(0, 1).baddbmm_(left.transpose(1, 2), right)
         else:
             entries[..., rows, columns] += turn(self.outer(left, right)).to(entries.device)
 
     def tokens(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """(R, tokens of a row, width) of what a layer got or gave, also where it flattened its rows."""
+        """Returns a layer's input or output as (R, tokens of a row, width), also if the layer flattens its rows."""
         width = values.shape[-1]
         if values.ndim >= 3 and values.shape[0] == self.n_rows:
             return values.reshape(self.n_rows, -1, width)
@@ -72,9 +79,9 @@ class SequenceRows:
         )
 
     def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """(..., S, width of left, width of right): each sequence's sum over its tokens of left right^T.
+        """Returns each sequence's sum over its tokens of left right^T, (..., S, width of left, width of right).
 
-        Both (..., R, tokens of a row, width).
+        ``left`` and ``right`` are (..., R, tokens of a row, width).
         """
         left, right = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (left, right))
         if self.sequence_RT is None:
@@ -92,7 +99,7 @@ class SequenceRows:
         return total.index_add_(-3, sequence_M, of_pieces)[..., :-1, :, :]
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
-        """(S, width): each sequence's sum over its tokens."""
+        """Returns each sequence's sum over its tokens, (S, width)."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if self.sequence_RT is None:
             return values.sum(1)
@@ -100,21 +107,22 @@ class SequenceRows:
         return total.index_add_(0, self._per_token(values), values.flatten(0, 1))[:-1]
 
     def _per_token(self, values: torch.Tensor) -> torch.Tensor:
-        """(N,): the sequence of each of a layer's tokens, several a position where they are heads; S: none."""
+        """Returns (N,) the sequence of each token, S for none. A layer may have several tokens per position (heads)."""
         assert self.sequence_RT is not None
         times = values.shape[-2] // self.sequence_RT.shape[1]
         sequence_N = self.sequence_RT.to(values.device).repeat_interleave(times, dim=1).flatten()
         return torch.where(sequence_N < 0, len(self.prompt_S), sequence_N)
 
     def _longest(self, n_tokens: int) -> int:
-        """Tokens of a piece: as many as a sequence has on average, so that 2 S pieces are enough for any lengths."""
+        """Returns a piece's tokens: the mean length, so that 2 S pieces suffice for any lengths."""
         return max(1, math.ceil(n_tokens / max(1, len(self.prompt_S))))
 
     def _in_pieces(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sequences cut to pieces of one length, for one batched product whose size is known beforehand.
+        """Cuts sequences into pieces of one length, for one batched product of known size.
 
-        (N,) the place of each token among the pieces' tokens, the one after the last for tokens of no sequence; (2 S,)
-        the sequence of each piece, S for unused ones.
+        Returns:
+            (N,) the index of each token among the pieces' tokens, one past the end for tokens of no sequence; and
+            (2 S,) the sequence of each piece, S for unused pieces.
         """
         key = values.shape[-2], values.device
         if key not in self._pieces:

@@ -1,13 +1,13 @@
-"""Do the taps see what the gradient is made of? Each parameter's sum over sequences against the gradient that is there.
+"""Checks that each parameter's recorded sum over sequences equals its gradient.
 
-A tap assumes how a layer's output hangs on its weight. Where a model does otherwise (an embedding scaled afterwards, a
-norm with a gate, a weight that is used without its layer's forward) the sketch would be wrong, and nothing would show.
-So each parameter's contributions are also projected to a few numbers, ``V^T (sum_t d_t a_t^T) U`` with V and U of
-random signs, and compared with ``V^T grad U``: ``out + in`` multiplications a token and number, not ``out * in``.
+A tap assumes how a layer's output depends on its weight. If a model violates that (an embedding that is scaled later, a
+norm with a gate, a weight that is used without its layer's forward), the sketch is wrong without an error. So the check
+projects each parameter's sum to a few numbers, ``V^T (sum_t d_t a_t^T) U`` with random signs V and U, and compares them
+with ``V^T grad U``. That takes ``out + in`` multiplications per token and number instead of ``out * in``.
 
-Shapes: S sequences of a micro-batch, R rows, T positions; PROBES numbers a side.
+The check can't detect tokens that are assigned to the wrong sequence, because the sum stays the same.
 
-A sum can't see tokens given to the wrong sequence.
+Shapes: S sequences of a micro-batch, R rows, T positions; PROBES numbers per side.
 """
 
 from __future__ import annotations
@@ -21,17 +21,24 @@ from .projections import random_signs
 from .sequence_rows import SequenceRows
 
 PROBES = 4
-# of |sum_i u_i - grad| relative to sqrt(sum_i |u_i|^2), since the sum may cancel
+# limits of |sum_i u_i - grad| / sqrt(sum_i |u_i|^2); not relative to the sum, which may cancel
 TOLERANCE = 1e-4
-HALF_TOLERANCE = 3e-2  # products of half precision
-# relative to the largest of a step: of less the gradient may be rounding alone (a bias of attention's keys has none)
+HALF_TOLERANCE = 3e-2  # for products in half precision
+# A gradient smaller than this share of the step's largest may be rounding only (that of a bias of attention keys is),
+# and isn't checked.
 ROUNDING = 1e-5
 HALF_ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
-class GradientPart:
-    """Rows of a gradient from ``first_row`` on, as this process has them, and on how many processes they are."""
+class GradientShard:
+    """This rank's rows of a gradient.
+
+    Attributes:
+        rows: the gradient, or a shard of it.
+        first_row: the index of the shard's first row.
+        copies: the number of ranks that hold these rows.
+    """
 
     rows: torch.Tensor
     first_row: int = 0
@@ -39,10 +46,11 @@ class GradientPart:
 
 
 class TapCheck:
-    """What was seen of each parameter in a step, by its number: sums over sequences, and the sum of their squares.
+    """The projected sums over sequences of each checked parameter in one step, and the sums of their squares.
 
-    ``due``: the parameters that this step checks. ``word_signs``: of weights whose rows are words, what their rows are
-    projected with, where it isn't ``signs``.
+    Attributes:
+        due: the numbers of the parameters that this step checks.
+        word_signs: by parameter, the matrix that projects its rows in place of ``signs``, if its rows are words.
     """
 
     def __init__(self, device: torch.device, due: frozenset[int] = frozenset()) -> None:
@@ -52,10 +60,10 @@ class TapCheck:
         self._sums: dict[int, torch.Tensor] = {}
         self._squares: dict[int, torch.Tensor] = {}
         self._expected: dict[int, torch.Tensor] = {}
-        self._half: set[int] = set()  # whose products have half precision's digits
+        self._half: set[int] = set()  # parameters whose products have half precision
 
     def signs(self, width: int, side: int, like: torch.Tensor | None = None) -> torch.Tensor:
-        """(width, PROBES) of +-1, the same on every process; ``side`` 0 or 1. Exact in every dtype."""
+        """Returns (width, PROBES) signs for side 0 or 1, the same on every rank and exact in every dtype."""
         dtype = torch.float32 if like is None else like.dtype
         if (width, side, dtype) not in self._signs:
             signs = random_signs(f"check {side} {width}", width * PROBES, self._device)
@@ -63,16 +71,16 @@ class TapCheck:
         signs = self._signs[width, side, dtype]
         return signs if like is None else signs.to(like.device)
 
-    def made_in_half(self, number: int) -> None:
-        """The parameter's gradient is a sum of products of half precision: it is held to ``HALF_TOLERANCE``."""
+    def mark_half_precision(self, number: int) -> None:
+        """Applies ``HALF_TOLERANCE`` to the parameter: its gradient is a sum of products in half precision."""
         self._half.add(number)
 
     def outer(self, number: int, rows: SequenceRows, left: torch.Tensor, right: torch.Tensor) -> None:
-        """``left`` (R, T, PROBES) is projected already; ``right`` (R, T, in) is not."""
+        """Adds a weight's gradient. ``left`` (R, T, PROBES) is projected already, ``right`` (R, T, in) isn't."""
         self._add(number, rows.outer(left, right @ self.signs(right.shape[-1], 1, right)))
 
     def vector(self, number: int, vector_SD: torch.Tensor) -> None:
-        """Each sequence's part of the gradient of a vector."""
+        """Adds each sequence's gradient (S, D) of a vector."""
         self._add(number, vector_SD @ self.signs(vector_SD.shape[-1], 1, vector_SD))
 
     def _add(self, number: int, values_S: torch.Tensor) -> None:
@@ -82,8 +90,8 @@ class TapCheck:
             total, square = total + self._sums[number].to(total.device), square + self._squares[number]
         self._sums[number], self._squares[number] = total, square
 
-    def expect(self, number: int, part: GradientPart | None, shape: Sequence[int]) -> None:
-        """What the parameter's gradient, of this shape, is projected to; None counts as 0."""
+    def expect(self, number: int, part: GradientShard | None, shape: Sequence[int]) -> None:
+        """Stores the projection of the parameter's gradient, whose full shape is ``shape``; None counts as 0."""
         if part is None or not part.rows.numel():
             return
         rows = part.rows.detach().float()
@@ -103,36 +111,37 @@ class TapCheck:
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
         processes: int = 1,
     ) -> tuple[dict[int, float], list[int]]:
-        """The relative error of each parameter whose sum over sequences isn't its gradient (inf: none of it was seen),
-        and those that were found right.
-
-        Of a parameter without a gradient nothing can be said (LoRA's A at B = 0, an idle expert): it is in neither.
+        """Compares sums with gradients. All ranks must call it with the same ``numbers``.
 
         Args:
-            numbers: of parameters whose gradients were expected, the mean over ``processes``; on every process the
-                same parameters, of each gradient a part.
-            reduce: the sum over processes of a tensor.
+            numbers: the parameters to compare, for which ``expect`` stored the gradient averaged over ranks.
+            reduce: returns the sum of a tensor over ranks.
+            processes: the number of ranks.
+
+        Returns:
+            The relative error of each parameter whose sum isn't its gradient (inf if nothing was recorded), and the
+            parameters that passed. A parameter without a gradient (LoRA's A at B = 0, an idle expert) is in neither.
         """
         if not numbers:
             return {}, []
         size = PROBES * PROBES
         both = torch.zeros(len(numbers), 2 * size + 2, device=self._device)
-        expected, seen = both[:, :size], both[:, size:-1]
+        expected, recorded = both[:, :size], both[:, size:-1]
         for place, number in enumerate(numbers):
             if number in self._expected:
                 flat = self._expected[number]
                 expected[place, : flat.numel()] = flat
             if number in self._sums:
                 flat = self._sums[number].flatten()
-                seen[place, : flat.numel()] = flat
-                seen[place, -1] = self._squares[number]
+                recorded[place, : flat.numel()] = flat
+                recorded[place, -1] = self._squares[number]
             both[place, -1] = float(number in self._half)
         both = reduce(both)
-        expected, seen, half = both[:, :size], both[:, size:-1], both[:, -1] > 0
-        distance = (seen[:, :-1] / processes - expected).norm(dim=1)
-        relative = distance / (seen[:, -1].sqrt() / processes)
+        expected, recorded, half = both[:, :size], both[:, size:-1], both[:, -1] > 0
+        distance = (recorded[:, :-1] / processes - expected).norm(dim=1)
+        relative = distance / (recorded[:, -1].sqrt() / processes)
         size_of = expected.norm(dim=1)
-        finite = size_of.isfinite() & seen.isfinite().all(dim=1)  # not where a GradScaler's step overflows
+        finite = size_of.isfinite() & recorded.isfinite().all(dim=1)  # a GradScaler's step may overflow
         largest = torch.where(finite, size_of, 0.0).max()
         known = finite & (size_of > torch.where(half.any(), HALF_ROUNDING, ROUNDING) * largest)
         bound = torch.where(half, HALF_TOLERANCE, TOLERANCE)

@@ -1,16 +1,16 @@
-"""Compares the step that was trained with the step that every other normalisation would have taken.
+"""Compares the trained step with the steps that other normalisations would have taken.
 
 Shapes: B sequences, P prompts, G completions of one prompt, M normalisations, T tasks.
 
-On policy a sequence contributes u_i = c_i s_i to the gradient of the loss, c_i = -A_i w_i: advantage A_i, weight w_i,
-score s_i = grad log pi(o_i | q_p). Another normalisation m changes A_i alone, so u_m,i = (A_m,i / A_i) u_i, and
-everything below follows from the inner products of the u_i:
+On policy, a sequence contributes u_i = c_i s_i to the loss's gradient. Its coefficient is c_i = -A_i w_i with advantage
+A_i and token weight w_i, and its score is s_i = grad log pi(o_i | q_p). Another normalisation m only changes A_i, so
+u_m,i = (A_m,i / A_i) u_i. With u_m = sum_i u_m,i, everything below follows from the inner products of the u_i:
 
-* cos_m = <u_m, u> / (|u_m| |u|), u_m the sum over sequences: how much of m is another direction.
-* factor_m = <u_m, u> / |u|^2: the factor on the learning rate that the rest of it is. A factor that is the same at
-  every step is a learning rate, one that moves is a schedule.
-* share_P: <u_m,p, u_m> / |u_m|^2, each prompt's share of the step; sums to 1, below 0 for a prompt that the step goes
-  against. A task's share is the sum over its prompts.
+* cos_m = <u_m, u> / (|u_m| |u|): whether m's step has the same direction.
+* factor_m = <u_m, u> / |u|^2: the length of m's step along the trained one. A factor that is constant over steps acts
+  like another learning rate; one that changes acts like a schedule.
+* share_P = <u_m,p, u_m> / |u_m|^2: each prompt's share of m's step. The shares sum to 1; a share below 0 means that the
+  step goes against the prompt. A task's share is the sum over its prompts.
 """
 
 from __future__ import annotations
@@ -26,56 +26,42 @@ from grpo_kernels.normalize.rewards import normalize_rewards
 
 from .inner_products import InnerProducts, as_products
 
-VANISHED = 1e-7  # a squared length below this share of what was summed is rounding
-ALPHA = 0.5  # of power, where none is given
+VANISHED = 1e-7  # a squared norm below this share of the summed squared norms is rounding only
+ALPHA = 0.5  # default of the method power
 
-Normalise = Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
+Normalize = Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]  # (rewards_PG, context) -> advantages_PG
 
 
 @dataclass(frozen=True)
 class StepScores:
-    """A step's scores, as far as they are known, and the rewards that advantages are made of.
+    """A step's per-sequence gradients, and the rewards from which any normalisation's advantages can be computed.
 
-    ``gram_BB``: inner products of z_i = c_i s_i, as in ``StepGradients``. ``coefficient_B``: c_i, 0 where the score
-    isn't known. ``made_at_B``: the advantage within c_i, so that c_i / -made_at_i is the weight; in a row of the step
-    itself that is ``advantage_B``, what was trained with, which is 0 where a sequence was scored beside the step.
-    ``prompt_B`` in [0, P) and ``position_B`` in [0, G): the place in ``rewards_PG``, whole groups, NaN where
-    unscorable; the step may hold a part of them.
+    Attributes:
+        gram_BB: (B, B) inner products of z_i = c_i s_i, as in ``StepGradients``.
+        coefficient_B: (B,) c_i, 0 if the score is unknown.
+        score_advantage_B: (B,) the advantage that c_i contains, so that c_i / -score_advantage_i is the token weight.
+            It is ``advantage_B``, except for a sequence that the extra pass scored, whose trained advantage is 0.
+        advantage_B: (B,) the advantages of the trained step.
+        prompt_B, position_B: (B,) int64, each sequence's row and column in ``rewards_PG``.
+        rewards_PG: (P, G) the rewards of whole groups, NaN where unscorable. The step may lack some of them.
     """
 
     gram_BB: torch.Tensor | InnerProducts
     coefficient_B: torch.Tensor
-    made_at_B: torch.Tensor
+    score_advantage_B: torch.Tensor
     advantage_B: torch.Tensor
     prompt_B: torch.Tensor
     position_B: torch.Tensor
     rewards_PG: torch.Tensor
 
-    def __post_init__(self) -> None:
-        size = len(self.gram_BB)
-        if isinstance(self.gram_BB, torch.Tensor) and tuple(self.gram_BB.shape) != (size, size):
-            raise ValueError(f"gram_BB has shape {tuple(self.gram_BB.shape)}: expected a square (B, B)")
-        for name in ("coefficient_B", "made_at_B", "advantage_B", "prompt_B", "position_B"):
-            value = getattr(self, name)
-            if tuple(value.shape) != (size,):
-                raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({size},)")
-        if self.rewards_PG.ndim != 2:
-            raise ValueError(f"rewards_PG has shape {tuple(self.rewards_PG.shape)}: expected (P, G)")
-        for name, most in (("prompt_B", self.rewards_PG.shape[0]), ("position_B", self.rewards_PG.shape[1])):
-            value = getattr(self, name)
-            if size and (int(value.min()) < 0 or int(value.max()) >= most):
-                raise ValueError(f"{name} holds {int(value.min())} to {int(value.max())}: expected 0 to {most - 1}")
-        if ((self.coefficient_B != 0) & (self.made_at_B == 0)).any():
-            raise ValueError("coefficient_B isn't 0 where made_at_B is: a coefficient is advantage times weight")
-
     @property
     def known(self) -> torch.Tensor:
-        """(B,) whose score is known."""
+        """(B,) bool, whether the score is known."""
         return self.coefficient_B != 0
 
     @property
-    def silent(self) -> torch.Tensor:
-        """(B,) of no token that counts (masked for its length, say): nothing under any normalisation."""
+    def masked(self) -> torch.Tensor:
+        """(B,) bool: the loss counts no token of the sequence (masked for its length, for example)."""
         return ~self.known & (self.advantage_B != 0)
 
 
@@ -83,20 +69,22 @@ class StepScores:
 class Candidate:
     """A normalisation to compare with.
 
-    ``advantages(rewards_PG, context)`` gives (P, G). ``of_batch``: one group's advantages depend on the other groups.
+    Attributes:
+        advantages: returns (P, G) advantages for ``(rewards_PG, context)``.
+        needs_batch: whether a group's advantages depend on other groups.
     """
 
     name: str
-    advantages: Normalise
-    of_batch: bool
+    advantages: Normalize
+    needs_batch: bool
 
 
 def candidates(methods: Sequence[str | Callable[..., torch.Tensor]], **options: Any) -> list[Candidate]:
-    """Makes a ``Candidate`` of each name in ``METHODS`` and each function that ``normalize_rewards`` takes.
+    """Returns a ``Candidate`` for each method: a name in ``METHODS``, or a function for ``normalize_rewards``.
 
-    ``options``: ``eps``, ``alpha``. Raises ``ValueError`` for others, as ``check_normalization``.
+    ``options`` may hold ``eps`` and ``alpha``. Raises ``ValueError`` like ``check_normalization``.
     """
-    made = []
+    found = []
     for method in methods:
         own = {name: options[name] for name in ("eps",) if name in options and not callable(method)}
         if method == "power":
@@ -107,16 +95,13 @@ def candidates(methods: Sequence[str | Callable[..., torch.Tensor]], **options: 
             return normalize_rewards(rewards_PG, method, context=context, **own)
 
         name = method if isinstance(method, str) else function_name(method)
-        made.append(Candidate(name, advantages, of_batch=callable(method) or METHODS[method].kind != "group"))
-    return made
+        found.append(Candidate(name, advantages, needs_batch=callable(method) or METHODS[method].kind != "group"))
+    return found
 
 
 @dataclass(frozen=True)
 class Row:
-    """One normalisation's step against the step that was trained; the module's docstring has the equations.
-
-    ``task_share_T``: each task's share of the step.
-    """
+    """One normalisation's step compared with the trained step; the module's docstring has the equations."""
 
     cos: float
     factor: float
@@ -126,8 +111,14 @@ class Row:
 
 @dataclass(frozen=True)
 class WhatIf:
-    """``rows`` by name; ``absent``: why a normalisation isn't among them. ``mutual_MM``: cosines of the rows' steps
-    with one another, ``factor_MM``: |u_row| / |u_column|."""
+    """The comparison of a step with several normalisations.
+
+    Attributes:
+        rows: by name of the normalisation.
+        absent: by name, why a normalisation has no row.
+        mutual_MM: (M, M) cosines of the rows' steps with each other.
+        factor_MM: (M, M) |u_row| / |u_column|.
+    """
 
     rows: dict[str, Row]
     absent: dict[str, str]
@@ -142,28 +133,26 @@ def what_if(
     context: Mapping[str, Any] | None = None,
     tasks_TP: torch.Tensor | None = None,
 ) -> WhatIf:
-    """Returns the table of a step, a row for each normalisation whose advantages fall on known scores alone.
+    """Compares a step with each normalisation that gives an advantage only to sequences whose score is known.
 
     Args:
-        scores: of the step that was trained.
+        scores: the trained step.
         methods: the normalisations to compare with.
-        context: as ``normalize_rewards`` takes it, (P, ...) tensors among it.
-        tasks_TP: bool, each task's prompts.
+        context: the ``context`` of ``normalize_rewards``.
+        tasks_TP: (T, P) bool, each task's prompts; None: no tasks.
     """
     n_prompts = len(scores.rewards_PG)
-    if tasks_TP is not None and (tasks_TP.ndim != 2 or tasks_TP.shape[1] != n_prompts):
-        raise ValueError(f"tasks_TP has shape {tuple(tasks_TP.shape)}: expected (T, {n_prompts})")
     products, now_B = as_products(scores.gram_BB), _factors(scores, scores.advantage_B)
     square_now = _squares(products, now_B[None], products.of_totals(now_B[None]))[0]
     if square_now == 0:
         return WhatIf({}, {one.name: "the step's gradient is 0" for one in methods}, *_empty())
-    made, absent = _advantage_factors(scores, methods, context or {})
-    factor_MB = torch.stack([now_B, *made.values()])
+    factors, absent = _advantage_factors(scores, methods, context or {})
+    factor_MB = torch.stack([now_B, *factors.values()])
     inner_MM = products.of_totals(factor_MB)
     squares = _squares(products, factor_MB, inner_MM)[1:]
     tasks_TP = now_B.new_zeros(0, n_prompts) if tasks_TP is None else tasks_TP.to(now_B)
     rows, kept = {}, []
-    for place, ((name, factor_B), square) in enumerate(zip(made.items(), squares, strict=True), start=1):
+    for place, ((name, factor_B), square) in enumerate(zip(factors.items(), squares, strict=True), start=1):
         if square == 0:
             absent[name] = "its gradient is 0"
             continue
@@ -179,8 +168,8 @@ def what_if(
 def _advantage_factors(
     scores: StepScores, methods: Sequence[Candidate], context: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(B,) f by method with u_m = sum f_i z_i, and why a method has none."""
-    made: dict[str, torch.Tensor] = {}
+    """Returns by method the factors f (B,) with u_m = sum f_i z_i, and the reason if a method has none."""
+    factors: dict[str, torch.Tensor] = {}
     absent: dict[str, str] = {}
     for one in methods:
         try:
@@ -189,27 +178,28 @@ def _advantage_factors(
             absent[one.name] = str(error)
             continue
         advantage_B = advantages_PG[scores.prompt_B, scores.position_B].double()
-        unknown = int(((advantage_B != 0) & ~scores.known & ~scores.silent).sum())
+        unknown = int(((advantage_B != 0) & ~scores.known & ~scores.masked).sum())
         if unknown:
             absent[one.name] = f"{unknown} sequences without a score would have an advantage"
         else:
-            made[one.name] = _factors(scores, advantage_B)
-    return made, absent
+            factors[one.name] = _factors(scores, advantage_B)
+    return factors, absent
 
 
 def _factors(scores: StepScores, advantage_B: torch.Tensor) -> torch.Tensor:
-    """(..., B) f with u_m = sum f_i z_i."""
-    made_at_B = torch.where(scores.known, scores.made_at_B.double(), 1.0)
-    return torch.where(scores.known, advantage_B.double() / made_at_B, 0.0)
+    """Returns the factors f (B,) with u_m = sum f_i z_i for these advantages."""
+    divisor_B = torch.where(scores.known, scores.score_advantage_B.double(), 1.0)
+    return torch.where(scores.known, advantage_B.double() / divisor_B, 0.0)
 
 
 def _squares(products: InnerProducts, factor_MB: torch.Tensor, inner_MM: torch.Tensor) -> list[float]:
-    """|u_m|^2, 0 where it is rounding."""
+    """Returns |u_m|^2 of each row of factors; 0 if it is rounding only."""
     square_M, summed_M = inner_MM.diagonal(), factor_MB.square() @ products.squares()
     return torch.where(square_M > VANISHED * summed_M, square_M, 0.0).tolist()
 
 
 def _mutual(inner_MM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns cosines and ratios of norms of the steps with these inner products."""
     if not len(inner_MM):
         return _empty()
     length_M = inner_MM.diagonal().sqrt()

@@ -1,1 +1,1 @@
-"""From a group's rewards to its advantages: methods, statistics of group and batch, in torch and in Triton."""
+"""Turns a group's rewards into advantages: methods, and statistics of group and batch, in torch and in Triton."""

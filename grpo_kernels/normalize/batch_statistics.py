@@ -1,4 +1,4 @@
-"""Centre and scale of each group from statistics of the whole batch: a small reduction before the pass over the groups.
+"""Computes each group's centre and scale from statistics of the batch, before the pass over the groups.
 
 Shapes: P prompts, G completions of one prompt.
 """
@@ -16,7 +16,7 @@ LARGEST_INVERSE_PDF = 1e6
 
 
 def batch_mean_and_std(rewards_PG: torch.Tensor, context: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and sample std of all scorable rewards, 0-d: from ``context`` where it has them, else from these rewards."""
+    """Returns mean and sample std (0-d) of all scorable rewards; ``context`` may override them."""
     _, mean, std = masked_statistics(rewards_PG, ~rewards_PG.isnan(), dim=(0, 1))
     given = [
         rewards_PG.new_tensor(float(context[name])) if name in context else own.reshape(())
@@ -26,19 +26,19 @@ def batch_mean_and_std(rewards_PG: torch.Tensor, context: Mapping[str, Any]) -> 
 
 
 def shrinkage(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P, 1) centre and scale of JSPO's baseline, arXiv 2511.03710::
+    """Returns centre and scale (P, 1) of JSPO's baseline, arXiv 2511.03710::
 
-        r - [(1 - lam) loo + lam mu],  lam = v2 / (v2 + s2 + 1e-6)
+        A = r - [(1 - lam) loo + lam mu],  lam = v2 / (v2 + s2 + 1e-6)
 
-    of the other prompts: mu the mean of their means, s2 the sample variance of their means, v2 the mean of their
-    (sample variance / n). loo = (n m - r) / (n - 1), so that the advantage is (1 + (1 - lam) / (n - 1)) r less the
-    same for every answer. Without another prompt lam = 0; a group of one has no loo: lam = 1.
+    Over the other prompts, mu is the mean of their means, s2 the sample variance of their means, and v2 the mean of
+    their (sample variance / n). loo = (n m - r) / (n - 1) is the mean of the group's other rewards. So A is
+    (1 + (1 - lam) / (n - 1)) r minus a constant of the group. lam is 0 without another prompt, and 1 in a group of one.
     """
     scorable = ~rewards_PG.isnan()
     count, mean, std = (x.double() for x in masked_statistics(rewards_PG, scorable, dim=(1,)))
     some, several = (count > 0).double(), (count > 1).double()
 
-    # sums over the other prompts: over all, less one's own, around the mean of all lest they cancel
+    # sums over the other prompts = sums over all - own; around the common mean, to avoid cancellation
     others = some.sum() - some
     middle = (mean * some).sum() / some.sum().clamp(min=1)
     deviation = (mean - middle) * some
@@ -51,21 +51,21 @@ def shrinkage(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     lam = torch.where(others > 0, v2 / (v2 + s2 + 1e-6), 0.0)
     lam = torch.where((count == 1) & (others > 0), 1.0, lam)
-    weight = torch.where(count > 1, (1 - lam) / (count - 1).clamp(min=1), 0.0)  # of r in the mean of the others
+    weight = torch.where(count > 1, (1 - lam) / (count - 1).clamp(min=1), 0.0)  # coefficient of r in the baseline
     own = torch.where(count > 1, weight * count * mean, (1 - lam) * mean)
     centre = (own + lam * other_mean) / (1 + weight)
     return centre.to(rewards_PG.dtype), (1 / (1 + weight)).to(rewards_PG.dtype)
 
 
 def beta_density(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """(P, 1) scale of BNPO, arXiv 2506.02864: the density at m of Beta(max(1, 1 + a/3), max(1, 1 + b/3)).
+    """Returns the scale (P, 1) of BNPO, arXiv 2506.02864: the density of Beta(max(1, 1 + a/3), max(1, 1 + b/3)) at m.
 
-    (a, b) by moments of the batch's pass rates m, with mean mu and sample variance v::
+    a and b are fitted by moments to the batch's pass rates m, with mean mu and sample variance v::
 
         a = (mu (1 - mu) / v - 1) mu,  b = (mu (1 - mu) / v - 1) (1 - mu)
 
-    Where the moments fit no Beta distribution (v = 0, or v >= mu (1 - mu)) a = b = 0: the density is 1, the method is
-    ``mean``. At least 1e-6, so that an advantage is at most a million.
+    If the moments fit no Beta distribution (v = 0, or v >= mu (1 - mu)), a = b = 0: the density is 1, and the method
+    equals ``mean``. The scale is at least 1e-6, so that an advantage is at most a million.
     """
     scorable = ~rewards_PG.isnan()
     count, mean_P1, _ = masked_statistics(rewards_PG, scorable, dim=(1,))
@@ -77,6 +77,6 @@ def beta_density(rewards_PG: torch.Tensor) -> torch.Tensor:
     alpha = (1 + concentration * mu / 3).clamp(min=1)
     beta = (1 + concentration * (1 - mu) / 3).clamp(min=1)
     normaliser = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
-    # xlogy: 0 log 0 = 0, where alpha or beta is 1 and m at an end
+    # xlogy defines 0 log 0 = 0, for alpha or beta = 1 and m = 0 or 1
     density = torch.exp(torch.xlogy(alpha - 1, rate) + torch.xlogy(beta - 1, 1 - rate) - normaliser)
     return density.clamp(min=1 / LARGEST_INVERSE_PDF).to(rewards_PG.dtype)

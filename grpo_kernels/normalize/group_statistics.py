@@ -1,4 +1,4 @@
-"""The centre and the scale of each group in plain torch, of its scorable (not NaN) rewards alone.
+"""Computes each group's centre and scale in plain torch, from its scorable (not NaN) rewards.
 
 Shapes: P prompts, G completions of one prompt.
 """
@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import torch
 
-# MAD and IQR below this share of the std, 0 above all, say nothing of the spread: the std takes their place there
+# A MAD or IQR below this share of the std doesn't describe the spread (often it is 0); the std replaces it.
 ROBUST_FLOOR = 0.01
 
 
 def masked_statistics(
     values: torch.Tensor, mask: torch.Tensor, dim: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Count, mean and sample standard deviation (ddof=1) of the masked values over ``dim``, which is kept.
+    """Returns count, mean and sample std (ddof=1) of the masked values over ``dim``, which keeps size 1.
 
-    Equal values give exactly themselves and exactly 0: the mean of eight times 0.1 isn't 0.1 in float32, and that
-    residue over a tiny std would become a large advantage. Deviations are taken relative to the range, so that
-    neither huge nor tiny values overflow or vanish when squared. An empty mask gives 0, 0, 0.
+    Equal values give exactly their value and a std of exactly 0. (A plain mean of eight times 0.1 isn't 0.1 in float32,
+    and the residue divided by a tiny std would be a large advantage.) Deviations are relative to the range, so that
+    squares neither overflow nor underflow. An empty mask gives 0, 0, 0.
     """
     count = mask.sum(dim=dim, keepdim=True).to(values.dtype)
     offset, width = _offset_and_width(values, mask, dim)
@@ -33,7 +33,7 @@ def masked_statistics(
 
 
 def _offset_and_width(values: torch.Tensor, mask: torch.Tensor, dim: tuple[int, ...]):
-    """The smallest masked value, and the largest less the smallest; 0, 0 where there is none."""
+    """Returns the smallest masked value, and the largest minus the smallest; 0, 0 for an empty mask."""
     some = mask.any(dim=dim, keepdim=True) if len(dim) == 1 else mask.any()
     high = torch.where(mask, values, -torch.inf).amax(dim=dim, keepdim=True)
     low = torch.where(mask, values, torch.inf).amin(dim=dim, keepdim=True)
@@ -41,7 +41,7 @@ def _offset_and_width(values: torch.Tensor, mask: torch.Tensor, dim: tuple[int, 
 
 
 def weighted_mean(values_PG: torch.Tensor, mask_PG: torch.Tensor, weights_PG: torch.Tensor) -> torch.Tensor:
-    """(P, 1) mean of the masked values with these weights; exactly the value where all are equal."""
+    """Returns the weighted mean (P, 1) of the masked values; exactly their value if all are equal."""
     offset, width = _offset_and_width(values_PG, mask_PG, (1,))
     weights_PG = torch.where(mask_PG, weights_PG, 0.0)
     deviation = torch.where(mask_PG, values_PG - offset, 0.0)
@@ -50,7 +50,7 @@ def weighted_mean(values_PG: torch.Tensor, mask_PG: torch.Tensor, weights_PG: to
 
 
 def masked_quantile(values_PG: torch.Tensor, mask_PG: torch.Tensor, q: float) -> torch.Tensor:
-    """(P, 1) quantile of the masked values, linear between neighbours as in ``numpy.quantile``; 0 of none."""
+    """Returns the quantile (P, 1) of the masked values, interpolated like ``numpy.quantile``; 0 for an empty mask."""
     ordered = torch.where(mask_PG, values_PG, torch.inf).sort(dim=1).values
     last = (mask_PG.sum(1, keepdim=True) - 1).clamp(min=0)
     place = q * last.to(values_PG.dtype)
@@ -62,7 +62,7 @@ def masked_quantile(values_PG: torch.Tensor, mask_PG: torch.Tensor, q: float) ->
 
 
 def mid_ranks(values_PG: torch.Tensor, mask_PG: torch.Tensor) -> torch.Tensor:
-    """Ranks 1 to n within each group, equal values sharing the mean of theirs (double argsort would part them)."""
+    """Returns ranks 1 to n in each group; equal values get their mean rank (a double argsort would order them)."""
     ordered = torch.where(mask_PG, values_PG, torch.inf).sort(dim=1).values
     wanted = torch.where(mask_PG, values_PG, 0.0)
     below = torch.searchsorted(ordered, wanted, side="left")
@@ -73,7 +73,7 @@ def mid_ranks(values_PG: torch.Tensor, mask_PG: torch.Tensor) -> torch.Tensor:
 def group_centre_and_scale(
     rewards_PG: torch.Tensor, centre: str, scale: str, eps: float, alpha: float, lengths_PG: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P, 1) and (P, 1), by the names of ``Method.centre`` and ``Method.scale``; zeros and ones for ``given``."""
+    """Returns centre and scale, (P, 1) each, by ``Method.centre`` and ``Method.scale``; 0 and 1 for ``given``."""
     first = rewards_PG[:, :1]
     if centre in ("zero", "given") and scale in ("one", "given"):
         return torch.zeros_like(first), torch.ones_like(first)

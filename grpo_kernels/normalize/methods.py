@@ -1,7 +1,7 @@
-"""The catalogue of normalisations: what each subtracts from a reward, what it divides by, and the options it takes.
+"""Lists the normalisations: what each subtracts from a reward, what it divides by, and its options.
 
-r a reward; m, s, n mean, sample std (ddof=1) and number of the scorable rewards of its group; mu their mean over the
-batch. ``centre`` and ``scale`` name the two halves of ``A = (r - centre) / scale``, which `rewards.py` computes.
+In the formulas, r is a reward; m, s and n are mean, sample std (ddof=1) and number of its group's scorable rewards; mu
+is the mean over the batch. ``rewards.py`` computes ``A = (r - centre) / scale``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Option:
-    """A number an option may be, ``low <= x <= high`` (``x < high`` where open), and its default (None: needed)."""
+    """The range of an option, ``low <= x <= high`` (``x < high`` if ``open_end``), and its default (None: required)."""
 
     low: float
     high: float
@@ -23,7 +23,7 @@ class Option:
     open_end: bool = False
 
     def allows(self, value: object) -> bool:
-        """Whether this is a number in the range."""
+        """Returns whether ``value`` is a number in the range."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
         return self.low <= value <= self.high and not (self.open_end and value == self.high)
@@ -36,23 +36,32 @@ class Option:
 class Method:
     """One normalisation.
 
-    ``kind``, what it needs to see: "group" its own group only; "batch" statistics of the whole batch; "state" what
-    earlier steps left, handed over in ``context``. ``needs`` are the entries of ``context`` it can't do without.
+    Attributes:
+        centre: zero, group (mean), median, lengths (length-weighted mean), or given (computed before the pass over the
+            groups).
+        scale: one, group (std), others (leave one out), power, mean_abs, mad, iqr, mean, given, or rank (not affine: r
+            becomes its mid-rank).
+        kind: what it depends on: "group", its own group; "batch", the batch; "state", earlier steps, by ``context``.
+        formula, source: for documentation.
+        options: its options besides ``eps``.
+        needs: required entries of ``context``.
+        unit_rewards: whether rewards must be in [0, 1].
+        zero_if_equal: whether a group of equal rewards gets advantage 0.
     """
 
-    centre: str  # zero, group, others (leave one out), median, lengths; given: centre and scale of each group are made
-    scale: str  # one, group, power, mean_abs, mad, iqr, mean; given; rank: not affine, r becomes its mid-rank
+    centre: str
+    scale: str
     kind: str
     formula: str
     source: str
     options: Mapping[str, Option] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
-    unit_rewards: bool = False  # rewards must be in [0, 1]
-    zero_if_equal: bool = True  # a group of equal rewards gets advantage 0
+    unit_rewards: bool = False
+    zero_if_equal: bool = True
 
     @property
     def own_group(self) -> bool:
-        """Whether a group's rewards and the options say everything: what ``linear_grpo_loss`` takes as rewards."""
+        """Whether a group's advantages depend only on its rewards, so that ``linear_grpo_loss`` can compute them."""
         return self.kind == "group" and self.scale != "rank" and not self.needs
 
 
@@ -119,7 +128,7 @@ METHODS: dict[str, Method] = {
 
 
 def check_normalization(method: str | Callable[..., Any], *, eps: float = 1e-4, **options: Any) -> None:
-    """Raises ``ValueError`` unless ``normalize_rewards`` would accept this method with these options."""
+    """Raises ``ValueError`` for a method or options that ``normalize_rewards`` doesn't accept."""
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps={eps!r} must be a finite number that is not negative")
     if callable(method):
@@ -154,5 +163,5 @@ def _check_function(function: Callable[..., Any], options: Mapping[str, Any]) ->
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """How a user's function is called in messages and logs."""
+    """Returns the name of a user's function, for messages and logs."""
     return str(getattr(function, "__qualname__", None) or type(function).__qualname__)

@@ -1,4 +1,4 @@
-"""What a normalisation returns.
+"""Defines the result of a normalisation.
 
 Shapes: P prompts, G completions of one prompt, F reward functions.
 """
@@ -11,10 +11,12 @@ import torch
 
 
 class Normalized(NamedTuple):
-    """Advantages (P, G), and the centre and scale of each group they were made with, (P,) or (P, F), detached.
+    """The result of a normalisation, detached.
 
-    Where the method isn't affine in the reward (``rank``, a function of the user's) centre and scale are NaN; where
-    each reward function is normalised by itself they have a column for each.
+    Attributes:
+        advantages: (P, G).
+        centre, scale: (P,), or (P, F) if each reward function is normalised by itself. NaN if the method isn't affine
+            in the reward (``rank``, a user's function).
     """
 
     advantages: torch.Tensor

@@ -1,10 +1,10 @@
-"""Normalisation: the rewards of each prompt's completions become advantages.
+"""Normalises the rewards of each prompt's completions to advantages.
 
 Shapes: P prompts, G completions of one prompt, F reward functions.
 
-Every method but ``rank`` is affine within a group, ``A = (r - centre) / scale``. Flow of this file: check the input
-(``methods.py`` knows the options), reduce the batch where a method needs it (``batch_statistics.py``), then one pass
-over the groups (``group_statistics.py``, or one launch of ``triton_groups.py``).
+Every method except ``rank`` is affine within a group, ``A = (r - centre) / scale``. Flow of this file: check the input;
+compute statistics of the batch if the method needs them (``batch_statistics.py``); then one pass over the groups
+(``group_statistics.py``, or one launch of ``triton_groups.py``).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
 
 
 def _given(rewards_PG: torch.Tensor, method: str, eps: float, context: Mapping[str, Any]):
-    """(P, 1) centre and scale that a group alone can't know; None where the group's own are meant."""
+    """Returns centre and scale (P, 1) that don't come from the group itself; None for those that do."""
     ones_P1 = torch.ones_like(rewards_PG[:, :1])
     if method in ("batch_mean", "batch_std", "global"):
         mean, std = batch_mean_and_std(rewards_PG, context)
@@ -124,7 +124,7 @@ def _normalize_torch(rewards_PG, method: Method, eps, alpha, centre_P1, scale_P1
         advantages_PG = (mid_ranks(rewards_PG, scorable) - (count + 1) / 2) / ((count - 1) / 2).clamp(min=0.5)
         centre_P1 = scale_P1 = torch.full_like(centre_P1, torch.nan)
     else:
-        # a scale of 0 (eps = 0, everything equal) has nothing above it but zeros
+        # a scale of 0 (eps = 0 and equal rewards) has only deviations of 0
         safe = torch.where(scale_P1 > 0, scale_P1, 1.0)
         advantages_PG = torch.where(scale_P1 > 0, (rewards_PG - centre_P1) / safe, 0.0)
     return Normalized(torch.where(scorable, advantages_PG, 0.0), centre_P1[:, 0], scale_P1[:, 0])
@@ -136,12 +136,17 @@ def normalize_then_sum(
     normalize_function: Callable[[torch.Tensor, int], Normalized],
     eps: float = 1e-4,
 ) -> Normalized:
-    """GDPO, arXiv 2601.05242: each reward function normalised by itself, the weighted sum whitened over the batch.
+    """Normalises each reward function, sums with weights, and whitens the sum over the batch (GDPO, arXiv 2601.05242).
 
-    ``normalize_function(rewards_PG, f)`` normalises function f. A function's missing (NaN) entry adds nothing; a
-    completion that no function scored is left out of the whitening and gets 0. With ``std`` it is TRL's
-    ``multi_objective_aggregation="normalize_then_sum"``. A sum of exactly 0, an all-equal group's, stays 0 where the
-    batch's mean is 0 but for its rounding, as with a group's mean taken out it is.
+    A function's NaN entry adds nothing. A completion that no function scored gets 0 and isn't in the whitening's
+    statistics. With ``std`` this is TRL's ``multi_objective_aggregation="normalize_then_sum"``. A sum of exactly 0 (a
+    group of equal rewards) stays 0 if the batch's mean is 0 up to rounding.
+
+    Args:
+        rewards_PGF: (P, G, F), NaN where unscorable.
+        weights_F: (F,).
+        normalize_function: ``(rewards_PG, f)`` normalises function f.
+        eps: added to the std of the whitening.
     """
     each = [normalize_function(rewards_PGF[:, :, f], f) for f in range(rewards_PGF.shape[2])]
     sum_PG = sum(weight * one.advantages for weight, one in zip(weights_F.unbind(), each, strict=True))
@@ -179,10 +184,10 @@ def normalize_rewards(
     context: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Advantages of P groups of G rewards, ``A = (r - centre) / scale``.
+    """Computes the advantages of P groups of G rewards, ``A = (r - centre) / scale``.
 
-    With m, s and n the mean, the sample std (ddof=1) and the number of a group's scorable rewards, mu the mean of the
-    batch, "all" the rewards of the batch, and the advantage of a group whose rewards are all equal::
+    m, s and n are mean, sample std (ddof=1) and number of a group's scorable rewards. mu is the batch's mean, "all" are
+    the batch's rewards. The third column is the advantage in a group of equal rewards; "0" is exactly 0::
 
         none             r                                            r      REINFORCE
         mean             r - m                                        0      Dr. GRPO, arXiv 2503.20783
@@ -205,39 +210,42 @@ def normalize_rewards(
         curvature        (r - m) / (curvature_scale + eps)            0      arXiv 2601.23135, measured; r in [0, 1]
         adaptive         (r - m) / (s + eps)^alpha                    0      alpha from context
 
-    The same in plain torch, for ``std``::
+    In plain torch, ``std`` is::
 
         m, s = rewards_PG.mean(1, keepdim=True), rewards_PG.std(1, keepdim=True)
         advantages_PG = (rewards_PG - m) / (s + eps)
 
-    "0" is exactly 0. A NaN reward (a completion that could not be scored) is left out of all statistics and gets
-    advantage 0; a group with fewer than two scorable completions has no spread, and gets what an all-equal one does.
-    Quantiles are linear between neighbours, as numpy's. Where MAD or IQR is less than a hundredth of the std (above
-    all where it is 0: one success in eight), the std takes its place: so their advantages are at most
-    ``100 ((n - 1) / sqrt(n) + 1)``. ``shrinkage`` and ``beta`` are written out in ``batch_statistics.py``.
+    A NaN reward (of a completion that couldn't be scored) is in no statistic and gets advantage 0. A group with fewer
+    than two scorable completions is treated like a group of equal rewards. Quantiles are interpolated like numpy's. If
+    MAD or IQR is less than a hundredth of the std (often it is 0, for example with one success in eight), the std
+    replaces it; their advantages are therefore at most ``100 ((n - 1) / sqrt(n) + 1)``. ``batch_statistics.py`` defines
+    ``shrinkage`` and ``beta``.
 
     Args:
         rewards_PG: (P, G), any floating dtype. P may be 0. Half precision is computed in float32.
-        method: one of ``METHODS``, or a function ``f(rewards_PG, context, **options) -> advantages_PG``. It gets
-            the rewards in float32 (float64), NaN where unscorable, and ``context`` as given here; it returns (P, G)
-            finite advantages; those of unscorable completions are set to 0.
+        method: a name in ``METHODS``, or a function ``f(rewards_PG, context, **options) -> advantages_PG``. It gets the
+            rewards in float32 (float64 for float64), NaN where unscorable, and ``context``. It must return finite
+            advantages (P, G); those of unscorable completions are set to 0.
         eps: added to a scale that is in units of reward.
-        context: what this call can't see. ``batch_mean`` and ``batch_std`` (numbers or 0-d tensors, of all scorable
-            rewards of the batch, ddof=1) replace those of ``rewards_PG`` where a caller holds a part of it (not for
-            ``shrinkage`` and ``beta``, which take the whole). ``lengths`` (P, G) tokens of each completion.
-            ``function_rewards`` (P, G, F), with NaN where missing, and ``function_weights`` (F,), default ones.
-            ``running_variance``, ``curvature_scale`` (P,) in units of reward and ``alpha`` in [0, 1] are what the
-            trainer carries from step to step. ``prompt_keys`` (P,) is for functions of the user's.
-        options: ``alpha`` in [0, 1] for ``power``; ``decay`` of the methods with a state is the trainer's.
+        context: additional inputs, by name:
+
+            * ``batch_mean``, ``batch_std`` (numbers or 0-d tensors): statistics of the batch's scorable rewards
+              (ddof=1), if ``rewards_PG`` is a part of the batch. ``shrinkage`` and ``beta`` need the full batch.
+            * ``lengths`` (P, G): tokens of each completion.
+            * ``function_rewards`` (P, G, F), NaN where missing; ``function_weights`` (F,), 1 by default.
+            * ``running_variance``, ``curvature_scale`` (P,) in units of reward, ``alpha`` in [0, 1]: states that the
+              trainer keeps from step to step.
+            * ``prompt_keys`` (P,): for a user's function.
+        options: ``alpha`` in [0, 1] for ``power``. (Only the trainer uses ``decay``, of methods with a state.)
 
     Returns:
         (P, G) on the same device; float64 for float64 rewards, else float32. ``normalize_with_statistics`` also
         returns each group's centre and scale.
 
     Raises:
-        ValueError: unknown method, option or context entry; eps, alpha or a context entry out of range, missing or of
-            the wrong shape; rewards that are not a floating-point matrix, hold an infinity, or (``beta``, ``max_rl``,
-            ``curvature``) lie outside [0, 1], with the position; a function's result of the wrong shape or not finite.
+        ValueError: the method, an option or an entry of ``context`` is unknown, missing, out of range or has the wrong
+            shape; ``rewards_PG`` isn't a floating-point matrix, holds an infinity, or is outside [0, 1] (for ``beta``,
+            ``max_rl``, ``curvature``); a function's result has the wrong shape or isn't finite.
     """
     return normalize_with_statistics(rewards_PG, method, eps=eps, context=context, **options).advantages
 
@@ -250,7 +258,7 @@ def normalize_with_statistics(
     context: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Normalized:
-    """``normalize_rewards``, and the centre and scale of each group."""
+    """Computes ``normalize_rewards``, and returns also the centre and scale of each group."""
     check_normalization(method, eps=eps, **options)
     _check_rewards(rewards_PG)
     context = context or {}
@@ -269,20 +277,20 @@ def normalize_with_statistics(
         weights_F = context.get("function_weights", rewards_PG.new_ones(function_rewards_PGF.shape[2])).to(rewards_PG)
         std = partial(normalize_with_statistics, method="std", eps=eps)
         return normalize_then_sum(function_rewards_PGF, weights_F, lambda column_PG, _: std(column_PG), eps)
-    # Triton passes scalars as float32, so float64 rewards, a matter of tests, stay with torch on every device
+    # Triton passes scalars as float32, so float64 rewards (which tests use) run in torch on every device
     in_triton = dtype == torch.float32 and choose_backend(rewards_PG.device) == "triton"
-    # In float64 a group of rewards 1000 + 0.001 u keeps its digits, and nothing made of 3e38 overflows.
+    # In float64 a group of rewards 1000 + 0.001 u keeps its digits, and rewards of 3e38 don't overflow.
     normalized = _normalize(rewards_PG.double(), method, eps, context, options, in_triton)
     return Normalized(*(values.to(dtype) for values in normalized))
 
 
 def _normalize(rewards_PG, method: str, eps: float, context, options, in_triton: bool) -> Normalized:
     alpha = float(context["alpha"] if method == "adaptive" else options.get("alpha", 1.0))
-    if METHODS[method].scale == "power" and alpha in (0.0, 1.0):  # exactly the two ends of the dial
+    if METHODS[method].scale == "power" and alpha in (0.0, 1.0):  # exactly equal to these methods
         method = "std" if alpha else "mean"
     centre_P1, scale_P1 = _given(rewards_PG, method, eps, context)
     lengths_PG = None
-    if method == "length_weighted":  # where all of a group are 0 long, its plain mean
+    if method == "length_weighted":  # if all completions of a group have length 0, its plain mean
         lengths_PG = context["lengths"].to(rewards_PG)
         scorable_length = torch.where(rewards_PG.isnan(), 0.0, lengths_PG).sum(1, keepdim=True)
         lengths_PG = torch.where(scorable_length > 0, lengths_PG, 1.0)

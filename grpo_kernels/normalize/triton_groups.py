@@ -1,7 +1,7 @@
-"""Normalisation in Triton: one launch, each program reads a block of whole groups once and writes their advantages.
+"""Normalises in Triton with one launch: each program reads a block of groups once and writes their advantages.
 
-P * G numbers in, P * G numbers out, nothing between: the launch is bound by memory traffic, and at the sizes of a
-real batch (a few KB) by the launch itself.
+The kernel reads and writes P * G numbers and no intermediate, so memory traffic bounds its time; at a real batch's size
+(a few KB), the launch does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROBUST_FLOOR = tl.constexpr(ROBUST_FLOOR)
 
 
 class Groups(NamedTuple):
-    """Rewards of groups, one a row, and the numbers of their normalisation: tensors for a launcher, pointers inside."""
+    """The groups' rewards and the normalisation's numbers: tensors for the launcher, pointers in a kernel."""
 
     rewards: Any  # (groups, n_generations)
     n_generations: Any
@@ -34,9 +34,11 @@ class Groups(NamedTuple):
 
 @triton.jit
 def _places(groups, i_group, m_group, b_value, b_centre, DEVIATIONS: tl.constexpr):
-    """How many of its group are smaller than each value, and how many not larger; of |r - centre| if DEVIATIONS.
+    """Counts for each value how many of its group are smaller, and how many aren't larger.
 
-    G comparisons for each value: a sort would be fewer and, at group sizes up to a hundred, no faster.
+    With DEVIATIONS it compares |r - centre|.
+
+    It makes G comparisons per value. A sort needs fewer, but isn't faster for groups of up to a hundred.
     """
     b_below = b_value * 0.0
     b_up_to = b_value * 0.0
@@ -52,7 +54,7 @@ def _places(groups, i_group, m_group, b_value, b_centre, DEVIATIONS: tl.constexp
 
 @triton.jit
 def _quantile(b_value, b_below, b_up_to, b_count, q):
-    """``masked_quantile`` of group_statistics.py, for each row of the block."""
+    """Computes ``masked_quantile`` of group_statistics.py for each row of the block."""
     b_last = tl.maximum(b_count - 1.0, 0.0)
     b_place = q * b_last
     b_first = tl.floor(b_place)
@@ -67,11 +69,11 @@ def _quantile(b_value, b_below, b_up_to, b_count, q):
 
 @triton.jit
 def group_centre_and_scale(groups, i_group, m_group, b_reward, b_length, CENTRE: tl.constexpr, SCALE: tl.constexpr):
-    """The same of group_statistics.py, one group a row of the block, NaN where there is none; also their counts.
+    """Computes ``group_centre_and_scale`` of group_statistics.py, and counts, for one group per row of the block.
 
-    In float64: (groups, G) numbers are few, and a group of rewards 1000 + 0.001 u keeps its digits.
+    NaN marks padding. It works in float64, so that a group of rewards 1000 + 0.001 u keeps its digits.
     """
-    # relative to the smallest, so that equal rewards deviate by exactly 0
+    # relative to the smallest reward, so that equal rewards deviate by exactly 0
     m_scorable = b_reward == b_reward
     b_count = tl.sum(m_scorable.to(tl.float64), axis=1)
     b_low = tl.min(tl.where(m_scorable, b_reward, float("inf")), axis=1)
@@ -106,7 +108,7 @@ def group_centre_and_scale(groups, i_group, m_group, b_reward, b_length, CENTRE:
             b_distance = tl.abs(b_reward - b_centre[:, None])
             b_below, b_up_to = _places(groups, i_group, m_group, b_distance, b_centre, True)
             b_spread = _quantile(b_distance, b_below, b_up_to, b_count, 0.5)
-        elif SCALE == "iqr":  # CENTRE is the median: the places are known
+        elif SCALE == "iqr":  # CENTRE is the median, which has computed the places
             b_upper = _quantile(b_reward, b_below, b_up_to, b_count, 0.75)
             b_spread = b_upper - _quantile(b_reward, b_below, b_up_to, b_count, 0.25)
         b_scale = tl.where(b_spread > b_std * _ROBUST_FLOOR, b_spread, b_std) + groups.eps
@@ -121,7 +123,7 @@ def _normalize_kernel(
     n_groups,
     p_lengths,
     p_advantages,
-    p_centre,  # (P,), read where given, else written
+    p_centre,  # (P,), read if given, else written
     p_scale,
     CENTRE: tl.constexpr,
     SCALE: tl.constexpr,
@@ -170,10 +172,10 @@ def normalize_groups(
     scale_P1: torch.Tensor | None,
     lengths_PG: torch.Tensor | None,
 ) -> Normalized:
-    """Launches the kernel; arguments as ``_normalize_torch``, results in float64."""
+    """Launches the kernel. Takes the arguments of ``_normalize_torch``; returns float64."""
     advantages_PG = torch.empty(rewards_PG.shape, dtype=rewards_PG.dtype, device=rewards_PG.device)
     n_groups, n_generations = rewards_PG.shape
-    if method.scale == "rank":  # has neither
+    if method.scale == "rank":  # has no centre and scale
         centre_P1 = scale_P1 = rewards_PG.new_full((n_groups, 1), float("nan"))
     centre_P, scale_P = (
         advantages_PG.new_empty(n_groups) if given is None else given.double().flatten()

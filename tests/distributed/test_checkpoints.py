@@ -66,13 +66,13 @@ def no_room(*args, **kwargs):
 def test_a_file_cut_short_is_named_and_the_checkpoint_before_is_used(name, fraction, run_folder):
     said = []
     assert find_checkpoint("auto", run_folder, said.append) == str(run_folder / "checkpoint-3")
-    assert said == [f"Going on from {run_folder / 'checkpoint-3'}."]
+    assert said == [f"Resuming from {run_folder / 'checkpoint-3'}."]
     cut(run_folder / "checkpoint-3" / name, fraction)
     del said[:]
     assert find_checkpoint("latest", run_folder, said.append) == str(run_folder / "checkpoint-2")
-    assert f"{run_folder / 'checkpoint-3'} is passed over: {name} " in said[0]
-    assert said[1] == f"Going on from {run_folder / 'checkpoint-2'}."
-    with pytest.raises(ValueError, match=f"no whole checkpoint there \\({name} "):
+    assert f"{run_folder / 'checkpoint-3'} is skipped: {name} " in said[0]
+    assert said[1] == f"Resuming from {run_folder / 'checkpoint-2'}."
+    with pytest.raises(ValueError, match=f"no complete checkpoint there \\({name} "):
         find_checkpoint(str(run_folder / "checkpoint-3"), run_folder)
 
 
@@ -130,10 +130,10 @@ def test_the_forms_of_other_engines(run_folder):
 def test_auto_starts_and_restarts(tmp_path):
     said = []
     assert find_checkpoint("auto", tmp_path, said.append) is None
-    assert said == [f"No whole checkpoint in {tmp_path}: from the start."]
+    assert said == [f"No complete checkpoint in {tmp_path}: starting at step 0."]
     assert find_checkpoint(None, tmp_path) is None and find_checkpoint(False, tmp_path) is None
     for resume in (True, "latest", "True"):
-        with pytest.raises(ValueError, match="no whole checkpoint in"):
+        with pytest.raises(ValueError, match="no complete checkpoint in"):
             find_checkpoint(resume, tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         find_checkpoint(str(tmp_path / "nowhere"), tmp_path)
@@ -147,8 +147,8 @@ def test_the_trainer_passes_over_a_broken_checkpoint(resume, tiny_policy, run_fo
     cut(run_folder / "checkpoint-3" / "optimizer.pt")
     again = build(tiny_policy, run_folder, max_steps=4, optim="adamw_torch", **SAVING)
     again.train(resume_from_checkpoint=resume)
-    assert any("checkpoint-3 is passed over: optimizer.pt ends too early" in text for text in said)
-    assert f"Going on from {run_folder / 'checkpoint-2'}." in said
+    assert any("checkpoint-3 is skipped: optimizer.pt ends too early" in text for text in said)
+    assert f"Resuming from {run_folder / 'checkpoint-2'}." in said
     assert what_is_broken(run_folder / "checkpoint-3") is None and again.state.global_step == 4
     assert [log["step"] for log in again.state.log_history if "reward" in log] == [1, 2, 3, 4]
 
@@ -186,7 +186,7 @@ def test_a_full_disk(small_disk, tiny_policy):
         trainer.train()
     told = str(raised.value)
     assert told.startswith(f"{small_disk / 'checkpoint-3'} couldn't be saved, ") and "\n" not in told
-    assert "of 11 MiB are free there (" in told and "the newest whole checkpoint is checkpoint-2" in told
+    assert "of 11 MiB are free there (" in told and "the newest complete one is checkpoint-2" in told
     assert not (small_disk / "checkpoint-3").exists()
     for number in (1, 2):
         assert what_is_broken(small_disk / f"checkpoint-{number}") is None
@@ -217,7 +217,7 @@ def test_whatever_can_not_be_written(stage, tiny_policy, tmp_path, monkeypatch):
 
 def test_a_folder_that_is_gone(tmp_path):
     """The room is told of what is there of its path."""
-    with pytest.raises(CheckpointError, match=r"OSError: gone.*no earlier checkpoint is there"):
+    with pytest.raises(CheckpointError, match=r"OSError: gone.*there is no earlier one"):
         with complete_or_none(tmp_path / "run" / "checkpoint-1", str(tmp_path / "run")):
             raise OSError("gone")
 

@@ -117,14 +117,14 @@ def same(run, other):
 def test_one_kill(warm_policy, undisturbed, tmp_path):
     run = kills(warm_policy, tmp_path / "run", 1, first=5)
     assert len(run.history()) == STEPS
-    assert run.text().count("No whole checkpoint") == run.text().count("Going on from") == 1
+    assert run.text().count("No complete checkpoint") == run.text().count("Resuming from") == 1
     same(run, undisturbed)
 
 
 @pytest.mark.nightly
 def test_ten_kills(warm_policy, undisturbed, tmp_path):
     run = kills(warm_policy, tmp_path / "run", 10)
-    assert run.text().count("Going on from") >= 5
+    assert run.text().count("Resuming from") >= 5
     same(run, undisturbed)
 
 

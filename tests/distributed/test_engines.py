@@ -233,7 +233,7 @@ def test_the_script(engine, warm_policy, tmp_path):
     )
     output = launch(engine, *script, *options.split())
     assert "on 2 processes" in output and "Held-out accuracy" in output
-    assert "Interference doesn't follow" not in output and "FSDP was asked for" not in output
+    assert "Interference doesn't record" not in output and "FSDP is requested" not in output
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [log["interference/coverage"] for log in history if "interference/coverage" in log]
     saved = load_file(tmp_path / "run" / "model.safetensors")
@@ -257,4 +257,4 @@ def test_asked_for_and_not_run(policies, tmp_path):
     """FSDP on CPUs is DDP in accelerate: said, once."""
     spec = specification(policies, tmp_path / "run", "ddp", "full", "ours", options={"max_steps": 1})
     output = train("fsdp2", tmp_path, [spec])
-    assert output.count("FSDP was asked for, and MULTI_CPU is what runs") == 1, output[-3000:]
+    assert output.count("FSDP is requested, but MULTI_CPU runs") == 1, output[-3000:]

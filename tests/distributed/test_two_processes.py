@@ -89,7 +89,7 @@ def test_a_large_step_is_logged_as_a_small_one(beta, tiny_policy, tmp_path):
     "place",
     [
         ("recorder.recorder.GradientSketch", "take"),
-        ("recorder.layer_check.GradientParts", "squared_norms"),
+        ("recorder.layer_check.GradientShards", "squared_norms"),
         ("recorder.collectives.Collectives", "columns"),
         ("recorder.measure", "group_by_prompt"),
         ("recorder.measure", "interference_metrics"),

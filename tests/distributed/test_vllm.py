@@ -82,7 +82,7 @@ def test_what_is_logged(ours):
 
 def test_truncated_sampling_biases_the_ratio_and_is_warned_of(tiny_policy, tmp_path):
     kept, said = run(tiny_policy, tmp_path / "cut", top_p=0.5, max_steps=3)
-    assert said.count("top_p=0.5: vLLM samples from a part of the distribution") == 1
+    assert said.count("top_p=0.5: vLLM samples from a truncated distribution") == 1
     for log in kept["steps"]:
         assert 0.1 < log["sampler/chi_square"] < 1  # a ratio of about a half for every token
     for batch in kept["batches"]:

@@ -178,7 +178,7 @@ def test_coverage_is_of_what_has_a_gradient_now(change, start, tiny_policy, tmp_
     for entry in logs:
         assert entry["interference/coverage"] == pytest.approx(1, abs=1e-6)
         assert entry["interference/sketch_check"] == pytest.approx(1, abs=1e-3)
-    assert len(messages(caplog, "interference follows what is trained now")) == 1
+    assert len(messages(caplog, "interference records the current ones")) == 1
 
 
 def test_coverage_is_a_share_of_all_parameters(tiny_policy, tmp_path):

@@ -77,4 +77,4 @@ def test_an_override_is_seen_and_named():
     own = type("Own", (CurvatureGRPOTrainer,), {"_compute_loss": lambda self, model, inputs: None})
     names = ("compute_loss", "_compute_loss")
     assert overridden(object.__new__(type("Ours", (CurvatureGRPOTrainer,), {})), CurvatureGRPOTrainer, *names) is None
-    assert overridden(object.__new__(own), CurvatureGRPOTrainer, *names) == "Own has a _compute_loss of its own"
+    assert overridden(object.__new__(own), CurvatureGRPOTrainer, *names) == "Own overrides _compute_loss"

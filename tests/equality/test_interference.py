@@ -22,7 +22,7 @@ from two_process_worker import run_processes
 
 from trl_ext import read_interference
 from trl_ext.recorder import recorder as interference_recorder
-from trl_ext.recorder.layer_check import rehearse
+from trl_ext.recorder.layer_check import probe_layers
 
 LOGGED = {"interference_every": 1, "per_device_train_batch_size": 16}
 EXACT = {"interference_every": 1, "interference_dim": 0}
@@ -207,7 +207,7 @@ def test_a_gradient_scaler_is_undone(tiny_policy, tmp_path):
 def test_a_layer_that_is_followed_wrongly_is_named_and_left_out(rehearsed, tiny_policy, tmp_path, caplog, monkeypatch):
     """By the rehearsal before any step; without it (parameters on several processes) by the first, which it costs."""
     if not rehearsed:
-        monkeypatch.setattr(interference_recorder, "rehearse", lambda *args: None)
+        monkeypatch.setattr(interference_recorder, "probe_layers", lambda *args: None)
     options = {**EXACT, "gradient_accumulation_steps": 2, "max_steps": 3, "learning_rate": 0.0}
     trainer = build(tiny_policy, tmp_path, by_length, **options)
     layer = trainer.model.model.layers[0].mlp.down_proj
@@ -215,7 +215,7 @@ def test_a_layer_that_is_followed_wrongly_is_named_and_left_out(rehearsed, tiny_
     trainer.train()
     records = read_interference(tmp_path)
     assert [record.step for record in records] == ([1, 2, 3] if rehearsed else [2, 3])
-    assert "Interference leaves out 1 parameters whose sum over sequences isn't their gradient" in caplog.text
+    assert "Interference excludes 1 parameters whose sum over sequences isn't their gradient" in caplog.text
     assert "model.layers.mlp.down_proj.weight" in caplog.text
     assert ("Interference of optimizer step 1 isn't logged" in caplog.text) is not rehearsed
     for record in records:
@@ -230,7 +230,7 @@ def test_a_rehearsal_changes_nothing(tiny_policy, tmp_path):
     model.lm_head.eval()
     before, said = torch.get_rng_state(), []
     sketch = interference_recorder.GradientSketch(model, 8)
-    rehearse(sketch, model, trainer.accelerator, lambda *text: said.append(text))
+    probe_layers(sketch, model, trainer.accelerator, lambda *text: said.append(text))
     assert torch.equal(torch.get_rng_state(), before) and not said
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.model.training and not model.lm_head.training
@@ -244,7 +244,7 @@ def test_an_adapter_on_the_head_is_found_out_by_the_first_step(tiny_policy, tmp_
     records = read_interference(tmp_path)
     assert len(records) >= 2
     assert all(record.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-3) for record in records)
-    assert "Interference leaves out" in caplog.text and "lm_head.lora_B" in caplog.text
+    assert "Interference excludes" in caplog.text and "lm_head.lora_B" in caplog.text
 
 
 def test_evaluation_between_two_micro_batches_is_of_no_row(tiny_policy, tmp_path):

@@ -134,7 +134,7 @@ def test_restarts_with_the_store_of_those_that_are_gone(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert len(said) == 1
     warn_about_engine(args, two, said.append)
-    assert "FSDP was asked for, and MULTI_CPU is what runs" in said[1]
+    assert "FSDP is requested, but MULTI_CPU runs" in said[1]
 
 
 def test_rewards_that_are_all_missing_are_said_once(tiny_policy, tmp_path, caplog):

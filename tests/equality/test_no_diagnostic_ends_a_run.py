@@ -12,7 +12,7 @@ PLACES = [
     f"{module}.{name}"
     for module, names in {
         "grpo_kernels.interference.gradient_sketch.GradientSketch": (
-            "__init__ is_of open set_rows end_rows head_sketch leave_out_wrong take"
+            "__init__ matches open set_rows end_rows head_sketch exclude_mismatches take"
         ),
         "grpo_kernels.interference.gradient_sketch": "tap",
         "grpo_kernels.interference.projections.Projections": "__init__ vocabulary fold_side _add_folded",
@@ -20,19 +20,19 @@ PLACES = [
         "grpo_kernels.interference.sequence_rows.SequenceRows": "outer",
         "grpo_kernels.interference.tap_check.TapCheck": "outer errors",
         "grpo_kernels.head.checks": "_check_head_sketch",
-        "trl_ext.recorder.recorder": "why_rows_mix rehearse measure write_step check_shapes",
-        "trl_ext.recorder.recorder.PromptFeatures": "__init__ set_rows _look end_rows take",
+        "trl_ext.recorder.recorder": "why_rows_mix probe_layers measure write_step check_shapes",
+        "trl_ext.recorder.recorder.PromptFeatures": "__init__ set_rows _record end_rows take",
         "trl_ext.recorder.recorder.InterferenceRecorder": "_open_taps",
         "trl_ext.recorder.recorder.TrainingPhase": "observe",
         "trl_ext.recorder.recorder.SpeedupConstant": "observe",
         "trl_ext.recorder.measure": "directional_curvature interference_metrics",
-        "trl_ext.recorder.layer_check.GradientParts": "__getitem__ squared_norms",
+        "trl_ext.recorder.layer_check.GradientShards": "__getitem__ squared_norms",
         "trl_ext.recorder.layer_check.LayerCheck": "metrics",
         "trl_ext.recorder.sequence_table.SequenceTable": "of_batch join pack",
         "trl_ext.recorder.logged_step": "sequence_coefficients",
         "trl_ext.recorder.what_if": "what_if",
-        "trl_ext.recorder.extra_pass.ExtraPass": "keep sketched",
-        "trl_ext.parts": "prompt_texts describe_run TaskNames.of_prompts",
+        "trl_ext.recorder.extra_pass.ExtraPass": "keep run_passes",
+        "trl_ext.components": "prompt_texts describe_run TaskNames.of_prompts",
         "trl_ext.trainer": "dead_sequences",
         "trl_ext.advantages.normalizer.Normalizer": "observe_curvature used",
         "trl_ext.report.completions": "rows_of",

@@ -217,7 +217,7 @@ def test_as_many_as_another_process():
         ({}, "Answers to one prompt run in one row, the prompt once (in steps that log", "INFO"),
         ({"fused_loss": False}, "Prompts aren't shared: every sequence runs in TRL's own micro-batches.", "INFO"),
         ({"skip_zero_advantage": False}, "Prompts aren't shared: every sequence runs in TRL's own", "INFO"),
-        ({"moved": 1.0}, "Prompts aren't shared: what the model says changes with it, by 1.0e+00 of its", "WARNING"),
+        ({"moved": 1.0}, "Prompts aren't shared: the model's output changes (relative change 1.0e+00", "WARNING"),
         ({"share_prompts": False}, None, None),
     ],
 )

@@ -33,7 +33,7 @@ KNOWN = {
     **dict.fromkeys(("bloom", "gpt2", "mamba"), "depends on what stands before"),
     "gpt_oss": "",
     "gemma2": "its attention takes softcap",
-    "phimoe": "its sliding window is in the mask alone",
+    "phimoe": "only its attention mask has the sliding window",
 }
 
 

@@ -93,7 +93,7 @@ def test_training_is_the_same_to_the_last_bit(tiny_policy, tmp_path):
 def test_the_file_and_the_command(tiny_policy, tmp_path, capsys):
     train(tiny_policy, tmp_path, half_dead, **SCORED)
     record = next(one for one in read_interference(tmp_path) if one.scores_BB is not None)
-    beside = record.made_at_B != record.advantage_B
+    beside = record.score_advantage_B != record.advantage_B
     assert (
         beside.any() and (record.coefficient_B[beside] == 0).all() and (record.score_coefficient_B[beside] != 0).all()
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grpo_kernels.interference.step_gradients import StepGradients
-from trl_ext.recorder.files import MOST_SEQUENCES, read_interference, write_step
+from trl_ext.recorder.files import MAX_SEQUENCES, read_interference, write_step
 
 NAN = float("nan")
 
@@ -59,7 +59,7 @@ def test_a_large_step_keeps_prompts_and_stays_small(tmp_path):
     expected = belongs.T @ step.gram_BB.double() @ belongs
     np.testing.assert_allclose(record.gram_PP, expected.numpy(), rtol=1e-5, atol=1e-4)
     assert record.reward_B.shape == record.prompt_B.shape == (1024,)
-    edge = random_step(MOST_SEQUENCES // 2, 2)
+    edge = random_step(MAX_SEQUENCES // 2, 2)
     assert write_step(tmp_path, 2, edge, {}, range(256)).stat().st_size < 2**20
     assert read_interference(tmp_path)[1].gram_BB is not None
 

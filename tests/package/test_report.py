@@ -9,7 +9,7 @@ from harness import reward_with_dead, train
 from markupsafe import Markup
 from run_folders import change_config, copy, gradients, log_of, metrics, page_of
 
-from trl_ext.recorder.files import MoreOfStep, write_step
+from trl_ext.recorder.files import StepExtras, write_step
 from trl_ext.report.charts import sigma_and_curvature, without_outliers
 from trl_ext.report.command import main
 from trl_ext.report.groups import differences, group_runs, mean_and_band
@@ -117,7 +117,7 @@ def test_much_is_reduced_and_said(tmp_path):
 def test_texts_are_shown_as_they_are(tmp_path):
     """A prompt or an answer with markup in it is text, in the tables and on hover."""
     nasty = [NASTY, "<script>alert(1)</script>", "a <b>bold</b> & 'quoted' prompt", "x", "y"]
-    write_step(tmp_path / "run", 0, gradients(5, 2), metrics(), range(5), nasty, more=MoreOfStep(tasks=nasty))
+    write_step(tmp_path / "run", 0, gradients(5, 2), metrics(), range(5), nasty, more=StepExtras(tasks=nasty))
     rows = [{"step": 1, "prompt": text, "answer": NASTY, "rewards": {NASTY: 1.0}, "advantage": 0.5} for text in nasty]
     (tmp_path / "run" / "sampled_completions.json").write_text(json.dumps(rows))
     page = page_of(tmp_path / "run", folder=tmp_path)

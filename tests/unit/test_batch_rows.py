@@ -1,10 +1,7 @@
 """Which columns of padding a micro-batch may lose, how rows are chosen for micro-batches, and how work is counted."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from architectures import build as architecture
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,30 +54,32 @@ def test_a_model_that_moves_with_padding_is_found_out(monkeypatch):
     """HunYuan has a norm after its rotation: without the rule, a forward pass still finds it out."""
     assert columns_by_rule(architecture("hunyuan_v1_dense")) == (False, True)
     monkeypatch.setattr(padding, "NORM_AFTER_ROTATION", ())
-    alone, logged = SimpleNamespace(distributed_type=DistributedType.NO), []
+    logged = []
     for name, moves in (("hunyuan_v1_dense", True), ("llama", False)):
         model = architecture(name).train()
         model.lm_head.eval()
         assert columns_by_rule(model) == (True, True)
         moved = change_by_padding(model)
         assert moved > 1e-3 if moves else moved < 1e-6
-        assert trimmed_columns(model, alone, logged.append) == (not moves, True)
+        assert trimmed_columns(model, logged.append) == (not moves, True)
         assert model.model.training and not model.lm_head.training
-    assert len(logged) == 1 and "Padding before prompts stays: what the model says changes with it" in logged[0]
-    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)  # its parameters are elsewhere: by rule
-    assert trimmed_columns(architecture("hunyuan_v1_dense"), sharded, logged.append) == (True, True)
+    assert len(logged) == 1 and "Padding before prompts stays: the model's output depends on it" in logged[0]
+    not_loaded = architecture("hunyuan_v1_dense").to("meta")
+    assert trimmed_columns(not_loaded, logged.append) == (True, True)  # by rule
     monster = architecture("llama")
     monster.forward = lambda **kwargs: 1 / 0
-    assert trimmed_columns(monster, alone, logged.append) == (False, True) and "ZeroDivisionError" in logged[-1]
+    assert trimmed_columns(monster, logged.append) == (False, True) and "ZeroDivisionError" in logged[-1]
 
 
 # ---- the parts
 
 
-def table(wanted_B, length_B, live_B=None):
-    """Of rows without prompts; each has a token that counts, unless ``live_B`` is 0 for it."""
-    live_B = torch.ones_like(length_B) if live_B is None else live_B
-    return RowTable(0 * length_B, length_B, length_B, live_B, torch.arange(len(length_B)), wanted_B, packable=True)
+def table(wanted_B, length_B, loss_tokens_B=None):
+    """Of rows without prompts; each has a token that counts, unless ``loss_tokens_B`` is 0 for it."""
+    loss_tokens_B = torch.ones_like(length_B) if loss_tokens_B is None else loss_tokens_B
+    return RowTable(
+        0 * length_B, length_B, length_B, loss_tokens_B, torch.arange(len(length_B)), wanted_B, packable=True
+    )
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), min_size=1, max_size=24), st.integers(1, 6))

@@ -30,7 +30,7 @@ def recorded_step(dim):
         for rows in (slice(0, 4), slice(4, 6)):
             with gradients.rows(PROMPT_B[rows]):
                 model(x[rows]).sin().sum().backward()
-        with pytest.raises(ValueError, match="the step isn't over"):
+        with pytest.raises(ValueError, match="the step is still open"):
             gradients.inner_products()
     wrong = gradients.check_gradients()
     own = []

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Qwen
 
 from grpo_kernels.interference import projections
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from grpo_kernels.interference.projections import PARTS, random_signs
+from grpo_kernels.interference.projections import REPLICATES, random_signs
 
 WORDS, POSITIONS, ROWS = 97, 11, 6
 MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}  # Qwen3: norms of heads
@@ -202,12 +202,14 @@ def test_memory_does_not_grow_with_depth():
         sketch.set_rows(torch.arange(ROWS))
         loss_of(model, *batch(), WEIGHTS).backward()
         sums = sketch._sums
-        assert {p: tuple(x.shape) for (_, p), x in sums.rows.entries.items()} == {PARTS: (PARTS, ROWS, 24, 24)}
+        assert {p: tuple(x.shape) for (_, p), x in sums.rows.entries.items()} == {
+            REPLICATES: (REPLICATES, ROWS, 24, 24)
+        }
         sums.finish()
         assert not sums.rows.entries
-        assert [tuple(x.shape) for x in sums.rows.total.values()] == [(ROWS, PARTS, 64 // PARTS)]
+        assert [tuple(x.shape) for x in sums.rows.total.values()] == [(ROWS, REPLICATES, 64 // REPLICATES)]
         sizes.append(sums.projection.numbers())
-    features = PARTS * (2 * (4 * 64 + 2 * (64 + 32)) + 2 * 3 * (64 + 112) + 4 * 64)  # of two more layers
+    features = REPLICATES * (2 * (4 * 64 + 2 * (64 + 32)) + 2 * 3 * (64 + 112) + 4 * 64)  # of two more layers
     assert sizes[1] - sizes[0] <= features
 
 
@@ -236,7 +238,7 @@ def test_a_large_layer_takes_few_launches(monkeypatch):
     monkeypatch.setattr(projections, "_fold_by_halves", projections._fold_in_few_launches)
     layer = torch.nn.Linear(4096, 4096, bias=False)
     sketch = GradientSketch(torch.nn.Sequential(layer), 64)
-    sketch._right.add(0)  # the layer was checked before: seven steps of eight don't again
+    sketch._verified.add(0)  # the layer was checked before: seven steps of eight don't again
     d, a = torch.randn(2, 3, 4096), torch.randn(2, 3, 4096)
     with sketch.step(0) as recorded, sketch.rows(torch.arange(2)):
         tapped, sums = sketch.layers[0], sketch._sums
@@ -324,11 +326,11 @@ def test_bad_input_is_named():
         GradientSketch(model.requires_grad_(False), 4)
     model.requires_grad_(True)
     sketch = GradientSketch(model, 4)
-    with pytest.raises(ValueError, match="outside a step"), sketch.rows(torch.arange(ROWS)):
+    with pytest.raises(ValueError, match="needs an open step"), sketch.rows(torch.arange(ROWS)):
         pass
     with pytest.raises(ValueError, match="no step is open"):
         sketch.take()
-    with pytest.raises(ValueError, match="no rows were told"), sketch.step(0):
+    with pytest.raises(ValueError, match="this step recorded no rows"), sketch.step(0):
         pass
     wrong_length = pytest.raises(ValueError, match="prompt ids of the wrong length")
     with wrong_length, sketch.step(0), sketch.rows(torch.arange(5)):

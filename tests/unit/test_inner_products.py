@@ -138,18 +138,6 @@ def test_every_figure_is_that_of_the_matrix(scores):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_wrong_shapes_are_named():
-    with pytest.raises(ValueError, match=r"gram_BB has shape \(3, 2\)"):
-        MatrixProducts(torch.ones(3, 2))
-    for values, squares, more, message in (
-        (torch.ones(4), torch.ones(4), {}, r"values_BK has shape \(4,\)"),
-        (torch.ones(4, 2), torch.ones(3), {}, r"squares_B has shape \(3,\): expected \(4,\)"),
-        (torch.ones(4, 2), torch.ones(4), {"dropped_B": torch.ones(2).bool()}, r"dropped_B has shape \(2,\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ColumnProducts(values, squares, **more)
-
-
 @pytest.mark.parametrize("known", [True, False], ids=["coefficients", "no coefficients"])
 def test_a_process_of_eight_holds_64_megabytes_at_most(known, monkeypatch):
     """Sketch, features and all that is made of them, as allocations of tensors; what-if and noise with it."""

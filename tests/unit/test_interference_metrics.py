@@ -220,11 +220,7 @@ def test_orthogonality():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(gram_BB=torch.zeros(3, 2)), r"gram_BB is torch.float32 \(3, 2\)"),
-        (dict(gram_BB=torch.zeros(3, 3, dtype=torch.int64)), "gram_BB is torch.int64"),
-        (dict(gram_BB=torch.eye(3) * torch.tensor([1, NAN, 1])), r"gram_BB\[0, 1\] is nan"),
-        (dict(gram_BB=torch.eye(3) + torch.ones(3, 3).triu(1)), "gram_BB is not symmetric: .* up to 1"),
-        (dict(gram_BB=-torch.eye(3)), "gram_BB has -1 on its diagonal"),
+        (dict(gram_BB=torch.eye(3) * torch.tensor([1, NAN, 1])), "gram_BB holds a value that isn't finite"),
         (dict(prompt_B=torch.zeros(2, dtype=torch.int64)), r"prompt_B has shape \(2,\): expected \(3,\)"),
         (dict(prompt_B=torch.zeros(3)), "prompt_B is torch.float32: expected int64"),
         (dict(reward_B=torch.zeros(3, 1)), r"reward_B has shape \(3, 1\)"),
@@ -239,11 +235,3 @@ def test_bad_steps_are_named(change, message):
     interference_metrics(right)
     with pytest.raises(ValueError, match=message):
         interference_metrics(replace(right, **change))
-
-
-def test_bad_options_are_named():
-    step = step_of(torch.eye(2), [0, 1], [0.0, 1.0])
-    with pytest.raises(ValueError, match="sketch_rmse=nan"):
-        interference_metrics(step, sketch_rmse=NAN)
-    with pytest.raises(ValueError, match=r"features_PP \(2,\)"):
-        interference_metrics(step, features_PP=torch.ones(2))

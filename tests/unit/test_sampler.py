@@ -110,4 +110,4 @@ def test_truncated_sampling_is_named(options, named):
     warn_about_truncated_sampling(args, logged.append)
     assert len(logged) == (named is not None)
     if named:
-        assert logged[0].startswith(f"{named}: vLLM samples from a part of the distribution") and "6789" in logged[0]
+        assert logged[0].startswith(f"{named}: vLLM samples from a truncated distribution") and "6789" in logged[0]

@@ -43,17 +43,3 @@ def test_predicted_rmse_sums_sequences_and_needs_a_pair():
     assert predicted_rmse(sketch * (torch.arange(6) == 2)[:, None, None], prompts) == 0.0
     same = sketch[:1].expand(6, 4, 16)  # a cosine of 1 is exact
     assert predicted_rmse(same, prompts) == pytest.approx(0.0, abs=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("sketch_BMK", "prompt_B", "message"),
-    [
-        (torch.ones(2, 4), torch.arange(2), r"sketch_BMK has shape \(2, 4\)"),
-        (torch.ones(2, 1, 4), torch.arange(2), r"sketch_BMK has shape \(2, 1, 4\)"),
-        (torch.ones(2, 4, 4), torch.arange(3), r"prompt_B has shape \(3,\): expected \(2,\)"),
-        (torch.full((2, 4, 4), math.nan), torch.arange(2), "isn't finite"),
-    ],
-)
-def test_bad_input_is_named(sketch_BMK, prompt_B, message):
-    with pytest.raises(ValueError, match=message):
-        predicted_rmse(sketch_BMK, prompt_B)

@@ -38,7 +38,7 @@ def test_a_layer_whose_sum_is_not_its_gradient_is_left_out(dim):
         model.zero_grad()
         with sketch.step(1) as recorded, sketch.rows(torch.tensor([0, 1, 1])):
             (model(torch.randn(3, 5, 6)) * torch.tensor([1.0, -2.0, 0.5])[:, None, None]).sum().backward()
-        return recorded[0], sketch.leave_out_wrong([p.grad for p in sketch.trainable_parameters])
+        return recorded[0], sketch.exclude_mismatches([p.grad for p in sketch.trainable_parameters])
 
     _, wrong = step()
     assert set(wrong) == {"second.weight", "unused.weight", "unused.bias"}  # second.bias is right
@@ -60,18 +60,18 @@ def test_half_precision_and_a_gradient_that_cancels_are_no_errors():
     x = torch.randn(1, 9, 64).bfloat16().repeat(2, 1, 1)  # the same row twice, with opposite signs
     with sketch.step(0), sketch.rows(torch.tensor([0, 1])):
         (model(x).float() * torch.tensor([1.0, -1.01])[:, None, None]).sum().backward()
-    assert not sketch.leave_out_wrong([p.grad for p in sketch.trainable_parameters])
+    assert not sketch.exclude_mismatches([p.grad for p in sketch.trainable_parameters])
 
 
 def test_gradients_that_dont_fit_are_named():
     sketch = GradientSketch(nn.Linear(4, 2), 8)
     with pytest.raises(ValueError, match="no step was opened"):
-        sketch.leave_out_wrong([None, None])
+        sketch.exclude_mismatches([None, None])
     sketch.open(0)
     with pytest.raises(ValueError, match="got 1 gradients for 2 trainable parameters"):
-        sketch.leave_out_wrong([None])
+        sketch.exclude_mismatches([None])
     with pytest.raises(ValueError, match=r"the gradient of weight is \(3,\), not \(2, 4\)"):
-        sketch.leave_out_wrong([torch.ones(3), None])
+        sketch.exclude_mismatches([torch.ones(3), None])
 
 
 def test_a_gradient_that_overflowed_is_not_checked():
@@ -82,5 +82,5 @@ def test_a_gradient_that_overflowed_is_not_checked():
         (model(torch.randn(2, 5, 6)) * torch.tensor([1.0, 1e38])[:, None, None] * 1e3).sum().backward()
     gradients = [p.grad for p in sketch.trainable_parameters]
     assert not all(gradient.isfinite().all() for gradient in gradients)
-    assert not sketch.leave_out_wrong(gradients)
+    assert not sketch.exclude_mismatches(gradients)
     assert len(sketch.tapped_parameters) == 4

@@ -77,12 +77,3 @@ def test_speedup_constant_by_hand():
     assert constant.observe({"curvature/sigma_mean": 0.45}, unit) == pytest.approx(1.0)
     assert constant.observe({"curvature/sigma_mean": 0.45}, torch.tensor([1.5, 0.0])) is None
     assert constant.observe({"curvature/sigma_mean": 0.45}, unit) is None  # from then on
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("near_orthogonal", 1.0), ("hysteresis", -0.1), ("decay", 1.0), ("cos_std", 0.0), ("min_prompts", 1)],
-)
-def test_bad_options_are_named(name, value):
-    with pytest.raises(ValueError, match=f"{name}="):
-        TrainingPhase(**{name: value})

@@ -118,11 +118,7 @@ def _right_and_wrong(rewards_PG: torch.Tensor, dead_P: torch.Tensor) -> dict[str
 
 
 def normalization_metrics(
-    rewards_BF: torch.Tensor,
-    weights_F: torch.Tensor,
-    num_generations: int,
-    aggregation: str,
-    normalized: Normalized,
+    rewards_BF: torch.Tensor, weights_F: torch.Tensor, num_generations: int, aggregation: str, normalized: Normalized
 ) -> dict[str, float]:
     """Returns the metrics of a batch's normalisation.
 

@@ -25,6 +25,8 @@ from grpo_kernels.normalize.std_rule import std_exponent
 CURVATURE_FLOOR = 0.1
 ROUNDING = 1e-6  # by which a weighted sum of rewards may leave [0, 1]
 
+State = Mapping[str, float | bool | list[float | None] | None]  # for JSON
+
 
 def moving_average(previous: float | None, value: float, decay: float) -> float:
     """Returns ``decay * previous + (1 - decay) * value``, or ``value`` if there is no previous one."""
@@ -58,11 +60,11 @@ class NormalizationState:
         """Returns the state's metrics, under ``normalization/``."""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Returns the state as plain numbers and lists, for JSON."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Restores the state from what ``state_dict`` returned."""
 
 
@@ -114,7 +116,7 @@ class MeasuredConstant(NormalizationState):
     when alpha changes; AdamW isn't affected.
     """
 
-    not_ready = "in this run: a reward was outside [0, 1], where the constant C that decides says nothing"
+    not_ready = "in this run: a reward was outside [0, 1], where the constant C isn't defined"
 
     def __init__(self, decay: float = 0.9) -> None:
         super().__init__(decay)

@@ -84,7 +84,7 @@ class GenerationCount:
         return self._number
 
     def forget(self) -> None:
-        """Starts anew, when training starts."""
+        """Resets the count, when training starts."""
         self._step = -1
 
 

@@ -100,11 +100,7 @@ def _list_of(rewards: Any) -> Any:
     return list(rewards) if iterates and not hasattr(rewards, "__len__") else rewards
 
 
-def checked_reward(
-    function: Callable,
-    name: str | None = None,
-    failures: RewardFailures | None = None,
-) -> Callable:
+def checked_reward(function: Callable, name: str | None = None, failures: RewardFailures | None = None) -> Callable:
     """Wraps a reward function so that its result is checked and errors name it. Returns reward models unchanged.
 
     The wrapper raises ``RewardRaised`` (a ``RuntimeError``) if the function raises, and ``WrongRewards`` (a
@@ -117,33 +113,32 @@ def checked_reward(
     name = name or get_callable_name(function)
     failures = failures or RewardFailures(1)
 
-    def check_or_keep(rewards: Any, error: Exception | None, completions: list | None) -> Any:
+    def checked_result(outcome: Any, completions: list | None) -> Any:
+        """Returns the rewards; ``outcome`` is the function's result, or the exception that it raised."""
         try:
-            if error is not None:
-                raise RewardRaised(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
-            return _check(name, rewards, completions)
+            if isinstance(outcome, Exception):
+                raise RewardRaised(f"reward function {name!r} raised {type(outcome).__name__}: {outcome}") from outcome
+            return _check(name, outcome, completions)
         except RewardFailed as failure:
             return failures.keep(failure, completions)
 
     if is_async_callable(function):
 
         async def checked(*args: Any, **kwargs: Any) -> Any:
-            rewards, failed = None, None
             try:
-                rewards = _list_of(await function(*args, **kwargs))
+                outcome = _list_of(await function(*args, **kwargs))
             except Exception as error:
-                failed = error
-            return check_or_keep(rewards, failed, kwargs.get("completions"))
+                outcome = error
+            return checked_result(outcome, kwargs.get("completions"))
 
     else:
 
         def checked(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
-            rewards, failed = None, None
             try:
-                rewards = _list_of(function(*args, **kwargs))
+                outcome = _list_of(function(*args, **kwargs))
             except Exception as error:
-                failed = error
-            return check_or_keep(rewards, failed, kwargs.get("completions"))
+                outcome = error
+            return checked_result(outcome, kwargs.get("completions"))
 
     functools.update_wrapper(checked, function)
     checked.__name__ = name  # a callable object has no __name__

@@ -1,4 +1,4 @@
-"""Callbacks: our state in ``trainer_state.json``, random states of the latest step, a checkpoint on Ctrl-C."""
+"""Callbacks that save our state in ``trainer_state.json``, keep random states, and save a checkpoint on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunCompleteError(Exception):
 class CheckpointState(TrainerCallback):
     """Saves the states of the normalisation and of the interference log, and restores them when training resumes.
 
-    Calls each of ``on_start`` when training starts: they drop what an earlier training left half done.
+    When training starts it calls each function of ``on_start``, which drops the rest of an interrupted step.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class CheckpointState(TrainerCallback):
             raise RunCompleteError
 
     def save(self, state: Any) -> None:
-        """Into the trainer's state, whose file is the last of a checkpoint."""
+        """Writes our state into the trainer's state, whose file is the last of a checkpoint."""
         state.stateful_callbacks[OUR_STATE] = {
             "processes": self.interference.accelerator.num_processes,
             "normalization": self.normalizer.state_dict(),
@@ -63,25 +63,25 @@ class CheckpointState(TrainerCallback):
         if not self.normalizer.load_state_dict(saved["normalization"]):
             logger.warning(
                 "The checkpoint was saved with another normalization, reward functions or multi_objective_aggregation: "
-                "the normalisation's state starts anew."
+                "the normalisation's state starts from nothing."
             )
 
 
 class RandomStates(TrainerCallback):
-    """Keeps the random states of Python, numpy, torch and the GPU after each optimizer step, as a checkpoint of it
-    would."""
+    """Keeps the random states of Python, numpy, torch and the GPU after each optimizer step, as a checkpoint does."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Any, ...] | None = None
+        self._states: tuple[Any, ...] | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
         on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        self._kept = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu
+        self._states = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu
 
     def restore(self) -> None:
-        if self._kept is None:
+        """Restores the states of the latest optimizer step."""
+        if self._states is None:
             return
-        of_python, of_numpy, of_torch, on_gpu = self._kept
+        of_python, of_numpy, of_torch, on_gpu = self._states
         random.setstate(of_python)
         np.random.set_state(of_numpy)
         torch.set_rng_state(of_torch)
@@ -90,9 +90,9 @@ class RandomStates(TrainerCallback):
 
 
 class StopWithCheckpoint(TrainerCallback):
-    """On SIGINT (Ctrl-C) or SIGTERM: finish the optimizer step, save a checkpoint, stop. A second signal ends at once.
+    """Saves a checkpoint after the current optimizer step and stops, on SIGINT (Ctrl-C) or SIGTERM.
 
-    With several processes all stop at the same step, when any of them got the signal.
+    A second signal ends the process at once. If any rank gets a signal, all ranks stop after the same step.
     """
 
     def __init__(self) -> None:

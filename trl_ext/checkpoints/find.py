@@ -15,19 +15,19 @@ AUTO, LATEST = "auto", ("true", "latest", "last")
 
 
 def find_checkpoint(
-    resume: str | bool | None, output_dir: str, say: Callable[[str], None] = lambda text: None
+    resume: str | bool | None, output_dir: str, log: Callable[[str], None] = lambda text: None
 ) -> str | None:
-    """The checkpoint folder that ``resume_from_checkpoint`` means, or None for a start at step 0.
+    """Returns the checkpoint folder that ``resume_from_checkpoint`` selects; None starts at step 0.
 
     Args:
-        resume: None or False: from the start. ``auto``: the newest complete checkpoint in ``output_dir``, if there is
-            one, so that one command starts a run and restarts it. True, ``true`` or ``latest``: the same, and there
-            must be one. Else a folder.
+        resume: None or False: starts at step 0. ``auto``: the newest complete checkpoint in ``output_dir``, or None if
+            there is none, so that one command starts and restarts a run. True, ``true``, ``latest`` or ``last``: the
+            newest complete checkpoint, which must exist. Otherwise a checkpoint's folder.
         output_dir: the run's folder.
-        say: logs which checkpoint is used, and why each newer one isn't.
+        log: logs which checkpoint is used, and why newer ones aren't.
 
     Raises:
-        ValueError: there must be a checkpoint and none is complete; or the folder isn't one (names the broken file).
+        ValueError: a checkpoint must exist and none is complete, or the folder isn't a complete checkpoint.
     """
     if not resume:
         return None
@@ -35,26 +35,26 @@ def find_checkpoint(
     if wanted != AUTO and wanted not in LATEST:
         broken = what_is_broken(Path(str(resume))) if Path(str(resume)).is_dir() else "no such folder"
         if broken is not None:
-            raise ValueError(f"resume_from_checkpoint={resume}: no whole checkpoint there ({broken})")
+            raise ValueError(f"resume_from_checkpoint={resume}: no complete checkpoint there ({broken})")
         return str(resume)
-    found, passed_over = None, []
+    found, skipped = None, []
     for folder in _newest_first(output_dir):
         broken = what_is_broken(folder)
         if broken is None:
             found = str(folder)
             break
-        passed_over.append(f"{folder} is passed over: {broken}.")
+        skipped.append(f"{folder} is skipped: {broken}.")
     if found is None and wanted != AUTO:
-        reasons = f" ({' '.join(passed_over)})" if passed_over else ""
-        raise ValueError(f"resume_from_checkpoint={resume}: no whole checkpoint in {output_dir}{reasons}")
-    start = f"Going on from {found}." if found else f"No whole checkpoint in {output_dir}: from the start."
-    for text in (*passed_over, start):
-        say(text)
+        reasons = f" ({' '.join(skipped)})" if skipped else ""
+        raise ValueError(f"resume_from_checkpoint={resume}: no complete checkpoint in {output_dir}{reasons}")
+    start = f"Resuming from {found}." if found else f"No complete checkpoint in {output_dir}: starting at step 0."
+    for text in (*skipped, start):
+        log(text)
     return found
 
 
 def newest_complete(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint in a run's folder."""
+    """Returns the newest complete checkpoint in a run's folder; None if there is none."""
     return next((folder for folder in _newest_first(output_dir) if what_is_broken(folder) is None), None)
 
 
@@ -68,7 +68,7 @@ def _newest_first(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Raises ``ValueError`` unless the folder can be made and written to."""
+    """Raises ``ValueError`` if the folder can't be created or written to."""
     try:
         os.makedirs(output_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()

@@ -1,4 +1,4 @@
-"""Saves a checkpoint completely or not at all; and saves one when the rewards of the next step fail."""
+"""Removes incomplete checkpoints, and saves one when a reward function fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint couldn't be saved: where, how much room there is, and what is left."""
+    """A checkpoint couldn't be saved. The message names the folder, the free space, and the newest checkpoint."""
 
 
 def _size(n_bytes: int) -> str:
@@ -29,9 +29,9 @@ def _size(n_bytes: int) -> str:
 
 @contextmanager
 def complete_or_none(folder: Path, output_dir: str) -> Iterator[None]:
-    """Removes a half-written ``folder`` when saving it fails, and raises ``CheckpointError``, one sentence.
+    """Removes an incomplete ``folder`` if an error occurs in this context, and raises ``CheckpointError``.
 
-    A complete checkpoint stays: what failed came after it (an upload, the removal of older ones).
+    A complete checkpoint stays: then the error came later (an upload, the removal of older checkpoints).
     """
     try:
         yield
@@ -45,16 +45,16 @@ def complete_or_none(folder: Path, output_dir: str) -> Iterator[None]:
         first_line = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"{folder} couldn't be saved, {_size(room.free)} of {_size(room.total)} are free there "
-            f"({type(error).__name__}: {first_line:.200}); what was half written is removed, and "
-            + (f"the newest whole checkpoint is {left.name}" if left is not None else "no earlier checkpoint is there")
+            f"({type(error).__name__}: {first_line:.200}); the incomplete checkpoint is removed, and "
+            + (f"the newest complete one is {left.name}" if left is not None else "there is no earlier one")
         ) from error
 
 
 @contextmanager
 def saved_when(failure: type[Exception], trainer: Any, states: RandomStates) -> Iterator[None]:
-    """Saves the latest step when training raises ``failure``, which all processes do before the step's optimizer.
+    """Saves a checkpoint of the latest step if ``failure`` is raised, which all ranks do before an optimizer step.
 
-    Not if this run saves none, no step is done yet, or that step's checkpoint exists.
+    It doesn't if the run saves no checkpoints, no step is complete, or the step's checkpoint exists.
     """
     try:
         yield
@@ -65,12 +65,12 @@ def saved_when(failure: type[Exception], trainer: Any, states: RandomStates) -> 
             states.restore()
             try:
                 trainer._save_checkpoint(trainer.model, trial=None)
-                logger.warning(f"The run stops, and {folder} holds its latest step.")
+                logger.warning(f"The run stops. {folder} holds its latest step.")
             except CheckpointError as error:
-                logger.warning(f"The run stops, and its latest step is lost: {error}.")
+                logger.warning(f"The run stops. Its latest step is lost: {error}.")
         raise
 
 
 def checkpoint_folder(trainer: Any) -> Path:
-    """The folder of the latest step's checkpoint."""
+    """Returns the folder of the latest step's checkpoint."""
     return Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.head.products import HeadSketch
-from grpo_kernels.interference.layer_taps import opened
+from grpo_kernels.interference.layer_taps import active_module
 from trl_ext.compat import FusedCausalLMOutput
 from trl_ext.sharing.packed_rows import PackedRows, pack
 
@@ -129,7 +129,7 @@ class FusedHead:
         )
 
     def _sketch(self, model: Any, hidden_NH: torch.Tensor, sequence_N: torch.Tensor) -> HeadSketch | None:
-        return self.head_sketch(opened(model.get_output_embeddings()), hidden_NH, sequence_N)
+        return self.head_sketch(active_module(model.get_output_embeddings()), hidden_NH, sequence_N)
 
     @contextmanager
     def _projection(

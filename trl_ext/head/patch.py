@@ -22,10 +22,7 @@ PLAIN_CALL = HeadCall()  # TRL's own call, for log-probs
 
 
 def fused_heads(
-    run: RunSettings,
-    model: Any,
-    ref_model: Any,
-    head_sketch: HeadSketches,
+    run: RunSettings, model: Any, ref_model: Any, head_sketch: HeadSketches
 ) -> list[Callable[[], Callable[[], None]]]:
     """Returns the patches (``model_patches.py``) that give our head to the policy and to TRL's ``ref_model``, if any.
 

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor, Partial
 
-from grpo_kernels.interference.layer_taps import opened
+from grpo_kernels.interference.layer_taps import active_module
 from trl_ext.compat import maybe_gather_lm_head_ctx
 
 
@@ -20,7 +20,7 @@ def gathered_head(head: torch.nn.Module, hidden_NH: torch.Tensor, *, keep: bool)
 
     ``keep``: whether backward needs the weight. ZeRO-3 has released it by then, so ``keep`` makes a copy.
     """
-    low_rank, head = None, opened(head)
+    low_rank, head = None, active_module(head)
     if isinstance(head, BaseTunerLayer):
         low_rank = head_adapter(head, hidden_NH)
         head = cast(torch.nn.Module, head.get_base_layer())
@@ -41,10 +41,10 @@ def _unsharded(parameter: Any) -> Any:
     if not isinstance(parameter, DTensor):
         return parameter
     mesh = parameter.device_mesh
-    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / mesh.size())
-    return whole
+    full = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda gradient: gradient / mesh.size())
+    return full
 
 
 def head_adapter(head: BaseTunerLayer, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

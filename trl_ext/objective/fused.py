@@ -41,7 +41,7 @@ def why_not_fused(settings: LossSettings, batch: Sequences) -> str | None:
         if settings.beta != 0 and settings.kl_times_ratio:
             return "importance_sampling_level='sequence' with KL times the ratio"
     if batch.has_images:
-        return "images travel with the rows"
+        return "the batch has images"
     try:
         check_loss_options(**loss_options(settings))
     except ValueError as error:  # TRL accepts some values that our loss refuses

@@ -36,7 +36,7 @@ def why_not_postponed(options: CurvatureOptions, settings: LossSettings, obstacl
     if not options.skip_zero_advantage:
         return "skip_zero_advantage=False"
     if settings.importance_correction:
-        return "vLLM's importance correction needs them at once"
+        return "vLLM's importance correction needs them before the rewards"
     return obstacle
 
 

@@ -29,7 +29,7 @@ from trl_ext.schema import Batch, Sequences, join
 from .compute_counts import StepCounts, compute_metrics, count_own, count_planned, over_ranks
 from .model_limits import NEFTUNE, ModelLimits
 from .rows import RowTable, read_rows
-from .rules import EVERYTHING, WhatRuns, sequences_to_run, what_runs
+from .rules import RUN_ALL, Regrouping, decide_regrouping, sequences_to_run
 from .step_plan import PlanLimits, StepPlan, plan_step
 from .step_statistics import StepStatistics
 
@@ -139,13 +139,13 @@ class MicroBatches:
             self._counts, self._done = [], 0
         return self._planned.pop(0)
 
-    def what_runs(self, batch: Sequences, settings: LossSettings, override: str | None) -> WhatRuns:
+    def decide_regrouping(self, batch: Sequences, settings: LossSettings, override: str | None) -> Regrouping:
         """Decides whether sequences of ``batch`` (a micro-batch or a generation batch) may be regrouped and skipped."""
-        return what_runs(self.options, settings, batch, override or self.mixed)
+        return decide_regrouping(self.options, settings, batch, override or self.mixed)
 
     def used(self, batch: Sequences, settings: LossSettings, override: str | None, *, training: bool) -> torch.Tensor:
         """Returns (B,) bool: the sequences of a generation batch that the loss will use."""
-        return sequences_to_run(batch, self.what_runs(batch, settings, override) if training else EVERYTHING)
+        return sequences_to_run(batch, self.decide_regrouping(batch, settings, override) if training else RUN_ALL)
 
     def forget(self) -> None:
         """Discards the plan of a step that didn't finish."""
@@ -153,7 +153,7 @@ class MicroBatches:
 
     def _plan(self, parts: list[Sequences], request: StepRequest) -> list[Batch]:
         settings = request.settings
-        runs = self.what_runs(parts[0], settings, request.override)
+        runs = self.decide_regrouping(parts[0], settings, request.override)
         self._log_what_runs(runs, request.override)
         self.skipping = runs.skipped
         if not runs.regrouped:
@@ -167,7 +167,7 @@ class MicroBatches:
         self._counts.append(count_planned(parts, batches, plan, table))
         self._statistics = StepStatistics(
             settings,
-            table.live_B.to(rows.prompt_mask.device),
+            table.loss_tokens_B.to(rows.prompt_mask.device),
             table.wanted_B,
             n_parts=len(parts),
             entropy=not runs.skipped,
@@ -215,13 +215,13 @@ class MicroBatches:
 
     def _not_run(self, rows: Sequences, table: RowTable, left_B: torch.Tensor, n_rows: int) -> list[Sequences]:
         """Returns batches of the skipped sequences with a token in the loss; none unless ``what_if_dead`` is on."""
-        skipped_B = left_B & (table.live_B > 0)
+        skipped_B = left_B & (table.loss_tokens_B > 0)
         if not self.options.what_if_dead or not skipped_B.any():
             return []
         plan = plan_step(replace(table, wanted_B=skipped_B), PlanLimits(n_rows))
         return [self.limits.trimming.select(rows, row_B, table) for row_B in plan.batches]
 
-    def _log_what_runs(self, runs: WhatRuns, override: str | None) -> None:
+    def _log_what_runs(self, runs: Regrouping, override: str | None) -> None:
         """Logs once whether sequences are skipped and prompts are shared, and why not."""
         wanted_but_not = self.options.skip_zero_advantage and not runs.skipped
         cost = COST_OF_OWN_METHOD if override is not None and override in runs.why else ""

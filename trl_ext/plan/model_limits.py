@@ -58,12 +58,12 @@ class ModelLimits:
             self._check_neftune()
             return
         self._probed, model = True, self._run.accelerator.unwrap_model(self._model if model is None else model)
-        prompts, completions = trimmed_columns(model, self._run.accelerator, self._run.log_once, prepared=True)
-        reason = why_not_shared(self._run, model, prompts, prepared=True)
+        prompts, completions = trimmed_columns(model, self._run.log_once)
+        reason = why_not_shared(self._run, model, prompts)
         answers = torch.tensor([[prompts, completions, reason is None]], device=self._run.accelerator.device)
         trim_prompts, trim_completions, share = self._run.accelerator.gather(answers.int()).amin(0).bool().tolist()
         self.trimming = Trimming(trim_prompts, trim_completions, self._run.pad_to_multiple_of)
-        self.not_shared = reason or (None if share else "the model can't run so on another process")
+        self.not_shared = reason or (None if share else "the model can't run packed rows on another rank")
         if self.not_shared is None:
             for patched in (model, self._ref_model):
                 if patched is not None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from trl_ext.log_once import LogOnce
-from trl_ext.probe_model import can_run, detect_half_products, evaluation_mode, probe_ids
+from trl_ext.probe_model import detect_half_products, evaluation_mode, is_loaded, probe_ids
 
 TOKENS, LEFT, RIGHT = 8, 24, 8  # tokens of the probe's row, and the padding on its left and right
 # The largest relative change of the logits that passes. Rounding alone gives 1e-7, and 1e-2 with rotations in bf16.
@@ -22,25 +21,22 @@ HALF_TOLERANCE = 5e-2
 NORM_AFTER_ROTATION = ("hunyuan_v1_dense", "hunyuan_v1_moe")
 
 
-def trimmed_columns(
-    model: Any, accelerator: Accelerator, log_once: LogOnce, *, prepared: bool = False
-) -> tuple[bool, bool]:
+def trimmed_columns(model: Any, log_once: LogOnce) -> tuple[bool, bool]:
     """Returns whether padding can be trimmed before prompts, and after completions; logs what the probe refuses.
 
-    The rule alone decides if the model can't run yet, because its parameters are sharded or not loaded. ``prepared``:
-    whether the engine has wrapped the model.
+    The rule alone decides if the model can't run because its parameters aren't loaded.
     """
     left, right = columns_by_rule(model)
-    if not left or not can_run(model, accelerator, prepared=prepared):
+    if not left or not is_loaded(model):
         return left, right
     try:
         change, half = detect_half_products(model, lambda: change_by_padding(model))
     except Exception as error:
-        log_once(f"Padding before prompts stays: the model couldn't be asked ({type(error).__name__}: {error}).")
+        log_once(f"Padding before prompts stays: the probe of the model failed ({type(error).__name__}: {error}).")
         return False, right
     if change <= (HALF_TOLERANCE if half else TOLERANCE):
         return left, right
-    log_once(f"Padding before prompts stays: what the model says changes with it, by {change:.1e} of its size.")
+    log_once(f"Padding before prompts stays: the model's output depends on it (relative change {change:.1e}).")
     return False, right
 
 

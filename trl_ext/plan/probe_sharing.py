@@ -10,7 +10,7 @@ import torch
 from trl_ext.compat import RunSettings
 from trl_ext.head.forward import HeadCall
 from trl_ext.head.settings import backbone
-from trl_ext.probe_model import can_run, detect_half_products, evaluation_mode, probe_ids
+from trl_ext.probe_model import detect_half_products, evaluation_mode, is_loaded, probe_ids
 from trl_ext.sharing.attention import NotShared
 from trl_ext.sharing.hooks import add_sharing_hooks
 from trl_ext.sharing.packed_rows import KEYWORD
@@ -18,7 +18,7 @@ from trl_ext.sharing.packed_rows import KEYWORD
 from .padding import HALF_TOLERANCE, TOLERANCE
 
 
-def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool, *, prepared: bool = False) -> str | None:
+def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool) -> str | None:
     """Returns why prompts can't be shared, or None if they can.
 
     It checks options first, then runs a few tokens through the model with our head, with and without sharing.
@@ -26,29 +26,28 @@ def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool, *, prepared
     Args:
         trim_prompts: whether padding before prompts can be trimmed (``padding.py``). If it can't, positions aren't
             relative, or a recurrent state runs over the row, and prompts can't be shared either.
-        prepared: whether the engine has wrapped the model.
     """
     if not run.options.share_prompts:
         return "share_prompts=False"
     if not run.options.fused_loss:
         return "fused_loss=False"
     if not trim_prompts:
-        return "what the model says of a token depends on what stands before the sequence"
+        return "the model's output depends on the padding before the sequence"
     if run.torch_compile:
         return "torch_compile=True"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "the model is on several devices"
-    if not can_run(model, run.accelerator, prepared=prepared):
+    if not is_loaded(model):
         return "the model's parameters aren't loaded"
     undo = add_sharing_hooks(without_adapters(model))
     try:
         change, half = detect_half_products(model, lambda: change_by_sharing(model))
     except Exception as error:
-        return f"the model can't run so ({type(error).__name__}: {error})"
+        return f"the model can't run packed rows ({type(error).__name__}: {error})"
     finally:
         undo()
     if not change <= (HALF_TOLERANCE if half else TOLERANCE):
-        return f"what the model says changes with it, by {change:.1e} of its size"
+        return f"the model's output changes (relative change {change:.1e})"
     return None
 
 
@@ -81,6 +80,6 @@ def change_by_sharing(model: Any) -> float:
         hook.remove()
     (_, own), (rows, (packed,)) = captured
     if getattr(model.config.get_text_config(), "sliding_window", None) and rows.windows == {None}:
-        raise NotShared("its sliding window is in the mask alone")
+        raise NotShared("only its attention mask has the sliding window")
     shared, own = packed[rows.packed_BC[mask.bool()]].double(), own[mask.bool()].double()
     return float((shared - own).norm() / own.norm())

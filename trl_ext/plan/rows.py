@@ -19,7 +19,7 @@ class RowTable:
     Attributes:
         prompt_B, answer_B: tokens of prompt and completion.
         last_B: columns of the completion up to its last token; more than ``answer_B`` if the mask has gaps.
-        live_B: tokens that the loss counts.
+        loss_tokens_B: number of tokens that the loss counts.
         id_B: ``prompt_id``, -1 if the batch has none.
         wanted_B: (B,) bool, whether the row shall run.
         packable: whether prompts can be shared: prompt ids exist, no row has a gap or an empty prompt, and the model
@@ -30,7 +30,7 @@ class RowTable:
     prompt_B: torch.Tensor
     answer_B: torch.Tensor
     last_B: torch.Tensor
-    live_B: torch.Tensor
+    loss_tokens_B: torch.Tensor
     id_B: torch.Tensor
     wanted_B: torch.Tensor
     packable: bool
@@ -69,10 +69,10 @@ def read_rows(rows: Sequences, wanted_B: torch.Tensor, unchanged_B: torch.Tensor
         nothing_B if unchanged_B is None else unchanged_B,
     ]
     table = torch.stack([column.to(answer_BT.device, torch.int64) for column in columns]).cpu()
-    prompt_B, answer_B, last_B, live_B, id_B, wanted_B, gap_B, unchanged_B = table.unbind(0)
+    prompt_B, answer_B, last_B, loss_tokens_B, id_B, wanted_B, gap_B, unchanged_B = table.unbind(0)
     packable = prompt_id_B is not None and not rows.token_types and not bool(gap_B.any())
     unchanged = len(table[0]) > 0 and bool(unchanged_B.all())
-    return RowTable(prompt_B, answer_B, last_B, live_B, id_B, wanted_B.bool(), packable, unchanged)
+    return RowTable(prompt_B, answer_B, last_B, loss_tokens_B, id_B, wanted_B.bool(), packable, unchanged)
 
 
 def even_batches(table: RowTable, n_batches: int) -> list[torch.Tensor]:
@@ -87,7 +87,7 @@ def even_batches(table: RowTable, n_batches: int) -> list[torch.Tensor]:
     chosen = order_B[table.wanted_B[order_B]]
     if len(chosen) < n_batches:
         others = order_B[~table.wanted_B[order_B]]
-        empty_B = table.live_B[others] == 0
+        empty_B = table.loss_tokens_B[others] == 0
         others = torch.cat([others[empty_B], others[~empty_B]])
         chosen = torch.cat([chosen, others[len(others) - (n_batches - len(chosen)) :]])
     return list(chosen.tensor_split(n_batches))

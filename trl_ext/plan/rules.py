@@ -1,6 +1,6 @@
 """Decides whether sequences may change their micro-batch, and whether some may be skipped, with the same gradient.
 
-``what_runs`` decides from the options and the batch, and gives the reason. ``padding.py`` decides what can be trimmed.
+``decide_regrouping`` decides by the options and the batch, and gives the reason. ``padding.py`` decides about padding.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ OWN_METHODS = ("_compute_loss", "compute_loss", "_prepare_inputs", "training_ste
 
 
 @dataclass(frozen=True)
-class WhatRuns:
-    """Whether sequences are regrouped into other micro-batches, and those without a gradient skipped; and why (not)."""
+class Regrouping:
+    """What happens to TRL's micro-batches.
+
+    Attributes:
+        regrouped: whether sequences go into other micro-batches.
+        skipped: whether sequences without a gradient are skipped.
+        why: the reason, to be logged.
+    """
 
     regrouped: bool
     skipped: bool
     why: str
 
 
-EVERYTHING = WhatRuns(False, False, "Every sequence runs.")
+RUN_ALL = Regrouping(False, False, "Every sequence runs.")
 
 
 def why_not_regrouped(
@@ -48,23 +54,25 @@ def why_not_regrouped(
     if override is not None:
         return override
     if batch.advantages.dim() != 1:
-        return "single tokens have advantages of their own"
+        return "tokens of a sequence have different advantages"
     return None
 
 
-def what_runs(options: CurvatureOptions, settings: LossSettings, batch: Sequences, override: str | None) -> WhatRuns:
+def decide_regrouping(
+    options: CurvatureOptions, settings: LossSettings, batch: Sequences, override: str | None
+) -> Regrouping:
     """Decides what happens to the sequences of ``batch``, one of TRL's micro-batches or a generation batch.
 
     ``override``: the reason to log if a subclass overrides a method of ``OWN_METHODS``; None if it doesn't.
     """
     obstacle = why_not_regrouped(options, settings, batch, override)
     if obstacle is not None:
-        return WhatRuns(False, False, f"Every sequence runs, in TRL's own micro-batches: {obstacle}.")
+        return Regrouping(False, False, f"Every sequence runs, in TRL's own micro-batches: {obstacle}.")
     regrouped = "Micro-batches are regrouped by length and trimmed"
     if settings.beta != 0:
         kl = f"{regrouped}; every sequence runs: beta={settings.beta:g}, and the KL penalty of any has a gradient."
-        return WhatRuns(True, False, kl)
-    return WhatRuns(True, True, f"{regrouped}; sequences of advantage 0 don't run.")
+        return Regrouping(True, False, kl)
+    return Regrouping(True, True, f"{regrouped}; sequences of advantage 0 don't run.")
 
 
 def has_gradient(batch: Sequences) -> torch.Tensor:
@@ -75,7 +83,7 @@ def has_gradient(batch: Sequences) -> torch.Tensor:
     return (batch.advantages != 0) & (batch.live_tokens > 0)
 
 
-def sequences_to_run(batch: Sequences, runs: WhatRuns) -> torch.Tensor:
+def sequences_to_run(batch: Sequences, runs: Regrouping) -> torch.Tensor:
     """Returns (B,) bool: the sequences that run."""
     return has_gradient(batch) if runs.skipped else torch.ones_like(batch.live_tokens, dtype=torch.bool)
 

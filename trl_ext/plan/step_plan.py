@@ -14,7 +14,7 @@ import torch
 from .rows import RowTable, even_batches
 from .shared_batches import CANNOT_SHARE, largest, packed_positions, shared_batches, split_into
 
-NOT_PACKABLE = "Prompts aren't shared in a batch whose rows have gaps, or more than token ids."
+NOT_PACKABLE = "Prompts aren't shared in a batch whose rows have gaps, token types or no prompt ids."
 
 
 @dataclass(frozen=True)

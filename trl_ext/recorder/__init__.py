@@ -1,1 +1,1 @@
-"""What the prompts' gradients do in a step, measured on the way, logged and kept in a file."""
+"""Records per-sequence gradients of logged steps, measures how the prompts interfere, and stores the result."""

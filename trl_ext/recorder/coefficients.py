@@ -1,4 +1,4 @@
-"""The one number in front of a sequence's score in the gradient of the loss.
+"""Computes the coefficient of a sequence's score in the gradient of the loss.
 
 Shapes: B sequences of a micro-batch.
 """
@@ -12,11 +12,11 @@ from trl_ext.schema import Sequences
 
 
 def sequence_coefficients(batch: Sequences, settings: LossSettings, accumulation: int) -> torch.Tensor | None:
-    """(B,) c_i with u_i = c_i grad log pi(o_i | q_p), u_i the sequence's part of the loss's gradient on this process.
+    """Returns (B,) c_i with u_i = c_i grad log pi(o_i | q_p), u_i the sequence's part of this rank's gradient.
 
-    None where a sequence's tokens don't share one: off policy, vLLM's correction, KL, an entropy bonus or mask, an
-    auxiliary loss. On policy every ratio is 1: c = -A w / accumulation for all of TRL's losses but VESPO; cispo clamps
-    the ratio at ``epsilon_high`` itself.
+    On policy every ratio is 1, so c = -A w / accumulation for all of TRL's losses except VESPO (cispo clamps the ratio
+    at ``epsilon_high``, not at 1 + ``epsilon_high``). None if the tokens of a sequence have different coefficients:
+    off policy, vLLM's correction, KL, an entropy bonus or mask, an auxiliary loss, advantages of single tokens.
     """
     if (
         batch.old_logprobs is not None
@@ -31,5 +31,5 @@ def sequence_coefficients(batch: Sequences, settings: LossSettings, accumulation
     ):
         return None
     clamp = min(1.0, settings.epsilon_high) if settings.loss_type == "cispo" else 1.0
-    alive_B = batch.live_mask.any(dim=1)
-    return torch.where(alive_B, -batch.advantages * batch.token_weight * (clamp / accumulation), 0.0)
+    has_tokens_B = batch.live_mask.any(dim=1)
+    return torch.where(has_tokens_B, -batch.advantages * batch.token_weight * (clamp / accumulation), 0.0)

@@ -1,8 +1,8 @@
-"""Collectives of a logged step that can't hang: before each one the ranks agree that none of them has failed.
+"""Runs collectives that can't hang: before each one, all ranks check that none of them has failed.
 
-A rank that ran out of memory between two collectives would leave the others waiting for ever. So a rank allocates what
-a collective needs before the ranks agree on it, and a rank that failed reports it in place of its next collective; then
-all ranks abort what they were attempting.
+If a rank ran out of memory between two collectives, the others would wait for it for ever. So a rank allocates what a
+collective needs before that check, and a rank that failed reports it instead of joining its next collective; then all
+ranks abort.
 
 Shapes: R ranks, B rows of this rank, K numbers of a row.
 """
@@ -17,49 +17,49 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-PIECE = 4 << 20  # bytes that a process sends at a time
+PIECE = 4 << 20  # bytes that a rank sends at once
 
 
 class OtherRankFailedError(Exception):
-    """Another rank failed in what all of them attempted."""
+    """Another rank failed in work that all ranks attempted."""
 
     def __init__(self) -> None:
         super().__init__("it failed on another process")
 
 
 class Collectives:
-    """The collectives of an ``Accelerator``'s ranks; with one rank each of them returns its argument."""
+    """The collectives of an ``Accelerator``'s ranks; with a single rank they return their argument."""
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator, self.processes = accelerator, accelerator.num_processes
         self._failed = torch.zeros(1, device=accelerator.device)  # allocated while there is memory
 
-    def _all_well(self, well: bool) -> bool:
+    def _all_ok(self, ok: bool) -> bool:
         if self.processes == 1:
-            return well
-        self._failed.fill_(0.0 if well else 1.0)
+            return ok
+        self._failed.fill_(0.0 if ok else 1.0)
         dist.all_reduce(self._failed)
         return self._failed.item() == 0
 
     def agree(self) -> None:
-        """Raises ``OtherRankFailedError`` where another rank has failed; every rank calls it before a collective."""
-        if not self._all_well(True):
+        """Raises ``OtherRankFailedError`` if another rank has failed. Every rank calls it before a collective."""
+        if not self._all_ok(True):
             raise OtherRankFailedError
 
     def attempt(self, work: Callable[[], T]) -> T:
-        """Returns what ``work`` returns, or raises its error or ``OtherRankFailedError``: all ranks return, or none."""
+        """Returns the result of ``work``, if it succeeds on all ranks; else every rank raises an error."""
         try:
             done = work()
         except OtherRankFailedError:
             raise
         except Exception:
-            self._all_well(False)
+            self._all_ok(False)
             raise
         self.agree()
         return done
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, in place where it can be."""
+        """Returns the sum over ranks; may change ``values`` in place."""
         if self.processes == 1:
             return values
         values = values.to(self.accelerator.device).contiguous()
@@ -68,7 +68,7 @@ class Collectives:
         return values
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """(R * B, ...) of (B, ...), the same B on every process."""
+        """Gathers (B, ...) to (R * B, ...); B must be the same on every rank."""
         if self.processes == 1:
             return values
         values = values.to(self.accelerator.device).contiguous()
@@ -78,8 +78,12 @@ class Collectives:
         return gathered
 
     def columns(self, values_BK: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Redistributes rows to columns: returns the same K / R columns (rounded up, filled with zeros) of every rank's
-        rows, (R * B, K / R), and the number of the first. A rank sends as much as it had, and gets as much."""
+        """Redistributes rows to columns by an all-to-all.
+
+        Returns:
+            (R * B, K / R), this rank's columns of every rank's rows (K / R is rounded up, and filled with zeros), and
+            the number of the first column.
+        """
         if self.processes == 1:
             return values_BK, 0
         values_BK = values_BK.to(self.accelerator.device)

@@ -1,8 +1,8 @@
-"""An extra pass that scores a logged step's sequences of advantage 0, of which the step's gradient shows nothing.
+"""Scores a logged step's sequences of advantage 0 in an extra pass, because they contribute nothing to its gradient.
 
-Each contributes ``z_i = -w_i s_i``, what it would at an advantage of 1, to the sketch that is open, in rows after the
-step's own. Gradients are taken by ``torch.autograd.grad``, so that no parameter's ``.grad`` changes, and the random
-number generator is put back. A pass that fails is the last one, which is logged once.
+Each adds ``z_i = -w_i s_i``, its gradient at an advantage of 1, to the open sketch, in rows after the step's own. The
+pass uses ``torch.autograd.grad``, which doesn't change ``.grad``, and restores the random number generator. If a pass
+fails, the feature is switched off.
 """
 
 from __future__ import annotations
@@ -18,40 +18,44 @@ from trl_ext.compat import LossSettings, RunSettings
 from trl_ext.schema import Sequences
 
 from .coefficients import sequence_coefficients
-from .failures import OptionalPart
+from .failures import OptionalFeature
 from .sequence_table import SequenceTable
 
 UNTESTED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 
 
 class ExtraPass:
-    """``score``: a batch's log-probs (B, T), as the loss makes them, with their graph."""
+    """Collects batches of sequences of advantage 0, and scores them at the end of the step.
+
+    ``score`` returns a batch's log-probs (B, T) with their graph, as the loss computes them.
+    """
 
     def __init__(self, run: RunSettings, score: Callable[[Sequences], torch.Tensor]) -> None:
         self.run, self.score = run, score
         wanted = run.options.what_if_dead and run.options.interference_every > 0 and run.options.what_if != []
-        self._part = OptionalPart("what_if_dead=True: sequences of advantage 0 aren't scored", on=wanted)
+        self._feature = OptionalFeature("what_if_dead=True: sequences of advantage 0 aren't scored", on=wanted)
         self._kept: list[tuple[Sequences, SequenceTable]] = []
-        if run.accelerator.distributed_type in UNTESTED:
-            self._part.switch_off(f"an extra pass under {UNTESTED[run.accelerator.distributed_type]} hasn't been tried")
+        engine = UNTESTED.get(run.accelerator.distributed_type)
+        if engine is not None:
+            self._feature.switch_off(f"the extra pass hasn't been tested with {engine}")
 
     def forget(self) -> None:
-        """Drops the batches that were kept for a pass."""
+        """Drops the collected batches."""
         self._kept = []
 
     def keep(self, batches: list[Sequences], settings: LossSettings, accumulation: int, first_prompt: int) -> None:
-        """Keeps batches of sequences of advantage 0; none with images, or whose sequences have no coefficient."""
-        for batch in batches if self._part.on else ():
+        """Collects batches of sequences of advantage 0, unless they have images or no coefficients."""
+        for batch in batches if self._feature.on else ():
             if batch.has_images:
-                self._part.switch_off("images travel with the rows")
+                self._feature.switch_off("batches with images aren't supported")
                 return
             at_one = batch.with_columns(advantages=torch.ones_like(batch.advantages))
             coefficient_B = sequence_coefficients(at_one, settings, accumulation)
             if coefficient_B is not None:
                 self._kept.append((batch, SequenceTable.of_batch(batch, first_prompt, coefficient_B)))
 
-    def sketched(self, sketch: GradientSketch, loss_scale: float) -> SequenceTable | None:
-        """Runs the passes and returns the sequences whose rows they added to the sketch; None where there are none."""
+    def run_passes(self, sketch: GradientSketch, loss_scale: float) -> SequenceTable | None:
+        """Adds the collected sequences to the sketch, and returns them; None if there are none."""
         kept, self._kept = self._kept, []
 
         def passes() -> SequenceTable | None:
@@ -59,7 +63,7 @@ class ExtraPass:
                 self._pass(sketch, batch, table, loss_scale)
             return SequenceTable.join([table for _, table in kept]) if kept else None
 
-        return self._part.run(passes, None)
+        return self._feature.run(passes, None)
 
     def _pass(self, sketch: GradientSketch, batch: Sequences, table: SequenceTable, loss_scale: float) -> None:
         device = self.run.accelerator.device
@@ -78,13 +82,21 @@ class ExtraPass:
 def place_scores(
     table: SequenceTable, sketch_B: torch.Tensor, extra: SequenceTable, extra_B: torch.Tensor, num_generations: int
 ) -> SequenceTable:
-    """Puts the sketches ``extra_B`` of the extra pass into the rows that ``sketch_B``, of ``table``, has of the same
-    sequences, in place; returns the table with their coefficients."""
+    """Copies the extra pass's sketches into the rows of the same sequences.
+
+    Args:
+        table, sketch_B: the step's sequences and their sketches (B, ...), which are changed in place.
+        extra, extra_B: those of the extra pass.
+        num_generations: G.
+
+    Returns:
+        ``table`` with the coefficients of the extra pass.
+    """
     assert table.coefficient is not None and extra.coefficient is not None
     identity_B = table.prompt_id * num_generations + table.position
     order_B = identity_B.argsort()
-    wanted = extra.prompt_id * num_generations + extra.position
-    at = order_B[torch.searchsorted(identity_B[order_B], wanted)]
+    extra_identity = extra.prompt_id * num_generations + extra.position
+    at = order_B[torch.searchsorted(identity_B[order_B], extra_identity)]
     sketch_B[at] = extra_B
     coefficient_B = table.coefficient.index_copy(0, at, extra.coefficient.to(table.coefficient))
-    return replace(table, made_at=table.made_at.index_fill(0, at, 1.0), coefficient=coefficient_B)
+    return replace(table, score_advantage=table.score_advantage.index_fill(0, at, 1.0), coefficient=coefficient_B)

@@ -1,4 +1,4 @@
-"""``OptionalPart``: a part of the diagnostics that fails alone."""
+"""``OptionalFeature`` contains the failures of one diagnostic feature."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ logger = get_logger(__name__)
 T = TypeVar("T")
 
 
-def described(error: Exception) -> str:
-    """The error's type and the first line of its message."""
+def describe_error(error: Exception) -> str:
+    """Returns the error's type and the first line of its message."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-class OptionalPart:
-    """Runs a part of the diagnostics, and switches it off where it fails, which is logged once; the rest goes on.
+class OptionalFeature:
+    """Runs one diagnostic feature. If it fails, it is switched off and a warning is logged; the others continue.
 
-    ``warning``: what is missing then, as in "Interference is logged without its files".
+    ``warning`` starts that message and says what will be missing: "Interference is logged without its files".
     """
 
     def __init__(self, warning: str, *, on: bool = True) -> None:
         self._warning, self.on = warning, on
 
     def switch_off(self, reason: str) -> None:
-        """Logs why this part is missing from here on."""
+        """Switches the feature off, and logs why."""
         if self.on:
             logger.warning(f"{self._warning} from here on: {reason}.")
         self.on = False
 
     def run(self, work: Callable[[], T], otherwise: T) -> T:
-        """Returns what ``work`` returns, or ``otherwise`` where the part is off or fails."""
+        """Returns the result of ``work``, or ``otherwise`` if the feature is off or fails."""
         if not self.on:
             return otherwise
         try:
             return work()
         except Exception as error:
-            self.switch_off(described(error))
+            self.switch_off(describe_error(error))
             return otherwise

@@ -1,7 +1,8 @@
-"""The gradients that the optimizer is about to use, wherever the engine keeps them.
+"""Reads the gradients that the optimizer is about to use, for each training engine.
 
-One process and DDP: ``.grad``. FSDP2: ``.grad`` is a DTensor, of which each process has a shard. DeepSpeed's ZeRO keeps
-them in the optimizer, whose step is part of the last backward, and forgets them there: they are looked at just before.
+With one rank and DDP they are in ``.grad``. With FSDP2 ``.grad`` is a DTensor, of which each rank has a shard.
+DeepSpeed's ZeRO keeps them in the optimizer and frees them in its step, which runs inside the last backward, so they
+are read just before it.
 """
 
 from __future__ import annotations
@@ -15,17 +16,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor, Shard
 
-from grpo_kernels.interference.tap_check import GradientPart
+from grpo_kernels.interference.tap_check import GradientShard
 
 from .collectives import Collectives
 
 
-class GradientParts(Sequence[GradientPart | None]):
-    """Of each parameter the part that this process has, so that sums over processes are of the whole; None: there is
-    none.
+class GradientShards(Sequence[GradientShard | None]):
+    """This rank's shard of each parameter's gradient; None for a parameter without a gradient.
 
-    FSDP2's shards stay where they are. ZeRO's are fetched whole, one at a time, which is a collective call, as is the
-    fetch of a DTensor that is cut otherwise: every process asks for the same ones in the same order.
+    FSDP2's row shards are used as they are. ZeRO's gradients, and DTensors that aren't sharded by rows, are gathered
+    one at a time. That is a collective, so every rank must read the same entries in the same order.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], collectives: Collectives) -> None:
@@ -46,19 +46,18 @@ class GradientParts(Sequence[GradientPart | None]):
         if gradient is None:
             return None
         if not isinstance(gradient, DTensor):
-            return GradientPart(gradient, copies=self.processes)
+            return GradientShard(gradient, copies=self.processes)
         shard = first_row_of(gradient)
         if shard is None:
             self._collectives.agree()
-            return GradientPart(gradient.full_tensor(), copies=self.processes)
+            return GradientShard(gradient.full_tensor(), copies=self.processes)
         first_row, shards = shard
-        return GradientPart(gradient.to_local(), first_row, self.processes // shards)
+        return GradientShard(gradient.to_local(), first_row, self.processes // shards)
 
     def squared_norms(self) -> list[float]:
-        """Of each parameter's gradient; 0.0 where there is none.
+        """Returns the squared norm of each parameter's gradient, 0.0 without one, with a single all-reduce.
 
-        The rows' norms first: no copy of a gradient is made, and float32 sums stay short. One exchange, and one wait
-        for the device.
+        It computes norms of rows first, which copies no gradient and keeps float32 sums short.
         """
         device = self._collectives.accelerator.device
         squares = []
@@ -72,9 +71,9 @@ class GradientParts(Sequence[GradientPart | None]):
 
 
 def first_row_of(gradient: DTensor) -> tuple[int, int] | None:
-    """The first of the rows that are here, and over how many shards they are spread; None: it isn't cut by rows alone.
+    """Returns this rank's first row and the number of shards; None if the gradient isn't sharded by rows only.
 
-    Rows are dealt out as ``torch.chunk`` does: equally, the last shards fewer or none.
+    Rows are distributed as by ``torch.chunk``: equally, with fewer or none in the last shards.
     """
     first, shards = 0, 1
     for dim, placement in enumerate(gradient.placements):
@@ -87,13 +86,13 @@ def first_row_of(gradient: DTensor) -> tuple[int, int] | None:
         first = min(each * gradient.device_mesh.get_local_rank(dim), gradient.shape[0])
         held = min(each, gradient.shape[0] - first)
         if gradient.to_local().shape[0] != held:
-            raise ValueError(f"{gradient.to_local().shape[0]} rows of a gradient are here, not {held}")
+            raise ValueError(f"this rank has {gradient.to_local().shape[0]} rows of a gradient: expected {held}")
     return first, shards
 
 
 @contextmanager
-def before_deepspeed_steps(accelerator: Accelerator, look: Callable[[], None]) -> Iterator[None]:
-    """Calls ``look`` before DeepSpeed's optimizer step, which is the end of the backward within; else not at all."""
+def before_deepspeed_steps(accelerator: Accelerator, callback: Callable[[], None]) -> Iterator[None]:
+    """Calls ``callback`` before an optimizer step of DeepSpeed in this context; never without DeepSpeed."""
     wrapped = getattr(accelerator, "deepspeed_engine_wrapped", None)
     if wrapped is None:
         yield
@@ -101,12 +100,12 @@ def before_deepspeed_steps(accelerator: Accelerator, look: Callable[[], None]) -
     engine = wrapped.engine
     step = engine.step
 
-    def looked(*args: Any, **kwargs: Any) -> Any:
-        look()
+    def step_after_callback(*args: Any, **kwargs: Any) -> Any:
+        callback()
         return step(*args, **kwargs)
 
-    engine.step = looked
+    engine.step = step_after_callback
     try:
         yield
     finally:
-        del engine.step  # the class's own again
+        del engine.step  # restores the class's method

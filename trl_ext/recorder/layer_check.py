@@ -1,7 +1,7 @@
-"""Checks that the taps see each parameter's whole gradient: on a few tokens before the first step, and in each step.
+"""Checks that the taps record each parameter's full gradient: in a probe before the first logged step, and in steps.
 
-A parameter whose sum over sequences isn't its gradient is left out from then on, and named once. What is compared:
-``grpo_kernels/interference/tap_check.py``.
+A parameter whose sum over sequences isn't its gradient is excluded from then on, and the log names it once.
+``grpo_kernels/interference/tap_check.py`` does the comparison.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import torch
 from accelerate import Accelerator
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from grpo_kernels.interference.layer_taps import kinds_of
+from grpo_kernels.interference.layer_taps import parameter_kinds
 from grpo_kernels.interference.step_gradients import PromptGroups
 from trl_ext.log_once import LogOnce
-from trl_ext.probe_model import can_run, evaluation_mode, probe_ids
+from trl_ext.probe_model import evaluation_mode, is_loaded, is_sharded, probe_ids
 
 from .collectives import Collectives
-from .gradients import GradientParts
+from .gradients import GradientShards
 
 ROWS, TOKENS, PADDING = 2, 12, 5
 
 
-def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, log_once: LogOnce) -> None:
-    """Leaves out the parameters that a forward and backward of a few made-up tokens shows to be followed wrongly.
+def probe_layers(sketch: GradientSketch, model: Any, accelerator: Accelerator, log_once: LogOnce) -> None:
+    """Runs a forward and backward of a few tokens, and excludes the parameters whose recorded sum is wrong.
 
-    In evaluation mode, so that no random number is drawn, and past ``.grad``: what is trained doesn't notice. Where the
-    parameters are on several processes the first step that is logged finds out.
+    It runs in eval mode, so that it draws no random number, and doesn't touch ``.grad``. It does nothing if the
+    parameters are sharded; the first logged step then finds wrong ones.
     """
     untapped = sketch.untapped
     if untapped:
         log_once(
-            f"Interference doesn't follow {len(untapped)} of {len(sketch.trainable_parameters)} trainable tensors: "
-            f"{kinds_of(untapped)}. interference/coverage is the share of the gradient that it does."
+            f"Interference doesn't record {len(untapped)} of {len(sketch.trainable_parameters)} trainable tensors: "
+            f"{parameter_kinds(untapped)}. interference/coverage is the recorded share of the gradient."
         )
-    if not can_run(model, accelerator):
+    if is_sharded(accelerator) or not is_loaded(model):
         return
     sketch.open(0)
     try:
@@ -50,23 +50,24 @@ def rehearse(sketch: GradientSketch, model: Any, accelerator: Accelerator, log_o
             signs = 1.0 - 2.0 * (torch.arange(logits.shape[-1], device=logits.device) * 5 % 7 % 2)
             loss = (logits.float() * signs)[mask.bool().to(logits.device)].mean()
             gradients = torch.autograd.grad(loss, sketch.trainable_parameters, allow_unused=True)
-        wrong = sketch.leave_out_wrong(gradients, rehearsal=True)
+        wrong = sketch.exclude_mismatches(gradients, probe=True)
     except Exception as error:
-        log_once(
-            f"Interference couldn't try the layers out ({type(error).__name__}: {error}): the first step will.", "info"
-        )
+        reason = f"{type(error).__name__}: {error}"
+        log_once(f"Interference couldn't probe the layers ({reason}): the first logged step checks them.", "info")
         return
     finally:
         sketch.abandon()
-    name_wrong(wrong, log_once)
+    log_excluded(wrong, log_once)
 
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """What the optimizer's gradient shows of a recorded step.
+    """The comparison of a recorded step with the optimizer's gradient.
 
-    ``wrong``: the relative errors of the parameters that are left out now, by name. ``squares``: |gradient|^2 of each
-    parameter that was trainable when the taps were set. ``total``: of all that are trained now.
+    Attributes:
+        wrong: relative errors of the newly excluded parameters, by name.
+        squares: |gradient|^2 of each parameter that was trainable when the sketch was built.
+        total: |gradient|^2 of all parameters that are trained now.
     """
 
     wrong: dict[str, float]
@@ -75,16 +76,16 @@ class LayerCheck:
 
     @property
     def spoiled(self) -> bool:
-        """Whether the recorded sketches hold contributions that are wrong."""
+        """Whether the recorded sketches contain wrong sums. (An error of inf means that nothing was recorded.)"""
         return any(error != math.inf for error in self.wrong.values())
 
     def metrics(self, sketch: GradientSketch, groups: PromptGroups, loss_scale: float) -> dict[str, float]:
-        """How much of the gradient the taps follow, and whether rightly; nothing where the gradient is 0."""
+        """Returns the recorded share of the gradient, and sketched norm / true norm; empty if the gradient is 0."""
         if self.total == 0:
             return {}
-        followed = set(map(id, sketch.tapped_parameters))
+        recorded = set(map(id, sketch.tapped_parameters))
         pairs = zip(self.squares, sketch.trainable_parameters, strict=True)
-        tapped = sum(square for square, parameter in pairs if id(parameter) in followed)
+        tapped = sum(square for square, parameter in pairs if id(parameter) in recorded)
         found = {"interference/coverage": tapped / self.total}
         if tapped > 0:
             norm = tapped**0.5 / loss_scale
@@ -93,25 +94,24 @@ class LayerCheck:
 
 
 def check_layers(sketch: GradientSketch, model: torch.nn.Module, collectives: Collectives) -> LayerCheck:
-    """Compares a step that was just recorded with its gradient before clipping; a collective call, the same on every
-    rank."""
-    gradients = GradientParts(sketch.trainable_parameters, collectives)
-    wrong = sketch.leave_out_wrong(
+    """Compares the step just recorded with its gradient before clipping. A collective; equal results on all ranks."""
+    gradients = GradientShards(sketch.trainable_parameters, collectives)
+    wrong = sketch.exclude_mismatches(
         gradients, reduce=lambda both: collectives.sum(both).to(both.device), processes=collectives.processes
     )
     squares = gradients.squared_norms()
-    if sketch.is_of(model):
+    if sketch.matches(model):
         return LayerCheck(wrong, squares, sum(squares))
     trained_now = [one for one in model.parameters() if one.requires_grad]
-    return LayerCheck(wrong, squares, sum(GradientParts(trained_now, collectives).squared_norms()))
+    return LayerCheck(wrong, squares, sum(GradientShards(trained_now, collectives).squared_norms()))
 
 
-def name_wrong(wrong: dict[str, float], log_once: LogOnce) -> None:
-    """Logs which parameters were left out, and by how much they were off."""
+def log_excluded(wrong: dict[str, float], log_once: LogOnce) -> None:
+    """Logs which parameters were excluded, and their largest relative error."""
     if wrong:
         finite = [error for error in wrong.values() if error != float("inf")]
         off = f", up to {max(finite):.0%} off" if finite else ""
         log_once(
-            f"Interference leaves out {len(wrong)} parameters whose sum over sequences isn't their gradient{off}: "
-            f"{kinds_of(list(wrong))}. They aren't in interference/coverage."
+            f"Interference excludes {len(wrong)} parameters whose sum over sequences isn't their gradient{off}: "
+            f"{parameter_kinds(list(wrong))}. They aren't in interference/coverage."
         )

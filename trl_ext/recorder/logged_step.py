@@ -1,6 +1,6 @@
-"""``LoggedStep``: what one logged step has gathered on this process, until it is measured.
+"""``LoggedStep`` collects one logged step's sequences on this rank until the step is measured.
 
-Shapes: B sequences, M parts of a sketch, N numbers of a part.
+Shapes: B sequences, M replicates of a sketch, N numbers of a replicate.
 """
 
 from __future__ import annotations
@@ -23,16 +23,22 @@ from .sequence_table import SequenceTable
 
 
 def loss_scale(accelerator: Any) -> float:
-    """The factor of a GradScaler on the loss, 1.0 without one."""
+    """Returns the factor of a GradScaler on the loss; 1.0 without one."""
     scaler = getattr(accelerator, "scaler", None)
     return scaler.get_scale() if scaler is not None else 1.0
 
 
 @dataclass
 class LoggedStep:
-    """``number``: from 1, as the log counts optimizer steps that are done. ``first_micro_batch``: TRL's count of
-    micro-batches when the step began. ``skipped``: sequences that don't run. ``check``: made at the end of the step, by
-    DeepSpeed before the optimizer's step."""
+    """One logged step on this rank.
+
+    Attributes:
+        number: the number of optimizer steps after this one, as in TRL's log.
+        first_micro_batch: TRL's count of micro-batches at the start of the step.
+        sequences: the sequences of each micro-batch.
+        skipped: the sequences that the plan skips.
+        check: the gradient check at the end of the step; with DeepSpeed, before the optimizer step.
+    """
 
     number: int
     first_micro_batch: int
@@ -41,19 +47,14 @@ class LoggedStep:
     check: LayerCheck | None = None
 
     def first_prompt(self, position: StepPosition, prompts_per_generation: int) -> int:
-        """An optimizer step that takes several generations counts the prompts of each after those before."""
+        """Returns the number of the generation batch's first prompt; a step may use several generation batches."""
         length = position.steps_per_generation
         return (position.micro_batch // length - self.first_micro_batch // length) * prompts_per_generation
 
     def add(
-        self,
-        batch: Sequences,
-        skipped: Sequences | None,
-        first_prompt: int,
-        settings: LossSettings,
-        accumulation: int,
+        self, batch: Sequences, skipped: Sequences | None, first_prompt: int, settings: LossSettings, accumulation: int
     ) -> None:
-        """Adds a micro-batch's sequences, and those that are left out of the step."""
+        """Adds a micro-batch's sequences, and the sequences that the plan skips."""
         coefficient_B = sequence_coefficients(batch, settings, accumulation)
         self.sequences.append(SequenceTable.of_batch(batch, first_prompt, coefficient_B))
         if skipped is not None:
@@ -62,9 +63,9 @@ class LoggedStep:
     def take(
         self, sketch: GradientSketch, features_PH: torch.Tensor | None, extra_pass: ExtraPass, run: RunSettings
     ) -> RecordedStep:
-        """Ends the sketch's step, after the extra pass, and returns all that this process has recorded."""
+        """Runs the extra pass, ends the sketch's step, and returns what this rank recorded."""
         scale, processes = loss_scale(run.accelerator), run.accelerator.num_processes
-        extra = extra_pass.sketched(sketch, scale)
+        extra = extra_pass.run_passes(sketch, scale)
         recorded = sketch.take()
         table, n_run = SequenceTable.join([*self.sequences, *self.skipped]), sum(map(len, self.sequences))
         sketch_BMN, extra_BMN = recorded.sketch[:n_run], recorded.sketch[n_run:]

@@ -1,10 +1,11 @@
-"""Exchanges what each process recorded of a logged step, and makes inner products, metrics and what-if of it.
+"""Exchanges what each rank recorded of a logged step, and computes inner products, metrics and what-if.
 
-Sketches aren't gathered: every process gets the same few columns of all of them (``Collectives.columns``), and whatever
-is logged is a sum over columns (``grpo_kernels/interference/inner_products.py``). A process moves what it recorded,
-whatever their number. Only up to ``MOST_DENSE`` sequences is the matrix of all inner products made.
+Sketches aren't gathered. Each rank gets some columns of all sketches (``Collectives.columns``), and every metric is a
+sum over columns (``grpo_kernels/interference/inner_products.py``), so a rank's traffic doesn't grow with the number of
+ranks. The full Gram matrix is computed for at most ``MAX_DENSE`` sequences.
 
-Shapes: B sequences of this process's or of all processes' step, P prompts, H hidden, K numbers of a sketch in M parts.
+Shapes: B sequences of the step on this rank or on all ranks, P prompts, H hidden, K numbers of a sketch in M
+replicates.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ from .collectives import Collectives, OtherRankFailedError
 from .sequence_table import SequenceTable
 from .task_interference import Tasks, interference_of_tasks
 
-MOST_DENSE = 1024  # sequences of which all inner products are kept: 8 MB
+MAX_DENSE = 1024  # sequences whose Gram matrix is kept: 8 MB
 
 Products = torch.Tensor | InnerProducts
 
 
 @dataclass
 class RecordedStep:
-    """What this process recorded of a step.
+    """What this rank recorded of a step.
 
-    ``sketch_BMN`` float32, as the mean over processes takes it; ``sections`` of its last dimension. ``sequences``: of
-    its rows. ``features_PH`` (P, H + 1): sums over the sequences of each prompt id, and their number, 0 where there are
-    none; or None.
+    Attributes:
+        sketch_BMN: (B, M, N) float32, divided by the number of ranks like DDP's gradients.
+        sections: by part of the model, its slice of the last dimension.
+        sequences: the sequences of its rows.
+        features_PH: (P, H + 1) the sum of the features of each prompt id's sequences, and their number; None: no
+            features.
     """
 
     sketch_BMN: torch.Tensor
@@ -46,12 +50,12 @@ class RecordedStep:
     features_PH: torch.Tensor | None
 
     def forget_sketch(self) -> None:
-        """Drops the sketch but for its shape, to have its memory back."""
+        """Frees the sketch, and keeps its shape."""
         self.sketch_BMN = self.sketch_BMN.new_empty(0, *self.sketch_BMN.shape[1:])
 
 
 def check_shapes(recorded: RecordedStep, collectives: Collectives) -> None:
-    """Raises ``OtherRankFailedError`` on all processes where they recorded different shapes; a collective call."""
+    """Raises ``OtherRankFailedError`` on all ranks if they recorded different shapes. A collective."""
     sequences, features_PH = recorded.sequences, recorded.features_PH
     hidden = 0 if features_PH is None else features_PH.shape[1]
     widths = [sequences.group_rewards.shape[1], sequences.function_rewards.shape[1], hidden]
@@ -63,9 +67,14 @@ def check_shapes(recorded: RecordedStep, collectives: Collectives) -> None:
 
 @dataclass(frozen=True)
 class StepProducts:
-    """Inner products over all processes. ``scores``: of the sequences, those of the extra pass too; ``step`` without
-    them. ``grams_PP``: of the prompts' gradients, by part of the model. ``rmse``: of a cosine in the whole, and in each
-    part."""
+    """Inner products of all ranks' sequences.
+
+    Attributes:
+        scores: of all sequences, those of the extra pass included.
+        step: with the extra pass's sequences set to 0.
+        grams_PP: by part of the model, the prompts' inner products.
+        rmse: the sketch's error of one cosine; ``rmse_by_part``: in each part of the model.
+    """
 
     scores: Products
     step: Products
@@ -76,7 +85,7 @@ class StepProducts:
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A step of all processes, the same on each. ``curvature``: prompts and their directional curvature."""
+    """A measured step, the same on every rank. ``curvature``: prompts (P,) and their directional curvatures (P,)."""
 
     sequences: SequenceTable
     step: StepGradients
@@ -96,19 +105,19 @@ def measure(
     *,
     tasks: Mapping[int, str],
 ) -> MeasuredStep:
-    """Measures a step; a collective call.
+    """Measures a step. A collective.
 
     Args:
-        recorded: of this process; its sketch is dropped.
-        collectives: of the processes.
+        recorded: this rank's step, whose sketch it frees.
+        collectives: the ranks' collectives.
         run: the run's settings.
         baseline_size: as in ``StepGradients``.
-        what_if: gives more metrics, of sequences.
-        tasks: by the prompts' keys, of those that have one.
+        what_if: returns the metrics of the comparison with other normalisations.
+        tasks: the prompts' tasks, by prompt key.
     """
     packed_BN = collectives.gather(recorded.sequences.pack())
     order_B = None
-    if len(packed_BN) > MOST_DENSE:  # sums over prompts that come one after the other are faster
+    if len(packed_BN) > MAX_DENSE:  # sums over prompts are faster if each prompt's sequences are adjacent
         order_B = (packed_BN[:, 0] * run.num_generations + packed_BN[:, 2]).argsort()
         packed_BN = packed_BN[order_B]
     sequences = recorded.sequences.unpack(packed_BN)
@@ -148,7 +157,7 @@ def _products(
         for piece_Bk in values_BK.split(max(1, PIECE // (4 * len(values_BK))), dim=1):
             piece_Bk.copy_(piece_Bk[order_B])
     columns = ColumnProducts(values_BK, sequences.square, collectives.sum, first=first)
-    scores = columns.matrix() if len(sequences) <= MOST_DENSE else columns
+    scores = columns.matrix() if len(sequences) <= MAX_DENSE else columns
     of_step: Products = scores
     extra_B = sequences.extra
     if extra_B.any():
@@ -161,23 +170,22 @@ def _products(
 def _by_part(
     columns: ColumnProducts, row_B: torch.Tensor, n_prompts: int, recorded: RecordedStep
 ) -> tuple[dict[str, torch.Tensor], float, dict[str, float]]:
-    """(P, P) inner products of the prompts' gradients in each part of the model; the error of a cosine in the whole,
-    and in each."""
-    _, n_parts, width = recorded.sketch_BMN.shape
+    """Returns the prompts' inner products by part of the model, the error of a cosine, and that error by part."""
+    _, n_replicates, width = recorded.sketch_BMN.shape
     grams_MPP: dict[str, torch.Tensor] = {}
     for name, section in recorded.sections.items():
-        starts = [part * width for part in range(n_parts)]
+        starts = [replicate * width for replicate in range(n_replicates)]
         blocks = [slice(start + section.start, start + section.stop) for start in starts]
         grams_MPP[name] = columns.of_blocks(row_B, n_prompts, blocks)
-    whole_MPP = sum(grams_MPP.values(), torch.zeros(()))
+    total_MPP = sum(grams_MPP.values(), torch.zeros(()))
     errors = {name: rmse_of_parts(gram_MPP) for name, gram_MPP in grams_MPP.items()}
-    return {name: gram_MPP.sum(0) for name, gram_MPP in grams_MPP.items()}, rmse_of_parts(whole_MPP), errors
+    return {name: gram_MPP.sum(0) for name, gram_MPP in grams_MPP.items()}, rmse_of_parts(total_MPP), errors
 
 
 def _features(
     features_PH: torch.Tensor | None, prompt_P: torch.Tensor, collectives: Collectives
 ) -> torch.Tensor | None:
-    """(P, P) inner products of the means over each prompt's sequences, of those that have one that ran; None: none."""
+    """Returns the inner products of the prompts' mean features, for prompts with a sequence that ran; None: none."""
     if features_PH is None:
         return None
     here_P = prompt_P < len(features_PH)

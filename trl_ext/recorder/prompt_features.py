@@ -1,4 +1,4 @@
-"""What the policy makes of each prompt: the mean of its tokens' hidden states before the LM head.
+"""Records each prompt's feature: the mean of its tokens' last hidden states.
 
 arXiv 2601.23135, section 4.1, explains near-orthogonal gradients by near-orthogonal features of the prompts.
 
@@ -15,78 +15,75 @@ from accelerate.utils import is_peft_model
 
 
 class PromptFeatures:
-    """A forward hook on the model's backbone, which is there only between ``set_rows`` and ``end_rows``.
+    """Sums the features of a step's sequences by prompt, with a hook on the backbone from ``set_rows`` to ``end_rows``.
 
-    Only sums over a step's sequences are kept, by prompt, until ``take``. The micro-batch's rows begin with their
-    prompts, as TRL makes them. A backbone whose output has no ``last_hidden_state``, or other rows, gives no features.
-    What fails is handed to ``on_error``.
+    Each row must begin with its prompt, as TRL's do. If the backbone returns no ``last_hidden_state``, or other rows,
+    the step has no features. An exception is passed to ``on_error``.
     """
 
     def __init__(self, model: Any, on_error: Callable[[Exception], None]) -> None:
         base = model.get_base_model() if is_peft_model(model) else model
-        self._on_error = on_error
-        self._prompt_mask_BT: torch.Tensor | None = None
-        self._prompt_B: torch.Tensor | None = None
+        self._backbone, self._on_error = base.base_model, on_error
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None  # prompt_mask_BT, prompt_B
         self._feature_BH: torch.Tensor | None = None
         self._totals_PH: torch.Tensor | None = None
-        self._missed = False  # rows of this step gave none
-        self._backbone = base.base_model
+        self._missed = False  # some rows of this step have no features
         self._handle: Any = None
 
     def close(self) -> None:
-        """Takes the hook off."""
+        """Removes the hook."""
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
 
     def set_rows(self, prompt_mask_BT: torch.Tensor, prompt_B: torch.Tensor) -> None:
-        """The next forward is of these rows, of these prompts, numbered from 0; the mask is 1 on the prompts' tokens,
-        0 on padding."""
+        """Assigns the next forward to these rows; ``prompt_B`` numbers their prompts from 0."""
         self.close()
         self._handle = self._backbone.register_forward_hook(self._hook)
-        self._prompt_mask_BT, self._prompt_B, self._feature_BH = prompt_mask_BT, prompt_B, None
+        self._rows, self._feature_BH = (prompt_mask_BT, prompt_B), None
 
     def end_rows(self) -> None:
-        """What follows is of no row; what was seen of them is added up."""
+        """Adds the rows' features to the sums, and removes the hook."""
         self.close()
-        if self._prompt_mask_BT is None:
+        rows, feature_BH = self._rows, self._feature_BH
+        self._rows = self._feature_BH = None
+        if rows is None:
             return
-        feature_BH, prompt_B = self._feature_BH, self._prompt_B
-        self._prompt_mask_BT = self._prompt_B = self._feature_BH = None
-        if feature_BH is None or prompt_B is None:
+        if feature_BH is None:
             self._missed = True
             return
-        n_prompts = int(prompt_B.max()) + 1
-        if self._totals_PH is None:
-            self._totals_PH = feature_BH.new_zeros(n_prompts, feature_BH.shape[1] + 1)
-        elif len(self._totals_PH) < n_prompts:
-            more = self._totals_PH.new_zeros(n_prompts - len(self._totals_PH), self._totals_PH.shape[1])
-            self._totals_PH = torch.cat([self._totals_PH, more])
         counted_BH = torch.nn.functional.pad(feature_BH, (0, 1), value=1.0)
-        self._totals_PH.index_add_(0, prompt_B.to(feature_BH.device), counted_BH)
+        prompt_B = rows[1].to(counted_BH.device)
+        new_PH = counted_BH.new_zeros(int(prompt_B.max()) + 1, counted_BH.shape[1])
+        if self._totals_PH is not None:
+            missing = max(0, len(new_PH) - len(self._totals_PH))
+            new_PH = torch.nn.functional.pad(self._totals_PH, (0, 0, 0, missing))
+        self._totals_PH = new_PH.index_add_(0, prompt_B, counted_BH)
 
     def take(self) -> torch.Tensor | None:
-        """Ends the step: (P, H + 1) float32, of each prompt the sum over its sequences and their number; None where
-        rows gave nothing."""
-        totals_PH, missed = self._totals_PH, self._missed
+        """Ends the step, and returns (P, H + 1) float32: each prompt's sum of features and number of sequences.
+
+        None if some rows have no features.
+        """
+        totals_PH = None if self._missed else self._totals_PH
         self.forget()
-        return None if missed else totals_PH
+        return totals_PH
 
     def forget(self) -> None:
-        """The step is over, or broke off."""
+        """Ends the step and drops its sums."""
         self.close()
-        self._prompt_mask_BT = self._prompt_B = self._feature_BH = self._totals_PH = None
+        self._rows = self._feature_BH = self._totals_PH = None
         self._missed = False
 
     def _hook(self, module, inputs, output):
-        if self._prompt_mask_BT is None or not torch.is_grad_enabled():
+        if self._rows is None or not torch.is_grad_enabled():
             return
         try:
-            self._look(getattr(output, "last_hidden_state", None), self._prompt_mask_BT)
+            self._record(getattr(output, "last_hidden_state", None), self._rows[0])
         except Exception as error:
             self._on_error(error)
 
-    def _look(self, hidden: torch.Tensor | None, mask_BT: torch.Tensor) -> None:
+    def _record(self, hidden: torch.Tensor | None, mask_BT: torch.Tensor) -> None:
         if hidden is None or len(hidden) != len(mask_BT) or hidden.shape[1] < mask_BT.shape[1]:
             return
         weight_BT1 = mask_BT.to(hidden.device, torch.float32)[:, :, None]

@@ -1,17 +1,17 @@
-"""``InterferenceRecorder``: every ``interference_every`` optimizer steps, how the prompts' gradients interfere.
+"""``InterferenceRecorder`` measures how the prompts' gradients interfere, every ``interference_every`` steps.
 
-A step that is logged goes through four states::
+A logged step goes through these states::
 
     closed --begin--> open --rows--> recording --end of micro-batch--> open --last micro-batch--> measured --> closed
 
-open, recording    taps record each sequence's gradient             grpo_kernels/interference/gradient_sketch.py
-measured           inner products and metrics over all processes    measure.py
-closed             logged, and kept in a file                       files.py
+open, recording    taps record each sequence's gradient         grpo_kernels/interference/gradient_sketch.py
+measured           inner products and metrics over all ranks    measure.py
+closed             logged, and written to a file                files.py
 
-There is one failure boundary. What fails on this process between two collectives is kept (``guarded``), as the other
-processes go on to the end of the step; what fails in collective work fails on all processes (``Collectives.attempt``).
-Either way all processes switch the recorder off at the end of the step, for one logged reason, and training goes on.
-Parts that fail alone (what-if, the extra pass, files) are each an ``OptionalPart``.
+An error of the recorder never ends training. An error between two collectives is stored (``guarded``), because the
+other ranks continue to the end of the step. An error in collective work fails on all ranks (``Collectives.attempt``).
+In both cases all ranks switch the recorder off at the end of the step, and log one reason. What-if, the extra pass and
+the files are each an ``OptionalFeature``, which is switched off alone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from enum import Enum
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypedDict, TypeVar
 
 import torch
 from accelerate.logging import get_logger
 
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from grpo_kernels.interference.training_phase import SpeedupConstant, TrainingPhase
+from grpo_kernels.interference.training_phase import PhaseState, SpeedupConstant, SpeedupState, TrainingPhase
 from trl_ext.advantages.normalizer import UsedNormalization
 from trl_ext.compat import LossSettings, RunSettings, StepPosition
 from trl_ext.probe_model import why_rows_mix
@@ -34,10 +34,10 @@ from trl_ext.schema import Sequences
 
 from .collectives import Collectives, OtherRankFailedError
 from .extra_pass import ExtraPass
-from .failures import OptionalPart, described
-from .files import MoreOfStep, write_step
+from .failures import OptionalFeature, describe_error
+from .files import StepExtras, write_step
 from .gradients import before_deepspeed_steps
-from .layer_check import check_layers, name_wrong, rehearse
+from .layer_check import check_layers, log_excluded, probe_layers
 from .logged_step import LoggedStep, loss_scale
 from .measure import MeasuredStep, check_shapes, measure
 from .prompt_features import PromptFeatures
@@ -47,14 +47,21 @@ logger = get_logger(__name__)
 T = TypeVar("T")
 
 
+class RecorderState(TypedDict):
+    """``InterferenceRecorder.state_dict()``."""
+
+    phase: PhaseState
+    speedup: SpeedupState
+
+
 class Observer(Protocol):
-    """Who uses what is measured: the normalisation, through the trainer."""
+    """Gets the measured curvature; the trainer passes it to the normalisation."""
 
     def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None: ...
 
 
 class State(Enum):
-    """The module's docstring draws the transitions; ``OFF``: nothing is recorded in the rest of the run."""
+    """The module's docstring shows the transitions; ``OFF``: the recorder does nothing for the rest of the run."""
 
     OFF = "off"
     CLOSED = "closed"
@@ -64,19 +71,19 @@ class State(Enum):
 
 
 class InterferenceRecorder:
-    """Records the forward and backward passes of the steps that are logged, measures them, and logs what it finds.
+    """Records the forward and backward passes of logged steps, measures them, and logs the metrics.
 
-    The projections of a step are drawn from the seed and the step's number, so that a resumed run draws the same.
+    The random projections of a step depend only on the seed and the step's number, so a resumed run draws the same.
 
     Args:
         run: the run's settings.
         model: the policy.
-        observer: is given the curvature that was measured.
-        used: gives the run's normalisation as it is now.
-        score: gives a batch's log-probs (B, T) with their graph.
+        observer: gets the measured curvature.
+        used: returns the run's current normalisation.
+        score: returns a batch's log-probs (B, T) with their graph.
 
     Raises:
-        ValueError: ``interference_layers`` matches no layer.
+        ValueError: a pattern in ``interference_layers`` matches no layer.
     """
 
     def __init__(
@@ -92,20 +99,20 @@ class InterferenceRecorder:
         self._collectives = Collectives(run.accelerator)
         self._state = State.CLOSED if run.options.interference_every else State.OFF
         self._step: LoggedStep | None = None
-        self._failure: str | None = None  # of this process, to be reported at the end of the next logged step
+        self._failure: str | None = None  # this rank's error, which the next _attempt reports
         self._model = model
         self.sketch: GradientSketch | None = None
         self._features: PromptFeatures | None = None
         self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
         self._what_if = WhatIfLog(run, used, self._collectives.attempt)
         self._extra_pass = ExtraPass(run, score)
-        self._files = OptionalPart("Interference is logged without its files")
-        self._prompt_texts: dict[int, str] = {}
-        self._prompt_tasks: dict[int, str] = {}  # empty without a column of that name
+        self._files = OptionalFeature("Interference is logged without its files")
+        self._prompt_texts: dict[int, str] = {}  # by prompt key
+        self._prompt_tasks: dict[int, str] = {}  # by prompt key; empty without a column "task"
         if self._state is not State.OFF:
-            self._try_out(model)
+            self._check_model(model)
 
-    def _try_out(self, model: torch.nn.Module) -> None:
+    def _check_model(self, model: torch.nn.Module) -> None:
         """Switches off for a model that can't be recorded; raises ``ValueError`` for wrong ``interference_layers``."""
         layers = self.run.options.interference_layers
         try:
@@ -122,7 +129,7 @@ class InterferenceRecorder:
                 raise ValueError(f"interference_{error}") from None
             obstacle = str(error)
         except Exception as error:
-            obstacle = described(error)
+            obstacle = describe_error(error)
         if obstacle is not None:
             self.stop(obstacle)
 
@@ -130,14 +137,14 @@ class InterferenceRecorder:
 
     @property
     def is_open(self) -> bool:
-        """Whether the step that is going on is logged."""
+        """Whether the current step is logged."""
         return self._step is not None
 
     def stop(self, reason: str) -> None:
-        """Switches the recorder off for the rest of the run; every process does, at the same time."""
+        """Switches the recorder off for the rest of the run. All ranks call it at the same time."""
         if self._state is State.OFF:
             return
-        logger.warning(f"Interference isn't logged from here on: {reason}. Training goes on without it.")
+        logger.warning(f"Interference isn't logged from here on: {reason}. Training continues.")
         self.abandon()
         for taps in (self.sketch, self._features):
             if taps is not None:
@@ -145,7 +152,7 @@ class InterferenceRecorder:
         self._state, self.sketch, self._features = State.OFF, None, None
 
     def abandon(self) -> None:
-        """Drops the step that is open, if there is one: it is over, or broke off."""
+        """Closes the open step, if any, and drops what it recorded."""
         if self._state is not State.OFF:
             self._state = State.CLOSED
         self._step = None
@@ -159,51 +166,60 @@ class InterferenceRecorder:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Keeps what fails within until the end of the next logged step, when all processes switch off together."""
+        """Stores an error until the end of the next logged step, when all ranks switch the recorder off."""
         try:
             yield
         except Exception as error:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self._failure = self._failure or described(error)
+        self._failure = self._failure or describe_error(error)
         if self.sketch is not None:
             self.sketch.abandon()
 
     def _attempt(self, work: Callable[[LoggedStep, GradientSketch], T]) -> T | None:
-        """Runs collective work on the open step, on all processes or on none; None where it failed on one."""
+        """Runs collective work on the open step; returns None if it failed on any rank."""
 
-        def attempted() -> T:
+        def checked_work() -> T:
             if self._failure is not None or self._step is None or self.sketch is None:
                 raise RuntimeError(self._failure)
             return work(self._step, self.sketch)
 
         try:
-            return self._collectives.attempt(attempted)
+            return self._collectives.attempt(checked_work)
         except OtherRankFailedError as error:
             self._failure = self._failure or str(error)
         except Exception as error:
-            self._failure = self._failure or described(error)
+            self._failure = self._failure or describe_error(error)
         return None
 
-    # ---- around each micro-batch of a step that is logged
+    # ---- in each micro-batch of a logged step
 
-    def see_prompts(self, known: Callable[[], tuple[Mapping[int, str], Mapping[int, str]]], *, anew: bool) -> None:
-        """``known`` gives the texts and tasks of a generation batch's prompts, by key; ``anew``: those of an earlier
-        step are forgotten."""
+    def set_prompts(
+        self, texts_and_tasks: Callable[[], tuple[Mapping[int, str], Mapping[int, str]]], *, first: bool
+    ) -> None:
+        """Stores the texts and tasks of a generation batch's prompts, by prompt key.
+
+        ``first``: whether it is the first generation batch of its step, so that those of earlier steps are dropped.
+        """
         if self._state is State.OFF:
             return
         with self.guarded():
-            texts, tasks = known()
-            self._prompt_texts = {**({} if anew else self._prompt_texts), **texts}
-            self._prompt_tasks = {**({} if anew else self._prompt_tasks), **tasks}
+            texts, tasks = texts_and_tasks()
+            self._prompt_texts = {**({} if first else self._prompt_texts), **texts}
+            self._prompt_tasks = {**({} if first else self._prompt_tasks), **tasks}
 
     @contextmanager
     def micro_batch(
         self, position: StepPosition, model: torch.nn.Module, some_skipped: Callable[[], bool]
     ) -> Iterator[None]:
-        """Around a call of ``training_step``. ``model``: as it is wrapped now. ``some_skipped``: whether sequences may
-        have been left out of the step, so that features are of those that ran."""
+        """Opens the step if needed, records one call of ``training_step``, and measures the step after its last call.
+
+        Args:
+            position: the position of the call.
+            model: the model as the engine has wrapped it.
+            some_skipped: returns whether the plan skips sequences, so that features belong to the others only.
+        """
         if self._state is State.CLOSED and position.optimizer_step % self.run.options.interference_every == 0:
             self._open(position, model)
         try:
@@ -221,15 +237,15 @@ class InterferenceRecorder:
         """closed -> open."""
         self._state, step = State.OPEN, position.optimizer_step
         self._step = LoggedStep(number=step + 1, first_micro_batch=position.micro_batch)
-        if self._failure is None:  # of an earlier time
+        if self._failure is None:  # of an earlier step
             with self.guarded():
                 self._open_taps(model, step)
 
     def _open_taps(self, model: torch.nn.Module, step: int) -> None:
-        if self.sketch is not None and not self.sketch.is_of(self._model):
-            self.run.log_once("Parameters were frozen, unfrozen or added: interference follows what is trained now.")
+        if self.sketch is not None and not self.sketch.matches(self._model):
+            self.run.log_once("Parameters were frozen, unfrozen or added: interference records the current ones.")
             self.sketch = None
-        if self.sketch is None:  # now, as FSDP2 has taken the parameters apart since the model was made
+        if self.sketch is None:  # not earlier: FSDP2 shards the parameters after the model is built
             model = self._model = self.accelerator.unwrap_model(model)
             options = self.run.options
             self.sketch = GradientSketch(
@@ -237,15 +253,14 @@ class InterferenceRecorder:
                 options.interference_dim,
                 options.interference_layers,
                 by_part=options.interference_parts,
-                strict=False,
                 on_error=self._layer_failed,
             )
             self._features = PromptFeatures(model, on_error=self._fail)
-            rehearse(self.sketch, model, self.accelerator, self.run.log_once)
+            probe_layers(self.sketch, model, self.accelerator, self.run.log_once)
         self.sketch.open(self.run.seed * 1_000_003 + step)
 
     def _layer_failed(self, name: str, error: Exception) -> None:
-        logger.warning(f"Interference goes on without layer {name!r}: {type(error).__name__}: {error}")
+        logger.warning(f"Interference excludes layer {name!r}: {type(error).__name__}: {error}")
 
     def rows(
         self,
@@ -255,9 +270,14 @@ class InterferenceRecorder:
         loss_settings: LossSettings,
         dead: Callable[[], list[Sequences]],
     ) -> None:
-        """The forward and backward to come are of this micro-batch: open -> recording.
+        """Records the next forward and backward for this micro-batch: open -> recording.
 
-        ``skipped`` are of sequences that don't run, ``dead`` gives all of advantage 0 as batches, for ``what_if_dead``.
+        Args:
+            batch: the micro-batch.
+            skipped: our columns of the sequences that the plan skips.
+            position: the position of the call.
+            loss_settings: the current loss settings.
+            dead: returns the sequences of advantage 0 as batches, for ``what_if_dead``.
         """
         step, sketch, features = self._step, self.sketch, self._features
         if step is None or self._failure is not None or sketch is None or features is None:
@@ -274,7 +294,7 @@ class InterferenceRecorder:
     def head_sketch(
         self, head: torch.nn.Module, hidden_NH: torch.Tensor, sequence_N: torch.Tensor
     ) -> HeadSketch | None:
-        """What the fused head takes in place of a tap on it; None between logged steps."""
+        """Returns the fused head's argument ``head_sketch``, in place of a tap; None if this step isn't logged."""
         if self._step is None or self._failure is not None or self.sketch is None:
             return None
         with self.guarded():
@@ -293,7 +313,7 @@ class InterferenceRecorder:
     # ---- at the end of a step
 
     def _finish(self, *, some_skipped: bool) -> None:
-        """open -> measured -> closed; off, on all processes, where one of them failed."""
+        """open -> measured -> closed; off on all ranks if one of them failed."""
         found = self._attempt(self._measure)
         if found is not None:
             self._state = State.MEASURED
@@ -303,14 +323,14 @@ class InterferenceRecorder:
         self.abandon()
 
     def _check_early(self) -> None:
-        """Before DeepSpeed's optimizer step, which goes on whatever happens here."""
+        """Runs the gradient check before DeepSpeed's optimizer step."""
         self._attempt(self._check)
 
     def _check(self, step: LoggedStep, sketch: GradientSketch) -> None:
         step.check = check_layers(sketch, self._model, self._collectives)
 
     def _measure(self, step: LoggedStep, sketch: GradientSketch) -> MeasuredStep | None:
-        """Measures the step over all processes; None where its sketches were wrong."""
+        """Measures the step over all ranks; returns None if its sketches contain wrong sums."""
         assert self._features is not None
         features_PH = self._features.take()
         recorded = step.take(sketch, features_PH, self._extra_pass, self.run)
@@ -318,22 +338,22 @@ class InterferenceRecorder:
         if step.check is None:
             self._check(step, sketch)
         assert step.check is not None
-        name_wrong(step.check.wrong, self.run.log_once)
-        if step.check.spoiled:  # the next step's sketches are without them
+        log_excluded(step.check.wrong, self.run.log_once)
+        if step.check.spoiled:  # the next step excludes the wrong parameters
             self.run.log_once(f"Interference of optimizer step {step.number} isn't logged.")
             return None
-        of_run = self.run, self._used().baseline_size, self._what_if.observe
-        return measure(recorded, self._collectives, *of_run, tasks=self._prompt_tasks)
+        size = self._used().baseline_size
+        return measure(recorded, self._collectives, self.run, size, self._what_if.observe, tasks=self._prompt_tasks)
 
     def _report(self, step: LoggedStep, sketch: GradientSketch, found: MeasuredStep, *, some_skipped: bool) -> None:
-        """Logs a measured step, gives its signals to the observer, and writes its file."""
+        """Logs a measured step, passes curvatures to the observer, and writes the step's file."""
         metrics = found.metrics
-        if some_skipped and "interference/feature_cos_abs_mean" in metrics:  # of what ran
+        if some_skipped and "interference/feature_cos_abs_mean" in metrics:
             metrics["interference/feature_cos_abs_mean_live"] = metrics.pop("interference/feature_cos_abs_mean")
         assert step.check is not None
         checked = step.check.metrics(sketch, found.groups, loss_scale(self.accelerator))
         if not checked:
-            self.run.log_once(f"interference/coverage isn't logged of step {step.number}: its gradient is 0.", "info")
+            self.run.log_once(f"interference/coverage isn't logged for step {step.number}: its gradient is 0.", "info")
         metrics |= checked
         constant, phase = self.speedup.observe(metrics, found.step.reward_B), self.phase.observe(metrics)
         signals = {
@@ -342,15 +362,15 @@ class InterferenceRecorder:
             "interference/orthogonality": found.orthogonality,
         }
         metrics |= {name: value for name, value in signals.items() if value is not None}
-        # curvature/sigma_mean is logged of every batch already
+        # the normalizer logs curvature/sigma_mean for every batch
         self.run.log({name: value for name, value in metrics.items() if name != "curvature/sigma_mean"})
 
         prompt_P, curvature_P = found.curvature
-        # of the last generation alone, which is the one that the normalisation's state has seen last
+        # only of the last generation batch, which is the latest that the normalisation's state observed
         per_generation = self.run.prompts_per_generation
         first = int(found.sequences.prompt_id.max()) // per_generation * per_generation
         self.observer.observe_curvature(prompt_P[prompt_P >= first] - first, curvature_P[prompt_P >= first])
-        if self.accelerator.is_main_process:  # what fails here fails on this process alone
+        if self.accelerator.is_main_process:  # an error here stays on this rank
             self._files.run(lambda: self._write(step, found), None)
 
     def _write(self, step: LoggedStep, found: MeasuredStep) -> None:
@@ -360,17 +380,17 @@ class InterferenceRecorder:
         texts = [self._prompt_texts.get(key, "") for key in keys]
         tasks = [self._prompt_tasks.get(key, "") for key in keys] if self._prompt_tasks else None
         grams_PP = found.products.grams_PP if self.run.options.interference_parts else None
-        more = MoreOfStep(sequences, found.products.scores, self._what_if.latest, grams_PP, tasks)
+        more = StepExtras(sequences, found.products.scores, self._what_if.latest, grams_PP, tasks)
         folder = self.run.output_dir
         write_step(folder, step.number, found.step, found.metrics, keys, texts, more=more, groups=found.groups)
 
     # ---- checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+    def state_dict(self) -> RecorderState:
+        """Returns phase and constant as plain numbers, for JSON."""
         return {"phase": self.phase.state_dict(), "speedup": self.speedup.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what ``state_dict`` returned."""
+    def load_state_dict(self, state: RecorderState) -> None:
+        """Restores the state from what ``state_dict`` returned."""
         self.phase.load_state_dict(state["phase"])
         self.speedup.load_state_dict(state["speedup"])

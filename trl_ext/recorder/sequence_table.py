@@ -1,9 +1,9 @@
-"""``SequenceTable``: what is known of each sequence of a logged step beside its gradient.
+"""``SequenceTable`` holds the metadata of a logged step's sequences, such as rewards and coefficients.
 
-Shapes: B sequences of a micro-batch, of the step on this process, or of all processes; G completions of one prompt, F
+Shapes: B sequences of a micro-batch, of the step on this rank, or of all ranks; G completions of one prompt, F
 reward functions.
 
-Flow: TRL's dict -> ``of_batch`` -> ``join`` over the step's micro-batches -> ``pack``, a gather over processes,
+Flow: TRL's dict -> ``of_batch`` -> ``join`` over the step's micro-batches -> ``pack``, a gather over ranks,
 ``unpack`` -> ``measure.py`` and ``files.py``.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,14 +21,19 @@ if TYPE_CHECKING:  # files are read without TRL
 
 @dataclass(frozen=True)
 class SequenceTable:
-    """A row for each sequence.
+    """One row per sequence, in columns. Floats are float32 unless noted.
 
-    ``prompt_id``, ``prompt_key``, ``position`` (in the group) and ``length`` (generated tokens): int64 (B,).
-    ``advantage``: as trained, NaN where tokens have advantages of their own. ``made_at``: the advantage within the
-    coefficient, which is 1 where a sequence of advantage 0 was scored by the extra pass. ``weight``: of a token in the
-    loss. ``coefficient``: c_i, None where it isn't known. All float32 (B,). ``group_rewards`` (B, G) of the whole group
-    and ``function_rewards`` (B, F), float32, NaN where unscorable. ``square``: |u_i|^2, float64 (B,), 0 until the
-    sketch is there.
+    Attributes:
+        prompt_id, prompt_key: (B,) int64.
+        position: (B,) int64, the sequence's position in its group.
+        length: (B,) int64, generated tokens.
+        advantage: (B,), as trained; NaN if single tokens have advantages of their own.
+        score_advantage: (B,), the advantage that the coefficient contains; 1 if the extra pass scored the sequence.
+        weight: (B,), the weight of a token in the loss.
+        group_rewards: (B, G), the rewards of the sequence's group, NaN where unscorable.
+        function_rewards: (B, F), NaN where unscorable.
+        square: (B,) float64, |u_i|^2; 0 until the step's sketch ends.
+        coefficient: (B,) c_i; None if the tokens of a sequence have different coefficients.
     """
 
     prompt_id: torch.Tensor
@@ -36,7 +41,7 @@ class SequenceTable:
     position: torch.Tensor
     length: torch.Tensor
     advantage: torch.Tensor
-    made_at: torch.Tensor
+    score_advantage: torch.Tensor
     weight: torch.Tensor
     group_rewards: torch.Tensor
     function_rewards: torch.Tensor
@@ -45,7 +50,7 @@ class SequenceTable:
 
     @classmethod
     def of_batch(cls, batch: Sequences, first_prompt: int, coefficient_B: torch.Tensor | None) -> SequenceTable:
-        """The batch's prompt ids are counted from ``first_prompt``."""
+        """Makes the table of a batch, whose prompt ids are counted from ``first_prompt``."""
         advantage_B = batch.advantages
         if advantage_B.dim() != 1:
             advantage_B = torch.full_like(advantage_B[:, 0], torch.nan)
@@ -55,7 +60,7 @@ class SequenceTable:
             position=batch.group_position,
             length=batch.generated,
             advantage=advantage_B,
-            made_at=advantage_B,
+            score_advantage=advantage_B,
             weight=batch.token_weight,
             group_rewards=batch.group_rewards,
             function_rewards=batch.function_rewards,
@@ -65,12 +70,12 @@ class SequenceTable:
 
     @classmethod
     def of_skipped(cls, batch: Sequences, first_prompt: int) -> SequenceTable:
-        """The same of sequences that don't run: their coefficient is 0."""
+        """Makes the table of sequences that don't run: their coefficient is 0."""
         return cls.of_batch(batch, first_prompt, torch.zeros_like(batch.token_weight))
 
     @classmethod
     def join(cls, tables: Sequence[SequenceTable]) -> SequenceTable:
-        """One after the other; coefficients are known where all of them are."""
+        """Concatenates tables; coefficients are None if one table has none."""
         columns = {field.name: [getattr(table, field.name) for table in tables] for field in fields(cls)}
         known = all(column is not None for column in columns["coefficient"])
         joined = {name: torch.cat(column) for name, column in columns.items() if name != "coefficient"}
@@ -80,21 +85,21 @@ class SequenceTable:
         return len(self.prompt_id)
 
     def cpu(self) -> SequenceTable:
-        """The same on the CPU."""
+        """Returns the table on the CPU."""
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if value is not None})
 
     @property
     def extra(self) -> torch.Tensor:
-        """(B,) bool: scored by the extra pass, so that they contribute nothing to the step's gradient."""
-        return (self.made_at != self.advantage) & ~self.advantage.isnan()
+        """(B,) bool: whether the extra pass scored the sequence; it contributes nothing to the step's gradient."""
+        return (self.score_advantage != self.advantage) & ~self.advantage.isnan()
 
     @property
     def reward(self) -> torch.Tensor:
-        """(B,) weighted, NaN where unscorable."""
+        """(B,) weighted rewards, NaN where unscorable."""
         return self.group_rewards.gather(1, self.position[:, None]).squeeze(1)
 
     def pack(self) -> torch.Tensor:
-        """(B, N) int64, to be gathered in one exchange; floats as the bits of their float64."""
+        """Packs the columns to (B, N) int64, with the bits of floats as float64, for a single all-gather."""
         columns = []
         for name, value in vars(self).items():
             if value is None:
@@ -104,17 +109,17 @@ class SequenceTable:
         return torch.cat(columns, dim=1)
 
     def unpack(self, packed_BN: torch.Tensor) -> SequenceTable:
-        """The table that was packed, of columns as wide as this one's."""
+        """Unpacks a gathered table, whose columns have the widths of this table's."""
         widths = [1 if value is None else value[:1].numel() for value in vars(self).values()]
-        unpacked: dict[str, Any] = {}
+        unpacked: dict[str, torch.Tensor | None] = {}
         for (name, value), column in zip(vars(self).items(), packed_BN.split(widths, dim=1), strict=True):
             if name not in INTEGERS:
                 column = column.contiguous().view(torch.float64)
                 column = column if name == "square" else column.float()
             unpacked[name] = column if value is not None and value.ndim == 2 else column.squeeze(1)
-        if unpacked["coefficient"].isnan().any():
+        if (coefficient_B := unpacked["coefficient"]) is not None and coefficient_B.isnan().any():
             unpacked["coefficient"] = None
-        return replace(self, **unpacked)
+        return replace(self, **unpacked)  # type: ignore[arg-type]
 
 
 INTEGERS = ("prompt_id", "prompt_key", "position", "length")

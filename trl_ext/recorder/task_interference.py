@@ -1,4 +1,4 @@
-"""Which tasks a logged step's prompts are of, and what is logged of how they interfere.
+"""Assigns a logged step's prompts to tasks, and computes the metrics of how the tasks interfere.
 
 Shapes: B sequences, P prompts in ascending order of their ids, T tasks.
 """
@@ -16,41 +16,54 @@ from grpo_kernels.interference.task_sums import task_gradients
 
 from .sequence_table import SequenceTable
 
-MOST = 8  # tasks whose pairs are logged; files have them all
+MAX_TASKS = 8  # with more tasks, their pairs aren't logged; files keep them
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """``names`` in alphabetical order; ``task_P``: int64, the place of each prompt's in them, -1 for none."""
+    """The tasks of a step's prompts.
+
+    Attributes:
+        names: in alphabetical order.
+        task_P: (P,) int64, each prompt's index into ``names``, -1 for none.
+    """
 
     names: list[str]
     task_P: torch.Tensor
 
     @classmethod
     def of(cls, sequences: SequenceTable, row_B: torch.Tensor, tasks: Mapping[int, str]) -> Tasks:
-        """``row_B``: each sequence's prompt in [0, P); ``tasks``: by the prompts' keys."""
+        """Assigns tasks to prompts.
+
+        Args:
+            row_B: (B,) each sequence's prompt in [0, P).
+            tasks: the prompts' tasks, by prompt key.
+        """
         n_prompts = int(row_B.max()) + 1 if len(row_B) else 0
         key_P = sequences.prompt_key.new_zeros(n_prompts).scatter_(0, row_B, sequences.prompt_key)
         return cls.named([tasks.get(key, "") for key in key_P.tolist()], key_P.device)
 
     @classmethod
     def named(cls, task_of_P: list[str], device: torch.device | str = "cpu") -> Tasks:
-        """By each prompt's task, empty for none."""
+        """Makes ``Tasks`` from each prompt's task, an empty string for none."""
         names = sorted({name for name in task_of_P if name})
         places = [names.index(name) if name else -1 for name in task_of_P]
         return cls(names, torch.tensor(places, dtype=torch.int64, device=device))
 
     @property
     def members(self) -> torch.Tensor:
-        """(T, P) bool."""
+        """(T, P) bool: which prompts a task has."""
         return self.task_P == torch.arange(len(self.names), device=self.task_P.device)[:, None]
 
 
 def interference_of_tasks(groups: PromptGroups, tasks: Tasks, sketch_rmse: float) -> dict[str, float]:
-    """``tasks/<a>/cos/<b>`` and ``cos_error/<b>``, each pair once; ``tasks/<a>/heard``, its share of the step's squared
-    gradient. Finite values only; nothing without two tasks, or with more than ``MOST``."""
+    """Returns the finite metrics of the tasks; none with fewer than two tasks, or more than ``MAX_TASKS``.
+
+    * ``tasks/<a>/cos/<b>``, ``tasks/<a>/cos_error/<b>``: cosine of two tasks' gradients and its error, once per pair.
+    * ``tasks/<a>/heard``: the task's share of the step's squared gradient.
+    """
     names = tasks.names
-    if not 2 <= len(names) <= MOST:
+    if not 2 <= len(names) <= MAX_TASKS:
         return {}
     found = task_gradients(groups, tasks.task_P, len(names), sketch_rmse)
     metrics = {f"tasks/{name}/heard": share for name, share in zip(names, found.share_T.tolist(), strict=True)}

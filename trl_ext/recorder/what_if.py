@@ -1,13 +1,13 @@
-"""Compares a logged step with the steps of other normalisations, and finds its noise: for the log and the file.
+"""Compares a logged step with the steps of other normalisations, and estimates its noise, for the log and the file.
 
-Shapes: B sequences of all processes, P prompts, G completions of one prompt, F reward functions.
+Shapes: B sequences of all ranks, P prompts, G completions of one prompt, F reward functions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
 
@@ -16,7 +16,7 @@ from grpo_kernels.interference.noise import GradientNoise, gradient_noise
 from grpo_kernels.interference.what_if import Candidate, StepScores, WhatIf, candidates, what_if
 from grpo_kernels.normalize.methods import METHODS
 
-from .failures import OptionalPart
+from .failures import OptionalFeature
 from .sequence_table import SequenceTable
 from .task_interference import Tasks
 
@@ -24,15 +24,34 @@ if TYPE_CHECKING:  # the report uses this module without TRL
     from trl_ext.advantages.normalizer import UsedNormalization
     from trl_ext.compat import RunSettings
 
-# of the catalogue, those that need nothing of earlier steps; decoupled, where there are several functions
+# methods that need no state; decoupled only with several reward functions
 STATELESS = tuple(name for name, method in METHODS.items() if method.kind != "state")
 Products = torch.Tensor | InnerProducts
-PART = "the step holds a part of the batch"
+PARTIAL_BATCH = "the step holds a part of the batch"
+
+
+class WhatIfRow(TypedDict):
+    """One normalisation's step compared with the trained one; ``share`` is by prompt, ``tasks`` by task."""
+
+    cos: float
+    factor: float
+    share: list[float]
+    tasks: NotRequired[dict[str, dict[str, float]]]
+
+
+class WhatIfTable(TypedDict):
+    """The comparison of a step, as its file holds it: ``what_if.WhatIf`` and ``GradientNoise`` as plain values."""
+
+    used: str | None
+    rows: dict[str, WhatIfRow]
+    absent: dict[str, str]
+    mutual: list[list[float]]
+    factors: list[list[float]]
+    noise: dict[str, float] | None
 
 
 def step_scores(gram_BB: Products, sequences: SequenceTable) -> StepScores | None:
-    """Of the step as it was trained, and of what the extra pass scored; None where its sequences have no coefficients,
-    or no advantages of their own."""
+    """Returns the scores of the trained step, with those of the extra pass; None without coefficients or advantages."""
     if sequences.coefficient is None or sequences.advantage.isnan().any():
         return None
     _, prompt_B = sequences.prompt_id.unique(return_inverse=True)
@@ -43,7 +62,7 @@ def step_scores(gram_BB: Products, sequences: SequenceTable) -> StepScores | Non
     return StepScores(
         gram_BB=gram_BB,
         coefficient_B=sequences.coefficient,
-        made_at_B=sequences.made_at,
+        score_advantage_B=sequences.score_advantage,
         advantage_B=sequences.advantage,
         prompt_B=prompt_B,
         position_B=sequences.position,
@@ -54,8 +73,10 @@ def step_scores(gram_BB: Products, sequences: SequenceTable) -> StepScores | Non
 def step_context(
     scores: StepScores, sequences: SequenceTable, function_weights: Sequence[float] | None
 ) -> dict[str, torch.Tensor]:
-    """What normalisations may need beside rewards, where the step holds whole groups. ``function_weights``: None: 1
-    each."""
+    """Returns the ``context`` of ``normalize_rewards``; empty if the step doesn't hold whole groups.
+
+    ``function_weights``: None counts as 1 for each function.
+    """
     n_prompts, n_answers = scores.rewards_PG.shape
     n_functions = sequences.function_rewards.shape[1]
     if len(sequences) < n_prompts * n_answers or n_functions == 0:
@@ -81,10 +102,14 @@ def step_table(
     function_weights: Sequence[float] | None,
     tasks: Tasks,
     *,
-    whole_batch: bool,
+    full_batch: bool,
 ) -> WhatIf:
-    """``whole_batch``: the step's prompts are those that advantages were made of; else methods of the batch are out."""
-    left_out = {} if whole_batch else {one.name: PART for one in methods if one.of_batch}
+    """Compares the step with ``methods``.
+
+    ``full_batch``: whether the step holds all prompts of its generation batch; otherwise methods that need the batch's
+    statistics are left out.
+    """
+    left_out = {} if full_batch else {one.name: PARTIAL_BATCH for one in methods if one.needs_batch}
     chosen, tasks_TP = [one for one in methods if one.name not in left_out], tasks.members
     context = step_context(scores, sequences, function_weights)
     table = what_if(scores, chosen, context=context, tasks_TP=tasks_TP.to(scores.prompt_B.device))
@@ -92,15 +117,15 @@ def step_table(
     return table
 
 
-def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None, tasks: Tasks) -> dict[str, Any]:
-    """For a file, as JSON holds it; of a row's tasks what is known, by name."""
-    rows: dict[str, dict[str, Any]] = {}
+def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None, tasks: Tasks) -> WhatIfTable:
+    """Returns the comparison as plain values, for JSON; without tasks whose share isn't finite."""
+    rows: dict[str, WhatIfRow] = {}
     for name, row in table.rows.items():
-        rows[name] = {"cos": row.cos, "factor": row.factor}
+        share = [round(value, 5) for value in row.share_P.tolist()]
+        rows[name] = {"cos": row.cos, "factor": row.factor, "share": share}
         if tasks.names:
             shares = zip(tasks.names, row.task_share_T.tolist(), strict=True)
-            rows[name]["tasks"] = {task: {"share": share} for task, share in shares if math.isfinite(share)}
-        rows[name]["share"] = [round(share, 5) for share in row.share_P.tolist()]
+            rows[name]["tasks"] = {task: {"share": value} for task, value in shares if math.isfinite(value)}
     return {
         "used": used,
         "rows": rows,
@@ -112,10 +137,10 @@ def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None, tasks
 
 
 class WhatIfLog:
-    """Compares each logged step with the other normalisations'; ``latest`` is the latest step's table, for its file.
+    """Compares each logged step with other normalisations; ``latest`` is the latest step's table, for its file.
 
-    ``used`` gives the run's normalisation as it is now. ``attempt``: ``Collectives.attempt``, as the part is switched
-    off on all ranks or on none.
+    ``used`` returns the run's current normalisation. ``attempt`` is ``Collectives.attempt``, so that the feature is
+    switched off on all ranks or on none.
     """
 
     def __init__(
@@ -126,25 +151,23 @@ class WhatIfLog:
     ) -> None:
         self.run, self._used, self._attempt = run, used, attempt
         missing = "What other normalisations would have done isn't logged"
-        self._part = OptionalPart(missing, on=run.options.what_if != [])
-        self.latest: dict[str, Any] | None = None
+        self._feature = OptionalFeature(missing, on=run.options.what_if != [])
+        self.latest: WhatIfTable | None = None
 
     def observe(self, gram_BB: Products, sequences: SequenceTable, tasks: Tasks) -> dict[str, float]:
-        """Returns what is logged: ``what_if/<method>/cos`` and ``factor``; ``noise/``."""
+        """Returns the metrics ``what_if/<method>/cos``, ``what_if/<method>/factor`` and those under ``noise/``."""
         self.latest = None
-        return self._part.run(lambda: self._attempt(lambda: self._observe(gram_BB, sequences, tasks)), {})
+        return self._feature.run(lambda: self._attempt(lambda: self._observe(gram_BB, sequences, tasks)), {})
 
     def _methods(self, used: str | None) -> list[Candidate]:
-        """The normalisations to compare with, with the run's own options where ``used`` is of the catalogue."""
-        asked = self.run.options.what_if
-        options: Any = (
-            (self.run.options.normalization_kwargs or {}) if used is not None else {}
-        )  # a function's are its own
-        given = {name: options[name] for name in ("eps", "alpha") if name in options}
-        return list(candidates(STATELESS if asked is None else tuple(asked), **given))
+        """Returns the normalisations to compare with; they get the run's options unless it uses a function."""
+        names, options = self.run.options.what_if, self.run.options.normalization_kwargs
+        given = options if used is not None and isinstance(options, dict) else {}
+        shared = {name: given[name] for name in ("eps", "alpha") if name in given}
+        return candidates(STATELESS if names is None else tuple(names), **shared)
 
     def _observe(self, gram_BB: Products, sequences: SequenceTable, tasks: Tasks) -> dict[str, float]:
-        if isinstance(gram_BB, torch.Tensor):  # thousands of small calls, which on a GPU are launches alone
+        if isinstance(gram_BB, torch.Tensor):  # thousands of small calls: on a GPU, launches would dominate
             gram_BB, sequences = gram_BB.cpu(), sequences.cpu()
         scores = step_scores(gram_BB, sequences)
         if scores is None:
@@ -159,8 +182,8 @@ class WhatIfLog:
         methods = self._methods(now.name)
         if sequences.function_rewards.shape[1] == 1:
             methods = [one for one in methods if one.name != "decoupled"]
-        whole = len(scores.rewards_PG) == self.run.prompts_per_generation
-        table = step_table(scores, sequences, methods, now.function_weights, tasks, whole_batch=whole)
+        full_batch = len(scores.rewards_PG) == self.run.prompts_per_generation
+        table = step_table(scores, sequences, methods, now.function_weights, tasks, full_batch=full_batch)
         noise = gradient_noise(scores)
         self.latest = as_plain(table, noise, used, tasks)
         metrics: dict[str, float] = {}

@@ -223,7 +223,7 @@ def _step_table(
     weights = config.get("reward_weights")
     weights = weights if isinstance(weights, list) and all(isinstance(one, int | float) for one in weights) else None
     tasks = Tasks.named(record.task_P or [""] * len(scores.rewards_PG))
-    table = step_table(scores, sequences, methods, weights, tasks, whole_batch=whole)
+    table = step_table(scores, sequences, methods, weights, tasks, full_batch=whole)
     return cast(StepTable, as_plain(table, gradient_noise(scores), used, tasks))
 
 

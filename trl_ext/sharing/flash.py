@@ -53,12 +53,12 @@ def forward(
         out, lse, *_ = _gpu(q, k, v, *_offsets(spans, q.device), 0.0, spans.causal, False, scale=scale)
         return out.transpose(0, 1)[None], lse[None]
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    together, alone = _short(spans, q.device)
-    if together is not None:
-        own, own_lse = _cpu(*(_unpack(x, together) for x in (q, k, v)), 0.0, True, scale=scale)
-        _put(out, own, together)
-        _put(lse[..., None], own_lse[..., None], together)
-    for queries, keys in alone:
+    padded, separate = _short(spans, q.device)
+    if padded is not None:
+        own, own_lse = _cpu(*(_unpack(x, padded) for x in (q, k, v)), 0.0, True, scale=scale)
+        _put(out, own, padded)
+        _put(lse[..., None], own_lse[..., None], padded)
+    for queries, keys in separate:
         part = _cpu(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, spans.causal, scale=scale)
         out[:, :, queries], lse[:, :, queries] = part
     return out, lse
@@ -92,15 +92,15 @@ def backward(
         )
         return tuple(grad.transpose(0, 1)[None] for grad in found)  # type: ignore[return-value]
     grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    together, alone = _short(spans, q.device)
-    if together is not None:
-        is_token = (together >= 0)[:, None, :]
-        g, own_lse = _unpack(grad_out, together) * is_token[..., None], _unpack(lse[..., None], together)[..., 0]
-        tensors = [_unpack(x, together) for x in (q, k, v, out)]
+    padded, separate = _short(spans, q.device)
+    if padded is not None:
+        is_token = (padded >= 0)[:, None, :]
+        g, own_lse = _unpack(grad_out, padded) * is_token[..., None], _unpack(lse[..., None], padded)[..., 0]
+        tensors = [_unpack(x, padded) for x in (q, k, v, out)]
         parts = _cpu_backward(g, *tensors, torch.where(is_token, own_lse, NOTHING), 0.0, True, scale=scale)
         for grad, part in zip(grads, parts, strict=True):
-            _put(grad, part, together)
-    for queries, keys in alone:
+            _put(grad, part, padded)
+    for queries, keys in separate:
         of_queries, of_keys = (grad_out[:, :, queries], q[:, :, queries]), (k[:, :, keys], v[:, :, keys])
         results = out[:, :, queries], lse[:, :, queries]
         parts = _cpu_backward(*of_queries, *of_keys, *results, 0.0, spans.causal, scale=scale)
@@ -138,18 +138,18 @@ def _short(spans: Spans, device: torch.device) -> tuple[torch.Tensor | None, lis
     if "short" in spans.cache:
         return spans.cache["short"]
     queries, keys = ([0, *accumulate(lengths)] for lengths in (spans.query_lengths, spans.key_lengths))
-    short, alone, together = [], [], None
+    short, separate, padded = [], [], None
     for i, length in enumerate(spans.query_lengths):
         if spans.causal and length <= SHORT:
             short.append((queries[i], length))
         elif length:
-            alone.append((slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])))
+            separate.append((slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])))
     if any(length for _, length in short):
         begin, length = torch.tensor(short, device=device).T[..., None]
         column = torch.arange(int(length.max()), device=device)
-        together = torch.where(column < length, begin + column, -1)
-    spans.cache["short"] = together, alone
-    return together, alone
+        padded = torch.where(column < length, begin + column, -1)
+    spans.cache["short"] = padded, separate
+    return padded, separate
 
 
 def _unpack(packed: torch.Tensor, place_NR: torch.Tensor) -> torch.Tensor:

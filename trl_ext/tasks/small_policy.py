@@ -171,8 +171,57 @@ def expected_accuracy(model, ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> f
     return torch.where(targets >= 0, token_logprobs, 0.0).sum(dim=1).exp().mean().item()
 
 
+Report = Callable[[int, float], None]  # (step, accuracy)
+
+
+class _WarmUp:
+    """Trains a policy in the two phases of the module's docstring."""
+
+    def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, levels: Sequence[int], seed: int):
+        self.model, self.pad = model, tokenizer.pad_token_id
+        # each batch has one level, so that its rows have about the same length
+        self.train = [_training_data(level, seed, tokenizer) for level in levels]
+        held_out = [generate_problems(CHECKED, split="held_out", levels=(level,), seed=seed) for level in levels]
+        self.check = [_encode_problems(problems, tokenizer) for problems in held_out]
+
+    def accuracy(self) -> float:
+        return sum(expected_accuracy(self.model, *level) for level in self.check) / len(self.check)
+
+    def step(self, optimizer: torch.optim.Optimizer, number: int, careless: float) -> None:
+        ids, labels = draw_batch(*self.train[number % len(self.train)], careless, self.pad)
+        self.model(input_ids=ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def learn(self, report: Report | None) -> int:
+        """Trains on right answers until the accuracy is ``LEARNED_ACCURACY``; returns the number of steps."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
+        for number in range(1, LEARNING_STEPS + 1):
+            for group in optimizer.param_groups:  # up over 30 steps, then linearly down
+                group["lr"] = LEARNING_RATE * min(number / 30, 1.0) * max(1 - number / LEARNING_STEPS, 0.05)
+            self.step(optimizer, number, careless=0.0)
+            if number % 25 == 0:
+                reached = self.accuracy()
+                if report is not None:
+                    report(number, reached)
+                if reached >= LEARNED_ACCURACY:
+                    break
+        return number
+
+    def unlearn(self) -> float:
+        """Trains on careless answers until the accuracy is ``TARGET_ACCURACY``; returns the accuracy."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=CARELESS_LEARNING_RATE, betas=(0.9, 0.98))
+        for number in range(CARELESS_STEPS):
+            reached = self.accuracy()
+            if reached <= TARGET_ACCURACY:
+                break
+            self.step(optimizer, number, careless=0.5)
+        return reached
+
+
 def warm_up(
-    seed: int, levels: tuple[int, ...], report: Callable[[int, float], None] | None = None
+    seed: int, levels: tuple[int, ...], report: Report | None = None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, float]:
     """Trains the policy from scratch until its expected accuracy on held-out problems is about ``TARGET_ACCURACY``.
 
@@ -182,43 +231,11 @@ def warm_up(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(tokenizer)
-        # each batch has one level, so that its rows have about the same length
-        train = [_training_data(level, seed, tokenizer) for level in levels]
-        check = [
-            _encode_problems(generate_problems(CHECKED, split="held_out", levels=(level,), seed=seed), tokenizer)
-            for level in levels
-        ]
-
-        def accuracy() -> float:
-            return sum(expected_accuracy(model, *level) for level in check) / len(check)
-
-        def train_step(optimizer: torch.optim.Optimizer, step: int, careless: float) -> None:
-            ids, labels = draw_batch(*train[step % len(levels)], careless, tokenizer.pad_token_id)
-            model(input_ids=ids, labels=labels).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
-        for step in range(1, LEARNING_STEPS + 1):
-            for group in optimizer.param_groups:  # up over 30 steps, then linearly down
-                group["lr"] = LEARNING_RATE * min(step / 30, 1.0) * max(1 - step / LEARNING_STEPS, 0.05)
-            train_step(optimizer, step, careless=0.0)
-            if step % 25 == 0:
-                reached = accuracy()
-                if report is not None:
-                    report(step, reached)
-                if reached >= LEARNED_ACCURACY:
-                    break
-
-        optimizer = torch.optim.AdamW(model.parameters(), lr=CARELESS_LEARNING_RATE, betas=(0.9, 0.98))
-        for careless_step in range(CARELESS_STEPS):
-            reached = accuracy()
-            if reached <= TARGET_ACCURACY:
-                break
-            train_step(optimizer, careless_step, careless=0.5)
+        training = _WarmUp(model, tokenizer, levels, seed)
+        steps = training.learn(report)
+        reached = training.unlearn()
         if report is not None:
-            report(step, reached)
+            report(steps, reached)
     return model, tokenizer, reached
 
 
@@ -238,9 +255,7 @@ def _widen(matrix_BT: torch.Tensor, width: int, fill: int) -> torch.Tensor:
     return torch.nn.functional.pad(matrix_BT, (0, width - matrix_BT.shape[1]), value=fill)
 
 
-def small_policy(
-    seed: int = 0, levels: tuple[int, ...] = DEFAULT_LEVELS, report: Callable[[int, float], None] | None = None
-) -> Path:
+def small_policy(seed: int = 0, levels: tuple[int, ...] = DEFAULT_LEVELS, report: Report | None = None) -> Path:
     """Returns the folder of the warmed-up policy; the first call trains it, later calls find it in the cache.
 
     The first call takes one to two minutes on two idle cores. It calls ``report(step, accuracy)`` every 25 steps; None:

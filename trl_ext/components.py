@@ -1,4 +1,4 @@
-"""Builds the parts that a trainer consists of, once its model and data are loaded."""
+"""Builds the objects that a trainer works with, once its model and data are loaded."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ from .recorder.recorder import InterferenceRecorder
 from .report.completions import KeptCompletions
 from .report.run_files import RunFiles, describe_run
 from .report.watch import Watch
-from .rollout import Overrides, RolloutParts, Rollouts
+from .rollout import Overrides, RolloutComponents, Rollouts
 from .run_checks import (
+    Context,
     check_before_model,
     check_stored_context,
     read_context,
@@ -55,8 +56,8 @@ def before_model(trainer: Any, model: Any, args: Any, rest: Any, kwargs: Any) ->
 
 
 @dataclass
-class Parts:
-    """The parts of one trainer. ``ours`` is ``CurvatureGRPOTrainer``, with which overrides are compared."""
+class Components:
+    """The objects of one trainer. ``ours`` is ``CurvatureGRPOTrainer``, with which overrides are compared."""
 
     trainer: Any
     ours: type
@@ -81,7 +82,7 @@ class Parts:
         """Finds the methods that a subclass overrides and that forbid skipping sequences or postponing log-probs."""
         reason = overridden(self.trainer, self.ours, *log_probs.OWN_METHODS)
         if reason is None and "_get_per_token_logps_and_entropies" in vars(self.trainer):
-            reason = "the trainer has a _get_per_token_logps_and_entropies of its own"
+            reason = "the trainer overrides _get_per_token_logps_and_entropies"
         return Overrides(plan=overridden(self.trainer, self.ours, *rules.OWN_METHODS), log_probs=reason)
 
     def step_request(self) -> StepRequest:
@@ -95,16 +96,12 @@ class Parts:
         return StepRequest(self.loss_settings(), self.rollouts.latest_advantages, method, override, by_sequence)
 
 
-def build_parts(trainer: Any, ours: type) -> Parts:
-    """Builds the parts of a trainer whose parent's ``__init__`` has run."""
+def build_components(trainer: Any, ours: type) -> Components:
+    """Builds the objects of a trainer whose parent's ``__init__`` has run."""
     compat.check_trainer(trainer)
     keep_four_bit_layers_trainable(trainer.model)
     run = compat.read_run_settings(trainer, trainer._log_metrics, LogOnce(get_logger("trl_ext.trainer")))
-    refuse_tensor_parallelism(trainer.model, trainer.args)
-    warn_about_engine(trainer.args, run.accelerator, run.log_once)
-    warn_about_truncated_sampling(trainer.args, run.log_once)
-    context = read_context(trainer.processing_class, trainer.model, trainer.args, run.log_once)
-    check_stored_context(trainer.train_dataset, context)
+    context = check_run(trainer, run)
     normalizer = Normalizer(run, trainer.args, compat.read_reward_settings(trainer))
 
     def used() -> UsedNormalization:
@@ -119,14 +116,14 @@ def build_parts(trainer: Any, ours: type) -> Parts:
     micro_batches = MicroBatches(run, trainer.model, limits)
     used_log_probs = UsedLogProbs(run, micro_batches, trainer.ref_model, trainer.args.gradient_checkpointing_kwargs)
     seconds, random_states = StageSeconds(), RandomStates()
-    parts = RolloutParts(
+    rollout_components = RolloutComponents(
         context, seconds, normalizer, recorder, micro_batches, used_log_probs, batch_observer(trainer, recorder, kept)
     )
-    rollouts = Rollouts(trainer, run, parts)
+    rollouts = Rollouts(trainer, run, rollout_components)
     state = CheckpointState(normalizer, recorder, on_start=(micro_batches.forget, rollouts.generations.forget))
     files = RunFiles(lambda: describe_run(trainer.args, trainer.model, type(trainer), trainer.reward_func_names))
     callbacks = (state, random_states, files, Watch(run, trainer._log_metrics), kept)
-    return Parts(
+    return Components(
         trainer=trainer,
         ours=ours,
         run=run,
@@ -143,16 +140,26 @@ def build_parts(trainer: Any, ours: type) -> Parts:
     )
 
 
+def check_run(trainer: Any, run: RunSettings) -> Context | None:
+    """Checks the built trainer's engine, sampling and stored prompts; returns the model's context."""
+    refuse_tensor_parallelism(trainer.model, trainer.args)
+    warn_about_engine(trainer.args, run.accelerator, run.log_once)
+    warn_about_truncated_sampling(trainer.args, run.log_once)
+    context = read_context(trainer.processing_class, trainer.model, trainer.args, run.log_once)
+    check_stored_context(trainer.train_dataset, context)
+    return context
+
+
 def batch_observer(
     trainer: Any, recorder: InterferenceRecorder, kept: KeptCompletions
 ) -> Callable[[RewardedBatch, TaskNames, bool], None]:
-    """Returns what runs after each training batch: it passes prompts to the recorder and completions to their file."""
+    """Returns a callback for each training batch; it passes prompts to the recorder, and keeps completions."""
 
     def on_batch(rewarded: RewardedBatch, task_names: TaskNames, first: bool) -> None:
         def texts_and_tasks() -> tuple[dict[int, str], dict[int, str]]:
             return prompt_texts(trainer._logs["prompt"], rewarded.keys_B), task_names.of_prompts(rewarded)
 
-        recorder.see_prompts(texts_and_tasks, anew=first)
+        recorder.set_prompts(texts_and_tasks, first=first)
         kept.see(trainer._logs)
 
     return on_batch
