@@ -27,7 +27,7 @@ from two_process_worker import assert_same_run, run_processes
 from trl_ext.compat import read_loss_settings
 from trl_ext.options import read_options
 from trl_ext.plan import micro_batches
-from trl_ext.plan.rules import what_runs
+from trl_ext.plan.rules import decide_regrouping
 from trl_ext.schema import Sequences
 
 APART = {**PLAIN, **FOUR}  # and no prompt shared, as with TRL
@@ -35,7 +35,7 @@ APART = {**PLAIN, **FOUR}  # and no prompt shared, as with TRL
 
 def test_images_and_advantages_of_tokens_stay_where_they_are(tiny_policy, tmp_path):
     def runs(**batch):
-        return what_runs(read_options(trainer.args), read_loss_settings(trainer), Sequences(batch), None)
+        return decide_regrouping(read_options(trainer.args), read_loss_settings(trainer), Sequences(batch), None)
 
     trainer = build(tiny_policy, tmp_path)
     images = runs(advantages=torch.zeros(4), pixel_values=torch.zeros(4, 3))
