@@ -47,4 +47,4 @@ def gradients(prompts, answers, seed=0, dim=12):
 
 
 def metrics(**more):
-    return {"interference/reliability": 0.5, "interference/sketch_rmse": 0.02, "reward": 0.5, **more}
+    return {"interference/sketch_rmse": 0.02, "reward": 0.5, **more}

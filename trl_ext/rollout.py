@@ -155,6 +155,7 @@ class Rollouts:
 
         output, rewarded = run_rollout(inputs)
         if training:
+            components.recorder.observe_rewards(rewarded.rewards)
             components.micro_batches.limits.probe(trainer.model)
             if self.resampling is not None:
                 source = {"dataset": trainer.train_dataset, "step": step, "generation": generation}

@@ -7,8 +7,8 @@ metrics of a step, including those of ``curvature.py``. It leaves out a metric t
 is NaN or infinite.
 
 Cosines are raw, as in arXiv 2601.23135's Table 3: they include rollout noise. Rollout noise shrinks them towards 0,
-the more the fewer completions a prompt has: two prompts with the same true gradient have a raw cosine of about
-``interference/reliability``. The sketch's error is subtracted only from variances, where that is exact.
+the more the fewer completions a prompt has; ``alignment.py`` removes it, over several steps. The sketch's error is
+subtracted only from variances, where that is exact.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def interference_metrics(
 
     Returns:
         The metrics below. g_p is a prompt's gradient, K_pq = <g_p, g_q>, cos = K_pq / sqrt(K_pp K_qq) over pairs of
-        different live prompts, and V_p the prompt's signal (see ``signal``).
+        different live prompts.
 
         * ``live_prompts``: number of prompts that have a gradient.
         * ``cos_mean``, ``cos_abs_mean``: means. ``cos_abs_mean`` includes the sketch's error: if all true cosines are 0
@@ -44,9 +44,6 @@ def interference_metrics(
         * ``cos_std``: sqrt(sample variance - sketch_rmse^2); missing if that is negative, or for a single pair.
         * ``near_orthogonal_frac``: share of pairs with abs cos < 0.1.
         * ``conflict_frac``: share of pairs with cos < -max(2 sketch_rmse, 0.001).
-        * ``cos_corrected_mean``, ``cos_corrected_std``: of K_pq / sqrt(V_p V_q), over pairs with positive signals.
-          ``cos_corrected_left_out``: number of the other pairs.
-        * ``reliability``: mean V_p / mean K_pp, over prompts with at least two sequences.
         * ``sum_ratio``: |sum g_p|^2 / sum |g_p|^2. It is 1 for orthogonal gradients, P for aligned ones, and below 1 if
           they cancel.
         * ``effective_rank``: trace(K)^2 / sum K_pq^2, between 1 and P. The sketch adds sketch_rmse^2 K_pp K_qq to each
@@ -57,7 +54,7 @@ def interference_metrics(
         * ``sketch_rmse``: the argument, if there is a pair.
     """
     groups = group_by_prompt(step)
-    metrics = _cosine_metrics(groups, sketch_rmse) | _signal_metrics(groups) | _sum_metrics(groups, sketch_rmse)
+    metrics = _cosine_metrics(groups, sketch_rmse) | _sum_metrics(groups, sketch_rmse)
     if features_PP is not None:
         features_PP = features_PP.double()
         cosine_N = cosines(features_PP, features_PP.diagonal() > 0)
@@ -81,23 +78,6 @@ def orthogonality(step: StepGradients | PromptGroups, sketch_rmse: float = 0.0) 
         return None
     passing = math.erf(NEAR_ORTHOGONAL / (math.sqrt(2) * sketch_rmse)) if sketch_rmse > 0 else 1.0
     return min(1.0, _near_orthogonal_frac(cosine_N) / passing)
-
-
-def signal(groups: PromptGroups) -> torch.Tensor:
-    """Returns (P,) V_p, an unbiased estimate of |E g_p|^2 over rollouts; NaN for a prompt with one sequence.
-
-    With n the prompt's sequences in the step and b the baseline size::
-
-        V_p = n / (n - 1) * (sum of the prompt's block of the Gram matrix - its trace) / (1 + 1 / (b - 1)^2)
-
-    Without the last factor that is the estimate for independent sequences. A baseline that is the mean of b rewards,
-    those of both sequences included, adds the factor: 1.11 at b = 4, 1.02 at b = 8. The estimate is exact for r - mean
-    and r - mean of the others. Division by the group's own std shifts it by a few per cent (2 % at pass rate 1/2).
-    """
-    between_P = groups.gram_PP.diagonal() - groups.trace_P
-    factor = 1 + 1 / (groups.baseline_size - 1) ** 2 if groups.baseline_size else 1.0
-    n_P = groups.count_P
-    return torch.where(n_P > 1, n_P / (n_P - 1).clamp(min=1) * between_P / factor, torch.nan)
 
 
 def _near_orthogonal_frac(cosine_N: torch.Tensor) -> float:
@@ -140,21 +120,6 @@ def _cosine_metrics(groups: PromptGroups, sketch_rmse: float) -> dict[str, float
         "conflict_frac": _mean((cosine_N < -max(2 * sketch_rmse, CONFLICT_FLOOR)).double()),
         "sketch_rmse": sketch_rmse,
     }
-
-
-def _signal_metrics(groups: PromptGroups) -> dict[str, float]:
-    signal_P = signal(groups)
-    known_P = groups.live_P & ~signal_P.isnan()
-    if not known_P.any():
-        return {}
-    metrics = {"reliability": _mean(signal_P[known_P]) / _mean(groups.gram_PP.diagonal()[known_P])}
-    positive_P = known_P & (signal_P > 0)
-    root_P = signal_P[positive_P].sqrt()
-    cosine_N = _pairs(groups.gram_PP[positive_P][:, positive_P] / root_P[:, None] / root_P)
-    n_live = int(groups.live_P.sum())
-    if n_live > 1:
-        metrics["cos_corrected_left_out"] = n_live * (n_live - 1) / 2 - len(cosine_N)
-    return metrics | {"cos_corrected_mean": _mean(cosine_N), "cos_corrected_std": _std(cosine_N)}
 
 
 def _sum_metrics(groups: PromptGroups, sketch_rmse: float) -> dict[str, float]:

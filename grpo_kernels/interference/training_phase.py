@@ -1,15 +1,10 @@
-"""Computes two statistics over several steps: the phase of training, and the theorem's constant C.
-
-Source: arXiv 2601.23135, Figure 3 and Table 3 (phases), Theorem 3.2 (C).
-"""
+"""Finds the phase of training from the metrics of several steps (arXiv 2601.23135, Figure 3 and Table 3)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypedDict
-
-import torch
 
 
 class PhaseState(TypedDict):
@@ -19,12 +14,12 @@ class PhaseState(TypedDict):
     phase: int | None
 
 
-class SpeedupState(TypedDict):
-    """``SpeedupConstant.state_dict()``."""
-
-    total: float
-    steps: int
-    outside: bool
+def interval_width(metrics: Mapping[str, float]) -> float | None:
+    """Returns the width of the interval of ``alignment`` or, without scores, of ``alignment_trained``; None without."""
+    for name in ("interference/alignment", "interference/alignment_trained"):
+        if name in metrics:
+            return metrics[f"{name}_high"] - metrics[f"{name}_low"]
+    return None
 
 
 @dataclass
@@ -37,15 +32,16 @@ class TrainingPhase:
     near step 390; the paper draws it at 300.) A step without ``cos_std``, whose variance is below the sketch's, counts
     as 0.
 
-    Rollout noise shrinks raw cosines, so phases depend on the group size. At a reliability below 0.1 even prompts with
-    the same true gradient look near-orthogonal.
+    Rollout noise shrinks raw cosines, so phases depend on the group size, and prompts of one true gradient look
+    near-orthogonal where there is little but noise. So there is no phase while the ``alignment`` of the prompts'
+    gradients, from which that noise is removed, isn't known to within ``max_interval``.
 
     Attributes:
         near_orthogonal, cos_std: the limits.
         hysteresis: to leave a phase, a statistic must pass its limit by this share of ``cos_std``, or of
             ``1 - near_orthogonal``.
         decay: of the moving averages.
-        min_reliability: the phase is None while the moving average of ``reliability`` is lower.
+        max_interval: the phase is None while the alignment has no 95 % interval, or a wider one.
         min_prompts: a step with fewer live prompts has no phase, and doesn't enter the averages.
         averages: the moving averages by metric.
         phase: the latest reliable phase, from which hysteresis starts.
@@ -55,22 +51,21 @@ class TrainingPhase:
     cos_std: float = 0.1
     hysteresis: float = 0.1
     decay: float = 0.9
-    min_reliability: float = 0.1
+    max_interval: float = 0.5
     min_prompts: int = 4
     averages: dict[str, float] = field(default_factory=dict)
     phase: int | None = None
 
     def observe(self, metrics: Mapping[str, float]) -> int | None:
-        """Returns the phase after a step with these ``interference_metrics``; None if it isn't reliable."""
+        """Returns the phase after a step with these metrics, the alignment's among them; None if it isn't reliable."""
         if metrics.get("interference/live_prompts", 0) < self.min_prompts:
             return None
-        if "interference/reliability" not in metrics:  # the step has one completion per prompt
-            return None
-        for name in ("near_orthogonal_frac", "cos_std", "reliability"):
+        for name in ("near_orthogonal_frac", "cos_std"):
             value = metrics.get(f"interference/{name}", 0.0)
             previous = self.averages.get(name, value)
             self.averages[name] = self.decay * previous + (1 - self.decay) * value
-        if self.averages["reliability"] < self.min_reliability:
+        width = interval_width(metrics)
+        if width is None or width > self.max_interval:
             return None
         self.phase = self._next()
         return self.phase
@@ -89,32 +84,3 @@ class TrainingPhase:
     def load_state_dict(self, state: PhaseState) -> None:
         """Restores the state from what ``state_dict`` returned."""
         self.averages, self.phase = dict(state["averages"]), state["phase"]
-
-
-@dataclass
-class SpeedupConstant:
-    """Computes C = 8/3 * the mean of sigma over all steps; sigma of a step is its ``curvature/sigma_mean``.
-
-    Theorem 3.2 predicts faster convergence with normalisation if C is below 1. C is defined for rewards in [0, 1];
-    after a reward outside, it is None for the rest of the run.
-    """
-
-    total: float = 0.0
-    steps: int = 0
-    outside: bool = False
-
-    def observe(self, metrics: Mapping[str, float], reward_B: torch.Tensor) -> float | None:
-        """Returns C after a step with these ``interference_metrics`` and rewards (B,); None if it isn't defined."""
-        self.outside |= bool(((reward_B < 0) | (reward_B > 1)).any())
-        if "curvature/sigma_mean" in metrics:
-            self.total += metrics["curvature/sigma_mean"]
-            self.steps += 1
-        return None if self.outside or self.steps == 0 else 8 / 3 * self.total / self.steps
-
-    def state_dict(self) -> SpeedupState:
-        """Returns the state as plain numbers, for JSON."""
-        return {"total": self.total, "steps": self.steps, "outside": self.outside}
-
-    def load_state_dict(self, state: SpeedupState) -> None:
-        """Restores the state from what ``state_dict`` returned."""
-        self.total, self.steps, self.outside = float(state["total"]), int(state["steps"]), bool(state["outside"])

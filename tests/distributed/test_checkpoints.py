@@ -228,7 +228,7 @@ def test_a_reward_that_fails_is_told_though_nothing_can_be_saved(tiny_policy, tm
     monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", no_room)
     with pytest.raises(RewardRaised, match="raised KeyError: 'boom'"):
         train(tiny_policy, tmp_path, fails_at(2), max_steps=3, **{**SAVING, "save_steps": 100})
-    assert len(said) == 1 and "its latest step is lost" in said[0] and "No space left" in said[0]
+    assert len(said) == 1 and "Its latest step is lost" in said[0] and "No space left" in said[0]
     assert not list(tmp_path.glob("checkpoint-*"))
 
 

@@ -68,9 +68,9 @@ KL = "every sequence runs: beta=0.05"
 CASES = {
     "plain": ({}, None),
     "all rows": ({"skip_zero_advantage": False}, None, "skip_zero_advantage=False"),
-    "its own loss": ({"ours": own("_compute_loss")}, None, "Own has a _compute_loss of its own"),
-    "its own inputs": ({"ours": own("_prepare_inputs")}, None, "Own has a _prepare_inputs of its own"),
-    "its own step": ({"ours": own("training_step")}, None, "Own has a training_step of its own"),
+    "its own loss": ({"ours": own("_compute_loss")}, None, "Own overrides _compute_loss"),
+    "its own inputs": ({"ours": own("_prepare_inputs")}, None, "Own overrides _prepare_inputs"),
+    "its own step": ({"ours": own("training_step")}, None, "Own overrides training_step"),
     "sequence level on policy": (SEQUENCES, None),
     "sequence level off policy": ({**SEQUENCES, **OFF_POLICY}, "'sequence' off policy"),
     "sequence level, KL": ({**SEQUENCES, "beta": 0.05, "use_bias_correction_kl": True}, "with KL times the ratio"),

@@ -7,8 +7,9 @@ import pytest
 import torch
 from kernel_inputs import bernoulli, gaussian, rollouts, step_of, step_of_prompts
 
+from grpo_kernels.interference.alignment import signal
 from grpo_kernels.interference.curvature import directional_curvature, fisher_trace
-from grpo_kernels.interference.metrics import interference_metrics, orthogonality, signal
+from grpo_kernels.interference.metrics import interference_metrics, orthogonality
 from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
 
 NAN = float("nan")
@@ -48,7 +49,7 @@ def test_two_prompts_by_hand():
     rewards = [1.0, 1.0, 0.0, 0.5]
     step = step_of(coefficients[:, None] * scores, [7, 3, 7, 3], rewards, coefficients, baseline_size=2)
     metrics = interference_metrics(step, features_PP=torch.tensor([[2.0, 2.0], [2.0, 4.0]]))
-    # trained: g_7 = (0.25, -0.5), g_3 = (0.5, 1). V = 2 * 2 u_1 . u_2 / (1 + 1) is 0 for 7, 2 * 0.25 = 0.5 for 3
+    # trained: g_7 = (0.25, -0.5), g_3 = (0.5, 1).
     cosine = (0.125 - 0.5) / (0.3125 * 1.25) ** 0.5
     # raw: a = +-0.5 and +-0.25, so raw_7 = (0.25, -0.5), raw_3 = (0.125, 0.25); <raw_7, raw_3> < 0
     # kappa: v without i is -+ the other's score. 7: 0. 3: (0.25 (-1)^2 - 0.25 (1 / sqrt 2)^2) / 2
@@ -60,8 +61,6 @@ def test_two_prompts_by_hand():
             "interference/near_orthogonal_frac": 0.0,
             "interference/conflict_frac": 1.0,
             "interference/sketch_rmse": 0.0,
-            "interference/reliability": 0.25 / (1.5625 / 2),
-            "interference/cos_corrected_left_out": 1.0,
             "interference/sum_ratio": (0.75**2 + 0.5**2) / 1.5625,
             "interference/effective_rank": 1.5625**2 / (0.3125**2 + 1.25**2 + 2 * 0.375**2),
             "interference/feature_cos_abs_mean": 0.5**0.5,
@@ -117,16 +116,11 @@ def test_a_quotient_of_assumption_4_by_hand():
     assert metrics["curvature/fisher_variance_corr"] == pytest.approx(pair.corrcoef()[0, 1].item())
 
 
-def test_corrected_cosines_of_the_expected_gradient():
-    """Contributions that hardly vary: V is norm(g)^2, the correction changes nothing. One prompt's cancel: V < 0."""
+def test_the_signal_is_the_squared_length_where_contributions_hardly_vary():
+    """And below 0 where a prompt's cancel."""
     vectors = torch.tensor([[1.0, 0], [1, 0], [0.6, 0.8], [0.6, 0.8], [2, 1], [-1, 0]])
     step = step_of(vectors, [0, 0, 1, 1, 2, 2], torch.zeros(6), torch.ones(6))
     assert signal(group_by_prompt(step)).tolist() == pytest.approx([4.0, 4.0, -8.0])
-    metrics = interference_metrics(step)
-    assert metrics["interference/cos_corrected_mean"] == pytest.approx(0.6)
-    assert metrics["interference/cos_corrected_left_out"] == 2
-    assert "interference/cos_corrected_std" not in metrics  # of one pair
-    assert metrics["interference/reliability"] == pytest.approx(0.0, abs=1e-6)
 
 
 # ---- what isn't there
@@ -167,7 +161,7 @@ def test_without_coefficients_only_gradients_count():
     unknown = replace(known, coefficient_B=None)
     with_scores, without = interference_metrics(known), interference_metrics(unknown)
     assert without == {name: with_scores[name] for name in without}
-    assert {"interference/cos_mean", "interference/reliability", "theory/r2"} <= set(without)
+    assert {"interference/cos_mean", "theory/r2"} <= set(without)
     of_scores = ("curvature/fisher", "curvature/dir", "theory/r1", "theory/neg")
     assert not any(name.startswith(of_scores) for name in without)
     assert without["interference/live_prompts"] == 2

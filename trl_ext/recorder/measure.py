@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from grpo_kernels.interference.alignment import StepMoments, step_alignment
 from grpo_kernels.interference.curvature import directional_curvature
 from grpo_kernels.interference.inner_products import PIECE, ColumnProducts, InnerProducts
 from grpo_kernels.interference.metrics import interference_metrics, orthogonality
@@ -85,7 +86,12 @@ class StepProducts:
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A measured step, the same on every rank. ``curvature``: prompts (P,) and their directional curvatures (P,)."""
+    """A measured step, the same on every rank.
+
+    Attributes:
+        alignment: what ``step_alignment`` returns.
+        curvature: prompts (P,) and their directional curvatures (P,).
+    """
 
     sequences: SequenceTable
     step: StepGradients
@@ -93,6 +99,7 @@ class MeasuredStep:
     products: StepProducts
     metrics: dict[str, float]
     orthogonality: float | None
+    alignment: tuple[str, StepMoments | None]
     curvature: tuple[torch.Tensor, torch.Tensor]
 
 
@@ -139,8 +146,16 @@ def measure(
     of_tasks = Tasks.of(sequences, row_B, tasks)
     metrics |= interference_of_tasks(groups, of_tasks, products.rmse)
     metrics |= what_if(products.scores, sequences, of_tasks)
-    among = orthogonality(groups, products.rmse)
-    return MeasuredStep(sequences, step, groups, products, metrics, among, directional_curvature(groups))
+    return MeasuredStep(
+        sequences,
+        step,
+        groups,
+        products,
+        metrics,
+        orthogonality(groups, products.rmse),
+        step_alignment(groups, sequences.advantage),
+        directional_curvature(groups),
+    )
 
 
 def _products(

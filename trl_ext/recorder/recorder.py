@@ -19,14 +19,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from enum import Enum
-from typing import Protocol, TypedDict, TypeVar
+from typing import NotRequired, Protocol, TypedDict, TypeVar
 
 import torch
 from accelerate.logging import get_logger
 
 from grpo_kernels.head.products import HeadSketch
+from grpo_kernels.interference.alignment import PooledAlignment
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from grpo_kernels.interference.training_phase import PhaseState, SpeedupConstant, SpeedupState, TrainingPhase
+from grpo_kernels.interference.speedup_constant import SpeedupConstant
+from grpo_kernels.interference.training_phase import PhaseState, TrainingPhase
 from trl_ext.advantages.normalizer import UsedNormalization
 from trl_ext.compat import LossSettings, RunSettings, StepPosition
 from trl_ext.probe_model import why_rows_mix
@@ -51,7 +53,8 @@ class RecorderState(TypedDict):
     """``InterferenceRecorder.state_dict()``."""
 
     phase: PhaseState
-    speedup: SpeedupState
+    speedup: dict[str, list[float]]
+    alignment: NotRequired[dict[str, list[dict[str, float]]]]  # absent in checkpoints of earlier versions
 
 
 class Observer(Protocol):
@@ -103,7 +106,7 @@ class InterferenceRecorder:
         self._model = model
         self.sketch: GradientSketch | None = None
         self._features: PromptFeatures | None = None
-        self.phase, self.speedup = TrainingPhase(), SpeedupConstant()
+        self.phase, self.speedup, self.alignment = TrainingPhase(), SpeedupConstant(), PooledAlignment()
         self._what_if = WhatIfLog(run, used, self._collectives.attempt)
         self._extra_pass = ExtraPass(run, score)
         self._files = OptionalFeature("Interference is logged without its files")
@@ -194,6 +197,12 @@ class InterferenceRecorder:
         return None
 
     # ---- in each micro-batch of a logged step
+
+    def observe_rewards(self, rewards_PG: torch.Tensor) -> None:
+        """Adds a generation batch of all ranks, before dead prompts are replaced, to the constant C."""
+        if self._state is not State.OFF:
+            with self.guarded():
+                self.speedup.observe(rewards_PG)
 
     def set_prompts(
         self, texts_and_tasks: Callable[[], tuple[Mapping[int, str], Mapping[int, str]]], *, first: bool
@@ -355,10 +364,11 @@ class InterferenceRecorder:
         if not checked:
             self.run.log_once(f"interference/coverage isn't logged for step {step.number}: its gradient is 0.", "info")
         metrics |= checked
-        constant, phase = self.speedup.observe(metrics, found.step.reward_B), self.phase.observe(metrics)
+        metrics |= self.alignment.observe(*found.alignment)
         signals = {
-            "curvature/speedup_constant": constant,
-            "phase": phase,
+            "curvature/sigma": self.speedup.sigma(),
+            "curvature/speedup_constant": self.speedup.value(),
+            "phase": self.phase.observe(metrics),
             "interference/orthogonality": found.orthogonality,
         }
         metrics |= {name: value for name, value in signals.items() if value is not None}
@@ -387,10 +397,15 @@ class InterferenceRecorder:
     # ---- checkpoints
 
     def state_dict(self) -> RecorderState:
-        """Returns phase and constant as plain numbers, for JSON."""
-        return {"phase": self.phase.state_dict(), "speedup": self.speedup.state_dict()}
+        """Returns what is averaged over steps as plain numbers, for JSON."""
+        return {
+            "phase": self.phase.state_dict(),
+            "speedup": self.speedup.state_dict(),
+            "alignment": self.alignment.state_dict(),
+        }
 
     def load_state_dict(self, state: RecorderState) -> None:
         """Restores the state from what ``state_dict`` returned."""
         self.phase.load_state_dict(state["phase"])
         self.speedup.load_state_dict(state["speedup"])
+        self.alignment.load_state_dict(state.get("alignment", {}))

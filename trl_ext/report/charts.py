@@ -183,8 +183,7 @@ def _traces(one: Heatmap) -> tuple[go.Heatmap, go.Scatter]:
 
 def _layout(one: Heatmap) -> go.Layout:
     count = len(one.prompts)
-    signal = "reliability unknown" if one.reliability is None else f"reliability {one.reliability:.2f}"
-    title = f"step {one.step}: {one.live} live prompts, {signal}"
+    title = f"step {one.step}: {one.live} live prompts"
     labels = [plain(textwrap.shorten(text, SHORT, placeholder="…") or text[:SHORT]) for text in one.prompts]
     ticks = {"tickvals": list(range(count)), "ticktext": labels, "showticklabels": count <= MOST_LABELS}
     common = {"showgrid": False, "zeroline": False, "tickfont": {"size": 9}, **ticks, "constrain": "domain"}

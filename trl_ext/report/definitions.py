@@ -10,7 +10,7 @@ DEFINITIONS = {
         "eval_accuracy": "share of right answers to held-out problems, sampled as in training",
         "grad_norm": "norm of the gradient before clipping",
         "phase": "1: prompts' gradients are near-orthogonal; 2: they begin to interfere; 3: they interfere. From moving "
-        "averages of near_orthogonal_frac and cos_std; left out where too few prompts are live or reliability is below 0.1",
+        "averages of near_orthogonal_frac and cos_std; missing where few prompts are live or alignment isn't known to 0.5",
     },
     "normalisation": {
         "normalization/scale_mean, scale_min, scale_max": "what a group's centred rewards are divided by, over the live "
@@ -36,15 +36,16 @@ DEFINITIONS = {
         "interference/cos_mean, cos_std": "over pairs of live prompts; the sketch's own variance is taken out of the std",
         "interference/near_orthogonal_frac": "share of pairs with an absolute cosine below 0.1",
         "interference/conflict_frac": "share of pairs with a cosine below minus twice the sketch's error (at least 0.001)",
-        "interference/reliability": "how much of a prompt's squared gradient norm is signal and not rollout noise, from "
-        "the inner products of its answers' gradients with one another; 1: all",
+        "interference/alignment": "mean inner product of two prompts' gradients over their mean squared length, rollout "
+        "noise removed, pooled over up to 20 logged steps; missing where the signal isn't 4 standard errors above 0",
         "interference/sketch_rmse": "the error of one cosine, predicted from how far the sketch's two halves disagree",
     },
     "curvature": {
         "sigma": "population std of a prompt's rewards; the paper takes it for the curvature of the prompt's objective",
         "measured curvature": "mean over a prompt's answers of (reward - mean) times the squared component of the "
         "answer's score along the prompt's gradient, that answer left out of it",
-        "curvature/speedup_constant": "C = 8/3 of the running mean of sigma (paper, Theorem 3.2; rewards in [0, 1])",
+        "curvature/speedup_constant": "C = 8/3 of the mean sigma so far (paper, Theorem 3.2; rewards in [0, 1]), for "
+        "rewards of 0 and 1 without the bias of small groups",
         "curvature/directional_corr": "Pearson correlation over prompts of sigma and measured curvature",
         "curvature/fisher_variance_corr": "Pearson correlation over prompts of the mean squared score and the variance of "
         "the rewards (paper, Table 1)",

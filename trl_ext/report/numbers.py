@@ -52,12 +52,11 @@ PAPER: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """Some prompts of a logged step: their texts and mean rewards, and how far the step's cosines can be trusted."""
+    """Some prompts of a logged step: their texts and mean rewards, and the error of the step's cosines."""
 
     step: int
     prompts: list[str]
     rewards: list[float | None]
-    reliability: float | None
     sketch_rmse: float | None
 
 
@@ -216,8 +215,8 @@ def mean_rewards(record: InterferenceRecord, places: np.ndarray) -> list[float |
 
 def prompts_at(record: InterferenceRecord, places: np.ndarray) -> Prompts:
     """These prompts of the record."""
-    reliability, rmse = (record.metrics.get(f"interference/{name}") for name in ("reliability", "sketch_rmse"))
-    return Prompts(record.step, prompt_labels(record, places), mean_rewards(record, places), reliability, rmse)
+    rmse = record.metrics.get("interference/sketch_rmse")
+    return Prompts(record.step, prompt_labels(record, places), mean_rewards(record, places), rmse)
 
 
 def heatmap(record: InterferenceRecord) -> Heatmap:
@@ -239,8 +238,6 @@ def histogram(records: Sequence[InterferenceRecord]) -> Histogram:
     third = max(1, len(records) // 3)
     counts = {}
     for name, part in (("first third", records[:third]), ("last third", records[-third:])):
-        reliability = mean_metric(part, "interference/reliability")
-        name += "" if reliability is None else f" (reliability {reliability:.2f})"
         values = [matrix[np.triu_indices(len(matrix), 1)] for _, matrix in map(cosines, part)]
         counts[name] = np.histogram(np.concatenate([*values, np.empty(0)]), edges)[0].tolist()
     return Histogram(edges.round(2).tolist(), counts, mean_metric(records, "interference/sketch_rmse"))

@@ -116,12 +116,13 @@ SECTIONS: dict[str, Section] = {
     "interference": Section(
         "Do the prompts get in one another's way?",
         "The cosine of two prompts' gradients: near 0 they leave one another alone, below 0 one undoes the other. "
-        "Where reliability is low, chance pulls cosines to 0.",
+        "The noise of few answers pulls cosines to 0. Alignment is without it, over up to 20 logged steps; where nothing "
+        "can be said it is missing.",
         (
             Curves(
                 "Cosines over training", "cosine; share",
                 {"interference/cos_mean": "mean cosine", "interference/conflict_frac": "share of pairs in conflict",
-                 "interference/reliability": "reliability"},
+                 "interference/alignment": "alignment"},
             ),
             Curves("Spread of the cosines", "std of the cosine", {"interference/cos_std": "std"}),
             Curves(

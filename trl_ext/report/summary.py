@@ -113,7 +113,7 @@ def _moved(before: float, after: float, error: float) -> str:
 def _phase(run: Run) -> str:
     spans = phases(run)
     if not spans:
-        return "Its phase can't be told: too few live prompts, too low a reliability, or no interference logged."
+        return "Its phase can't be told: too few live prompts, an unknown alignment, or no interference logged."
     meaning = {1: "gradients of prompts are near-orthogonal", 2: "they begin to interfere", 3: "they interfere"}
     last = spans[-1]
     since = f"since step {last.first}, last measured at step {last.last}"
@@ -140,11 +140,10 @@ def _theory(run: Run) -> str:
 
 def _choice(run: Run) -> str:
     """The rule of docs/which-normalisation.md, which ``adaptive`` follows too."""
-    sigmas, group = run.series("curvature/sigma_mean")[1], run.config.get("num_generations")
-    if run.last("curvature/speedup_constant") is None or not sigmas or not isinstance(group, int) or group < 2:
+    constants, group = run.series("curvature/speedup_constant")[1], run.config.get("num_generations")
+    if not constants or not isinstance(group, int) or group < 2:
         return "Which normalisation can't be told: no C (as above), or how many answers a prompt has isn't kept."
-    first = sigmas[: max(1, round(len(sigmas) / 10))]  # as the map has it: later C falls whatever the task
-    constant = 8 / 3 * float(np.mean(first))
+    constant = constants[0]  # as the map has it: later C falls whatever the task
     gain, more = std_gain(constant, group), std_gain(constant, MANY_ANSWERS)
     measured = f"C was {constant:.2f} at first, and with {group} answers to a prompt"
     later = f"; with {MANY_ANSWERS} answers {more:+.3f}" if group < MANY_ANSWERS and more - gain >= WORTH_A_WORD else ""
@@ -165,20 +164,25 @@ def _compute(run: Run) -> str:
 
 
 def tiles(run: Run, what_if: WhatIfTable | None) -> list[Tile]:
-    dead, reliability, saved = (
-        run.series(name)[1]
-        for name in ("normalization/zero_variance_frac", "interference/reliability", "compute/flops_saved_frac")
-    )
+    dead, saved = (run.series(name)[1] for name in ("normalization/zero_variance_frac", "compute/flops_saved_frac"))
     live = f"{1 - np.mean(dead):.0%}" if dead else "-"
-    signal = f"{max(float(np.median(reliability)), 0):.0%}" if reliability else "-"
     work = f"{np.mean(saved):.0%}" if saved else "-"
     return [
         _score(run),
         Tile("Live groups", live, "answers of different reward, mean over the run"),
         Tile("Dividing by the std is", *_what_std_is(what_if)),
-        Tile("Reliability", signal, "signal in a prompt's squared gradient, median"),
+        Tile("Alignment of prompts", *_alignment(run)),
         Tile("Work saved", work, "of the backbone's token positions"),
     ]
+
+
+def _alignment(run: Run) -> tuple[str, str]:
+    for name, kind in (("interference/alignment", ""), ("interference/alignment_trained", " as trained")):
+        ends = [run.series(f"{name}{end}")[1] for end in ("", "_low", "_high")]
+        if all(ends):
+            value, low, high = (end[-1] for end in ends)
+            return f"{value:.2f}", f"of their gradients{kind}; 95 %: {low:.2f} to {high:.2f}"
+    return "-", "can't tell: too little signal, or not logged"
 
 
 def _score(run: Run) -> Tile:

@@ -14,6 +14,7 @@ from .finding import ADVICE, WARNING, Finding, Found, Unknown, lasting, missing,
 UNCOVERED, UNCHECKED = 0.9, 0.15
 DOMINATED, ALMOST_ALL, PROMPTS = 0.5, 0.9, 5  # of the squared gradients, by one of so many live prompts
 LEAST_STEPS = 4
+ENOUGH_STEPS = 10  # logged, for an alignment
 AGAINST = -0.02  # mean cosine of two tasks, upper end
 
 
@@ -33,6 +34,18 @@ def uncovered(run: Run) -> Found:
         lambda mean: f"the sketch's norm is {mean:.2f} of the gradient's: its figures are off",
         "A larger interference_dim; please report the model.",
     )
+
+
+def unreliable(run: Run) -> Finding | Unknown | None:
+    """No alignment after steps enough: the signal in the prompts' gradients may be 0."""
+    steps = run.series("interference/cos_mean")[0]
+    if len(steps) < ENOUGH_STEPS:
+        return too_few(run, ENOUGH_STEPS, "interference/cos_mean")
+    if any(run.series(f"interference/{name}")[0] for name in ("alignment", "alignment_trained")):
+        return None
+    evidence = f"after {len(steps)} logged steps the prompts' gradients can't be told from noise: cosines say nothing"
+    remedy = "More answers to a prompt (num_generations), or more prompts in a step."
+    return Finding(ADVICE, steps[0], evidence, 0.95, remedy)
 
 
 def contradicts_theory(run: Run) -> Found:
