@@ -17,8 +17,8 @@ GROUPS = {
     "curvature": "sigma_mean speedup_constant directional_corr",
     "normalization": "scale_mean zero_variance_frac alpha",
     "interference": (
-        "orthogonality reliability near_orthogonal_frac conflict_frac live_prompts cos_abs_mean cos_mean cos_std "
-        "cos_corrected_mean cos_corrected_std"
+        "orthogonality near_orthogonal_frac conflict_frac live_prompts cos_abs_mean cos_mean cos_std "
+        "alignment alignment_low alignment_high"
     ),
     "theory": "m_bound_p95 negative_pairs_frac r1 r2",
 }

@@ -21,8 +21,6 @@ LOGGED_STEADILY = {  # column of a run -> its name in tables
     "near_orthogonal_frac": "near-orthogonal",
     "cos_mean": "mean cosine",
     "cos_std": "std of cosines",
-    "cos_corrected_std": "std, corrected",
-    "reliability": "reliability",
     "negative_pairs_frac": "pairs not above 0",
     "m_bound_p95": "M (median)",
     "sigma_mean": "sigma",
@@ -202,7 +200,7 @@ def draw_lead(axis: Any, finals: Finals) -> None:
 PANELS = {
     "held-out accuracy": ["held_out_accuracy"],
     "share of near-orthogonal pairs": ["near_orthogonal_frac"],
-    "std of cosines: raw, corrected (dotted)": ["cos_std", "cos_corrected_std"],
+    "std of cosines": ["cos_std"],
     "sigma": ["sigma_mean"],
     "pairs not above 0": ["negative_pairs_frac"],
     "lead of std in held-out accuracy": [],
@@ -210,7 +208,7 @@ PANELS = {
 
 
 def draw_phases(finals: Finals, path: Path) -> None:
-    """Accuracy, its lead, orthogonality, cosines raw and corrected, sigma, and pairs that aren't above 0."""
+    """Accuracy, its lead, orthogonality, the spread of cosines, sigma, and pairs that aren't above 0."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6.5), layout="constrained")

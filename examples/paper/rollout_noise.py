@@ -2,7 +2,7 @@
 
 The same prompts, answered 4 to 64 times each by the built-in policy, before training and after it; nothing is learned
 while measuring (learning rate 0). A prompt's gradient from few answers is noisy, and noise is orthogonal to everything:
-raw cosines grow with G where prompts really overlap, corrected ones shouldn't. Writes ``rollout_noise.csv`` and
+raw cosines grow with G where prompts really overlap, the alignment shouldn't. Writes ``rollout_noise.csv`` and
 ``rollout_noise.md``; repeat an interrupted command to go on.
 """
 
@@ -32,10 +32,8 @@ COLUMNS = {
     "near_orthogonal_frac": "near-orthogonal",
     "cos_abs_mean": "mean abs cosine",
     "cos_std": "std of cosines",
-    "cos_corrected_std": "std, corrected",
     "cos_mean": "mean cosine",
-    "cos_corrected_mean": "mean, corrected",
-    "reliability": "reliability",
+    "alignment": "alignment",
     "live_prompts": "live prompts",
 }
 

@@ -116,8 +116,8 @@ SECTIONS: dict[str, Section] = {
     "interference": Section(
         "Do the prompts get in one another's way?",
         "The cosine of two prompts' gradients: near 0 they leave one another alone, below 0 one undoes the other. "
-        "The noise of few answers pulls cosines to 0. Alignment is without it, over up to 20 logged steps; where nothing "
-        "can be said it is missing.",
+        "The noise of few answers pulls cosines to 0. Alignment is without it, over up to 20 logged steps; where "
+        "nothing can be said it is missing.",
         (
             Curves(
                 "Cosines over training", "cosine; share",
