@@ -107,11 +107,11 @@ for entry in history[::3]:
 # %% [markdown]
 # ## Do the prompts get in one another's way?
 #
-# Cosines of the gradients of pairs of prompts. First how far they can be trusted: `sketch_check` should be about 1, and
-# `reliability` says how much of a prompt's gradient is signal and not the noise of its few answers.
+# Cosines of the gradients of pairs of prompts. First how far they can be trusted: `sketch_check` should be about 1.
+# `alignment` is without the noise of few answers; it is missing until enough steps were logged.
 
 # %%
-names = ("live_prompts", "sketch_check", "reliability", "cos_mean", "cos_std", "conflict_frac")
+names = ("live_prompts", "sketch_check", "alignment", "cos_mean", "cos_std", "conflict_frac")
 print("step  " + "  ".join(names))
 for entry in history:
     if "interference/cos_mean" in entry:
