@@ -30,7 +30,7 @@ def coverage(tiny_policy, tmp_path, caplog):
             trainer.compute_loss_context_manager = lambda: around(inner())
         trainer.train()
         found = [log["interference/coverage"] for log in logged(trainer, "interference/coverage")]
-        return found, messages(caplog, "leaves out")
+        return found, messages(caplog, "Interference excludes")
 
     before = torch.get_float32_matmul_precision()
     yield train
