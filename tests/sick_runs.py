@@ -170,10 +170,8 @@ SICK = {
     "mostly_dead": Sick(mostly_alike, WIDE, also=("no_progress",)),
     "few_live_prompts": Sick(options=LOGGED, level="advice", also=("unreliable",)),
     "unscored": Sick(unscored, also=("mostly_dead",)),
-    "fell": Sick(
-        ByStep(lambda call: 0.75 if call < 12 else 0.1), {"max_steps": 24}, level="critical", also=("mostly_dead",)
-    ),
-    "no_progress": Sick(options={"max_steps": 40}, level="advice"),
+    "fell": Sick(ByStep(lambda call: 0.75 if call < 12 else 0.1), {"max_steps": 24}, also=("mostly_dead",)),
+    "no_progress": Sick(ByStep(lambda call: 0.5), {"max_steps": 40}, level="advice"),
     "gap": Sick(ByStep(lambda call: min(0.3 + 0.1 * call, 0.8), 0.3), EVALUATED),
     "length_limit": Sick(options={"max_completion_length": 6}, answers=Answers(ends=False), level="critical"),
     "repetition": Sick(options={"max_completion_length": 16}, answers=Answers(length=lambda step: 16, same=True)),

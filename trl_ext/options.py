@@ -116,7 +116,7 @@ class CurvatureOptions:
     normalization_kwargs: dict[str, Any] | str | None = option(
         None,
         ANY,
-        "The method's options as JSON: '{\"alpha\": 0.5}' for power.",
+        "Its options as JSON: '{\"alpha\": 0.5}' for power.",
         'The method\'s options: `{"alpha": 0.5}` for `power`, `{"decay": 0.9}` for `running_std`, `adaptive` and '
         "`curvature`, and `eps` (default 1e-4, in units of reward). A JSON object on a command line.",
         group=NORMALISATION,
@@ -125,7 +125,7 @@ class CurvatureOptions:
     fused_loss: bool = option(
         True,
         FLAG,
-        "Compute head, loss and gradients in one pass.",
+        "Head, loss and gradients in one pass.",
         "Computes the loss and its gradients in one pass over the head (`grpo_kernels.linear_grpo_loss`). If the loss "
         "isn't a sum over single tokens, it computes log-probs by `linear_logprob`. False: TRL's own head.",
         group=WORK,
@@ -151,7 +151,7 @@ class CurvatureOptions:
     tokens_per_micro_batch: int | None = option(
         None,
         optional_at_least(1),
-        "Limit with share_prompts; default: as many as without.",
+        "With share_prompts; default: as many as without.",
         "With `share_prompts`, the most packed tokens (with a part of each copied prompt) of a micro-batch. None: as "
         "many as the largest micro-batch without sharing has, padding included.",
         group=WORK,
@@ -159,7 +159,7 @@ class CurvatureOptions:
     resample_zero_variance: bool = option(
         False,
         FLAG,
-        "Replace prompts whose rewards are all equal.",
+        "Replace prompts of equal rewards.",
         "DAPO's dynamic sampling: if fewer than `resample_live_prompts` prompts of a batch have answers with different "
         "rewards, the trainer draws and answers other prompts, at most `resample_max_rounds` times, and replaces the "
         "dead ones. `reward` and similar metrics then include all drawn prompts; `resampling/` counts them.",
@@ -223,7 +223,7 @@ class CurvatureOptions:
     what_if_dead: bool = option(
         False,
         FLAG,
-        "Score sequences of advantage 0 for what_if too.",
+        "Score advantages of 0 for what_if too.",
         "A logged step scores sequences of advantage 0 in an extra pass. Then `what_if` can also compare "
         "normalisations that give groups of equal rewards an advantage (`none`, `global`, ...). Training is the same; "
         "such a step takes about as long as without `skip_zero_advantage`.",
@@ -233,7 +233,7 @@ class CurvatureOptions:
     stop_on: str | None = option(
         None,
         LEVEL,
-        "Level of a verdict that ends a run: critical, warning.",
+        "A verdict that ends a run: critical or warning.",
         '"critical" (or "warning"): a verdict of that level (`python -m trl_ext check` lists all) saves a checkpoint '
         "and stops training. None: verdicts are logged once, and training continues.",
         group=SAFEGUARDS,

@@ -30,7 +30,7 @@ def why_not(model, trims_prompts=True, **options):
 SHARED = ("gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
 KNOWN = {
     **dict.fromkeys(SHARED),
-    **dict.fromkeys(("bloom", "gpt2", "mamba"), "depends on what stands before"),
+    **dict.fromkeys(("bloom", "gpt2", "mamba"), "depends on the padding before the sequence"),
     "gpt_oss": "",
     "gemma2": "its attention takes softcap",
     "phimoe": "only its attention mask has the sliding window",
@@ -43,7 +43,7 @@ KNOWN = {
 def test_architectures_that_may_and_may_not(name):
     """Where one may, rows of all lengths are those of its own, sliding windows (16 here) and all."""
     model = build_architecture(name)
-    trims_prompts, _ = trimmed_columns(model, Accelerator(cpu=True), print)
+    trims_prompts, _ = trimmed_columns(model, print)
     add_fused_head(model, FusedHead(read_settings(model), entropy=True))
     not_shared = why_not(model, trims_prompts)
     if name in KNOWN:

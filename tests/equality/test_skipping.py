@@ -40,7 +40,7 @@ def test_images_and_advantages_of_tokens_stay_where_they_are(tiny_policy, tmp_pa
     trainer = build(tiny_policy, tmp_path)
     images = runs(advantages=torch.zeros(4), pixel_values=torch.zeros(4, 3))
     assert not images.regrouped and "images" in images.why
-    assert "single tokens" in runs(advantages=torch.zeros(4, 5)).why
+    assert "tokens of a sequence have different advantages" in runs(advantages=torch.zeros(4, 5)).why
     trainer = build(tiny_policy, tmp_path, importance_sampling_level="sequence")
     assert runs(advantages=torch.zeros(4)).skipped
     assert "off policy" in runs(advantages=torch.zeros(4), old_per_token_logps=torch.zeros(4, 5)).why

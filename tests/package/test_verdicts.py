@@ -162,7 +162,12 @@ KNOWN = {
     ),
     "a late evaluation": (LATE, {}),
     "TRL's own trainer": ([{"frac_reward_zero_std": 1.0, "reward": 0.0}] * 40, {"mostly_dead": "critical"}),
-    "rewards below 0": ([{"reward": float(v)} for v in NEGATIVE], {"fell": "critical"}),
+    "rewards below 0": ([{"reward": float(v)} for v in NEGATIVE], {"fell": "warning"}),
+    "held-out falls too": (
+        [{"reward": float(v), **({"eval_reward": float(v)} if i % 10 == 9 else {})} for i, v in enumerate(NEGATIVE)],
+        {"fell": "critical", "gap": "warning"},
+    ),
+    "half of the groups dead": ([{"normalization/zero_variance_frac": 0.6}] * 60, {}),
 }
 
 

@@ -82,6 +82,39 @@ def interval(values: Sequence[float], looks: int = 1) -> tuple[float, float, flo
     return mean, mean - half, mean + half
 
 
+def largest_fall(values: Sequence[float], width: int = 5, draws: int = 200) -> tuple[int, float, float]:
+    """Compares the fall of smoothed values from their highest to the last with the falls of resampled noise.
+
+    Noise falls too, and the further the more often one looks. Its falls are those of flat runs made of blocks of the
+    values' residuals from a running median, so that neighbours stay as alike as they are.
+
+    Returns:
+        Where the highest mean of ``width`` begins; the fall from it to the last mean; that fall less the mean fall of
+        noise, in its standard deviations. In flat runs of 60 and 300 logged values, looked at as the watch does, the
+        last is above 8 at some time, with half of the range lost, in 0 of 150 runs of independent values, in 2 and 5 %
+        where neighbours correlate by 0.3, and in 11 % where they correlate by 0.6.
+    """
+    numbers = np.asarray(values, dtype=float)
+    n, near = len(numbers), 2 * max(width, len(numbers) // 8) + 1
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(numbers, near // 2, mode="edge"), near)
+    local = np.median(windows, axis=1)
+    residuals = (numbers - local) / math.sqrt(1 - 1 / near)
+    block = round(math.sqrt(n)) + 1
+    starts = np.random.default_rng(0).integers(0, n - block + 1, (draws, -(-n // block)))
+    noise = (residuals - residuals.mean())[starts[:, :, None] + np.arange(block)].reshape(draws, -1)[:, :n]
+
+    def means(rows: np.ndarray) -> np.ndarray:
+        sums = np.cumsum(np.pad(rows, ((0, 0), (1, 0))), axis=1)
+        return (sums[:, width:] - sums[:, :-width]) / width
+
+    smooth, flat = means(numbers[None])[0], means(noise)
+    falls = flat.max(1) - flat[:, -1]
+    best = int(np.argmax(smooth))
+    fall = float(smooth[best] - smooth[-1])
+    spread = float(falls.std())
+    return best, fall, (fall - float(falls.mean())) / spread if spread else math.inf if fall > 0 else 0.0
+
+
 def trailing(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[list[int], list[float]]:
     """Means of ``width`` numbers, each at the step where it begins."""
     if width <= 1:

@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 
-from trl_ext.report.evidence import above, state
+from trl_ext.report.evidence import above, largest_fall, state, student
 from trl_ext.report.read_run import Run
 
 from .finding import ADVICE, CRITICAL, WARNING, Finding, Found, Unknown, missing, too_few
@@ -16,8 +16,9 @@ GAP = {False: 0.15, True: 0.04}  # of reward, more than at the start; on fresh a
 WINDOW, SOON = 50, 5  # steps before an evaluation that stand beside it; of the first logged step, for one at 0
 OVER = 10  # logged numbers after the last odd one, from which on it is over
 FALLEN = 0.1  # of held-out accuracy, below its best
-COLLAPSE = 0.5  # of the best reward
-ERRORS = 0.67  # of the change: as large ones, or larger, are half of what nothing but noise gives
+COLLAPSE = 0.5  # of the range of the reward
+DEVIATIONS = 8.0  # of a fall, above those of noise
+SMALL = 0.1  # of an answer's std: a change of the mean reward below it is none
 STEPS = 30  # logged, before a run that doesn't move is said not to
 
 
@@ -75,15 +76,16 @@ def fell(run: Run) -> Found:
     steps, values = run.series("eval_accuracy")
     reward_steps, rewards = run.series("reward")
     if len(rewards) >= 10:
+        best, fall, deviations = largest_fall(rewards)
         smooth = np.convolve(rewards, np.ones(5) / 5, mode="valid")
-        best = int(np.argmax(smooth))
-        drop, range_ = float(smooth[best] - smooth[-1]), float(smooth[best] - smooth.min())
-        noise = math.sqrt(2) * (float(np.std(np.diff(rewards))) / math.sqrt(2 * 5))  # of the difference of two means
-        if drop > COLLAPSE * range_ and drop > 4 * noise:
+        if deviations > DEVIATIONS and fall > COLLAPSE * float(smooth[best] - smooth.min()):
             around = reward_steps[best + 2]
-            evidence = f"the reward has fallen from {smooth[best]:.3f} (about step {around}) to {smooth[-1]:.3f}"
+            held_out = _held_out_fell(run)
+            evidence = f"the reward has fallen from {smooth[best]:.3f} (about step {around}) to {smooth[-1]:.3f}; " + (
+                "the held-out score too" if held_out else "the held-out score has not, or isn't measured"
+            )
             remedy = "A lower learning_rate, max_grad_norm, beta > 0; go on from an earlier checkpoint."
-            return Finding(CRITICAL, reward_steps[best + 4], evidence, _normal(drop, noise), remedy)
+            return Finding(CRITICAL if held_out else WARNING, reward_steps[best + 4], evidence, 0.99, remedy)
     if len(values) < 4:
         return too_few(run, 4, "eval_accuracy") if len(rewards) < 10 else None
     pairs = np.convolve(values, np.ones(2) / 2, mode="valid")  # the best of many single ones is best by chance
@@ -100,25 +102,40 @@ def fell(run: Run) -> Found:
     return Finding(WARNING, steps[min(best + 2, len(steps) - 1)], evidence, sure, remedy)
 
 
+def _held_out_fell(run: Run) -> bool:
+    """Whether the latest evaluation is below the best one, by a tenth of its scale."""
+    for name in ("eval_accuracy", "eval_reward"):
+        values = run.series(name)[1]
+        if len(values) > 1:
+            return max(values) - values[-1] > FALLEN * max(1.0, max(map(abs, values)))
+    return False
+
+
 def _normal(value: float, error: float) -> float:
     """The probability that a normal variable of this standard error is below ``value``."""
     return statistics.NormalDist().cdf(value / error) if error else 1.0
 
 
 def no_progress(run: Run) -> Found:
-    steps, values = run.series("reward")
-    if len(values) < STEPS:
-        return Unknown(f"fewer than {STEPS} rewards in the log (logging_steps)")
+    """An equivalence test: the 95 % interval of the reward's change lies within a tenth of one answer's std."""
+    (steps, values), spreads = run.series("reward"), run.series("reward_std")[1]
+    if len(values) < STEPS or not spreads:
+        return Unknown(
+            f"fewer than {STEPS} rewards in the log (logging_steps)" if spreads else "no reward_std in the log"
+        )
     third = len(values) // 3
     before, after = np.array(values[:third]), np.array(values[-third:])
-    error = math.sqrt(before.var(ddof=1) / third + after.var(ddof=1) / third)
     change = float(after.mean() - before.mean())
-    spread = max(values) - min(values)
-    if spread == 0 or error == 0 or abs(change) > ERRORS * error or max(values) - after.mean() < 0.05 * spread:
+    half = student(2 * third - 2, 0.025) * math.sqrt((before.var(ddof=1) + after.var(ddof=1)) / third)
+    effect = SMALL * float(np.mean(spreads))
+    if max(abs(change - half), abs(change + half)) >= effect:
         return None
-    evidence = f"the reward of the last third, {after.mean():.3f}, is that of the first ({change:+.3f} +- {error:.3f})"
+    evidence = (
+        f"the reward changed by {change:+.3f} [{change - half:+.3f}, {change + half:+.3f}] from the first third to the "
+        f"last: within a tenth of an answer's std, {effect:.3f}"
+    )
     remedy = "A higher learning_rate (several times), or more steps; is grad_norm above 0?"
-    return Finding(ADVICE, steps[0], evidence, 2 * (1 - _normal(abs(change), error)), remedy)
+    return Finding(ADVICE, steps[0], evidence, 0.95, remedy)
 
 
 def not_finite(run: Run) -> Found:
