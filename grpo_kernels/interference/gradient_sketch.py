@@ -173,6 +173,11 @@ class GradientSketch:
         numbers = range(len(self._parameters))
         return frozenset(n for n in numbers if n not in self._verified or (self._n_steps + n) % CHECK_EVERY == 0)
 
+    def mute(self) -> None:
+        """Drops the open step's sketches. The hooks stay until it ends: checkpointed layers must run as before."""
+        if self._sums is not None:
+            self._sums.mute()
+
     def abandon(self) -> None:
         """Ends the open step, if any, and drops its sketches."""
         self._sums = self._check = None

@@ -37,6 +37,14 @@ class LayerSums:
         self.projection, self.check, self._parameters = projection, check, parameters
         self.rows: SequenceRows | None = None
         self.micro_batches: list[SequenceRows] = []
+        self._muted = False
+
+    def mute(self) -> None:
+        """Drops all sums, and adds none from here on."""
+        self._muted = True
+        for rows in self.micro_batches:
+            rows.total.clear()
+            rows.entries.clear()
 
     def begin(self, rows: SequenceRows) -> None:
         """Starts a micro-batch with these rows, after it has folded the previous one's sums."""
@@ -62,6 +70,8 @@ class LayerSums:
 
     def add(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, layer_input: torch.Tensor) -> None:
         """Adds a layer's gradient, from its input and the gradient of its output."""
+        if self._muted:
+            return
         add = {"embedding": self._embedding, "norm": self._norm}.get(layer.kind, self._linear)
         add(layer, rows, gradient, layer_input)
 
@@ -117,6 +127,8 @@ class LayerSums:
             hidden_NH: the hidden states.
             n_words: V.
         """
+        if self._muted:
+            return
         assert layer.weight is not None
         weight, projected, hidden = layer.weight, projected_NK[None], hidden_NH[None]
         if self._due(weight, rows):

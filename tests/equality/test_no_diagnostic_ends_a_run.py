@@ -46,6 +46,8 @@ ENDS = "Interference isn't logged from here on"
 MESSAGES = {
     "grpo_kernels.interference.sequence_rows.SequenceRows.outer": "Error: the diagnostic is broken",
     "grpo_kernels.interference.gradient_sketch.GradientSketch.open": ENDS,
+    "grpo_kernels.interference.gradient_sketch.GradientSketch.head_sketch": ENDS,
+    "trl_ext.recorder.recorder.PromptFeatures._record": ENDS,
     "trl_ext.recorder.measure.interference_metrics": ENDS,
     "trl_ext.recorder.recorder.write_step": "without its files",
 }

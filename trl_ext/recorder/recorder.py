@@ -178,7 +178,7 @@ class InterferenceRecorder:
     def _fail(self, error: Exception) -> None:
         self._failure = self._failure or describe_error(error)
         if self.sketch is not None:
-            self.sketch.abandon()
+            self.sketch.mute()
 
     def _attempt(self, work: Callable[[LoggedStep, GradientSketch], T]) -> T | None:
         """Runs collective work on the open step; returns None if it failed on any rank."""
