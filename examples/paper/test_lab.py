@@ -63,6 +63,26 @@ def test_the_rule_is_what_the_map_says():
             assert gain == pytest.approx(np.mean(found) if found else 0.0, abs=6e-4)
 
 
+def test_the_gain_of_std_by_answers_and_flips_is_what_the_page_says():
+    """docs/which-normalisation.md: means over results/lab.csv, with intervals 1.4 times as wide."""
+    with open(Path(lab.__file__).parent / "results" / "lab.csv", newline="") as stream:
+        cells = [row for row in csv.DictReader(stream) if row["part"] == "map"]
+    page = (Path(lab.__file__).parents[2] / "docs" / "which-normalisation.md").read_text().replace("**", "")
+    for group, name in (("4", "4"), ("8", "8"), ("32", "32"), ("128", "128"), ("0", "exact gradients")):
+        texts = []
+        for noise in ("0", "0.1", "0.2"):
+            gains = [
+                [float(row[f"gain_{end}"]) for end in ("std", "low", "high")]
+                for row in cells
+                if (row["group"], row["noise"]) == (group, noise)
+            ]
+            better = sum(gain - 1.4 * (gain - low) > 0 for gain, low, _ in gains)
+            worse = sum(gain + 1.4 * (high - gain) < 0 for gain, _, high in gains)
+            assert len(gains) == 45
+            texts.append(f"{sum(gain for gain, *_ in gains) / 45:+.3f} ({better}, {worse})")
+        assert f"| {name} | {' | '.join(texts)} |" in page
+
+
 def test_the_rule_between_its_places():
     assert [std_rule.std_exponent(c) for c in (0.2, 0.9, 1.0, 1.1, 1.3)] == pytest.approx([1, 1, 0.5, 0, 0])
     assert std_rule.std_gain(0.5, 32) == pytest.approx(0.039)
