@@ -23,11 +23,10 @@ from dataclasses import dataclass
 import torch
 
 from .inner_products import as_products
-from .what_if import StepScores
+from .what_if import StepScores, raw_gradient_factors
 
 DRAWS = 200  # bootstrap samples
 INTERVAL = (0.05, 0.95)
-ROUNDING = 1e-6  # a centred reward below this share of its group's spread counts as 0
 MIN_ANSWERS = 4  # two disjoint pairs of answers need four
 
 Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (P,) <h_12, h_34>, <h_12, h_13>, |h_12|^2
@@ -56,34 +55,6 @@ class GradientNoise:
         """Predicts the variance of a step of ``prompts`` with ``generations`` answers each; ``at`` is the run's G."""
         four_zeta_1 = at * self.within - self.pairs / (at - 1)
         return (self.between + (four_zeta_1 + self.pairs / (generations - 1)) / generations) / prompts
-
-
-def raw_gradient_factors(scores: StepScores) -> tuple[torch.Tensor, str | None]:
-    """Returns (B,) gamma with g_q = sum over q's sequences of gamma_j z_j, and why g_q is unknown, or None.
-
-    gamma_j = (r_j - mean) / (c_j (n - 1)) with n scorable rewards in the group; 0 in groups of equal rewards.
-    """
-    rewards_PG = scores.rewards_PG.double()
-    count_P1 = (~rewards_PG.isnan()).sum(1, keepdim=True)
-    centred_PG = (rewards_PG - rewards_PG.nanmean(1, keepdim=True)).nan_to_num(0.0)
-    spread_P1 = centred_PG.abs().amax(1, keepdim=True)
-    centred_PG = torch.where(centred_PG.abs() > ROUNDING * spread_P1, centred_PG, 0.0)
-    equal_P1 = rewards_PG.nan_to_num(-torch.inf).amax(1, keepdim=True) == rewards_PG.nan_to_num(torch.inf).amin(
-        1, keepdim=True
-    )
-    centred_PG = torch.where(equal_P1 | (count_P1 < 2), 0.0, centred_PG / (count_P1 - 1).clamp(min=1))
-    a_B = centred_PG[scores.prompt_B, scores.position_B]
-    known_B = scores.known
-    unknown = int(((a_B != 0) & ~known_B & ~scores.masked).sum())
-    here_P = scores.prompt_B.bincount(minlength=len(rewards_PG))
-    if unknown:
-        reason = f"{unknown} sequences without a score have a reward that differs from their group's mean"
-    elif (here_P < rewards_PG.shape[1]).any():
-        reason = "the step holds parts of groups"
-    else:
-        reason = None
-    coefficient_B = torch.where(known_B, scores.coefficient_B.double(), 1.0)
-    return torch.where(known_B, a_B.to(coefficient_B) / coefficient_B, 0.0), reason
 
 
 def gradient_noise(scores: StepScores, seed: int = 0) -> GradientNoise | None:

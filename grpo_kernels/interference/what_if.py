@@ -11,10 +11,15 @@ u_m,i = (A_m,i / A_i) u_i. With u_m = sum_i u_m,i, everything below follows from
   like another learning rate; one that changes acts like a schedule.
 * share_P = <u_m,p, u_m> / |u_m|^2: each prompt's share of m's step. The shares sum to 1; a share below 0 means that the
   step goes against the prompt. A task's share is the sum over its prompts.
+* progress_m = -sum over p != q of <u_m,p, g_q>, with g_q the gradient of prompt q's mean reward: what m's step gains on
+  other prompts than its own, to first order. A step scored on its own prompts would be praised for its rollout noise.
+  If the curvature is the same in all directions, m's best learning rate is proportional to sum over steps of progress_m
+  over sum over steps of |u_m|^2 (``report/what_if_table.py``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +33,7 @@ from .inner_products import InnerProducts, as_products
 
 VANISHED = 1e-7  # a squared norm below this share of the summed squared norms is rounding only
 ALPHA = 0.5  # default of the method power
+ROUNDING = 1e-6  # a centred reward below this share of its group's spread counts as 0
 
 Normalize = Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]  # (rewards_PG, context) -> advantages_PG
 
@@ -63,6 +69,34 @@ class StepScores:
     def masked(self) -> torch.Tensor:
         """(B,) bool: the loss counts no token of the sequence (masked for its length, for example)."""
         return ~self.known & (self.advantage_B != 0)
+
+
+def raw_gradient_factors(scores: StepScores) -> tuple[torch.Tensor, str | None]:
+    """Returns (B,) gamma with g_q = sum over q's sequences of gamma_j z_j, and why g_q is unknown, or None.
+
+    gamma_j = (r_j - mean) / (c_j (n - 1)) with n scorable rewards in the group; 0 in groups of equal rewards.
+    """
+    rewards_PG = scores.rewards_PG.double()
+    count_P1 = (~rewards_PG.isnan()).sum(1, keepdim=True)
+    centred_PG = (rewards_PG - rewards_PG.nanmean(1, keepdim=True)).nan_to_num(0.0)
+    spread_P1 = centred_PG.abs().amax(1, keepdim=True)
+    centred_PG = torch.where(centred_PG.abs() > ROUNDING * spread_P1, centred_PG, 0.0)
+    equal_P1 = rewards_PG.nan_to_num(-torch.inf).amax(1, keepdim=True) == rewards_PG.nan_to_num(torch.inf).amin(
+        1, keepdim=True
+    )
+    centred_PG = torch.where(equal_P1 | (count_P1 < 2), 0.0, centred_PG / (count_P1 - 1).clamp(min=1))
+    a_B = centred_PG[scores.prompt_B, scores.position_B]
+    known_B = scores.known
+    unknown = int(((a_B != 0) & ~known_B & ~scores.masked).sum())
+    here_P = scores.prompt_B.bincount(minlength=len(rewards_PG))
+    if unknown:
+        reason = f"{unknown} sequences without a score have a reward that differs from their group's mean"
+    elif (here_P < rewards_PG.shape[1]).any():
+        reason = "the step holds parts of groups"
+    else:
+        reason = None
+    coefficient_B = torch.where(known_B, scores.coefficient_B.double(), 1.0)
+    return torch.where(known_B, a_B.to(coefficient_B) / coefficient_B, 0.0), reason
 
 
 @dataclass(frozen=True)
@@ -101,10 +135,15 @@ def candidates(methods: Sequence[str | Callable[..., torch.Tensor]], **options: 
 
 @dataclass(frozen=True)
 class Row:
-    """One normalisation's step compared with the trained step; the module's docstring has the equations."""
+    """One normalisation's step compared with the trained step; the module's docstring has the equations.
+
+    ``progress`` is NaN if raw gradients are unknown.
+    """
 
     cos: float
     factor: float
+    square: float
+    progress: float
     share_P: torch.Tensor
     task_share_T: torch.Tensor
 
@@ -150,6 +189,7 @@ def what_if(
     factor_MB = torch.stack([now_B, *factors.values()])
     inner_MM = products.of_totals(factor_MB)
     squares = _squares(products, factor_MB, inner_MM)[1:]
+    gamma_B, unknown = raw_gradient_factors(scores)
     tasks_TP = now_B.new_zeros(0, n_prompts) if tasks_TP is None else tasks_TP.to(now_B)
     rows, kept = {}, []
     for place, ((name, factor_B), square) in enumerate(zip(factors.items(), squares, strict=True), start=1):
@@ -159,9 +199,11 @@ def what_if(
         kept.append(place)
         with_now = float(inner_MM[0, place])
         cos = max(-1.0, min(1.0, with_now / (square * square_now) ** 0.5))
-        inner_PP = products.of_sums(scores.prompt_B, n_prompts, factor_B, factor_B[None])[0]
+        both_B = torch.stack([factor_B, gamma_B.to(factor_B)])
+        inner_PP, raw_PP = products.of_sums(scores.prompt_B, n_prompts, factor_B, both_B)
         share_P = inner_PP.sum(1) / square
-        rows[name] = Row(cos, with_now / square_now, share_P, tasks_TP @ share_P)
+        progress = math.nan if unknown else float(raw_PP.diagonal().sum() - raw_PP.sum())
+        rows[name] = Row(cos, with_now / square_now, square, progress, share_P, tasks_TP @ share_P)
     return WhatIf(rows, absent, *_mutual(inner_MM[kept][:, kept]))
 
 

@@ -80,6 +80,10 @@ def test_cosine_factor_and_share_are_of_the_methods_own_steps(drawn, trained):
         of_prompts = prompt_steps(score, reward, name)
         torch.testing.assert_close(row.share_P, of_prompts @ its / its.square().sum(), rtol=1e-8, atol=1e-10)
         assert float(row.share_P.sum()) == pytest.approx(1)
+        raw = ((reward - reward.mean(1, keepdim=True))[:, :, None] * score).sum(1) / (reward.shape[1] - 1)
+        of_others = raw.sum(0) - raw  # a step gains on other prompts than its own
+        assert row.progress == pytest.approx(-float((of_prompts * of_others).sum()), rel=1e-8, abs=1e-10)
+        assert row.square == pytest.approx(float(its.square().sum()), rel=1e-8)
     assert table.rows[trained].cos == pytest.approx(1) and table.rows[trained].factor == pytest.approx(1)
     for i, a in enumerate(steps.values()):
         for j, b in enumerate(steps.values()):

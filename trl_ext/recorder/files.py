@@ -111,7 +111,7 @@ class InterferenceRecord:
             weight=torch.ones(len(row_B)) if weight_B is None else torch.from_numpy(weight_B),
             group_rewards=torch.from_numpy(self.rewards_PG[row_B]).double(),
             function_rewards=torch.from_numpy(functions_BF),
-            square=torch.from_numpy(square_B).double(),
+            square=torch.tensor(square_B, dtype=torch.float64),
             coefficient=None if coefficient_B is None else torch.from_numpy(coefficient_B),
         )
 

@@ -35,6 +35,8 @@ class WhatIfRow(TypedDict):
 
     cos: float
     factor: float
+    square: NotRequired[float]  # absent in files of earlier versions
+    progress: NotRequired[float]  # absent if raw gradients are unknown, too
     share: list[float]
     tasks: NotRequired[dict[str, dict[str, float]]]
 
@@ -122,7 +124,9 @@ def as_plain(table: WhatIf, noise: GradientNoise | None, used: str | None, tasks
     rows: dict[str, WhatIfRow] = {}
     for name, row in table.rows.items():
         share = [round(value, 5) for value in row.share_P.tolist()]
-        rows[name] = {"cos": row.cos, "factor": row.factor, "share": share}
+        rows[name] = {"cos": row.cos, "factor": row.factor, "square": row.square, "share": share}
+        if math.isfinite(row.progress):
+            rows[name]["progress"] = row.progress
         if tasks.names:
             shares = zip(tasks.names, row.task_share_T.tolist(), strict=True)
             rows[name]["tasks"] = {task: {"share": value} for task, value in shares if math.isfinite(value)}

@@ -18,7 +18,7 @@ from .numbers import Heatmap, Histogram, PartOfModel, PromptCurvature
 from .read_run import Curve
 from .sections import Curves
 from .summary import Span
-from .what_if_table import Method
+from .what_if_table import Method, Rate
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -233,34 +233,33 @@ def sigma_and_curvature(points: Sequence[PromptCurvature]) -> go.Figure:
 
 
 def what_if(methods: Mapping[str, Method]) -> go.Figure:
-    """Each normalisation's cosine with the step taken, and its factor on the learning rate."""
-    rows = list(methods.values())
-    cosines, factors = [one.cos for one in rows], [one.factor for one in rows]
-    high = [one.factor_high - one.factor for one in rows]
-    low = [one.factor - one.factor_low for one in rows]
+    """Each normalisation's cosine with the step taken, and its best learning rate over ``std``'s, where it is known."""
+    rated = {name: (one, one.rate) for name, one in methods.items() if one.rate is not None}
+    cosines, rates = [one.cos for one, _ in rated.values()], [rate.value for _, rate in rated.values()]
+    high = [rate.high - rate.value for _, rate in rated.values()]
+    low = [rate.value - rate.low for _, rate in rated.values()]
     figure = go.Figure()
     marker = {"size": 10, "line": {"width": 1, "color": "#333"}}
     error_y = {"type": "data", "array": high, "arrayminus": low, "thickness": 0.8, "width": 2, "color": "#999"}
-    figure.add_scatter(x=cosines, y=factors, mode="markers+text", marker=marker, error_y=error_y, showlegend=False)
-    labels = _labels(list(methods), cosines, factors)
+    figure.add_scatter(x=cosines, y=rates, mode="markers+text", marker=marker, error_y=error_y, showlegend=False)
+    labels = _labels(list(rated), cosines, rates)
     figure.update_traces(text=labels, textposition="middle left", textfont={"size": 10})
-    figure.update_traces(hovertext=[_hover(*item) for item in methods.items()], hoverinfo="text")
+    figure.update_traces(hovertext=[_hover(name, *one) for name, one in rated.items()], hoverinfo="text")
     figure.update_xaxes(title="cosine with the step that was taken", range=[min(*cosines, 0.98) - 0.03, 1.005])
-    figure.update_yaxes(title="factor on the learning rate")
-    if all(one.factor_low > 0 for one in rows):
-        _log_axis(figure, [factor for one in rows for factor in (one.factor_low, one.factor_high)])
+    figure.update_yaxes(title="best learning rate over std's")
+    _log_axis(figure, [end for _, rate in rated.values() for end in (rate.low, rate.high)])
     return figure
 
 
-def _hover(name: str, one: Method) -> str:
-    spread = "-" if one.spread is None else f"{one.spread:.2g}"
-    return f"{name}<br>cosine {one.cos:.3f}<br>factor {one.factor:.3g}, spread {spread}"
+def _hover(name: str, one: Method, rate: Rate) -> str:
+    ends = f"[{rate.low:.2g}, {rate.high:.2g}]"
+    return f"{name}<br>cosine {one.cos:.3f}<br>rate {rate.value:.3g} {ends}"
 
 
-def _labels(names: list[str], cosines: list[float], factors: list[float]) -> list[str]:
+def _labels(names: list[str], cosines: list[float], rates: list[float]) -> list[str]:
     """A label for each point; of points that lie on one another the first has all their names, the others none."""
     width = max(1 - min(cosines), 0.02)
-    logs = [math.log(max(factor, 1e-9)) for factor in factors]
+    logs = [math.log(rate) for rate in rates]
     labels, left = [""] * len(names), list(range(len(names)))
     while left:
         i = left[0]

@@ -20,8 +20,10 @@ DEFINITIONS = {
     },
     "what_if": {
         "cosine": "of the step that the normalisation would have taken with the one that was taken",
-        "factor": "on the learning rate that its length amounts to, median over steps; bars from the least to the largest",
-        "spread": "std of the factor's logarithm over steps: up to 0.15 a rate, above a schedule",
+        "length": "of its step along the step that was taken, median over steps",
+        "rate": "best learning rate over std's: what its steps gain on other prompts over their squared length, pooled over "
+        "steps, if the curvature is the same in all directions; 95 % by resampling steps; missing where nothing can be told",
+        "spread": "std over steps of the log of that length: up to 0.15 a rate, above a schedule",
     },
     "noise": {
         "noise/between": "variance of the prompts' true gradients, estimated without bias, so that it may be below 0",

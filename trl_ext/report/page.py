@@ -151,10 +151,9 @@ def _what_if(numbers: ReportNumbers, whose: str) -> list[Part]:
         absent.setdefault(reason, []).append(name)
     remarks = [*table.remarks(), *(f"Not told: {', '.join(names)} ({reason})." for reason, names in absent.items())]
     title = f"{whose}Against {table.used or 'the step taken'}"
-    return [
-        _chart(charts.what_if(table.methods), f"{whose}Direction and length", 340, shape="tall"),
-        Part(title, shape="tall", methods=table.by_cosine, remarks=remarks),
-    ]
+    rated = any(one.rate is not None for one in table.methods.values())
+    chart = [_chart(charts.what_if(table.methods), f"{whose}Direction and rate", 340, shape="tall")] if rated else []
+    return [*chart, Part(title, shape="tall", methods=table.by_cosine, remarks=remarks)]
 
 
 def _noise(numbers: ReportNumbers, whose: str) -> list[Part]:

@@ -204,10 +204,12 @@ def _what_std_is(what_if: WhatIfTable | None) -> tuple[str, str]:
     if what_if.used not in ("std", "mean"):
         return "-", f"the run used {what_if.used or 'a function'}"
     row = what_if.methods["mean" if what_if.used == "std" else "std"]
-    factor = 1 / row.factor if what_if.used == "std" else row.factor
-    against = f"against mean, cosine {row.cos:.3f}"
+    length, rate = 1 / row.factor if what_if.used == "std" else row.factor, what_if.methods["mean"].rate
+    against = f"against mean, cosine {row.cos:.3f}, by their steps' lengths"
+    if rate is not None:
+        against += f"; best rate × {rate.value:.2g}, 95 %: {rate.low:.2g} to {rate.high:.2g}"
     if what_if.ignores_a_steady_factor:
         against += f"; {str(what_if.optimizer).split('_')[0]} ignores a steady one"
     if row.cos < OTHER_DIRECTION:
-        return "another direction", f"{against}, length × {factor:.2g}"
-    return f"a {'learning rate' if row.kind == 'rate' else 'schedule'} × {factor:.2g}", against
+        return "another direction", f"{against} × {length:.2g}"
+    return f"a {'learning rate' if row.kind == 'rate' else 'schedule'} × {length:.2g}", against

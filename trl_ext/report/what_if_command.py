@@ -56,17 +56,22 @@ def lines(table: WhatIfTable) -> list[str]:
     """What is printed."""
     steps, used = table.steps, table.used or "a normalisation that can't be made again"
     printed = [f"{table.run}: {counted(len(steps))} ({steps[0]} to {steps[-1]}), trained with {used}", ""]
-    header = ("", "cosine", "factor", "over steps", "spread", "steps")
+    header = ("", "cosine", "length", "spread", "rate", "95 %", "steps")
     rows = [header]
     for name, one in table.by_cosine:
-        over = f"{number(one.factor_low)} to {number(one.factor_high)}"
+        rate = ("-", "") if one.rate is None else (number(one.rate.value), f"{one.rate.low:.2g} to {one.rate.high:.2g}")
         spread = f"{number(one.spread, 2)} {one.kind or ''}".rstrip()
-        rows.append((name, f"{one.cos:.3f}", number(one.factor), over, spread, str(one.steps)))
+        rows.append((name, f"{one.cos:.3f}", number(one.factor), spread, *rate, str(one.steps)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     for row in rows:
         printed.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    legend = "cosine: with the step that was taken. factor: on its learning rate (median). spread: std of its log;"
-    printed += ["", legend, "up to 0.15 it is a learning rate, above a schedule.", *table.remarks()]
+    printed += [
+        "",
+        "cosine: with the step that was taken. length: along that step (median). spread: std of its log; up to 0.15 a",
+        "learning rate, above a schedule. rate: best learning rate over std's, if curvature is the same in all",
+        "directions; - where its steps aren't known to gain anything on other prompts than their own.",
+        *table.remarks(),
+    ]
     absent: dict[tuple[int, str], list[str]] = {}
     for name, why in table.absent.items():
         absent.setdefault(why, []).append(name)

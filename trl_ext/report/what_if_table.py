@@ -28,7 +28,8 @@ from .run_files import Configuration
 SAME_COSINE, SAME_SPREAD = 0.99, 0.1  # methods are one where steps are so alike, and their lengths' ratio so steady
 STEADY = 0.15  # std of the log of a factor up to which it is a learning rate
 STEADY_BLIND = ("adam", "paged_adam", "lion")  # optimizers that take no notice of a steady factor
-DRAWS = 500  # of steps, for the interval of the advised G
+DRAWS = 500  # of steps, for intervals
+REFERENCE, FEWEST_STEPS = "std", 3  # of rates
 
 
 class StepRow(TypedDict):
@@ -36,6 +37,8 @@ class StepRow(TypedDict):
 
     cos: float
     factor: float
+    square: NotRequired[float]
+    progress: NotRequired[float]
     tasks: NotRequired[dict[str, dict[str, float]]]
 
 
@@ -59,14 +62,22 @@ class TaskShare:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """A best learning rate over ``std``'s, with its 95 % interval by resampling steps."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Method:
-    """One method over all steps: mean cosine, median, least and largest factor, std of the factor's log."""
+    """One method over all steps: mean cosine, median factor, std of its log; ``rate``: None where it can't be told."""
 
     steps: int
     cos: float
+    rate: Rate | None
     factor: float
-    factor_low: float
-    factor_high: float
     spread: float | None
     kind: str | None  # "rate" or "schedule"
     tasks: dict[str, TaskShare]
@@ -109,7 +120,7 @@ class WhatIfTable:
         return str(self.optimizer or "").startswith(STEADY_BLIND)
 
     def remarks(self) -> list[str]:
-        """What the cosines and factors mean for this run's optimizer, and which methods are one."""
+        """What cosines and rates mean for this run's optimizer, and which methods are one."""
         same = [f"One and the same here, but for a learning rate: {', '.join(group)}." for group in self.same]
         if self.ignores_a_steady_factor:
             return [f"{self.optimizer} takes no notice of a factor that stays the same.", *same]
@@ -203,7 +214,7 @@ def what_if_table(run: Run, methods: Sequence[Any] | None = None) -> WhatIfTable
         steps=list(steps),
         skipped=skipped,
         optimizer=run.config.get("optim"),
-        methods=_pooled(tables),
+        methods=_pooled(tables, pooled_rates(tables)),
         same=_same(tables),
         absent=_absent(tables),
         noise=_noise([table["noise"] for table in tables if table["noise"]], run.config),
@@ -227,12 +238,41 @@ def _step_table(
     return cast(StepTable, as_plain(table, gradient_noise(scores), used, tasks))
 
 
-def _pooled(tables: Sequence[StepTable]) -> dict[str, Method]:
+def pooled_rates(tables: Sequence[StepTable]) -> dict[str, Rate]:
+    """Each method's best learning rate over that of ``std``, if the curvature is the same in all directions::
+
+        rate_m = (sum_t progress_m,t / sum_t |u_m,t|^2) / (the same of std)
+
+    over the steps t that have both. A method is left out with fewer than three such steps, and where the 95 % interval
+    of its summed progress or of ``std``'s holds 0: its step isn't known to gain anything then.
+    """
+    found = {}
+    for name in dict.fromkeys(name for table in tables for name in table["rows"]):
+        both = [
+            (table["rows"][name], table["rows"][REFERENCE]) for table in tables if {name, REFERENCE} <= {*table["rows"]}
+        ]
+        values = [[one.get("progress"), one.get("square"), std.get("progress"), std.get("square")] for one, std in both]
+        values_T4 = np.array([one for one in values if None not in one], dtype=float).reshape(-1, 4)
+        if len(values_T4) < FEWEST_STEPS:
+            continue
+        drawn = np.random.default_rng(0).integers(len(values_T4), size=(DRAWS, len(values_T4)))
+        sums_D4 = values_T4[drawn].sum(1)
+        if (np.quantile(sums_D4[:, [0, 2]], 0.025, axis=0) <= 0).any():
+            continue
+        own, square, reference, reference_square = np.vstack([values_T4.sum(0), sums_D4]).T
+        value, *resampled = (own / square) / (reference / reference_square)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        found[name] = Rate(float(value), float(low), float(high))
+    return found
+
+
+def _pooled(tables: Sequence[StepTable], rates: Mapping[str, Rate]) -> dict[str, Method]:
     names = dict.fromkeys(name for table in tables for name in table["rows"])
-    return {name: _pooled_method([table["rows"][name] for table in tables if name in table["rows"]]) for name in names}
+    rows = {name: [table["rows"][name] for table in tables if name in table["rows"]] for name in names}
+    return {name: _pooled_method(rows[name], rates.get(name)) for name in names}
 
 
-def _pooled_method(rows: Sequence[StepRow]) -> Method:
+def _pooled_method(rows: Sequence[StepRow], rate: Rate | None) -> Method:
     factors = [row["factor"] for row in rows]
     spread = kind = None
     if len(rows) > 1:
@@ -242,9 +282,8 @@ def _pooled_method(rows: Sequence[StepRow]) -> Method:
     return Method(
         steps=len(rows),
         cos=float(np.mean([row["cos"] for row in rows])),
+        rate=rate,
         factor=float(np.median(factors)),
-        factor_low=min(factors),
-        factor_high=max(factors),
         spread=spread,
         kind=kind,
         tasks=_pooled_tasks(rows),
