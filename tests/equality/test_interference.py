@@ -140,12 +140,14 @@ def test_a_step_of_several_generations_has_all_their_prompts(
     assert any("normalization/curvature_bins" in log for log in trainer.state.log_history)
 
 
-def test_phase_and_constant_are_saved(tiny_policy, tmp_path):
+def test_what_is_known_from_several_steps_is_saved(tiny_policy, tmp_path):
+    """C counts every generated group, the alignment every logged step; both go on after a resume."""
     for steps, resume in ((2, None), (3, str(tmp_path / "checkpoint-2"))):
         options = {**LOGGED, "max_steps": steps, "save_strategy": "steps", "save_steps": 1, "resume": resume}
         train(tiny_policy, tmp_path, by_length, **options)
         state = json.loads((tmp_path / f"checkpoint-{steps}" / "trainer_state.json").read_text())
-        assert state["stateful_callbacks"]["CurvatureGRPOTrainer"]["interference"]["speedup"]["steps"] == steps
+        saved = state["stateful_callbacks"]["CurvatureGRPOTrainer"]["interference"]
+        assert saved["speedup"]["sums"][0] == steps * 4 and len(saved["alignment"]["alignment"]) == steps
 
 
 def test_two_processes_see_what_one_does(tiny_policy, tmp_path):

@@ -19,16 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from enum import Enum
-from typing import NotRequired, Protocol, TypedDict, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from accelerate.logging import get_logger
 
 from grpo_kernels.head.products import HeadSketch
-from grpo_kernels.interference.alignment import PooledAlignment
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from grpo_kernels.interference.speedup_constant import SpeedupConstant
-from grpo_kernels.interference.training_phase import PhaseState, TrainingPhase
 from trl_ext.advantages.normalizer import UsedNormalization
 from trl_ext.compat import LossSettings, RunSettings, StepPosition
 from trl_ext.probe_model import why_rows_mix
@@ -43,18 +40,11 @@ from .layer_check import check_layers, log_excluded, probe_layers
 from .logged_step import LoggedStep, loss_scale
 from .measure import MeasuredStep, check_shapes, measure
 from .prompt_features import PromptFeatures
+from .run_statistics import RunState, RunStatistics
 from .what_if import WhatIfLog
 
 logger = get_logger(__name__)
 T = TypeVar("T")
-
-
-class RecorderState(TypedDict):
-    """``InterferenceRecorder.state_dict()``."""
-
-    phase: PhaseState
-    speedup: dict[str, list[float]]
-    alignment: NotRequired[dict[str, list[dict[str, float]]]]  # absent in checkpoints of earlier versions
 
 
 class Observer(Protocol):
@@ -106,7 +96,7 @@ class InterferenceRecorder:
         self._model = model
         self.sketch: GradientSketch | None = None
         self._features: PromptFeatures | None = None
-        self.phase, self.speedup, self.alignment = TrainingPhase(), SpeedupConstant(), PooledAlignment()
+        self.statistics = RunStatistics()
         self._what_if = WhatIfLog(run, used, self._collectives.attempt)
         self._extra_pass = ExtraPass(run, score)
         self._files = OptionalFeature("Interference is logged without its files")
@@ -202,7 +192,7 @@ class InterferenceRecorder:
         """Adds a generation batch of all ranks, before dead prompts are replaced, to the constant C."""
         if self._state is not State.OFF:
             with self.guarded():
-                self.speedup.observe(rewards_PG)
+                self.statistics.observe_rewards(rewards_PG)
 
     def set_prompts(
         self, texts_and_tasks: Callable[[], tuple[Mapping[int, str], Mapping[int, str]]], *, first: bool
@@ -364,14 +354,7 @@ class InterferenceRecorder:
         if not checked:
             self.run.log_once(f"interference/coverage isn't logged for step {step.number}: its gradient is 0.", "info")
         metrics |= checked
-        metrics |= self.alignment.observe(*found.alignment)
-        signals = {
-            "curvature/sigma": self.speedup.sigma(),
-            "curvature/speedup_constant": self.speedup.value(),
-            "phase": self.phase.observe(metrics),
-            "interference/orthogonality": found.orthogonality,
-        }
-        metrics |= {name: value for name, value in signals.items() if value is not None}
+        metrics |= self.statistics.observe(found)
         # the normalizer logs curvature/sigma_mean for every batch
         self.run.log({name: value for name, value in metrics.items() if name != "curvature/sigma_mean"})
 
@@ -396,16 +379,10 @@ class InterferenceRecorder:
 
     # ---- checkpoints
 
-    def state_dict(self) -> RecorderState:
-        """Returns what is averaged over steps as plain numbers, for JSON."""
-        return {
-            "phase": self.phase.state_dict(),
-            "speedup": self.speedup.state_dict(),
-            "alignment": self.alignment.state_dict(),
-        }
+    def state_dict(self) -> RunState:
+        """Returns what is known from several steps as plain numbers, for JSON."""
+        return self.statistics.state_dict()
 
-    def load_state_dict(self, state: RecorderState) -> None:
+    def load_state_dict(self, state: RunState) -> None:
         """Restores the state from what ``state_dict`` returned."""
-        self.phase.load_state_dict(state["phase"])
-        self.speedup.load_state_dict(state["speedup"])
-        self.alignment.load_state_dict(state.get("alignment", {}))
+        self.statistics.load_state_dict(state)
