@@ -290,6 +290,7 @@ class StepPosition:
         optimizer_step: the trainer state's ``global_step``.
         accumulation: number of calls in this optimizer step; the last step of an epoch may have fewer.
         last: whether this is the step's last call.
+        iteration: how often the generation batch was trained on before, below ``num_iterations``.
     """
 
     micro_batch: int
@@ -297,6 +298,7 @@ class StepPosition:
     accumulation: int
     steps_per_generation: int
     last: bool
+    iteration: int = 0
 
 
 def read_position(trainer: Any) -> StepPosition:
@@ -307,6 +309,7 @@ def read_position(trainer: Any) -> StepPosition:
         accumulation=trainer.current_gradient_accumulation_steps,
         steps_per_generation=trainer.args.steps_per_generation,
         last=trainer.accelerator.sync_gradients,
+        iteration=trainer._step // trainer.args.steps_per_generation % trainer.num_iterations,
     )
 
 

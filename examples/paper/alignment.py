@@ -30,6 +30,7 @@ STEPS, PROMPTS, ANSWERS, DIRECTIONS = 20, 16, 10, 64
 AT_A_TIME = 50  # runs
 GROUP_SIZES, COSINES = (2, 3, 4, 7, 8, 16), (0.0, 0.3, 1.0)
 RATES = ("0.5", "0.2", "0.08", "0.05", "0.02", "0.01", "half", "beta")
+FEWEST = 0.1  # share of the runs with an interval, below which its coverage isn't given
 RESULTS = Path(__file__).parent / "results" / "alignment.csv"
 
 
@@ -112,7 +113,7 @@ def estimates(
     for _ in range(repeats // AT_A_TIME):
         moments_RT5 = moments(*gradients(cell, AT_A_TIME, generator))
         for steps in moments_RT5.tolist():
-            yield np.mean(steps, 0), pooled_alignment([StepMoments(*step, errors_needed=needed) for step in steps])
+            yield np.mean(steps, 0), pooled_alignment([StepMoments(*step, PROMPTS, needed) for step in steps])
 
 
 def simulate(cell: Cell, repeats: int = 1000, seed: int = 0) -> Found:
@@ -135,6 +136,23 @@ def simulate(cell: Cell, repeats: int = 1000, seed: int = 0) -> Found:
     )
 
 
+def table(path: Path = RESULTS) -> str:
+    """A row for each group size and a column for each kind of pass rates: in how many of the runs an interval is given,
+    and the share of those that hold the truth, of cosines 0, 0.3 and 1; no share below ``FEWEST`` runs."""
+    with open(path, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    lines = [f"| answers | {' | '.join(RATES)} |", "|---" * (len(RATES) + 1) + "|"]
+    for answers in GROUP_SIZES:
+        cells = []
+        for rates in RATES:
+            found = [row for row in rows if (row["answers"], row["rates"]) == (str(answers), rates)]
+            speaks = sum(float(row["speaks"]) for row in found) / len(found)
+            shares = [f"{100 * float(row['coverage']):.0f}" if float(row["speaks"]) > FEWEST else "-" for row in found]
+            cells.append(f"{speaks:.0%}: {', '.join(shares)}" if set(shares) != {"-"} else f"{speaks:.1%}")
+        lines.append(f"| {answers} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=1000)
@@ -148,6 +166,7 @@ def main() -> None:
             found = asdict(simulate(cell, options.repeats))
             writer.writerow([*asdict(cell).values(), *(f"{value:.4f}" for value in found.values())])
             print(cell, found, flush=True)
+    print(table(options.output))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 
 import torch
 
@@ -38,6 +38,7 @@ from .curvature import ROUNDING
 from .step_gradients import PromptGroups
 
 WINDOW = 20  # logged steps
+FEWEST_STEPS, FEWEST_IN_ALL = 5, 100  # steps and, over these, prompts
 FEWEST_PROMPTS = 4  # for products of two pairs that share no prompt
 SIGNAL_ERRORS = 4.0  # standard errors that the mean signal must be above 0; 16 / G with fewer than 4 answers
 NORMAL_QUANTILE = 1.959964  # of a 95 % interval
@@ -53,6 +54,7 @@ class StepMoments:
         cross_variance: estimated variance of ``cross``.
         covariance: of ``cross`` and ``signal``.
         signal_variance: estimated variance of ``signal``.
+        prompts: P.
         errors_needed: the standard errors that ``signal`` must be above 0.
     """
 
@@ -61,6 +63,7 @@ class StepMoments:
     cross_variance: float
     covariance: float
     signal_variance: float
+    prompts: float
     errors_needed: float
 
 
@@ -82,11 +85,13 @@ def signal(groups: PromptGroups) -> torch.Tensor:
 
     Without the last factor that is the estimate for independent sequences. A baseline that is the mean of b rewards,
     those of both sequences included, adds the factor: 1.11 at b = 4, 1.02 at b = 8. The estimate is exact for r - mean
-    and r - mean of the others. Division by the group's own std shifts it by a few per cent (2 % at pass rate 1/2).
+    and r - mean of the others. Division by the group's own std makes it too small: by 2 % at a pass rate of 1/2 with 8
+    answers, by a third at 0.05 (see ``trained_groups``).
     """
     between_P = groups.gram_PP.diagonal() - groups.trace_P
-    factor = 1 + 1 / (groups.baseline_size - 1) ** 2 if groups.baseline_size else 1.0
     n_P = groups.count_P
+    b_P = torch.as_tensor(groups.baseline_size, device=n_P.device).to(n_P)
+    factor = torch.where(b_P > 1, 1 + 1 / (b_P - 1).clamp(min=1) ** 2, 1.0)
     return torch.where(n_P > 1, n_P / (n_P - 1).clamp(min=1) * between_P / factor, torch.nan)
 
 
@@ -107,15 +112,15 @@ def raw_groups(groups: PromptGroups) -> PromptGroups | None:
         return None
     others_B = (groups.count_P - 1).clamp(min=1)[groups.row_B]
     factor_B = torch.where(known_B, centred_B / others_B / torch.where(known_B, coefficient_B, 1.0), 0.0)
-    return _rescaled(groups, factor_B, max(2, int(groups.count_P.max())))
+    return _rescaled(groups, factor_B, groups.count_P)
 
 
 def trained_groups(groups: PromptGroups, advantage_B: torch.Tensor) -> PromptGroups:
     """Returns the step with its gradients as trained, each prompt's times its group's scale where there is one.
 
-    Division by a group's own std makes V_p too small, by up to a third: groups with a small std are enlarged. Where
-    advantages are rewards less their mean over a number of the group, that number is multiplied back; a group without
-    advantages (a KL penalty's gradient) gets the mean of these numbers.
+    Division by a group's own std makes V_p too small, as it enlarges groups with a small std. Where advantages are
+    rewards less their mean over a number of the group, that number is multiplied back; a group without advantages (a
+    KL penalty's gradient) gets the mean of these numbers.
 
     Args:
         groups: the step.
@@ -132,7 +137,7 @@ def trained_groups(groups: PromptGroups, advantage_B: torch.Tensor) -> PromptGro
     return _rescaled(groups, scale_P[groups.row_B], groups.baseline_size)
 
 
-def _rescaled(groups: PromptGroups, factor_B: torch.Tensor, baseline_size: int) -> PromptGroups:
+def _rescaled(groups: PromptGroups, factor_B: torch.Tensor, baseline_size: int | torch.Tensor) -> PromptGroups:
     products = groups.products
     gram_PP = products.of_sums(groups.row_B, len(groups.prompt_P), factor_B, factor_B[None])[0]
     trace_P = groups.sum_by_prompt(products.squares() * factor_B.square())
@@ -148,17 +153,21 @@ def step_alignment(groups: PromptGroups, advantage_B: torch.Tensor) -> tuple[str
 
 
 def step_moments(groups: PromptGroups) -> StepMoments | None:
-    """Returns a step's moments; None with fewer than four prompts, or where a prompt has one sequence.
+    """Returns a step's moments; None with fewer than four prompts of two sequences or more.
+
+    A prompt with one sequence is left out: which prompts a step holds a single sequence of doesn't depend on rewards.
 
     Args:
         groups: every prompt of the step, those of equal rewards too; gradients of rewards less their group's mean
             (``raw_groups``), or gradients as trained.
     """
     signal_P = signal(groups)
-    if len(signal_P) < FEWEST_PROMPTS or signal_P.isnan().any():
+    known_P = ~signal_P.isnan()
+    if int(known_P.sum()) < FEWEST_PROMPTS:
         return None
-    needed = errors_needed(float(groups.count_P.min()))
-    return StepMoments(*[*moments(groups.gram_PP, signal_P).tolist(), needed])
+    needed = errors_needed(float(groups.count_P[known_P].min()))
+    found = moments(groups.gram_PP[known_P][:, known_P], signal_P[known_P])
+    return StepMoments(*[*found.tolist(), float(known_P.sum()), needed])
 
 
 def errors_needed(answers: float) -> float:
@@ -185,15 +194,16 @@ def moments(gram_PP: torch.Tensor, signal_P: torch.Tensor) -> torch.Tensor:
 def pooled_alignment(steps: Sequence[StepMoments]) -> Alignment | None:
     """Returns the ratio of the steps' mean moments with Fieller's interval.
 
-    None where the mean signal isn't ``errors_needed`` standard errors above 0: nothing can be said then.
+    None where the mean signal isn't ``errors_needed`` standard errors above 0: nothing can be said then. None, too,
+    below ``FEWEST_STEPS`` steps or ``FEWEST_IN_ALL`` prompts in all: the variances are hardly known themselves.
     """
-    if not steps:
-        return None
     n = len(steps)
+    if n < FEWEST_STEPS or sum(one.prompts for one in steps) < FEWEST_IN_ALL:
+        return None
     cross, length, *variances = (sum(column) / n for column in list(zip(*map(astuple, steps), strict=True))[:5])
     cross_variance, covariance, length_variance = (max(variances[0], 0.0) / n, variances[1] / n, variances[2] / n)
     error = math.sqrt(length_variance)
-    if length <= 0 or length <= max(one.errors_needed for one in steps) * error:
+    if cross_variance <= 0 or length <= 0 or length <= max(one.errors_needed for one in steps) * error:
         return None
     z2 = _quantile((length / error) ** 2 if error else math.inf) ** 2
     a = length**2 - z2 * length_variance
@@ -219,11 +229,12 @@ class PooledAlignment:
     def observe(self, name: str, moments: StepMoments | None) -> dict[str, float]:
         """Adds a step (see ``step_alignment``) and returns ``interference/<name>``, with ``_low`` and ``_high``.
 
-        Returns nothing where nothing can be said.
+        Returns nothing where nothing can be said, and at a step without moments.
         """
+        if moments is None:
+            return {}
         steps = self.steps.setdefault(name, deque(maxlen=WINDOW))
-        if moments is not None:
-            steps.append(moments)
+        steps.append(moments)
         found = pooled_alignment(steps)
         if found is None:
             return {}
@@ -236,4 +247,8 @@ class PooledAlignment:
 
     def load_state_dict(self, state: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
         """Takes over what ``state_dict`` returned."""
-        self.steps = {name: deque((StepMoments(**one) for one in steps), WINDOW) for name, steps in state.items()}
+        names = {field.name for field in fields(StepMoments)}
+        self.steps = {
+            name: deque((StepMoments(**one) for one in steps if one.keys() == names), WINDOW)
+            for name, steps in state.items()
+        }

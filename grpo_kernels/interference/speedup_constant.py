@@ -21,6 +21,8 @@ from collections.abc import Mapping
 
 import torch
 
+ROUNDING = 1e-6
+
 
 class SpeedupConstant:
     """C over all groups seen so far, each of them weighed alike.
@@ -36,6 +38,8 @@ class SpeedupConstant:
     def observe(self, rewards_PG: torch.Tensor) -> None:
         """Adds a batch's groups as they were generated; NaN where a completion couldn't be scored."""
         reward_PG = rewards_PG.double()
+        for whole in (0.0, 1.0):  # weighted sums of functions miss them by their rounding
+            reward_PG = torch.where((reward_PG - whole).abs() < ROUNDING, whole, reward_PG)
         scored_PG = ~reward_PG.isnan()
         n_P = scored_PG.sum(1).double()
         chosen_P = n_P > 1
@@ -54,12 +58,12 @@ class SpeedupConstant:
         self._kinds = kinds if self._kinds is None else self._kinds.to(kinds.device) | kinds
 
     def sigma(self) -> float | None:
-        """E sigma; None before the first group of two scored answers, and after a reward outside [0, 1]."""
+        """E sigma; None before the first group of unequal rewards, and after a reward outside [0, 1]."""
         if self._sums is None or self._kinds is None:
             return None
         groups, mean, pairs, sigma = self._sums.tolist()
         graded, outside = self._kinds.tolist()
-        if not groups or outside:
+        if not groups or outside or sigma == 0:
             return None
         return sigma / groups if graded else beta_sigma(mean / groups, pairs / groups)
 

@@ -93,7 +93,7 @@ class PromptGroups:
     sigma_P: torch.Tensor
     live_P: torch.Tensor
     coefficient_B: torch.Tensor | None
-    baseline_size: int
+    baseline_size: int | torch.Tensor  # (P,) float64 in ``alignment.raw_groups``
 
     def sum_by_prompt(self, values_B: torch.Tensor) -> torch.Tensor:
         """Sums (B, ...) over the sequences of each prompt, to (P, ...)."""

@@ -14,11 +14,11 @@ class PhaseState(TypedDict):
     phase: int | None
 
 
-def interval_width(metrics: Mapping[str, float]) -> float | None:
-    """Returns the width of the interval of ``alignment`` or, without scores, of ``alignment_trained``; None without."""
+def alignment_interval(metrics: Mapping[str, float]) -> tuple[float, float] | None:
+    """Returns the ends of the interval of ``alignment`` or, without scores, of ``alignment_trained``; None without."""
     for name in ("interference/alignment", "interference/alignment_trained"):
         if name in metrics:
-            return metrics[f"{name}_high"] - metrics[f"{name}_low"]
+            return metrics[f"{name}_low"], metrics[f"{name}_high"]
     return None
 
 
@@ -33,8 +33,9 @@ class TrainingPhase:
     as 0.
 
     Rollout noise shrinks raw cosines, so phases depend on the group size, and prompts of one true gradient look
-    near-orthogonal where there is little but noise. So there is no phase while the ``alignment`` of the prompts'
-    gradients, from which that noise is removed, isn't known to within ``max_interval``.
+    near-orthogonal where there is much noise. So there is no phase while the ``alignment`` of the prompts' gradients,
+    from which that noise is removed, isn't known to within ``max_interval``, and no phase 1 where its interval lies
+    above ``1 - near_orthogonal``.
 
     Attributes:
         near_orthogonal, cos_std: the limits.
@@ -64,8 +65,10 @@ class TrainingPhase:
             value = metrics.get(f"interference/{name}", 0.0)
             previous = self.averages.get(name, value)
             self.averages[name] = self.decay * previous + (1 - self.decay) * value
-        width = interval_width(metrics)
-        if width is None or width > self.max_interval:
+        interval = alignment_interval(metrics)
+        if interval is None or interval[1] - interval[0] > self.max_interval:
+            return None
+        if self._next() == 1 and interval[0] > 1 - self.near_orthogonal + 1e-12:
             return None
         self.phase = self._next()
         return self.phase

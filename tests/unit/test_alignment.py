@@ -23,6 +23,10 @@ from grpo_kernels.interference.alignment import (
 from grpo_kernels.interference.step_gradients import StepGradients, group_by_prompt
 
 
+def moments_of(cross, cross_variance, covariance, signal_variance):
+    return StepMoments(cross, 1.0, cross_variance, covariance, signal_variance, prompts=20.0, errors_needed=4.0)
+
+
 def test_moments_are_the_means_over_all_tuples_of_different_prompts():
     n, generator = 6, torch.Generator().manual_seed(0)
     half_PP = torch.randn(n, n, dtype=torch.float64, generator=generator)
@@ -42,8 +46,8 @@ def test_moments_are_the_means_over_all_tuples_of_different_prompts():
 
 
 def test_the_interval_is_the_set_of_ratios_that_the_means_do_not_reject():
-    step = StepMoments(0.3, 1.0, 0.0004, 0.0001, 0.0009, errors_needed=4.0)
-    found = pooled_alignment([step])
+    step = moments_of(0.3, 5 * 0.0004, 5 * 0.0001, 5 * 0.0009)
+    found = pooled_alignment([step] * 5)
     assert found is not None and found.value == pytest.approx(0.3)
     for end in (found.low, found.high):
         error = (0.0004 - 2 * end * 0.0001 + end**2 * 0.0009) ** 0.5
@@ -51,28 +55,61 @@ def test_the_interval_is_the_set_of_ratios_that_the_means_do_not_reject():
 
 
 def test_nothing_is_said_where_the_signal_may_be_zero():
-    weak = StepMoments(0.3, 1.0, 0.1, 0.0, 0.3**2, errors_needed=4.0)
-    assert pooled_alignment([]) is None and pooled_alignment([weak]) is None
-    assert pooled_alignment([weak] * 2) is not None  # 4.7 standard errors
-    assert pooled_alignment([weak, StepMoments(0.3, 1.0, 0.1, 0.0, 0.3**2, errors_needed=8.0)]) is None
+    weak = moments_of(0.3, 0.1, 0.0, 0.6**2)
+    assert pooled_alignment([]) is None and pooled_alignment([weak] * 5) is None  # 3.7 standard errors
+    assert pooled_alignment([weak] * 6) is not None  # 4.1
+    assert pooled_alignment([*[weak] * 6, replace(weak, errors_needed=8.0)]) is None
 
 
-def test_steps_without_moments():
-    """Three prompts, and a prompt of one sequence."""
-    for prompts in ([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2, 3]):
+def test_nothing_is_said_of_few_steps_or_prompts_or_without_a_variance():
+    step = moments_of(0.3, 0.01, 0.0, 0.01)
+    assert pooled_alignment([step] * 4) is None and pooled_alignment([step] * 5) is not None
+    assert pooled_alignment([replace(step, prompts=8.0)] * 12) is None
+    assert pooled_alignment([replace(step, prompts=8.0)] * 13) is not None
+    assert pooled_alignment([replace(step, cross_variance=-0.01)] * 10) is None
+
+
+def test_prompts_of_one_sequence_are_left_out():
+    """Three others are too few for moments; of four they are those without it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def found(*prompts):
         size = len(prompts)
-        step = StepGradients(torch.eye(size), torch.tensor(prompts), torch.rand(size), torch.ones(size), 2)
-        assert step_moments(group_by_prompt(step)) is None
+        vectors = torch.randn(10, 5, generator=generator.manual_seed(0))[:size]
+        step = StepGradients(vectors @ vectors.T, torch.tensor(prompts), torch.ones(size), torch.ones(size), 2)
+        return step_moments(group_by_prompt(step))
+
+    assert found(0, 0, 1, 1, 2, 2) is None and found(0, 0, 1, 1, 2, 2, 3) is None
+    assert found(0, 0, 1, 1, 2, 2, 3, 3, 4) == found(0, 0, 1, 1, 2, 2, 3, 3)
+
+
+def test_groups_of_unlike_sizes_each_have_their_own_baseline():
+    """True cosine 1: twelve groups of two answers and eight of four."""
+    generator = torch.Generator().manual_seed(0)
+    cross = signal_ = 0.0
+    for _ in range(300):
+        sizes = [2] * 12 + [4] * 8
+        rewards = torch.rand(sum(sizes), generator=generator).double().round()
+        scores = (2 * rewards - 1)[:, None] + 0.3 * gaussian(sum(sizes), 1, generator=generator)
+        prompts = torch.arange(20).repeat_interleave(torch.tensor(sizes))
+        step = StepGradients(scores @ scores.T, prompts, rewards, torch.ones(len(prompts)), 0)
+        found = step_moments(raw_groups(group_by_prompt(step)))
+        cross, signal_ = cross + found.cross, signal_ + found.signal
+    assert cross / signal_ == pytest.approx(1.0, abs=0.03)
 
 
 def test_the_window_and_its_state():
     pooled, again = PooledAlignment(), PooledAlignment()
     for i in range(WINDOW + 5):
-        found = pooled.observe("alignment", StepMoments(0.1 * i, 1.0, 1e-4, 0.0, 1e-4, errors_needed=4.0))
+        found = pooled.observe("alignment", moments_of(0.1 * i, 1e-4, 0.0, 1e-4))
     assert found["interference/alignment"] == pytest.approx(0.1 * (5 + 24) / 2)
     assert pooled.observe("alignment_trained", None) == {}  # each kind of gradients has its own window
     again.load_state_dict(pooled.state_dict())
-    assert again.observe("alignment", None) == found
+    latest = moments_of(9.0, 1e-4, 0.0, 1e-4)
+    assert pooled.observe("alignment", None) == {}  # a step without moments
+    assert again.observe("alignment", latest) == pooled.observe("alignment", latest)
+    again.load_state_dict({"alignment": [{"cross": 1.0}]})  # of a version with other moments
+    assert again.observe("alignment", latest) == {}
 
 
 @pytest.mark.parametrize(("n", "factor"), [(2, 2.0), (4, 1.111), (8, 1.020)])
@@ -107,9 +144,9 @@ def test_raw_gradients_recover_planted_alignment_whatever_trained(normalization)
     groups, advantages = planted_step(normalization)
     name, found = step_alignment(groups, advantages)
     assert name == "alignment"
-    pooled = pooled_alignment([found])
-    assert pooled.low < 0.36 * 39 / 40 < pooled.high  # one of 40 is dead
-    assert pooled.high - pooled.low < 0.2
+    pooled = pooled_alignment([found] * 5)  # five times the same step: its interval is too narrow, by the root of five
+    assert pooled.low - 0.05 < 0.36 * 39 / 40 < pooled.high + 0.05  # one of 40 is dead
+    assert pooled.high - pooled.low < 0.1
     want = raw_groups(planted_step("mean")[0])
     torch.testing.assert_close(raw_groups(groups).gram_PP, want.gram_PP)
     torch.testing.assert_close(raw_groups(groups).trace_P, want.trace_P)
@@ -121,7 +158,7 @@ def test_trained_gradients_of_std_have_their_scale_multiplied_back():
     name, found = step_alignment(replace(groups, coefficient_B=None), advantages)
     _, want = step_alignment(replace(planted_step("mean")[0], coefficient_B=None), planted_step("mean")[1])
     assert name == "alignment_trained"
-    assert pooled_alignment([found]).value == pytest.approx(pooled_alignment([want]).value, rel=1e-6)
+    assert found.cross / found.signal == pytest.approx(want.cross / want.signal, rel=1e-6)
 
 
 def test_trained_gradients_stay_where_advantages_are_no_quotient():

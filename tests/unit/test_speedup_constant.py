@@ -52,7 +52,12 @@ def test_graded_rewards_keep_the_groups_own_std():
 def test_no_constant_outside_zero_and_one_and_before_the_first_pair():
     assert SpeedupConstant().value() is None
     assert seen([[math.nan, 1.0]]).value() is None
+    assert seen([[1.0, 1.0]]).value() is None and seen([[1.0, 1.0]], [[0.0, 1.0]]).value() is not None
     assert seen([[0.0, 1.0]], [[0.0, 2.0]], [[0.0, 1.0]]).value() is None
+
+
+def test_rounding_of_a_sum_is_neither_graded_nor_outside():
+    assert seen([[0.0, 1.0 + 1.2e-7]]).value() == seen([[0.0, 1.0]]).value()
 
 
 def test_unscorable_answers_are_left_out():

@@ -8,10 +8,10 @@ from grpo_kernels.interference.training_phase import TrainingPhase
 PAPER = [(0.977, 0.045), (0.803, 0.066), (0.524, 0.130)]  # arXiv 2601.23135, Table 3
 
 
-def seen(near_orthogonal, cos_std, interval=0.1, live=8.0, kind="alignment") -> dict[str, float]:
+def seen(near_orthogonal, cos_std, interval=0.1, live=8.0, kind="alignment", alignment=0.05) -> dict[str, float]:
     values = {"near_orthogonal_frac": near_orthogonal, "cos_std": cos_std, "live_prompts": live}
     if interval is not None:
-        values |= {kind: 0.2, f"{kind}_low": 0.2 - interval / 2, f"{kind}_high": 0.2 + interval / 2}
+        values |= {kind: alignment, f"{kind}_low": alignment - interval / 2, f"{kind}_high": alignment + interval / 2}
     return {f"interference/{name}": value for name, value in values.items() if value is not None}
 
 
@@ -48,6 +48,13 @@ def test_no_phase_where_the_alignment_is_not_known_or_prompts_are_few():
     assert phase.observe(seen(*PAPER[1], kind="alignment_trained")) == 2
     assert TrainingPhase(max_interval=0.05).observe(seen(*PAPER[1])) is None
     assert TrainingPhase(min_prompts=2).observe(seen(*PAPER[1], live=2.0)) == 2
+
+
+def test_no_phase_1_where_only_noise_makes_cosines_small():
+    """Gradients that are aligned for sure, with raw cosines near 0."""
+    assert TrainingPhase().observe(seen(*PAPER[0], alignment=1.0)) is None
+    assert TrainingPhase().observe(seen(*PAPER[0], alignment=0.14)) == 1
+    assert TrainingPhase().observe(seen(*PAPER[1], alignment=1.0)) == 2
 
 
 def test_its_state_is_restored_from_json():

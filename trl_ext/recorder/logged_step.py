@@ -42,6 +42,7 @@ class LoggedStep:
 
     number: int
     first_micro_batch: int
+    iteration: int
     sequences: list[SequenceTable] = field(default_factory=list)
     skipped: list[SequenceTable] = field(default_factory=list)
     check: LayerCheck | None = None

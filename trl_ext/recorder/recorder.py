@@ -235,7 +235,7 @@ class InterferenceRecorder:
     def _open(self, position: StepPosition, model: torch.nn.Module) -> None:
         """closed -> open."""
         self._state, step = State.OPEN, position.optimizer_step
-        self._step = LoggedStep(number=step + 1, first_micro_batch=position.micro_batch)
+        self._step = LoggedStep(step + 1, position.micro_batch, position.iteration)
         if self._failure is None:  # of an earlier step
             with self.guarded():
                 self._open_taps(model, step)
@@ -354,7 +354,9 @@ class InterferenceRecorder:
         if not checked:
             self.run.log_once(f"interference/coverage isn't logged for step {step.number}: its gradient is 0.", "info")
         metrics |= checked
-        metrics |= self.statistics.observe(found)
+        # resampling leaves prompts out because of their rewards, and later iterations see the same prompts again
+        fresh = step.iteration == 0 and not self.run.options.resample_zero_variance
+        metrics |= self.statistics.observe(found, fresh=fresh)
         # the normalizer logs curvature/sigma_mean for every batch
         self.run.log({name: value for name, value in metrics.items() if name != "curvature/sigma_mean"})
 

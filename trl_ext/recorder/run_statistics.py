@@ -31,9 +31,12 @@ class RunStatistics:
         """Adds a generation batch of all ranks, before dead prompts are replaced."""
         self.speedup.observe(rewards_PG)
 
-    def observe(self, found: MeasuredStep) -> dict[str, float]:
-        """Adds a logged step, and returns the metrics; without those that aren't known."""
-        metrics = self.alignment.observe(*found.alignment)
+    def observe(self, found: MeasuredStep, *, fresh: bool) -> dict[str, float]:
+        """Adds a logged step, and returns the metrics; without those that aren't known.
+
+        ``fresh``: whether the step's prompts are a new draw whatever their rewards; only these enter the alignment.
+        """
+        metrics = self.alignment.observe(*found.alignment) if fresh else {}
         values = {
             "curvature/sigma": self.speedup.sigma(),
             "curvature/speedup_constant": self.speedup.value(),
