@@ -7,7 +7,7 @@ additions a token and part, against 6 d^2 multiplications) and multiplies (3k, 3
 d = 576 about 8 % more multiplications.
 
 Peers: one backward for each prompt gives the prompts' gradients alone (P times the parameters in memory, and no
-reliability); ``torch.func.vmap(grad)`` gives each sequence's, on the built-in policy (SmolLM2's 16 whole gradients need
+signal); ``torch.func.vmap(grad)`` gives each sequence's, on the built-in policy (SmolLM2's 16 whole gradients need
 9 GB).
 """
 

@@ -211,7 +211,7 @@ SICK = {
     "uncovered": Sick(
         options={**LOGGED, "interference_layers": ["*layers.0.self_attn*"]}, also=("few_live_prompts", "unreliable")
     ),
-    "unreliable": Sick(options={**MANY, **STILL, "max_steps": 12}, level="advice"),
+    "unreliable": Sick(options={**MANY, **STILL, "max_steps": 16}, level="advice"),
     "dominated": Sick(
         first_group_scaled(50.0),
         {**MANY, "normalization": "mean", "learning_rate": 1e-5},

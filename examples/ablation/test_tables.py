@@ -1,6 +1,9 @@
 """The arithmetic of an ablation, by hand-worked numbers: curves, learning rates, intervals, tables, plots."""
 
+import csv
 import math
+import statistics
+from pathlib import Path
 
 import pytest
 
@@ -221,3 +224,24 @@ def test_mean_curve():
     assert {step: point.estimate for step, point in curve.items()} == pytest.approx({0: 0.4, 10: 0.7, 20: 0.825})
     two = [{0: 0.0, 1: 1.0}, {1: 3.0}]
     assert list(curves.mean_curve(two)) == [0, 1] and list(curves.mean_curve(two, in_all=True)) == [1]
+
+
+def test_verified_rewards_page_is_of_its_csv():
+    """examples/ablation/verified_rewards.md: accuracies after 60 steps and their difference, paired by seed."""
+    folder = Path(tables.__file__).parent
+    with open(folder / "results" / "verified_rewards.csv", newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if (row["phase"], row["step"]) == ("final", "60")]
+    page = (folder / "verified_rewards.md").read_text()
+    for kind, name in (("right", "right"), ("flips", "10 % flipped")):
+        found = {
+            method: {row["seed"]: row for row in rows if (row["rewards"], row["method"]) == (kind, method)}
+            for method in ("std", "max_rl")
+        }
+        accuracy = {m: {seed: float(row["held_out_accuracy"]) for seed, row in of.items()} for m, of in found.items()}
+        less = [accuracy["max_rl"][seed] - accuracy["std"][seed] for seed in accuracy["std"]]
+        mean, half = statistics.mean(less), 2.262 * statistics.stdev(less) / len(less) ** 0.5
+        assert len(less) == 10
+        cells = [f"{statistics.mean(of.values()):.3f}" for of in accuracy.values()]
+        row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        assert all(f"| {cell} (" in row for cell in cells)
+        assert row.endswith(f"| {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] |")

@@ -10,8 +10,9 @@ moments m = E p and s = E p^2 have estimates without bias, and give a, b and::
 
     E sigma = E sqrt(p (1 - p)) = B(a + 1/2, b + 1/2) / B(a, b),    a + b = (m - s) / (s - m^2),  a = m (a + b)
 
-B the beta function. In simulations this is within 6 % of the truth for equal, uniform and U-shaped pass rates and 2 to
-16 answers; where half of the prompts can't be solved at all and the others are alike, it is 28 % too high.
+B the beta function. In simulations of 320 groups this is within 6 % of the truth for equal, uniform and U-shaped pass
+rates and 2 to 16 answers; where half of the prompts can't be solved at all and the others are alike, it is 28 % too
+high. Of few groups it scatters: eight groups of 8 answers at a pass rate of 0.05 give C = 0.53 +- 0.17, 0.58 in truth.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class TrainingPhase:
         max_interval: the phase is None while the alignment has no 95 % interval, or a wider one.
         min_prompts: a step with fewer live prompts has no phase, and doesn't enter the averages.
         averages: the moving averages by metric.
-        phase: the latest reliable phase, from which hysteresis starts.
+        phase: the latest known phase, from which hysteresis starts.
     """
 
     near_orthogonal: float = 0.9
@@ -58,7 +58,7 @@ class TrainingPhase:
     phase: int | None = None
 
     def observe(self, metrics: Mapping[str, float]) -> int | None:
-        """Returns the phase after a step with these metrics, the alignment's among them; None if it isn't reliable."""
+        """Returns the phase after a step with these metrics, the alignment's among them; None if it isn't known."""
         if metrics.get("interference/live_prompts", 0) < self.min_prompts:
             return None
         for name in ("near_orthogonal_frac", "cos_std"):

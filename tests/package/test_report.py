@@ -172,10 +172,12 @@ NO_MORE = "it is worth no more than a learning rate on a log-linear policy"
     ],
 )
 def test_the_summary_says_which_normalisation(constant, group, advice, worth, tmp_path):
-    """By the first C of the log: later groups are all right, and C is low whatever it was."""
-    logs = [{C: value, "loss": 0.0, "step": step} for step, value in enumerate([constant, 0.3, 0.1], 1)]
-    folder = log_of(tmp_path / "run", logs, num_generations=group)
-    told = f"{advice}. C was {constant:.2f} at first, and with {group} answers to a prompt {worth}"
+    """By the first tenth of the log: later groups are all right, and their std is low whatever it was."""
+    sigmas = [3 / 8 * constant] * 2 + [0.0] * 18
+    logs = [{"curvature/sigma_mean": sigma, "loss": 0.0, "step": step} for step, sigma in enumerate(sigmas, 1)]
+    folder = log_of(tmp_path / "run", [*logs, {C: 0.1, "loss": 0.0, "step": 21}], num_generations=group)
+    measured = f"8/3 of the groups' own std was {constant:.2f} at first"
+    told = f"{advice}. {measured}, and with {group} answers to a prompt {worth}"
     assert summary(read_run(folder))[3] == f"Which normalisation: {told}"
 
 

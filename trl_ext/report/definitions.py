@@ -39,7 +39,7 @@ DEFINITIONS = {
         "interference/near_orthogonal_frac": "share of pairs with an absolute cosine below 0.1",
         "interference/conflict_frac": "share of pairs with a cosine below minus twice the sketch's error (at least 0.001)",
         "interference/alignment": "mean inner product of two prompts' gradients over their mean squared length, rollout "
-        "noise removed, pooled over up to 20 logged steps; missing where the signal isn't 4 standard errors above 0",
+        "noise removed, pooled over up to 20 logged steps; missing where the signal isn't clearly above 0",
         "interference/sketch_rmse": "the error of one cosine, predicted from how far the sketch's two halves disagree",
     },
     "curvature": {

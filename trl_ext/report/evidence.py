@@ -109,7 +109,7 @@ def largest_fall(values: Sequence[float], width: int = 5, draws: int = 200) -> t
 
     smooth, flat = means(numbers[None])[0], means(noise)
     falls = flat.max(1) - flat[:, -1]
-    best = int(np.argmax(smooth))
+    best = int(np.flatnonzero(smooth >= smooth.max() - 1e-9)[-1])  # the last of equals
     fall = float(smooth[best] - smooth[-1])
     spread = float(falls.std())
     return best, fall, (fall - float(falls.mean())) / spread if spread else math.inf if fall > 0 else 0.0

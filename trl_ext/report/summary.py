@@ -140,12 +140,13 @@ def _theory(run: Run) -> str:
 
 def _choice(run: Run) -> str:
     """The rule of docs/which-normalisation.md, which ``adaptive`` follows too."""
-    constants, group = run.series("curvature/speedup_constant")[1], run.config.get("num_generations")
-    if not constants or not isinstance(group, int) or group < 2:
+    sigmas, group = run.series("curvature/sigma_mean")[1], run.config.get("num_generations")
+    if run.last("curvature/speedup_constant") is None or not sigmas or not isinstance(group, int) or group < 2:
         return "Which normalisation can't be told: no C (as above), or how many answers a prompt has isn't kept."
-    constant = constants[0]  # as the map has it: later C falls whatever the task
+    # as the map has it: of the groups' own std, which is smaller than sigma, in the first batches, as it falls later
+    constant = 8 / 3 * float(np.mean(sigmas[: max(1, round(len(sigmas) / 10))]))
     gain, more = std_gain(constant, group), std_gain(constant, MANY_ANSWERS)
-    measured = f"C was {constant:.2f} at first, and with {group} answers to a prompt"
+    measured = f"8/3 of the groups' own std was {constant:.2f} at first, and with {group} answers to a prompt"
     later = f"; with {MANY_ANSWERS} answers {more:+.3f}" if group < MANY_ANSWERS and more - gain >= WORTH_A_WORD else ""
     if gain >= WORTH_A_WORD:
         advice, worth = "std", f"it is worth {gain:+.3f} of accuracy"

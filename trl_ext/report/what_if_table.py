@@ -253,6 +253,7 @@ def pooled_rates(tables: Sequence[StepTable]) -> dict[str, Rate]:
         ]
         values = [[one.get("progress"), one.get("square"), std.get("progress"), std.get("square")] for one, std in both]
         values_T4 = np.array([one for one in values if None not in one], dtype=float).reshape(-1, 4)
+        values_T4 = values_T4[np.isfinite(values_T4).all(1)]
         if len(values_T4) < FEWEST_STEPS:
             continue
         drawn = np.random.default_rng(0).integers(len(values_T4), size=(DRAWS, len(values_T4)))
@@ -260,9 +261,9 @@ def pooled_rates(tables: Sequence[StepTable]) -> dict[str, Rate]:
         if (np.quantile(sums_D4[:, [0, 2]], 0.025, axis=0) <= 0).any():
             continue
         own, square, reference, reference_square = np.vstack([values_T4.sum(0), sums_D4]).T
-        value, *resampled = (own / square) / (reference / reference_square)
-        low, high = np.quantile(resampled, [0.025, 0.975])
-        found[name] = Rate(float(value), float(low), float(high))
+        rates = (own / square) / np.where(reference > 0, reference / reference_square, np.nan)
+        low, high = np.nanquantile(rates[1:], [0.025, 0.975]).tolist()
+        found[name] = Rate(float(rates[0]), low, high)
     return found
 
 

@@ -14,7 +14,7 @@ from .finding import ADVICE, WARNING, Finding, Found, Unknown, lasting, missing,
 UNCOVERED, UNCHECKED = 0.9, 0.15
 DOMINATED, ALMOST_ALL, PROMPTS = 0.5, 0.9, 5  # of the squared gradients, by one of so many live prompts
 LEAST_STEPS = 4
-ENOUGH_STEPS = 10  # logged, for an alignment
+ENOUGH_STEPS, MANY_PROMPTS = 15, 8  # logged, for an alignment
 AGAINST = -0.02  # mean cosine of two tasks, upper end
 
 
@@ -37,12 +37,15 @@ def uncovered(run: Run) -> Found:
 
 
 def unreliable(run: Run) -> Finding | Unknown | None:
-    """No alignment after steps enough: the signal in the prompts' gradients may be 0."""
-    steps = run.series("interference/cos_mean")[0]
-    if len(steps) < ENOUGH_STEPS:
-        return too_few(run, ENOUGH_STEPS, "interference/cos_mean")
+    """No alignment after steps and prompts enough: the signal in the prompts' gradients may be 0."""
     if any(run.series(f"interference/{name}")[0] for name in ("alignment", "alignment_trained")):
         return None
+    if run.series("interference/reliability")[0] or run.config.get("resample_zero_variance"):
+        return Unknown("alignment isn't logged with resample_zero_variance, nor by earlier versions")
+    many = [record for record in run.records if len(record.prompt_id_P) >= MANY_PROMPTS]
+    steps = [record.step for record in many if (np.unique(record.prompt_B, return_counts=True)[1] > 1).all()]
+    if len(steps) < ENOUGH_STEPS:
+        return Unknown(f"{ENOUGH_STEPS} logged steps of {MANY_PROMPTS} prompts are needed, {len(steps)} are there")
     evidence = f"after {len(steps)} logged steps the prompts' gradients can't be told from noise: cosines say nothing"
     remedy = "More answers to a prompt (num_generations), or more prompts in a step."
     return Finding(ADVICE, steps[0], evidence, 0.95, remedy)

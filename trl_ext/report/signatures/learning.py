@@ -18,6 +18,7 @@ OVER = 10  # logged numbers after the last odd one, from which on it is over
 FALLEN = 0.1  # of held-out accuracy, below its best
 COLLAPSE = 0.5  # of the range of the reward
 DEVIATIONS = 8.0  # of a fall, above those of noise
+SOLVED = 0.9  # of a reward in [0, 1]
 SMALL = 0.1  # of an answer's std: a change of the mean reward below it is none
 STEPS = 30  # logged, before a run that doesn't move is said not to
 
@@ -78,14 +79,15 @@ def fell(run: Run) -> Found:
     if len(rewards) >= 10:
         best, fall, deviations = largest_fall(rewards)
         smooth = np.convolve(rewards, np.ones(5) / 5, mode="valid")
-        if deviations > DEVIATIONS and fall > COLLAPSE * float(smooth[best] - smooth.min()):
+        least = max(COLLAPSE * float(smooth[best] - smooth.min()), SMALL * _answer_std(run))
+        if deviations > DEVIATIONS and fall > least:
             around = reward_steps[best + 2]
             held_out = _held_out_fell(run)
             evidence = f"the reward has fallen from {smooth[best]:.3f} (about step {around}) to {smooth[-1]:.3f}; " + (
                 "the held-out score too" if held_out else "the held-out score has not, or isn't measured"
             )
             remedy = "A lower learning_rate, max_grad_norm, beta > 0; go on from an earlier checkpoint."
-            return Finding(CRITICAL if held_out else WARNING, reward_steps[best + 4], evidence, 0.99, remedy)
+            return Finding(CRITICAL if held_out else WARNING, reward_steps[best + 4], evidence, 0.95, remedy)
     if len(values) < 4:
         return too_few(run, 4, "eval_accuracy") if len(rewards) < 10 else None
     pairs = np.convolve(values, np.ones(2) / 2, mode="valid")  # the best of many single ones is best by chance
@@ -103,12 +105,20 @@ def fell(run: Run) -> Found:
 
 
 def _held_out_fell(run: Run) -> bool:
-    """Whether the latest evaluation is below the best one, by a tenth of its scale."""
+    """Whether the mean of the last two evaluations is below the best mean of two, by a tenth and by two errors."""
     for name in ("eval_accuracy", "eval_reward"):
         values = run.series(name)[1]
-        if len(values) > 1:
-            return max(values) - values[-1] > FALLEN * max(1.0, max(map(abs, values)))
+        if len(values) > 3:
+            pairs = np.convolve(values, np.ones(2) / 2, mode="valid")
+            noise = float(np.median(np.abs(np.diff(values)))) / 2
+            return float(pairs.max() - pairs[-1]) > max(FALLEN, 2 * noise)
     return False
+
+
+def _answer_std(run: Run) -> float:
+    """The mean std of single answers' rewards, 0 where it isn't logged."""
+    spreads = run.series("reward_std")[1]
+    return float(np.mean(spreads)) if spreads else 0.0
 
 
 def _normal(value: float, error: float) -> float:
@@ -117,19 +127,25 @@ def _normal(value: float, error: float) -> float:
 
 
 def no_progress(run: Run) -> Found:
-    """An equivalence test: the 95 % interval of the reward's change lies within a tenth of one answer's std."""
-    (steps, values), spreads = run.series("reward"), run.series("reward_std")[1]
-    if len(values) < STEPS or not spreads:
-        return Unknown(
-            f"fewer than {STEPS} rewards in the log (logging_steps)" if spreads else "no reward_std in the log"
-        )
+    """An equivalence test: the 95 % intervals of the reward's change from the first third to the second and to the last
+    lie within a tenth of one answer's std."""
+    (steps, values), effect = run.series("reward"), SMALL * _answer_std(run)
+    if len(values) < STEPS:
+        return Unknown(f"fewer than {STEPS} rewards in the log (logging_steps)")
+    if not effect:
+        return missing("reward_std")
     third = len(values) // 3
-    before, after = np.array(values[:third]), np.array(values[-third:])
-    change = float(after.mean() - before.mean())
-    half = student(2 * third - 2, 0.025) * math.sqrt((before.var(ddof=1) + after.var(ddof=1)) / third)
-    effect = SMALL * float(np.mean(spreads))
-    if max(abs(change - half), abs(change + half)) >= effect:
-        return None
+    before, middle, after = (np.array(values[i * third : (i + 1) * third]) for i in range(3))
+    if 0 <= min(values) and SOLVED < float(after.mean()) <= 1:
+        return None  # there is hardly anything left to learn
+    changes = []
+    for later in (middle, after):
+        change = float(later.mean() - before.mean())
+        half = student(2 * third - 2, 0.025) * math.sqrt((before.var(ddof=1) + later.var(ddof=1)) / third)
+        if abs(change) + half >= effect:
+            return None
+        changes.append((change, half))
+    change, half = changes[-1]
     evidence = (
         f"the reward changed by {change:+.3f} [{change - half:+.3f}, {change + half:+.3f}] from the first third to the "
         f"last: within a tenth of an answer's std, {effect:.3f}"
