@@ -155,9 +155,11 @@ def table(path: Path = RESULTS) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=1000, help="runs of a cell")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.repeats < AT_A_TIME or options.repeats % AT_A_TIME:
+        parser.error(f"--repeats {options.repeats} must be a multiple of {AT_A_TIME}")
     torch.set_num_threads(1)
     with open(options.output, "w", newline="") as stream:
         writer = csv.writer(stream)

@@ -4,6 +4,8 @@ import csv
 import sys
 from pathlib import Path
 
+import pytest
+
 from examples.paper import alignment
 
 PAGE = Path(alignment.__file__).with_suffix(".md").read_text()
@@ -33,3 +35,10 @@ def test_the_script_writes_a_row_for_each_cell(tmp_path, monkeypatch, capsys):
     alignment.main()
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 4
     assert "| 8 | 100%: " in capsys.readouterr().out
+
+
+def test_a_wrong_number_of_runs_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["alignment.py", "--repeats", "70"])
+    with pytest.raises(SystemExit):
+        alignment.main()
+    assert "--repeats 70 must be a multiple of 50" in capsys.readouterr().err
