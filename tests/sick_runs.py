@@ -81,10 +81,10 @@ def some(completion_ids, **kwargs):
 
 
 def mostly_alike(prompts, completion_ids, **kwargs):
-    """Nine of ten prompts have answers of equal reward."""
+    """97 of 100 prompts have answers of equal reward."""
     texts = [prompt[0]["content"].encode() for prompt in prompts]
     return [
-        float(zlib.crc32(text) % 2) if zlib.crc32(text[::-1]) % 100 < 90 else value
+        float(zlib.crc32(text) % 2) if zlib.crc32(text[::-1]) % 100 < 97 else value
         for text, value in zip(texts, some(completion_ids), strict=True)
     ]
 
@@ -167,7 +167,7 @@ class Sick:
 SICK = {
     "all_wrong": Sick(all_of(0.0), WIDE, level="critical"),
     "all_right": Sick(all_of(1.0), WIDE, level="critical"),
-    "mostly_dead": Sick(mostly_alike, WIDE, also=("no_progress",)),
+    "mostly_dead": Sick(mostly_alike, {**WIDE, "max_steps": 16}, level="critical", also=("no_progress",)),
     "few_live_prompts": Sick(options=LOGGED, level="advice", also=("unreliable",)),
     "unscored": Sick(unscored, also=("mostly_dead",)),
     "fell": Sick(ByStep(lambda call: 0.75 if call < 12 else 0.1), {"max_steps": 24}, also=("mostly_dead",)),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.ablation import curves, tables
+from examples.ablation import curves, false_alarms, tables
 from examples.ablation.curves import Interval, Run, best_learning_rate, mean_interval, tidy_rows
 from examples.ablation.plots import draw_tasks
 
@@ -245,3 +245,14 @@ def test_verified_rewards_page_is_of_its_csv():
         row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
         assert all(f"| {cell} (" in row for cell in cells)
         assert row.endswith(f"| {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] |")
+
+
+def test_the_page_has_the_table_of_false_alarms():
+    page = (Path(tables.__file__).parents[2] / "docs" / "verdicts.md").read_text()
+    assert false_alarms.table() in page
+
+
+def test_clopper_pearson_of_the_tables():
+    assert false_alarms.clopper_pearson(0, 20) == (0.0, pytest.approx(0.1684, abs=1e-4))
+    assert false_alarms.clopper_pearson(3, 10) == pytest.approx((0.0667, 0.6525), abs=1e-4)
+    assert false_alarms.clopper_pearson(5, 5) == (pytest.approx(0.4782, abs=1e-4), 1.0)

@@ -25,7 +25,7 @@ from .finding import (
 
 HEALTHY_LIVE = 0.2  # share of groups with different rewards, the floor of a healthy run
 GROUPS = 30  # that a share is of: as many dead ones have probability 0.001 where a fifth is live
-DEAD = {CRITICAL: above(0.95), WARNING: above(1 - HEALTHY_LIVE)}  # share of groups
+DEAD = {CRITICAL: above(0.95)}  # share of groups; at four fifths well-trained runs have it too (false_alarms.py)
 CUT = {CRITICAL: above(0.95), WARNING: above(0.5)}  # share of answers at the length limit
 SAME_LENGTH = 0.9  # of the longest answer: all that are cut off have it
 LONGER, SHORTER, TOKENS = 2.0, 0.5, 8  # times the length at the start, and tokens at least
