@@ -40,16 +40,16 @@ def interference_metrics(
 
         * ``live_prompts``: number of prompts that have a gradient.
         * ``cos_mean``, ``cos_abs_mean``: means. ``cos_abs_mean`` includes the sketch's error: if all true cosines are 0
-          it is 0.8 sketch_rmse.
+            it is 0.8 sketch_rmse.
         * ``cos_std``: sqrt(sample variance - sketch_rmse^2); missing if that is negative, or for a single pair.
         * ``near_orthogonal_frac``: share of pairs with abs cos < 0.1.
         * ``conflict_frac``: share of pairs with cos < -max(2 sketch_rmse, 0.001).
         * ``sum_ratio``: |sum g_p|^2 / sum |g_p|^2. It is 1 for orthogonal gradients, P for aligned ones, and below 1 if
-          they cancel.
+            they cancel.
         * ``effective_rank``: trace(K)^2 / sum K_pq^2, between 1 and P. The sketch adds sketch_rmse^2 K_pp K_qq to each
-          square off the diagonal, which is subtracted; it would cap the rank near 1 / sketch_rmse^2.
+            square off the diagonal, which is subtracted; it would cap the rank near 1 / sketch_rmse^2.
         * ``noise_scale``: (trace(K) / P - m) / m with m the mean of K off its diagonal: the number of prompts at which
-          a step's signal equals its noise. P counts dead prompts too, because they cost rollouts. Missing unless m > 0.
+            a step's signal equals its noise. P counts dead prompts too, which cost rollouts. Missing unless m > 0.
         * ``feature_cos_abs_mean``: mean absolute cosine of two prompts' features (paper, section 4.1).
         * ``sketch_rmse``: the argument, if there is a pair.
     """
