@@ -86,7 +86,7 @@ def signal(groups: PromptGroups) -> torch.Tensor:
     Without the last factor that is the estimate for independent sequences. A baseline that is the mean of b rewards,
     those of both sequences included, adds the factor: 1.11 at b = 4, 1.02 at b = 8. The estimate is exact for r - mean
     and r - mean of the others. Division by the group's own std makes it too small: by 2 % at a pass rate of 1/2 with 8
-    answers, by a third at 0.05 (see ``trained_groups``).
+    answers, by a quarter at 0.05 (see ``trained_groups``).
     """
     between_P = groups.gram_PP.diagonal() - groups.trace_P
     n_P = groups.count_P
