@@ -108,7 +108,7 @@ def gradients(cell: Cell, runs: int, generator: np.random.Generator) -> tuple[to
 def estimates(
     cell: Cell, repeats: int, generator: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, Alignment | None]]:
-    """Each run's mean moments, and its estimate."""
+    """Yields each run's mean moments, and its estimate."""
     needed = errors_needed(cell.answers)
     for _ in range(repeats // AT_A_TIME):
         moments_RT5 = moments(*gradients(cell, AT_A_TIME, generator))

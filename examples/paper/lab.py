@@ -38,7 +38,7 @@ METHODS = {  # of each part
     "methods": ["mean", "std", "power", "max_rl", "median_mad", "loo", "rank", "adaptive", "true_sigma"],
     "structures": ["mean", "std"],
 }
-PROMPTS = ((0.0, 0.5), (0.0, 0.1), (2.0, 0.1))  # spread and pass rate, of the parts beside the map
+PROMPTS = ((0.0, 0.5), (0.0, 0.1), (2.0, 0.1))  # spread and pass rate, in the parts other than the map
 Row = dict[str, str | float | np.ndarray]
 
 
@@ -138,7 +138,7 @@ def averages_of_mean(runs: Runs, taken: np.ndarray, reported: Policies, kept: Ma
     last = np.where(np.isfinite(taken), np.ceil(taken), STEPS).astype(int)  # (S, R)
 
     def until_last(values: np.ndarray, column: int, least: int = 1) -> list[np.ndarray]:
-        """Each seed's values up to its last step, of which there are at least ``least``."""
+        """Returns each seed's values up to its last step, and at least the first ``least`` of them."""
         return [values[: max(int(end), least), seed, column] for seed, end in enumerate(last[:, column])]
 
     for column, name in enumerate(("steps", "area", "slowest")):
@@ -158,7 +158,7 @@ def averages_of_mean(runs: Runs, taken: np.ndarray, reported: Policies, kept: Ma
 
 
 def measured_before(path: Path) -> set[tuple[str, ...]]:
-    """The settings, as text, of which ``path`` has all methods. A kill can cut its last row off."""
+    """Returns the settings, as text, that ``path`` has every method of. Skips a last row that a kill cut off."""
     if not path.is_file():
         return set()
     with open(path, newline="") as stream:

@@ -195,13 +195,14 @@ def pooled_alignment(steps: Sequence[StepMoments]) -> Alignment | None:
     """Returns the ratio of the steps' mean moments with Fieller's interval.
 
     None where the mean signal isn't ``errors_needed`` standard errors above 0: nothing can be said then. None, too,
-    below ``FEWEST_STEPS`` steps or ``FEWEST_IN_ALL`` prompts in all: the variances are hardly known themselves.
+    below ``FEWEST_STEPS`` steps or ``FEWEST_IN_ALL`` prompts in all, and where a variance is estimated below 0: the
+    variances are hardly known themselves.
     """
     n = len(steps)
     if n < FEWEST_STEPS or sum(one.prompts for one in steps) < FEWEST_IN_ALL:
         return None
     cross, length, *variances = (sum(column) / n for column in list(zip(*map(astuple, steps), strict=True))[:5])
-    cross_variance, covariance, length_variance = (max(variances[0], 0.0) / n, variances[1] / n, variances[2] / n)
+    cross_variance, covariance, length_variance = (variance / n for variance in variances)
     error = math.sqrt(length_variance)
     if cross_variance <= 0 or length <= 0 or length <= max(one.errors_needed for one in steps) * error:
         return None

@@ -49,7 +49,8 @@ class SpeedupConstant:
         n_P = n_P.clamp(min=2)
         mean_P = total_P / n_P
         pairs_P = (total_P.square() - square_P) / (n_P * (n_P - 1))  # E r_i r_j, i and j different answers
-        sigma_P = (square_P / n_P - mean_P.square()).clamp(min=0).sqrt()
+        variance_P = square_P / n_P - mean_P.square()
+        sigma_P = torch.where(variance_P > ROUNDING**2 * square_P / n_P, variance_P, 0.0).sqrt()
         columns = torch.stack([torch.ones_like(mean_P), mean_P, pairs_P, sigma_P])
         sums = torch.where(chosen_P, columns, 0.0).sum(1)
         outside = (reward_PG < 0) | (reward_PG > 1)

@@ -52,6 +52,7 @@ def test_graded_rewards_keep_the_groups_own_std():
 def test_no_constant_outside_zero_and_one_and_before_the_first_pair():
     assert SpeedupConstant().value() is None
     assert seen([[math.nan, 1.0]]).value() is None
+    assert seen([[0.1] * 7]).value() is None  # whose mean isn't 0.1 in binary
     assert seen([[1.0, 1.0]]).value() is None and seen([[1.0, 1.0]], [[0.0, 1.0]]).value() is not None
     assert seen([[0.0, 1.0]], [[0.0, 2.0]], [[0.0, 1.0]]).value() is None
 

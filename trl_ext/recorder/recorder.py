@@ -382,7 +382,7 @@ class InterferenceRecorder:
     # ---- checkpoints
 
     def state_dict(self) -> RunState:
-        """Returns what is known from several steps as plain numbers, for JSON."""
+        """Returns the statistics over steps as plain numbers, for JSON."""
         return self.statistics.state_dict()
 
     def load_state_dict(self, state: RunState) -> None:

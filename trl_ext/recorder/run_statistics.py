@@ -1,4 +1,4 @@
-"""``RunStatistics``: what is known from several steps of a run together."""
+"""``RunStatistics``: the metrics that need several logged steps of a run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RunStatistics:
         self.speedup.observe(rewards_PG)
 
     def observe(self, found: MeasuredStep, *, fresh: bool) -> dict[str, float]:
-        """Adds a logged step, and returns the metrics; without those that aren't known.
+        """Adds a logged step, and returns the metrics that it can compute.
 
         ``fresh``: whether the step's prompts are a new draw whatever their rewards; only these enter the alignment.
         """

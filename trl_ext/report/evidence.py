@@ -83,10 +83,10 @@ def interval(values: Sequence[float], looks: int = 1) -> tuple[float, float, flo
 
 
 def largest_fall(values: Sequence[float], width: int = 5, draws: int = 200) -> tuple[int, float, float]:
-    """Compares the fall of smoothed values from their highest to the last with the falls of resampled noise.
+    """Compares how far smoothed values fell, from the highest to the last, with how far noise alone falls.
 
-    Noise falls too, and the further the more often one looks. Its falls are those of flat runs made of blocks of the
-    values' residuals from a running median, so that neighbours stay as alike as they are.
+    The noise is resampled: flat runs made of blocks of the values' residuals from a running median. Blocks keep the
+    correlation of neighbours.
 
     Returns:
         Where the highest mean of ``width`` begins; the fall from it to the last mean; that fall less the mean fall of

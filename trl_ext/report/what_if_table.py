@@ -239,7 +239,7 @@ def _step_table(
 
 
 def pooled_rates(tables: Sequence[StepTable]) -> dict[str, Rate]:
-    """Each method's best learning rate over that of ``std``, if the curvature is the same in all directions::
+    """Returns each method's best learning rate over that of ``std``, if curvature is the same in all directions::
 
         rate_m = (sum_t progress_m,t / sum_t |u_m,t|^2) / (the same of std)
 
