@@ -176,8 +176,14 @@ def errors_needed(answers: float) -> float:
 
 
 def moments(gram_PP: torch.Tensor, signal_P: torch.Tensor) -> torch.Tensor:
-    """(..., 5): the first five of ``StepMoments``, from (..., P, P) and (..., P)."""
+    """Returns (..., 5), the first five of ``StepMoments``, from (..., P, P) and (..., P).
+
+    Raises ``ValueError`` for shapes that don't fit, and below four prompts.
+    """
     n = signal_P.shape[-1]
+    if gram_PP.shape != (*signal_P.shape, n) or n < FEWEST_PROMPTS:
+        shapes = f"{tuple(gram_PP.shape)} and {tuple(signal_P.shape)}"
+        raise ValueError(f"gram_PP and signal_P have shapes {shapes}: expected (..., P, P), (..., P), P at least 4")
     gram_PP = gram_PP - torch.diag_embed(gram_PP.diagonal(dim1=-2, dim2=-1))
     row_P = gram_PP.sum(-1)
     total, squares, rows = row_P.sum(-1), gram_PP.square().sum((-1, -2)), row_P.square().sum(-1)

@@ -37,7 +37,12 @@ class SpeedupConstant:
     _kinds: torch.Tensor | None = None  # (2,) bool: a graded reward was seen, one outside [0, 1]
 
     def observe(self, rewards_PG: torch.Tensor) -> None:
-        """Adds a batch's groups as they were generated; NaN where a completion couldn't be scored."""
+        """Adds a batch's groups as they were generated; NaN where a completion couldn't be scored.
+
+        Raises ``ValueError`` unless the rewards are (P, G).
+        """
+        if rewards_PG.ndim != 2:
+            raise ValueError(f"rewards_PG has shape {tuple(rewards_PG.shape)}: expected (P, G)")
         reward_PG = rewards_PG.double()
         for whole in (0.0, 1.0):  # weighted sums of functions miss them by their rounding
             reward_PG = torch.where((reward_PG - whole).abs() < ROUNDING, whole, reward_PG)

@@ -45,6 +45,12 @@ def test_moments_are_the_means_over_all_tuples_of_different_prompts():
     torch.testing.assert_close(moments(k, v), torch.stack(want))
 
 
+@pytest.mark.parametrize("shape", [(3, 3), (5, 4), (4,)])
+def test_wrong_shapes_are_named(shape):
+    with pytest.raises(ValueError, match=r"expected \(\.\.\., P, P\), \(\.\.\., P\), P at least 4"):
+        moments(torch.zeros(shape), torch.zeros(shape[-1]))
+
+
 def test_the_interval_is_the_set_of_ratios_that_the_means_do_not_reject():
     step = moments_of(0.3, 5 * 0.0004, 5 * 0.0001, 5 * 0.0009)
     found = pooled_alignment([step] * 5)

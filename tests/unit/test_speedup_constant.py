@@ -57,6 +57,11 @@ def test_no_constant_outside_zero_and_one_and_before_the_first_pair():
     assert seen([[0.0, 1.0]], [[0.0, 2.0]], [[0.0, 1.0]]).value() is None
 
 
+def test_rewards_without_groups_are_named():
+    with pytest.raises(ValueError, match=r"rewards_PG has shape \(2,\): expected \(P, G\)"):
+        seen([0.0, 1.0])
+
+
 def test_rounding_of_a_sum_is_neither_graded_nor_outside():
     assert seen([[0.0, 1.0 + 1.2e-7]]).value() == seen([[0.0, 1.0]]).value()
 
