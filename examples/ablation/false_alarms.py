@@ -94,7 +94,7 @@ def table() -> str:
         f"| verdict | level | runs of {len(runs)} | seeds of {n} | share of seeds, 95 % |",
         "|---|---|---|---|---|",
     ]
-    for (name, level), keys in sorted(by_alarm.items(), key=lambda item: -len(item[1])):
+    for (name, level), keys in sorted(by_alarm.items(), key=lambda item: (-len(item[1]), item[0])):
         low, high = clopper_pearson(seeds(keys), n)
         lines.append(f"| `{name}` | {level} | {len(keys)} | {seeds(keys)} | {low:.0%} to {high:.0%} |")
     others = ", ".join(f"`{name}`" for name in SIGNATURES if name in told - {name for name, _ in by_alarm})

@@ -78,7 +78,7 @@ token_advantages = of_batch(
 batch_mask = of_batch(lambda out: {"completion_mask": out["completion_mask"] * (out["completion_mask"].cumsum(1) <= 3)})
 trls_keys = of_result(
     "_generate_and_score_completions",
-    lambda out: {name: 2 * out[name] if name == "advantages" else out[name] for name in TRLS_KEYS & out.keys()},
+    lambda out: {name: 2 * out[name] if name == "advantages" else out[name] for name in out if name in TRLS_KEYS},
 )
 generation = of_result("_generate_single_turn", first(lambda ids: [row[:5] for row in ids]))
 inputs = of_result("_prepare_inputs", lambda batch: {**batch, "advantages": batch["advantages"] + 0.5})
