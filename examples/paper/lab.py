@@ -35,7 +35,7 @@ STEPS = 150
 RATES = 2.0 ** np.arange(-4, 13.5, 0.5)
 METHODS = {  # of each part
     "map": ["mean", "std"],
-    "methods": ["mean", "std", "power", "max_rl", "median_mad", "loo", "rank", "adaptive", "true_sigma"],
+    "methods": ["mean", "std", "power", "max_rl", "median_mad", "loo", "rank", "true_sigma"],
     "structures": ["mean", "std"],
 }
 PROMPTS = ((0.0, 0.5), (0.0, 0.1), (2.0, 0.1))  # spread and pass rate, in the parts other than the map
@@ -142,7 +142,7 @@ def averages_of_mean(runs: Runs, taken: np.ndarray, reported: Policies, kept: Ma
         return [values[: max(int(end), least), seed, column] for seed, end in enumerate(last[:, column])]
 
     for column, name in enumerate(("steps", "area", "slowest")):
-        for key, values in (("c", runs.sigma), ("c_logged", runs.group_sigma)):
+        for key, values in (("c", runs.sigma), ("own_std_8_3", runs.group_sigma)):
             row[f"{key}_{name}"] = 8 / 3 * np.array([of_seed.mean() for of_seed in until_last(values, column)])
     row["variation_prompts"] = np.array([of_seed.mean() for of_seed in until_last(runs.variation, 2, 2)])
     row["variation_time"] = np.array([of_seed.std() / of_seed.mean() for of_seed in until_last(runs.sigma, 2, 2)])

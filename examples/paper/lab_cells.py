@@ -104,9 +104,9 @@ def summary_rows(cells: Sequence[Cell]) -> list[dict[str, str]]:
             "steps_ratio": math.exp(cell.steps_ratio()),
             "flow_ratio": math.exp(cell.flow_ratio()),
             "c": cell.value("c_steps"),
-            "c_logged": cell.value("c_logged_steps"),
+            "own_std_8_3": cell.value("own_std_8_3_steps"),
             "c_flow": cell.value("c_slowest"),
-            "c_start": start_constant(cell.setting),
+            "own_std_8_3_start": own_std_at_start(cell.setting),
             **{name: cell.value(name) for name in ("variation_prompts", "variation_time", "dead")},
             **{name: cell.value(name) for name in cell.rows["mean"] if name.startswith(("start_", "half_"))},
         }
@@ -117,9 +117,11 @@ def summary_rows(cells: Sequence[Cell]) -> list[dict[str, str]]:
     return rows
 
 
-def start_constant(setting: Setting) -> float:
-    """C as the first batch shows it in expectation: 8/3 of the mean std of a group of G sampled answers before
-    training (the true sigma where gradients are exact)."""
+def own_std_at_start(setting: Setting) -> float:
+    """Returns 8/3 of the groups' own std before training, in expectation: the mean population std of G sampled answers.
+
+    It is below C, as C takes the true sigma. With exact gradients the two are the same.
+    """
     policies, group = Policies(setting, [0]), setting.group
     logits = policies.base_SPK[0, :, 0] - math.log(setting.answers - 1)
     m = policies.pass_rates((1 / (1 + np.exp(-logits)))[:, None])

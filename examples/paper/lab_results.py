@@ -6,19 +6,17 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
 
 import numpy as np
 
 from examples.ablation.curves import Interval
 from examples.ablation.tables import markdown, sections
 
-from .lab_cells import DIALS, Cell, by_gradients, levels, start_constant, where
+from .lab_cells import DIALS, Cell, by_gradients, levels, own_std_at_start, where
 from .log_linear import Setting
 
 OVERLAPS = (0.0, 0.25, 0.5, 0.75, 0.9)
 RESAMPLES = 2000
-GAIN_BY_CONSTANT = (0.0, 0.7, 0.9, 1.1, math.inf)
 COUNTS = "better, worse, cells"
 
 
@@ -28,22 +26,6 @@ def gains_of(cells: Sequence[Cell], method: str = "std") -> tuple[np.ndarray, st
     found = [cell.area_gain(method) for cell in cells]
     better, worse = sum(one.low > 0 for one in found), sum(one.high < 0 for one in found)
     return np.array([one.estimate for one in found]), f"{better}, {worse}, {len(found)}"
-
-
-def by_constant(cells: Sequence[Cell]) -> list[str]:
-    """The table that decides: gain in area by group size and by the C that the first batches show."""
-    spans = list(pairwise(GAIN_BY_CONSTANT))
-    heads = [f"C {low:g} to {high:g}" for low, high in spans]
-    constants = [(cell, start_constant(cell.setting)) for cell in cells]
-    rows = []
-    for group in sorted(levels(cells, "group"), key=lambda group: group or math.inf):
-        texts = []
-        for low, high in spans:
-            at = [cell for cell, c in constants if cell.setting.group == group and low <= c < high]
-            gains, counts = gains_of(at)
-            texts.append(f"{gains.mean():+.3f} ({counts})" if at else "")
-        rows.append([f"{group:g}" if group else "endless", *texts])
-    return markdown(["answers a prompt", *heads], rows)
 
 
 # Predictors
@@ -101,7 +83,7 @@ def by_dial(cells: Sequence[Cell]) -> list[str]:
 
 PREDICTORS: dict[str, Callable[[Cell], float]] = {  # of log(T_std / T_mean)
     "log C, exact": lambda cell: math.log(cell.value("c_steps")),
-    "log C, logged": lambda cell: math.log(cell.value("c_logged_steps")),
+    "log of 8/3 of the groups' own std": lambda cell: math.log(cell.value("own_std_8_3_steps")),
     "log C, exact, of the slowest run": lambda cell: math.log(cell.value("c_slowest")),
     "variation of sigma over prompts, of the slowest run": lambda cell: cell.value("variation_prompts"),
     "variation of sigma over time, of the slowest run": lambda cell: cell.value("variation_time"),
@@ -119,7 +101,7 @@ def predictors(cells: Sequence[Cell]) -> list[str]:
             line = fit([read(cell) for cell in chosen], [ratio(cell) for cell in chosen])
             texts = ["too few", "", "", "", ""]
             if line is not None:
-                own = f"{line.as_it_is:.2f}" if name.startswith("log C") else ""
+                own = f"{line.as_it_is:.2f}" if name.startswith("log ") else ""
                 counted = f"{line.cells} of {len(chosen)}"
                 texts = [counted, f"{line.slope:.2f}", f"{line.intercept:.2f}", f"{line.explained:.2f}", own]
             rows.append([(f"G = {group:g}" if group else "exact") + kind, name, *texts])
@@ -132,10 +114,10 @@ def explained(cells: Sequence[Cell]) -> list[str]:
     _, sampled = by_gradients(cells)
     y = np.array([cell.area_gain().estimate for cell in sampled])
     log_group = np.log2([cell.setting.group for cell in sampled])
-    constant = np.array([start_constant(cell.setting) for cell in sampled])
+    constant = np.array([own_std_at_start(cell.setting) for cell in sampled])
     overlap = np.array([[cell.setting.overlap == level for level in OVERLAPS[1:]] for cell in sampled])
-    three = {"log2 G": log_group, "C at the start": constant, "their product": log_group * constant}
-    alone = [{name: three[name]} for name in ("C at the start", "log2 G")]
+    three = {"log2 G": log_group, "own std at the start": constant, "their product": log_group * constant}
+    alone = [{name: three[name]} for name in ("own std at the start", "log2 G")]
     rows = []
     for columns in ({"overlap": overlap}, *alone, three, {**three, "overlap": overlap}):
         x = np.column_stack([np.ones(len(y)), *columns.values()])
@@ -193,15 +175,6 @@ def methods_table(cells: Sequence[Cell]) -> list[str]:
     return markdown(["method", "G", "area less `mean`'s: least, mean, most", COUNTS], rows)
 
 
-def adaptive_table(cells: Sequence[Cell]) -> list[str]:
-    """``adaptive`` less ``std``, setting by setting."""
-    rows = [
-        [", ".join(f"{getattr(cell.setting, dial):g}" for dial in DIALS), f"{cell.area_gain('adaptive', 'std'):+.3f}"]
-        for cell in cells
-    ]
-    return markdown(["overlap, spread, pass rate, G, flips", "`adaptive` less `std`"], rows)
-
-
 def structures_table(cells: Sequence[Cell]) -> list[str]:
     """std less mean in other policies."""
     kinds: dict[str, list[Cell]] = {}
@@ -218,13 +191,11 @@ def structures_table(cells: Sequence[Cell]) -> list[str]:
 
 TABLES = [  # title, part of the cells, table
     ("Gain of `std` over `mean`, by dial", "map", by_dial),
-    (f"Gain of `std` over `mean`, by group size and C at the start ({COUNTS})", "map", by_constant),
     ("Best rates", "map", rates),
     ("What predicts T_std / T_mean", "map", predictors),
     ("What explains the gain", "map", explained),
     ("The assumptions", "map", assumption_table),
     ("Other methods", "methods", methods_table),
-    ("`adaptive`", "methods", adaptive_table),
     ("Other policies", "structures", structures_table),
 ]
 

@@ -12,7 +12,6 @@ import pytest
 from examples.ablation.tables import write_csv
 from examples.paper import lab, lab_cells, lab_results, log_linear
 from examples.paper.log_linear import Policies, Runs, Setting, train
-from grpo_kernels.normalize import std_rule
 
 
 def test_tables_by_hand(tmp_path):
@@ -50,19 +49,6 @@ def test_fits():
     assert lab_results.fit(x[:5], x[:5]) is None
 
 
-def test_the_rule_is_what_the_map_says():
-    """grpo_kernels/normalize/std_rule.py holds the map's table, as results/lab.csv has it."""
-    with open(Path(lab.__file__).parent / "results" / "lab.csv", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["part"] == "map"]
-    edges = lab_results.GAIN_BY_CONSTANT
-    for group, gains in zip(std_rule.GROUPS, std_rule.GAIN_GC, strict=True):
-        at = [row for row in rows if float(row["group"]) == group]
-        assert len(at) == 135
-        for low, high, gain in zip(edges, edges[1:], gains, strict=False):
-            found = [float(row["gain_std"]) for row in at if low <= float(row["c_start"]) < high]
-            assert gain == pytest.approx(np.mean(found) if found else 0.0, abs=6e-4)
-
-
 def test_the_gain_of_std_by_answers_and_flips_is_what_the_page_says():
     """docs/which-normalisation.md: means over results/lab.csv, with intervals 1.4 times as wide."""
     with open(Path(lab.__file__).parent / "results" / "lab.csv", newline="") as stream:
@@ -83,21 +69,6 @@ def test_the_gain_of_std_by_answers_and_flips_is_what_the_page_says():
         assert f"| {name} | {' | '.join(texts)} |" in page
 
 
-def test_the_rule_between_its_places():
-    assert [std_rule.std_exponent(c) for c in (0.2, 0.9, 1.0, 1.1, 1.3)] == pytest.approx([1, 1, 0.5, 0, 0])
-    assert std_rule.std_gain(0.5, 32) == pytest.approx(0.039)
-    assert std_rule.std_gain(0.9, 32) == pytest.approx(0.0165)  # half way from 0.8 to 1.0
-    assert std_rule.std_gain(0.5, 16) == pytest.approx(0.0235)  # half way from 8 to 32
-    assert std_rule.std_gain(0.1, 512) == pytest.approx(0.060)
-    assert std_rule.std_gain(2.0, 2) == pytest.approx(0.0)
-    for wrong in (math.nan, -0.1):
-        with pytest.raises(ValueError, match="must be a number that is not negative"):
-            std_rule.std_exponent(wrong)
-    for constant, group in ((math.nan, 8), (-0.1, 8), (0.5, 1)):
-        with pytest.raises(ValueError, match=f"group={group}"):
-            std_rule.std_gain(constant, group)
-
-
 def cell_of(gain, *, rate=1.0, methods=("mean", "std"), **setting):
     """A cell whose methods gain 0, ``gain``, 2 ``gain``... over ``mean``, with a little noise between four seeds."""
     noise = np.array([0.0, 1e-4, -1e-4, 0.0])
@@ -113,29 +84,19 @@ def cell_of(gain, *, rate=1.0, methods=("mean", "std"), **setting):
     return lab_cells.Cell("map", Setting(**setting), rows)
 
 
-def start_constant(**setting):
-    return lab_cells.start_constant(Setting(**setting))
+def own_std_at_start(**setting):
+    return lab_cells.own_std_at_start(Setting(**setting))
 
 
-def test_constant_at_the_start():
-    assert start_constant(group=2, pass_rate=0.5) == pytest.approx(2 / 3)  # 1/2 where one is right: half of the time
-    assert start_constant(group=2, pass_rate=0.2, noise=0.1) == pytest.approx(8 / 3 * 0.26 * 0.74)
-    assert start_constant(group=0, pass_rate=0.2, noise=0.1) == pytest.approx(8 / 3 * math.sqrt(0.26 * 0.74))
-    level = start_constant(group=0, pass_rate=0.5)
-    assert start_constant(group=0, pass_rate=0.5, spread=2.0) < level == pytest.approx(4 / 3)
+def test_the_groups_own_std_at_the_start():
+    assert own_std_at_start(group=2, pass_rate=0.5) == pytest.approx(2 / 3)  # 1/2 where one is right: half of the time
+    assert own_std_at_start(group=2, pass_rate=0.2, noise=0.1) == pytest.approx(8 / 3 * 0.26 * 0.74)
+    assert own_std_at_start(group=0, pass_rate=0.2, noise=0.1) == pytest.approx(8 / 3 * math.sqrt(0.26 * 0.74))
+    level = own_std_at_start(group=0, pass_rate=0.5)
+    assert own_std_at_start(group=0, pass_rate=0.5, spread=2.0) < level == pytest.approx(4 / 3)
     setting = {"spread": 1.0, "pass_rate": 0.3, "noise": 0.1}
     runs = train(Policies(Setting(**setting), [0]), "mean", np.zeros((1, 300)), 0)
-    assert 8 / 3 * runs.group_sigma.mean() == pytest.approx(start_constant(**setting), abs=0.01)
-
-
-def test_gain_by_constant_by_hand():
-    # C: 0.513, 0.667 at G = 2, 1.33 exact
-    hard, even = {"pass_rate": 0.2, "noise": 0.1}, {"pass_rate": 0.5}
-    cells = [cell_of(0.02, group=2, **hard), cell_of(-0.04, group=2, **even), cell_of(0.01, group=0, **even)]
-    head, _, two, endless = lab_results.by_constant(cells)
-    assert head == "| answers a prompt | C 0 to 0.7 | C 0.7 to 0.9 | C 0.9 to 1.1 | C 1.1 to inf |"
-    assert two == "| 2 | -0.010 (1, 1, 2) |  |  |  |"
-    assert endless == "| endless |  |  |  | +0.010 (1, 0, 1) |"
+    assert 8 / 3 * runs.group_sigma.mean() == pytest.approx(own_std_at_start(**setting), abs=0.01)
 
 
 def test_what_explains_the_gain():
@@ -146,11 +107,11 @@ def test_what_explains_the_gain():
     def shares(cells):
         return {line.split("|")[1].strip(): float(line.split("|")[2]) for line in lab_results.explained(cells)[2:]}
 
-    by_c = shares([cell_of(0.1 - 0.05 * start_constant(**s), **s) for s in settings])
-    assert by_c["C at the start"] == by_c["log2 G, C at the start, their product"] == 1
+    by_c = shares([cell_of(0.1 - 0.05 * own_std_at_start(**s), **s) for s in settings])
+    assert by_c["own std at the start"] == by_c["log2 G, own std at the start, their product"] == 1
     assert by_c["overlap"] == 0 and by_c["log2 G"] < 0.7
     by_overlap = shares([cell_of(0.05 * (s["overlap"] == 0.5), **s) for s in settings])
-    assert by_overlap["overlap"] == 1 and by_overlap["C at the start"] == 0
+    assert by_overlap["overlap"] == 1 and by_overlap["own std at the start"] == 0
 
 
 def test_best_rates_and_other_methods_by_hand():
@@ -159,12 +120,11 @@ def test_best_rates_and_other_methods_by_hand():
     assert (
         exact == "| exact | 1 | 4.00 [4.00, 4.00] | 1, 0 |" and sampled == "| sampled | 2 | 2.00 [2.00, 2.00] | 2, 0 |"
     )
-    two = [cell_of(gain, methods=("mean", "std", "adaptive")) for gain in (0.01, -0.02)]
+    two = [cell_of(gain, methods=("mean", "std", "max_rl")) for gain in (0.01, -0.02)]
     assert lab_results.methods_table(two)[2:] == [
         "| `std` | 8 | -0.020, -0.005, +0.010 | 1, 1, 2 |",
-        "| `adaptive` | 8 | -0.040, -0.010, +0.020 | 1, 1, 2 |",
+        "| `max_rl` | 8 | -0.040, -0.010, +0.020 | 1, 1, 2 |",
     ]
-    assert "| +0.010 [+0.010, +0.010] |" in lab_results.adaptive_table(two)[2]
 
 
 SPEED = {2: 0.01, 3: 0.015, 4: 0.05, 8: 0.2}  # accuracy a step at a rate; others learn nothing
@@ -208,7 +168,7 @@ def test_each_method_at_its_best_rates(monkeypatch):
     assert [only(f"c_{name}") for name in ("steps", "area", "slowest")] == pytest.approx(
         [8 / 3 * 0.1 * k for k in (1, 2, 3)]
     )
-    assert only("c_logged_area") == pytest.approx(8 / 3 * 0.1)
+    assert only("own_std_8_3_area") == pytest.approx(8 / 3 * 0.1)
     assert [only("variation_prompts"), only("variation_time"), only("dead")] == pytest.approx([0.3, 0, 0.4])
     # of the slowest run, the third column: at the start, and half way to its 30 steps
     assert only("start_seen") == 2 and only("half_seen") == 1502
