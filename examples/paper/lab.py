@@ -2,9 +2,9 @@
 
 Trains log-linear policies (``log_linear.py``) by plain gradient steps in every setting of a map of overlap, spread of
 difficulty, pass rate, group size and reward noise, with every method at its own best constant learning rate: chosen on
-the tuning seeds, measured on others. Writes ``cells.csv`` (all seeds), ``lab.csv`` (a row a setting), ``lab.md``,
-``map.png`` and ``predictor.png``. Half an hour on two CPU cores; repeat an interrupted command to go on;
-``--coarse`` takes four minutes.
+the tuning seeds, measured on others. Writes ``cells.csv`` (all seeds), ``lab.csv`` (a row a setting),
+``lab_methods.csv`` (a row a setting and method), ``lab.md``, ``map.png`` and ``predictor.png``. Half an hour on two CPU
+cores; repeat an interrupted command to go on; ``--coarse`` takes four minutes.
 """
 
 import argparse
@@ -190,7 +190,7 @@ def write_cells(path: Path, todo: list[tuple[str, Setting]], jobs: int) -> None:
 def main(arguments: list[str]) -> None:
     from examples.ablation.ablate import check_options
     from examples.ablation.tables import write_csv
-    from examples.paper.lab_cells import read_cells, summary_rows
+    from examples.paper.lab_cells import method_rows, read_cells, summary_rows
     from examples.paper.lab_plot import draw_map, draw_predictor
     from examples.paper.lab_results import tables
     from examples.tasks.command_line import exit_on
@@ -213,11 +213,12 @@ def main(arguments: list[str]) -> None:
     measured = read_cells(folder / "cells.csv")
     text = tables(measured)
     write_csv(folder / "lab.csv", summary_rows(measured))
+    write_csv(folder / "lab_methods.csv", method_rows(measured))
     (folder / "lab.md").write_text(text)
     on_map = [cell for cell in measured if cell.part == "map"]
     draw_map(on_map, folder / "map.png")
     draw_predictor(on_map, folder / "predictor.png")
-    print(f"{text}\nWritten to {folder}: cells.csv, lab.csv, lab.md, map.png, predictor.png")
+    print(f"{text}\nWritten to {folder}: cells.csv, lab.csv, lab_methods.csv, lab.md, map.png, predictor.png")
 
 
 if __name__ == "__main__":

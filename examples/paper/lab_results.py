@@ -12,7 +12,7 @@ import numpy as np
 from examples.ablation.curves import Interval
 from examples.ablation.tables import markdown, sections
 
-from .lab_cells import DIALS, Cell, by_gradients, levels, own_std_at_start, where
+from .lab_cells import DIALS, Cell, by_gradients, by_rewards, levels, own_std_at_start, where
 from .log_linear import Setting
 
 OVERLAPS = (0.0, 0.25, 0.5, 0.75, 0.9)
@@ -67,18 +67,22 @@ def r_squared(y: np.ndarray, left: np.ndarray) -> float:
 
 
 def by_dial(cells: Sequence[Cell]) -> list[str]:
-    """Gain in area at each level of each dial, exact and sampled gradients apart; in brackets the share of what is to
-    be gained: 1 - mean's area."""
+    """Gain in area by the answers to a prompt, and at each level of the other dials with sampled answers.
+
+    Right and flipped rewards are apart. In brackets the share of what is to be gained: 1 - mean's area.
+    """
+    _, sampled = by_gradients(cells)
     rows = []
-    for dial in DIALS:
-        for level in levels(cells, dial):
+    for dial in ("group", "pass_rate", "spread", "overlap"):
+        at_dial = cells if dial == "group" else sampled
+        for level in levels(at_dial, dial):
             texts = []
-            for at in by_gradients(where(cells, **{dial: level})):
+            for at in by_rewards(where(at_dial, **{dial: level})):
                 gains, counts = gains_of(at)
                 left = np.array([1 - cell.value("area") for cell in at])
                 texts += [f"{gains.mean():+.3f} ({gains.mean() / left.mean():.0%})", counts] if at else ["", ""]
             rows.append([dial, "exact" if dial == "group" and not level else f"{level:g}", *texts])
-    return markdown(["dial", "", "exact: gain in area (of what is left)", COUNTS, "sampled", COUNTS], rows)
+    return markdown(["dial", "", "right rewards: gain in area (of what is left)", COUNTS, "flipped", COUNTS], rows)
 
 
 PREDICTORS: dict[str, Callable[[Cell], float]] = {  # of log(T_std / T_mean)
@@ -110,8 +114,8 @@ def predictors(cells: Sequence[Cell]) -> list[str]:
 
 
 def explained(cells: Sequence[Cell]) -> list[str]:
-    """R^2 of linear regressions of the gain in area on sets of variables, over settings with sampled answers."""
-    _, sampled = by_gradients(cells)
+    """R^2 of linear regressions of the gain in area on sets of variables, with sampled answers and right rewards."""
+    sampled, _ = by_rewards(by_gradients(cells)[1])
     y = np.array([cell.area_gain().estimate for cell in sampled])
     log_group = np.log2([cell.setting.group for cell in sampled])
     constant = np.array([own_std_at_start(cell.setting) for cell in sampled])
@@ -165,14 +169,18 @@ def assumption_table(cells: Sequence[Cell]) -> list[str]:
 
 
 def methods_table(cells: Sequence[Cell]) -> list[str]:
-    """Each method's area less mean's, by group size: over the slice, and how often an interval leaves 0."""
+    """Each method's area less mean's over the slice, by flips and group size, and how often an interval leaves 0."""
+    groups = levels(cells, "group")
     rows = []
     for name in [name for name in cells[0].rows if name != "mean"]:
-        for group in levels(cells, "group"):
-            gains, counts = gains_of(where(cells, group=group), name)
-            least_to_most = ", ".join(f"{value:+.3f}" for value in (gains.min(), gains.mean(), gains.max()))
-            rows.append([f"`{name}`", f"{group:g}", least_to_most, counts])
-    return markdown(["method", "G", "area less `mean`'s: least, mean, most", COUNTS], rows)
+        for noise in levels(cells, "noise"):
+            texts = []
+            for group in groups:
+                gains, counts = gains_of(where(cells, group=group, noise=noise), name)
+                texts += [", ".join(f"{value:+.3f}" for value in (gains.min(), gains.mean(), gains.max())), counts]
+            rows.append([f"`{name}`", f"{noise:g}", *texts])
+    heads = [head for group in groups for head in (f"G = {group:g}: least, mean, most", COUNTS)]
+    return markdown(["area less `mean`'s", "flips", *heads], rows)
 
 
 def structures_table(cells: Sequence[Cell]) -> list[str]:

@@ -32,7 +32,7 @@ def test_tables_by_hand(tmp_path):
     assert math.isnan(cell.flow_ratio())  # three of four seeds: fewer than 80 %
     cell.rows["mean"]["flow_time"] = np.full(4, 8.0)
     assert cell.flow_ratio() == pytest.approx(0)
-    assert lab_results.by_dial([cell])[2] == "| overlap | 0 |  |  | +0.102 (20%) | 1, 0, 1 |"
+    assert lab_results.by_dial([cell])[2] == "| group | 8 | +0.102 (20%) | 1, 0, 1 |  |  |"
     cell.rows["std"]["edge_steps"] = np.ones(1)
     assert math.isnan(cell.steps_ratio())
 
@@ -49,24 +49,91 @@ def test_fits():
     assert lab_results.fit(x[:5], x[:5]) is None
 
 
+def committed(name):
+    """Rows of a file of results/, numbers as numbers; an empty value is NaN."""
+    with open(Path(lab.__file__).parent / "results" / name, newline="") as stream:
+        texts = ("part", "method")
+        return [{k: v if k in texts else float(v or "nan") for k, v in row.items()} for row in csv.DictReader(stream)]
+
+
+MAP = [row for row in committed("lab.csv") if row["part"] == "map"]
+README = (Path(lab.__file__).parent / "README.md").read_text()
+PAGE = (Path(lab.__file__).parents[2] / "docs" / "which-normalisation.md").read_text().replace("**", "")
+
+
+def mean_gain(rows, name="gain_std"):
+    return np.mean([row[name] for row in rows])
+
+
 def test_the_gain_of_std_by_answers_and_flips_is_what_the_page_says():
-    """docs/which-normalisation.md: means over results/lab.csv, with intervals 1.4 times as wide."""
-    with open(Path(lab.__file__).parent / "results" / "lab.csv", newline="") as stream:
-        cells = [row for row in csv.DictReader(stream) if row["part"] == "map"]
-    page = (Path(lab.__file__).parents[2] / "docs" / "which-normalisation.md").read_text().replace("**", "")
-    for group, name in (("4", "4"), ("8", "8"), ("32", "32"), ("128", "128"), ("0", "exact gradients")):
+    """docs/which-normalisation.md: intervals 1.4 times as wide."""
+    for group, name in ((4, "4"), (8, "8"), (32, "32"), (128, "128"), (0, "exact gradients")):
         texts = []
-        for noise in ("0", "0.1", "0.2"):
-            gains = [
-                [float(row[f"gain_{end}"]) for end in ("std", "low", "high")]
-                for row in cells
-                if (row["group"], row["noise"]) == (group, noise)
-            ]
-            better = sum(gain - 1.4 * (gain - low) > 0 for gain, low, _ in gains)
-            worse = sum(gain + 1.4 * (high - gain) < 0 for gain, _, high in gains)
-            assert len(gains) == 45
-            texts.append(f"{sum(gain for gain, *_ in gains) / 45:+.3f} ({better}, {worse})")
-        assert f"| {name} | {' | '.join(texts)} |" in page
+        for noise in (0, 0.1, 0.2):
+            at = [row for row in MAP if (row["group"], row["noise"]) == (group, noise)]
+            better = sum(row["gain_std"] - 1.4 * (row["gain_std"] - row["gain_low"]) > 0 for row in at)
+            worse = sum(row["gain_std"] + 1.4 * (row["gain_high"] - row["gain_std"]) < 0 for row in at)
+            assert len(at) == 45
+            texts.append(f"{mean_gain(at):+.3f} ({better}, {worse})")
+        assert f"| {name} | {' | '.join(texts)} |" in PAGE
+
+
+LEVELS = {
+    "group": {"exact gradients": 0, "G = 128": 128, "G = 32": 32, "G = 8": 8, "G = 4": 4},
+    **{
+        dial: {f"{name} {level:g}": level for level in levels}
+        for dial, name, levels in (
+            ("pass_rate", "pass rate", (0.5, 0.1, 0.03)),
+            ("spread", "spread", (0, 1, 2)),
+            ("overlap", "overlap", lab_results.OVERLAPS),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("dial", LEVELS)
+def test_the_gain_of_std_by_each_dial_is_what_the_readme_says(dial):
+    for name, level in LEVELS[dial].items():
+        texts = []
+        for flipped in (False, True):
+            at = [row for row in MAP if row[dial] == level and bool(row["noise"]) == flipped]
+            at = [row for row in at if row["group"] or dial == "group"]
+            share = mean_gain(at) / (1 - mean_gain(at, "area_mean"))
+            better, worse = sum(row["gain_low"] > 0 for row in at), sum(row["gain_high"] < 0 for row in at)
+            texts += [f"{mean_gain(at):+.3f} ({100 * share:.0f} %)", f"{better}, {worse}, {len(at)}"]
+        assert f"| {name} | {' | '.join(texts)} |".replace("(-0 %)", "(0 %)") in README
+
+
+def test_what_the_gain_of_std_depends_on_is_what_the_readme_says():
+    sampled = [row for row in MAP if row["group"]]
+    right = [row for row in sampled if not row["noise"]]
+    by_noise = [mean_gain([row for row in sampled if row["noise"] == noise]) for noise in (0, 0.1, 0.2)]
+    assert [round(gain, 3) for gain in by_noise] == [0.019, 0.005, 0.003]
+    low = [row for row in right if row["group"] == 32 and row["own_std_8_3_start"] < 0.9]
+    gains = [f"{mean_gain([row for row in low if row['overlap'] == one]):.3f}" for one in lab_results.OVERLAPS]
+    assert f"and G = 32, {', '.join(gains)} from 0 to 0.9" in plain(README)
+    high = [row for row in right if row["group"] == 32 and row["own_std_8_3_start"] >= 0.9]
+    assert f"{mean_gain(low):+.3f} against {mean_gain(high):+.3f} with 32 answers" in plain(PAGE)
+    exact = [max(row["gain_std"] for row in MAP if not row["group"] and bool(row["noise"]) == f) for f in (False, True)]
+    assert [round(gain, 2) for gain in exact] == [0.14, 0.03]
+
+
+def test_what_explains_the_gain_of_std_is_what_the_pages_say():
+    dials = ("overlap", "spread", "pass_rate", "noise")
+    cells = [
+        cell_of(row["gain_std"], group=int(row["group"]), **{dial: row[dial] for dial in dials})
+        for row in MAP
+        if row["group"]
+    ]
+    by_overlap, _, _, three, four = (float(line.split("|")[2]) for line in lab_results.explained(cells)[2:])
+    assert f"explain R^2 {three} of the gain; with overlap {four}; overlap alone {by_overlap}" in plain(README)
+    pages = f"R^2 {three} with those and their product, {four} with overlap too, {by_overlap} with overlap alone"
+    assert pages in plain(PAGE)
+
+
+def plain(page):
+    """The page without line breaks."""
+    return " ".join(page.split())
 
 
 def cell_of(gain, *, rate=1.0, methods=("mean", "std"), **setting):
@@ -122,8 +189,8 @@ def test_best_rates_and_other_methods_by_hand():
     )
     two = [cell_of(gain, methods=("mean", "std", "max_rl")) for gain in (0.01, -0.02)]
     assert lab_results.methods_table(two)[2:] == [
-        "| `std` | 8 | -0.020, -0.005, +0.010 | 1, 1, 2 |",
-        "| `max_rl` | 8 | -0.040, -0.010, +0.020 | 1, 1, 2 |",
+        "| `std` | 0 | -0.020, -0.005, +0.010 | 1, 1, 2 |",
+        "| `max_rl` | 0 | -0.040, -0.010, +0.020 | 1, 1, 2 |",
     ]
 
 
@@ -198,7 +265,7 @@ def test_command(tmp_path, monkeypatch):
     again = path.read_text()
     assert again.startswith("".join(lines[:6])) and lines[6] in again
     assert again.count(lines[1]) == 1  # what was whole isn't measured again
-    files = {"cells.csv", "lab.csv", "lab.md", "map.png", "predictor.png"}
+    files = {"cells.csv", "lab.csv", "lab_methods.csv", "lab.md", "map.png", "predictor.png"}
     assert {file.name for file in folder.iterdir()} == files
     text = (folder / "lab.md").read_text()
     assert "`median_mad`" in text and "features = 0" in text
