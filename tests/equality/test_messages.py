@@ -64,7 +64,8 @@ WRONG_OPTIONS = [
     ({"resample_live_prompts": 5, **RESAMPLED}, "resample_live_prompts=5 must be between 1 and 4"),
     ({"normalization": "global", **RESAMPLED}, "contradicts normalization='global'"),
     ({"what_if": ["maen"]}, "unknown normalization 'maen'.*Did you mean 'mean'"),
-    ({"what_if": ["adaptive"]}, "'adaptive' needs a state from earlier steps"),
+    ({"normalization": "adaptive"}, "'adaptive' was removed: .* use 'std', or 'max_rl' for hard prompts"),
+    ({"what_if": ["curvature"]}, "'curvature' needs a state from earlier steps"),
 ]
 
 
