@@ -10,26 +10,30 @@ from markupsafe import Markup
 from run_folders import change_config, copy, gradients, log_of, metrics, page_of
 
 from trl_ext.recorder.files import StepExtras, write_step
-from trl_ext.report.charts import sigma_and_curvature, without_outliers
+from trl_ext.report.charts import curves_of_a_run, sigma_and_curvature, without_outliers
 from trl_ext.report.command import main
+from trl_ext.report.first_screen import FirstScreen
 from trl_ext.report.groups import differences, group_runs, mean_and_band
 from trl_ext.report.numbers import MOST_HEATMAPS, MOST_PROMPTS, PromptCurvature, cluster_order, report_numbers
 from trl_ext.report.read_run import read_run
 from trl_ext.report.run_files import LOG_FILE
-from trl_ext.report.sections import FROM_INTERFERENCE, SECTIONS
-from trl_ext.report.summary import summary
+from trl_ext.report.sections import MAIN_CHART, SECTIONS
+from trl_ext.report.theory import theory
+from trl_ext.report.verdicts import LEVELS
 
 
 def test_the_command_writes_a_page_and_numbers_and_prints_the_summary(reported_run, tmp_path, capsys):
     page = page_of(reported_run, "--json", tmp_path / "numbers.json", folder=tmp_path / "deep")
     printed, numbers = capsys.readouterr().out, json.loads((tmp_path / "numbers.json").read_text())
     lines = re.findall(r"^  (\S.*)", printed, re.M)
-    assert "first, up to step 6:" in printed and lines[:5] == numbers["summary"]
-    assert len(lines) == 5 + len(numbers["diagnosis"]["verdicts"])
+    screen = FirstScreen(**{**numbers["screen"], "obstacles": [], "changes": []})
+    assert "first, up to step 6:" in printed and lines[0] == screen.learned
+    assert sum(line.startswith("Try ") for line in lines) == len(numbers["screen"]["changes"]) <= 3
+    assert sum(line.split(":")[0] in LEVELS for line in lines) == len(numbers["diagnosis"]["verdicts"])
     assert len(page.encode()) < 5e6
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"(?!data:)", page), "something to be fetched"
     for section in SECTIONS.values():
-        assert Markup.escape(section.heading) in page
+        assert Markup.escape(section.heading) in page  # as a section, or among those that aren't in the log
     assert numbers["logged_interference_steps"] == 6 and len(numbers["heatmaps"]) == 6
     assert numbers["curves"]["learning"]["reward"]["steps"] == [1, 2, 3, 4, 5, 6]
     assert numbers["config"]["num_generations"] == 4
@@ -52,7 +56,6 @@ def test_numbers_are_those_of_the_files(reported_run):
     assert sum(counts[first]) == sum(live_pairs[:2]) and sum(counts[last]) == sum(live_pairs[-2:])
     for name in ("compute/seconds_generation", "compute/seconds_rewards", "compute/seconds_training"):
         assert all(value > 0 for value in numbers.curves["compute"][name].values), name
-    assert any("of the sequences had no gradient" in line for line in numbers.summary)
 
 
 def test_clusters_stand_together():
@@ -94,10 +97,10 @@ def test_one_number_for_one_measurement(tiny_policy, tmp_path):
     assert (tmp_path / "interference" / "step_00000007.npz").is_file()
 
 
-def test_a_run_without_interference_says_how(tmp_path):
+def test_sections_without_numbers_are_not_shown_but_named(tmp_path):
     page = page_of(log_of(tmp_path / "plain", [{"step": 1, "loss": 0.0, "reward": 0.5}]), folder=tmp_path)
-    assert page.count("interference_every=10") == len(FROM_INTERFERENCE)
-    assert "Cosines of a logged step" not in page
+    assert page.count("interference_every=10") == 1 and "Cosines of a logged step" not in page
+    assert '<section id="interference"' not in page and "Not in this run's log: " in page
 
 
 def test_much_is_reduced_and_said(tmp_path):
@@ -133,54 +136,22 @@ def series(name, *values, **more):
 
 
 C, CORRELATION = "curvature/speedup_constant", "curvature/directional_corr"
-RUNS = {
-    "learned": (series("eval_accuracy", 0.2, 0.3, 0.4, 0.5), 0, "It learned: held-out accuracy 0.200 at step"),
-    "three evaluations": (series("eval_accuracy", 0.2, 0.4, 0.9), 0, "Too early to tell whether it learned"),
-    "three rewards": (series("reward", 0.9, 0.4, 0.1), 0, "Too early to tell whether it learned: 3 rewards"),
-    "the same": (series("reward", *[0.5] * 4), 0, "By its reward it did not change: from 0.500 to 0.500"),
-    "worse": (series("reward", 0.9, 0.6, 0.3, 0.0), 0, "it got worse"),
-    "one value": (series("reward", 0.5), 0, "can't be told"),
-    "helps": (series(C, 0.5), 2, "converges faster with division by the std (C = 0.50"),
-    "doesn't": (series(C, 1.5), 2, "gains nothing from division by the std (C = 1.50"),
-    "measured": (series(CORRELATION, 0.5, 0.6, 0.7, **{C: 0.5}), 2, "+0.60 [+0.35, +0.85] over 3 steps: it follows it"),
-    "against": (series(CORRELATION, -0.5, -0.6, -0.7, **{C: 0.5}), 2, "it doesn't, against the theory"),
-    "not told": (series(CORRELATION, -0.5, 0.6, 0.1, **{C: 0.5}), 2, "can't tell"),
-    "phase": (series("phase", 1, 2), 1, "Phase 2 since step 1, last measured at step 1: they begin to"),
-    "phase 2 from the first": (series("phase", *[2] * 4), 1, "Phase 2 since step 0, last measured at step 3"),
-    "saved": ([{"compute/sequences_skipped_frac": 0.5, "compute/flops_saved_frac": 0.6}], 4, "50% of the sequences"),
+THEORY = {
+    "helps": (series(C, 0.5), 1, "converges faster with division by the std (C = 0.50"),
+    "doesn't": (series(C, 1.5), 1, "gains nothing from division by the std (C = 1.50"),
+    "measured": (series(CORRELATION, 0.5, 0.6, 0.7, **{C: 0.5}), 1, "+0.60 [+0.35, +0.85] over 3 steps: it follows it"),
+    "against": (series(CORRELATION, -0.5, -0.6, -0.7, **{C: 0.5}), 1, "it doesn't, against the theory"),
+    "not told": (series(CORRELATION, -0.5, 0.6, 0.1, **{C: 0.5}), 1, "can't tell"),
+    "phase": (series("phase", 1, 2), 0, "Phase 2 since step 1, last measured at step 1: they begin to"),
+    "phase 2 from the first": (series("phase", *[2] * 4), 0, "Phase 2 since step 0, last measured at step 3"),
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_the_summary_says_what_happened(name, tmp_path):
-    entries, line, expected = RUNS[name]
+@pytest.mark.parametrize("name", THEORY)
+def test_what_the_theory_says_of_a_run(name, tmp_path):
+    entries, line, expected = THEORY[name]
     folder = log_of(tmp_path / "run", [{**entry, "step": step} for step, entry in enumerate(entries)])
-    lines = summary(read_run(folder))
-    assert len(lines) == 5 and expected in lines[line]
-
-
-CHOICE = "Which normalisation: std if the rewards are verified, std or mean if they may be wrong."
-HARD = (
-    " The prompts were hard at first (mean reward 0.10): with verified rewards try max_rl too, at a learning rate of "
-    "its own."
-)
-
-
-@pytest.mark.parametrize(
-    ("rewards", "constant", "more"),
-    [
-        ([0.1] * 2 + [0.9] * 18, 0.8, HARD),
-        ([0.2] * 2 + [0.1] * 18, 0.8, ""),
-        ([0.1] * 20, None, ""),  # no C: a reward may have been outside [0, 1]
-        ([], 0.8, ""),
-    ],
-)
-def test_the_summary_says_which_normalisation(rewards, constant, more, tmp_path):
-    """By the first tenth of the log: later prompts are easier."""
-    logs = [{"reward": reward, "step": step} for step, reward in enumerate(rewards, 1)]
-    logs += [{"loss": 0.0, "step": 21} | ({} if constant is None else {C: constant})]
-    folder = log_of(tmp_path / "run", logs)
-    assert summary(read_run(folder))[3] == CHOICE + more
+    assert expected in theory(read_run(folder))[line]
 
 
 # ---- several runs
@@ -261,6 +232,19 @@ def test_odd_options_in_a_configuration(reported_run, tmp_path):
     folder = copy(reported_run, tmp_path / "odd")
     change_config(folder, normalization=["a"], reward_weights=["a"])
     page_of(folder, folder=tmp_path)
+
+
+def test_the_page_lands_in_the_run_s_folder(reported_run, tmp_path, capsys):
+    folder = copy(reported_run, tmp_path / "run")
+    main(["report", str(folder)])
+    assert "<html" in (folder / "report.html").read_text() and str(folder / "report.html") in capsys.readouterr().out
+
+
+def test_one_far_value_does_not_take_a_curve_s_scale(tmp_path):
+    values = [*[0.5, 0.6] * 20, 400.0]
+    folder = log_of(tmp_path / "run", [{"step": i, "loss": 0.0, "reward": value} for i, value in enumerate(values)])
+    figure = curves_of_a_run(MAIN_CHART, report_numbers(read_run(folder)).curves["main"], {})
+    assert figure.layout.yaxis.range[1] < 0.7 and "(1 beyond)" in figure.layout.yaxis.title.text
 
 
 def test_a_far_point_does_not_take_the_scale():

@@ -17,20 +17,14 @@ from .groups import Group, mean_and_band
 from .numbers import Heatmap, Histogram, PartOfModel, PromptCurvature
 from .read_run import Curve
 from .sections import Curves
-from .summary import Span
 from .what_if_table import Method, Rate
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot")
-PHASES = {
-    1: ("#eef5ee", "phase 1: near-orthogonal"),
-    2: ("#ebe2c8", "phase 2: they begin to interfere"),
-    3: ("#dfc9c9", "phase 3: they interfere"),
-}
 HOVER_WIDTH = 36  # characters
 FEW_POINTS = 60  # curves of fewer have markers
 SHORT, MOST_LABELS = 18, 24  # characters of a prompt's label, and prompts up to which there are labels
-HEIGHT = 198
+HEIGHT, LARGE = 198, 400  # pixels
 GRID, TEXT = "#e3e6ea", "#4a5056"
 
 
@@ -115,7 +109,20 @@ def _with_axes(figure: go.Figure, chart: Curves) -> go.Figure:
     values = [value for trace in figure.data for value in trace.y if value is not None]
     if chart.log and values and min(values) > 0:
         _log_axis(figure, values)
+    elif values and not chart.stacked:
+        _leave_outliers_out(figure, values)
     return figure
+
+
+def _leave_outliers_out(figure: go.Figure, values: Sequence[float]) -> None:
+    """Ends the axis before a few far values that would take most of it, and says how many lie beyond."""
+    low, high = without_outliers(values)
+    if max(values) - min(values) > 3 * (high - low) > 0:
+        room = 0.05 * (high - low)
+        beyond = sum(not low <= value <= high for value in values)
+        figure.update_yaxes(
+            range=[low - room, high + room], title=f"{figure.layout.yaxis.title.text} ({beyond} beyond)"
+        )
 
 
 def _log_axis(figure: go.Figure, values: Sequence[float]) -> None:
@@ -139,17 +146,6 @@ def always_zero(chart: Curves, curves: Mapping[str, Curve]) -> bool:
     """Whether all that was logged of it is 0."""
     values = [value for name in chart.metrics if name in curves for value in curves[name].values]
     return bool(values) and not any(values)
-
-
-def shade_phases(figure: go.Figure, phases: Sequence[Span]) -> None:
-    """Shades the phases behind the curves, lighter to darker, and names them in the legend."""
-    for span in phases:
-        last, colour = max(span.last, span.first + 1), PHASES[span.phase][0]
-        figure.add_vrect(x0=span.first, x1=last, fillcolor=colour, layer="below", line_width=0)
-    for number in sorted({span.phase for span in phases}):
-        colour, label = PHASES[number]
-        marker = {"symbol": "square", "size": 10, "color": colour, "line": {"width": 1, "color": "#888"}}
-        figure.add_scatter(x=[None], y=[None], mode="markers", name=label, marker=marker)
 
 
 def heatmap(maps: Sequence[Heatmap]) -> go.Figure:

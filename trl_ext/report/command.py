@@ -24,7 +24,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m trl_ext", description="Looks at runs of CurvatureGRPOTrainer.")
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="one HTML file of one run, or of several side by side")
-    report.add_argument("-o", "--output", default="report.html", help="the page (default: report.html)")
+    report.add_argument("-o", "--output", help="the page (default: report.html in the first run's folder)")
     check_help = "verdicts: what is wrong, since when, what to do; exits 1 on a critical one, 2 on an error"
     check = commands.add_parser("check", help=check_help, description=check_help)
     for command in (report, check):
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def report(options: argparse.Namespace, command: str) -> None:
-    """Writes the page, and prints each run's summary; ``command`` is shown on the page."""
+    """Writes the page, and prints what its first screen says of each run; ``command`` is shown on the page."""
     for module in ("plotly", "scipy"):
         if find_spec(module) is None:
             sys.exit(f'error: the report needs {module}: pip install "curvature-grpo[report]"')
@@ -88,9 +88,9 @@ def report(options: argparse.Namespace, command: str) -> None:
     from .page import build_page
 
     try:
-        output = writable(Path(options.output), ".html")
-        json_file = writable(Path(options.json), ".json") if options.json else None
         runs = read_runs(options.runs)
+        output = writable(Path(options.output or runs[0].folder / "report.html"), ".html")
+        json_file = writable(Path(options.json), ".json") if options.json else None
         groups = group_runs(runs)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -102,7 +102,7 @@ def report(options: argparse.Namespace, command: str) -> None:
     numbers = [report_numbers(run, len(runs)) for run in runs]
     for one in numbers:
         print(f"{one.run}, up to step {one.last_step}:")
-        for line in one.summary:
+        for line in one.screen.lines():
             print(f"  {line}")
         for found in one.diagnosis.verdicts:
             print(f"  {found.level}: {found.title}, since step {found.onset}: {found.evidence}.")

@@ -24,10 +24,11 @@ from trl_ext.recorder.files import InterferenceRecord
 
 from .by_task import TaskTable, tasks
 from .completions import SampledAnswer, read_completions
+from .first_screen import FirstScreen, first_screen
 from .read_run import Curve, Run
 from .run_files import Configuration
-from .sections import SECTIONS
-from .summary import Span, Tile, phases, summary, tiles
+from .sections import MAIN_CHART, SECTIONS
+from .theory import Span, phases, theory
 from .verdicts import Diagnosis, diagnose
 from .what_if_table import WhatIfTable, what_if_table
 
@@ -110,8 +111,8 @@ class ReportNumbers:
     last_step: int
     logged_interference_steps: int
     most_prompts: int
-    summary: list[str]
-    tiles: list[Tile]
+    screen: FirstScreen
+    theory: list[str]
     diagnosis: Diagnosis
     problems: list[str]
     notes: list[str]
@@ -137,9 +138,10 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def curves(run: Run) -> dict[str, dict[str, Curve]]:
-    """Section -> metric -> curve, without metrics never logged."""
+    """Section, or "main" for the large chart -> metric -> curve, without metrics never logged."""
     logged = dict.fromkeys(name for entry in run.logs for name in entry)
-    found: dict[str, dict[str, Curve]] = {}
+    main = {name: curve for name in MAIN_CHART.metrics if (curve := _thinned(run.curve(name))).steps}
+    found: dict[str, dict[str, Curve]] = {"main": main}
     for section, one in SECTIONS.items():
         ordered = sorted(logged) if section == "tasks" else logged  # reward functions in the order of the run's
         names = [*(name for chart in one.curves for name in chart.find(ordered).metrics), *MORE.get(section, ())]
@@ -297,15 +299,15 @@ def report_numbers(run: Run, n_runs: int = 1) -> ReportNumbers:
     """``n_runs`` share the page's heatmaps."""
     with_pairs = [record for record in run.records if len(cosines(record)[0]) > 1]
     chosen = [with_pairs[i] for i in evenly(len(with_pairs), max(2, MOST_HEATMAPS // n_runs))]
-    compared = what_if(run)
+    compared, diagnosis = what_if(run), diagnose(run)
     numbers = ReportNumbers(
         run=run.name,
         last_step=run.last_step,
         logged_interference_steps=len(run.records),
         most_prompts=MOST_PROMPTS,
-        summary=summary(run),
-        tiles=tiles(run, compared),
-        diagnosis=diagnose(run),
+        screen=first_screen(run, diagnosis),
+        theory=theory(run),
+        diagnosis=diagnosis,
         problems=run.problems,
         notes=notes(run),
         config=run.config,

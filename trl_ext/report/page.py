@@ -19,23 +19,17 @@ from plotly.offline import get_plotlyjs
 from trl_ext.options import SCALE_REWARDS_METHOD
 
 from . import charts
+from .compare_runs import compare_runs
 from .completions import SampledAnswer
 from .definitions import DEFINITIONS, PAPER
 from .groups import Group, differences
 from .numbers import Pair, ReportNumbers
 from .read_run import Run
 from .run_files import Configuration
-from .sections import FROM_INTERFERENCE, SECTIONS, Curves
+from .sections import MAIN_CHART, SECTIONS, THEORY, Curves
 from .what_if_table import Method
 
-HOW_TO_LOG = "Not in this run's folder. CurvatureGRPOConfig(interference_every=10), the default, logs it."
-HOW_TO = {
-    "parts": "Not in this run's folder. CurvatureGRPOConfig(interference_parts=True) logs it.",
-    "tasks": "Of datasets with a column task, of two tasks or more.",
-    "completions": "No answers were kept in this run's folder.",
-}
 SHOWN_PAIRS = 3  # of each kind
-NOT_LOGGED = "Nothing of it is in this run's log."
 # what is shown of a configuration: label -> option
 CONFIGURATION = {
     "model": "model_name_or_path",
@@ -74,14 +68,13 @@ class Part:
 
 @dataclass(frozen=True)
 class ShownSection:
-    """``small``: takes half of the page's width; ``empty``: has nothing but a note why."""
+    """``small``: takes half of the page's width."""
 
     id: str
     heading: str
     sentence: str
     parts: list[Part]
     small: bool
-    empty: bool
 
 
 def _chart(figure: go.Figure, title: str, height: int = charts.HEIGHT, *, shape: str = "", note: str = "") -> Part:
@@ -112,8 +105,6 @@ def _curves_of_a_run(section: str, numbers: ReportNumbers, chosen: Sequence[Curv
             chart = replace(chart, reference=((float(clip), f"clipped at {clip:g}"),))
         figure = charts.curves_of_a_run(chart, numbers.curves[section], numbers.paper)
         if figure is not None:
-            if "reward" in chart.metrics:
-                charts.shade_phases(figure, numbers.phases)
             parts.append(_chart(figure, chart.title))
     return parts
 
@@ -212,7 +203,21 @@ OWN = {
 }
 
 
-def _section(name: str, numbers: Sequence[ReportNumbers], groups: Sequence[Group]) -> ShownSection:
+def main_chart(numbers: Sequence[ReportNumbers], groups: Sequence[Group]) -> Part | None:
+    """Reward and held-out score; of several runs the held-out score alone, where all have it."""
+    if len(numbers) == 1:
+        figure = charts.curves_of_a_run(MAIN_CHART, numbers[0].curves["main"], {})
+        return None if figure is None else _chart(figure, MAIN_CHART.title, charts.LARGE)
+    for name in ("eval_accuracy", "eval_reward", "reward"):
+        if all(name in one.curves["main"] for one in numbers):
+            figure = charts.curves_of_groups(MAIN_CHART, name, groups)
+            label = MAIN_CHART.metrics[name].capitalize()
+            return None if figure is None else _chart(figure, label, charts.LARGE)
+    return None
+
+
+def _section(name: str, numbers: Sequence[ReportNumbers], groups: Sequence[Group]) -> ShownSection | None:
+    """None where the runs have nothing of it."""
     own: list[Part] = []
     for one in numbers:
         own += OWN[name](one, f"{one.run}: " if len(numbers) > 1 else "") if name in OWN else []
@@ -221,12 +226,11 @@ def _section(name: str, numbers: Sequence[ReportNumbers], groups: Sequence[Group
     parts = own + curves if first else curves + own
     if name == "curvature" and len(parts) == 3 and len(numbers) == 1:
         parts = [replace(part, shape="third") for part in parts]
-    if not parts:
-        parts = [Part(note=HOW_TO.get(name, HOW_TO_LOG if name in FROM_INTERFERENCE else NOT_LOGGED))]
+    if not any(part.figure or part.methods or part.pairs or part.completions or part.note for part in parts):
+        return None
     small = len([part for part in parts if part.figure or not part.note]) <= 1 and len(own) < 2
-    empty = bool(parts[0].note) and len(parts) == 1
     section = SECTIONS[name]
-    return ShownSection(name, section.heading, section.sentence, parts, small and name != "completions", empty)
+    return ShownSection(name, section.heading, section.sentence, parts, small and name != "completions")
 
 
 def configuration(config: Configuration) -> list[tuple[str, str]]:
@@ -238,7 +242,11 @@ def configuration(config: Configuration) -> list[tuple[str, str]]:
 
 def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[ReportNumbers], command: str) -> str:
     """The HTML file as a text. ``numbers`` are ``report_numbers`` of the runs."""
-    sections = [_section(name, numbers, groups) for name in SECTIONS]
+    shown = [section for name in SECTIONS if (section := _section(name, numbers, groups)) is not None]
+    main = main_chart(numbers, groups)
+    sections = [section for section in shown if section.id not in THEORY]
+    theory = [section for section in shown if section.id in THEORY]
+    in_order = [*([main] if main else []), *(part for one in [*sections, *theory] for part in one.parts)]
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
     )
@@ -247,10 +255,14 @@ def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[R
         numbers=numbers,
         configurations=[configuration(run.config) for run in runs],
         differences=differences(runs) if all(run.config for run in runs) else [],
+        main=main,
+        comparison=compare_runs(*runs) if len(runs) == 2 else [],
         sections=sections,
+        theory=theory,
+        absent=[one.heading for name, one in SECTIONS.items() if name not in {found.id for found in shown}],
         definitions=DEFINITIONS,
         paper=PAPER,
-        figures=[part.figure for section in sections for part in section.parts if part.figure],
+        figures=[part.figure for part in in_order if part.figure],
         plotly_gzip=Markup(base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()),
         command=command,
     )

@@ -37,17 +37,16 @@ class Section:
 
 
 SHARE = "share"
+MAIN_CHART = Curves(
+    "Reward and held-out score",
+    "reward; share right",
+    {"reward": "reward in training", "eval_accuracy": "held-out accuracy", "eval_reward": "held-out reward"},
+)
 SECTIONS: dict[str, Section] = {
     "learning": Section(
-        "Did it learn?",
-        "Reward of the sampled answers, and accuracy on problems never trained on. The shade behind is the training "
-        "phase.",
+        "How it learned",
+        "The size of its steps, and each reward function.",
         (
-            Curves(
-                "Reward and held-out score", "reward; share right",
-                {"reward": "reward in training", "eval_accuracy": "held-out accuracy",
-                 "eval_reward": "held-out reward"},
-            ),
             Curves("Gradient before clipping", "norm", {"grad_norm": "norm"}, log=True),
             Curves("Rewards by function", "mean reward", pattern=r"rewards/(.+)/mean"),
         ),
@@ -87,7 +86,7 @@ SECTIONS: dict[str, Section] = {
                  "normalization/scale_max": "largest"},
             ),
             Curves(
-                "Groups that teach nothing", "share of groups",
+                "Dead groups", "share of groups",
                 {"normalization/zero_variance_frac": "all answers alike", "normalization/all_right_frac": "all right",
                  "normalization/all_wrong_frac": "all wrong"},
             ),
@@ -192,4 +191,4 @@ SECTIONS: dict[str, Section] = {
         "Two prompts of a logged step: one whose answers differ in reward, and one whose don't.",
     ),
 }  # fmt: skip
-FROM_INTERFERENCE = ("what_if", "noise", "interference", "curvature", "theory")
+THEORY = ("curvature", "theory")  # folded away

@@ -1,0 +1,106 @@
+"""The report's first screen, by hand: did it learn, what got in the way, what next; and two runs against each other."""
+
+import pytest
+from run_folders import log_of, page_of
+
+from trl_ext.report.compare_runs import compare_runs
+from trl_ext.report.first_screen import first_screen, learned, obstacles, scatter, truncated_tokens
+from trl_ext.report.next_experiment import next_experiment
+from trl_ext.report.read_run import read_run
+from trl_ext.report.verdicts import diagnose
+
+
+def run_of(folder, name, *values, config=None, **more):
+    entries = [{"step": step, "loss": 0.0, name: value, **more} for step, value in enumerate(values)]
+    if name.startswith("eval_"):
+        entries = [{key: value for key, value in entry.items() if key != "loss"} for entry in entries]
+    return read_run(log_of(folder / "run", entries, **(config or {})))
+
+
+SENTENCES = {
+    "a steady rise has no noise": ("eval_accuracy", [0.2, 0.3, 0.4, 0.5], {}, "It learned: held-out accuracy 0.200 → 0.500, +0.300 [+0.300, +0.300] from step 0 to 3."),
+    # 100 answers at 0.5 each: sqrt(2 * 0.25 / 100) = 0.0707, times 1.96 = 0.139
+    "answers are counted": (
+        "eval_accuracy", [0.5, 0.5, 0.5, 0.5], {"eval_runtime": 10.0, "eval_samples_per_second": 10.0},
+        "No change can be told: held-out accuracy 0.500 → 0.500, +0.000 [-0.139, +0.139]",
+    ),
+    "three evaluations": ("eval_accuracy", [0.2, 0.4, 0.9], {}, "Too early to tell whether it learned"),
+    "three rewards": ("reward", [0.9, 0.4, 0.1], {}, "Too early to tell whether it learned: reward in training 0.900"),
+    "the same": ("reward", [0.5] * 4, {}, "It didn't change: reward in training 0.500 → 0.500"),
+    "worse": ("reward", [0.9, 0.6, 0.3, 0.0], {}, "It got worse"),
+    "one value": ("reward", [0.5], {}, "can't be told"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_whether_it_learned_with_an_interval(name, tmp_path):
+    metric, values, more, expected = SENTENCES[name]
+    assert expected in learned(run_of(tmp_path, metric, *values, **more))
+
+
+def test_a_trend_is_no_noise():
+    assert scatter([0.0, 1.0, 2.0, 3.0]) == 0.0 and scatter([0.0, 1.0, 4.0]) == 0.0
+    assert scatter([0.0, 1.0, 0.0, 1.0]) == pytest.approx((4 / 3) ** 0.5)  # second differences -2 and 2
+
+
+def test_what_took_most_comes_first(tmp_path):
+    """Of 10 s a step rewards take 3; of 40 tokens an answer, a tenth of the answers have 100."""
+    metrics = {
+        "normalization/zero_variance_frac": 0.4,
+        "completions/clipped_ratio": 0.1,
+        "completions/mean_length": 40.0,
+        "compute/seconds_generation": 5.0,
+        "compute/seconds_rewards": 3.0,
+        "compute/seconds_training": 2.0,
+        "clip_ratio/region_mean": 0.005,
+    }
+    run = run_of(tmp_path, "reward", 0.5, 0.5, config={"max_completion_length": 100}, **metrics)
+    assert truncated_tokens(run) == pytest.approx(0.25)
+    found = obstacles(run)
+    assert [(one.name.split(":")[0], round(one.share, 3), one.of) for one in found] == [
+        ("dead groups", 0.4, "answers"),
+        ("rewards", 0.3, "seconds"),
+        ("truncated answers", 0.25, "generated tokens"),
+    ]
+    lines = first_screen(run, diagnose(run)).lines()
+    assert "40% of the answers: dead groups: all answers got the same reward; 30% of the seconds: rewards" in lines[1]
+
+
+CONFIG = {"learning_rate": 1e-4, "num_generations": 8, "normalization": "mean"}
+C = {"curvature/speedup_constant": 0.8}
+
+
+def options_of(run):
+    return [change.option for change in next_experiment(run, diagnose(run))]
+
+
+def test_the_next_experiment_is_at_most_three_options_to_set(tmp_path):
+    hard = run_of(tmp_path, "reward", *[0.1] * 10, config=CONFIG, **C)
+    assert options_of(hard) == ["normalization='max_rl'", "learning_rate=0.0002"]
+    assert "verified" in next_experiment(hard, diagnose(hard))[0].reason
+    easy = run_of(tmp_path / "easy", "reward", *[0.6] * 10, config=CONFIG, **C)
+    assert options_of(easy) == ["normalization='std'", "learning_rate=0.0002"]
+
+
+def test_a_verdict_s_option_comes_first(tmp_path):
+    config = {**CONFIG, "normalization": "std", "max_completion_length": 64}
+    cut = run_of(tmp_path, "reward", *[0.6] * 10, config=config, **C, **{"completions/clipped_ratio": 1.0})
+    assert options_of(cut) == ["max_completion_length=128", "learning_rate=0.0002"]
+
+
+def test_nothing_is_suggested_that_cannot_be_said(tmp_path):
+    assert options_of(run_of(tmp_path, "reward", *[0.1] * 10)) == []  # TRL's run: no configuration, no C
+
+
+def test_two_runs_side_by_side(tmp_path):
+    runs = []
+    for name, more in (("a", 0.0), ("b", 0.2)):
+        logs = [{"step": i, "loss": 0.0, "reward": 0.5 + more + 0.01 * (i % 3), "grad_norm": 1.0} for i in range(30)]
+        logs += [{"step": 30, "eval_accuracy": 0.5 + more, "eval_runtime": 1.0, "eval_samples_per_second": 200.0}]
+        runs.append(read_run(log_of(tmp_path / name, logs, seed=0, name=name)))
+    found = {one.label: one for one in compare_runs(*runs)}
+    held_out = found["held-out accuracy at step 30"]  # 1.96 * sqrt((0.25 + 0.21) / 200) = 0.094
+    assert (held_out.low, held_out.high) == pytest.approx((0.2 - 0.094, 0.2 + 0.094), abs=1e-3) and held_out.told
+    assert found["reward in training, mean"].told and not found["gradient norm, mean"].told
+    page = page_of(tmp_path / "a", tmp_path / "b", folder=tmp_path)
+    assert "b less a" in page and "held-out accuracy at step 30" in page

@@ -1,0 +1,183 @@
+"""What the page's first screen says: did the run learn, what got in the way, and which experiment is next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .evidence import ends
+from .next_experiment import Change, next_experiment
+from .read_run import Run
+from .verdicts import Diagnosis
+
+LEAST_POINTS = 4  # of fewer a change has no error, and isn't claimed
+SMALL_CHANGE = 0.02  # of accuracy or reward, no change worth a word
+WORTH_SHOWING = 0.01  # share of tokens, answers or seconds
+EVALUATION = 0.1  # share of the seconds from which evaluation gets in the way
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Something that took a ``share`` of the run's answers, generated tokens or seconds (``of``)."""
+
+    name: str
+    share: float
+    of: str
+
+
+@dataclass(frozen=True)
+class FirstScreen:
+    """``learned`` is a sentence; ``obstacles`` begin with the largest; ``gradients``: noise, and who dominates."""
+
+    learned: str
+    obstacles: list[Obstacle]
+    gradients: list[str]
+    changes: list[Change]
+
+    def lines(self) -> list[str]:
+        """The same as lines of text."""
+        way = [f"{one.share:.0%} of the {one.of}: {one.name}" for one in self.obstacles]
+        changes = [f"{one.option} ({one.reason}); effect: {one.effect}" for one in self.changes]
+        return [
+            self.learned,
+            f"What got in the way: {'; '.join(way) or 'nothing that took 1 % or more'}.",
+            *self.gradients,
+            *(f"Try {change}." for change in changes),
+        ]
+
+
+def first_screen(run: Run, diagnosis: Diagnosis) -> FirstScreen:
+    """Everything that the first screen says of a run."""
+    return FirstScreen(learned(run), obstacles(run), gradients(run, diagnosis), next_experiment(run, diagnosis))
+
+
+# ---- did it learn?
+
+
+def learned(run: Run) -> str:
+    """A sentence with a 95 % interval of the change, on held-out questions where they were evaluated."""
+    for name, label in (("eval_accuracy", "held-out accuracy"), ("eval_reward", "held-out reward")):
+        steps, values = run.series(name)
+        if len(values) > 1:
+            error = sampling_error(run, (values[0], values[-1])) if name == "eval_accuracy" else 0.0
+            error = error or scatter(values)
+            where = f"from step {steps[0]} to {steps[-1]}"
+            return _sentence(
+                f"{label} {values[0]:.3f} → {values[-1]:.3f}", where, values, values[-1] - values[0], error
+            )
+    values = run.series("reward")[1]
+    if len(values) < 2:
+        return "Whether it learned can't be told: fewer than two rewards are in the log."
+    before, after = ends(values)
+    error = scatter(values) / math.sqrt(max(1, round(len(values) / 10)))
+    where = "from the first to the last tenth of the log; no held-out score is logged"
+    return _sentence(f"reward in training {before:.3f} → {after:.3f}", where, values, after - before, error)
+
+
+def _sentence(score: str, where: str, values: Sequence[float], change: float, error: float) -> str:
+    if len(values) < LEAST_POINTS:
+        return f"Too early to tell whether it learned: {score} {where}, measured {len(values)} times of {LEAST_POINTS}."
+    half = 1.96 * error
+    if abs(change) < max(SMALL_CHANGE, half):
+        verdict = "It didn't change" if abs(change) < SMALL_CHANGE and half < SMALL_CHANGE else "No change can be told"
+    else:
+        verdict = "It learned" if change > 0 else "It got worse"
+    return f"{verdict}: {score}, {change:+.3f} [{change - half:+.3f}, {change + half:+.3f}] {where}."
+
+
+def sampling_error(run: Run, accuracies: Sequence[float]) -> float:
+    """Standard error of the difference of two accuracies by the number of evaluated answers; 0 if that isn't logged."""
+    answers = (run.last("eval_runtime") or 0.0) * (run.last("eval_samples_per_second") or 0.0)
+    if answers < 1:
+        return 0.0
+    return math.sqrt(sum(value * (1 - value) / answers for value in accuracies if 0 <= value <= 1))
+
+
+def scatter(values: Sequence[float]) -> float:
+    """Standard error of the difference of two of the values, from second differences, in which a steady trend cancels.
+
+    With independent noise of variance s^2, a difference has the variance 2 s^2 and a second difference 6 s^2.
+    """
+    return float(np.sqrt(np.mean(np.diff(values, 2) ** 2) / 3)) if len(values) >= LEAST_POINTS else 0.0
+
+
+# ---- what got in the way?
+
+
+def obstacles(run: Run) -> list[Obstacle]:
+    """What took most of the answers, tokens or seconds, the largest share first."""
+    found = [
+        Obstacle(
+            "dead groups: all answers got the same reward", mean(run, "normalization/zero_variance_frac"), "answers"
+        ),
+        Obstacle("truncated answers", truncated_tokens(run), "generated tokens"),
+        Obstacle("answers without a reward", mean(run, "normalization/unscorable_frac"), "answers"),
+        Obstacle("clipped tokens", mean(run, "clip_ratio/region_mean"), "trained tokens"),
+        *_slow(run),
+    ]
+    return sorted((one for one in found if one.share >= WORTH_SHOWING), key=lambda one: -one.share)
+
+
+def mean(run: Run, name: str) -> float:
+    """Over the whole log; 0 where the metric isn't logged."""
+    values = run.series(name)[1]
+    return float(np.mean(values)) if values else 0.0
+
+
+def truncated_tokens(run: Run) -> float:
+    """Share of the generated tokens that are in truncated answers: each has ``max_completion_length`` of them."""
+    limit, length = run.config.get("max_completion_length"), mean(run, "completions/mean_length")
+    if not isinstance(limit, int) or not length:
+        return 0.0
+    return min(1.0, mean(run, "completions/clipped_ratio") * limit / length)
+
+
+def seconds(run: Run) -> dict[str, float]:
+    """Seconds of the logged steps by stage, scaled to the whole run, and of evaluation."""
+    stages = {
+        name: run.series(f"compute/seconds_{name}")[1] for name in ("generation", "rewards", "log_probs", "training")
+    }
+    logged = max((len(values) for values in stages.values()), default=0)
+    steps = run.last_step / logged if logged else 0.0  # TRL logs means over the steps between two log lines
+    found = {name: float(np.sum(values)) * steps for name, values in stages.items() if values}
+    evaluation = float(np.sum(run.series("eval_runtime")[1]))
+    return {**found, **({"evaluation": evaluation} if evaluation else {})}
+
+
+def _slow(run: Run) -> list[Obstacle]:
+    spent = seconds(run)
+    whole = sum(spent.values())
+    if not whole or "training" not in spent:
+        return []
+    found = [Obstacle("rewards", spent.get("rewards", 0.0) / whole, "seconds")]
+    if spent.get("evaluation", 0.0) > EVALUATION * whole:
+        found.append(Obstacle("evaluation", spent["evaluation"] / whole, "seconds"))
+    return found
+
+
+# ---- the prompts' gradients, apart from the ranking
+
+
+def gradients(run: Run, diagnosis: Diagnosis) -> list[str]:
+    """How far prompts agree, how much is noise, and who dominates, in a sentence each."""
+    found = [f"{one.evidence[0].upper()}{one.evidence[1:]}." for one in diagnosis.verdicts if one.name == "dominated"]
+    alignment = aligned(run)
+    if alignment is not None:
+        found.insert(0, alignment)
+    elif run.records:
+        found.insert(0, "Whether the prompts' gradients agree can't be told from noise yet.")
+    return found
+
+
+def aligned(run: Run) -> str | None:
+    """The latest alignment with its interval; None where none is logged."""
+    for name, kind in (("interference/alignment", ""), ("interference/alignment_trained", ", as trained")):
+        logged = [run.series(f"{name}{end}")[1] for end in ("", "_low", "_high")]
+        if all(logged):
+            value, low, high = (values[-1] for values in logged)
+            meaning = "they help one another" if low > 0 else "they oppose one another" if high < 0 else "none is shown"
+            return f"Alignment of the prompts' gradients{kind}: {value:.2f} [{low:.2f}, {high:.2f}]; {meaning}."
+    return None
