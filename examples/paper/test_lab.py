@@ -131,6 +131,78 @@ def test_what_explains_the_gain_of_std_is_what_the_pages_say():
     assert pages in plain(PAGE)
 
 
+OTHERS = committed("lab_methods.csv")
+LABELS = {"power": "`power` 0.5", "rank": "`rank`: on binary rewards `loo`", "true_sigma": "the true sigma"}
+
+
+def other(method, **wanted):
+    return [row for row in OTHERS if row["method"] == method and all(row[dial] == at for dial, at in wanted.items())]
+
+
+def signed(value):
+    return f"{value:+.3f}".replace("-0.000", "0.000").replace("+0.000", "0.000")
+
+
+@pytest.mark.parametrize("method", lab.METHODS["methods"][1:])
+def test_other_methods_are_what_the_readme_says(method):
+    for noise, flips in ((0, "none"), (0.1, "a tenth")):
+        texts = []
+        for group in (8, 32):
+            at = other(method, group=group, noise=noise)
+            gains = [row["less_mean"] for row in at]
+            assert len(gains) == 6
+            texts.append(", ".join(signed(gain) for gain in (min(gains), np.mean(gains), max(gains))))
+            texts.append(f"{sum(r['less_mean_low'] > 0 for r in at)}, {sum(r['less_mean_high'] < 0 for r in at)}")
+        assert f"| {LABELS.get(method, f'`{method}`')} | {flips} | {' | '.join(texts)} |" in README
+
+
+def test_max_rl_is_what_the_pages_say():
+    def span(digits, **wanted):
+        gains = [row["less_mean"] for row in other("max_rl", pass_rate=0.1, **wanted)]
+        return f"{min(gains):+.{digits}f} to {max(gains):+.{digits}f}"
+
+    (right_8, right_32), (wrong_8, wrong_32) = (
+        [span(2, overlap=0.5, noise=noise, group=group) for group in (8, 32)] for noise in (0, 0.1)
+    )
+    shared = f"right rewards {right_8} at G = 8 and {right_32} at G = 32; with a tenth of the rewards flipped"
+    assert f"{shared} {wrong_8} and {wrong_32}" in plain(README)
+    assert f"{right_8} above `mean` with 8 answers and {right_32} with 32" in plain(PAGE)
+    assert f"{span(2, overlap=0.5, noise=0.1)} above it where they share" in plain(PAGE)
+    assert span(2, overlap=0, noise=0.1) == "-0.08 to -0.06"
+    for page, text in ((README, "right rewards it is"), (PAGE, "where they share nothing")):
+        assert f"{text} {span(3, overlap=0, noise=0)}" in plain(page)
+    assert max(abs(row["less_mean"]) for row in other("max_rl", pass_rate=0.5)) < 0.01
+
+
+@pytest.mark.parametrize(("noise", "name"), [(0, "right rewards"), (0.1, "a tenth flipped")])
+def test_max_rl_less_std_is_what_the_pages_say(noise, name):
+    """Intervals 1.4 times as wide as the seeds make them."""
+    at = other("max_rl", noise=noise)
+    halves = [(row["less_std_high"] - row["less_std_low"]) / 2 for row in at]
+    worst = min(row["less_std"] for row in at)
+    mean = f"{mean_gain(at, 'less_std'):+.3f} +- {1.4 * math.hypot(*halves) / len(at):.3f}"
+    assert f"{mean} with {name} (worst setting {worst:.3f})" in plain(README)
+    assert f"{mean}, at worst {worst:.3f}" in plain(PAGE)
+
+
+def test_the_true_sigma_and_loo_are_what_the_readme_says():
+    shared = {"overlap": 0.5, "spread": 0, "pass_rate": 0.1, "noise": 0}
+    (known, known_few), (std, std_few) = (
+        [other(method, group=group, **shared)[0] for group in (32, 8)] for method in ("true_sigma", "std")
+    )
+    (exact,) = (row for row in MAP if not row["group"] and all(row[dial] == at for dial, at in shared.items()))
+    many = f"gain {known['less_mean']:.3f} where `std` gains {std['less_mean']:.3f} (exact {exact['gain_std']:.3f})"
+    few = f"gain {known_few['less_mean']:.3f} [{known_few['less_mean_low']:.3f}, {known_few['less_mean_high']:+.3f}]"
+    assert f"{many}; with 8 they {few} where `std` gains {std_few['less_mean']:.3f}" in plain(README)
+    alone = [row["less_mean"] for row in other("true_sigma", overlap=0, noise=0)]
+    assert (round(min(alone), 3), round(max(alone), 2)) == (-0.035, -0.01)
+    gains = [row["less_mean"] for row in other("loo")]
+    by_group = [f"{mean_gain(other('loo', group=group), 'less_mean'):+.3f} at G = {group}" for group in (8, 32)]
+    assert f"gains {min(gains):+.3f} to {max(gains):+.3f}, on average {' and '.join(by_group)}" in plain(README)
+    better = [row["group"] for row in other("loo") if row["less_mean_low"] > 0]
+    assert better == [32] * 3
+
+
 def plain(page):
     """The page without line breaks."""
     return " ".join(page.split())
