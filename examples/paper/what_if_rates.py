@@ -47,7 +47,7 @@ SETTINGS = {
     "mixture, 32 answers": Setting("mixture", 32, 0.08),
     "arithmetic": Setting("arithmetic", 8, 0.01),
 }
-# best learning rate over std's, with its 95 % interval (None: one seed), by SGD without clipping; copied from ../paper/README.md
+# best learning rate over std's, with its 95 % interval (None: one seed), by SGD without clipping; copied from README.md
 # (mean on the mixture), ../ablation/several_tasks.md (max_rl, none) and ../ablation/README.md (arithmetic)
 MEASURED: dict[tuple[str, str], tuple[float, tuple[float, float] | None]] = {
     ("mixture", "mean"): (2.22, (2.16, 2.45)),
@@ -147,6 +147,23 @@ def arithmetic_range(method: str, answers: int) -> tuple[float, float] | None:
     return float(ratios.min()), float(ratios.max())
 
 
+def log_errors(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[float, float]]:
+    """(setting, method) -> log of predicted over measured rate: the pooled one's, and that of 1 / median factor."""
+    found = {}
+    for (name, method), (measured, _) in MEASURED.items():
+        own = [row for row in rows if row["setting"] == name]
+        if rate := rates(own).get(method):
+            found[name, method] = math.log(rate.value / measured), math.log(median_rate(own, method) / measured)
+    return found
+
+
+def holds(rate: Rate, measured: tuple[float, tuple[float, float] | None]) -> bool:
+    """Whether the interval of the prediction overlaps that of the measurement."""
+    value, ends = measured
+    low, high = ends or (value, value)
+    return rate.low <= high and low <= rate.high
+
+
 def interval(value: float, ends: tuple[float, float] | None) -> str:
     return f"{value:.2f}" if ends is None else f"{value:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"
 
@@ -169,10 +186,11 @@ def table(rows: Sequence[Row], name: str) -> list[str]:
                 f"{sum(method in run for run in runs)} of {len(runs)}",
                 f"{median_rate(rows, method):.2f}",
                 interval(*measured) if measured else "",
+                ("yes" if holds(rate, measured) else "no") if rate and measured else "",
                 f"{bound[0]:.2f} to {bound[1]:.2f}" if bound else "",
             ]
         )
-    head = ["method", "pooled rate", "runs with a rate", "1 / median factor", "measured", "arithmetic range"]
+    head = ["method", "pooled rate", "runs with a rate", "1 / median factor", "measured", "holds", "arithmetic range"]
     return markdown(head, lines)
 
 
