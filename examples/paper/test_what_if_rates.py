@@ -1,0 +1,59 @@
+"""The page on what-if's rates is what its CSV says; ranges by hand; the script runs."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from examples.paper import what_if_rates
+from examples.paper.what_if_rates import MEASURED, SETTINGS, arithmetic_range, interval, median_rate, rates, table
+
+EXAMPLES = Path(__file__).parents[1]
+PAGE = (EXAMPLES / "paper" / "what_if_rates.md").read_text()
+ROWS = what_if_rates.read_rows()
+
+
+def of(name):
+    return [row for row in ROWS if row["setting"] == name]
+
+
+def test_the_page_has_the_tables_of_the_numbers():
+    for name in SETTINGS:
+        assert "\n".join(table(ROWS, name)) in PAGE
+
+
+def test_measured_ratios_are_those_of_their_pages():
+    files = ("paper/README.md", "ablation/README.md", "ablation/several_tasks.md")
+    pages = "".join((EXAMPLES / file).read_text() for file in files).replace("**", "")
+    assert all(interval(*one) in pages for one in MEASURED.values())
+
+
+def test_arithmetic_ranges_by_hand():
+    """Of 8 rewards with k of 1 the std is sqrt(k (8 - k) / 56): 0.354 to 0.535."""
+    least, most = math.sqrt(7 / 56), math.sqrt(16 / 56)
+    assert arithmetic_range("mean", 8) == pytest.approx((1 / most, 1 / least))
+    assert arithmetic_range("loo", 8) == pytest.approx((7 / 8 / most, 7 / 8 / least))
+    assert arithmetic_range("power", 8) == pytest.approx((most**-0.5, least**-0.5))
+    assert arithmetic_range("max_rl", 8) == pytest.approx((1 / 8 / least, 7 / 8 / least))
+    assert arithmetic_range("batch_std", 8) is None and arithmetic_range("none", 8) is None
+
+
+def test_rates_are_pooled_over_the_steps_of_all_runs():
+    numbers = [("std", 2.0, 4.0, 1.0), ("mean", 1.0, 1.0, 0.5)]
+    rows = [
+        {
+            "setting": "x",
+            "seed": str(seed),
+            "step": str(step),
+            "method": method,
+            "progress": p,
+            "square": s,
+            "factor": f,
+        }
+        for seed in (0, 1)
+        for step in (1, 3, 5)
+        for method, p, s, f in numbers
+    ]
+    assert rates(rows)["mean"].value == pytest.approx(2.0)  # (1 / 1) / (2 / 4)
+    assert median_rate(rows, "mean") == 2.0
+    assert [one["mean"].value for one in what_if_rates.rates_of_runs(rows)] == pytest.approx([2.0, 2.0])
