@@ -35,6 +35,8 @@ def test_arithmetic_ranges_by_hand():
     assert arithmetic_range("loo", 8) == pytest.approx((7 / 8 / most, 7 / 8 / least))
     assert arithmetic_range("power", 8) == pytest.approx((most**-0.5, least**-0.5))
     assert arithmetic_range("max_rl", 8) == pytest.approx((1 / 8 / least, 7 / 8 / least))
+    # pass rates mixed at will: sum p a / sum s a^2 with a = 1 / ratio, over the same without a
+    assert (least / most**2, most / least**2) == pytest.approx((1.24, 4.28), abs=0.005)
     assert arithmetic_range("batch_std", 8) is None and arithmetic_range("none", 8) is None
 
 
@@ -57,3 +59,15 @@ def test_rates_are_pooled_over_the_steps_of_all_runs():
     assert rates(rows)["mean"].value == pytest.approx(2.0)  # (1 / 1) / (2 / 4)
     assert median_rate(rows, "mean") == 2.0
     assert [one["mean"].value for one in what_if_rates.rates_of_runs(rows)] == pytest.approx([2.0, 2.0])
+
+
+def test_the_script_as_users_run_it(launch, mixed_policy, tmp_path):
+    file = tmp_path / "rates.csv"
+    options = f"--settings mixture --seeds 42 --steps 4 --every 2 --output {file}".split()
+    done = launch("paper/what_if_rates.py", *options)
+    assert done.returncode == 0 and "mixture, seed 42: done" in done.stdout, done.stderr[-3000:]
+    rows = what_if_rates.read_rows(file)
+    assert {row["method"] for row in rows} == set(what_if_rates.METHODS)
+    assert "\n".join(table(rows, "mixture")) in done.stdout
+    again = launch("paper/what_if_rates.py", *options)
+    assert again.returncode == 0 and "done" not in again.stdout
