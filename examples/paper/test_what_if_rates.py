@@ -1,6 +1,7 @@
 """The page on what-if's rates is what its CSV says; ranges by hand; the script runs."""
 
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,24 @@ def of(name):
 def test_the_page_has_the_tables_of_the_numbers():
     for name in SETTINGS:
         assert "\n".join(table(ROWS, name)) in PAGE
+
+
+def test_the_figures_that_the_page_states():
+    errors = what_if_rates.log_errors(ROWS)
+    for methods, stated in (("mean max_rl batch_std none", (0.07, 0.20)), ("max_rl batch_std none", (0.06, 0.27))):
+        chosen = [pair for (_, method), pair in errors.items() if method in methods.split()]
+        found = tuple(round(statistics.fmean(abs(pair[i]) for pair in chosen), 2) for i in (0, 1))
+        assert found == stated
+    assert "0.07 for the pooled rate, 0.20 for" in PAGE and "is narrow, 0.06 and 0.27" in PAGE
+    for (name, method), (_, low, high) in MEASURED.items():
+        assert low <= rates(of(name))[method].value <= high
+        assert (low <= median_rate(of(name), method) <= high) == (method != "max_rl")
+    runs = {name: what_if_rates.rates_of_runs(of(name)) for name in SETTINGS}
+    assert [sum(map(bool, runs[name])) for name in SETTINGS] == [3, 2]
+    by_run = {name: ", ".join(f"{run['max_rl'].value:.2f}" for run in runs[name] if run) for name in SETTINGS}
+    assert f"{by_run['mixture']} on the mixture; {by_run['arithmetic']} on arithmetic" in " ".join(PAGE.split())
+    for name in SETTINGS:
+        assert rates(of(name))["loo"].value == pytest.approx(7 / 8 * rates(of(name))["mean"].value, rel=1e-4)
 
 
 def test_measured_ratios_are_those_of_their_pages():
