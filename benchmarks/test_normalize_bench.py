@@ -30,7 +30,6 @@ def context_of(method: str, rewards_PG: torch.Tensor) -> dict:
         "function_rewards": torch.stack([rewards_PG, 1 - rewards_PG.square()], dim=2),
         "running_variance": 0.25,
         "curvature_scale": torch.ones_like(rewards_PG[:, 0]),
-        "alpha": 0.5,
     }
 
 

@@ -48,6 +48,7 @@ def build_trainer(training):
     from examples.tasks.calculator import SameNumber, calculate, calculator_policy, questions
     from examples.tasks.command_line import say
     from trl_ext import CurvatureGRPOTrainer
+    from trl_ext.console import ConsoleCallback
 
     def report(step: int, loss: float) -> None:
         say(f"warming the policy up (half a minute, then cached): step {step}, loss {loss:.3f}")
@@ -63,7 +64,7 @@ def build_trainer(training):
         processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
         tools=[calculate],
     )
-    for replaced in (PrinterCallback, ProgressCallback):
+    for replaced in (PrinterCallback, ProgressCallback, ConsoleCallback):
         trainer.remove_callback(replaced)
     return trainer
 

@@ -209,17 +209,14 @@ def build_trainer(script, training, model):
 
 def say_start(trainer, prompts) -> None:
     """Says how many questions and processes there are, shows a question, and chooses what is printed from here on."""
-    from transformers import PrinterCallback, ProgressCallback
-
     from examples.tasks.command_line import say
     from trl_ext.checkpoints import StopWithCheckpoint
-    from trl_ext.console import ConsoleCallback
+    from trl_ext.console import use_console
+    from trl_ext.trainer import components_of
 
     processes = trainer.accelerator.num_processes
-    for replaced in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(replaced)
-    for ours in (ConsoleCallback(), StopWithCheckpoint()):
-        trainer.add_callback(ours)
+    use_console(trainer, components_of(trainer).seconds, anywhere=True)
+    trainer.add_callback(StopWithCheckpoint())
     if started_alone(processes):
         say("accelerate was asked for several processes on CPUs and started one, without telling: to have two, add")
         say("--config_file examples/accelerate/cpu_two_processes.yaml after accelerate launch.")
@@ -270,6 +267,8 @@ def main(arguments: list[str]) -> None:
     from contextlib import nullcontext
 
     from examples.tasks.command_line import exit_on, say
+
+    say("Loading torch, transformers and TRL.")
     from trl_ext.checkpoints import CheckpointError
     from trl_ext.tasks.small_policy import trial_step
     from trl_ext.tasks.threads import quickest_threads

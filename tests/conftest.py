@@ -38,7 +38,7 @@ def warm_policy() -> Path:
     some seconds; the whole one is nightly's.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small_policy, "LEARNED_ACCURACY", 0.3)
+        patch.setattr(small_policy.WarmUp, "learned", 0.3)
         return small_policy.small_policy(42)  # the default seed of the script's arguments
 
 

@@ -65,7 +65,6 @@ SETTINGS = {
     "beta": {"normalization": "beta", "interference_every": 3},
     "decoupled": {"normalization": "decoupled", "functions": 2},
     "running_std": {"normalization": "running_std"},
-    "adaptive": {"normalization": "adaptive"},
     "curvature": {"normalization": "curvature", "interference_every": 1},
 }
 OWN_NAMES = ("lora", "ranks", "functions", "dead")  # of this script; all others are options

@@ -116,7 +116,7 @@ def method_options(method: str, alpha: float = 0.5) -> dict:
     return {"alpha": alpha} if method == "power" else {}
 
 
-def context_of(method: str, rewards, alpha: float = 0.5) -> dict:
+def context_of(method: str, rewards) -> dict:
     """What the method needs besides the rewards, as plain lists: also the reference's arguments."""
     context = {
         # different in every place; the first completion of all is empty
@@ -129,14 +129,13 @@ def context_of(method: str, rewards, alpha: float = 0.5) -> dict:
         },
         "running_std": lambda: {"running_variance": 0.25},
         "curvature": lambda: {"curvature_scale": [0.5 + p for p in range(len(rewards))]},
-        "adaptive": lambda: {"alpha": alpha},
     }
     return context.get(method, dict)()
 
 
-def context_tensors(method: str, rewards_PG, alpha: float = 0.5) -> dict:
+def context_tensors(method: str, rewards_PG) -> dict:
     """The same as ``normalize_rewards`` takes it."""
-    context = context_of(method, rewards_PG.tolist(), alpha)
+    context = context_of(method, rewards_PG.tolist())
     shapes = {"lengths": rewards_PG.shape, "function_rewards": (*rewards_PG.shape, 2)}  # of an empty batch too
     return {
         name: torch.tensor(value, dtype=torch.float64, device=rewards_PG.device).reshape(shapes.get(name, (-1,)))

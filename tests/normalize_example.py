@@ -20,14 +20,14 @@ PASSED = [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]]
 def run(rewards, method, *, alpha=0.5, dtype=torch.float32, device="cpu", statistics=False, **arguments):
     """``normalize_rewards`` on nested lists or a tensor, with what the method needs."""
     tensor = torch.as_tensor(rewards, dtype=dtype, device=device)
-    context = context_tensors(method, tensor, alpha)
+    context = context_tensors(method, tensor)
     result = normalize_with_statistics(tensor, method, context=context, **method_options(method, alpha), **arguments)
     return result if statistics else result.advantages
 
 
 def reference(rewards, method, *, alpha=0.5, eps=1e-4) -> torch.Tensor:
     rewards = torch.as_tensor(rewards, dtype=torch.float64).tolist()
-    arguments = {"alpha": alpha, **context_of(method, rewards, alpha)}
+    arguments = {"alpha": alpha, **context_of(method, rewards)}
     return torch.tensor(normalize_rewards_reference(rewards, method, eps=eps, **arguments), dtype=torch.float64)
 
 

@@ -67,7 +67,7 @@ def _scale(method: str, group: Sequence[float], eps: float, alpha: float, contex
     mean, std = statistics.fmean(group), statistics.stdev(group)
     if method == "mean":
         return 1.0
-    if method in ("power", "adaptive"):
+    if method == "power":
         return (std + eps) ** alpha
     spread = {
         "std": lambda: std,

@@ -1,34 +1,63 @@
-"""Prints a run's progress: a progress bar, and one line of metrics per logged step."""
+"""Prints a run's progress: one row of metrics per logged step, and on a terminal a bar that says what is going on.
+
+The trainer uses it on terminals in place of transformers' progress bar, which prints TRL's whole dictionary.
+"""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from .stage_seconds import StageSeconds
 
 # heading, width, name of the trainer's metric, format
 COLUMNS = (
-    ("step", 5, "step", "{:.0f}"),
-    ("reward", 7, "reward", "{:.3f}"),
-    ("accuracy", 9, "accuracy", "{:.3f}"),
-    ("held-out", 9, "eval_accuracy", "{:.3f}"),
-    ("zero-var", 9, "normalization/zero_variance_frac", "{:.2f}"),
-    ("entropy", 8, "entropy", "{:.3f}"),
-    ("tokens", 7, "completions/mean_length", "{:.1f}"),
+    ("step", 6, "step", "{:.0f}"),
+    ("reward", 8, "reward", "{:.3f}"),
+    ("held-out", 10, "eval_accuracy", "{:.3f}"),
+    ("dead", 6, "normalization/zero_variance_frac", "{:.0%}"),
+    ("length", 8, "completions/mean_length", "{:.1f}"),
+    ("entropy", 9, "entropy", "{:.3f}"),
     ("grad", 8, "grad_norm", "{:.3f}"),
-    ("loss", 8, "loss", "{:.4f}"),
-    ("s/step", 7, "step_time", "{:.2f}"),
+    ("s/step", 8, "step_time", "{:.2f}"),
+    ("left", 9, "left", "{}"),
 )
+OTHER_NAMES = {"eval_accuracy": "eval_reward", "entropy": "entropy_live"}  # where the first isn't logged
 LEGEND = (
-    "reward, accuracy: of the sampled answers. held-out: accuracy on problems that aren't trained on. zero-var: share\n"
-    "of prompts whose answers all have the same reward. They have no gradient and aren't run; entropy is of the rest.\n"
-    "A loss of about 0 is expected: on policy every ratio is 1, so the loss is the mean of the advantages, weighted\n"
-    "by length, which sum to 0 in a group. Its gradient isn't 0: watch reward and grad."
+    "reward: mean of the sampled answers. held-out: accuracy, or reward, on questions that aren't trained on. dead: share\n"
+    "of the groups whose answers all got the same reward; they have no gradient. length: tokens of an answer. entropy:\n"
+    "nats a token. grad: norm of the gradient. left: time until the last step, at the speed so far."
 )
-
+STAGES = {"generation": "generating", "rewards": "rewards", "log_probs": "log-probs", "step": "forward and backward"}
 ADVISE_AFTER = 2  # logged steps in a row with the same problem
+
+
+def on_a_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def use_console(trainer: Any, stages: StageSeconds, *, anywhere: bool = False) -> None:
+    """Puts the console in place of transformers' progress bar.
+
+    Args:
+        stages: where the console reads what is going on.
+        anywhere: also where standard output isn't a terminal, and in place of TRL's dictionary (``disable_tqdm``).
+            By default only transformers' own bar is replaced, and only on a terminal: notebooks keep theirs.
+    """
+    kinds = {type(callback) for callback in trainer.callback_handler.callbacks}
+    if not anywhere and (ProgressCallback not in kinds or not on_a_terminal()):
+        return
+    for kind in (PrinterCallback, ProgressCallback, ConsoleCallback):
+        if kind in kinds:
+            trainer.remove_callback(kind)
+    trainer.add_callback(ConsoleCallback(stages))
 
 
 def advice(metrics: Mapping[str, float | None], max_completion_length: int) -> dict[str, str]:
@@ -37,76 +66,109 @@ def advice(metrics: Mapping[str, float | None], max_completion_length: int) -> d
     if metrics.get("completions/clipped_ratio") == 1:
         found["cut"] = (
             f"every answer was cut at max_completion_length={max_completion_length} before it ended. "
-            "Raise --max_completion_length, or ask for shorter answers (--instruction)."
+            "Raise max_completion_length, or ask for shorter answers."
         )
     if metrics.get("accuracy") == 0:
         found["wrong"] = (
-            "every answer was wrong, so no group has a gradient. Take easier questions (--dataset, --levels), a "
-            "stronger model (--model_name_or_path), or more answers per prompt (--num_generations). Or the model "
-            "misunderstands the question: --log_completions true shows its answers, --prompt_style and --instruction "
-            "change the prompt."
+            "every answer was wrong, so no group has a gradient. Take easier questions, a stronger model, or more "
+            "answers per prompt (num_generations). Or the model misunderstands the question: log_completions=True shows "
+            "its answers."
         )
     return found
 
 
-def format_row(metrics: dict[str, float | None]) -> str:
-    """Returns one line of the table; the cell of a missing metric is empty."""
+def format_row(metrics: Mapping[str, Any]) -> str:
+    """Returns one row of the table; the cell of a missing metric is empty."""
     cells = []
     for _, width, name, layout in COLUMNS:
-        value = metrics.get(name, metrics.get(f"{name}_live"))
-        cells.append((layout.format(float(value)) if value is not None else "").rjust(width))
+        value = metrics.get(name, metrics.get(OTHER_NAMES.get(name, "")))
+        cells.append((layout.format(value) if value is not None else "").rjust(width))
     return "".join(cells)
 
 
 class ConsoleCallback(TrainerCallback):
-    """Prints a progress bar (in a terminal) and the table on the main process. An evaluation gets its own line."""
+    """Prints the table on the main process, when a run goes on, saves and stops, and on a terminal a bar."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: StageSeconds | None = None) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
-        self.progress: Progress | None = None
+        self.stages = stages
+        self.bar: Progress | None = None
         self.heading_printed = False
         self.problems: dict[str, int] = {}  # by name: in how many logged steps in a row
+        self.started, self.first_step, self.evaluated = time.monotonic(), 0, 0
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False)
 
+    def _show(self, doing: str) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, description=doing)
+
+    # ---- the run begins, saves, ends
+
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.progress.start()
-        self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if state.global_step:
+            self._print(f"Going on at step {state.global_step} of {state.max_steps}.")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.bar.start()
+        self.task = self.bar.add_task("starting", total=state.max_steps, completed=state.global_step)
+        if self.stages is not None:
+            self.stages.on_begin = lambda stage: self._show(STAGES.get(stage, stage))
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._print(f"Saved checkpoint-{state.global_step}.")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is None:
+            return
+        self.bar.stop()
+        self.bar = None
+        if self.stages is not None:
+            self.stages.on_begin = None
+        if state.global_step < state.max_steps:
+            self._print(f"Stopped at step {state.global_step} of {state.max_steps}.")
+
+    # ---- steps and evaluations
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.progress is not None:
-            self.progress.update(self.task, completed=state.global_step)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.evaluated += 1
+        self._show(f"evaluating, batch {self.evaluated}")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluated = 0
+        self._show("training")
+
+    def _time_left(self, state: Any) -> str | None:
+        done = state.global_step - self.first_step
+        if done < 1:
+            return None
+        seconds = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+        return str(timedelta(seconds=round(seconds)))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {name for _, _, name, _ in COLUMNS}
+        shown = {name for _, _, name, _ in COLUMNS} | set(OTHER_NAMES.values())
         if not state.is_world_process_zero or not logs or not shown & set(logs):
             return
         if not self.heading_printed:
             self._print("\n" + LEGEND + "\n")
             self._print("".join(heading.rjust(width) for heading, width, _, _ in COLUMNS))
             self.heading_printed = True
-        self._print(format_row({**logs, "step": state.global_step}))
+        self._print(format_row({**logs, "step": state.global_step, "left": self._time_left(state)}))
         if "reward" in logs:
-            found = advice(logs, args.max_completion_length)
-            self.problems = {name: self.problems.get(name, 0) + 1 for name in found}
-            for name, text in found.items():
-                if self.problems[name] == ADVISE_AFTER:
-                    self._print(f"In {ADVISE_AFTER} logged steps {text}")
+            self._advise(logs, args.max_completion_length)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+    def _advise(self, logs: Mapping[str, float], max_completion_length: int) -> None:
+        found = advice(logs, max_completion_length)
+        self.problems = {name: self.problems.get(name, 0) + 1 for name in found}
+        for name, text in found.items():
+            if self.problems[name] == ADVISE_AFTER:
+                self._print(f"In {ADVISE_AFTER} logged steps {text}")

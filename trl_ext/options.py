@@ -117,8 +117,8 @@ class CurvatureOptions:
         None,
         ANY,
         "Its options as JSON: '{\"alpha\": 0.5}' for power.",
-        'The method\'s options: `{"alpha": 0.5}` for `power`, `{"decay": 0.9}` for `running_std`, `adaptive` and '
-        "`curvature`, and `eps` (default 1e-4, in units of reward). A JSON object on a command line.",
+        'The method\'s options: `{"alpha": 0.5}` for `power`, `{"decay": 0.9}` for `running_std` and `curvature`, '
+        "and `eps` (default 1e-4, in units of reward). A JSON object on a command line.",
         group=NORMALISATION,
     )
 

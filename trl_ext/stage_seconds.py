@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -12,10 +12,13 @@ class StageSeconds:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self.on_begin: Callable[[str], None] | None = None  # gets the name of each stage that begins
 
     @contextmanager
     def stage(self, name: str, counts: bool = True) -> Iterator[None]:
         """Adds the time spent in this context to the stage ``name``. ``counts`` is False in evaluation."""
+        if self.on_begin is not None:
+            self.on_begin(name)
         start = time.perf_counter()
         try:
             yield

@@ -32,6 +32,7 @@ from .checkpoints.find import AUTO, find_checkpoint
 from .checkpoints.save import checkpoint_folder, complete_or_none, saved_when
 from .compat import read_position
 from .components import Components, before_model, build_components
+from .console import use_console
 from .objective.token_weights import token_weights
 from .paper import PAPER
 from .plan.micro_batches import micro_batch
@@ -75,6 +76,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._components = build_components(self, CurvatureGRPOTrainer)
         for callback in self._components.callbacks:
             self.add_callback(callback)
+        use_console(self, self._components.seconds)
 
     # ---- rollouts, rewards, advantages
 
@@ -188,7 +190,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         if (components := components_of(self)) is None:
             return super()._save_checkpoint(model, trial)
         components.checkpoint_state.save(self.state)
-        with complete_or_none(checkpoint_folder(self), self.args.output_dir):
+        saving = components.seconds.stage("saving", counts=False)
+        with saving, complete_or_none(checkpoint_folder(self), self.args.output_dir):
             super()._save_checkpoint(model, trial)
 
     def end(self) -> None:

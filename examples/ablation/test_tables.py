@@ -202,7 +202,7 @@ def finals():
 
 def test_the_table_of_methods():
     lines = tables.methods_table(finals(), [1e-4, 2e-4], target=0.6, max_steps=20).splitlines()
-    # steps 15 and 10, 10 and 5; sd of 0.8 and 0.85: 0.035; C = 8/3 * 0.3; differences to std -0.1 and -0.05
+    # steps 15 and 10, 10 and 5; sd of 0.8 and 0.85: 0.035; 8/3 * 0.3; differences to std -0.1 and -0.05
     mean, std, none = lines[2:5]
     edge = "0.0001 (edge of the grid)"
     assert mean.startswith(f"| `mean` | {edge} | 12 [10, 15] | 2 of 2 | 0.750 [")
@@ -216,7 +216,7 @@ def test_the_table_of_methods():
     ).splitlines()[2:3]
     assert alone == "| `mean` | 0.0001 | 10 [10, 10] | 1 of 1 | 0.800 |  |  |"
     apart = [run_of("std", [0.4, 0.5, 0.6], sigmas=sigmas) for sigmas in ((None, 0.2, 0.4), (None, 0.3, 0.6))]
-    assert tables.speedup_constants(apart) == pytest.approx([0.8, 1.2])
+    assert tables.own_stds(apart) == pytest.approx([0.8, 1.2])
 
 
 def test_mean_curve():

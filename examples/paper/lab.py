@@ -2,9 +2,9 @@
 
 Trains log-linear policies (``log_linear.py``) by plain gradient steps in every setting of a map of overlap, spread of
 difficulty, pass rate, group size and reward noise, with every method at its own best constant learning rate: chosen on
-the tuning seeds, measured on others. Writes ``cells.csv`` (all seeds), ``lab.csv`` (a row a setting), ``lab.md``,
-``map.png`` and ``predictor.png``. Half an hour on two CPU cores; repeat an interrupted command to go on;
-``--coarse`` takes four minutes.
+the tuning seeds, measured on others. Writes ``cells.csv`` (all seeds), ``lab.csv`` (a row a setting),
+``lab_methods.csv`` (a row a setting and method), ``lab.md``, ``map.png`` and ``predictor.png``. Half an hour on two CPU
+cores; repeat an interrupted command to go on; ``--coarse`` takes four minutes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ STEPS = 150
 RATES = 2.0 ** np.arange(-4, 13.5, 0.5)
 METHODS = {  # of each part
     "map": ["mean", "std"],
-    "methods": ["mean", "std", "power", "max_rl", "median_mad", "loo", "rank", "adaptive", "true_sigma"],
+    "methods": ["mean", "std", "power", "max_rl", "median_mad", "loo", "rank", "true_sigma"],
     "structures": ["mean", "std"],
 }
 PROMPTS = ((0.0, 0.5), (0.0, 0.1), (2.0, 0.1))  # spread and pass rate, in the parts other than the map
@@ -142,7 +142,7 @@ def averages_of_mean(runs: Runs, taken: np.ndarray, reported: Policies, kept: Ma
         return [values[: max(int(end), least), seed, column] for seed, end in enumerate(last[:, column])]
 
     for column, name in enumerate(("steps", "area", "slowest")):
-        for key, values in (("c", runs.sigma), ("c_logged", runs.group_sigma)):
+        for key, values in (("c", runs.sigma), ("own_std_8_3", runs.group_sigma)):
             row[f"{key}_{name}"] = 8 / 3 * np.array([of_seed.mean() for of_seed in until_last(values, column)])
     row["variation_prompts"] = np.array([of_seed.mean() for of_seed in until_last(runs.variation, 2, 2)])
     row["variation_time"] = np.array([of_seed.std() / of_seed.mean() for of_seed in until_last(runs.sigma, 2, 2)])
@@ -190,7 +190,7 @@ def write_cells(path: Path, todo: list[tuple[str, Setting]], jobs: int) -> None:
 def main(arguments: list[str]) -> None:
     from examples.ablation.ablate import check_options
     from examples.ablation.tables import write_csv
-    from examples.paper.lab_cells import read_cells, summary_rows
+    from examples.paper.lab_cells import method_rows, read_cells, summary_rows
     from examples.paper.lab_plot import draw_map, draw_predictor
     from examples.paper.lab_results import tables
     from examples.tasks.command_line import exit_on
@@ -213,11 +213,12 @@ def main(arguments: list[str]) -> None:
     measured = read_cells(folder / "cells.csv")
     text = tables(measured)
     write_csv(folder / "lab.csv", summary_rows(measured))
+    write_csv(folder / "lab_methods.csv", method_rows(measured))
     (folder / "lab.md").write_text(text)
     on_map = [cell for cell in measured if cell.part == "map"]
     draw_map(on_map, folder / "map.png")
     draw_predictor(on_map, folder / "predictor.png")
-    print(f"{text}\nWritten to {folder}: cells.csv, lab.csv, lab.md, map.png, predictor.png")
+    print(f"{text}\nWritten to {folder}: cells.csv, lab.csv, lab_methods.csv, lab.md, map.png, predictor.png")
 
 
 if __name__ == "__main__":

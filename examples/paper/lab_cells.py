@@ -1,4 +1,4 @@
-"""The lab's measurements: a ``Cell`` for each setting, read from ``cells.csv``, summed up in ``lab.csv``.
+"""The lab's measurements: a ``Cell`` for each setting, read from ``cells.csv``, and the rows of its summaries.
 
 ``mean`` against ``std``, paired by seed: area is the mean accuracy over all steps, each method at the rate that is best
 for it; steps are those to half of the failures, each at the rate that is best for that. Intervals are 95%.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,11 @@ def by_gradients(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
     return where(cells, group=0), [cell for cell in cells if cell.setting.group]
 
 
+def by_rewards(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
+    """The cells whose rewards are right, and those with flips."""
+    return where(cells, noise=0.0), [cell for cell in cells if cell.setting.noise]
+
+
 def read_cells(path: Path) -> list[Cell]:
     """Reads ``cells.csv``, sorted by setting, without rows that were cut off."""
     found: dict[tuple[str, Setting], Cell] = {}
@@ -104,22 +109,46 @@ def summary_rows(cells: Sequence[Cell]) -> list[dict[str, str]]:
             "steps_ratio": math.exp(cell.steps_ratio()),
             "flow_ratio": math.exp(cell.flow_ratio()),
             "c": cell.value("c_steps"),
-            "c_logged": cell.value("c_logged_steps"),
+            "own_std_8_3": cell.value("own_std_8_3_steps"),
             "c_flow": cell.value("c_slowest"),
-            "c_start": start_constant(cell.setting),
+            "own_std_8_3_start": own_std_at_start(cell.setting),
             **{name: cell.value(name) for name in ("variation_prompts", "variation_time", "dead")},
             **{name: cell.value(name) for name in cell.rows["mean"] if name.startswith(("start_", "half_"))},
         }
-        plain = {name: "" if math.isnan(value) else f"{value:.4g}" for name, value in values.items()}
-        rows.append(
-            {"part": cell.part} | {f.name: f"{getattr(cell.setting, f.name):g}" for f in fields(Setting)} | plain
-        )
+        rows.append({"part": cell.part} | _texts(asdict(cell.setting)) | _texts(values))
     return rows
 
 
-def start_constant(setting: Setting) -> float:
-    """C as the first batch shows it in expectation: 8/3 of the mean std of a group of G sampled answers before
-    training (the true sigma where gradients are exact)."""
+def method_rows(cells: Sequence[Cell]) -> list[dict[str, str]]:
+    """``lab_methods.csv``: a row for each setting and method of the part "methods"."""
+    return [
+        _texts({dial: getattr(cell.setting, dial) for dial in DIALS}) | {"method": name} | _texts(_areas(cell, name))
+        for cell in cells
+        if cell.part == "methods"
+        for name in cell.rows
+    ]
+
+
+def _areas(cell: Cell, method: str) -> dict[str, float]:
+    """A method's area, and what it is less ``mean``'s and less ``std``'s."""
+    row = cell.rows[method]
+    values = {"area": float(row["area"].mean()), "rate": row["rate_area"].item()}
+    for reference in ("mean", "std"):
+        gain, less = cell.area_gain(method, reference), f"less_{reference}"
+        values |= {less: gain.estimate, f"{less}_low": gain.low, f"{less}_high": gain.high}
+    return values
+
+
+def _texts(values: Mapping[str, float]) -> dict[str, str]:
+    """Four digits of each value; NaN as empty."""
+    return {name: "" if math.isnan(value) else f"{value:.4g}" for name, value in values.items()}
+
+
+def own_std_at_start(setting: Setting) -> float:
+    """Returns 8/3 of the groups' own std before training, in expectation: the mean population std of G sampled answers.
+
+    It is below C, as C takes the true sigma. With exact gradients the two are the same.
+    """
     policies, group = Policies(setting, [0]), setting.group
     logits = policies.base_SPK[0, :, 0] - math.log(setting.answers - 1)
     m = policies.pass_rates((1 / (1 + np.exp(-logits)))[:, None])

@@ -6,19 +6,17 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
 
 import numpy as np
 
 from examples.ablation.curves import Interval
 from examples.ablation.tables import markdown, sections
 
-from .lab_cells import DIALS, Cell, by_gradients, levels, start_constant, where
+from .lab_cells import DIALS, Cell, by_gradients, by_rewards, levels, own_std_at_start, where
 from .log_linear import Setting
 
 OVERLAPS = (0.0, 0.25, 0.5, 0.75, 0.9)
 RESAMPLES = 2000
-GAIN_BY_CONSTANT = (0.0, 0.7, 0.9, 1.1, math.inf)
 COUNTS = "better, worse, cells"
 
 
@@ -28,22 +26,6 @@ def gains_of(cells: Sequence[Cell], method: str = "std") -> tuple[np.ndarray, st
     found = [cell.area_gain(method) for cell in cells]
     better, worse = sum(one.low > 0 for one in found), sum(one.high < 0 for one in found)
     return np.array([one.estimate for one in found]), f"{better}, {worse}, {len(found)}"
-
-
-def by_constant(cells: Sequence[Cell]) -> list[str]:
-    """The table that decides: gain in area by group size and by the C that the first batches show."""
-    spans = list(pairwise(GAIN_BY_CONSTANT))
-    heads = [f"C {low:g} to {high:g}" for low, high in spans]
-    constants = [(cell, start_constant(cell.setting)) for cell in cells]
-    rows = []
-    for group in sorted(levels(cells, "group"), key=lambda group: group or math.inf):
-        texts = []
-        for low, high in spans:
-            at = [cell for cell, c in constants if cell.setting.group == group and low <= c < high]
-            gains, counts = gains_of(at)
-            texts.append(f"{gains.mean():+.3f} ({counts})" if at else "")
-        rows.append([f"{group:g}" if group else "endless", *texts])
-    return markdown(["answers a prompt", *heads], rows)
 
 
 # Predictors
@@ -85,23 +67,27 @@ def r_squared(y: np.ndarray, left: np.ndarray) -> float:
 
 
 def by_dial(cells: Sequence[Cell]) -> list[str]:
-    """Gain in area at each level of each dial, exact and sampled gradients apart; in brackets the share of what is to
-    be gained: 1 - mean's area."""
+    """Gain in area by the answers to a prompt, and at each level of the other dials with sampled answers.
+
+    Right and flipped rewards are apart. In brackets the share of what is to be gained: 1 - mean's area.
+    """
+    _, sampled = by_gradients(cells)
     rows = []
-    for dial in DIALS:
-        for level in levels(cells, dial):
+    for dial in ("group", "pass_rate", "spread", "overlap"):
+        at_dial = cells if dial == "group" else sampled
+        for level in levels(at_dial, dial):
             texts = []
-            for at in by_gradients(where(cells, **{dial: level})):
+            for at in by_rewards(where(at_dial, **{dial: level})):
                 gains, counts = gains_of(at)
                 left = np.array([1 - cell.value("area") for cell in at])
                 texts += [f"{gains.mean():+.3f} ({gains.mean() / left.mean():.0%})", counts] if at else ["", ""]
             rows.append([dial, "exact" if dial == "group" and not level else f"{level:g}", *texts])
-    return markdown(["dial", "", "exact: gain in area (of what is left)", COUNTS, "sampled", COUNTS], rows)
+    return markdown(["dial", "", "right rewards: gain in area (of what is left)", COUNTS, "flipped", COUNTS], rows)
 
 
 PREDICTORS: dict[str, Callable[[Cell], float]] = {  # of log(T_std / T_mean)
     "log C, exact": lambda cell: math.log(cell.value("c_steps")),
-    "log C, logged": lambda cell: math.log(cell.value("c_logged_steps")),
+    "log of 8/3 of the groups' own std": lambda cell: math.log(cell.value("own_std_8_3_steps")),
     "log C, exact, of the slowest run": lambda cell: math.log(cell.value("c_slowest")),
     "variation of sigma over prompts, of the slowest run": lambda cell: cell.value("variation_prompts"),
     "variation of sigma over time, of the slowest run": lambda cell: cell.value("variation_time"),
@@ -119,7 +105,7 @@ def predictors(cells: Sequence[Cell]) -> list[str]:
             line = fit([read(cell) for cell in chosen], [ratio(cell) for cell in chosen])
             texts = ["too few", "", "", "", ""]
             if line is not None:
-                own = f"{line.as_it_is:.2f}" if name.startswith("log C") else ""
+                own = f"{line.as_it_is:.2f}" if name.startswith("log ") else ""
                 counted = f"{line.cells} of {len(chosen)}"
                 texts = [counted, f"{line.slope:.2f}", f"{line.intercept:.2f}", f"{line.explained:.2f}", own]
             rows.append([(f"G = {group:g}" if group else "exact") + kind, name, *texts])
@@ -128,14 +114,14 @@ def predictors(cells: Sequence[Cell]) -> list[str]:
 
 
 def explained(cells: Sequence[Cell]) -> list[str]:
-    """R^2 of linear regressions of the gain in area on sets of variables, over settings with sampled answers."""
-    _, sampled = by_gradients(cells)
+    """R^2 of linear regressions of the gain in area on sets of variables, with sampled answers and right rewards."""
+    sampled, _ = by_rewards(by_gradients(cells)[1])
     y = np.array([cell.area_gain().estimate for cell in sampled])
     log_group = np.log2([cell.setting.group for cell in sampled])
-    constant = np.array([start_constant(cell.setting) for cell in sampled])
+    constant = np.array([own_std_at_start(cell.setting) for cell in sampled])
     overlap = np.array([[cell.setting.overlap == level for level in OVERLAPS[1:]] for cell in sampled])
-    three = {"log2 G": log_group, "C at the start": constant, "their product": log_group * constant}
-    alone = [{name: three[name]} for name in ("C at the start", "log2 G")]
+    three = {"log2 G": log_group, "own std at the start": constant, "their product": log_group * constant}
+    alone = [{name: three[name]} for name in ("own std at the start", "log2 G")]
     rows = []
     for columns in ({"overlap": overlap}, *alone, three, {**three, "overlap": overlap}):
         x = np.column_stack([np.ones(len(y)), *columns.values()])
@@ -183,23 +169,18 @@ def assumption_table(cells: Sequence[Cell]) -> list[str]:
 
 
 def methods_table(cells: Sequence[Cell]) -> list[str]:
-    """Each method's area less mean's, by group size: over the slice, and how often an interval leaves 0."""
+    """Each method's area less mean's over the slice, by flips and group size, and how often an interval leaves 0."""
+    groups = levels(cells, "group")
     rows = []
     for name in [name for name in cells[0].rows if name != "mean"]:
-        for group in levels(cells, "group"):
-            gains, counts = gains_of(where(cells, group=group), name)
-            least_to_most = ", ".join(f"{value:+.3f}" for value in (gains.min(), gains.mean(), gains.max()))
-            rows.append([f"`{name}`", f"{group:g}", least_to_most, counts])
-    return markdown(["method", "G", "area less `mean`'s: least, mean, most", COUNTS], rows)
-
-
-def adaptive_table(cells: Sequence[Cell]) -> list[str]:
-    """``adaptive`` less ``std``, setting by setting."""
-    rows = [
-        [", ".join(f"{getattr(cell.setting, dial):g}" for dial in DIALS), f"{cell.area_gain('adaptive', 'std'):+.3f}"]
-        for cell in cells
-    ]
-    return markdown(["overlap, spread, pass rate, G, flips", "`adaptive` less `std`"], rows)
+        for noise in levels(cells, "noise"):
+            texts = []
+            for group in groups:
+                gains, counts = gains_of(where(cells, group=group, noise=noise), name)
+                texts += [", ".join(f"{value:+.3f}" for value in (gains.min(), gains.mean(), gains.max())), counts]
+            rows.append([f"`{name}`", f"{noise:g}", *texts])
+    heads = [head for group in groups for head in (f"G = {group:g}: least, mean, most", COUNTS)]
+    return markdown(["area less `mean`'s", "flips", *heads], rows)
 
 
 def structures_table(cells: Sequence[Cell]) -> list[str]:
@@ -218,13 +199,11 @@ def structures_table(cells: Sequence[Cell]) -> list[str]:
 
 TABLES = [  # title, part of the cells, table
     ("Gain of `std` over `mean`, by dial", "map", by_dial),
-    (f"Gain of `std` over `mean`, by group size and C at the start ({COUNTS})", "map", by_constant),
     ("Best rates", "map", rates),
     ("What predicts T_std / T_mean", "map", predictors),
     ("What explains the gain", "map", explained),
     ("The assumptions", "map", assumption_table),
     ("Other methods", "methods", methods_table),
-    ("`adaptive`", "methods", adaptive_table),
     ("Other policies", "structures", structures_table),
 ]
 

@@ -17,10 +17,8 @@ import numpy as np
 import torch
 
 from grpo_kernels import normalize_rewards
-from grpo_kernels.normalize.std_rule import std_exponent
 
 EPS = 1e-4  # of normalize_rewards
-DECAY = 0.9  # of adaptive's moving average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,30 +150,21 @@ def sampled_gradient(
 
 
 class Sampled:
-    """A method's sampled gradient of each step, with what it remembers from step to step.
+    """Samples a method's gradient at each step.
 
-    Besides ``normalize_rewards``'s methods of one group: ``adaptive``, as the trainer has it, and ``true_sigma``, the
-    advantages of ``mean`` divided by the true sigma, which nobody knows outside of a laboratory.
+    The methods are ``normalize_rewards``'s that need one group alone, and ``true_sigma``: the advantages of ``mean``
+    divided by the true sigma, which only a simulation knows.
     """
 
     def __init__(self, method: str, setting: Setting, random: np.random.Generator) -> None:
         self.method, self.setting, self.random = method, setting, random
-        self.table = advantage_table("mean" if method in ("adaptive", "true_sigma") else method, setting.group)
-        share = np.arange(setting.group + 1) / setting.group
-        self.group_sigma = np.sqrt(share * (1 - share))  # of a group with so many right answers
-        self.average: np.ndarray | None = None  # of the mean group sigma, (S, R)
+        self.table = advantage_table("mean" if method == "true_sigma" else method, setting.group)
 
     def __call__(self, pi_SRPK: np.ndarray, sigma_SRP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The gradient, and how many of each group were rewarded, ``(S, R, P)``."""
         gradient, right = sampled_gradient(self.table, pi_SRPK, self.setting.group, self.setting.noise, self.random)
         if self.method == "true_sigma":
             gradient /= sigma_SRP[..., None] + EPS
-        if self.method == "adaptive":
-            mean = self.group_sigma[right].mean(-1)
-            self.average = mean if self.average is None else DECAY * self.average + (1 - DECAY) * mean
-            alpha = np.vectorize(std_exponent)(8 / 3 * self.average)[..., None]
-            sample_std = self.group_sigma * np.sqrt(self.setting.group / (self.setting.group - 1))
-            gradient /= ((sample_std[right] + EPS) ** alpha)[..., None]
         return gradient, right
 
 

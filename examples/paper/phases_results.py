@@ -111,7 +111,7 @@ def lead_table(finals: Finals) -> list[str]:
 
 
 def speed_table(finals: Finals, targets: Sequence[float] = (0.6, 0.7, 0.8)) -> list[str]:
-    """Steps to accuracies, paired: log(T_std / T_mean) over the seeds where both got there, beside mean's C."""
+    """Compares steps to accuracies, log(T_std / T_mean) paired by seed, with the std of the groups of ``mean``."""
     rows = []
     for target in targets:
         steps = {
@@ -128,7 +128,10 @@ def speed_table(finals: Finals, targets: Sequence[float] = (0.6, 0.7, 0.8)) -> l
         constants = [8 / 3 * statistics.fmean(values) for values in sigmas if values]
         constant = f"{mean_interval(constants):.2f}" if len(constants) > 1 else ""
         rows.append([f"{target:g}", f"{len(both)}", f"{ratio:.2f}", constant])
-    return markdown(["accuracy", "seeds", "steps of `std` / of `mean`", "C to there, along `mean`'s run"], rows)
+    return markdown(
+        ["accuracy", "seeds", "steps of `std` / of `mean`", "8/3 of the groups' own std to there, along `mean`'s run"],
+        rows,
+    )
 
 
 def phase_of(near_orthogonal: float, cos_std: float) -> int:

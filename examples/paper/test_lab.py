@@ -12,7 +12,6 @@ import pytest
 from examples.ablation.tables import write_csv
 from examples.paper import lab, lab_cells, lab_results, log_linear
 from examples.paper.log_linear import Policies, Runs, Setting, train
-from grpo_kernels.normalize import std_rule
 
 
 def test_tables_by_hand(tmp_path):
@@ -33,7 +32,7 @@ def test_tables_by_hand(tmp_path):
     assert math.isnan(cell.flow_ratio())  # three of four seeds: fewer than 80 %
     cell.rows["mean"]["flow_time"] = np.full(4, 8.0)
     assert cell.flow_ratio() == pytest.approx(0)
-    assert lab_results.by_dial([cell])[2] == "| overlap | 0 |  |  | +0.102 (20%) | 1, 0, 1 |"
+    assert lab_results.by_dial([cell])[2] == "| group | 8 | +0.102 (20%) | 1, 0, 1 |  |  |"
     cell.rows["std"]["edge_steps"] = np.ones(1)
     assert math.isnan(cell.steps_ratio())
 
@@ -50,52 +49,91 @@ def test_fits():
     assert lab_results.fit(x[:5], x[:5]) is None
 
 
-def test_the_rule_is_what_the_map_says():
-    """grpo_kernels/normalize/std_rule.py holds the map's table, as results/lab.csv has it."""
-    with open(Path(lab.__file__).parent / "results" / "lab.csv", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["part"] == "map"]
-    edges = lab_results.GAIN_BY_CONSTANT
-    for group, gains in zip(std_rule.GROUPS, std_rule.GAIN_GC, strict=True):
-        at = [row for row in rows if float(row["group"]) == group]
-        assert len(at) == 135
-        for low, high, gain in zip(edges, edges[1:], gains, strict=False):
-            found = [float(row["gain_std"]) for row in at if low <= float(row["c_start"]) < high]
-            assert gain == pytest.approx(np.mean(found) if found else 0.0, abs=6e-4)
+def committed(name):
+    """Rows of a file of results/, numbers as numbers; an empty value is NaN."""
+    with open(Path(lab.__file__).parent / "results" / name, newline="") as stream:
+        texts = ("part", "method")
+        return [{k: v if k in texts else float(v or "nan") for k, v in row.items()} for row in csv.DictReader(stream)]
+
+
+MAP = [row for row in committed("lab.csv") if row["part"] == "map"]
+README = (Path(lab.__file__).parent / "README.md").read_text()
+PAGE = (Path(lab.__file__).parents[2] / "docs" / "which-normalisation.md").read_text().replace("**", "")
+
+
+def mean_gain(rows, name="gain_std"):
+    return np.mean([row[name] for row in rows])
 
 
 def test_the_gain_of_std_by_answers_and_flips_is_what_the_page_says():
-    """docs/which-normalisation.md: means over results/lab.csv, with intervals 1.4 times as wide."""
-    with open(Path(lab.__file__).parent / "results" / "lab.csv", newline="") as stream:
-        cells = [row for row in csv.DictReader(stream) if row["part"] == "map"]
-    page = (Path(lab.__file__).parents[2] / "docs" / "which-normalisation.md").read_text().replace("**", "")
-    for group, name in (("4", "4"), ("8", "8"), ("32", "32"), ("128", "128"), ("0", "exact gradients")):
+    """docs/which-normalisation.md: intervals 1.4 times as wide."""
+    for group, name in ((4, "4"), (8, "8"), (32, "32"), (128, "128"), (0, "exact gradients")):
         texts = []
-        for noise in ("0", "0.1", "0.2"):
-            gains = [
-                [float(row[f"gain_{end}"]) for end in ("std", "low", "high")]
-                for row in cells
-                if (row["group"], row["noise"]) == (group, noise)
-            ]
-            better = sum(gain - 1.4 * (gain - low) > 0 for gain, low, _ in gains)
-            worse = sum(gain + 1.4 * (high - gain) < 0 for gain, _, high in gains)
-            assert len(gains) == 45
-            texts.append(f"{sum(gain for gain, *_ in gains) / 45:+.3f} ({better}, {worse})")
-        assert f"| {name} | {' | '.join(texts)} |" in page
+        for noise in (0, 0.1, 0.2):
+            at = [row for row in MAP if (row["group"], row["noise"]) == (group, noise)]
+            better = sum(row["gain_std"] - 1.4 * (row["gain_std"] - row["gain_low"]) > 0 for row in at)
+            worse = sum(row["gain_std"] + 1.4 * (row["gain_high"] - row["gain_std"]) < 0 for row in at)
+            assert len(at) == 45
+            texts.append(f"{mean_gain(at):+.3f} ({better}, {worse})")
+        assert f"| {name} | {' | '.join(texts)} |" in PAGE
 
 
-def test_the_rule_between_its_places():
-    assert [std_rule.std_exponent(c) for c in (0.2, 0.9, 1.0, 1.1, 1.3)] == pytest.approx([1, 1, 0.5, 0, 0])
-    assert std_rule.std_gain(0.5, 32) == pytest.approx(0.039)
-    assert std_rule.std_gain(0.9, 32) == pytest.approx(0.0165)  # half way from 0.8 to 1.0
-    assert std_rule.std_gain(0.5, 16) == pytest.approx(0.0235)  # half way from 8 to 32
-    assert std_rule.std_gain(0.1, 512) == pytest.approx(0.060)
-    assert std_rule.std_gain(2.0, 2) == pytest.approx(0.0)
-    for wrong in (math.nan, -0.1):
-        with pytest.raises(ValueError, match="must be a number that is not negative"):
-            std_rule.std_exponent(wrong)
-    for constant, group in ((math.nan, 8), (-0.1, 8), (0.5, 1)):
-        with pytest.raises(ValueError, match=f"group={group}"):
-            std_rule.std_gain(constant, group)
+LEVELS = {
+    "group": {"exact gradients": 0, "G = 128": 128, "G = 32": 32, "G = 8": 8, "G = 4": 4},
+    **{
+        dial: {f"{name} {level:g}": level for level in levels}
+        for dial, name, levels in (
+            ("pass_rate", "pass rate", (0.5, 0.1, 0.03)),
+            ("spread", "spread", (0, 1, 2)),
+            ("overlap", "overlap", lab_results.OVERLAPS),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("dial", LEVELS)
+def test_the_gain_of_std_by_each_dial_is_what_the_readme_says(dial):
+    for name, level in LEVELS[dial].items():
+        texts = []
+        for flipped in (False, True):
+            at = [row for row in MAP if row[dial] == level and bool(row["noise"]) == flipped]
+            at = [row for row in at if row["group"] or dial == "group"]
+            share = mean_gain(at) / (1 - mean_gain(at, "area_mean"))
+            better, worse = sum(row["gain_low"] > 0 for row in at), sum(row["gain_high"] < 0 for row in at)
+            texts += [f"{mean_gain(at):+.3f} ({100 * share:.0f} %)", f"{better}, {worse}, {len(at)}"]
+        assert f"| {name} | {' | '.join(texts)} |".replace("(-0 %)", "(0 %)") in README
+
+
+def test_what_the_gain_of_std_depends_on_is_what_the_readme_says():
+    sampled = [row for row in MAP if row["group"]]
+    right = [row for row in sampled if not row["noise"]]
+    by_noise = [mean_gain([row for row in sampled if row["noise"] == noise]) for noise in (0, 0.1, 0.2)]
+    assert [round(gain, 3) for gain in by_noise] == [0.019, 0.005, 0.003]
+    low = [row for row in right if row["group"] == 32 and row["own_std_8_3_start"] < 0.9]
+    gains = [f"{mean_gain([row for row in low if row['overlap'] == one]):.3f}" for one in lab_results.OVERLAPS]
+    assert f"and G = 32, {', '.join(gains)} from 0 to 0.9" in plain(README)
+    high = [row for row in right if row["group"] == 32 and row["own_std_8_3_start"] >= 0.9]
+    assert f"{mean_gain(low):+.3f} against {mean_gain(high):+.3f} with 32 answers" in plain(PAGE)
+    exact = [max(row["gain_std"] for row in MAP if not row["group"] and bool(row["noise"]) == f) for f in (False, True)]
+    assert [round(gain, 2) for gain in exact] == [0.14, 0.03]
+
+
+def test_what_explains_the_gain_of_std_is_what_the_pages_say():
+    dials = ("overlap", "spread", "pass_rate", "noise")
+    cells = [
+        cell_of(row["gain_std"], group=int(row["group"]), **{dial: row[dial] for dial in dials})
+        for row in MAP
+        if row["group"]
+    ]
+    by_overlap, _, _, three, four = (float(line.split("|")[2]) for line in lab_results.explained(cells)[2:])
+    assert f"explain R^2 {three} of the gain; with overlap {four}; overlap alone {by_overlap}" in plain(README)
+    pages = f"R^2 {three} with those and their product, {four} with overlap too, {by_overlap} with overlap alone"
+    assert pages in plain(PAGE)
+
+
+def plain(page):
+    """The page without line breaks."""
+    return " ".join(page.split())
 
 
 def cell_of(gain, *, rate=1.0, methods=("mean", "std"), **setting):
@@ -113,29 +151,19 @@ def cell_of(gain, *, rate=1.0, methods=("mean", "std"), **setting):
     return lab_cells.Cell("map", Setting(**setting), rows)
 
 
-def start_constant(**setting):
-    return lab_cells.start_constant(Setting(**setting))
+def own_std_at_start(**setting):
+    return lab_cells.own_std_at_start(Setting(**setting))
 
 
-def test_constant_at_the_start():
-    assert start_constant(group=2, pass_rate=0.5) == pytest.approx(2 / 3)  # 1/2 where one is right: half of the time
-    assert start_constant(group=2, pass_rate=0.2, noise=0.1) == pytest.approx(8 / 3 * 0.26 * 0.74)
-    assert start_constant(group=0, pass_rate=0.2, noise=0.1) == pytest.approx(8 / 3 * math.sqrt(0.26 * 0.74))
-    level = start_constant(group=0, pass_rate=0.5)
-    assert start_constant(group=0, pass_rate=0.5, spread=2.0) < level == pytest.approx(4 / 3)
+def test_the_groups_own_std_at_the_start():
+    assert own_std_at_start(group=2, pass_rate=0.5) == pytest.approx(2 / 3)  # 1/2 where one is right: half of the time
+    assert own_std_at_start(group=2, pass_rate=0.2, noise=0.1) == pytest.approx(8 / 3 * 0.26 * 0.74)
+    assert own_std_at_start(group=0, pass_rate=0.2, noise=0.1) == pytest.approx(8 / 3 * math.sqrt(0.26 * 0.74))
+    level = own_std_at_start(group=0, pass_rate=0.5)
+    assert own_std_at_start(group=0, pass_rate=0.5, spread=2.0) < level == pytest.approx(4 / 3)
     setting = {"spread": 1.0, "pass_rate": 0.3, "noise": 0.1}
     runs = train(Policies(Setting(**setting), [0]), "mean", np.zeros((1, 300)), 0)
-    assert 8 / 3 * runs.group_sigma.mean() == pytest.approx(start_constant(**setting), abs=0.01)
-
-
-def test_gain_by_constant_by_hand():
-    # C: 0.513, 0.667 at G = 2, 1.33 exact
-    hard, even = {"pass_rate": 0.2, "noise": 0.1}, {"pass_rate": 0.5}
-    cells = [cell_of(0.02, group=2, **hard), cell_of(-0.04, group=2, **even), cell_of(0.01, group=0, **even)]
-    head, _, two, endless = lab_results.by_constant(cells)
-    assert head == "| answers a prompt | C 0 to 0.7 | C 0.7 to 0.9 | C 0.9 to 1.1 | C 1.1 to inf |"
-    assert two == "| 2 | -0.010 (1, 1, 2) |  |  |  |"
-    assert endless == "| endless |  |  |  | +0.010 (1, 0, 1) |"
+    assert 8 / 3 * runs.group_sigma.mean() == pytest.approx(own_std_at_start(**setting), abs=0.01)
 
 
 def test_what_explains_the_gain():
@@ -146,11 +174,11 @@ def test_what_explains_the_gain():
     def shares(cells):
         return {line.split("|")[1].strip(): float(line.split("|")[2]) for line in lab_results.explained(cells)[2:]}
 
-    by_c = shares([cell_of(0.1 - 0.05 * start_constant(**s), **s) for s in settings])
-    assert by_c["C at the start"] == by_c["log2 G, C at the start, their product"] == 1
+    by_c = shares([cell_of(0.1 - 0.05 * own_std_at_start(**s), **s) for s in settings])
+    assert by_c["own std at the start"] == by_c["log2 G, own std at the start, their product"] == 1
     assert by_c["overlap"] == 0 and by_c["log2 G"] < 0.7
     by_overlap = shares([cell_of(0.05 * (s["overlap"] == 0.5), **s) for s in settings])
-    assert by_overlap["overlap"] == 1 and by_overlap["C at the start"] == 0
+    assert by_overlap["overlap"] == 1 and by_overlap["own std at the start"] == 0
 
 
 def test_best_rates_and_other_methods_by_hand():
@@ -159,12 +187,11 @@ def test_best_rates_and_other_methods_by_hand():
     assert (
         exact == "| exact | 1 | 4.00 [4.00, 4.00] | 1, 0 |" and sampled == "| sampled | 2 | 2.00 [2.00, 2.00] | 2, 0 |"
     )
-    two = [cell_of(gain, methods=("mean", "std", "adaptive")) for gain in (0.01, -0.02)]
+    two = [cell_of(gain, methods=("mean", "std", "max_rl")) for gain in (0.01, -0.02)]
     assert lab_results.methods_table(two)[2:] == [
-        "| `std` | 8 | -0.020, -0.005, +0.010 | 1, 1, 2 |",
-        "| `adaptive` | 8 | -0.040, -0.010, +0.020 | 1, 1, 2 |",
+        "| `std` | 0 | -0.020, -0.005, +0.010 | 1, 1, 2 |",
+        "| `max_rl` | 0 | -0.040, -0.010, +0.020 | 1, 1, 2 |",
     ]
-    assert "| +0.010 [+0.010, +0.010] |" in lab_results.adaptive_table(two)[2]
 
 
 SPEED = {2: 0.01, 3: 0.015, 4: 0.05, 8: 0.2}  # accuracy a step at a rate; others learn nothing
@@ -208,7 +235,7 @@ def test_each_method_at_its_best_rates(monkeypatch):
     assert [only(f"c_{name}") for name in ("steps", "area", "slowest")] == pytest.approx(
         [8 / 3 * 0.1 * k for k in (1, 2, 3)]
     )
-    assert only("c_logged_area") == pytest.approx(8 / 3 * 0.1)
+    assert only("own_std_8_3_area") == pytest.approx(8 / 3 * 0.1)
     assert [only("variation_prompts"), only("variation_time"), only("dead")] == pytest.approx([0.3, 0, 0.4])
     # of the slowest run, the third column: at the start, and half way to its 30 steps
     assert only("start_seen") == 2 and only("half_seen") == 1502
@@ -238,7 +265,7 @@ def test_command(tmp_path, monkeypatch):
     again = path.read_text()
     assert again.startswith("".join(lines[:6])) and lines[6] in again
     assert again.count(lines[1]) == 1  # what was whole isn't measured again
-    files = {"cells.csv", "lab.csv", "lab.md", "map.png", "predictor.png"}
+    files = {"cells.csv", "lab.csv", "lab_methods.csv", "lab.md", "map.png", "predictor.png"}
     assert {file.name for file in folder.iterdir()} == files
     text = (folder / "lab.md").read_text()
     assert "`median_mad`" in text and "features = 0" in text

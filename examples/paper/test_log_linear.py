@@ -200,19 +200,10 @@ def test_steps_to():
     np.testing.assert_allclose(steps_to(accuracy, 0.5), [1.5, 0.0, np.inf])
 
 
-def test_sampled_with_a_memory_by_hand():
-    """adaptive: std while C is small; true_sigma: mean over the sigma that only a laboratory knows."""
+def test_the_true_sigma_by_hand():
     setting = dataclasses.replace(SMALL, group=4)
     _, _, _, pi = states(setting)
     m = setting.noise + (1 - 2 * setting.noise) * pi[..., 0]
     sigma = np.sqrt(m * (1 - m))
-    made = {}
-    for method in ("mean", "std", "adaptive", "true_sigma"):
-        sampled = Sampled(method, setting, np.random.default_rng(5))
-        sampled.average = np.full((2, 1), 0.1) if method == "adaptive" else None
-        made[method], _ = sampled(pi, sigma)
-    np.testing.assert_allclose(made["adaptive"], made["std"], rtol=1e-6)
-    np.testing.assert_allclose(made["true_sigma"], made["mean"] / (sigma + EPS)[..., None])
-    much = Sampled("adaptive", setting, np.random.default_rng(5))
-    much.average = np.full((2, 1), 0.5)
-    np.testing.assert_allclose(much(pi, sigma)[0], made["mean"], rtol=1e-6)
+    mean, divided = (Sampled(m, setting, np.random.default_rng(5))(pi, sigma)[0] for m in ("mean", "true_sigma"))
+    np.testing.assert_allclose(divided, mean / (sigma + EPS)[..., None])

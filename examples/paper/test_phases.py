@@ -71,7 +71,7 @@ def test_the_lead_is_paired():
 
 
 def test_steps_are_compared_by_their_logarithm():
-    # to 0.6: mean 15 and 10, std 10 and 10 * 4/7; C is 8/3 of 0.3
+    # to 0.6: mean 15 and 10, std 10 and 10 * 4/7; the constant is 8/3 of 0.3
     (line,) = speed_table(FINALS, [0.6])[2:]
     ratio = math.exp((math.log(10 / 15) + math.log(4 / 7)) / 2)
     assert line.startswith(f"| 0.6 | 2 | {ratio:.2f} [") and line.endswith("| 0.80 [0.80, 0.80] |")

@@ -120,11 +120,9 @@ METHODS: dict[str, Method] = {
         "group", "given", "state", "(r - m) / (measured curvature at this pass rate + eps)",
         "arXiv 2601.23135, measured instead of assumed", DECAY, ("curvature_scale",), unit_rewards=True,
     ),
-    "adaptive": Method(
-        "group", "power", "state", "(r - m) / (s + eps)^alpha, alpha by the theorem's constant C: 1 below it, 0 above",
-        "future work of arXiv 2601.23135", DECAY, ("alpha",),
-    ),
 }  # fmt: skip
+
+REMOVED = {"adaptive": "it was never better than 'std'; use 'std', or 'max_rl' for hard prompts with verified rewards"}
 
 
 def check_normalization(method: str | Callable[..., Any], *, eps: float = 1e-4, **options: Any) -> None:
@@ -135,6 +133,8 @@ def check_normalization(method: str | Callable[..., Any], *, eps: float = 1e-4, 
         _check_function(method, options)
         return
     if not isinstance(method, str) or method not in METHODS:
+        if isinstance(method, str) and method in REMOVED:
+            raise ValueError(f"normalization {method!r} was removed: {REMOVED[method]}")
         near = get_close_matches(str(method), METHODS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(

@@ -23,7 +23,7 @@ from .group_statistics import group_centre_and_scale, mid_ranks
 from .methods import METHODS, Method, check_normalization, function_name
 from .normalized import Normalized
 
-NUMBERS = ("batch_mean", "batch_std", "running_variance", "alpha")
+NUMBERS = ("batch_mean", "batch_std", "running_variance")
 FOR_FUNCTIONS = ("prompt_keys",)
 CONTEXT = (*NUMBERS, "lengths", "function_rewards", "function_weights", "curvature_scale", *FOR_FUNCTIONS)
 
@@ -64,8 +64,8 @@ def _check_context(context: Mapping[str, Any], method: str, rewards_PG: torch.Te
                 finite = math.isfinite(value)
             except (TypeError, ValueError, RuntimeError):
                 finite = False
-            if not finite or (name != "batch_mean" and value < 0) or (name == "alpha" and value > 1):
-                sign = {"batch_mean": "", "alpha": " in [0, 1]"}.get(name, ", not negative")
+            if not finite or (name != "batch_mean" and value < 0):
+                sign = "" if name == "batch_mean" else ", not negative"
                 raise ValueError(f"context[{name!r}]={value!r} must be a finite number{sign}")
     for name in METHODS[method].needs:
         if name not in context:
@@ -208,7 +208,6 @@ def normalize_rewards(
         decoupled        each function by std, summed, whitened       ~0     GDPO, arXiv 2601.05242; function_rewards
         running_std      (r - m) / (sqrt(running_variance) + eps)     0      second moment; arXiv 2601.23135
         curvature        (r - m) / (curvature_scale + eps)            0      arXiv 2601.23135, measured; r in [0, 1]
-        adaptive         (r - m) / (s + eps)^alpha                    0      alpha from context
 
     In plain torch, ``std`` is::
 
@@ -233,8 +232,8 @@ def normalize_rewards(
               (ddof=1), if ``rewards_PG`` is a part of the batch. ``shrinkage`` and ``beta`` need the full batch.
             * ``lengths`` (P, G): tokens of each completion.
             * ``function_rewards`` (P, G, F), NaN where missing; ``function_weights`` (F,), 1 by default.
-            * ``running_variance``, ``curvature_scale`` (P,) in units of reward, ``alpha`` in [0, 1]: states that the
-              trainer keeps from step to step.
+            * ``running_variance``, ``curvature_scale`` (P,) in units of reward: states that the trainer keeps from
+              step to step.
             * ``prompt_keys`` (P,): for a user's function.
         options: ``alpha`` in [0, 1] for ``power``. (Only the trainer uses ``decay``, of methods with a state.)
 
@@ -285,8 +284,8 @@ def normalize_with_statistics(
 
 
 def _normalize(rewards_PG, method: str, eps: float, context, options, in_triton: bool) -> Normalized:
-    alpha = float(context["alpha"] if method == "adaptive" else options.get("alpha", 1.0))
-    if METHODS[method].scale == "power" and alpha in (0.0, 1.0):  # exactly equal to these methods
+    alpha = float(options.get("alpha", 1.0))
+    if method == "power" and alpha in (0.0, 1.0):  # exactly equal to these methods
         method = "std" if alpha else "mean"
     centre_P1, scale_P1 = _given(rewards_PG, method, eps, context)
     lengths_PG = None

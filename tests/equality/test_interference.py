@@ -140,14 +140,25 @@ def test_a_step_of_several_generations_has_all_their_prompts(
     assert any("normalization/curvature_bins" in log for log in trainer.state.log_history)
 
 
+def saved_interference(policy, folder, steps, resume=None, **options):
+    """The state of the logged steps in the last checkpoint of a run."""
+    saved = {"save_strategy": "steps", "save_steps": 1, "resume": resume}
+    train(policy, folder, by_length, **{**LOGGED, "max_steps": steps, **saved, **options})
+    state = json.loads((folder / f"checkpoint-{steps}" / "trainer_state.json").read_text())
+    return state["stateful_callbacks"]["CurvatureGRPOTrainer"]["interference"]
+
+
 def test_what_is_known_from_several_steps_is_saved(tiny_policy, tmp_path):
     """C counts every generated group, the alignment every logged step; both go on after a resume."""
     for steps, resume in ((2, None), (3, str(tmp_path / "checkpoint-2"))):
-        options = {**LOGGED, "max_steps": steps, "save_strategy": "steps", "save_steps": 1, "resume": resume}
-        train(tiny_policy, tmp_path, by_length, **options)
-        state = json.loads((tmp_path / f"checkpoint-{steps}" / "trainer_state.json").read_text())
-        saved = state["stateful_callbacks"]["CurvatureGRPOTrainer"]["interference"]
+        saved = saved_interference(tiny_policy, tmp_path, steps, resume)
         assert saved["speedup"]["sums"][0] == steps * 4 and len(saved["alignment"]["alignment"]) == steps
+
+
+@pytest.mark.parametrize(("options", "counted"), [({"steps_per_generation": 2}, 2), ({"num_iterations": 2}, 2)])
+def test_the_alignment_counts_each_generation_once(options, counted, tiny_policy, tmp_path):
+    saved = saved_interference(tiny_policy, tmp_path, 4, **options)
+    assert len(saved["alignment"]["alignment"]) == counted
 
 
 def test_two_processes_see_what_one_does(tiny_policy, tmp_path):

@@ -64,7 +64,8 @@ WRONG_OPTIONS = [
     ({"resample_live_prompts": 5, **RESAMPLED}, "resample_live_prompts=5 must be between 1 and 4"),
     ({"normalization": "global", **RESAMPLED}, "contradicts normalization='global'"),
     ({"what_if": ["maen"]}, "unknown normalization 'maen'.*Did you mean 'mean'"),
-    ({"what_if": ["adaptive"]}, "'adaptive' needs a state from earlier steps"),
+    ({"normalization": "adaptive"}, "'adaptive' was removed: .* use 'std', or 'max_rl' for hard prompts"),
+    ({"what_if": ["curvature"]}, "'curvature' needs a state from earlier steps"),
 ]
 
 
@@ -169,7 +170,7 @@ def test_failures_wait_for_the_other_processes():
 def test_what_to_change_where_nothing_can_be_learned(capsys):
     callback = ConsoleCallback()
     args, state = GRPOConfig("x", max_completion_length=64, report_to="none", bf16=False), type("", (), {})()
-    state.is_world_process_zero = True
+    state.is_world_process_zero, state.max_steps = True, 5
     hopeless = {"reward": 0.0, "accuracy": 0.0, "completions/clipped_ratio": 1.0}
     fine = {"reward": 0.5, "accuracy": 0.5, "completions/clipped_ratio": 0.9}
     for step, logs in enumerate([hopeless, fine, hopeless, hopeless, hopeless]):
@@ -178,5 +179,5 @@ def test_what_to_change_where_nothing_can_be_learned(capsys):
     said = capsys.readouterr().out
     assert said.count("In 2 logged steps every answer was cut at max_completion_length=64 before it ended") == 1
     assert said.count("In 2 logged steps every answer was wrong") == 1
-    assert "Raise --max_completion_length" in said and "--num_generations" in said
+    assert "Raise max_completion_length" in said and "num_generations" in said
     assert advice(fine, 64) == {}

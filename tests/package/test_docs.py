@@ -118,7 +118,7 @@ RUNS = [
     {"num_iterations": 2, "beta": 0.04, "interference_every": 0},
     {"loss_type": "cispo", "interference_every": 0, "normalization": "running_std"},
     {"loss_type": "vespo", "interference_every": 0, "normalization": "curvature"},
-    {"normalization": "adaptive", "resample_zero_variance": True, "interference_every": 0},
+    {"resample_zero_variance": True, "interference_every": 0},
 ]
 
 

@@ -147,7 +147,6 @@ RUNS = {
     "not told": (series(CORRELATION, -0.5, 0.6, 0.1, **{C: 0.5}), 2, "can't tell"),
     "phase": (series("phase", 1, 2), 1, "Phase 2 since step 1, last measured at step 1: they begin to"),
     "phase 2 from the first": (series("phase", *[2] * 4), 1, "Phase 2 since step 0, last measured at step 3"),
-    "no choice": (series("curvature/sigma_mean", 0.5), 3, "can't be told: no C"),
     "saved": ([{"compute/sequences_skipped_frac": 0.5, "compute/flops_saved_frac": 0.6}], 4, "50% of the sequences"),
 }
 
@@ -160,25 +159,28 @@ def test_the_summary_says_what_happened(name, tmp_path):
     assert len(lines) == 5 and expected in lines[line]
 
 
-NO_MORE = "it is worth no more than a learning rate on a log-linear policy"
+CHOICE = "Which normalisation: std if the rewards are verified, std or mean if they may be wrong."
+HARD = (
+    " The prompts were hard at first (mean reward 0.10): with verified rewards try max_rl too, at a learning rate of "
+    "its own."
+)
 
 
 @pytest.mark.parametrize(
-    ("constant", "group", "advice", "worth"),
+    ("rewards", "constant", "more"),
     [
-        (0.5, 8, "std", f"{NO_MORE}; with 32 answers +0.039."),
-        (0.5, 32, "std", "it is worth +0.039 of accuracy on a log-linear policy."),
-        (1.2, 8, "std or mean", f"{NO_MORE}."),
+        ([0.1] * 2 + [0.9] * 18, 0.8, HARD),
+        ([0.2] * 2 + [0.1] * 18, 0.8, ""),
+        ([0.1] * 20, None, ""),  # no C: a reward may have been outside [0, 1]
+        ([], 0.8, ""),
     ],
 )
-def test_the_summary_says_which_normalisation(constant, group, advice, worth, tmp_path):
-    """By the first tenth of the log: later groups are all right, and their std is low whatever it was."""
-    sigmas = [3 / 8 * constant] * 2 + [0.0] * 18
-    logs = [{"curvature/sigma_mean": sigma, "loss": 0.0, "step": step} for step, sigma in enumerate(sigmas, 1)]
-    folder = log_of(tmp_path / "run", [*logs, {C: 0.1, "loss": 0.0, "step": 21}], num_generations=group)
-    measured = f"8/3 of the groups' own std was {constant:.2f} at first"
-    told = f"{advice}. {measured}, and with {group} answers to a prompt {worth}"
-    assert summary(read_run(folder))[3] == f"Which normalisation: {told}"
+def test_the_summary_says_which_normalisation(rewards, constant, more, tmp_path):
+    """By the first tenth of the log: later prompts are easier."""
+    logs = [{"reward": reward, "step": step} for step, reward in enumerate(rewards, 1)]
+    logs += [{"loss": 0.0, "step": 21} | ({} if constant is None else {C: constant})]
+    folder = log_of(tmp_path / "run", logs)
+    assert summary(read_run(folder))[3] == CHOICE + more
 
 
 # ---- several runs

@@ -37,24 +37,6 @@ def test_running_variance_by_hand():
     assert first.variance == pytest.approx(2.0)  # no memory
 
 
-def test_adaptive_by_hand():
-    """Sigmas 1/2 and 0: C = 8/3 of 1/4, so std; then C = 8/3 of 3/8 (decay 1/2), which is the border: half way."""
-    state = state_of("adaptive")
-    assert state.ready and state.context(torch.zeros(1, 2)) == {"alpha": 1.0}  # an evaluation before training
-    state.observe_rewards(torch.tensor([[0.0, 1.0], [1.0, 1.0], [NAN, NAN]]))
-    assert state.sigma == pytest.approx(0.25) and state.context(torch.zeros(1, 2)) == {"alpha": 1.0}
-    state.observe_rewards(torch.tensor([[0.0, 1.0, 1.0, 0.0, NAN]]))
-    assert state.sigma == pytest.approx(0.375) and state.metrics() == {"normalization/alpha": pytest.approx(0.5)}
-    state.observe_rewards(torch.tensor([[NAN, 1.0], [NAN, NAN]]))  # one alone has no std
-    assert state.sigma == pytest.approx(0.375)
-    state.observe_rewards(torch.tensor([[0.0, 1.0 + 1e-7]]))  # C = 1.17; a sum of ten rewards may be off by that
-    assert state.context(torch.zeros(1, 2)) == {"alpha": 0.0}
-    state.observe_rewards(torch.tensor([[0.0, 1.5]]))
-    assert not state.ready and state.context(torch.zeros(1, 2)) == {"alpha": 1.0}
-    state.observe_rewards(torch.tensor([[0.0, 1.0]]))
-    assert not state.ready  # it can't be known in what units the others were
-
-
 def test_curvature_by_hand():
     """Groups of four with pass rates 1/4, 1/2, 1/4, 1: bins 1, 2, 1, 4. Stds 1/2, 1/sqrt(3), 1/2, 0."""
     batch = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1]])
@@ -82,7 +64,7 @@ def test_curvature_by_hand():
         state.observe_curvature(torch.tensor([4]), torch.tensor([1.0]))
 
 
-@pytest.mark.parametrize("method", ["running_std", "adaptive", "curvature", "std"])
+@pytest.mark.parametrize("method", ["running_std", "curvature", "std"])
 def test_states_go_through_json_bit_for_bit(method):
     state, other = state_of(method), state_of(method)
     state.observe_rewards(torch.tensor([[0.1, 0.7, 0.3], [1.0, 0.0, 1 / 3]]))
@@ -102,53 +84,35 @@ def saved_state(folder, step):
 SAVED = {"save_strategy": "steps", "save_steps": 1, **UNMEASURED}
 
 
-@pytest.mark.parametrize("method", ["running_std", "adaptive"])
-def test_resumed_training_restores_the_state(method, tiny_policy, tmp_path):
-    options = {"normalization": method, "max_steps": 3, **SAVED}
+def test_resumed_training_restores_the_state(tiny_policy, tmp_path):
+    options = {"normalization": "running_std", "max_steps": 3, **SAVED}
     trainer = train(tiny_policy, tmp_path, **options)
     expected = saved_state(tmp_path, 3)
     assert None not in expected[0].values() and expected != saved_state(tmp_path, 2)
     shutil.rmtree(tmp_path / "checkpoint-3")
     train(tiny_policy, tmp_path, **options, resume=str(tmp_path / "checkpoint-2"))
     assert saved_state(tmp_path, 3) == expected
-    name = {"running_std": "normalization/running_std", "adaptive": "normalization/alpha"}[method]
-    assert all(name in log for log in logged(trainer))
+    assert all("normalization/running_std" in log for log in logged(trainer))
 
 
-def test_another_normalisation_starts_with_a_new_state(tiny_policy, tmp_path):
+def test_another_normalisation_starts_with_a_new_state(tiny_policy, tmp_path, caplog):
+    """The checkpoint is one of ``adaptive``, which is no longer there."""
     train(tiny_policy, tmp_path, normalization="running_std", max_steps=1, **SAVED)
-    train(tiny_policy, tmp_path, normalization="adaptive", **SAVED, resume=str(tmp_path / "checkpoint-1"))
-    assert set(saved_state(tmp_path, 2)[0]) == {"sigma", "outside"}
+    file = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["stateful_callbacks"]["CurvatureGRPOTrainer"]["normalization"] = [{"sigma": 0.3, "outside": False}]
+    file.write_text(json.dumps(state))
+    train(tiny_policy, tmp_path, normalization="curvature", **SAVED, resume=str(tmp_path / "checkpoint-1"))
+    assert set(saved_state(tmp_path, 2)[0]) == {"curvature", "std"}
+    assert len(messages(caplog, "The checkpoint was saved with another normalization")) == 1
 
 
-@pytest.mark.parametrize(
-    ("method", "most", "message"),
-    [
-        ("curvature", 1.0, "is 'std' until it has seen the curvature along the prompts' gradients."),
-        ("adaptive", 2.0, "is 'std' in this run: a reward was outside [0, 1]"),
-    ],
-)
-def test_where_it_is_std_it_logs_that_once(method, most, message, tiny_policy, tmp_path, caplog):
-    def scaled(completion_ids, **kwargs):
-        return [most * value for value in by_length(completion_ids)]
-
-    assert_same_parameters(tiny_policy, tmp_path, scaled, method, "std")
-    assert len(messages(caplog, f"normalization='{method}' {message}")) == 1
-
-
-def assert_same_parameters(policy, folder, reward, method, other):
-    ends = [train(policy, folder, reward, normalization=one, **UNMEASURED).model for one in (method, other)]
-    for a, b in zip(*(model.parameters() for model in ends), strict=True):
+def test_where_it_is_std_it_logs_that_once(tiny_policy, tmp_path, caplog):
+    trained = [train(tiny_policy, tmp_path, by_length, normalization=n, **UNMEASURED) for n in ("curvature", "std")]
+    for a, b in zip(*(trainer.model.parameters() for trainer in trained), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-def test_adaptive_is_mean_where_rewards_vary_much(tiny_policy, tmp_path):
-    """Half of each group right: sigma 1/2, C 4/3. It needs no interference for that."""
-
-    def halves(completions, **kwargs):
-        return [float(i % 2) for i in range(len(completions))]
-
-    assert_same_parameters(tiny_policy, tmp_path, halves, "adaptive", "mean")
+    message = "normalization='curvature' is 'std' until it has seen the curvature along the prompts' gradients."
+    assert len(messages(caplog, message)) == 1
 
 
 def test_killed_and_resumed_on_two_processes(tiny_policy, tmp_path):

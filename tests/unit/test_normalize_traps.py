@@ -175,7 +175,6 @@ def test_bad_input_is_named(method, changes, message):
         ),
         ("running_std", {}, r"'running_std' needs context\['running_variance'\] \(the trainer"),
         ("running_std", {"running_variance": -1.0}, r"\['running_variance'\]=-1.0 must be a finite number, not neg"),
-        ("adaptive", {"alpha": 2.0}, r"\['alpha'\]=2.0 must be a finite number in \[0, 1\]"),
         ("curvature", {"curvature_scale": torch.ones(3)}, r"scale'\] is \(3,\): expected a tensor \(2,\)"),
     ],
 )
@@ -188,8 +187,8 @@ def test_bad_context_is_named(method, context, message):
     ("method", "options", "message"),
     [
         ("running_std", {"decay": 1.0}, r"decay=1.0 must be a number in \[0, 1\)"),
-        ("adaptive", {"decay": True}, "decay=True must be a number"),
-        ("adaptive", {"alpha": 0.5}, "no option 'alpha': it takes eps and decay"),
+        ("curvature", {"decay": True}, "decay=True must be a number"),
+        ("curvature", {"alpha": 0.5}, "no option 'alpha': it takes eps and decay"),
     ],
 )
 def test_bad_options_of_states_are_named(method, options, message):

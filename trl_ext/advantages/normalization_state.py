@@ -1,4 +1,4 @@
-"""Keeps the state of a normalisation from step to step: running variance, measured curvature, the theorem's constant C.
+"""Keeps the state of a normalisation from step to step: running variance, measured curvature.
 
 Shapes: P prompts, G completions of one prompt.
 
@@ -19,13 +19,11 @@ import torch
 
 from grpo_kernels import METHODS
 from grpo_kernels.normalize.group_statistics import masked_statistics
-from grpo_kernels.normalize.std_rule import std_exponent
 
 # The smallest scale, relative to the mean scale of the measured bins: it keeps advantages bounded.
 CURVATURE_FLOOR = 0.1
-ROUNDING = 1e-6  # by which a weighted sum of rewards may leave [0, 1]
 
-State = Mapping[str, float | bool | list[float | None] | None]  # for JSON
+State = Mapping[str, float | list[float | None] | None]  # for JSON
 
 
 def moving_average(previous: float | None, value: float, decay: float) -> float:
@@ -105,54 +103,6 @@ class RunningVariance(NormalizationState):
         self.variance = state["variance"]
 
 
-class MeasuredConstant(NormalizationState):
-    """Chooses the exponent alpha of ``power`` by the theorem's constant C, for ``adaptive``.
-
-    C is 8/3 of a moving average, with the current batch, of the mean population std of a group's rewards. It gives
-    alpha by ``std_rule.std_exponent``. C is defined for rewards in [0, 1]: after a reward outside, alpha stays 1, which
-    is ``std``.
-
-    Where alpha falls, ``mean`` works as well, at about twice the learning rate. With SGD, steps change their length
-    when alpha changes; AdamW isn't affected.
-    """
-
-    not_ready = "in this run: a reward was outside [0, 1], where the constant C isn't defined"
-
-    def __init__(self, decay: float = 0.9) -> None:
-        super().__init__(decay)
-        self.sigma: float | None = None
-        self.outside = False
-
-    @property
-    def ready(self):
-        return not self.outside
-
-    def observe_rewards(self, rewards_PG):
-        beyond = (rewards_PG < -ROUNDING) | (rewards_PG > 1 + ROUNDING)  # False for NaN
-        self.outside |= bool(beyond.any())
-        count, _, std = masked_statistics(rewards_PG.double(), ~rewards_PG.isnan(), dim=(1,))
-        comparable = count > 1
-        if comparable.any():
-            sigma = (std * ((count - 1) / count).sqrt())[comparable]
-            self.sigma = moving_average(self.sigma, sigma.mean().item(), self.decay)
-
-    @property
-    def alpha(self) -> float:
-        return 1.0 if self.outside or self.sigma is None else std_exponent(8 / 3 * self.sigma)
-
-    def context(self, rewards_PG):
-        return {"alpha": self.alpha}
-
-    def metrics(self):
-        return {"normalization/alpha": self.alpha}
-
-    def state_dict(self):
-        return {"sigma": self.sigma, "outside": self.outside}
-
-    def load_state_dict(self, state):
-        self.sigma, self.outside = state["sigma"], bool(state["outside"])
-
-
 class MeasuredCurvature(NormalizationState):
     """Replaces the std of a group, a proxy, by the curvature measured at its pass rate, for ``curvature``.
 
@@ -229,7 +179,6 @@ class MeasuredCurvature(NormalizationState):
 
 STATES: dict[str, type[NormalizationState]] = {
     "running_std": RunningVariance,
-    "adaptive": MeasuredConstant,
     "curvature": MeasuredCurvature,
 }
 

@@ -35,6 +35,8 @@ class LoggedStep:
     Attributes:
         number: the number of optimizer steps after this one, as in TRL's log.
         first_micro_batch: TRL's count of micro-batches at the start of the step.
+        generation: the number of generation batches before the step's first one; an iteration counts as one.
+        iteration: how often the step's generation batch was trained on before.
         sequences: the sequences of each micro-batch.
         skipped: the sequences that the plan skips.
         check: the gradient check at the end of the step; with DeepSpeed, before the optimizer step.
@@ -42,6 +44,7 @@ class LoggedStep:
 
     number: int
     first_micro_batch: int
+    generation: int
     iteration: int
     sequences: list[SequenceTable] = field(default_factory=list)
     skipped: list[SequenceTable] = field(default_factory=list)

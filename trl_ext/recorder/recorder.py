@@ -97,6 +97,7 @@ class InterferenceRecorder:
         self.sketch: GradientSketch | None = None
         self._features: PromptFeatures | None = None
         self.statistics = RunStatistics()
+        self._last_generation = -1  # of the last measured step
         self._what_if = WhatIfLog(run, used, self._collectives.attempt)
         self._extra_pass = ExtraPass(run, score)
         self._files = OptionalFeature("Interference is logged without its files")
@@ -235,7 +236,8 @@ class InterferenceRecorder:
     def _open(self, position: StepPosition, model: torch.nn.Module) -> None:
         """closed -> open."""
         self._state, step = State.OPEN, position.optimizer_step
-        self._step = LoggedStep(step + 1, position.micro_batch, position.iteration)
+        generation = position.micro_batch // position.steps_per_generation
+        self._step = LoggedStep(step + 1, position.micro_batch, generation, position.iteration)
         if self._failure is None:  # of an earlier step
             with self.guarded():
                 self._open_taps(model, step)
@@ -354,9 +356,7 @@ class InterferenceRecorder:
         if not checked:
             self.run.log_once(f"interference/coverage isn't logged for step {step.number}: its gradient is 0.", "info")
         metrics |= checked
-        # resampling leaves prompts out because of their rewards, and later iterations see the same prompts again
-        fresh = step.iteration == 0 and not self.run.options.resample_zero_variance
-        metrics |= self.statistics.observe(found, fresh=fresh)
+        metrics |= self.statistics.observe(found, fresh=self._is_fresh(step))
         # the normalizer logs curvature/sigma_mean for every batch
         self.run.log({name: value for name, value in metrics.items() if name != "curvature/sigma_mean"})
 
@@ -367,6 +367,12 @@ class InterferenceRecorder:
         self.observer.observe_curvature(prompt_P[prompt_P >= first] - first, curvature_P[prompt_P >= first])
         if self.accelerator.is_main_process:  # an error here stays on this rank
             self._files.run(lambda: self._write(step, found), None)
+
+    def _is_fresh(self, step: LoggedStep) -> bool:
+        """Returns whether the step's prompts are a new draw: resampling leaves prompts out because of their rewards, and
+        later iterations and the other steps of a generation batch see the same prompts again."""
+        new, self._last_generation = step.generation > self._last_generation, step.generation
+        return new and step.iteration == 0 and not self.run.options.resample_zero_variance
 
     def _write(self, step: LoggedStep, found: MeasuredStep) -> None:
         sequences = found.sequences

@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from grpo_kernels.normalize.std_rule import WORTH_A_WORD, std_exponent, std_gain
-
 from .evidence import ends, interval
 from .read_run import Run
 from .what_if_table import WhatIfTable
 
 LEAST_POINTS = 4  # of fewer a change has no error, and isn't claimed
 SMALL_CHANGE = 0.02  # of accuracy or reward, no change worth a word
-MANY_ANSWERS = 32  # to a prompt: with which the std was seen to be worth more than a learning rate
+HARD = 0.2  # mean reward below which prompts are hard: max_rl gained in the lab at 0.1, nothing at 0.5
 OTHER_DIRECTION = 0.98  # mean cosine below which std is more than a learning rate
 
 
@@ -139,21 +137,14 @@ def _theory(run: Run) -> str:
 
 
 def _choice(run: Run) -> str:
-    """The rule of docs/which-normalisation.md, which ``adaptive`` follows too."""
-    sigmas, group = run.series("curvature/sigma_mean")[1], run.config.get("num_generations")
-    if run.last("curvature/speedup_constant") is None or not sigmas or not isinstance(group, int) or group < 2:
-        return "Which normalisation can't be told: no C (as above), or how many answers a prompt has isn't kept."
-    # as the map has it: of the groups' own std, which is smaller than sigma, in the first batches, as it falls later
-    constant = 8 / 3 * float(np.mean(sigmas[: max(1, round(len(sigmas) / 10))]))
-    gain, more = std_gain(constant, group), std_gain(constant, MANY_ANSWERS)
-    measured = f"8/3 of the groups' own std was {constant:.2f} at first, and with {group} answers to a prompt"
-    later = f"; with {MANY_ANSWERS} answers {more:+.3f}" if group < MANY_ANSWERS and more - gain >= WORTH_A_WORD else ""
-    if gain >= WORTH_A_WORD:
-        advice, worth = "std", f"it is worth {gain:+.3f} of accuracy"
-    else:
-        advice = "std or mean" if std_exponent(constant) < 1 else "std"
-        worth = "it is worth no more than a learning rate"
-    return f"Which normalisation: {advice}. {measured} {worth} on a log-linear policy{later}."
+    """The table of docs/which-normalisation.md; the log can't tell whether rewards are verified."""
+    advice = "Which normalisation: std if the rewards are verified, std or mean if they may be wrong."
+    rewards = run.series("reward")[1]
+    in_unit = run.last("curvature/speedup_constant") is not None  # there is a C of rewards in [0, 1] alone
+    if not in_unit or not rewards or (first := ends(rewards)[0]) >= HARD:
+        return advice
+    hard = f"The prompts were hard at first (mean reward {first:.2f})"
+    return f"{advice} {hard}: with verified rewards try max_rl too, at a learning rate of its own."
 
 
 def _compute(run: Run) -> str:

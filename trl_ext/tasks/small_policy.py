@@ -53,12 +53,10 @@ NUMBERS = 199  # 0 to 198, the sums of two numbers below 100
 BATCH = 64
 LEARNING_RATE = 3e-3
 LEARNING_STEPS = 900  # the learning rate would reach 0 at this step
-LEARNED_ACCURACY = 0.88  # at which the second phase starts
 PROBLEMS = {1: 350, 2: 800, 3: 800, 4: 800, 5: 800}  # training problems by level; level 1 has no more
 CHECKED = 70  # held-out problems of each level that measure the accuracy
 CARELESS_LEARNING_RATE = 3e-4
 CARELESS_STEPS = 60
-TARGET_ACCURACY = 0.45
 
 Encoded = tuple[torch.Tensor, torch.Tensor]  # ids and labels (B, T), see ``encode``
 
@@ -174,8 +172,16 @@ def expected_accuracy(model, ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> f
 Report = Callable[[int, float], None]  # (step, accuracy)
 
 
-class _WarmUp:
-    """Trains a policy in the two phases of the module's docstring."""
+class WarmUp:
+    """Trains a policy in the two phases of the module's docstring.
+
+    Attributes:
+        learned: expected accuracy on held-out problems at which the first phase ends.
+        target: the one at which the second phase ends.
+        careless: share of careless answers in the second phase.
+    """
+
+    learned, target, careless = 0.88, 0.45, 0.5
 
     def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, levels: Sequence[int], seed: int):
         self.model, self.pad = model, tokenizer.pad_token_id
@@ -195,7 +201,7 @@ class _WarmUp:
         optimizer.zero_grad()
 
     def learn(self, report: Report | None) -> int:
-        """Trains on right answers until the accuracy is ``LEARNED_ACCURACY``; returns the number of steps."""
+        """Trains on right answers until the accuracy is ``learned``; returns the number of steps."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
         for number in range(1, LEARNING_STEPS + 1):
             for group in optimizer.param_groups:  # up over 30 steps, then linearly down
@@ -205,25 +211,25 @@ class _WarmUp:
                 reached = self.accuracy()
                 if report is not None:
                     report(number, reached)
-                if reached >= LEARNED_ACCURACY:
+                if reached >= self.learned:
                     break
         return number
 
     def unlearn(self) -> float:
-        """Trains on careless answers until the accuracy is ``TARGET_ACCURACY``; returns the accuracy."""
+        """Trains on careless answers until the accuracy is ``target``; returns the accuracy."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=CARELESS_LEARNING_RATE, betas=(0.9, 0.98))
         for number in range(CARELESS_STEPS):
             reached = self.accuracy()
-            if reached <= TARGET_ACCURACY:
+            if reached <= self.target:
                 break
-            self.step(optimizer, number, careless=0.5)
+            self.step(optimizer, number, self.careless)
         return reached
 
 
 def warm_up(
-    seed: int, levels: tuple[int, ...], report: Report | None = None
+    seed: int, levels: tuple[int, ...], report: Report | None = None, kind: type[WarmUp] = WarmUp
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, float]:
-    """Trains the policy from scratch until its expected accuracy on held-out problems is about ``TARGET_ACCURACY``.
+    """Trains the policy from scratch until its expected accuracy on held-out problems is about ``kind.target``.
 
     Calls ``report(step, accuracy)`` every 25 steps. Returns model, tokenizer and the accuracy.
     """
@@ -231,7 +237,7 @@ def warm_up(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(tokenizer)
-        training = _WarmUp(model, tokenizer, levels, seed)
+        training = kind(model, tokenizer, levels, seed)
         steps = training.learn(report)
         reached = training.unlearn()
         if report is not None:
