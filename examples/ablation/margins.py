@@ -14,7 +14,7 @@ import numpy as np
 
 from trl_ext.report import evidence
 from trl_ext.report.read_run import Run
-from trl_ext.report.signatures import gradients, learning, rollouts, steps
+from trl_ext.report.signatures import gradients, learning, steps
 
 Badness = Callable[[Run], float]  # at the threshold 1
 

@@ -147,7 +147,7 @@ def slow_rewards(lines: list[Line], share: float, rng: Random) -> list[Line]:
     """From the start on."""
     for line in lines:
         if "compute/seconds_training" in line:
-            rest = line["compute/seconds_generation"] + line["compute/seconds_training"]
+            rest = line.get("compute/seconds_generation", 0.0) + line["compute/seconds_training"]
             line["compute/seconds_rewards"] = share / (1 - share) * rest
     return lines
 
@@ -202,6 +202,10 @@ def more_entropy(line: Line, nats: float, rng: Random) -> dict[str, float]:
     return {name: line[name] + nats for name in ("entropy", "entropy_live") if name in line}
 
 
+def small_denominator(line: Line, ratio: float, rng: Random) -> dict[str, float]:
+    return {"normalization/scale_min": ratio * line["normalization/scale_mean"]}
+
+
 def uncovered(line: Line, share: float, rng: Random) -> dict[str, float]:
     return {"interference/coverage": share * line["interference/coverage"]}
 
@@ -216,7 +220,7 @@ SICKNESSES = {
     "fell": Sickness("reward lost", (0.1, 0.2, 0.4), fall),
     "no_progress": Sickness("logged steps, flat", (60, 150, 300), flat),
     "gap": Sickness("held-out accuracy lower by", (0.1, 0.2, 0.3), held_out_apart),
-    "length_limit": Sickness("share of answers", (0.3, 0.6, 0.98), each(cut_off)),
+    "length_limit": Sickness("share of answers", (0.3, 0.6, 0.98), each(cut_off, "completions/mean_length")),
     "repetition": Sickness("share of runs of four", (0.3, 0.6, 0.9), around("completions/repetition", 0.05)),
     "entropy_collapse": Sickness("times the entropy", (0.2, 0.05, 0.01), each(less_entropy)),
     "entropy_rise": Sickness("nats more", (0.3, 0.8, 2.0), each(more_entropy)),
@@ -224,7 +228,7 @@ SICKNESSES = {
     "tiny_denominators": Sickness(
         "least over mean",
         (0.1, 0.03, 0.003),
-        each(lambda line, ratio, rng: {"normalization/scale_min": ratio * line["normalization/scale_mean"]}),
+        each(small_denominator, "normalization/scale_mean"),
     ),
     "coefficient_spikes": Sickness(
         "three advantages of", (6, 15, 100), at_some("normalization/advantage_max", 3, lambda _, size: size)

@@ -63,6 +63,10 @@ class Run:
     problems: list[str] = field(default_factory=list)
 
     @functools.cached_property
+    def _curves(self) -> dict[str, Curve]:
+        return {}
+
+    @functools.cached_property
     def _kinds(self) -> list[str]:
         return [_kind(entry) for entry in self.logs]
 
@@ -82,6 +86,11 @@ class Run:
         What interference files hold is of the step that was measured; TRL's log has it at the next step that it logs.
         Several values of one step (a second evaluation) are their mean.
         """
+        if name not in self._curves:
+            self._curves[name] = self._curve(name)
+        return self._curves[name]
+
+    def _curve(self, name: str) -> Curve:
         if not any(name in entry for entry in self.logs) and not any(name in one.metrics for one in self.records):
             return Curve([], [])
         measured = [(record.step, record.metrics.get(name)) for record in self.records]
