@@ -183,7 +183,7 @@ def alarms_of(name: str, ablations: Alarms, full: Alarms) -> str:
     raised = [level for level in LEVELS if level in ablations.raised or level in full.raised]
     low, high = clopper_pearson(seeds, told)
     levels = f", {' and '.join(raised)}" if raised else ""
-    return f"{seeds} of {told} ({low:.0%} to {high:.0%}{levels})"
+    return f"{seeds} of {told}, {100 * low:.0f}-{high:.0%}{levels}"
 
 
 def found_of(name: str) -> str:
@@ -192,20 +192,20 @@ def found_of(name: str) -> str:
     if sickness is None:
         return "not injected | "
     counts = [detected(name, strength) for strength in sickness.strengths]
-    strengths = ", ".join(f"{strength:g}" for strength in sickness.strengths)
-    shares = ", ".join(f"{100 * found / n:.0f}" for found, n in counts)
-    return f"{sickness.unit}: {strengths} | {shares} %"
+    strengths = "/".join(f"{strength:g}" for strength in sickness.strengths)
+    shares = "/".join(f"{100 * found / n:.0f}" for found, n in counts)
+    return f"{sickness.unit}: {strengths} | {shares}%"
 
 
 def table(ablations: dict[str, Alarms], full: dict[str, Alarms]) -> str:
-    lines = ["| signature | seeds with a false alarm | injected | found |", "|---|---|---|---|"]
+    lines = ["| signature | false alarms | injected | found |", "|---|---|---|---|"]
     for name in SIGNATURES:
         lines.append(f"| `{name}` | {alarms_of(name, ablations[name], full[name])} | {found_of(name)} |")
     return "\n".join(lines)
 
 
 def margins_table(runs: Sequence[Healthy]) -> str:
-    """By signature the most that a healthy seed reached at some look, in thresholds, and the alarms of left-out seeds."""
+    """By signature the most that a healthy seed reached at any look, in thresholds, and alarms of left-out seeds."""
     lines = ["| signature | most, in thresholds | alarms as it is | alarms as chosen |", "|---|---|---|---|"]
     for name, badness in MARGINS.items():
         most: dict[str, float] = {}

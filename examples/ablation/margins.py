@@ -1,8 +1,8 @@
 """How far healthy runs stay below the signatures' thresholds, and what a threshold chosen on the other seeds would do.
 
 Present thresholds were fixed beforehand, so that counting their alarms needs no cross-validation. A threshold chosen on
-healthy runs does: for each seed left out it is the smallest one without an alarm on the others, and at least the present
-one. With n seeds at most one can be left out beyond all others, so that at most 1 in n raises an alarm.
+healthy runs does: for each seed left out it is the smallest one without an alarm on the others, and at least the
+present one. Only the largest of n seeds can be above all others, so that at most 1 in n raises an alarm.
 """
 
 from __future__ import annotations

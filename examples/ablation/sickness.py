@@ -211,37 +211,37 @@ def uncovered(line: Line, share: float, rng: Random) -> dict[str, float]:
 
 
 SICKNESSES = {
-    "not_finite": Sickness("steps with a NaN loss", (1, 3, 10), not_finite),
-    "all_wrong": Sickness("share of groups", (0.9, 0.98, 1.0), dead("wrong")),
-    "all_right": Sickness("share of groups", (0.9, 0.98, 1.0), dead("right")),
-    "mostly_dead": Sickness("share of groups", (0.9, 0.98, 1.0), dead("right", "wrong")),
-    "few_live_prompts": Sickness("live prompts, mean", (4, 2, 1), each(live_prompts, "interference/live_prompts")),
-    "unscored": Sickness("share of answers", (0.05, 0.15, 0.5), share("normalization/unscorable_frac", ANSWERS)),
+    "not_finite": Sickness("NaN losses", (1, 3, 10), not_finite),
+    "all_wrong": Sickness("groups", (0.9, 0.98, 1.0), dead("wrong")),
+    "all_right": Sickness("groups", (0.9, 0.98, 1.0), dead("right")),
+    "mostly_dead": Sickness("groups", (0.9, 0.98, 1.0), dead("right", "wrong")),
+    "few_live_prompts": Sickness("live prompts", (4, 2, 1), each(live_prompts, "interference/live_prompts")),
+    "unscored": Sickness("answers", (0.05, 0.15, 0.5), share("normalization/unscorable_frac", ANSWERS)),
     "fell": Sickness("reward lost", (0.1, 0.2, 0.4), fall),
-    "no_progress": Sickness("logged steps, flat", (60, 150, 300), flat),
-    "gap": Sickness("held-out accuracy lower by", (0.1, 0.2, 0.3), held_out_apart),
-    "length_limit": Sickness("share of answers", (0.3, 0.6, 0.98), each(cut_off, "completions/mean_length")),
-    "repetition": Sickness("share of runs of four", (0.3, 0.6, 0.9), around("completions/repetition", 0.05)),
-    "entropy_collapse": Sickness("times the entropy", (0.2, 0.05, 0.01), each(less_entropy)),
+    "no_progress": Sickness("flat steps", (60, 150, 300), flat),
+    "gap": Sickness("held-out lower by", (0.1, 0.2, 0.3), held_out_apart),
+    "length_limit": Sickness("answers", (0.3, 0.6, 0.98), each(cut_off, "completions/mean_length")),
+    "repetition": Sickness("share", (0.3, 0.6, 0.9), around("completions/repetition", 0.05)),
+    "entropy_collapse": Sickness("entropy times", (0.2, 0.05, 0.01), each(less_entropy)),
     "entropy_rise": Sickness("nats more", (0.3, 0.8, 2.0), each(more_entropy)),
-    "length_hacking": Sickness("times the length", (1.5, 2.5, 4.0), longer),
+    "length_hacking": Sickness("length times", (1.5, 2.5, 4.0), longer),
     "tiny_denominators": Sickness(
         "least over mean",
         (0.1, 0.03, 0.003),
         each(small_denominator, "normalization/scale_mean"),
     ),
     "coefficient_spikes": Sickness(
-        "three advantages of", (6, 15, 100), at_some("normalization/advantage_max", 3, lambda _, size: size)
+        "three advantages", (6, 15, 100), at_some("normalization/advantage_max", 3, lambda _, size: size)
     ),
     "gradient_spikes": Sickness(
-        "one gradient, times", (10, 30, 300), at_some("grad_norm", 1, lambda line, factor: factor * line["grad_norm"])
+        "norm times", (10, 30, 300), at_some("grad_norm", 1, lambda line, factor: factor * line["grad_norm"])
     ),
-    "clip_share": Sickness("share of tokens", (0.1, 0.3, 0.6), around("clip_ratio/region_mean")),
+    "clip_share": Sickness("tokens", (0.1, 0.3, 0.6), around("clip_ratio/region_mean")),
     "divergence": Sickness("nats a token", (0.5, 2, 20), around("kl")),
     "sampler_mismatch": Sickness("nats a token", (0.02, 0.1, 0.5), around("sampling/sampling_logp_difference/mean")),
-    "slow_rewards": Sickness("share of the seconds", (0.3, 0.6, 0.9), slow_rewards),
-    "uncovered": Sickness("times the coverage", (0.95, 0.8, 0.5), each(uncovered, "interference/coverage")),
-    "contradicts_theory": Sickness("correlation, mean", (-0.05, -0.2, -0.5), against_theory),
-    "dominated": Sickness("a prompt's gradient, times", (2, 5, 20), change_records=larger_prompt),
-    "task_conflict": Sickness("cosine, mean", (-0.05, -0.2, -0.5), change_records=opposed),
+    "slow_rewards": Sickness("seconds", (0.3, 0.6, 0.9), slow_rewards),
+    "uncovered": Sickness("coverage times", (0.95, 0.8, 0.5), each(uncovered, "interference/coverage")),
+    "contradicts_theory": Sickness("correlation", (-0.05, -0.2, -0.5), against_theory),
+    "dominated": Sickness("prompt times", (2, 5, 20), change_records=larger_prompt),
+    "task_conflict": Sickness("cosine", (-0.05, -0.2, -0.5), change_records=opposed),
 }

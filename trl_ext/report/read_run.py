@@ -25,9 +25,12 @@ LogLine = dict[str, Any]  # an entry of TRL's log: metric -> value, with its ste
 CLOCKS_DIFFER = 60  # seconds that a file system's clock may be behind
 
 
+_REAL = int | float
+
+
 def _is_number(value: Any) -> bool:
     try:
-        return isinstance(value, int | float) and math.isfinite(float(value))
+        return isinstance(value, _REAL) and math.isfinite(value)
     except OverflowError:
         return False
 
