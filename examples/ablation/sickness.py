@@ -155,7 +155,7 @@ def slow_rewards(lines: list[Line], share: float, rng: Random) -> list[Line]:
 def against_theory(lines: list[Line], correlation: float, rng: Random) -> list[Line]:
     """The correlations' mean is ``correlation`` from the start on: their own scatter is around it."""
     measured = [line for line in lines if "curvature/directional_corr" in line]
-    mean = float(np.mean([line["curvature/directional_corr"] for line in measured]))
+    mean = float(np.mean([line["curvature/directional_corr"] for line in measured])) if measured else 0.0
     for line in measured:
         line["curvature/directional_corr"] += correlation - mean
     return lines
