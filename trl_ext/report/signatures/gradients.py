@@ -16,7 +16,7 @@ DOMINATED, ALMOST_ALL, PROMPTS = 0.5, 0.9, 5  # of the squared gradients, by one
 LEAST_STEPS = 4
 ENOUGH_STEPS, MANY_PROMPTS = 15, 8  # logged, for an alignment
 AGAINST = -0.02  # mean cosine of two tasks, upper end
-NEGATIVE, CORRELATIONS = -0.2, 8  # upper end of the mean of so many; below 0 it was in 6 of 15 healthy seeds
+NEGATIVE, CORRELATIONS = -0.2, 8  # upper end of the mean of so many; below 0 it was in 7 of 16 healthy seeds
 
 
 def uncovered(run: Run) -> Found:
