@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from examples.ablation import curves, false_alarms, tables
+from examples.ablation import curves, false_alarms, margins, tables
 from examples.ablation.curves import Interval, Run, best_learning_rate, mean_interval, tidy_rows
 from examples.ablation.plots import draw_tasks
+from examples.ablation.sickness import SICKNESSES
+from trl_ext.report.evidence import above, state
 
 INF = math.inf
 
@@ -249,7 +251,30 @@ def test_verified_rewards_page_is_of_its_csv():
 
 def test_the_page_has_the_table_of_false_alarms():
     page = (Path(tables.__file__).parents[2] / "docs" / "verdicts.md").read_text()
-    assert false_alarms.table() in page
+    alarms = [false_alarms.count_alarms(runs) for runs in (false_alarms.ablation_runs(), false_alarms.full_runs())]
+    assert false_alarms.table(*alarms) in page
+
+
+def test_the_highest_border_at_which_a_state_is_found():
+    """As ``state`` itself finds it: three values at least, and four fifths of those since the onset."""
+    for values in ([1, 2, 3], [5, 1, 4, 4, 4, 0, 4], [9, 9, 0, 0, 0], list(range(12))):
+        highest = margins.highest_state(values)
+        assert state(range(len(values)), values, above(highest)) is not None
+        assert state(range(len(values)), values, above(highest + 1e-9)) is None
+
+
+def test_alarms_of_left_out_seeds():
+    # at the present threshold 1 two seeds alarm; the others of the larger one choose 1.5, the others of 1.5 choose 2
+    assert margins.left_out({"a": 0.5, "b": 1.5, "c": 2.0}) == (2, 1)
+    assert margins.left_out({"a": 0.5, "b": 0.9}) == (0, 0)
+
+
+@pytest.mark.parametrize("name", SICKNESSES)
+def test_a_sickness_leaves_the_healthy_log_as_it_is(name):
+    run = false_alarms.full_runs()[0]
+    before = [dict(line) for line in run.lines]
+    SICKNESSES[name].inject(run.lines, run.records, SICKNESSES[name].strengths[2], 0)
+    assert run.lines == before
 
 
 def test_clopper_pearson_of_the_tables():

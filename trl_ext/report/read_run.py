@@ -7,6 +7,7 @@ earlier run in the same folder, is skipped and named.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -24,17 +25,21 @@ LogLine = dict[str, Any]  # an entry of TRL's log: metric -> value, with its ste
 CLOCKS_DIFFER = 60  # seconds that a file system's clock may be behind
 
 
+_REAL = int | float
+
+
 def _is_number(value: Any) -> bool:
     try:
-        return isinstance(value, int | float) and math.isfinite(float(value))
+        return isinstance(value, _REAL) and math.isfinite(value)
     except OverflowError:
         return False
 
 
-def _same_kind(entry: LogLine, name: str) -> bool:
-    """Whether such a metric may be in this entry: an evaluation's, or a training step's."""
-    of_evaluation = any(key.startswith("eval_") for key in entry)
-    return name in entry or (of_evaluation if name.startswith("eval_") else "loss" in entry and not of_evaluation)
+def _kind(entry: LogLine) -> str:
+    """Of what an entry is: "eval_", "train", or "" for neither."""
+    if any(key.startswith("eval_") for key in entry):
+        return "eval_"
+    return "train" if "loss" in entry else ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,14 @@ class Run:
     config: Configuration
     problems: list[str] = field(default_factory=list)
 
+    @functools.cached_property
+    def _curves(self) -> dict[str, Curve]:
+        return {}
+
+    @functools.cached_property
+    def _kinds(self) -> list[str]:
+        return [_kind(entry) for entry in self.logs]
+
     @property
     def last_step(self) -> int:
         steps = [int(entry["step"]) for entry in self.logs] + [record.step for record in self.records]
@@ -76,8 +89,17 @@ class Run:
         What interference files hold is of the step that was measured; TRL's log has it at the next step that it logs.
         Several values of one step (a second evaluation) are their mean.
         """
+        if name not in self._curves:
+            self._curves[name] = self._curve(name)
+        return self._curves[name]
+
+    def _curve(self, name: str) -> Curve:
+        if not any(name in entry for entry in self.logs) and not any(name in one.metrics for one in self.records):
+            return Curve([], [])
         measured = [(record.step, record.metrics.get(name)) for record in self.records]
-        logged = [(entry["step"], entry.get(name)) for entry in self.logs if _same_kind(entry, name)]
+        wanted = "eval_" if name.startswith("eval_") else "train"  # entries in which such a metric may be
+        entries = zip(self.logs, self._kinds, strict=True)
+        logged = [(entry["step"], entry.get(name)) for entry, kind in entries if kind == wanted or name in entry]
         of_files, of_log = (sum(_is_number(value) for _, value in points) for points in (measured, logged))
         if not of_files and not of_log:
             return Curve([], [])

@@ -16,6 +16,7 @@ DOMINATED, ALMOST_ALL, PROMPTS = 0.5, 0.9, 5  # of the squared gradients, by one
 LEAST_STEPS = 4
 ENOUGH_STEPS, MANY_PROMPTS = 15, 8  # logged, for an alignment
 AGAINST = -0.02  # mean cosine of two tasks, upper end
+NEGATIVE, CORRELATIONS = -0.2, 8  # upper end of the mean of so many; below 0 it was in 7 of 16 healthy seeds
 
 
 def uncovered(run: Run) -> Found:
@@ -57,10 +58,10 @@ def contradicts_theory(run: Run) -> Found:
     constant = run.last("curvature/speedup_constant")
     if constant is None:
         return missing("C")
-    if len(values) < 3:
-        return too_few(run, 3, "curvature/directional_corr")
+    if len(values) < CORRELATIONS:
+        return too_few(run, CORRELATIONS, "curvature/directional_corr")
     mean, low, high = interval(values)
-    if high >= 0:
+    if high >= NEGATIVE or constant >= 1:
         return None
     evidence = (
         f"C = {constant:.2f} predicts that std helps as sigma tracks curvature; measured, their correlation is "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def gradient_spikes(run: Run) -> Found:
     spikes = []
     for i in range(5, len(values)):
         before = [value for value in values[max(0, i - 50) : i] if value > 0]
-        median = float(np.median(before)) if before else 0.0
+        median = statistics.median(before) if before else 0.0
         if median > 0 and values[i] > SPIKE * median:
             spikes.append((steps[i], values[i] / median))
     if not spikes:
