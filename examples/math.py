@@ -212,10 +212,9 @@ def say_start(trainer, prompts) -> None:
     from examples.tasks.command_line import say
     from trl_ext.checkpoints import StopWithCheckpoint
     from trl_ext.console import use_console
-    from trl_ext.trainer import components_of
 
     processes = trainer.accelerator.num_processes
-    use_console(trainer, components_of(trainer).seconds, anywhere=True)
+    use_console(trainer, anywhere=True)
     trainer.add_callback(StopWithCheckpoint())
     if started_alone(processes):
         say("accelerate was asked for several processes on CPUs and started one, without telling: to have two, add")

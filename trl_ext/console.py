@@ -31,9 +31,9 @@ COLUMNS = (
 )
 OTHER_NAMES = {"eval_accuracy": "eval_reward", "entropy": "entropy_live"}  # where the first isn't logged
 LEGEND = (
-    "reward: mean of the sampled answers. held-out: accuracy, or reward, on questions that aren't trained on. dead: share\n"
-    "of the groups whose answers all got the same reward; they have no gradient. length: tokens of an answer. entropy:\n"
-    "nats a token. grad: norm of the gradient. left: time until the last step, at the speed so far."
+    "reward: mean of the sampled answers. held-out: accuracy, or reward, on questions that aren't trained on. dead:\n"
+    "share of the groups whose answers all got the same reward; they have no gradient. length: tokens of an answer.\n"
+    "entropy: nats a token. grad: norm of the gradient. left: time until the last step, at the speed so far."
 )
 STAGES = {"generation": "generating", "rewards": "rewards", "log_probs": "log-probs", "step": "forward and backward"}
 ADVISE_AFTER = 2  # logged steps in a row with the same problem
@@ -43,11 +43,10 @@ def on_a_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def use_console(trainer: Any, stages: StageSeconds, *, anywhere: bool = False) -> None:
+def use_console(trainer: Any, *, anywhere: bool = False) -> None:
     """Puts the console in place of transformers' progress bar.
 
     Args:
-        stages: where the console reads what is going on.
         anywhere: also where standard output isn't a terminal, and in place of TRL's dictionary (``disable_tqdm``).
             By default only transformers' own bar is replaced, and only on a terminal: notebooks keep theirs.
     """
@@ -57,7 +56,7 @@ def use_console(trainer: Any, stages: StageSeconds, *, anywhere: bool = False) -
     for kind in (PrinterCallback, ProgressCallback, ConsoleCallback):
         if kind in kinds:
             trainer.remove_callback(kind)
-    trainer.add_callback(ConsoleCallback(stages))
+    trainer.add_callback(ConsoleCallback(trainer.stage_seconds))
 
 
 def advice(metrics: Mapping[str, float | None], max_completion_length: int) -> dict[str, str]:
@@ -71,8 +70,8 @@ def advice(metrics: Mapping[str, float | None], max_completion_length: int) -> d
     if metrics.get("accuracy") == 0:
         found["wrong"] = (
             "every answer was wrong, so no group has a gradient. Take easier questions, a stronger model, or more "
-            "answers per prompt (num_generations). Or the model misunderstands the question: log_completions=True shows "
-            "its answers."
+            "answers per prompt (num_generations). Or the model misunderstands the question: log_completions=True "
+            "shows its answers."
         )
     return found
 

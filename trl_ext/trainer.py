@@ -76,7 +76,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         self._components = build_components(self, CurvatureGRPOTrainer)
         for callback in self._components.callbacks:
             self.add_callback(callback)
-        use_console(self, self._components.seconds)
+        self.stage_seconds = self._components.seconds
+        use_console(self)
 
     # ---- rollouts, rewards, advantages
 

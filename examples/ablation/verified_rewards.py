@@ -1,4 +1,4 @@
-"""``max_rl`` against ``std`` on hard prompts, by right and by flipped rewards: ``python examples/ablation/verified_rewards.py``.
+"""``max_rl`` against ``std`` on hard prompts, by right and by flipped rewards: run this file.
 
 Writes every evaluation to ``verified_rewards.csv`` and prints the table of verified_rewards.md. Repeat an interrupted
 command to go on.

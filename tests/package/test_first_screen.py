@@ -18,7 +18,10 @@ def run_of(folder, name, *values, config=None, **more):
 
 
 SENTENCES = {
-    "a steady rise has no noise": ("eval_accuracy", [0.2, 0.3, 0.4, 0.5], {}, "It learned: held-out accuracy 0.200 → 0.500, +0.300 [+0.300, +0.300] from step 0 to 3."),
+    "a steady rise has no noise": (
+        "eval_accuracy", [0.2, 0.3, 0.4, 0.5], {},
+        "It learned: held-out accuracy 0.200 → 0.500, +0.300 [+0.300, +0.300] from step 0 to 3.",
+    ),
     # 100 answers at 0.5 each: sqrt(2 * 0.25 / 100) = 0.0707, times 1.96 = 0.139
     "answers are counted": (
         "eval_accuracy", [0.5, 0.5, 0.5, 0.5], {"eval_runtime": 10.0, "eval_samples_per_second": 10.0},
@@ -78,6 +81,7 @@ def test_the_next_experiment_is_at_most_three_options_to_set(tmp_path):
     hard = run_of(tmp_path, "reward", *[0.1] * 10, config=CONFIG, **C)
     assert options_of(hard) == ["normalization='max_rl'", "learning_rate=0.0002"]
     assert "verified" in next_experiment(hard, diagnose(hard))[0].reason
+    (tmp_path / "easy").mkdir()
     easy = run_of(tmp_path / "easy", "reward", *[0.6] * 10, config=CONFIG, **C)
     assert options_of(easy) == ["normalization='std'", "learning_rate=0.0002"]
 

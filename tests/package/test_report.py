@@ -35,7 +35,7 @@ def test_the_command_writes_a_page_and_numbers_and_prints_the_summary(reported_r
     for section in SECTIONS.values():
         assert Markup.escape(section.heading) in page  # as a section, or among those that aren't in the log
     assert numbers["logged_interference_steps"] == 6 and len(numbers["heatmaps"]) == 6
-    assert numbers["curves"]["learning"]["reward"]["steps"] == [1, 2, 3, 4, 5, 6]
+    assert numbers["curves"]["main"]["reward"]["steps"] == [1, 2, 3, 4, 5, 6]
     assert numbers["config"]["num_generations"] == 4
 
 
@@ -93,7 +93,7 @@ def test_one_number_for_one_measurement(tiny_policy, tmp_path):
     points = [*(pair for kind in numbers.pairs.values() for pair in kind), *numbers.sigma_and_curvature]
     assert {point.step for point in points} <= {1, 4, 7}
     assert {step for span in numbers.phases for step in (span.first, span.last)} <= {1, 4, 7}
-    assert numbers.curves["learning"]["reward"].steps == [2, 4, 6, 8]
+    assert numbers.curves["main"]["reward"].steps == [2, 4, 6, 8]
     assert (tmp_path / "interference" / "step_00000007.npz").is_file()
 
 

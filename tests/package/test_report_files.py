@@ -53,7 +53,7 @@ def test_missing_values_are_gaps(tmp_path):
     curves = report_numbers(run).curves
     assert curves["learning"]["grad_norm"] == Curve([1, 2, 3, 4, 5, 6, 7], [1, 2, None, 4, None, 6, 7])
     assert curves["theory"]["theory/r1"] == Curve([1, 6], [2, 2])
-    assert curves["learning"]["eval_accuracy"] == Curve([3], [0.5])
+    assert curves["main"]["eval_accuracy"] == Curve([3], [0.5])
     assert run.series("grad_norm")[0] == [1, 2, 4, 6, 7] and run.last("grad_norm") == 7
     figure = curves_of_a_run(Curves("", "", {"grad_norm": "norm"}), curves["learning"], {})
     assert figure.data[0].y == (1, 2, None, 4, None, 6, 7) and not figure.data[0].connectgaps
@@ -65,7 +65,7 @@ def test_a_step_evaluated_twice_is_explained(tmp_path):
     entries = [{"step": 0, "eval_accuracy": 0.4}, {"step": 1, "loss": 0.0, "reward": 0.5}]
     entries += [{"step": 1, "eval_accuracy": 0.5}, {"step": 1, "eval_accuracy": 0.7}]
     numbers = report_numbers(read_run(log_of(tmp_path / "run", entries)))
-    assert numbers.curves["learning"]["eval_accuracy"] == Curve([0, 1], [0.4, pytest.approx(0.6)])
+    assert numbers.curves["main"]["eval_accuracy"] == Curve([0, 1], [0.4, pytest.approx(0.6)])
     (note,) = numbers.notes
     assert note.startswith("Step 1 was evaluated 2 times (0.500, 0.700): answers are sampled")
     assert note in page_of(tmp_path / "run", folder=tmp_path)

@@ -369,8 +369,11 @@ class InterferenceRecorder:
             self._files.run(lambda: self._write(step, found), None)
 
     def _is_fresh(self, step: LoggedStep) -> bool:
-        """Returns whether the step's prompts are a new draw: resampling leaves prompts out because of their rewards, and
-        later iterations and the other steps of a generation batch see the same prompts again."""
+        """Returns whether the step's prompts are a new draw.
+
+        Resampling leaves prompts out because of their rewards; later iterations and the other steps of a generation
+        batch see the same prompts again.
+        """
         new, self._last_generation = step.generation > self._last_generation, step.generation
         return new and step.iteration == 0 and not self.run.options.resample_zero_variance
 

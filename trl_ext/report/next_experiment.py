@@ -16,8 +16,8 @@ MOST = 3
 UNKNOWN = "not measured"
 HARD = 0.2  # mean reward below which prompts are hard
 # measured effects on accuracy, from docs/which-normalisation.md
-STD = "+0.009 with 8 answers, +0.027 with 32, if rewards are verified; about 0 with 10 % wrong ones (log-linear policy)"
-MAX_RL = "+0.03 to +0.15 over mean where hard prompts share directions, -0.06 to -0.08 where they share nothing and rewards are wrong"
+STD = "over mean, verified rewards: +0.009 with 8 answers, +0.027 with 32; 10 % wrong: about 0 (log-linear policy)"
+MAX_RL = "over std, verified rewards: +0.023 ± 0.004; 10 % wrong: -0.006 ± 0.005, at worst -0.066 (log-linear policy)"
 
 
 @dataclass(frozen=True)
