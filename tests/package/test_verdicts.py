@@ -96,7 +96,7 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 20, "eval_on_start": True, 
 @pytest.mark.nightly
 def test_healthy_runs_raise_nothing_above_advice(tmp_path):
     """Twenty runs of the built-in policy on problems seen once, a live share of at least the stated floor; none of them
-    was looked at when thresholds were set. None of 20 bounds the share of false alarms at 14 % (95 %)."""
+    was looked at when thresholds were set. Five policies: no alarm bounds their share at 45 % (95 %)."""
     alarms, looked, alive = {}, 0, []
     options = {"num_generations": 8, "per_device_train_batch_size": 128, "max_steps": 40, "max_completion_length": 4}
     options |= {"interference_every": 5, "interference_dim": 32, "num_generations_eval": 4, "generation_kwargs": None}
