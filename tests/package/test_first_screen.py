@@ -89,7 +89,7 @@ def test_the_next_experiment_is_at_most_three_options_to_set(tmp_path):
 def test_a_verdict_s_option_comes_first(tmp_path):
     config = {**CONFIG, "normalization": "std", "max_completion_length": 64}
     cut = run_of(tmp_path, "reward", *[0.6] * 10, config=config, **C, **{"completions/clipped_ratio": 1.0})
-    assert options_of(cut) == ["max_completion_length=128", "learning_rate=0.0002"]
+    assert options_of(cut) == ["max_completion_length=128"]  # critical: nothing else until it is mended
 
 
 def test_nothing_is_suggested_that_cannot_be_said(tmp_path):

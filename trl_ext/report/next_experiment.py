@@ -73,12 +73,12 @@ ANSWERS: dict[str, tuple[Suggest, ...]] = {
 
 
 def next_experiment(run: Run, diagnosis: Diagnosis) -> list[Change]:
-    """At most three changes: what verdicts ask for, then the normalisation, then the learning rate."""
+    """At most three changes: what verdicts ask for; where none is critical also the normalisation and the rate."""
     found = [change for verdict in diagnosis.verdicts if (change := _answer(verdict.name, verdict.title, run))]
-    found += _normalisation(run)
-    rate = scaled("learning_rate", 2)(run.config)
-    if rate is not None:
-        found.append(Change(rate, "the rate moved built-in runs more than the normalisation did: sweep it"))
+    if diagnosis.worst != "critical":
+        found += _normalisation(run)
+        if (rate := scaled("learning_rate", 2)(run.config)) is not None:
+            found.append(Change(rate, "the rate moved built-in runs more than the normalisation did: sweep it"))
     names: dict[str, Change] = {}
     for change in found:
         names.setdefault(change.option.partition("=")[0], change)

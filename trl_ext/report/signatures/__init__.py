@@ -52,7 +52,7 @@ SIGNATURES = {
     ),
     "entropy_collapse": Signature("Entropy has collapsed", rollouts.entropy_collapse),
     "entropy_rise": Signature("Entropy rises", rollouts.entropy_rise),
-    "length_hacking": Signature("Reward by length", rollouts.length_hacking),
+    "length_hacking": Signature("Reward by length", rollouts.length_hacking, explains=("length_limit",)),
     "tiny_denominators": Signature("Tiny denominators", steps.tiny_denominators),
     "coefficient_spikes": Signature("Huge advantages", steps.coefficient_spikes),
     "gradient_spikes": Signature("Spikes of the gradient's norm", steps.gradient_spikes),
