@@ -16,7 +16,8 @@ RUNS = {
     "mean": "--max_steps 60 --normalization mean",
     # goes on with what the healthy run has learned: most groups are all right
     "dead-groups": (
-        "--max_steps 40 --model_name_or_path {runs}/healthy --prompt_style chat --instruction= --learning_rate 2e-5"
+        "--config examples/recipes/demo.yaml --model_name_or_path {runs}/healthy --prompt_style chat --instruction= "
+        "--max_steps 40 --learning_rate 2e-5"
     ),
     # pays for long answers
     "reward-hacking": "--max_steps 60 --reward examples.tasks.hackable:long_answers --max_completion_length 24",

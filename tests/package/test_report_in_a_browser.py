@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from importlib.util import find_spec
+from itertools import pairwise
 
 import pytest
 from run_folders import page_of
@@ -63,7 +64,22 @@ def test_the_page_fits_the_screen(opened):
         inner = browser.execute_script("return arguments[0].querySelector('svg.main-svg').clientWidth", plot)
         assert 0 < inner <= plot.size["width"] <= width
     assert browser.execute_script("return document.documentElement.scrollHeight") < (5000 if width == 1280 else 12000)
-    assert len({one.location["x"] for one in found(browser, "#learning .part")}) == (2 if width == 1280 else 1)
+    assert len({one.location["x"] for one in found(browser, "#answers .part")}) == (2 if width == 1280 else 1)
+
+
+def test_the_first_screen_has_the_answers(opened):
+    """Sentence, chart, what got in the way and the next experiment, without scrolling on 1280 x 800; none overlaps."""
+    browser, width = opened
+    parts = [*found(browser, ".learned"), found(browser, ".screen .plot")[0], *found(browser, ".screen h2")]
+    assert [one.text for one in parts[2:]] == ["What got in the way", "The next experiment"]
+    screen = found(browser, ".screen")[0].rect
+    if width == 1280:
+        assert screen["y"] + screen["height"] <= 800
+        assert parts[1].size["height"] >= 300
+    items = found(browser, ".screen li")
+    boxes = sorted((one.rect["y"], one.rect["y"] + one.rect["height"]) for one in items)
+    assert all(end <= start + 1 for (_, end), (start, _) in pairwise(boxes))
+    assert not found(browser, "#theory-folded[open]")
 
 
 def test_the_heatmap_s_slider_and_the_texts_on_hover(opened, reported_run):

@@ -24,7 +24,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 HOVER_WIDTH = 36  # characters
 FEW_POINTS = 60  # curves of fewer have markers
 SHORT, MOST_LABELS = 18, 24  # characters of a prompt's label, and prompts up to which there are labels
-HEIGHT, LARGE = 198, 400  # pixels
+HEIGHT, MIDDLE, LARGE = 198, 290, 400  # pixels
 GRID, TEXT = "#e3e6ea", "#4a5056"
 
 
@@ -106,7 +106,7 @@ def curves_of_groups(chart: Curves, name: str, groups: Sequence[Group]) -> go.Fi
 def _with_axes(figure: go.Figure, chart: Curves) -> go.Figure:
     figure.update_xaxes(title="optimizer step")
     figure.update_yaxes(title=chart.unit)
-    values = [value for trace in figure.data for value in trace.y if value is not None]
+    values = [value for trace in figure.data for value in trace.y if value is not None and math.isfinite(value)]
     if chart.log and values and min(values) > 0:
         _log_axis(figure, values)
     elif values and not chart.stacked:

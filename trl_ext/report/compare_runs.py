@@ -68,4 +68,4 @@ def _mean_difference(label: str, name: str, first: Run, second: Run) -> Differen
     pairs = np.array([(a[step], b[step]) for step in common])
     blocks = [float(np.mean(block[:, 1] - block[:, 0])) for block in np.array_split(pairs, BLOCKS)]
     _, low, high = interval(blocks)
-    return Difference(f"{label}, mean", float(pairs[:, 0].mean()), float(pairs[:, 1].mean()), low, high)
+    return Difference(label, float(pairs[:, 0].mean()), float(pairs[:, 1].mean()), low, high)

@@ -51,6 +51,12 @@ def fixed(text: str) -> Suggest:
     return lambda config: None if str(config.get(name)) == value.strip("'") else text
 
 
+def overlong_penalty(config: Mapping[str, Any]) -> str | None:
+    """TRL's own penalty on length, for the run's limit."""
+    limit = config.get("max_completion_length")
+    return f"reward_funcs=[yours, get_soft_overlong_punishment({limit}, {limit // 4})]" if limit else None
+
+
 # verdict -> the options that answer it, the first that can be said is taken
 ANSWERS: dict[str, tuple[Suggest, ...]] = {
     "length_limit": (scaled("max_completion_length", 2),),
@@ -63,10 +69,11 @@ ANSWERS: dict[str, tuple[Suggest, ...]] = {
     "tiny_denominators": (fixed("normalization='power'"),),
     "coefficient_spikes": (fixed("normalization='std'"),),
     "dominated": (fixed("normalization='std'"), fixed("normalization='rank'")),
-    "length_hacking": (fixed("loss_type='dr_grpo'"),),
+    "length_hacking": (overlong_penalty, fixed("loss_type='dr_grpo'")),
     "repetition": (fixed("repetition_penalty=1.05"),),
     "sampler_mismatch": (fixed("vllm_importance_sampling_correction=True"),),
     "all_wrong": (scaled("num_generations", 2),),
+    "few_live_prompts": (scaled("per_device_train_batch_size", 2),),
     "no_progress": (scaled("learning_rate", 3),),
     "unreliable": (scaled("num_generations", 2),),
 }

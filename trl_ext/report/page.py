@@ -208,11 +208,12 @@ def main_chart(numbers: Sequence[ReportNumbers], groups: Sequence[Group]) -> Par
     if len(numbers) == 1:
         figure = charts.curves_of_a_run(MAIN_CHART, numbers[0].curves["main"], {})
         return None if figure is None else _chart(figure, MAIN_CHART.title, charts.LARGE)
+    # lower, so that the answers of two runs fit on the first screen
     for name in ("eval_accuracy", "eval_reward", "reward"):
         if all(name in one.curves["main"] for one in numbers):
             figure = charts.curves_of_groups(MAIN_CHART, name, groups)
             label = MAIN_CHART.metrics[name].capitalize()
-            return None if figure is None else _chart(figure, label, charts.LARGE)
+            return None if figure is None else _chart(figure, label, charts.MIDDLE)
     return None
 
 

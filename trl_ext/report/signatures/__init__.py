@@ -21,7 +21,7 @@ SIGNATURES = {
     "all_right": rollouts.all_dead(
         "Every answer is right",
         "right",
-        "Too easy by now: stop here, or go on with harder problems; resample_zero_variance=True finds what is left.",
+        "Too easy by now: stop here, or go on with harder problems.",
     ),
     "mostly_dead": Signature("Most groups teach nothing", rollouts.mostly_dead),
     "few_live_prompts": stays(
@@ -29,8 +29,7 @@ SIGNATURES = {
         "interference/live_prompts",
         {ADVICE: lambda count: count < 3},
         lambda mean: f"on average {mean:.1f} prompts of a logged step have a gradient: no phase can be told",
-        "More prompts in a step (per_device_train_batch_size, gradient_accumulation_steps), or "
-        "resample_zero_variance=True.",
+        "More prompts in a step (per_device_train_batch_size, gradient_accumulation_steps).",
     ),
     "unscored": stays(
         "Answers without a reward",
@@ -52,7 +51,7 @@ SIGNATURES = {
     ),
     "entropy_collapse": Signature("Entropy has collapsed", rollouts.entropy_collapse),
     "entropy_rise": Signature("Entropy rises", rollouts.entropy_rise),
-    "length_hacking": Signature("Reward by length", rollouts.length_hacking, explains=("length_limit",)),
+    "length_hacking": Signature("Reward by length", rollouts.length_hacking, explains=("length_limit", "all_right")),
     "tiny_denominators": Signature("Tiny denominators", steps.tiny_denominators),
     "coefficient_spikes": Signature("Huge advantages", steps.coefficient_spikes),
     "gradient_spikes": Signature("Spikes of the gradient's norm", steps.gradient_spikes),
