@@ -81,7 +81,8 @@ def format_row(metrics: Mapping[str, Any]) -> str:
     cells = []
     for _, width, name, layout in COLUMNS:
         value = metrics.get(name, metrics.get(OTHER_NAMES.get(name, "")))
-        cells.append((layout.format(value) if value is not None else "").rjust(width))
+        text = "" if value is None else layout.format(value) if isinstance(value, int | float) else str(value)
+        cells.append(text.rjust(width))
     return "".join(cells)
 
 
@@ -116,7 +117,7 @@ class ConsoleCallback(TrainerCallback):
         self.bar.start()
         self.task = self.bar.add_task("starting", total=state.max_steps, completed=state.global_step)
         if self.stages is not None:
-            self.stages.on_begin = lambda stage: self._show(STAGES.get(stage, stage))
+            self.stages.on_change = lambda stage: self._show(STAGES.get(stage, stage))
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -128,7 +129,7 @@ class ConsoleCallback(TrainerCallback):
         self.bar.stop()
         self.bar = None
         if self.stages is not None:
-            self.stages.on_begin = None
+            self.stages.on_change = None
         if state.global_step < state.max_steps:
             self._print(f"Stopped at step {state.global_step} of {state.max_steps}.")
 

@@ -12,19 +12,26 @@ class StageSeconds:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self.on_begin: Callable[[str], None] | None = None  # gets the name of each stage that begins
+        self._running: list[str] = []  # the innermost last
+        self.on_change: Callable[[str], None] | None = None  # gets the name of the innermost stage
 
     @contextmanager
     def stage(self, name: str, counts: bool = True) -> Iterator[None]:
         """Adds the time spent in this context to the stage ``name``. ``counts`` is False in evaluation."""
-        if self.on_begin is not None:
-            self.on_begin(name)
+        self._running.append(name)
+        self._tell()
         start = time.perf_counter()
         try:
             yield
         finally:
+            self._running.pop()
+            self._tell()
             if counts:
                 self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _tell(self) -> None:
+        if self.on_change is not None and self._running:
+            self.on_change(self._running[-1])
 
     def take(self) -> dict[str, float]:
         """Returns ``compute/seconds_<stage>`` of the step that ends, and starts a new one.

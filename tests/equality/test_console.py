@@ -5,7 +5,7 @@ from harness import build, by_length, train
 from transformers import PrinterCallback, ProgressCallback
 
 from trl_ext import console
-from trl_ext.console import COLUMNS, ConsoleCallback
+from trl_ext.console import COLUMNS, ConsoleCallback, format_row
 from trl_ext.trainer import components_of
 
 
@@ -49,5 +49,10 @@ def test_the_bar_says_which_stage_runs(terminal, tiny_policy, tmp_path, monkeypa
     monkeypatch.setattr(ConsoleCallback, "_show", lambda self, doing: shown.append(doing))
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer = train(tiny_policy, tmp_path, by_length, max_steps=1, disable_tqdm=False, **evaluated)
-    assert {"generating", "rewards", "forward and backward", "evaluating, batch 1", "saving"} <= set(shown)
-    assert components_of(trainer).seconds.on_begin is None
+    assert {"generating", "rewards", "evaluating, batch 1", "saving"} <= set(shown)
+    assert shown[shown.index("rewards") + 1] == "forward and backward"  # generation and rewards are within the step
+    assert components_of(trainer).seconds.on_change is None
+
+
+def test_a_metric_that_is_no_number_is_shown_as_it_is():
+    assert format_row({"step": 3, "reward": "n/a", "left": "0:00:01"}).split() == ["3", "n/a", "0:00:01"]
