@@ -1,11 +1,11 @@
 """``max_rl`` against ``std`` on hard prompts, by right and by flipped rewards: run this file.
 
-Writes every evaluation to ``verified_rewards.csv`` and prints the table of verified_rewards.md. Repeat an interrupted
-command to go on.
+Writes every evaluation as a CSV and prints the tables of verified_rewards.md. Repeat an interrupted command to go on.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import statistics
@@ -26,6 +26,7 @@ if __name__ == "__main__":  # as in ablate.py
 METHODS = ("std", "max_rl")
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 TUNING_SEEDS, SEEDS = (100, 101), tuple(range(10))
+CONFIRMED_AT, FRESH_SEEDS = 4e-4, tuple(range(10, 30))  # right rewards alone, at the rate that both methods chose
 FLIPPED = {"right": 0.0, "flips": 0.1}  # share of the rewards in training
 LEVEL = 1  # sums to 20, the one that the warm-up learns within a minute
 STEPS, EVAL_EVERY = 100, 20
@@ -67,13 +68,13 @@ def rows_of(kind: str, phase: str, runs: Iterable[Run]) -> list[dict[str, object
     ]
 
 
-def table(rows: Sequence[Mapping[str, object]]) -> str:
+def table(rows: Sequence[Mapping[str, object]], phase: str = "final") -> str:
     """A row for each kind of rewards: accuracies at the end, and ``max_rl`` less ``std``, paired by seed."""
     from examples.ablation.curves import mean_interval
 
     lines = ["| rewards | `std` (rate) | `max_rl` (rate) | difference |", "|---|---|---|---|"]
-    for kind in FLIPPED:
-        final = [row for row in rows if (row["rewards"], row["phase"]) == (kind, "final")]
+    for kind in dict.fromkeys(str(row["rewards"]) for row in rows if row["phase"] == phase):
+        final = [row for row in rows if (row["rewards"], row["phase"]) == (kind, phase)]
         end = [row for row in final if int(str(row["step"])) == STEPS]
         accuracy = {
             m: {int(str(row["seed"])): float(str(row["held_out_accuracy"])) for row in end if row["method"] == m}
@@ -86,11 +87,30 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def main(output_dir: str) -> None:
+def write_rows(output_dir: str, name: str, rows: Sequence[dict[str, object]]) -> None:
+    with open(Path(output_dir) / name, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def confirm(output_dir: str) -> None:
+    """Right rewards on fresh seeds, at a rate fixed beforehand."""
+    from examples.ablation.runs import Workers
+
+    with Workers(1, len(METHODS) * len(FRESH_SEEDS)) as workers:
+        wanted = [settings_of("right", method, CONFIRMED_AT, seed) for seed in FRESH_SEEDS for method in METHODS]
+        rows = rows_of("right", "confirm", workers.run(output_dir, wanted))
+    write_rows(output_dir, "confirmed.csv", rows)
+    print(table(rows, "confirm"))
+    workers.end_if_failed()
+
+
+def compare(output_dir: str) -> None:
+    """Both kinds of rewards, each method at the best rate of a sweep on other seeds."""
     from examples.ablation.curves import best_learning_rate
     from examples.ablation.runs import Workers
 
-    (Path(output_dir) / "runs").mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
     total = len(FLIPPED) * len(METHODS) * (len(RATES) * len(TUNING_SEEDS) + len(SEEDS))
     with Workers(1, total) as workers:
@@ -101,13 +121,19 @@ def main(output_dir: str) -> None:
             print(f"{kind}, {method}: learning rate {best:g}", flush=True)
             final = workers.run(output_dir, [settings_of(kind, method, best, seed) for seed in SEEDS])
             rows += rows_of(kind, "sweep", tuning) + rows_of(kind, "final", final)
-    with open(Path(output_dir) / "verified_rewards.csv", "w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(output_dir, "verified_rewards.csv", rows)
     print(table(rows))
     workers.end_if_failed()
 
 
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", default="runs/verified_rewards")
+    parser.add_argument("--confirm", action="store_true", help="right rewards alone, on fresh seeds")
+    options = parser.parse_args(arguments)
+    (Path(options.output_dir) / "runs").mkdir(parents=True, exist_ok=True)
+    (confirm if options.confirm else compare)(options.output_dir)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "runs/verified_rewards")
+    main(sys.argv[1:])
