@@ -42,7 +42,7 @@ def test_whether_it_learned_with_an_interval(name, tmp_path):
 
 
 def test_a_trend_is_no_noise():
-    assert scatter([0.0, 1.0, 2.0, 3.0]) == 0.0 and scatter([0.0, 1.0, 4.0]) == 0.0
+    assert scatter([0.0, 1.0, 2.0, 3.0]) == 0.0 and scatter([0.0, 1.0, 4.0]) == 0.0  # three: too few
     assert scatter([0.0, 1.0, 0.0, 1.0]) == pytest.approx((4 / 3) ** 0.5)  # second differences -2 and 2
 
 

@@ -115,6 +115,14 @@ def largest_fall(values: Sequence[float], width: int = 5, draws: int = 200) -> t
     return best, fall, (fall - float(falls.mean())) / spread if spread else math.inf if fall > 0 else 0.0
 
 
+def noise(values: Sequence[float]) -> float:
+    """Standard deviation of single values about a trend; 0 below three values.
+
+    From second differences, in which a steady trend cancels: with independent noise their variance is six times its.
+    """
+    return math.sqrt(float(np.mean(np.diff(values, 2) ** 2)) / 6) if len(values) > 2 else 0.0
+
+
 def trailing(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[list[int], list[float]]:
     """Means of ``width`` numbers, each at the step where it begins."""
     if width <= 1:

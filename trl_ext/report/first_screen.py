@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .evidence import ends
+from .evidence import ends, noise
 from .next_experiment import Change, next_experiment
 from .read_run import Run
 from .verdicts import Diagnosis
@@ -97,11 +97,8 @@ def sampling_error(run: Run, accuracies: Sequence[float]) -> float:
 
 
 def scatter(values: Sequence[float]) -> float:
-    """Standard error of the difference of two of the values, from second differences, in which a steady trend cancels.
-
-    With independent noise of variance s^2, a difference has the variance 2 s^2 and a second difference 6 s^2.
-    """
-    return float(np.sqrt(np.mean(np.diff(values, 2) ** 2) / 3)) if len(values) >= LEAST_POINTS else 0.0
+    """Standard error of the difference of two of the values, of whose trend nothing counts."""
+    return math.sqrt(2) * noise(values) if len(values) >= LEAST_POINTS else 0.0
 
 
 # ---- what got in the way?

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 
 import numpy as np
 
-from trl_ext.report.evidence import above, largest_fall, state, student
+from trl_ext.report.evidence import above, largest_fall, noise, state, student
 from trl_ext.report.read_run import Run
 
 from .finding import ADVICE, CRITICAL, WARNING, Finding, Found, Unknown, missing, too_few
@@ -46,8 +45,8 @@ def gap(run: Run) -> Found:
         return Unknown(f"fewer than 2 steps have both {train} and {held_out}")
     _, begun, first = apart[0]
     changes = [value - begun for _, value, _ in apart[1:]]
-    noise, eval_noise = _noise(values), 1.48 * float(np.median(np.abs(np.diff(eval_values))))
-    errors = [math.hypot(noise * math.sqrt(1 / first + 1 / count), eval_noise) for _, _, count in apart[1:]]
+    scatter, eval_noise = noise(values), 1.48 * float(np.median(np.abs(np.diff(eval_values))))
+    errors = [math.hypot(scatter * math.sqrt(1 / first + 1 / count), eval_noise) for _, _, count in apart[1:]]
     beyond = [change - ERRORS * error for change, error in zip(changes, errors, strict=True)]
     epochs = max(run.series("epoch")[1], default=0.0)
     repeated = epochs > 1
@@ -66,11 +65,6 @@ def gap(run: Run) -> Found:
         else "Do both sets have the same difficulty and form, and the same reward? Look at held-out answers."
     )
     return Finding(ADVICE if repeated else WARNING, found.onset, evidence, found.confidence, remedy)
-
-
-def _noise(values: Sequence[float]) -> float:
-    """The standard deviation of single values about a trend, by their second differences; 0 below three values."""
-    return math.sqrt(float(np.mean(np.diff(values, 2) ** 2)) / 6) if len(values) > 2 else 0.0
 
 
 def _at_the_start(run: Run, name: str) -> list[float]:
