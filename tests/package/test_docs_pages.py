@@ -146,6 +146,15 @@ def test_the_names_and_options_in_the_text_exist():
                 assert given <= math_options | tools, f"{page.name}: {given - math_options}"
 
 
+def test_files_in_the_text_exist():
+    """A path in backticks is in the repository, unless a run or a command makes it."""
+    roots = ("trl_ext/", "grpo_kernels/", "examples/", "tests/", "benchmarks/", "docs/")
+    for page in PAGES:
+        for code in re.findall(r"`([^`\n ]+)`", page.read_text()):
+            if code.startswith(roots) and "<" not in code and not code.startswith("benchmarks/results"):
+                assert (ROOT / code).exists(), f"{page.name}: {code}"
+
+
 def test_the_decision_tree_s_commands_run(tmp_path):
     page = DOCS / "healthy-but-not-learning.md"
     lines = [line for line in commands(page) if line.startswith(("last ", "python -c"))]
