@@ -11,7 +11,7 @@ ENGINES ?= .venv-engines
 VLLM ?= .venv-vllm
 CASES ?= -m engines
 
-.PHONY: demo test nightly test-trl115 test-engines test-vllm bench bench-full gpu check docs package
+.PHONY: demo test nightly test-trl115 test-engines test-vllm bench bench-full gpu check words docs package
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing PyTorch, TRL and what they need into $(VENV): a minute or two, mostly downloads"
@@ -84,7 +84,12 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 	$(BIN)/python .ci/check_tracked.py
+
+# words of each page of the docs, their limits, and sentences above 35 words
+words:
+	$(PYTHON) .ci/words.py
 
 # the site, into build/site: with the tutorial run, and a sample report
 docs: $(VENV)/.installed-dev

@@ -1,4 +1,4 @@
-"""How often each signature raises a false alarm, and how often it finds a sickness: the table of ``docs/verdicts.md``.
+"""How often each signature raises a false alarm, and how often it finds a sickness: the table of ``false_alarms.md``.
 
     python examples/ablation/false_alarms.py
 

@@ -18,7 +18,12 @@ from examples.tasks.correctness import Correctness
 from examples.tasks.questions import arithmetic_questions, build_dataset
 from trl_ext.tasks.small_policy import encode, expected_accuracy
 
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("examples/*/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted(DOCS.glob("*.md")),
+    *sorted(ROOT.glob("examples/*/*.md")),
+]
 
 
 # ---- README
