@@ -12,11 +12,11 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONWARNINGS
 COMMON = "--interference_every 5 --save_strategy no --logging_steps 1"
 # name of a run -> options; {runs}: the folder of all runs
 RUNS = {
-    "healthy": "--max_steps 60",
+    "std": "--max_steps 60",
     "mean": "--max_steps 60 --normalization mean",
-    # goes on with what the healthy run has learned: most groups are all right
+    # goes on with what the first run has learned: most groups are all right
     "dead-groups": (
-        "--config examples/recipes/demo.yaml --model_name_or_path {runs}/healthy --prompt_style chat --instruction= "
+        "--config examples/recipes/demo.yaml --model_name_or_path {runs}/std --prompt_style chat --instruction= "
         "--max_steps 40 --learning_rate 2e-5"
     ),
     # pays for long answers
@@ -24,10 +24,10 @@ RUNS = {
 }
 # page -> its runs
 PAGES = {
-    "report": ("healthy",),
+    "report": ("std",),
     "dead-groups": ("dead-groups",),
     "reward-hacking": ("reward-hacking",),
-    "two-normalisations": ("healthy", "mean"),
+    "two-normalisations": ("std", "mean"),
 }
 SOURCES = ("trl_ext/report/*", "examples/recipes/demo.yaml", "examples/tasks/hackable.py", ".ci/gallery.py")
 

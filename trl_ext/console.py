@@ -31,9 +31,10 @@ COLUMNS = (
 )
 OTHER_NAMES = {"eval_accuracy": "eval_reward", "entropy": "entropy_live"}  # where the first isn't logged
 LEGEND = (
-    "reward: mean of the sampled answers. held-out: accuracy, or reward, on questions that aren't trained on. dead:\n"
-    "share of the groups whose answers all got the same reward; they have no gradient. length: tokens of an answer.\n"
-    "entropy: nats a token. grad: norm of the gradient. left: time until the last step, at the speed so far."
+    "reward: mean of the sampled answers. held-out: accuracy (else reward) on questions that aren't trained on. dead:\n"
+    "share of dead groups, whose answers all got the same reward; they have no gradient. length: mean answer length,\n"
+    "in tokens. entropy: how unsure the policy is of each token, in nats (0: certain), of the answers that ran. grad:\n"
+    "norm of the gradient before clipping. s/step: seconds per step. left: time to the last step, at this speed."
 )
 STAGES = {"generation": "generating", "rewards": "rewards", "log_probs": "log-probs", "step": "forward and backward"}
 ADVISE_AFTER = 2  # logged steps in a row with the same problem
@@ -60,12 +61,14 @@ def use_console(trainer: Any, *, anywhere: bool = False) -> None:
 
 
 def advice(metrics: Mapping[str, float | None], max_completion_length: int) -> dict[str, str]:
-    """Returns the reasons why this logged step has no gradient, by name, each with advice on what to change."""
-    found = {}
+    """Returns reasons why no group of this logged step has a gradient, by name, each with advice on what to change."""
+    found: dict[str, str] = {}
+    if metrics.get("normalization/zero_variance_frac") != 1:
+        return found
     if metrics.get("completions/clipped_ratio") == 1:
         found["cut"] = (
-            f"every answer was cut at max_completion_length={max_completion_length} before it ended. "
-            "Raise max_completion_length, or ask for shorter answers."
+            f"every answer was truncated at max_completion_length={max_completion_length}, and no group has a "
+            "gradient. Raise max_completion_length, or ask for shorter answers."
         )
     if metrics.get("accuracy") == 0:
         found["wrong"] = (
@@ -171,4 +174,4 @@ class ConsoleCallback(TrainerCallback):
         self.problems = {name: self.problems.get(name, 0) + 1 for name in found}
         for name, text in found.items():
             if self.problems[name] == ADVISE_AFTER:
-                self._print(f"In {ADVISE_AFTER} logged steps {text}")
+                self._print(f"In {ADVISE_AFTER} logged steps in a row {text}")

@@ -171,13 +171,14 @@ def test_what_to_change_where_nothing_can_be_learned(capsys):
     callback = ConsoleCallback()
     args, state = GRPOConfig("x", max_completion_length=64, report_to="none", bf16=False), type("", (), {})()
     state.is_world_process_zero, state.max_steps = True, 5
-    hopeless = {"reward": 0.0, "accuracy": 0.0, "completions/clipped_ratio": 1.0}
-    fine = {"reward": 0.5, "accuracy": 0.5, "completions/clipped_ratio": 0.9}
+    dead = {"normalization/zero_variance_frac": 1.0}
+    hopeless = {"reward": 0.0, "accuracy": 0.0, "completions/clipped_ratio": 1.0, **dead}
+    fine = {"reward": 0.5, "accuracy": 0.5, "completions/clipped_ratio": 0.9, **dead}
     for step, logs in enumerate([hopeless, fine, hopeless, hopeless, hopeless]):
         state.global_step = step
         callback.on_log(args, state, None, logs=logs)
     said = capsys.readouterr().out
-    assert said.count("In 2 logged steps every answer was cut at max_completion_length=64 before it ended") == 1
-    assert said.count("In 2 logged steps every answer was wrong") == 1
+    assert said.count("In 2 logged steps in a row every answer was truncated at max_completion_length=64") == 1
+    assert said.count("In 2 logged steps in a row every answer was wrong") == 1
     assert "Raise max_completion_length" in said and "num_generations" in said
-    assert advice(fine, 64) == {}
+    assert advice(fine, 64) == {} == advice({**hopeless, "normalization/zero_variance_frac": 0.9}, 64)

@@ -5,7 +5,7 @@ from run_folders import log_of, page_of
 
 from trl_ext.report.compare_runs import compare_runs
 from trl_ext.report.first_screen import first_screen, learned, obstacles, scatter, truncated_tokens
-from trl_ext.report.next_experiment import next_experiment
+from trl_ext.report.next_experiment import Change, hacked, next_experiment, untried
 from trl_ext.report.read_run import read_run
 from trl_ext.report.verdicts import diagnose
 
@@ -20,12 +20,12 @@ def run_of(folder, name, *values, config=None, **more):
 SENTENCES = {
     "a steady rise has no noise": (
         "eval_accuracy", [0.2, 0.3, 0.4, 0.5], {},
-        "It learned: held-out accuracy 0.200 → 0.500, +0.300 [+0.300, +0.300] from step 0 to 3.",
+        "It learned: held-out accuracy 0.200 → 0.500, +0.300 [95 %: +0.300, +0.300] from step 0 to 3.",
     ),
-    # 100 answers at 0.5 each: sqrt(2 * 0.25 / 100) = 0.0707, times 1.96 = 0.139
-    "answers are counted": (
+    # 100 questions at 0.5 each: sqrt(2 * 0.25 / 102) = 0.0700, times 1.96 = 0.137
+    "questions are counted": (
         "eval_accuracy", [0.5, 0.5, 0.5, 0.5], {"eval_runtime": 10.0, "eval_samples_per_second": 10.0},
-        "No change can be told: held-out accuracy 0.500 → 0.500, +0.000 [-0.139, +0.139]",
+        "No change can be told: held-out accuracy 0.500 → 0.500, +0.000 [95 %: -0.137, +0.137]",
     ),
     "three evaluations": ("eval_accuracy", [0.2, 0.4, 0.9], {}, "Too early to tell whether it learned"),
     "three rewards": ("reward", [0.9, 0.4, 0.1], {}, "Too early to tell whether it learned: reward in training 0.900"),
@@ -60,13 +60,13 @@ def test_what_took_most_comes_first(tmp_path):
     run = run_of(tmp_path, "reward", 0.5, 0.5, config={"max_completion_length": 100}, **metrics)
     assert truncated_tokens(run) == pytest.approx(0.25)
     found = obstacles(run)
-    assert [(one.name.split(":")[0], round(one.share, 3), one.of) for one in found] == [
-        ("dead groups", 0.4, "answers"),
-        ("rewards", 0.3, "seconds"),
-        ("truncated answers", 0.25, "generated tokens"),
+    assert [(one.name, round(one.share, 3), one.of) for one in found] == [
+        ("in dead groups", 0.4, "answers"),
+        ("in reward functions", 0.3, "seconds"),
+        ("in truncated answers", 0.25, "generated tokens"),
     ]
     lines = first_screen(run, diagnose(run)).lines()
-    assert "40% of the answers: dead groups: all answers got the same reward; 30% of the seconds: rewards" in lines[1]
+    assert "40% of the answers in dead groups; 30% of the seconds in reward functions" in lines[1]
 
 
 CONFIG = {"learning_rate": 1e-4, "num_generations": 8, "normalization": "mean"}
@@ -79,17 +79,38 @@ def options_of(run):
 
 def test_the_next_experiment_is_at_most_three_options_to_set(tmp_path):
     hard = run_of(tmp_path, "reward", *[0.1] * 10, config=CONFIG, **C)
-    assert options_of(hard) == ["normalization='max_rl'", "learning_rate=0.0002"]
+    assert options_of(hard) == ["normalization='max_rl'", "learning_rate=5e-05, and 0.0002"]
     assert "verified" in next_experiment(hard, diagnose(hard))[0].reason
     (tmp_path / "easy").mkdir()
     easy = run_of(tmp_path / "easy", "reward", *[0.6] * 10, config=CONFIG, **C)
-    assert options_of(easy) == ["normalization='std'", "learning_rate=0.0002"]
+    assert options_of(easy) == ["normalization='std'", "learning_rate=5e-05, and 0.0002"]
 
 
 def test_a_verdict_s_option_comes_first(tmp_path):
     config = {**CONFIG, "normalization": "std", "max_completion_length": 64}
     cut = run_of(tmp_path, "reward", *[0.6] * 10, config=config, **C, **{"completions/clipped_ratio": 1.0})
     assert options_of(cut) == ["max_completion_length=128"]  # critical: nothing else until it is mended
+
+
+def test_a_reward_that_pays_for_something_else_is_named_alone(tmp_path):
+    """The reward rises, the held-out accuracy falls: no rate and no normalisation mends that."""
+    logs = [{"step": i, "loss": 0.0, "reward": i / 10, **C} for i in range(10)]
+    logs += [{"step": 0, "eval_accuracy": 0.5}, {"step": 9, "eval_accuracy": 0.1}]
+    run = read_run(log_of(tmp_path / "run", sorted(logs, key=lambda log: log["step"]), **CONFIG))
+    assert hacked(run) and options_of(run) == ["reward_funcs=[another reward]"]
+    assert "while the reward in training rose 0.000 → 0.900" in learned(run)
+
+
+def test_dead_groups_ask_for_other_prompts(tmp_path):
+    dead = {"normalization/zero_variance_frac": 0.6, "normalization/all_right_frac": 0.55}
+    run = run_of(tmp_path, "reward", *[0.9] * 10, config={**CONFIG, "normalization": "std"}, **C, **dead)
+    assert options_of(run)[0] == "train_dataset=[harder prompts]"
+    assert obstacles(run)[0].name == "in dead groups (55% all right)"
+
+
+def test_a_normalisation_that_another_run_has_is_not_suggested():
+    changes = [Change("normalization='std'", ""), Change("learning_rate=1", "")]
+    assert untried(changes, [{"normalization": "std"}]) == changes[1:]
 
 
 def test_nothing_is_suggested_that_cannot_be_said(tmp_path):
@@ -103,7 +124,7 @@ def test_two_runs_side_by_side(tmp_path):
         logs += [{"step": 30, "eval_accuracy": 0.5 + more, "eval_runtime": 1.0, "eval_samples_per_second": 200.0}]
         runs.append(read_run(log_of(tmp_path / name, logs, seed=0, name=name)))
     found = {one.label: one for one in compare_runs(*runs)}
-    held_out = found["held-out accuracy at step 30"]  # 1.96 * sqrt((0.25 + 0.21) / 200) = 0.094
+    held_out = found["held-out accuracy at step 30"]  # 1.96 * sqrt((0.25 + 0.21) / 202) = 0.0935
     assert (held_out.low, held_out.high) == pytest.approx((0.2 - 0.094, 0.2 + 0.094), abs=1e-3) and held_out.told
     assert found["reward in training"].told and not found["gradient norm"].told
     page = page_of(tmp_path / "a", tmp_path / "b", folder=tmp_path)

@@ -71,7 +71,7 @@ COLUMNS = ["step", "reward", "held-out", "dead", "length", "entropy", "grad", "s
 
 def assert_demo(output, folder):
     """What the demo prints and leaves, however long it was; the accuracies before and after."""
-    assert "they have no gradient" in output and "--normalization mean" in output
+    assert "share of dead groups" in output and "--normalization mean" in output
     assert f"Model and checkpoints: {folder}" in output
     header = next(line for line in output.splitlines() if line.split()[:2] == ["step", "reward"])
     assert header.split() == COLUMNS

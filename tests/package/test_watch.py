@@ -36,7 +36,7 @@ def test_the_command(folders, tmp_path, monkeypatch, capsys):
     file = tmp_path / "verdicts.json"
     assert check(monkeypatch, folders["all_wrong"], "--json", file) == 1
     printed = capsys.readouterr().out
-    assert "CRITICAL: Every answer is wrong, since step 1" in printed and "-> Too hard" in printed
+    assert "CRITICAL: Every answer gets a low reward, since step 1" in printed and "-> Too hard" in printed
     assert "Can't be told:" in printed and "use_vllm=False" in printed
     ((told,),) = (one["verdicts"] for one in json.loads(file.read_text()).values())
     assert told["name"] == "all_wrong" and told["onset"] == 1
@@ -53,7 +53,7 @@ def test_the_command(folders, tmp_path, monkeypatch, capsys):
 def test_it_is_said_once_and_logged(tiny_policy, tmp_path, caplog):
     with caplog.at_level("WARNING"):
         trainer = sick_run("all_wrong", tiny_policy, tmp_path)
-    (said,) = messages(caplog, "Every answer is wrong")
+    (said,) = messages(caplog, "Every answer gets a low reward")
     assert "since step 1" in said and "num_generations" in said
     assert [entry["verdicts/critical"] for entry in logged(trainer, "verdicts/critical")] == [1.0] * 4
     assert trainer.state.global_step == 10
@@ -95,5 +95,5 @@ def test_two_processes_stop_together(tiny_policy, tmp_path):
     started = start_processes(2, tiny_policy, tmp_path / "run", **options)
     assert started.finish() == [0, 0], started.text()[-3000:]
     logs = [torch.load(tmp_path / "run" / f"result.{rank}.pt")["logs"] for rank in range(2)]
-    assert "stops at step 12" in started.text() and "Every answer is right" in started.text()
+    assert "stops at step 12" in started.text() and "Every answer gets a high reward" in started.text()
     assert [max(entry["step"] for entry in log) for log in logs] == [12, 12]

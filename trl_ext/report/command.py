@@ -84,7 +84,7 @@ def report(options: argparse.Namespace, command: str) -> None:
             sys.exit(f'error: the report needs {module}: pip install "curvature-grpo[report]"')
     # numpy, torch, plotly: not for --help
     from .groups import group_runs
-    from .numbers import report_numbers
+    from .numbers import report_numbers, untried_only
     from .page import build_page
 
     try:
@@ -99,7 +99,7 @@ def report(options: argparse.Namespace, command: str) -> None:
             print(f"skipped: {problem}")
         if run.problems:
             print(f"{run.folder}: {len(run.problems)} skipped")
-    numbers = [report_numbers(run, len(runs)) for run in runs]
+    numbers = untried_only([report_numbers(run, len(runs)) for run in runs])
     for one in numbers:
         print(f"{one.run}, up to step {one.last_step}:")
         for line in one.screen.lines():

@@ -67,5 +67,5 @@ def _mean_difference(label: str, name: str, first: Run, second: Run) -> Differen
         return None
     pairs = np.array([(a[step], b[step]) for step in common])
     blocks = [float(np.mean(block[:, 1] - block[:, 0])) for block in np.array_split(pairs, BLOCKS)]
-    _, low, high = interval(blocks)
+    _, low, high = interval(blocks, looks=len(COMPARED))
     return Difference(label, float(pairs[:, 0].mean()), float(pairs[:, 1].mean()), low, high)

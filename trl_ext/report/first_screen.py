@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .evidence import ends, noise
-from .next_experiment import Change, next_experiment
+from .next_experiment import Change, hacked, next_experiment
 from .read_run import Run
 from .verdicts import Diagnosis
 
@@ -39,7 +39,7 @@ class FirstScreen:
 
     def lines(self) -> list[str]:
         """The same as lines of text."""
-        way = [f"{one.share:.0%} of the {one.of}: {one.name}" for one in self.obstacles]
+        way = [f"{one.share:.0%} of the {one.of} {one.name}" for one in self.obstacles]
         changes = [f"{one.option} ({one.reason}); effect: {one.effect}" for one in self.changes]
         return [
             self.learned,
@@ -62,38 +62,48 @@ def learned(run: Run) -> str:
     for name, label in (("eval_accuracy", "held-out accuracy"), ("eval_reward", "held-out reward")):
         steps, values = run.series(name)
         if len(values) > 1:
-            error = sampling_error(run, (values[0], values[-1])) if name == "eval_accuracy" else 0.0
-            error = error or scatter(values)
-            where = f"from step {steps[0]} to {steps[-1]}"
-            return _sentence(
-                f"{label} {values[0]:.3f} → {values[-1]:.3f}", where, values, values[-1] - values[0], error
-            )
+            counted = sampling_error(run, (values[0], values[-1])) if name == "eval_accuracy" else 0.0
+            early = not counted and len(values) < LEAST_POINTS
+            where = f"from step {steps[0]} to {steps[-1]}" + (_hacked_too(run) if hacked(run) else "")
+            score = f"{label} {values[0]:.3f} → {values[-1]:.3f}"
+            return _sentence(score, where, early, values[-1] - values[0], counted or scatter(values))
     values = run.series("reward")[1]
     if len(values) < 2:
         return "Whether it learned can't be told: fewer than two rewards are in the log."
     before, after = ends(values)
     error = scatter(values) / math.sqrt(max(1, round(len(values) / 10)))
     where = "from the first to the last tenth of the log; no held-out score is logged"
-    return _sentence(f"reward in training {before:.3f} → {after:.3f}", where, values, after - before, error)
+    score = f"reward in training {before:.3f} → {after:.3f}"
+    return _sentence(score, where, len(values) < LEAST_POINTS, after - before, error)
 
 
-def _sentence(score: str, where: str, values: Sequence[float], change: float, error: float) -> str:
-    if len(values) < LEAST_POINTS:
-        return f"Too early to tell whether it learned: {score} {where}, measured {len(values)} times of {LEAST_POINTS}."
+def _hacked_too(run: Run) -> str:
+    before, after = ends(run.series("reward")[1])
+    return f", while the reward in training rose {before:.3f} → {after:.3f}"
+
+
+def _sentence(score: str, where: str, early: bool, change: float, error: float) -> str:
+    if early:
+        return f"Too early to tell whether it learned: {score} {where}; its noise takes {LEAST_POINTS} measurements."
     half = 1.96 * error
     if abs(change) < max(SMALL_CHANGE, half):
         verdict = "It didn't change" if abs(change) < SMALL_CHANGE and half < SMALL_CHANGE else "No change can be told"
     else:
         verdict = "It learned" if change > 0 else "It got worse"
-    return f"{verdict}: {score}, {change:+.3f} [{change - half:+.3f}, {change + half:+.3f}] {where}."
+    return f"{verdict}: {score}, {change:+.3f} [95 %: {change - half:+.3f}, {change + half:+.3f}] {where}."
 
 
 def sampling_error(run: Run, accuracies: Sequence[float]) -> float:
-    """Standard error of the difference of two accuracies by the number of evaluated answers; 0 if that isn't logged."""
-    answers = (run.last("eval_runtime") or 0.0) * (run.last("eval_samples_per_second") or 0.0)
-    if answers < 1:
+    """Standard error of the difference of two accuracies by the number of questions; 0 if that isn't in the log.
+
+    Several answers to a question, and the same questions both times, make the true error smaller. A right and a wrong
+    answer are added (Agresti and Coull), so that an accuracy of 0 or 1 has an error too.
+    """
+    questions = (run.last("eval_runtime") or 0.0) * (run.last("eval_samples_per_second") or 0.0)
+    if questions < 1:
         return 0.0
-    return math.sqrt(sum(value * (1 - value) / answers for value in accuracies if 0 <= value <= 1))
+    smoothed = [(value * questions + 1) / (questions + 2) for value in accuracies if 0 <= value <= 1]
+    return math.sqrt(sum(value * (1 - value) / (questions + 2) for value in smoothed))
 
 
 def scatter(values: Sequence[float]) -> float:
@@ -107,15 +117,19 @@ def scatter(values: Sequence[float]) -> float:
 def obstacles(run: Run) -> list[Obstacle]:
     """What took most of the answers, tokens or seconds, the largest share first."""
     found = [
-        Obstacle(
-            "dead groups: all answers got the same reward", mean(run, "normalization/zero_variance_frac"), "answers"
-        ),
-        Obstacle("truncated answers", truncated_tokens(run), "generated tokens"),
-        Obstacle("answers without a reward", mean(run, "normalization/unscorable_frac"), "answers"),
-        Obstacle("clipped tokens", mean(run, "clip_ratio/region_mean"), "trained tokens"),
+        Obstacle(f"in dead groups{_kinds(run)}", mean(run, "normalization/zero_variance_frac"), "answers"),
+        Obstacle("in truncated answers", truncated_tokens(run), "generated tokens"),
+        Obstacle("without a reward", mean(run, "normalization/unscorable_frac"), "answers"),
+        Obstacle("clipped", mean(run, "clip_ratio/region_mean"), "trained tokens"),
         *_slow(run),
     ]
     return sorted((one for one in found if one.share >= WORTH_SHOWING), key=lambda one: -one.share)
+
+
+def _kinds(run: Run) -> str:
+    shares = [(kind, mean(run, f"normalization/all_{kind}_frac")) for kind in ("right", "wrong")]
+    told = ", ".join(f"{share:.0%} all {kind}" for kind, share in shares if share >= WORTH_SHOWING)
+    return f" ({told})" if told else ""
 
 
 def mean(run: Run, name: str) -> float:
@@ -149,9 +163,9 @@ def _slow(run: Run) -> list[Obstacle]:
     whole = sum(spent.values())
     if not whole or "training" not in spent:
         return []
-    found = [Obstacle("rewards", spent.get("rewards", 0.0) / whole, "seconds")]
+    found = [Obstacle("in reward functions", spent.get("rewards", 0.0) / whole, "seconds")]
     if spent.get("evaluation", 0.0) > EVALUATION * whole:
-        found.append(Obstacle("evaluation", spent["evaluation"] / whole, "seconds"))
+        found.append(Obstacle("in evaluation", spent["evaluation"] / whole, "seconds"))
     return found
 
 
@@ -165,7 +179,7 @@ def gradients(run: Run, diagnosis: Diagnosis) -> list[str]:
     if alignment is not None:
         found.insert(0, alignment)
     elif run.records:
-        found.insert(0, "Whether the prompts' gradients agree can't be told from noise yet.")
+        found.insert(0, "Whether the prompts' gradients agree can't be told from noise.")
     return found
 
 
@@ -175,6 +189,7 @@ def aligned(run: Run) -> str | None:
         logged = [run.series(f"{name}{end}")[1] for end in ("", "_low", "_high")]
         if all(logged):
             value, low, high = (values[-1] for values in logged)
-            meaning = "they help one another" if low > 0 else "they oppose one another" if high < 0 else "none is shown"
-            return f"Alignment of the prompts' gradients{kind}: {value:.2f} [{low:.2f}, {high:.2f}]; {meaning}."
+            effect = "help one another" if low > 0 else "oppose one another" if high < 0 else "neither help nor hinder"
+            how = f"alignment{kind} {value:.2f} [95 %: {low:.2f}, {high:.2f}]; 1: the same direction"
+            return f"As far as can be told, prompts {effect} ({how})."
     return None

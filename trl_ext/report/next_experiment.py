@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from trl_ext.options import SCALE_REWARDS_METHOD
 
@@ -16,8 +18,10 @@ MOST = 3
 UNKNOWN = "not measured"
 HARD = 0.2  # mean reward below which prompts are hard
 # measured effects on accuracy, from docs/which-normalisation.md
-STD = "over mean, verified rewards: +0.009 with 8 answers, +0.027 with 32; 10 % wrong: about 0 (log-linear policy)"
-MAX_RL = "over std, verified rewards: +0.023 ± 0.004; 10 % wrong: -0.006 ± 0.005, at worst -0.066 (log-linear policy)"
+STD = "over mean -0.002 [-0.005, +0.002] on a small policy; +0.009 (8 answers), +0.027 (32) in a simulation"
+MAX_RL = "over std +0.044 [-0.001, +0.089] on a small policy with hard prompts; 10 % wrong: 0.000 [-0.051, +0.050]"
+RATE = "half of the best rate cost 0.01 of accuracy, twice 0.11 (built-in arithmetic, AdamW, two seeds)"
+DEAD = 0.3  # share of groups from which other prompts are worth a word
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,11 @@ def fixed(text: str) -> Suggest:
     return lambda config: None if str(config.get(name)) == value.strip("'") else text
 
 
-def overlong_penalty(config: Mapping[str, Any]) -> str | None:
-    """TRL's own penalty on length, for the run's limit."""
-    limit = config.get("max_completion_length")
-    return f"reward_funcs=[yours, get_soft_overlong_punishment({limit}, {limit // 4})]" if limit else None
-
-
 # verdict -> the options that answer it, the first that can be said is taken
 ANSWERS: dict[str, tuple[Suggest, ...]] = {
     "length_limit": (scaled("max_completion_length", 2),),
-    "fell": (scaled("learning_rate", 1 / 3),),
-    "divergence": (scaled("beta", 4), scaled("learning_rate", 1 / 3)),
+    "fell": (scaled("learning_rate", 0.5),),
+    "divergence": (scaled("beta", 4), scaled("learning_rate", 0.5)),
     "entropy_collapse": (scaled("learning_rate", 0.5), fixed("epsilon_high=0.28")),
     "entropy_rise": (scaled("learning_rate", 0.5),),
     "gradient_spikes": (fixed("max_grad_norm=1.0"), scaled("learning_rate", 0.5)),
@@ -69,27 +67,45 @@ ANSWERS: dict[str, tuple[Suggest, ...]] = {
     "tiny_denominators": (fixed("normalization='power'"),),
     "coefficient_spikes": (fixed("normalization='std'"),),
     "dominated": (fixed("normalization='std'"), fixed("normalization='rank'")),
-    "length_hacking": (overlong_penalty, fixed("loss_type='dr_grpo'")),
     "repetition": (fixed("repetition_penalty=1.05"),),
     "sampler_mismatch": (fixed("vllm_importance_sampling_correction=True"),),
-    "all_wrong": (scaled("num_generations", 2),),
+    "all_wrong": (fixed("log_completions=True"),),
     "few_live_prompts": (scaled("per_device_train_batch_size", 2),),
     "no_progress": (scaled("learning_rate", 3),),
-    "unreliable": (scaled("num_generations", 2),),
+    "unreliable": (scaled("per_device_train_batch_size", 2),),
 }
 
 
 def next_experiment(run: Run, diagnosis: Diagnosis) -> list[Change]:
-    """At most three changes: what verdicts ask for; where none is critical also the normalisation and the rate."""
+    """At most three changes: the reward where it is hacked; else what verdicts ask for, other prompts where many groups
+    are dead, and where nothing is wrong the normalisation and a sweep of the rate."""
+    if hacked(run):
+        reason = "the reward rose while the held-out accuracy fell: it pays for something other than being right"
+        return [Change("reward_funcs=[another reward]", reason)]
     found = [change for verdict in diagnosis.verdicts if (change := _answer(verdict.name, verdict.title, run))]
-    if diagnosis.worst != "critical":
-        found += _normalisation(run)
-        if (rate := scaled("learning_rate", 2)(run.config)) is not None:
-            found.append(Change(rate, "the rate moved built-in runs more than the normalisation did: sweep it"))
+    found += _prompts(run)
+    if diagnosis.worst in (None, "advice"):
+        found += [*_normalisation(run), *_sweep(run)]
     names: dict[str, Change] = {}
     for change in found:
         names.setdefault(change.option.partition("=")[0], change)
     return list(names.values())[:MOST]
+
+
+def hacked(run: Run) -> bool:
+    """Whether the reward rose by a tenth of its range while the held-out accuracy fell by 0.1."""
+    rewards, accuracies = run.series("reward")[1], run.series("eval_accuracy")[1]
+    if len(rewards) < 4 or len(accuracies) < 2:
+        return False
+    before, after = ends(rewards)
+    rose = after - before > max(0.1 * (max(rewards) - min(rewards)), 0.02)
+    return rose and accuracies[-1] < accuracies[0] - 0.1
+
+
+def untried(changes: list[Change], others: Sequence[Mapping[str, Any]]) -> list[Change]:
+    """Leaves out a normalisation that another run on the page has."""
+    tried = {f"normalization={config.get('normalization')!r}" for config in others}
+    return [change for change in changes if change.option not in tried]
 
 
 def _answer(name: str, title: str, run: Run) -> Change | None:
@@ -101,13 +117,33 @@ def _answer(name: str, title: str, run: Run) -> Change | None:
 def _normalisation(run: Run) -> list[Change]:
     """By docs/which-normalisation.md, for rewards in [0, 1]; the log can't tell whether they are verified."""
     used = run.config.get("normalization") or SCALE_REWARDS_METHOD.get(str(run.config.get("scale_rewards", "")))
-    rewards = run.series("reward")[1]
+    rewards = run.series("accuracy")[1] or run.series("reward")[1]
     if run.last("curvature/speedup_constant") is None or not rewards or used is None:
         return []
     found = []
     if used != "max_rl" and (first := ends(rewards)[0]) < HARD:
-        reason = f"hard prompts (mean reward {first:.2f} at first), only if the rewards are verified"
+        reason = f"hard prompts (pass rate {first:.2f} at first); only if the rewards are verified"
         found.append(Change("normalization='max_rl'", reason, MAX_RL))
     if used in ("mean", "loo", "none"):
         found.append(Change("normalization='std'", "only if the rewards are verified", STD))
     return found
+
+
+def _prompts(run: Run) -> list[Change]:
+    """Harder or easier prompts, where a share of ``DEAD`` of the groups is dead, mostly of one kind."""
+    dead, right, wrong = (
+        float(np.mean(values)) if (values := run.series(f"normalization/{kind}_frac")[1]) else 0.0
+        for kind in ("zero_variance", "all_right", "all_wrong")
+    )
+    if dead < DEAD or max(right, wrong) < 2 / 3 * dead:
+        return []
+    kind, share = ("harder", right) if right > wrong else ("easier", wrong)
+    reward = "a high" if right > wrong else "a low"
+    return [Change(f"train_dataset=[{kind} prompts]", f"in {share:.0%} of the groups all answers got {reward} reward")]
+
+
+def _sweep(run: Run) -> list[Change]:
+    half, twice = (scaled("learning_rate", factor)(run.config) for factor in (0.5, 2))
+    if half is None or twice is None:
+        return []
+    return [Change(f"{half}, and {twice.partition('=')[2]}", "a sweep: is this run's rate the best?", RATE)]

@@ -25,6 +25,7 @@ from trl_ext.recorder.files import InterferenceRecord
 from .by_task import TaskTable, tasks
 from .completions import SampledAnswer, read_completions
 from .first_screen import FirstScreen, first_screen
+from .next_experiment import untried
 from .read_run import Curve, Run
 from .run_files import Configuration
 from .sections import MAIN_CHART, SECTIONS
@@ -324,6 +325,16 @@ def report_numbers(run: Run, n_runs: int = 1) -> ReportNumbers:
         paper=PAPER,
     )
     return finite(numbers)
+
+
+def untried_only(numbers: Sequence[ReportNumbers]) -> list[ReportNumbers]:
+    """Leaves suggestions out that another of the runs has tried."""
+    found = []
+    for one in numbers:
+        others = [other.config for other in numbers if other is not one]
+        changes = untried(one.screen.changes, others)
+        found.append(replace(one, screen=replace(one.screen, changes=changes)))
+    return found
 
 
 def finite(value: Any) -> Any:

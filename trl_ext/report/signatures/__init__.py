@@ -13,15 +13,16 @@ __all__ = ["SIGNATURES", "Finding", "Signature", "Unknown"]
 SIGNATURES = {
     "not_finite": Signature("Numbers that aren't numbers", learning.not_finite),
     "all_wrong": rollouts.all_dead(
-        "Every answer is wrong",
+        "Every answer gets a low reward",
         "wrong",
         "Too hard, or misjudged: look at some answers and their rewards (log_completions=True); then easier "
         "problems, rewards for parts of an answer, a better start (supervised), or more answers (num_generations).",
     ),
     "all_right": rollouts.all_dead(
-        "Every answer is right",
+        "Every answer gets a high reward",
         "right",
-        "Too easy by now: stop here, or go on with harder problems.",
+        "If they are right: stop here, or go on with harder problems. If few are (see accuracy and the held-out score), "
+        "the reward is wrong.",
     ),
     "mostly_dead": Signature("Most groups teach nothing", rollouts.mostly_dead),
     "few_live_prompts": stays(

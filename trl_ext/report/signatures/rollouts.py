@@ -49,7 +49,8 @@ def all_dead(title: str, kind: str, remedy: str) -> Signature:
     """The signature of groups whose answers are all of one ``kind``, "right" or "wrong"."""
 
     def evidence(mean: float) -> str:
-        return f"{mean:.0%} of the groups have answers that are all {kind}: no gradient is left"
+        reward = "a high reward" if kind == "right" else "a low reward"
+        return f"in {mean:.0%} of the groups all answers got {reward}: no gradient is left"
 
     def find(run: Run) -> Found:
         return _dead(run, f"normalization/all_{kind}_frac", {CRITICAL: DEAD[CRITICAL]}, evidence, remedy)
@@ -136,7 +137,7 @@ def length_hacking(run: Run) -> Found:
         f"to {after:.2f}; {seen}"
     )
     remedy = (
-        "Does the reward pay for length? loss_type='dr_grpo' or 'dapo', a penalty on length "
-        "(get_soft_overlong_punishment), a held-out evaluation."
+        "Does the reward pay for length? Then change the reward, or add a penalty (get_soft_overlong_punishment). If it "
+        "doesn't, the loss may: loss_type='dr_grpo' or 'dapo'."
     )
     return Finding(WARNING if known else ADVICE, found.onset, evidence, found.confidence, remedy)
