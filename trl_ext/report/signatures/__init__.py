@@ -21,8 +21,8 @@ SIGNATURES = {
     "all_right": rollouts.all_dead(
         "Every answer gets a high reward",
         "right",
-        "If they are right: stop here, or go on with harder problems. If few are (see accuracy and the held-out score), "
-        "the reward is wrong.",
+        "If they are right: stop here, or go on with harder problems. If few are right (accuracy, held-out score), the "
+        "reward is wrong.",
     ),
     "mostly_dead": Signature("Most groups teach nothing", rollouts.mostly_dead),
     "few_live_prompts": stays(

@@ -137,7 +137,7 @@ def length_hacking(run: Run) -> Found:
         f"to {after:.2f}; {seen}"
     )
     remedy = (
-        "Does the reward pay for length? Then change the reward, or add a penalty (get_soft_overlong_punishment). If it "
-        "doesn't, the loss may: loss_type='dr_grpo' or 'dapo'."
+        "Does the reward pay for length? Then change it, or add a penalty (get_soft_overlong_punishment). If not, the "
+        "loss may: loss_type='dr_grpo' or 'dapo'."
     )
     return Finding(WARNING if known else ADVICE, found.onset, evidence, found.confidence, remedy)
