@@ -51,12 +51,15 @@ def use_console(trainer: Any, *, anywhere: bool = False) -> None:
         anywhere: also where standard output isn't a terminal, and in place of TRL's dictionary (``disable_tqdm``).
             By default only transformers' own bar is replaced, and only on a terminal: notebooks keep theirs.
     """
-    kinds = {type(callback) for callback in trainer.callback_handler.callbacks}
-    if not anywhere and (ProgressCallback not in kinds or not on_a_terminal()):
+    replaced = [
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if type(callback) in (PrinterCallback, ProgressCallback, ConsoleCallback)  # a user's subclass stays
+    ]
+    if not anywhere and (ProgressCallback not in map(type, replaced) or not on_a_terminal()):
         return
-    for kind in (PrinterCallback, ProgressCallback, ConsoleCallback):
-        if kind in kinds:
-            trainer.remove_callback(kind)
+    for callback in replaced:
+        trainer.remove_callback(callback)
     trainer.add_callback(ConsoleCallback(trainer.stage_seconds))
 
 

@@ -56,3 +56,12 @@ def test_the_bar_says_which_stage_runs(terminal, tiny_policy, tmp_path, monkeypa
 
 def test_a_metric_that_is_no_number_is_shown_as_it_is():
     assert format_row({"step": 3, "reward": "n/a", "left": "0:00:01"}).split() == ["3", "n/a", "0:00:01"]
+
+
+class OwnBar(ProgressCallback):
+    """A user's subclass."""
+
+
+def test_a_user_s_own_bar_stays(terminal, tiny_policy, tmp_path):
+    trainer = build(tiny_policy, tmp_path, disable_tqdm=False, callbacks=[OwnBar()])
+    assert OwnBar in kinds(trainer) and ProgressCallback not in kinds(trainer)
