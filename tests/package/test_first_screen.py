@@ -105,12 +105,12 @@ def test_dead_groups_ask_for_other_prompts(tmp_path):
     dead = {"normalization/zero_variance_frac": 0.6, "normalization/all_right_frac": 0.55}
     run = run_of(tmp_path, "reward", *[0.9] * 10, config={**CONFIG, "normalization": "std"}, **C, **dead)
     assert options_of(run)[0] == "train_dataset=[harder prompts]"
-    assert obstacles(run)[0].name == "in dead groups (55% all right)"
+    assert obstacles(run)[0].name == "in dead groups (55% all high)"
 
 
 def test_a_normalisation_that_another_run_has_is_not_suggested():
     changes = [Change("normalization='std'", ""), Change("learning_rate=1", "")]
-    assert untried(changes, [{"normalization": "std"}]) == changes[1:]
+    assert untried(changes, [{"normalization": "std"}]) == changes[1:] == untried(changes, [{"scale_rewards": "group"}])
 
 
 def test_nothing_is_suggested_that_cannot_be_said(tmp_path):

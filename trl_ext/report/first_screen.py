@@ -127,8 +127,11 @@ def obstacles(run: Run) -> list[Obstacle]:
 
 
 def _kinds(run: Run) -> str:
-    shares = [(kind, mean(run, f"normalization/all_{kind}_frac")) for kind in ("right", "wrong")]
-    told = ", ".join(f"{share:.0%} all {kind}" for kind, share in shares if share >= WORTH_SHOWING)
+    """A group of equal rewards counts as "right" where they are above the middle of the batch's."""
+    shares = [
+        (word, mean(run, f"normalization/all_{kind}_frac")) for kind, word in (("right", "high"), ("wrong", "low"))
+    ]
+    told = ", ".join(f"{share:.0%} all {word}" for word, share in shares if share >= WORTH_SHOWING)
     return f" ({told})" if told else ""
 
 

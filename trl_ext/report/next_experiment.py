@@ -102,9 +102,14 @@ def hacked(run: Run) -> bool:
     return rose and accuracies[-1] < accuracies[0] - 0.1
 
 
+def used_method(config: Mapping[str, Any]) -> str | None:
+    """The run's normalisation, also where only TRL's ``scale_rewards`` says it."""
+    return config.get("normalization") or SCALE_REWARDS_METHOD.get(str(config.get("scale_rewards", "")))
+
+
 def untried(changes: list[Change], others: Sequence[Mapping[str, Any]]) -> list[Change]:
     """Leaves out a normalisation that another run on the page has."""
-    tried = {f"normalization={config.get('normalization')!r}" for config in others}
+    tried = {f"normalization={used_method(config)!r}" for config in others}
     return [change for change in changes if change.option not in tried]
 
 
@@ -116,7 +121,7 @@ def _answer(name: str, title: str, run: Run) -> Change | None:
 
 def _normalisation(run: Run) -> list[Change]:
     """By docs/which-normalisation.md, for rewards in [0, 1]; the log can't tell whether they are verified."""
-    used = run.config.get("normalization") or SCALE_REWARDS_METHOD.get(str(run.config.get("scale_rewards", "")))
+    used = used_method(run.config)
     rewards = run.series("accuracy")[1] or run.series("reward")[1]
     if run.last("curvature/speedup_constant") is None or not rewards or used is None:
         return []
@@ -146,4 +151,6 @@ def _sweep(run: Run) -> list[Change]:
     half, twice = (scaled("learning_rate", factor)(run.config) for factor in (0.5, 2))
     if half is None or twice is None:
         return []
-    return [Change(f"{half}, and {twice.partition('=')[2]}", "a sweep: is this run's rate the best?", RATE)]
+    return [
+        Change(f"{half}, and {twice.partition('=')[2]}", "a sweep, to see whether this run's rate is the best", RATE)
+    ]
