@@ -79,11 +79,11 @@ def options_of(run):
 
 def test_the_next_experiment_is_at_most_three_options_to_set(tmp_path):
     hard = run_of(tmp_path, "reward", *[0.1] * 10, config=CONFIG, **C)
-    assert options_of(hard) == ["normalization='max_rl'", "learning_rate=5e-05, and 0.0002"]
+    assert options_of(hard) == ["normalization='max_rl'", "learning_rate=2.5e-05, 5e-05, 0.0002, 0.0004"]
     assert "verified" in next_experiment(hard, diagnose(hard))[0].reason
     (tmp_path / "easy").mkdir()
     easy = run_of(tmp_path / "easy", "reward", *[0.6] * 10, config=CONFIG, **C)
-    assert options_of(easy) == ["normalization='std'", "learning_rate=5e-05, and 0.0002"]
+    assert options_of(easy) == ["normalization='std'", "learning_rate=2.5e-05, 5e-05, 0.0002, 0.0004"]
 
 
 def test_a_verdict_s_option_comes_first(tmp_path):
@@ -99,6 +99,7 @@ def test_a_reward_that_pays_for_something_else_is_named_alone(tmp_path):
     run = read_run(log_of(tmp_path / "run", sorted(logs, key=lambda log: log["step"]), **CONFIG))
     assert hacked(run) and options_of(run) == ["reward_funcs=[another reward]"]
     assert "while the reward in training rose 0.000 → 0.900" in learned(run)
+    assert "The best held-out accuracy was 0.500, at step 0." in first_screen(run, diagnose(run)).cause
 
 
 def test_dead_groups_ask_for_other_prompts(tmp_path):
@@ -111,6 +112,14 @@ def test_dead_groups_ask_for_other_prompts(tmp_path):
 def test_a_normalisation_that_another_run_has_is_not_suggested():
     changes = [Change("normalization='std'", ""), Change("learning_rate=1", "")]
     assert untried(changes, [{"normalization": "std"}]) == changes[1:] == untried(changes, [{"scale_rewards": "group"}])
+
+
+def test_a_run_of_trl_s_default_is_not_told_to_set_it(tmp_path):
+    """One prompt dominates: std levels prompts, but the run has it already."""
+    config = {"scale_rewards": "group", "num_generations": 8}
+    spiky = {"normalization/advantage_max": 50.0, "normalization/scale_mean": 1.0}
+    run = run_of(tmp_path, "reward", *[0.6] * 10, config=config, **spiky)
+    assert [one.name for one in diagnose(run).verdicts] == ["coefficient_spikes"] and options_of(run) == []
 
 
 def test_nothing_is_suggested_that_cannot_be_said(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import prompts, train
+from run_folders import log_of
 from sick_runs import SICK, ByStep, held_out, sick_run
 
 from examples.tasks.correctness import Correctness
@@ -194,3 +195,11 @@ def test_a_signature_that_fails_leaves_the_others(monkeypatch):
     monkeypatch.setitem(SIGNATURES, "all_wrong", Signature("x", lambda run: 1 / 0))
     found = diagnose(made_up([{"kl": 5.0}] * 5))
     assert "ZeroDivisionError" in found.unknown["all_wrong"] and [one.name for one in found.verdicts] == ["divergence"]
+
+
+def test_a_collapse_of_the_held_out_accuracy_is_not_its_own_noise(tmp_path):
+    """Four evaluations of 128 questions: the last two are at 0."""
+    counted = {"eval_runtime": 1.0, "eval_samples_per_second": 128.0}
+    logs = [{"step": i, "eval_accuracy": value, **counted} for i, value in enumerate((0.34, 0.38, 0.0, 0.0))]
+    run = read_run(log_of(tmp_path / "run", logs))
+    assert [one.name for one in diagnose(run).verdicts] == ["fell"]

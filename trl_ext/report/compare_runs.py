@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .evidence import interval
-from .first_screen import sampling_error
+from .evidence import interval, sampling_error
 from .read_run import Run
 
 BLOCKS = 10  # of common steps; their means are nearly independent where steps aren't
@@ -53,7 +52,7 @@ def _held_out(first: Run, second: Run) -> Difference | None:
         return None
     step = common[-1]
     pair = a[step], b[step]
-    errors = [sampling_error(run, pair) for run in (first, second)]
+    errors = [sampling_error(run.evaluated_questions, pair) for run in (first, second)]
     if not all(errors):
         return None
     half, change = 1.96 * max(errors), pair[1] - pair[0]

@@ -123,6 +123,18 @@ def noise(values: Sequence[float]) -> float:
     return math.sqrt(float(np.mean(np.diff(values, 2) ** 2)) / 6) if len(values) > 2 else 0.0
 
 
+def sampling_error(questions: float, accuracies: Sequence[float]) -> float:
+    """Standard error of the difference of two accuracies, or of one, by the number of questions; 0 if that is unknown.
+
+    Several answers to a question, and the same questions both times, make the true error smaller. A right and a wrong
+    answer are added (Agresti and Coull), so that an accuracy of 0 or 1 has an error too.
+    """
+    if questions < 1:
+        return 0.0
+    smoothed = [(value * questions + 1) / (questions + 2) for value in accuracies if 0 <= value <= 1]
+    return math.sqrt(sum(value * (1 - value) / (questions + 2) for value in smoothed))
+
+
 def trailing(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[list[int], list[float]]:
     """Means of ``width`` numbers, each at the step where it begins."""
     if width <= 1:

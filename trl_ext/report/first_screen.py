@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .evidence import ends, noise
+from .evidence import ends, noise, sampling_error
 from .next_experiment import Change, hacked, next_experiment
 from .read_run import Run
 from .verdicts import Diagnosis
@@ -30,9 +30,11 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class FirstScreen:
-    """``learned`` is a sentence; ``obstacles`` begin with the largest; ``gradients``: noise, and who dominates."""
+    """``learned`` is a sentence, ``cause`` one where the reward is hacked; ``obstacles`` begin with the largest;
+    ``gradients``: whether prompts agree, and who dominates."""
 
     learned: str
+    cause: str
     obstacles: list[Obstacle]
     gradients: list[str]
     changes: list[Change]
@@ -43,6 +45,7 @@ class FirstScreen:
         changes = [f"{one.option} ({one.reason}); effect: {one.effect}" for one in self.changes]
         return [
             self.learned,
+            *([self.cause] if self.cause else []),
             f"What got in the way: {'; '.join(way) or 'nothing that took 1 % or more'}.",
             *self.gradients,
             *(f"Try {change}." for change in changes),
@@ -51,7 +54,9 @@ class FirstScreen:
 
 def first_screen(run: Run, diagnosis: Diagnosis) -> FirstScreen:
     """Everything that the first screen says of a run."""
-    return FirstScreen(learned(run), obstacles(run), gradients(run, diagnosis), next_experiment(run, diagnosis))
+    return FirstScreen(
+        learned(run), _cause(run), obstacles(run), gradients(run, diagnosis), next_experiment(run, diagnosis)
+    )
 
 
 # ---- did it learn?
@@ -62,7 +67,9 @@ def learned(run: Run) -> str:
     for name, label in (("eval_accuracy", "held-out accuracy"), ("eval_reward", "held-out reward")):
         steps, values = run.series(name)
         if len(values) > 1:
-            counted = sampling_error(run, (values[0], values[-1])) if name == "eval_accuracy" else 0.0
+            counted = (
+                sampling_error(run.evaluated_questions, (values[0], values[-1])) if name == "eval_accuracy" else 0.0
+            )
             early = not counted and len(values) < LEAST_POINTS
             where = f"from step {steps[0]} to {steps[-1]}" + (_hacked_too(run) if hacked(run) else "")
             score = f"{label} {values[0]:.3f} → {values[-1]:.3f}"
@@ -93,25 +100,23 @@ def _sentence(score: str, where: str, early: bool, change: float, error: float) 
     return f"{verdict}: {score}, {change:+.3f} [95 %: {change - half:+.3f}, {change + half:+.3f}] {where}."
 
 
-def sampling_error(run: Run, accuracies: Sequence[float]) -> float:
-    """Standard error of the difference of two accuracies by the number of questions; 0 if that isn't in the log.
-
-    Several answers to a question, and the same questions both times, make the true error smaller. A right and a wrong
-    answer are added (Agresti and Coull), so that an accuracy of 0 or 1 has an error too.
-    """
-    questions = (run.last("eval_runtime") or 0.0) * (run.last("eval_samples_per_second") or 0.0)
-    if questions < 1:
-        return 0.0
-    smoothed = [(value * questions + 1) / (questions + 2) for value in accuracies if 0 <= value <= 1]
-    return math.sqrt(sum(value * (1 - value) / (questions + 2) for value in smoothed))
-
-
 def scatter(values: Sequence[float]) -> float:
     """Standard error of the difference of two of the values, of whose trend nothing counts."""
     return math.sqrt(2) * noise(values) if len(values) >= LEAST_POINTS else 0.0
 
 
 # ---- what got in the way?
+
+
+def _cause(run: Run) -> str:
+    if not hacked(run):
+        return ""
+    steps, values = run.series("eval_accuracy")
+    best = int(np.argmax(values))
+    return (
+        "The reward pays for something other than being right; what follows may be a consequence. "
+        f"The best held-out accuracy was {values[best]:.3f}, at step {steps[best]}."
+    )
 
 
 def obstacles(run: Run) -> list[Obstacle]:
@@ -192,7 +197,10 @@ def aligned(run: Run) -> str | None:
         logged = [run.series(f"{name}{end}")[1] for end in ("", "_low", "_high")]
         if all(logged):
             value, low, high = (values[-1] for values in logged)
-            effect = "help one another" if low > 0 else "oppose one another" if high < 0 else "neither help nor hinder"
-            how = f"alignment{kind} {value:.2f} [95 %: {low:.2f}, {high:.2f}]; 1: the same direction"
-            return f"As far as can be told, prompts {effect} ({how})."
+            bound = max(abs(low), abs(high))
+            effect = "help one another" if low > 0 else "oppose one another"
+            effect = effect if low > 0 or high < 0 else f"help or hinder one another by {bound:.2f} of 1 at most"
+            return (
+                f"Prompts {effect} (alignment{kind} {value:.2f}, 95 %: {low:.2f} to {high:.2f}; 1: the same direction)."
+            )
     return None

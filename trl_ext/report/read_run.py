@@ -114,6 +114,11 @@ class Run:
         means = [sum(values) / len(values) if values else None for values in by_step.values()]
         return Curve(list(by_step), means)
 
+    @property
+    def evaluated_questions(self) -> float:
+        """How many rows were evaluated; 0 where the log doesn't say."""
+        return (self.last("eval_runtime") or 0.0) * (self.last("eval_samples_per_second") or 0.0)
+
     def evaluated_again(self) -> dict[int, list[float]]:
         """Step -> accuracies, of steps that were evaluated more than once."""
         found: dict[int, list[float]] = {}

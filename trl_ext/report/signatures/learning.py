@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 
-from trl_ext.report.evidence import above, largest_fall, noise, state, student
+from trl_ext.report.evidence import above, largest_fall, noise, sampling_error, state, student
 from trl_ext.report.read_run import Run
 
 from .finding import ADVICE, CRITICAL, WARNING, Finding, Found, Unknown, missing, too_few
@@ -97,15 +97,17 @@ def fell(run: Run) -> Found:
         return too_few(run, 4, "eval_accuracy") if len(rewards) < 10 else None
     pairs = np.convolve(values, np.ones(2) / 2, mode="valid")  # the best of many single ones is best by chance
     best = int(np.argmax(pairs))
-    drop, noise = float(pairs[best] - pairs[-1]), float(np.std(np.diff(values))) / 2
-    if drop <= FALLEN or drop <= 5 * noise:
+    drop = float(pairs[best] - pairs[-1])
+    # of a mean of two; the fall itself isn't noise, so that the number of questions tells more, where it is logged
+    error = sampling_error(run.evaluated_questions, (pairs[best],)) / math.sqrt(2) or float(np.std(np.diff(values))) / 2
+    if drop <= FALLEN or drop <= 5 * error:
         return None
     evidence = (
         f"held-out accuracy has fallen from {pairs[best]:.3f} (steps {steps[best]} and {steps[best + 1]}) to "
         f"{pairs[-1]:.3f} (the last two)"
     )
     remedy = "load_best_model_at_end with metric_for_best_model; a lower learning_rate; fewer epochs."
-    sure = _normal(drop, math.sqrt(2) * noise)
+    sure = _normal(drop, math.sqrt(2) * error)
     return Finding(WARNING, steps[min(best + 2, len(steps) - 1)], evidence, sure, remedy)
 
 
