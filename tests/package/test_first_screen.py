@@ -106,7 +106,7 @@ def test_dead_groups_ask_for_other_prompts(tmp_path):
     dead = {"normalization/zero_variance_frac": 0.6, "normalization/all_right_frac": 0.55}
     run = run_of(tmp_path, "reward", *[0.9] * 10, config={**CONFIG, "normalization": "std"}, **C, **dead)
     assert options_of(run)[0] == "train_dataset=[harder prompts]"
-    assert obstacles(run)[0].name == "in dead groups (55% all high)"
+    assert obstacles(run)[0].name == "in dead groups (rewards: 55% all high)"
 
 
 def test_a_normalisation_that_another_run_has_is_not_suggested():

@@ -137,7 +137,7 @@ def _kinds(run: Run) -> str:
         (word, mean(run, f"normalization/all_{kind}_frac")) for kind, word in (("right", "high"), ("wrong", "low"))
     ]
     told = ", ".join(f"{share:.0%} all {word}" for word, share in shares if share >= WORTH_SHOWING)
-    return f" ({told})" if told else ""
+    return f" (rewards: {told})" if told else ""
 
 
 def mean(run: Run, name: str) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 
 from trl_ext.options import SCALE_REWARDS_METHOD
 
-from .evidence import ends
+from .evidence import ends, sampling_error
 from .read_run import Run
 from .verdicts import Diagnosis
 
@@ -93,13 +93,14 @@ def next_experiment(run: Run, diagnosis: Diagnosis) -> list[Change]:
 
 
 def hacked(run: Run) -> bool:
-    """Whether the reward rose by a tenth of its range while the held-out accuracy fell by 0.1."""
+    """Whether the reward rose by a tenth of its range while the held-out accuracy fell by 0.1 and two errors."""
     rewards, accuracies = run.series("reward")[1], run.series("eval_accuracy")[1]
     if len(rewards) < 4 or len(accuracies) < 2:
         return False
     before, after = ends(rewards)
     rose = after - before > max(0.1 * (max(rewards) - min(rewards)), 0.02)
-    return rose and accuracies[-1] < accuracies[0] - 0.1
+    error = sampling_error(run.evaluated_questions, (accuracies[0], accuracies[-1]))
+    return rose and accuracies[0] - accuracies[-1] > max(0.1, 2 * error)
 
 
 def used_method(config: Mapping[str, Any]) -> str | None:
