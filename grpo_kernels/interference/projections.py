@@ -1,13 +1,13 @@
 """Projects a layer's gradient G (out, in) to k * k numbers, so that inner products are kept in expectation.
 
-Shapes: S sequences, R rows, T tokens of a row, M replicates (1 if both replicates are equal), k the sketch's width.
+Shapes: S sequences, R rows, T tokens of a row, M replicates (1 of a side that isn't folded yet), k the sketch's width.
 
 A sketch consists of ``REPLICATES`` independent sketches of the same gradient; their disagreement measures the error
 (``sketch_error.py``). Each replicate is made in two linear steps:
 
 1. Each side of ``G = sum_t d_t a_t^T`` is folded to ``SIDE`` * k by a count sketch (Charikar et al. 2002): every entry
-   gets a random sign, and entries with the same target index are added. A side that is narrower than that isn't folded,
-   and has the same signs in both replicates. The folded layers, (side, side) per sequence, are added up.
+   gets a random sign, and entries with the same target index are added. A side that is narrower than that isn't folded.
+   The folded layers, (side, side) per sequence, are added up.
 2. The entries of that sum get signs, which differ between replicates, and are folded to the replicate's numbers.
 
 The signs of different layers are independent, so the layers' inner products with each other are 0 in expectation.
@@ -171,10 +171,7 @@ class Projections:
         signs_PD = signs_PD.to(values_RTD.device)
         dtype = torch.promote_types(values_RTD.dtype, torch.float32)
         if width == self.side:
-            folded = values_RTD.new_empty(1, *values_RTD.shape, dtype=dtype)
-            torch.mul(values_RTD[..., : width - shift], signs_PD[0, : width - shift], out=folded[0, ..., shift:])
-            torch.mul(values_RTD[..., width - shift :], signs_PD[0, width - shift :], out=folded[0, ..., :shift])
-            return folded
+            return (values_RTD.to(dtype) * signs_PD[:, None, None]).roll(shift, -1)
         values_ND = values_RTD.reshape(-1, width)
         folded = values_ND.new_empty(REPLICATES, len(values_ND), self.side, dtype=dtype)
         device = "cpu" if values_ND.device.type == "cpu" else "cuda"
@@ -185,12 +182,16 @@ class Projections:
         return folded.view(REPLICATES, n_rows, n_tokens, self.side)
 
     def turn_narrow(self, sums: torch.Tensor, layer: int, sides: Sequence[str] = ("out", "in")) -> torch.Tensor:
-        """Applies signs and shift to those sides of (M, S, out, in) sums that ``fold_side`` left unchanged."""
+        """Applies signs and shift to those sides of (M or 1, S, out, in) sums that ``fold_side`` left unchanged.
+
+        Each replicate has signs of its own. With the same signs, the inner products of different layers would be the
+        same in both, and the predicted error of a cosine 4 to 9 % too low.
+        """
         for side, axis in (("out", -2), ("in", -1)):
             if side in sides and sums.shape[axis] < self.side:
                 signs_PD, shift = self._turn(side, layer, sums.shape[axis])
-                signs_D = signs_PD[0].to(sums)
-                sums = (sums * (signs_D[:, None] if side == "out" else signs_D)).roll(shift, axis)
+                signs_P1D = signs_PD[:, None].to(sums)
+                sums = (sums * (signs_P1D[..., None] if side == "out" else signs_P1D[:, :, None])).roll(shift, axis)
         return sums
 
     def _turn(self, side: str, layer: int, width: int) -> tuple[torch.Tensor, int]:
@@ -294,7 +295,7 @@ class Projections:
 
     def finish(self, rows: SequenceRows) -> None:
         """Folds the rows' entries to their sketch."""
-        for (section, _), entries in rows.entries.items():
+        for section, entries in rows.entries.items():
             rows.add(section, self.fold_entries(entries))
         rows.entries.clear()
 

@@ -31,7 +31,7 @@ class SequenceRows:
     n_rows: int
     checked: bool = True
     total: dict[Any, torch.Tensor] = field(default_factory=dict)
-    entries: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    entries: dict[str, torch.Tensor] = field(default_factory=dict)
     _pieces: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, key: Any, values_S: torch.Tensor) -> None:
@@ -53,18 +53,20 @@ class SequenceRows:
     ) -> None:
         """Adds ``outer(left, right)`` of a layer's folded sides to the section's entries at ``place``.
 
-        ``turn`` is applied to the sums if they are narrower than the entries.
+        ``turn`` is applied to the sums if they are narrower than the entries; it gives them their replicates.
         """
-        replicates, rows, columns = max(len(left), len(right)), *place
-        if (section, replicates) not in self.entries:
-            size = (replicates, len(self.prompt_S), side, side)
-            self.entries[section, replicates] = left.new_zeros(size, dtype=torch.promote_types(left.dtype, right.dtype))
-        entries = self.entries[section, replicates]
-        if self.sequence_RT is None and rows == columns == slice(0, side):  # in place, to save memory
-            left, right = (x.expand(replicates, -1, -1, -1).flatten(0, 1).to(entries) for x in (left, right))
+        rows, columns = place
+        whole = self.sequence_RT is None and rows == columns == slice(0, side)
+        sums = None if whole else turn(self.outer(left, right))
+        if section not in self.entries:
+            size = (max(len(left), len(right)) if sums is None else len(sums), len(self.prompt_S), side, side)
+            self.entries[section] = left.new_zeros(size, dtype=torch.promote_types(left.dtype, right.dtype))
+        entries = self.entries[section]
+        if sums is None:  # in place, to save memory
+            left, right = (x.expand(len(entries), -1, -1, -1).flatten(0, 1).to(entries) for x in (left, right))
             entries.flatten(0, 1).baddbmm_(left.transpose(1, 2), right)
         else:
-            entries[..., rows, columns] += turn(self.outer(left, right)).to(entries.device)
+            entries[..., rows, columns] += sums.to(entries.device)
 
     def tokens(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Returns a layer's input or output as (R, tokens of a row, width), also if the layer flattens its rows."""
