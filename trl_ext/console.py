@@ -5,6 +5,7 @@ The trainer uses it on terminals in place of transformers' progress bar, which p
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from collections.abc import Mapping
@@ -115,6 +116,8 @@ class ConsoleCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
+        self._close()  # of a run that an error ended
+        atexit.register(self._close)  # an interrupted program would leave the terminal without its cursor
         self.started, self.first_step = time.monotonic(), state.global_step
         if state.global_step:
             self._print(f"Going on at step {state.global_step} of {state.max_steps}.")
@@ -130,14 +133,17 @@ class ConsoleCallback(TrainerCallback):
             self._print(f"Saved checkpoint-{state.global_step}.")
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is None:
-            return
-        self.bar.stop()
+        self._close()
+        if state.is_world_process_zero and state.global_step < state.max_steps:
+            self._print(f"Stopped at step {state.global_step} of {state.max_steps}.")
+
+    def _close(self) -> None:
+        atexit.unregister(self._close)
+        if self.bar is not None:
+            self.bar.stop()
         self.bar = None
         if self.stages is not None:
             self.stages.on_change = None
-        if state.global_step < state.max_steps:
-            self._print(f"Stopped at step {state.global_step} of {state.max_steps}.")
 
     # ---- steps and evaluations
 

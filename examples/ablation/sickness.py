@@ -1,7 +1,7 @@
 """Sicknesses of several strengths, injected into the logs of healthy runs, for how often a signature finds them.
 
-Each changes what one signature reads, from step 31 of 60 on where nothing else is said. The rest stays what the
-healthy run logged, its noise too.
+Each changes the metrics that one signature reads, by default from step 31 of 60 on. The other metrics stay as the
+healthy run logged them, with their noise.
 """
 
 from __future__ import annotations

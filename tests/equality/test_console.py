@@ -65,3 +65,18 @@ class OwnBar(ProgressCallback):
 def test_a_user_s_own_bar_stays(terminal, tiny_policy, tmp_path):
     trainer = build(tiny_policy, tmp_path, disable_tqdm=False, callbacks=[OwnBar()])
     assert OwnBar in kinds(trainer) and ProgressCallback not in kinds(trainer)
+
+
+def test_an_error_leaves_no_bar_behind(terminal, tiny_policy, tmp_path):
+    """The bar ends when the next run begins, or with the program."""
+    trainer = build(tiny_policy, tmp_path, by_length, max_steps=1, disable_tqdm=False)
+    (console_callback,) = (one for one in trainer.callback_handler.callbacks if type(one) is ConsoleCallback)
+    trainer.training_step = lambda *args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    left = console_callback.bar
+    assert left is not None
+    del trainer.training_step
+    trainer.train()
+    assert left.finished or not left.live.is_started
+    assert console_callback.bar is None and trainer.stage_seconds.on_change is None

@@ -16,11 +16,11 @@ from .verdicts import Diagnosis
 
 MOST = 3
 UNKNOWN = "not measured"
-HARD = 0.2  # mean reward below which prompts are hard
+HARD = 0.2  # pass rate below which prompts are hard
 # measured effects on accuracy, from docs/which-normalisation.md
 STD = "over mean -0.002 [-0.005, +0.002] on a small policy; +0.009 (8 answers), +0.027 (32) in a simulation"
 MAX_RL = "over std +0.021 [-0.010, +0.051] on a small policy with hard prompts, +0.023 ± 0.004 in a simulation"
-RATE = "a factor of 2 off the best cost 0.01 to 0.11 of accuracy (built-in arithmetic, AdamW, four methods)"
+RATE = "a factor of 2 off the best cost 0.01 to 0.11 of mean accuracy (built-in arithmetic, AdamW, four methods)"
 DEAD = 0.3  # share of groups from which other prompts are worth a word
 
 

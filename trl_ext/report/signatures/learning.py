@@ -13,7 +13,10 @@ from trl_ext.report.read_run import Run
 from .finding import ADVICE, CRITICAL, WARNING, Finding, Found, Unknown, missing, too_few
 
 GAP = {False: 0.15, True: 0.04}  # of reward, more than at the start; on fresh and on repeated problems
-WINDOW, SOON = 50, 5  # steps before an evaluation that stand beside it; after one at step 0
+WINDOW, SOON = (
+    50,
+    5,
+)  # training steps that an evaluation is compared with: before it; for the one at step 0 the first ones
 ERRORS = 2.0  # standard errors by which a gap exceeds its limit: without them 9 of 12 healthy seeds had one
 OVER = 10  # logged numbers after the last odd one, from which on it is over
 FALLEN = 0.1  # of held-out accuracy, below its best
