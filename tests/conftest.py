@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from examples.tasks import mixed_policy as mixed
+from trl_ext.cache import cache_folder
 from trl_ext.tasks import small_policy
-from trl_ext.tasks.small_policy import cache_folder
 
 ROOT = Path(__file__).parents[1]
 # what is made for tests isn't what a user's run finds; scripts that tests start find it

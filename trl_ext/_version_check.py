@@ -1,23 +1,29 @@
-"""Checks at import that the installed TRL is a version whose internals this package overrides."""
+"""Checks at import that the installed TRL isn't older than the oldest version with which this package works.
+
+A newer version is never refused: ``capabilities.py`` finds out what works with it.
+"""
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 
-SUPPORTED_TRL = ("1.15", "1.16")
-INSTALL = "pip install 'trl>=1.15,<1.17'"
+# the versions with which `make test-trl` passed: docs/versions.md
+TESTED_TRL = ("1.10.0", "1.11.0", "1.12.0", "1.13.0", "1.14.2", "1.15.0", "1.16.0")
+OLDEST = (1, 10)
+INSTALL = "pip install 'trl>=1.10'"
 
 
 def check_trl_version(installed: str | None = None) -> None:
-    """Raises ``ImportError`` unless ``installed`` (default: the installed version) is one of ``SUPPORTED_TRL``."""
-    supported = " or ".join(f"{release}.x" for release in SUPPORTED_TRL)
+    """Raises ``ImportError`` if ``installed`` (default: the installed version) is older than ``OLDEST``, or missing."""
     if installed is None:
         try:
             installed = version("trl")
         except PackageNotFoundError:
-            raise ImportError(f"trl_ext needs TRL {supported}: {INSTALL}") from None
-    if ".".join(installed.split(".")[:2]) not in SUPPORTED_TRL:
+            raise ImportError(f"trl_ext needs TRL: {INSTALL}") from None
+    numbers = tuple(int(number) for number in re.findall(r"\d+", installed)[:2])
+    if numbers < OLDEST:
         raise ImportError(
-            f"trl_ext overrides internals of TRL {supported}, and TRL {installed} is installed: "
-            f"{INSTALL}, or a release of curvature-grpo made for TRL {installed}"
+            f"trl_ext works with TRL {'.'.join(map(str, OLDEST))} and newer, "
+            f"and TRL {installed} is installed: {INSTALL}"
         )

@@ -13,55 +13,36 @@ import logging
 import types
 from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import trl
 from trl import GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import (
-    FusedCausalLMOutput,
-    get_callable_name,
-    is_async_callable,
-    maybe_gather_lm_head_ctx,
-    pad,
-    use_adapter,
-)
 
+from .capabilities import Capabilities, capabilities
 from .log_once import LogOnce
 from .options import CurvatureOptions, read_options
 
-__all__ = [
-    "FusedCausalLMOutput",
-    "disable_gradient_checkpointing",
-    "get_callable_name",
-    "is_async_callable",
-    "maybe_gather_lm_head_ctx",
-    "pad",
-    "use_adapter",
-]
+# From TRL 1.15 on, TRL gives models a head that computes log-probs, and calls the model with fused_lm_head=True
+TRL_HAS_HEAD = hasattr(grpo_trainer, "add_fused_lm_head")
 
-
-# Methods that we override or call, with the parameters that we pass or take
+# By capability: the methods that we override or call, with the parameters that we pass or take
 PARAMETERS = {
-    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
-    "_generate": ("prompts",),
-    "_generate_and_score_completions": ("inputs",),
-    "_get_per_token_logps_and_entropies": (
-        "model",
-        "input_ids",
-        "attention_mask",
-        "logits_to_keep",
-        "batch_size",
-        "compute_entropy",
-    ),
-    "_prepare_inputs": ("generation_batch",),
-    "_compute_loss": ("model", "inputs"),
-    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
-    "training_step": ("model", "inputs", "num_items_in_batch"),
-    "_save_checkpoint": ("model", "trial"),
-    "train": ("resume_from_checkpoint",),
+    "advantages": {
+        "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+        "_generate": ("prompts",),
+        "_generate_and_score_completions": ("inputs",),
+        "_prepare_inputs": ("generation_batch",),
+        "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+        "training_step": ("model", "inputs", "num_items_in_batch"),
+        "_save_checkpoint": ("model", "trial"),
+        "train": ("resume_from_checkpoint",),
+    },
+    "fuse": {
+        "_compute_loss": ("model", "inputs"),
+        "_get_per_token_logps_and_entropies": ("model",),
+    },
 }
 
 # Attributes of a built trainer, in addition to those that read_run_settings and read_loss_settings read
@@ -110,7 +91,11 @@ def limit_unscored_warning() -> None:
 
 def check_class() -> None:
     """Raises ``ChangedTRL`` if a method of ``GRPOTrainer`` is missing or takes other arguments."""
-    for name, wanted in PARAMETERS.items():
+    now = capabilities()
+    needed = {
+        name: wanted for part, methods in PARAMETERS.items() if getattr(now, part) for name, wanted in methods.items()
+    }
+    for name, wanted in needed.items():
         method = getattr(GRPOTrainer, name, None)
         if method is None:
             raise ChangedTRL(f"GRPOTrainer has no {name}")
@@ -120,9 +105,8 @@ def check_class() -> None:
         open_ended = any(argument.kind is argument.VAR_POSITIONAL for argument in parameters)
         if found[: len(wanted)] != (wanted[: len(found)] if open_ended else wanted):
             raise ChangedTRL(f"GRPOTrainer.{name} takes ({', '.join(found)}), not ({', '.join(wanted)})")
-    for name in ("BaseTunerLayer", "add_fused_lm_head"):
-        if not hasattr(grpo_trainer, name):
-            raise ChangedTRL(f"trl.trainer.grpo_trainer has no {name}, with which it gives a model its head")
+    if now.fuse and not hasattr(grpo_trainer, "BaseTunerLayer"):
+        raise ChangedTRL("trl.trainer.grpo_trainer has no BaseTunerLayer, by which it refuses an adapter on lm_head")
 
 
 def check_trainer(trainer: Any) -> None:
@@ -149,7 +133,7 @@ class RunSettings:
     """The settings that stay constant during a run, and the two ways to log.
 
     Attributes:
-        options: this package's options.
+        options: this package's options, without what doesn't work with the installed TRL.
         prompts_per_generation: prompts of a generation batch, over all ranks.
         train_batch_size, eval_batch_size: sequences of a micro-batch on each rank.
         log: ``log(metrics)`` adds metrics to the trainer's log.
@@ -171,15 +155,24 @@ class RunSettings:
     eval_batch_size: int
     temperature: float
     cast_lm_head_to_fp32: bool
+    capabilities: Capabilities
     log: Callable[[Mapping[str, float]], None]
     log_once: LogOnce
+
+
+def allowed_options(args: Any) -> CurvatureOptions:
+    """Returns the current options, without what doesn't work with the installed TRL or with ``use_liger_kernel``."""
+    options = capabilities().allowed(read_options(args))
+    # without TRL's head, TRL computes the loss of use_liger_kernel outside of the model's forward
+    liger = not TRL_HAS_HEAD and getattr(args, "use_liger_kernel", False)
+    return replace(options, fused_loss=False) if liger else options
 
 
 def read_run_settings(trainer: Any, log: Any, log_once: Any) -> RunSettings:
     """Reads the settings that stay constant, when the trainer is built."""
     args = trainer.args
     return RunSettings(
-        options=read_options(args),
+        options=allowed_options(args),
         accelerator=trainer.accelerator,
         seed=args.seed,
         output_dir=args.output_dir,
@@ -194,6 +187,7 @@ def read_run_settings(trainer: Any, log: Any, log_once: Any) -> RunSettings:
         eval_batch_size=args.per_device_eval_batch_size,
         temperature=trainer.temperature,
         cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
+        capabilities=capabilities(),
         log=log,
         log_once=log_once,
     )
@@ -214,7 +208,7 @@ class RewardSettings:
 
 def read_reward_settings(trainer: Any) -> RewardSettings:
     """Reads the current reward settings, which a callback may have changed."""
-    options = read_options(trainer.args)
+    options = allowed_options(trainer.args)
     return RewardSettings(
         trainer.scale_rewards, trainer.multi_objective_aggregation, len(trainer.reward_funcs), options
     )
@@ -349,12 +343,13 @@ def without_trl_head(trainer: Any, add_to_reference: Callable[[Any], Any]) -> It
         if model is trainer.ref_model:
             add_to_reference(model)
 
-    before = grpo_trainer.BaseTunerLayer, grpo_trainer.add_fused_lm_head
-    grpo_trainer.BaseTunerLayer, grpo_trainer.add_fused_lm_head = _NoAdapter, add
+    stand_ins = {"BaseTunerLayer": _NoAdapter, **({"add_fused_lm_head": add} if TRL_HAS_HEAD else {})}
+    before = {name: getattr(grpo_trainer, name) for name in stand_ins}
+    vars(grpo_trainer).update(stand_ins)
     try:
         yield
     finally:
-        grpo_trainer.BaseTunerLayer, grpo_trainer.add_fused_lm_head = before
+        vars(grpo_trainer).update(before)
 
 
 def forward_without_trl_head(model: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +10,17 @@ from typing import Any
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
+from grpo_kernels.normalize.methods import function_name
+
 from . import compat
 from .advantages.by_task import TaskNames
 from .advantages.normalizer import Normalizer, UsedNormalization
 from .advantages.prompt_keys import prompt_texts
 from .advantages.rewarded import RewardedBatch
+from .capabilities import Capabilities, capabilities
 from .checkpoints.callbacks import CheckpointState, RandomStates
 from .compat import LossSettings, RunSettings
+from .config import CurvatureGRPOConfig, resolve_normalization, trl_method
 from .head.patch import add_forward, fused_heads
 from .log_once import LogOnce
 from .loss_step import LossStep
@@ -47,12 +51,32 @@ from .stage_seconds import StageSeconds
 
 def before_model(trainer: Any, model: Any, args: Any, rest: Any, kwargs: Any) -> AbstractContextManager[Any]:
     """Checks options and datasets before a model is loaded, and returns the context for the parent's ``__init__``."""
+    now = capabilities()
     compat.check_class()
     compat.limit_unscored_warning()
     check_before_model(args, rest, kwargs)
+    if not now.advantages:
+        refuse_without_advantages(args, now)
+        return nullcontext()
     refuse_tensor_parallelism(model, args)
-    fused = read_options(args).fused_loss
-    return compat.without_trl_head(trainer, add_forward) if fused else nullcontext()
+    return compat.without_trl_head(trainer, add_forward) if compat.allowed_options(args).fused_loss else nullcontext()
+
+
+def refuse_without_advantages(args: Any, now: Capabilities) -> None:
+    """Raises ``RuntimeError`` if the run needs advantages that aren't TRL's, and only TRL's work."""
+    options = args or CurvatureGRPOConfig
+    method, _ = resolve_normalization(options)
+    if method != trl_method(options.scale_rewards, options.multi_objective_aggregation):
+        name = method if isinstance(method, str) else function_name(method)
+        raise RuntimeError(
+            f"normalization={name!r} doesn't work with the installed TRL ({now.why['advantages']}): install one of the "
+            f"versions in docs/versions.md, or use scale_rewards"
+        )
+    if read_options(args).resample_zero_variance:
+        raise RuntimeError(
+            f"resample_zero_variance=True doesn't work with the installed TRL ({now.why['advantages']}): install one "
+            "of the versions in docs/versions.md"
+        )
 
 
 @dataclass
@@ -96,11 +120,15 @@ class Components:
         return StepRequest(self.loss_settings(), self.rollouts.latest_advantages, method, override, by_sequence)
 
 
-def build_components(trainer: Any, ours: type) -> Components:
-    """Builds the objects of a trainer whose parent's ``__init__`` has run."""
+def build_components(trainer: Any, ours: type) -> Components | None:
+    """Builds the objects of a trainer whose parent's ``__init__`` has run; None if it can only do what TRL's does."""
+    if not capabilities().advantages:
+        return None
     compat.check_trainer(trainer)
     keep_four_bit_layers_trainable(trainer.model)
-    run = compat.read_run_settings(trainer, trainer._log_metrics, LogOnce(get_logger("trl_ext.trainer")))
+    run = compat.read_run_settings(
+        trainer, without_metrics(trainer._log_metrics), LogOnce(get_logger("trl_ext.trainer"))
+    )
     context = check_run(trainer, run)
     normalizer = Normalizer(run, trainer.args, compat.read_reward_settings(trainer))
 
@@ -138,6 +166,14 @@ def build_components(trainer: Any, ours: type) -> Components:
         checkpoint_state=state,
         callbacks=callbacks,
     )
+
+
+def without_metrics(log: Callable[[Mapping[str, float]], None]) -> Callable[[Mapping[str, float]], None]:
+    """Returns ``log``, which drops the metrics that the installed TRL logs otherwise than we do."""
+    dropped = frozenset(capabilities().other_metrics)
+    if not dropped:
+        return log
+    return lambda metrics: log({name: value for name, value in metrics.items() if name not in dropped})
 
 
 def check_run(trainer: Any, run: RunSettings) -> Context | None:

@@ -80,12 +80,10 @@ class Rollout:
 
     def run(self, generate: Generate, inputs: Any) -> Batch:
         """Returns TRL's dict of the generation batch."""
-        with wrapped_methods(
-            self.trainer,
-            _generate=self._generate,
-            _get_per_token_logps_and_entropies=self._log_probs,
-            _calculate_rewards=self._rewards,
-        ):
+        wrappers: dict[str, Callable[..., Any]] = {"_generate": self._generate, "_calculate_rewards": self._rewards}
+        if self.postpone:
+            wrappers["_get_per_token_logps_and_entropies"] = self._log_probs
+        with wrapped_methods(self.trainer, **wrappers):
             return generate(inputs)
 
     def _generate(self, generate: Callable[..., Any], prompts: Any) -> Any:
@@ -96,12 +94,19 @@ class Rollout:
         return generated
 
     def _log_probs(
-        self, compute: Callable[..., Any], model: Any, input_ids: Any, mask: Any, width: int, **named: Any
+        self,
+        compute: Callable[..., Any],
+        model: Any,
+        input_ids: Any,
+        mask: Any,
+        width: int,
+        batch_size: int | None = None,
+        **named: Any,
     ) -> Any:
         """Wraps ``_get_per_token_logps_and_entropies``: returns zeros if TRL's call can be postponed."""
-        other_arguments = any(value is not None for name, value in named.items() if name != "batch_size")
-        if self._stage != "log-probs" or not self.postpone or other_arguments:
-            return compute(model, input_ids, mask, width, **named)
+        other_arguments = any(value is not None for value in named.values())
+        if self._stage != "log-probs" or other_arguments:
+            return compute(model, input_ids, mask, width, batch_size=batch_size, **named)
         self.postponed = True
         return torch.zeros(len(input_ids), width, device=input_ids.device), None, None
 
@@ -143,6 +148,8 @@ class Rollouts:
         training, step = trainer.model.training, trainer.state.global_step
         generation = self.generations.next(step) if training else 0
         obstacle = overrides.log_probs or overrides.plan or components.micro_batches.mixed
+        if not self.run.capabilities.defer:
+            obstacle = "the installed TRL doesn't allow it"
         postpone = why_not_postponed(self.run.options, settings, obstacle) is None
         postponed = False
 

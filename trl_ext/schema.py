@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from .compat import ChangedTRL, pad
+from .compat import ChangedTRL
 
 Batch = dict[str, Any]
 
@@ -256,7 +257,10 @@ def pad_rows(rows: list[dict[str, torch.Tensor]], pad_token_id: int, multiple_of
             continue
         values = [v.view(-1) for v in values]
         filling = pad_token_id if value is None else value
-        output[name] = pad(values, filling, side, pad_to_multiple_of=multiple_of).to(device)  # type: ignore[arg-type]
+        padded = pad_sequence(values, batch_first=True, padding_value=filling, padding_side=side)
+        missing = -padded.shape[1] % (multiple_of or 1)
+        sides = (missing, 0) if side == "left" else (0, missing)
+        output[name] = torch.nn.functional.pad(padded, sides, value=filling).to(device)
     return output
 
 

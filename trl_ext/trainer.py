@@ -30,9 +30,10 @@ from .advantages.reward_checks import RewardFailed
 from .checkpoints.callbacks import RunCompleteError
 from .checkpoints.find import AUTO, find_checkpoint
 from .checkpoints.save import checkpoint_folder, complete_or_none, saved_when
-from .compat import read_position
+from .compat import TRL_HAS_HEAD, read_position
 from .components import Components, before_model, build_components
 from .console import use_console
+from .head.forward import score_as_trl
 from .objective.token_weights import token_weights
 from .paper import PAPER
 from .plan.micro_batches import micro_batch
@@ -73,10 +74,12 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         """Builds the trainer. Raises ``ValueError`` for contradicting options before it loads a model."""
         with before_model(self, model, args, rest, kwargs):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        self._components = build_components(self, CurvatureGRPOTrainer)
-        for callback in self._components.callbacks:
+        if (components := build_components(self, CurvatureGRPOTrainer)) is None:
+            return
+        self._components = components
+        for callback in components.callbacks:
             self.add_callback(callback)
-        self.stage_seconds = self._components.seconds
+        self.stage_seconds = components.seconds
         use_console(self)
 
     # ---- rollouts, rewards, advantages
@@ -90,9 +93,13 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             return components.rollouts.batch(generate, inputs, components.loss_settings(), components.overrides())
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs TRL's method on the model with our head."""
+        """Runs TRL's method on the model with our head; a TRL without a head of its own is given ours."""
+        components = components_of(self)
         with applied(self):
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            if TRL_HAS_HEAD or components is None or not components.run.options.fused_loss:
+                return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            scored = score_as_trl(self.accelerator.autocast, *args, **kwargs)
+            return scored or super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _score_with_graph(self, batch: Sequences) -> torch.Tensor:
         """Returns the policy's log-probs (B, T) of the completions, with their graph, as the loss computes them."""
@@ -198,4 +205,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
     def end(self) -> None:
         """Ends the run as the parent does, and keeps the process group alive (see ``process_group.py``)."""
         keep_process_group()
-        super().end()
+        parent: Any = super()
+        if hasattr(parent, "end"):
+            parent.end()
+        else:  # transformers before 5.23
+            self.accelerator.end_training()

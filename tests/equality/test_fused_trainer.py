@@ -268,7 +268,7 @@ def test_a_weight_that_is_there_in_the_forward_only(frozen, monkeypatch):
         yield
         head.weight.data.fill_(float("nan"))
 
-    monkeypatch.setattr(weights, "maybe_gather_lm_head_ctx", gathered)
+    monkeypatch.setattr(weights, "gathered_by_zero3", gathered)
     head.weight.data.fill_(float("nan"))
     hidden, targets = torch.randn(5, 6, requires_grad=True), torch.randint(11, (5,))
     cotangent = torch.randn(5)

@@ -191,9 +191,12 @@ def test_public_names():
     assert CurvatureGRPOTrainer.__name__ == "CurvatureGRPOTrainer"
 
 
-@pytest.mark.parametrize("version", ["1.14.2", "1.17.0", "2.0.0", "0.24.0"])
-def test_another_trl_is_refused(version):
-    with pytest.raises(ImportError, match=rf"TRL 1.15.x or 1.16.x, and TRL {version} is installed"):
+@pytest.mark.parametrize("version", ["1.9.2", "1.2.0", "0.24.0", "1.9.0.dev0"])
+def test_an_older_trl_is_refused(version):
+    with pytest.raises(ImportError, match=rf"TRL 1.10 and newer, and TRL {version} is installed: pip install 'trl>=1.10'"):
         check_trl_version(version)
-    check_trl_version("1.15.0")
-    check_trl_version("1.16.9")
+
+
+@pytest.mark.parametrize("version", ["1.10.0", "1.16.9", "1.17.0.dev0", "2.0.0"])
+def test_a_newer_trl_is_not(version):
+    check_trl_version(version)

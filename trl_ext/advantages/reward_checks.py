@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -12,8 +13,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
 from torch import nn
-
-from trl_ext.compat import get_callable_name, is_async_callable
 
 LARGEST = torch.finfo(torch.float32).max  # rewards are gathered in float32, where a larger one is infinite
 CHECKED = "_curvature_grpo_checked"  # attribute of a reward function that is wrapped already
@@ -100,6 +99,18 @@ def _list_of(rewards: Any) -> Any:
     return list(rewards) if iterates and not hasattr(rewards, "__len__") else rewards
 
 
+def _innermost(function: Callable) -> Any:
+    """Returns the function that nested ``functools.partial`` objects call."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _is_async(function: Callable) -> bool:
+    """Whether calling ``function`` returns a coroutine: an ``async def``, or an object whose ``__call__`` is one."""
+    return any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
+
+
 def checked_reward(function: Callable, name: str | None = None, failures: RewardFailures | None = None) -> Callable:
     """Wraps a reward function so that its result is checked and errors name it. Returns reward models unchanged.
 
@@ -110,7 +121,8 @@ def checked_reward(function: Callable, name: str | None = None, failures: Reward
         return function
     if getattr(function, CHECKED, False):
         return function
-    name = name or get_callable_name(function)
+    called = _innermost(function)
+    name = name or getattr(called, "__name__", type(called).__name__)  # TRL's name for it
     failures = failures or RewardFailures(1)
 
     def checked_result(outcome: Any, completions: list | None) -> Any:
@@ -122,7 +134,7 @@ def checked_reward(function: Callable, name: str | None = None, failures: Reward
         except RewardFailed as failure:
             return failures.keep(failure, completions)
 
-    if is_async_callable(function):
+    if _is_async(called):
 
         async def checked(*args: Any, **kwargs: Any) -> Any:
             try:

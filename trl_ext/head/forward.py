@@ -11,7 +11,7 @@ Shapes: B sequences, C columns of prompt and completion, N tokens with a label, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.layer_taps import active_module
-from trl_ext.compat import FusedCausalLMOutput
+from trl_ext.schema import TOKEN_TYPES
 from trl_ext.sharing.packed_rows import PackedRows, pack
 
 from .settings import HeadSettings, backbone
@@ -45,6 +45,15 @@ class HeadCall:
 
     loss_inputs: Mapping[str, Any] | None = None
     prompt_width: int | None = None
+
+
+@dataclass
+class LogProbsOutput(ModelOutput):
+    """The output of a forward that computes log-probs, with the names that TRL reads: (B, C - 1), 0 without a label."""
+
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -90,10 +99,9 @@ class FusedHead:
         aux_loss = expert_loss(outputs, kwargs, self.settings)
         if call.loss_inputs is None:
             logprobs_N, entropies_N = self._log_probs(model, hidden_NH, labels_BC[mask_BC], mask_BC.nonzero()[:, 0])
-            return FusedCausalLMOutput(
+            return LogProbsOutput(
                 log_probs=spread(logprobs_N, mask_BC),
                 entropy=spread(entropies_N, mask_BC),
-                label_mask=mask_BC,
                 aux_loss=aux_loss,
             )
         return self._loss(model, hidden_NH, labels_BC[mask_BC], call.loss_inputs, aux_loss)
@@ -154,6 +162,50 @@ class FusedHead:
             }
             # if the model is split over devices, the backbone's last layer may be on another device than the head
             yield hidden_NH.to(weight.device), weight, options
+
+
+def score_as_trl(
+    autocast: Callable[[], AbstractContextManager[Any]],
+    model: Any,
+    input_ids_BC: torch.Tensor,
+    attention_mask_BC: torch.Tensor,
+    width: int,
+    batch_size: int | None = None,
+    compute_entropy: bool = False,
+    compute_aux_loss: bool = False,
+    **inputs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
+    """Returns what ``GRPOTrainer._get_per_token_logps_and_entropies`` does, from our head; None with images.
+
+    For TRL before 1.15, which computes log-probs from the model's logits.
+
+    Returns:
+        log-probs (B, T) and entropies (B, T) of the last ``width`` = T tokens of the rows, and the MoE loss (0-d); the
+        latter two are None unless asked for.
+    """
+    given = {name: value for name, value in inputs.items() if value is not None}
+    if not given.keys() <= set(TOKEN_TYPES):
+        return None
+    labels_BC = input_ids_BC.masked_fill(attention_mask_BC == 0, -100)
+    labels_BC[:, :-width] = -100
+    found = []
+    for start in range(0, len(input_ids_BC), batch_size or len(input_ids_BC)):
+        rows = slice(start, start + (batch_size or len(input_ids_BC)))
+        with autocast():
+            output = model(
+                input_ids=input_ids_BC[rows],
+                attention_mask=attention_mask_BC[rows],
+                labels=labels_BC[rows],
+                fused_lm_head=True,
+                **({"output_router_logits": True} if compute_aux_loss else {}),
+                **{name: value[rows] for name, value in given.items()},
+            )
+        found.append(output)
+    return (
+        torch.cat([output.log_probs[:, -width:] for output in found]),
+        torch.cat([output.entropy[:, -width:] for output in found]) if compute_entropy else None,
+        torch.stack([output.aux_loss for output in found]).mean() if compute_aux_loss else None,
+    )
 
 
 def pack_inputs(kwargs: dict[str, Any], prompt_width: int) -> PackedRows:

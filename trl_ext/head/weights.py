@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor, Partial
 
 from grpo_kernels.interference.layer_taps import active_module
-from trl_ext.compat import maybe_gather_lm_head_ctx
 
 
 @contextmanager
@@ -27,10 +26,24 @@ def gathered_head(head: torch.nn.Module, hidden_NH: torch.Tensor, *, keep: bool)
     weight: Any = head.weight
     bias: Any = getattr(head, "bias", None)
     weight, bias = _unsharded(weight), _unsharded(bias)
-    with maybe_gather_lm_head_ctx(weight, bias):
+    with gathered_by_zero3(weight, bias):
         if hasattr(weight, "ds_id") and keep and torch.is_grad_enabled():
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         yield weight, bias, low_rank
+
+
+def gathered_by_zero3(*parameters: Any) -> AbstractContextManager[Any]:
+    """Returns the context in which ZeRO-3 has gathered these parameters; None among them is left out.
+
+    A parameter that is already whole (a tied embedding's, in a forward) isn't gathered: on exit ZeRO-3 would release it
+    under the layer that still uses it.
+    """
+    sharded = {id(one): one for one in parameters if hasattr(one, "ds_status") and one.ds_status.name != "AVAILABLE"}
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(sharded.values()))
 
 
 def _unsharded(parameter: Any) -> Any:

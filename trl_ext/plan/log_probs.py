@@ -8,12 +8,13 @@ Shapes: B sequences of this rank, T padded completion positions, C columns of pr
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from trl_ext.compat import LossSettings, RunSettings, disable_gradient_checkpointing, use_adapter
+from trl_ext.compat import LossSettings, RunSettings
 from trl_ext.head.forward import HeadCall
 from trl_ext.objective.fused import completion_labels
 from trl_ext.options import CurvatureOptions
@@ -75,7 +76,7 @@ class UsedLogProbs:
         plan = self.micro_batches.plan_scoring(table, batch_size)
         parts = [self.micro_batches.limits.trimming.select(batch, row_B, table) for row_B in plan.batches]
         columns = {name: batch.columns[name].clone() for name in POSTPONED if batch.columns.get(name) is not None}
-        with disable_gradient_checkpointing(policy, self.checkpointing):
+        with without_checkpointing(policy, self.checkpointing):
             for name, values_BT in columns.items():
                 model, adapter = self._model(name, policy)
                 with adapter:
@@ -91,4 +92,32 @@ class UsedLogProbs:
         if self.reference is not None:
             return self.reference, nullcontext()
         unwrapped = self.run.accelerator.unwrap_model(policy)
-        return policy, use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        return policy, reference_adapter(unwrapped)
+
+
+@contextmanager
+def without_checkpointing(model: Any, options: Any) -> Iterator[None]:
+    """Turns gradient checkpointing off, and on again with TRL's ``gradient_checkpointing_kwargs``."""
+    if not model.is_gradient_checkpointing:
+        yield
+        return
+    model.gradient_checkpointing_disable()
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_enable(options)
+
+
+@contextmanager
+def reference_adapter(model: Any) -> Iterator[None]:
+    """Makes a PEFT model the reference: with its adapter "ref" if it has one, as TRL names it, else without any."""
+    if "ref" not in model.peft_config:
+        with model.disable_adapter():
+            yield
+        return
+    before = model.active_adapter
+    model.set_adapter("ref")
+    try:
+        yield
+    finally:
+        model.set_adapter(before)

@@ -15,7 +15,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -27,6 +26,8 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trl_ext.cache import cache_folder
 
 from . import arithmetic
 from .arithmetic import DEFAULT_LEVELS, Problem, generate_problems
@@ -59,11 +60,6 @@ CARELESS_LEARNING_RATE = 3e-4
 CARELESS_STEPS = 60
 
 Encoded = tuple[torch.Tensor, torch.Tensor]  # ids and labels (B, T), see ``encode``
-
-
-def cache_folder() -> Path:
-    """Returns the cache of warmed-up and converted models, ``$CURVATURE_GRPO_CACHE`` or ``~/.cache/curvature-grpo``."""
-    return Path(os.environ.get("CURVATURE_GRPO_CACHE") or Path.home() / ".cache" / "curvature-grpo")
 
 
 def build_tokenizer(levels: tuple[int, ...]) -> PreTrainedTokenizerFast:
