@@ -13,12 +13,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -36,62 +35,58 @@ PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "SLU
 logger = get_logger(__name__)
 
 
+# capability -> what the trainer does without it
+CAPABILITIES = {
+    "advantages": "the trainer does what TRL's does",
+    "fuse": "TRL computes the loss (fused_loss=False), so every sequence runs",
+    "regroup": "every sequence runs, in TRL's own micro-batches (skip_zero_advantage=False)",
+    "share": "each answer runs with its own prompt (share_prompts=False)",
+    "defer": "TRL computes old and reference log-probs before the rewards, of every sequence",
+    "statistics": "some metrics of the loss aren't logged; with fused_loss=False TRL logs them",
+    "interference": "no interference is logged (interference_every=0)",
+}
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """The parts of this package that work with the installed TRL.
 
     Attributes:
-        advantages: our advantages take the place of TRL's. Without it the trainer is TRL's.
-        fuse: the loss in one pass (``fused_loss``).
-        regroup: other micro-batches than TRL's (``skip_zero_advantage``).
-        share: a prompt once for all its answers (``share_prompts``).
-        defer: old and reference log-probs after the rewards.
-        statistics: the loss's metrics under TRL's names. Without it ``other_metrics`` aren't logged.
-        interference: ``interference_every``.
-        other_metrics: names of metrics that this TRL doesn't log as this package does.
-        why: for each capability that is off, what the probe found.
+        off: for each capability that doesn't work, what the probe found. Empty: all work.
+        other_metrics: names of metrics that this TRL doesn't log as this package does (``statistics``).
     """
 
-    advantages: bool = True
-    fuse: bool = True
-    regroup: bool = True
-    share: bool = True
-    defer: bool = True
-    statistics: bool = True
-    interference: bool = True
+    off: Mapping[str, str] = field(default_factory=dict)
     other_metrics: tuple[str, ...] = ()
-    why: Mapping[str, str] = field(default_factory=dict)
+
+    def has(self, name: str) -> bool:
+        """Whether the capability ``name`` (of ``CAPABILITIES``) works."""
+        return name not in self.off
 
     def allowed(self, options: CurvatureOptions) -> CurvatureOptions:
         """Returns the options, without those whose capability is off."""
         return replace(
             options,
-            fused_loss=options.fused_loss and self.fuse,
-            skip_zero_advantage=options.skip_zero_advantage and self.regroup,
-            share_prompts=options.share_prompts and self.share,
-            interference_every=options.interference_every if self.interference else 0,
+            fused_loss=options.fused_loss and self.has("fuse"),
+            skip_zero_advantage=options.skip_zero_advantage and self.has("regroup"),
+            share_prompts=options.share_prompts and self.has("share"),
+            interference_every=options.interference_every if self.has("interference") else 0,
         )
 
-    def without(self, name: str, why: str) -> Capabilities:
-        """Returns the capabilities with ``name`` off."""
-        return replace(self, **{name: False}, why={**self.why, name: why})  # type: ignore[arg-type]
+    def to_json(self) -> str:
+        """Returns one line, which ``from_json`` reads."""
+        return json.dumps(asdict(self))
 
-
-NAMES = tuple(one.name for one in fields(Capabilities) if one.type == "bool")
-EFFECTS = {
-    "advantages": "the trainer does what TRL's does",
-    "fuse": "TRL computes the loss (fused_loss=False), and so every sequence runs",
-    "regroup": "every sequence runs, in TRL's own micro-batches (skip_zero_advantage=False)",
-    "share": "each answer runs with its own prompt (share_prompts=False)",
-    "defer": "TRL computes old and reference log-probs before the rewards, of every sequence",
-    "statistics": "these metrics aren't logged: with fused_loss=False TRL logs them",
-    "interference": "no interference is logged (interference_every=0)",
-}
+    @staticmethod
+    def from_json(line: str) -> Capabilities:
+        """Raises ``ValueError``, ``KeyError`` or ``TypeError`` for a line that isn't of ``to_json``."""
+        stored = json.loads(line)
+        return Capabilities(dict(stored["off"]), tuple(stored["other_metrics"]))
 
 
 def nothing_works(why: str) -> Capabilities:
-    """Returns the capabilities with everything off."""
-    return Capabilities(*[False] * len(NAMES), why={"advantages": why})
+    """Returns the capabilities with everything off; ``why`` is told once."""
+    return Capabilities({"advantages": why, **dict.fromkeys(list(CAPABILITIES)[1:], "")})
 
 
 _trials: list[Capabilities] = []  # what the probe tries now, the innermost last
@@ -124,7 +119,7 @@ def _of_installed() -> Capabilities:
         broadcast_object_list(found)
     answer = found[0]
     assert answer is not None
-    off = [f"{EFFECTS[name]} ({name}: {why})" for name, why in answer.why.items()]
+    off = [f"{CAPABILITIES[name]} ({name}: {why})" for name, why in answer.off.items() if why]
     if off:
         logger.warning(f"TRL {installed} differs from the versions that this package knows: {'; '.join(off)}.")
     else:
@@ -136,17 +131,16 @@ def kept_or_probed(installed: str) -> Capabilities:
     """Returns the answer that an earlier run has kept for exactly these sources and versions, or else probes."""
     path = cache_folder() / f"trl-{installed}-{fingerprint()}.json"
     try:
-        stored = json.loads(path.read_text())
-        return Capabilities(**{**stored, "other_metrics": tuple(stored["other_metrics"])})
+        return Capabilities.from_json(path.read_text())
     except (OSError, ValueError, TypeError, KeyError):
         pass
     logger.warning(f"TRL {installed} isn't one of the versions that this package was tested with. Trying it, once.")
     found = probe_in_a_process()
-    if found.advantages:  # a probe that failed may have failed for lack of memory or time
+    if found.has("advantages"):  # a probe that failed may have failed for lack of memory or time
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(asdict(found)))
+            part.write_text(found.to_json())
             part.replace(path)
         except OSError as error:
             logger.warning(f"The answer can't be kept for the next run: {error}")
@@ -187,12 +181,6 @@ def probe_in_a_process() -> Capabilities:
     except (OSError, subprocess.SubprocessError) as error:
         return nothing_works(f"the probe didn't end: {error}")
     try:
-        return read_answer(done.stdout)
+        return Capabilities.from_json(done.stdout.strip().splitlines()[-1])
     except (ValueError, TypeError, KeyError, IndexError):
         return nothing_works(f"the probe failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-
-
-def read_answer(output: str) -> Capabilities:
-    """Reads the last line of the probe's output."""
-    stored: Any = json.loads(output.strip().splitlines()[-1])
-    return Capabilities(**{**stored, "other_metrics": tuple(stored["other_metrics"])})

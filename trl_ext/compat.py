@@ -92,9 +92,7 @@ def limit_unscored_warning() -> None:
 def check_class() -> None:
     """Raises ``ChangedTRL`` if a method of ``GRPOTrainer`` is missing or takes other arguments."""
     now = capabilities()
-    needed = {
-        name: wanted for part, methods in PARAMETERS.items() if getattr(now, part) for name, wanted in methods.items()
-    }
+    needed = {name: wanted for part, methods in PARAMETERS.items() if now.has(part) for name, wanted in methods.items()}
     for name, wanted in needed.items():
         method = getattr(GRPOTrainer, name, None)
         if method is None:
@@ -105,7 +103,7 @@ def check_class() -> None:
         open_ended = any(argument.kind is argument.VAR_POSITIONAL for argument in parameters)
         if found[: len(wanted)] != (wanted[: len(found)] if open_ended else wanted):
             raise ChangedTRL(f"GRPOTrainer.{name} takes ({', '.join(found)}), not ({', '.join(wanted)})")
-    if now.fuse and not hasattr(grpo_trainer, "BaseTunerLayer"):
+    if now.has("fuse") and not hasattr(grpo_trainer, "BaseTunerLayer"):
         raise ChangedTRL("trl.trainer.grpo_trainer has no BaseTunerLayer, by which it refuses an adapter on lm_head")
 
 

@@ -55,7 +55,7 @@ def before_model(trainer: Any, model: Any, args: Any, rest: Any, kwargs: Any) ->
     compat.check_class()
     compat.limit_unscored_warning()
     check_before_model(args, rest, kwargs)
-    if not now.advantages:
+    if not now.has("advantages"):
         refuse_without_advantages(args, now)
         return nullcontext()
     refuse_tensor_parallelism(model, args)
@@ -69,12 +69,12 @@ def refuse_without_advantages(args: Any, now: Capabilities) -> None:
     if method != trl_method(options.scale_rewards, options.multi_objective_aggregation):
         name = method if isinstance(method, str) else function_name(method)
         raise RuntimeError(
-            f"normalization={name!r} doesn't work with the installed TRL ({now.why['advantages']}): install one of the "
+            f"normalization={name!r} doesn't work with the installed TRL ({now.off['advantages']}): install one of the "
             f"versions in docs/versions.md, or use scale_rewards"
         )
     if read_options(args).resample_zero_variance:
         raise RuntimeError(
-            f"resample_zero_variance=True doesn't work with the installed TRL ({now.why['advantages']}): install one "
+            f"resample_zero_variance=True doesn't work with the installed TRL ({now.off['advantages']}): install one "
             "of the versions in docs/versions.md"
         )
 
@@ -122,7 +122,7 @@ class Components:
 
 def build_components(trainer: Any, ours: type) -> Components | None:
     """Builds the objects of a trainer whose parent's ``__init__`` has run; None if it can only do what TRL's does."""
-    if not capabilities().advantages:
+    if not capabilities().has("advantages"):
         return None
     compat.check_trainer(trainer)
     keep_four_bit_layers_trainable(trainer.model)

@@ -1,21 +1,20 @@
 """Tries this package against stock TRL on a tiny model: ``python -m trl_ext.probe_trl``.
 
-``capabilities.py`` runs it. Both train on the same rollouts, on the CPU, and each capability by itself must give TRL's parameters and metrics. The
-last line of the output is the answer as JSON.
+``capabilities.py`` runs it. Both train on the same rollouts, on the CPU, and each capability by itself
+must give TRL's parameters and metrics. The last line of the output is the answer as JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import logging
 import math
 import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +37,9 @@ NEEDS = {
     "defer": ("fuse", "regroup"),
     "interference": (),
 }
-SETTINGS = (  # off policy, half of the prompts without a gradient; and with a reference model, where all have one
+SETTINGS: tuple[
+    dict[str, Any], ...
+] = (  # off policy, half of the prompts without a gradient; and with a reference model, where all have one
     {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
     {"loss_type": "grpo", "beta": 0.1, "gradient_accumulation_steps": 2},
 )
@@ -174,33 +175,37 @@ def attempt(capabilities: Capabilities, stock: list[Outcome], folder: str) -> tu
     return None, metrics
 
 
+def only(*names: str) -> Capabilities:
+    """Returns our advantages, logged as TRL does, and these capabilities."""
+    return Capabilities({name: "not tried" for name in (*NEEDS,) if name not in names})
+
+
 def probe(folder: str) -> Capabilities:
     """Returns what works. ``folder``: for the tiny model."""
-    nothing = Capabilities(**dict.fromkeys(("fuse", "regroup", "share", "defer", "interference"), False))
     try:
         stock = [train(GRPOTrainer, folder, settings) for settings in SETTINGS]
     except Exception as error:
         return nothing_works(f"stock TRL itself: {type(error).__name__}: {error}"[:300])
-    why, metrics = attempt(nothing, stock, folder)
+    why, metrics = attempt(only(), stock, folder)
     if why is not None:
         return nothing_works(why)
-    found = Capabilities()
+    off: dict[str, str] = {}
     for name, needs in NEEDS.items():
-        missing = [need for need in needs if not getattr(found, need)]
+        missing = [need for need in needs if need in off]
         if missing:
-            found = found.without(name, f"it needs {missing[0]}")
+            off[name] = f"it needs {missing[0]}"
             continue
-        why, different = attempt(replace(nothing, **dict.fromkeys((*needs, name), True)), stock, folder)
+        why, different = attempt(only(*needs, name), stock, folder)
         metrics |= different
         if why is not None:
-            found = found.without(name, why)
-    why, different = attempt(found, stock, folder)
+            off[name] = why
+    why, different = attempt(Capabilities(off), stock, folder)
+    metrics |= different
     if why is not None:
-        return replace(nothing, why=dict.fromkeys(NEEDS, f"together with the others: {why}"))
-    if metrics | different:
-        names = tuple(sorted(metrics | different))
-        found = replace(found.without("statistics", f"TRL's differ: {', '.join(names)}"), other_metrics=names)
-    return found
+        off |= dict.fromkeys(NEEDS, f"together with the others: {why}")
+    elif metrics:
+        off["statistics"] = f"TRL logs these otherwise: {', '.join(sorted(metrics))}"
+    return Capabilities(off, tuple(sorted(metrics)))
 
 
 def main() -> None:
@@ -210,7 +215,7 @@ def main() -> None:
     gc.freeze()  # transformers collects garbage at each end of training: 0.3 s with all imported modules
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         found = probe(folder)
-    print(json.dumps(asdict(found)))
+    print(found.to_json())
 
 
 if __name__ == "__main__":

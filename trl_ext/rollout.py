@@ -148,7 +148,7 @@ class Rollouts:
         training, step = trainer.model.training, trainer.state.global_step
         generation = self.generations.next(step) if training else 0
         obstacle = overrides.log_probs or overrides.plan or components.micro_batches.mixed
-        if not self.run.capabilities.defer:
+        if not self.run.capabilities.has("defer"):
             obstacle = "the installed TRL doesn't allow it"
         postpone = why_not_postponed(self.run.options, settings, obstacle) is None
         postponed = False

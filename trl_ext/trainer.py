@@ -208,5 +208,5 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         parent: Any = super()
         if hasattr(parent, "end"):
             parent.end()
-        else:  # transformers before 5.23
+        else:  # an older transformers
             self.accelerator.end_training()

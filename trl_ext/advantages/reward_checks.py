@@ -122,7 +122,7 @@ def checked_reward(function: Callable, name: str | None = None, failures: Reward
     if getattr(function, CHECKED, False):
         return function
     called = _innermost(function)
-    name = name or getattr(called, "__name__", type(called).__name__)  # TRL's name for it
+    name = str(name or getattr(called, "__name__", type(called).__name__))  # as TRL names it
     failures = failures or RewardFailures(1)
 
     def checked_result(outcome: Any, completions: list | None) -> Any:
