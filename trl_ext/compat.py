@@ -39,10 +39,8 @@ PARAMETERS = {
         "_save_checkpoint": ("model", "trial"),
         "train": ("resume_from_checkpoint",),
     },
-    "fuse": {
-        "_compute_loss": ("model", "inputs"),
-        "_get_per_token_logps_and_entropies": ("model",),
-    },
+    "fuse": {"_compute_loss": ("model", "inputs")},
+    "defer": {"_get_per_token_logps_and_entropies": ("model",)},
 }
 
 # Attributes of a built trainer, in addition to those that read_run_settings and read_loss_settings read
@@ -92,8 +90,8 @@ def limit_unscored_warning() -> None:
 def check_class() -> None:
     """Raises ``ChangedTRL`` if a method of ``GRPOTrainer`` is missing or takes other arguments."""
     now = capabilities()
-    needed = {name: wanted for part, methods in PARAMETERS.items() if now.has(part) for name, wanted in methods.items()}
-    for name, wanted in needed.items():
+    needed = {part: methods for part, methods in PARAMETERS.items() if now.has(part)}
+    for name, wanted in [pair for methods in needed.values() for pair in methods.items()]:
         method = getattr(GRPOTrainer, name, None)
         if method is None:
             raise ChangedTRL(f"GRPOTrainer has no {name}")

@@ -119,7 +119,7 @@ def train(trainer_class: type[GRPOTrainer], folder: str, settings: Mapping[str, 
             "use_cpu": True,
             "bf16": False,
             "interference_every": 1,
-            "interference_dim": 4,
+            "interference_dim": 0,  # exact, so that interference/sketch_check is 1
             **settings,
         },
     )
@@ -146,6 +146,13 @@ def difference(ours: Outcome, trls: Outcome) -> str | None:
     return None if distance < TOLERANCE else f"the gradient differs from stock TRL's by {distance:.2g} of its size"
 
 
+def wrong_sketch(ours: Outcome) -> str | None:
+    """Returns how the sum of the sequences' gradients differs from the step's gradient, or None."""
+    checks = [log.get("interference/sketch_check", math.nan) for log in ours.logs]
+    wrong = [check for check in checks if not abs(check - 1) < TOLERANCE]
+    return f"interference/sketch_check is {wrong[0]:.3g}, not 1" if wrong else None
+
+
 def different_metrics(ours: Outcome, trls: Outcome) -> set[str]:
     """Returns the names of TRL's metrics that we don't log, or with another value, and of ours that TRL doesn't log."""
     found = set()
@@ -167,7 +174,7 @@ def attempt(capabilities: Capabilities, stock: list[Outcome], folder: str) -> tu
         for settings, trls in zip(SETTINGS, stock, strict=True):
             with tried(capabilities):
                 ours = train(CurvatureGRPOTrainer, folder, settings)
-            if why := difference(ours, trls):
+            if why := difference(ours, trls) or (wrong_sketch(ours) if capabilities.has("interference") else None):
                 return why, metrics
             metrics |= different_metrics(ours, trls)
     except Exception as error:

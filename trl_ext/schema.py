@@ -43,13 +43,14 @@ COLUMNS = {
     "token_type_ids": Column("both", 0),
     "mm_token_type_ids": Column("both", 0),
 }
-ALWAYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
+ALWAYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
 OLD, REFERENCE = "old_per_token_logps", "ref_per_token_logps"
 POSTPONED = (OLD, REFERENCE)
 TOKEN_TYPES = tuple(name for name, column in COLUMNS.items() if column.side == "both")
 IMAGES = ("pixel_values", "image_grid_thw", "num_images")
 ONE_EACH = ("advantages",)  # (B,)
-OF_THE_BATCH = ("num_items_in_batch",)  # 0-d
+ITEMS = "num_items_in_batch"
+OF_THE_BATCH = (ITEMS,)  # 0-d
 # the columns that ``split_rows`` splits by row and ``pad_rows`` pads again
 PADDED = {name: column for name, column in COLUMNS.items() if column.side != "both"}
 # the columns that are kept of skipped sequences; the batch of a subclass may lack our columns
@@ -98,7 +99,7 @@ class Sequences:
     ref_logprobs = _column(REFERENCE)  # (B, T)
     sampling_logprobs = _column("sampling_per_token_logps")  # (B, T), from vLLM
     importance_ratio = _column("importance_sampling_ratio")  # (B, T) or (B, 1)
-    num_items = _column("num_items_in_batch")  # 0-d: tokens of the generation batch that the loss counts
+    num_items = _column(ITEMS)  # 0-d: tokens of the generation batch that the loss counts
     prompt_id = _column("prompt_id")
     group_position = _column("group_position")
     prompt_key = _column("prompt_key")
@@ -267,5 +268,5 @@ def pad_rows(rows: list[dict[str, torch.Tensor]], pad_token_id: int, multiple_of
 def num_items(rows: list[Batch], output: Batch) -> Batch:
     """Returns ``num_items_in_batch`` of ``rows`` (tokens that the loss counts), with ``output``'s dtype and device."""
     count = sum(int((row["completion_mask"] * row.get("tool_mask", 1)).sum()) for row in rows)
-    before = output["num_items_in_batch"]
-    return {"num_items_in_batch": torch.as_tensor(count, device=before.device, dtype=before.dtype)}
+    before = output[ITEMS]
+    return {ITEMS: torch.as_tensor(count, device=before.device, dtype=before.dtype)}

@@ -134,7 +134,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         if (components := components_of(self)) is not None and self.model.training:
             rows, settings = Sequences(inputs), components.loss_settings()
-            if part.is_trls:
+            if part.is_trls and components.run.options.interference_every:
                 rows = rows.with_columns(token_weight=token_weights(rows, settings, training=True))
 
             def dead() -> list[Sequences]:

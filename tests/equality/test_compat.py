@@ -54,8 +54,8 @@ def test_attributes_and_keys_that_are_gone_are_named(remove, message, tiny_polic
 
 def test_a_batch_that_lacks_something_is_named():
     check_keys(dict.fromkeys(ALWAYS))
-    with pytest.raises(ChangedTRL, match="makes has no completion_mask, num_items_in_batch"):
-        check_keys({name: None for name in ALWAYS if name not in ("completion_mask", "num_items_in_batch")})
+    with pytest.raises(ChangedTRL, match="makes has no completion_mask, advantages"):
+        check_keys({name: None for name in ALWAYS if name not in ("completion_mask", "advantages")})
 
 
 @pytest.mark.skipif(not TRL_HAS_HEAD, reason="TRL has no head of its own before 1.15")
