@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing PyTorch, TRL and what they need into $(VENV): a minute or two, mostly downloads"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --upgrade pip
-	$(BIN)/pip install -c constraints.txt -e ".[report]"
+	$(BIN)/pip install -c constraints.txt -e ".[demo]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -102,6 +102,7 @@ def check_arguments(script, training, model) -> None:
     choices = f"{', '.join(DATASETS)} and {PREFIX}TASK"
     quantized = model.load_in_4bit or model.load_in_8bit
     no_quantizer = quantized and find_spec("bitsandbytes") is None
+    as_mathematics = gym is None and script.reward is None and not is_judged_as_text(script, model)
     rules = {
         f"--task_options and --task_weights go with --dataset {PREFIX}TASK,TASK": (
             gym is None and (script.task_options or script.task_weights)
@@ -118,6 +119,9 @@ def check_arguments(script, training, model) -> None:
             script.prompt_style not in PROMPT_STYLES
         ),
         "--load_in_4bit and --load_in_8bit need bitsandbytes: pip install bitsandbytes": no_quantizer,
+        'answers are checked as mathematics: pip install "curvature-grpo[math-verify]", or give --reward': (
+            as_mathematics and find_spec("math_verify") is None
+        ),
         "--load_in_4bit and --load_in_8bit need --use_peft: quantized weights can't be trained": (
             quantized and not model.use_peft
         ),
@@ -146,11 +150,18 @@ def choose_instruction(script, built_in: bool, judged_as_text: bool) -> str:
     return reasoning.INSTRUCTION if judged_as_text else INSTRUCTION
 
 
-def choose_rewards(script, gym, stop: str | None) -> list:
+def is_judged_as_text(script, model) -> bool:
+    """Whether an answer must be the gold one's text: the mixture's, and the numbers of the built-in policy."""
+    from examples.tasks.load_questions import is_mixture
+
+    built_in = model.model_name_or_path == BUILT_IN and script.dataset_path is None
+    return is_mixture(script) or (built_in and script.dataset == "arithmetic")
+
+
+def choose_rewards(script, gym, as_text: bool, stop: str | None) -> list:
     """Reward functions; ``stop``: where a few-shot completion has gone on to a question of its own."""
     from examples.tasks.command_line import say
     from examples.tasks.correctness import Correctness, MarkedAnswer, SameText
-    from examples.tasks.load_questions import is_mixture
     from examples.tasks.reasoning import GymScore
     from trl_ext.load_function import load_function
 
@@ -159,7 +170,7 @@ def choose_rewards(script, gym, stop: str | None) -> list:
     elif gym is not None:
         rewards = [GymScore(gym, say, stop)]
     else:
-        rewards = [SameText(stop) if is_mixture(script) else Correctness(stop)]
+        rewards = [SameText(stop) if as_text else Correctness(stop)]
     return [*rewards, MarkedAnswer(stop)] if script.format_reward_weight else rewards
 
 
@@ -186,6 +197,7 @@ def build_trainer(script, training, model):
     context = context_of(AutoConfig.from_pretrained(path, **loading))
     instruction = choose_instruction(script, name == BUILT_IN, gym is not None or is_mixture(script))
     prompts = make_prompts(script, questions, instruction, tokenizer, name, context)
+    stop = NEXT_QUESTION if prompts.style == "few_shot" else None
     loading |= {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = {**loading, **(training.model_init_kwargs or {})}
     if script.format_reward_weight:
@@ -195,7 +207,7 @@ def build_trainer(script, training, model):
     training.eval_on_start = training.eval_strategy != "no" and training.resume_from_checkpoint is None
     trainer = CurvatureGRPOTrainer(
         model=path,
-        reward_funcs=choose_rewards(script, gym, NEXT_QUESTION if prompts.style == "few_shot" else None),
+        reward_funcs=choose_rewards(script, gym, is_judged_as_text(script, model), stop),
         args=training,
         train_dataset=prompts.train,
         eval_dataset=prompts.held_out if training.eval_strategy != "no" else None,

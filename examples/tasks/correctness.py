@@ -12,11 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
 from .questions import Question
 
-_EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 _LATEX_COMMAND = re.compile(r"\\[a-zA-Z]+(\{[^{}]*\})?")
 _NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -31,6 +28,24 @@ def _require_main_thread() -> None:
             "the correctness reward runs in the main thread only: math-verify limits its time with signals, "
             "and in a thread every answer would count as wrong"
         )
+
+
+def _math_verify() -> Any:
+    """Returns the module math_verify. Raises ``ImportError`` with the extra's name where it is missing."""
+    try:
+        import math_verify
+    except ImportError:
+        raise ImportError(
+            'checking answers as mathematics needs math-verify: pip install "curvature-grpo[math-verify]"'
+        ) from None
+    return math_verify
+
+
+def _parse(text: str) -> list[Any]:
+    """Returns the text's formulas and numbers as math-verify's objects, ``\\boxed`` first."""
+    library = _math_verify()
+    formulas = library.LatexExtractionConfig(boxed_match_priority=0), library.ExprExtractionConfig()
+    return library.parse(text, extraction_config=formulas)
 
 
 def _after_hashes(text: str) -> str | None:
@@ -53,13 +68,13 @@ def parse_gold(answer: str) -> tuple[Any, ...]:
         text = answer
     text = text.replace("\\$", "").replace("\\!", "")  # LaTeX's dollars, and its thin space in 32,\\!348
     if "\\boxed" in text or "$" in text:
-        return tuple(parse(text, extraction_config=_EXTRACTION))
+        return tuple(_parse(text))
     words = re.findall(r"[A-Za-z]{2,}", _LATEX_COMMAND.sub(" ", text))
     if len(words) < 3 and not _NUMBER.fullmatch(text.strip()):  # bare LaTeX: say that it is
-        parsed = parse(f"${text}$", extraction_config=_EXTRACTION)
+        parsed = _parse(f"${text}$")
         if parsed:
             return tuple(parsed)
-    return tuple(parse(text, extraction_config=_EXTRACTION))
+    return tuple(_parse(text))
 
 
 @lru_cache(maxsize=100_000)  # late in training a policy repeats itself
@@ -67,10 +82,10 @@ def is_correct(gold: str, answer: str) -> bool:
     """Whether the completion's final answer equals the gold one: after ``####``, else boxed, else the last one."""
     _require_main_thread()
     marked = _after_hashes(answer)
-    parsed = parse(marked, extraction_config=_EXTRACTION) if marked else []
+    parsed = _parse(marked) if marked else []
     if not parsed:
-        parsed = parse(answer, extraction_config=_EXTRACTION)
-    return bool(verify(list(parse_gold(gold)), parsed))
+        parsed = _parse(answer)
+    return bool(_math_verify().verify(list(parse_gold(gold)), parsed))
 
 
 def drop_bad_gold(questions: Sequence[Question], source: str, warn: Callable[[str], None]) -> list[Question]:
