@@ -54,6 +54,12 @@ KINDS = {
     "PSOFT": lambda: peft.PsoftConfig(**SOME, r=4),
     "X-LoRA": lambda: peft.XLoraConfig(**CAUSAL),
 }
+# an older peft lacks some
+KINDS = {
+    name: kind
+    for name, kind in KINDS.items()
+    if all(hasattr(peft, used) for used in kind.__code__.co_names if used.endswith("Config"))
+}
 NOT_HERE = {"ADAMSS": "needs scikit-learn", "PVERA": "draws noise for each place in a micro-batch: never equal"}
 _taken = {kind().peft_type.value for kind in KINDS.values()}
 KINDS |= {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext._version_check import TESTED_TRL
 from trl_ext.tasks.arithmetic import generate_problems
 from trl_ext.tasks.small_policy import build_model, build_tokenizer
 
@@ -49,6 +51,8 @@ FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 OUR_OPTIONS = {field.name for field in fields(CurvatureGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
 
+
+NEWEST = pytest.mark.skipif(version("trl") != TESTED_TRL[-1], reason=f"it reads the source of TRL {TESTED_TRL[-1]}")
 
 # ---- data and rewards
 
@@ -253,6 +257,11 @@ def logged(trainer, key: str = "reward") -> list[dict[str, Any]]:
 def table(trainer, column: str) -> list[Any]:
     """A column of the table of completions that TRL logs: of the last batches' sequences."""
     return list(trainer._logs[column])
+
+
+def logged_texts(trainer, column: str) -> list[str]:
+    """The column "prompt" or "completion" as texts, which is how TRL logs them before 1.15."""
+    return [one.strip() if isinstance(one, str) else one[0]["content"] for one in table(trainer, column)]
 
 
 def first_batch(trainer) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import trl
+from accelerate.utils import DistributedType
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
@@ -132,6 +133,7 @@ class RunSettings:
         options: this package's options, without what doesn't work with the installed TRL.
         prompts_per_generation: prompts of a generation batch, over all ranks.
         train_batch_size, eval_batch_size: sequences of a micro-batch on each rank.
+        temperature: returns the temperature of log-probs; it may change only where TRL has no head of its own.
         log: ``log(metrics)`` adds metrics to the trainer's log.
         log_once: ``log_once(text)`` logs a message, unless it was logged before.
     """
@@ -149,7 +151,7 @@ class RunSettings:
     pad_to_multiple_of: int | None
     train_batch_size: int
     eval_batch_size: int
-    temperature: float
+    temperature: Callable[[], float]
     cast_lm_head_to_fp32: bool
     capabilities: Capabilities
     log: Callable[[Mapping[str, float]], None]
@@ -166,7 +168,7 @@ def allowed_options(args: Any) -> CurvatureOptions:
 
 def read_run_settings(trainer: Any, log: Any, log_once: Any) -> RunSettings:
     """Reads the settings that stay constant, when the trainer is built."""
-    args = trainer.args
+    args, fixed = trainer.args, trainer.temperature
     return RunSettings(
         options=allowed_options(args),
         accelerator=trainer.accelerator,
@@ -181,7 +183,7 @@ def read_run_settings(trainer: Any, log: Any, log_once: Any) -> RunSettings:
         pad_to_multiple_of=trainer.pad_to_multiple_of,
         train_batch_size=args.per_device_train_batch_size,
         eval_batch_size=args.per_device_eval_batch_size,
-        temperature=trainer.temperature,
+        temperature=(lambda: fixed) if TRL_HAS_HEAD else (lambda: trainer.temperature),
         cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
         capabilities=capabilities(),
         log=log,
@@ -279,6 +281,8 @@ class StepPosition:
         micro_batch: number of earlier calls, as TRL counts them.
         optimizer_step: the trainer state's ``global_step``.
         accumulation: number of calls in this optimizer step; the last step of an epoch may have fewer.
+        loss_divisor: by what the loss of a call is divided: by the accumulation, and with an older transformers by
+            accelerate once more.
         last: whether this is the step's last call.
         iteration: how often the generation batch was trained on before, below ``num_iterations``.
     """
@@ -286,6 +290,7 @@ class StepPosition:
     micro_batch: int
     optimizer_step: int
     accumulation: int
+    loss_divisor: int
     steps_per_generation: int
     last: bool
     iteration: int = 0
@@ -293,12 +298,15 @@ class StepPosition:
 
 def read_position(trainer: Any) -> StepPosition:
     """Reads the position of the current call."""
+    accumulation, accelerator = trainer.current_gradient_accumulation_steps, trainer.accelerator
+    engine = accelerator.distributed_type == DistributedType.DEEPSPEED  # Trainer turns its division off
     return StepPosition(
         micro_batch=trainer._step,
         optimizer_step=trainer.state.global_step,
-        accumulation=trainer.current_gradient_accumulation_steps,
+        accumulation=accumulation,
+        loss_divisor=accumulation * (1 if engine else accelerator.gradient_accumulation_steps),
         steps_per_generation=trainer.args.steps_per_generation,
-        last=trainer.accelerator.sync_gradients,
+        last=accelerator.sync_gradients,
         iteration=trainer._step // trainer.args.steps_per_generation % trainer.num_iterations,
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from harness import build, parameters, train, train_both
+from harness import NEWEST, build, parameters, train, train_both
 from simulated_trl import CHANGES, simulate
 from trl import GRPOTrainer
 
@@ -48,6 +48,7 @@ def kept(cache: Path) -> Capabilities | None:
     return Capabilities.from_json(found[0].read_text()) if found else None
 
 
+@NEWEST
 @pytest.mark.parametrize(("changes", "off", "words"), SIMULATED)
 def test_each_capability_falls_back_by_itself_and_the_run_equals_trls(changes, off, words, tiny_policy, tmp_path):
     folder = simulate(tmp_path / "trl-1.17", *changes)
@@ -67,6 +68,7 @@ def test_each_capability_falls_back_by_itself_and_the_run_equals_trls(changes, o
             assert mine[name] == pytest.approx(its[name], rel=1e-3, abs=1e-6, nan_ok=True), name
 
 
+@NEWEST
 @pytest.mark.nightly
 def test_two_ranks_get_the_answer_of_one_probe(tiny_policy, tmp_path):
     folder = simulate(tmp_path / "trl-1.17", "a renamed helper")

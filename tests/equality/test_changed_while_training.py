@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 import torch
-from harness import build, digits, logged, lora, messages, norm_of, train
+from harness import NEWEST, build, digits, logged, lora, messages, norm_of, train
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
@@ -267,6 +267,7 @@ STATE = set(
 )
 
 
+@NEWEST
 def test_the_list_of_what_trl_reads_is_whole():
     """A setting that TRL begins to read at each step has to be looked at: followed, or TRL's own business."""
     read = set().union(*(settings_read(getattr(GRPOTrainer, name)) for name in EACH_STEP))

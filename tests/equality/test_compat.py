@@ -63,12 +63,12 @@ def test_a_batch_that_lacks_something_is_named():
 def test_the_heads_settings_are_those_that_trl_closes_over(name):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(HEADS[name])
-    settings = read_settings(model, temperature=0.7, cast_to_fp32=True)
+    settings = read_settings(model, temperature=lambda: 0.7, cast_to_fp32=True)
     grpo_trainer.add_fused_lm_head(model, temperature=0.7, cast_lm_head_to_fp32=True)
     function = model.forward.__func__
     cells = (cell.cell_contents for cell in function.__closure__)
     trls = dict(zip(function.__code__.co_freevars, cells, strict=True))
-    assert settings.temperature == trls["temperature"] and settings.cast_to_fp32 == trls["cast_lm_head_to_fp32"]
+    assert settings.temperature() == trls["temperature"] and settings.cast_to_fp32 == trls["cast_lm_head_to_fp32"]
     assert settings.logit_scale == pytest.approx(trls["logit_scale"], rel=1e-12)
     assert settings.softcap == trls["final_logit_softcapping"]
     assert trls["backbone_attr"] == "base_model"

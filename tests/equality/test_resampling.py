@@ -9,8 +9,10 @@ from harness import (
     dead_share,
     live_or_not,
     logged,
+    logged_texts,
     parameters,
     prompts,
+    question,
     reward_with_dead,
     table,
     train,
@@ -42,16 +44,15 @@ def test_dead_prompts_make_room(trainer):
     assert sorted(batch["prompt_id"].tolist()) == sorted([p for p in range(4) for _ in range(4)])
     groups = [set(batch["prompt_key"][batch["prompt_id"] == p].tolist()) for p in range(4)]
     assert all(len(keys) == 1 for keys in groups) and len(set.union(*groups)) == 4
-    texts = table(trainer, "prompt")
-    assert len(texts) == 16 and not any(dead_share(prompt, 0.6) for prompt in texts)
+    texts = logged_texts(trainer, "prompt")
+    assert len(texts) == 16 and not any(dead_share(question(text), 0.6) for text in texts)
     tokenizer = trainer.processing_class
-    said = {completion[0]["content"] for completion in table(trainer, "completion")}
+    said = set(logged_texts(trainer, "completion"))
     for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True):
-        assert tokenizer.decode(ids[mask.bool()], skip_special_tokens=True) in said
-    asked = " ".join(prompt[0]["content"] for prompt in texts)
+        assert tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).strip() in {text.strip() for text in said}
+    asked = " ".join(texts)
     for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True):
-        question = tokenizer.decode(ids[mask.bool()]).split("<user>")[1].split("<assistant>")[0].strip()
-        assert question in asked
+        assert tokenizer.decode(ids[mask.bool()]).split("<user>")[1].split("<assistant>")[0].strip() in asked
     assert list(trainer._logs["rewards"]["reward"]) == [0.0, 0.25, 0.5, 0.75] * 4
     assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
     assert log["compute/sequences_skipped_frac"] == 0
@@ -60,9 +61,8 @@ def test_dead_prompts_make_room(trainer):
 def test_the_first_live_ones_are_kept_in_order(trainer, tiny_policy, tmp_path):
     """The live prompts of the first generation stay; the numbers of tokens are those of all that was drawn."""
     plain = train(tiny_policy, tmp_path, live_or_not(0.6), max_steps=1, **FOUR)
-    drawn = [prompt[0]["content"] for prompt in table(plain, "prompt")]
-    kept = [prompt[0]["content"] for prompt in table(trainer, "prompt")]
-    live = [text for text in drawn if not dead_share([{"content": text}], 0.6)]
+    drawn, kept = logged_texts(plain, "prompt"), logged_texts(trainer, "prompt")
+    live = [text for text in drawn if not dead_share(question(text), 0.6)]
     assert 0 < len(live) < 16 and kept[: len(live)] == live
     assert trainer.recorder.logs[0]["num_tokens"] > plain.recorder.logs[0]["num_tokens"]
     assert not any("resampling" in key for key in plain.recorder.logs[0])
@@ -160,8 +160,8 @@ def test_columns_that_a_round_does_not_log_are_empty(tiny_policy, tmp_path):
         return live_or_not(0.6)(prompts)
 
     trainer = train(tiny_policy, tmp_path, reward, max_steps=1, **ON)
-    pairs = list(zip(trainer._logs["extra"]["about"], trainer._logs["prompt"], strict=True))
-    assert all(about in (None, prompt[0]["content"]) for about, prompt in pairs)
+    pairs = list(zip(trainer._logs["extra"]["about"], logged_texts(trainer, "prompt"), strict=True))
+    assert all(about in (None, prompt) for about, prompt in pairs)
     assert len(calls) > 2 and {about is None for about, _ in pairs} == {True, False}
 
 

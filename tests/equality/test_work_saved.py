@@ -38,7 +38,7 @@ def test_entropy_live_is_of_what_has_a_gradient(tiny_policy, tmp_path):
 def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
     """Old ones are computed of live sequences alone and trimmed; reference ones of all; with a subclass's, at once."""
     seen = []
-    original, score = GRPOTrainer._get_per_token_logps_and_entropies, log_probs.score
+    original, score = CurvatureGRPOTrainer._get_per_token_logps_and_entropies, log_probs.score
 
     def at_once(self, model, input_ids, *rest, **kwargs):
         if not torch.is_grad_enabled():
@@ -49,7 +49,7 @@ def test_log_probs_wait_for_rewards(tiny_policy, tmp_path, monkeypatch):
         seen.append(len(batch))
         return score(model, batch, *rest, **kwargs)
 
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", at_once)
+    monkeypatch.setattr(CurvatureGRPOTrainer, "_get_per_token_logps_and_entropies", at_once)
     monkeypatch.setattr(log_probs, "score", afterwards)
     options = {**FOUR, "num_iterations": 2}
 

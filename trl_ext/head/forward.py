@@ -156,7 +156,7 @@ class FusedHead:
             options = {
                 "bias": bias,
                 "low_rank": low_rank,
-                "temperature": settings.temperature,
+                "temperature": settings.temperature(),
                 "logit_scale": settings.logit_scale,
                 "softcap": settings.softcap,
             }

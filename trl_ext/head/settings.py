@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,13 @@ class HeadSettings:
     """How logits are computed: ``softcap * tanh(logit_scale * y / softcap) / temperature`` with y = hidden @ weight.T.
 
     Attributes:
+        temperature: returns the current temperature.
         softcap: None: no cap.
         cast_to_fp32: TRL's ``cast_lm_head_to_fp32``.
         n_experts, experts_per_token: of a mixture of experts, for its load-balancing loss; else None.
     """
 
-    temperature: float = 1.0
+    temperature: Callable[[], float] = lambda: 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
     cast_to_fp32: bool = False
@@ -33,7 +35,9 @@ LOGIT_DIVISOR = "logits_scaling"
 MULTIPLIES_BY_ITS_DIVISOR = ("hyperclovax",)
 
 
-def read_settings(model: torch.nn.Module, *, temperature: float = 1.0, cast_to_fp32: bool = False) -> HeadSettings:
+def read_settings(
+    model: torch.nn.Module, *, temperature: Callable[[], float] = lambda: 1.0, cast_to_fp32: bool = False
+) -> HeadSettings:
     """Reads the settings. Raises ``ValueError`` if the model has no output embeddings, or no separate backbone."""
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         raise ValueError(f"{type(model).__name__} has no output embeddings: it can't give log-probs")

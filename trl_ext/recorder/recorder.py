@@ -288,9 +288,9 @@ class InterferenceRecorder:
             sketch.set_rows(batch.prompt_id + first)
             features.set_rows(batch.prompt_mask, batch.prompt_id + first)
             self._state = State.RECORDING
-            step.add(batch, skipped, first, loss_settings, position.accumulation)
+            step.add(batch, skipped, first, loss_settings, position.loss_divisor)
             if self.run.options.what_if_dead:
-                self._extra_pass.keep(dead(), loss_settings, position.accumulation, first)
+                self._extra_pass.keep(dead(), loss_settings, position.loss_divisor, first)
 
     def head_sketch(
         self, head: torch.nn.Module, hidden_NH: torch.Tensor, sequence_N: torch.Tensor
