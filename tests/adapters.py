@@ -54,12 +54,14 @@ KINDS = {
     "PSOFT": lambda: peft.PsoftConfig(**SOME, r=4),
     "X-LoRA": lambda: peft.XLoraConfig(**CAUSAL),
 }
-# an older peft lacks some
-KINDS = {
-    name: kind
-    for name, kind in KINDS.items()
-    if all(hasattr(peft, used) for used in kind.__code__.co_names if used.endswith("Config"))
-}
+
+
+def is_known(kind) -> bool:
+    """Whether this peft has the configuration's class; an older one lacks some."""
+    return all(hasattr(peft, name) for name in kind.__code__.co_names if name.endswith("Config"))
+
+
+KINDS = {name: kind for name, kind in KINDS.items() if is_known(kind)}
 NOT_HERE = {"ADAMSS": "needs scikit-learn", "PVERA": "draws noise for each place in a micro-batch: never equal"}
 _taken = {kind().peft_type.value for kind in KINDS.values()}
 KINDS |= {

@@ -29,7 +29,7 @@ from .options import CurvatureOptions, read_options
 TRL_HAS_HEAD = hasattr(grpo_trainer, "add_fused_lm_head")
 
 # By capability: the methods that we override or call, with the parameters that we pass or take
-PARAMETERS = {
+PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     "advantages": {
         "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
         "_generate": ("prompts",),
