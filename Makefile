@@ -6,12 +6,11 @@ BIN = $(VENV)/bin
 
 # what runs for long, part by part: docs/testing.md
 PARTS ?=
-TRL115 ?= .venv-trl115
 ENGINES ?= .venv-engines
 VLLM ?= .venv-vllm
 CASES ?= -m engines
 
-.PHONY: demo test nightly test-trl115 test-engines test-vllm bench bench-full gpu check words docs package
+.PHONY: demo test nightly test-oldest test-newest test-trl test-engines test-vllm bench bench-full gpu check words docs package
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing PyTorch, TRL and what they need into $(VENV): a minute or two, mostly downloads"
@@ -36,19 +35,16 @@ test: $(VENV)/.installed-dev
 nightly: $(VENV)/.installed-dev
 	$(BIN)/python .ci/nightly.py $(PARTS)
 
-$(TRL115)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(TRL115)
-	sed 's/^trl==.*/trl==1.15.0/' constraints.txt > $(TRL115)/constraints.txt
-	$(TRL115)/bin/pip install -q --upgrade pip
-	$(TRL115)/bin/pip install -q -c $(TRL115)/constraints.txt -e ".[dev]"
-	touch $@
+# README's snippet and the tests that compare with TRL, with other versions: docs/versions.md. VERSION: of TRL, or a
+# folder with a checkout of it
+test-oldest:
+	$(PYTHON) .ci/versions.py oldest
 
-TRL115_TESTS = trainer trainer_equality fused_trainer skipping work_saved resampling interference compat subclasses \
-	without_init environments
+test-newest:
+	$(PYTHON) .ci/versions.py newest
 
-test-trl115: $(TRL115)/.installed
-	$(TRL115)/bin/python -m pytest -n $(JOBS) --dist worksteal $(TRL115_TESTS:%=tests/equality/test_%.py) \
-		tests/unit/test_normalization_state.py tests/distributed/test_two_processes.py
+test-trl:
+	$(PYTHON) .ci/versions.py trl $(VERSION)
 
 # its ops aren't compiled: none is used here
 $(ENGINES)/.installed-engines: pyproject.toml constraints.txt

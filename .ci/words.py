@@ -1,6 +1,7 @@
 """Counts the words of README and docs, and lists sentences above 35 words: ``make words``.
 
-All text of a page counts, code and tables too, but for the table of architectures and the glossary's rows.
+All text of a page counts, code and tables too, but for the pages of architectures and versions and the glossary's
+rows.
 """
 
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-GENERATED = {"architectures.md"}  # by tests/architecture_sweep.py
+GENERATED = {"architectures.md", "versions.md"}  # by tests/architecture_sweep.py, .ci/versions.py
 MOST_IN_ALL, MOST_ON_A_PAGE, MOST_IN_A_SENTENCE = 16_000, 1_200, 35
 
 
