@@ -8,6 +8,7 @@ BIN = $(VENV)/bin
 PARTS ?=
 ENGINES ?= .venv-engines
 VLLM ?= .venv-vllm
+VLLM_VERSION ?= 0.31.0
 CASES ?= -m engines
 
 .PHONY: demo test nightly test-oldest test-newest test-trl test-engines test-vllm bench bench-full gpu check words docs package
@@ -57,7 +58,7 @@ test-engines: $(ENGINES)/.installed-engines
 
 $(VLLM)/.installed-vllm: pyproject.toml constraints.txt .ci/install_vllm.py
 	$(MAKE) $(VLLM)/.installed-dev VENV=$(VLLM)
-	$(VLLM)/bin/python .ci/install_vllm.py
+	$(VLLM)/bin/python .ci/install_vllm.py $(VLLM_VERSION)
 	touch $@
 
 # where it can't be had the tests are skipped, and say so

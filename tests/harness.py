@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -52,6 +53,9 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 OUR_OPTIONS = {field.name for field in fields(CurvatureGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
 
 
+OLD_TRANSFORMERS = Version(version("transformers")) < Version("5.20")
+CONSTRAINTS = (Path(__file__).parents[1] / "constraints.txt").read_text()
+PINNED = all(f"\n{name}=={version(name)}\n" in CONSTRAINTS for name in ("transformers", "peft"))
 NEWEST = pytest.mark.skipif(version("trl") != TESTED_TRL[-1], reason=f"it reads the source of TRL {TESTED_TRL[-1]}")
 
 # ---- data and rewards

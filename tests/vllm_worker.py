@@ -8,14 +8,19 @@ are of that build: GPUs have neither.
 import functools
 import json
 import os
+import socket
+import subprocess
 import sys
+from contextlib import contextmanager
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
 
 import torch
 from harness import build, prompts
+from safetensors.torch import save_file
 from trl import GRPOTrainer
 from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
 
 from trl_ext import CurvatureGRPOTrainer
 
@@ -44,6 +49,31 @@ def keep_weights_unpacked():
             module.dispatch_cpu_unquantized_gemm = dispatch
 
 
+@contextmanager
+def server(model, folder):
+    """The options of a run that asks ``vllm_server.py``, which runs in this context. TRL's client is the real one, but
+    for the transfer of weights, which needs a GPU: they go through a file."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    weights = os.path.join(folder, "weights.safetensors")
+
+    def send(client, metadata, named_params):
+        os.makedirs(folder, exist_ok=True)
+        save_file({name: weight.detach().clone().contiguous() for name, weight in named_params}, weights)
+        client._post(f"{client.base_url}/update_weights", json={"update_info": {"file": weights}})
+
+    VLLMClient.init_communicator = lambda client, device: client.get_world_size()
+    VLLMClient.update_named_params = send
+    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vllm_server.py")
+    process = subprocess.Popen([sys.executable, program, model, str(port)])
+    try:
+        yield {"vllm_mode": "server", "vllm_server_base_url": f"http://127.0.0.1:{port}", "vllm_server_timeout": 120}
+    finally:
+        process.kill()
+        process.wait()
+
+
 def reward(completion_ids, **kwargs):
     return [(sum(ids) % 5) / 4 for ids in completion_ids]
 
@@ -62,6 +92,10 @@ def keep_batches(trainer):
 
 
 def train(spec):
+    own_server = spec["options"].pop("server", False)
+    if own_server:
+        with server(spec["model"], spec["folder"]) as options:
+            return train({**spec, "options": {**spec["options"], **options}})
     if spec["dtype"]:  # TRL leaves it to vLLM, which takes half precision for a float32 model
         vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype=spec["dtype"])
     trainer_class = {"ours": CurvatureGRPOTrainer, "trl": GRPOTrainer}[spec["trainer"]]
@@ -69,7 +103,8 @@ def train(spec):
     trainer = build(spec["model"], spec["folder"], reward, prompts(32), trainer_class=trainer_class, **options)
     batches = keep_batches(trainer)
     trainer.train()
-    dtype = str(trainer.vllm_generation.llm.llm_engine.model_config.dtype)
+    of_server = options["vllm_mode"] == "server"
+    dtype = None if of_server else str(trainer.vllm_generation.llm.llm_engine.model_config.dtype)
     torch.save({"logs": trainer.state.log_history, "batches": batches, "dtype": dtype}, spec["out"])
 
 

@@ -88,3 +88,18 @@ def test_truncated_sampling_biases_the_ratio_and_is_warned_of(tiny_policy, tmp_p
     for batch in kept["batches"]:
         ratio = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"]).exp()[batch["completion_mask"] == 1]
         assert ratio.max() < 1 and 0.4 < ratio.mean() < 0.7
+
+
+def test_server_mode_through_trls_client(tiny_policy, tmp_path):
+    """A server in half precision, with the importance correction: rollouts, losses and norms are TRL's."""
+    options = {"server": True, "max_steps": 4}
+    mine, _ = run(tiny_policy, tmp_path / "ours", dtype=None, **options)
+    other, _ = run(tiny_policy, tmp_path / "trl", trainer="trl", dtype=None, **options)
+    assert len(mine["steps"]) == len(other["steps"]) == 4
+    for one, two in zip(mine["batches"], other["batches"], strict=True):
+        assert torch.equal(one["completion_ids"], two["completion_ids"])
+        assert len({tuple(ids) for ids in one["completion_ids"].tolist()}) > 8
+    for one, two in zip(mine["steps"], other["steps"], strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=2e-6)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        assert one["sampler/kl"] > 1e-9  # the correction has something to correct

@@ -6,6 +6,7 @@ import pytest
 from adapters import KINDS, NOT_HERE
 from architecture_sweep import PAGE, STEPS, examine, lora, no_adapter, train
 from architectures import NAMES, build
+from harness import PINNED
 from peft import PeftType
 
 from trl_ext import CurvatureGRPOTrainer
@@ -51,6 +52,7 @@ def verdicts():
     return {cells[0].removeprefix("| "): (cells[1], cells[2]) for cells in rows}
 
 
+@pytest.mark.skipif(not PINNED, reason="the page is of the versions in constraints.txt")
 def test_the_page_has_every_architecture_and_nothing_wrong():
     table = verdicts()
     del table["architecture"], table["adapter"]

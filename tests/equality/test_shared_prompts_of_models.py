@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from accelerate import Accelerator
 from architectures import NAMES
 from architectures import build as build_architecture
-from packaging.version import Version
+from harness import OLD_TRANSFORMERS
 
 from trl_ext.head.forward import FusedHead
 from trl_ext.head.patch import add_fused_head
@@ -30,7 +29,6 @@ def why_not(model, trims_prompts=True, **options):
 
 
 SHARED = ("gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
-OLD = Version(transformers.__version__) < Version("5.20")  # in 5.5 Gemma 3 depends on the padding
 KNOWN = {
     **dict.fromkeys(SHARED),
     **dict.fromkeys(("bloom", "gpt2", "mamba"), "depends on the padding before the sequence"),
@@ -49,7 +47,8 @@ def test_architectures_that_may_and_may_not(name):
     trims_prompts, _ = trimmed_columns(model, print)
     add_fused_head(model, FusedHead(read_settings(model), entropy=True))
     not_shared = why_not(model, trims_prompts)
-    if name in KNOWN and not (name == "gemma3_text" and OLD):
+    # in transformers 5.5 Gemma 3 depends on the padding
+    if name in KNOWN and not (name == "gemma3_text" and OLD_TRANSFORMERS):
         assert (not_shared is None) == (KNOWN[name] is None), not_shared
         assert KNOWN[name] is None or KNOWN[name] in str(not_shared)
     if not_shared is not None:

@@ -38,7 +38,7 @@ def bare(trainer_class, **attributes):
     trainer.state = SimpleNamespace(global_step=2, num_input_tokens_seen=0)
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     trainer._step = 3
-    trainer.use_liger_kernel = False  # TRL reads these three before 1.15
+    trainer.use_liger_kernel = trainer._entropy_bonus_enabled = False  # TRL reads these four before 1.15
     trainer.model_kwarg_keys, trainer.temperature = (), 1.0
     for name, value in attributes.items():
         setattr(trainer, name, value)
