@@ -1,7 +1,8 @@
 """The endpoints of a vLLM server that TRL's client uses, on a CPU: ``python vllm_server.py MODEL PORT``.
 
-It answers with transformers in bfloat16, where a real server computes in half precision too. A real server receives
-weights over NCCL, which needs GPUs; this one reads them from the file that ``update_weights`` names.
+It answers with transformers, at a temperature that is a little too high: so its log-probs differ from the trainer's, as
+a real server's do, and the importance correction has something to correct. A real server receives weights over NCCL,
+which needs GPUs; this one reads them from the file that ``update_weights`` names.
 """
 
 import json
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+TOO_WARM = 1.02
 INFO = {
     "vllm_config": {
         "weight_transfer_config": {"backend": "file"},
@@ -29,7 +31,7 @@ def complete(model, prompt: list[int], wanted: dict, seed: int) -> list[dict]:
     for _ in range(wanted["n"]):
         ids, logprobs = [], []
         while len(ids) < wanted["max_tokens"] and (not ids or ids[-1] != end):
-            logits = model(torch.tensor([prompt + ids])).logits[0, -1].float() / wanted["temperature"]
+            logits = model(torch.tensor([prompt + ids])).logits[0, -1] / (TOO_WARM * wanted["temperature"])
             logp = logits.log_softmax(-1)
             ids.append(int(torch.multinomial(logp.exp(), 1)))
             logprobs.append(float(logp[ids[-1]]))
@@ -79,5 +81,5 @@ class Handler(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     Handler.name = sys.argv[1]
-    Handler.model = AutoModelForCausalLM.from_pretrained(Handler.name, dtype=torch.bfloat16).eval()
+    Handler.model = AutoModelForCausalLM.from_pretrained(Handler.name, dtype=torch.float32).eval()
     HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()

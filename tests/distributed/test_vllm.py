@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import save_policy
+
+from trl_ext.tasks import small_policy
 
 pytestmark = [
     pytest.mark.vllm,
@@ -30,13 +33,21 @@ def run(policy, folder, trainer="ours", dtype="float32", **options):
 
 
 @pytest.fixture(scope="module")
-def ours(tiny_policy, tmp_path_factory):
-    return run(tiny_policy, tmp_path_factory.mktemp("vllm") / "ours")
+def policy(tmp_path_factory):
+    """As ``tiny_policy``, with heads of 64 numbers: vLLM 0.22 has no attention on a CPU for its heads of 48."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_policy, "MODEL", {**small_policy.MODEL, "num_attention_heads": 3, "num_key_value_heads": 3})
+        return save_policy(tmp_path_factory.mktemp("policy"))
 
 
-def test_the_same_as_trl(ours, tiny_policy, tmp_path):
+@pytest.fixture(scope="module")
+def ours(policy, tmp_path_factory):
+    return run(policy, tmp_path_factory.mktemp("vllm") / "ours")
+
+
+def test_the_same_as_trl(ours, policy, tmp_path):
     """Ten steps by SGD with the importance correction, of a sampler in float32: the same answers, losses and norms."""
-    theirs, _ = run(tiny_policy, tmp_path / "trl", trainer="trl")
+    theirs, _ = run(policy, tmp_path / "trl", trainer="trl")
     kept, _ = ours
     assert kept["dtype"] == theirs["dtype"] == "torch.float32"
     assert len(kept["steps"]) == len(theirs["steps"]) == 10
@@ -51,11 +62,11 @@ def test_the_same_as_trl(ours, tiny_policy, tmp_path):
     assert max(abs(log["loss"]) for log in kept["steps"]) > 0.01
 
 
-def test_half_precision_explains_what_differs(ours, tiny_policy, tmp_path):
+def test_half_precision_explains_what_differs(ours, policy, tmp_path):
     """Left to itself vLLM takes bfloat16 for a float32 model. Weights that differ by rounding alone then lie on two
     sides of its roundings: the sampler's log-probs jump, and the loss with them, while the trainer's own agree."""
-    mine, _ = run(tiny_policy, tmp_path / "ours", dtype=None, max_steps=3)
-    other, _ = run(tiny_policy, tmp_path / "trl", trainer="trl", dtype=None, max_steps=3)
+    mine, _ = run(policy, tmp_path / "ours", dtype=None, max_steps=3)
+    other, _ = run(policy, tmp_path / "trl", trainer="trl", dtype=None, max_steps=3)
     assert mine["dtype"] == other["dtype"] == "torch.bfloat16"
 
     def apart(name, step):
@@ -80,8 +91,8 @@ def test_what_is_logged(ours):
     assert "truncates" not in ours[1] and "a part of the distribution" not in ours[1]
 
 
-def test_truncated_sampling_biases_the_ratio_and_is_warned_of(tiny_policy, tmp_path):
-    kept, said = run(tiny_policy, tmp_path / "cut", top_p=0.5, max_steps=3)
+def test_truncated_sampling_biases_the_ratio_and_is_warned_of(policy, tmp_path):
+    kept, said = run(policy, tmp_path / "cut", top_p=0.5, max_steps=3)
     assert said.count("top_p=0.5: vLLM samples from a truncated distribution") == 1
     for log in kept["steps"]:
         assert 0.1 < log["sampler/chi_square"] < 1  # a ratio of about a half for every token
@@ -90,11 +101,11 @@ def test_truncated_sampling_biases_the_ratio_and_is_warned_of(tiny_policy, tmp_p
         assert ratio.max() < 1 and 0.4 < ratio.mean() < 0.7
 
 
-def test_server_mode_through_trls_client(tiny_policy, tmp_path):
-    """A server in half precision, with the importance correction: rollouts, losses and norms are TRL's."""
+def test_server_mode_through_trls_client(policy, tmp_path):
+    """A server whose log-probs differ, with the importance correction: rollouts, losses and norms are TRL's."""
     options = {"server": True, "max_steps": 4}
-    mine, _ = run(tiny_policy, tmp_path / "ours", dtype=None, **options)
-    other, _ = run(tiny_policy, tmp_path / "trl", trainer="trl", dtype=None, **options)
+    mine, _ = run(policy, tmp_path / "ours", dtype=None, **options)
+    other, _ = run(policy, tmp_path / "trl", trainer="trl", dtype=None, **options)
     assert len(mine["steps"]) == len(other["steps"]) == 4
     for one, two in zip(mine["batches"], other["batches"], strict=True):
         assert torch.equal(one["completion_ids"], two["completion_ids"])
@@ -102,4 +113,4 @@ def test_server_mode_through_trls_client(tiny_policy, tmp_path):
     for one, two in zip(mine["steps"], other["steps"], strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=2e-6)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
-        assert one["sampler/kl"] > 1e-9  # the correction has something to correct
+        assert one["sampler/kl"] > 1e-7  # the correction has something to correct

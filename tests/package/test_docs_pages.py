@@ -1,6 +1,7 @@
 """The documentation's limits, snippets and commands: pages stay short, and what they show runs."""
 
 import ast
+import csv
 import os
 import re
 import runpy
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from pages import DOCS, ROOT, blocks
 from processes import start
 
-words = runpy.run_path(str(ROOT / ".ci" / "words.py"))
+from trl_ext._version_check import TESTED_TRL
+
+words, versions = (runpy.run_path(str(ROOT / ".ci" / f"{name}.py")) for name in ("words", "versions"))
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
@@ -180,3 +184,19 @@ def test_dead_prompts_are_as_the_formula_says():
     for pass_rate, cells in rows:
         p = float(pass_rate)
         assert cells.split(" | ") == [f"{p**G + (1 - p) ** G:.0%}" for G in (4, 8, 16, 32)]
+
+
+# ---- versions
+
+
+def test_what_is_said_to_work_has_run():
+    rows = {row["environment"]: row for row in csv.DictReader((DOCS / "versions.csv").open())}
+    ran = [
+        row for row in rows.values() if row["failed"] == "0" and row["snippet"] == "runs" and int(row["passed"]) > 300
+    ]
+    assert set(TESTED_TRL) <= {row["trl"] for row in ran}
+    oldest = dict(pin.split("==") for pin in versions["lower_bounds"]())
+    assert rows["oldest"] in ran and {name: Version(rows["oldest"][name]) for name in oldest} == {
+        name: Version(number) for name, number in oldest.items()
+    }
+    assert all(f"| {row['environment']} |" in (DOCS / "versions.md").read_text() for row in rows.values())
