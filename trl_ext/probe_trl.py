@@ -37,9 +37,9 @@ NEEDS = {
     "defer": ("fuse", "regroup"),
     "interference": (),
 }
-SETTINGS: tuple[
-    dict[str, Any], ...
-] = (  # off policy, half of the prompts without a gradient; and with a reference model, where all have one
+Settings = dict[str, Any]
+# off policy, half of the prompts without a gradient; and with a reference model, where all have one
+SETTINGS: tuple[Settings, ...] = (
     {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
     {"loss_type": "grpo", "beta": 0.1, "gradient_accumulation_steps": 2},
 )

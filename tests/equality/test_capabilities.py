@@ -13,7 +13,7 @@ from harness import NEWEST, build, parameters, train, train_both
 from simulated_trl import CHANGES, simulate
 from trl import GRPOTrainer
 
-from trl_ext import capabilities
+from trl_ext import CurvatureGRPOTrainer, capabilities, probe_trl
 from trl_ext.capabilities import CAPABILITIES, Capabilities, nothing_works
 
 # changes of TRL -> the capabilities that they take away, and words of the warning
@@ -83,6 +83,20 @@ def test_two_ranks_get_the_answer_of_one_probe(tiny_policy, tmp_path):
 def test_every_change_of_the_simulation_is_tried():
     tried = {change for case in SIMULATED for change in getattr(case, "values", case)[0]}
     assert tried == set(CHANGES)
+
+
+def test_the_probe_uses_what_it_tries(tmp_path):
+    def first_log(*names):
+        with capabilities.tried(probe_trl.only(*names)):
+            return probe_trl.train(CurvatureGRPOTrainer, str(tmp_path), probe_trl.SETTINGS[0]).logs[0]
+
+    fused, regrouped, shared = first_log("fuse"), first_log("fuse", "regroup"), first_log("fuse", "regroup", "share")
+    assert fused["compute/sequences_skipped_frac"] == 0 < regrouped["compute/sequences_skipped_frac"]
+    assert shared["compute/tokens_run"] < regrouped["compute/tokens_run"] < fused["compute/tokens_run"]
+    deferred = first_log("fuse", "regroup", "defer")
+    assert "compute/seconds_log_probs" in deferred and "compute/seconds_log_probs" not in shared
+    assert regrouped["clip_ratio/low_mean"] + regrouped["clip_ratio/high_mean"] == 0  # the first of two steps
+    assert "interference/sketch_check" in first_log("interference")
 
 
 @pytest.fixture
