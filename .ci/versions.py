@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 TABLE, PAGE = ROOT / "docs" / "versions.csv", ROOT / "docs" / "versions.md"
 SHOWN = ("torch", "triton", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 COLUMNS = ("environment", "date", "python", *SHOWN, "snippet", "passed", "failed", "skipped")
+OLDEST_PYTHON = (3, 11)
 OTHERS = ("tests/unit/test_normalization_state.py", "tests/distributed/test_two_processes.py")
 # with another TRL alone: what meets TRL
 NAMES = (
@@ -155,6 +156,8 @@ Written by `.ci/versions.py`.
 
 def main(kind: str, trl: str | None = None) -> None:
     environment = kind if trl is None else f"TRL {Path(trl).name}"
+    if sys.version_info[:2] != OLDEST_PYTHON:
+        environment += f", Python {sys.version_info[0]}.{sys.version_info[1]}"
     folder = Path(os.environ.get("ENVIRONMENT") or ROOT / f".venv-{environment.lower().replace(' ', '-')}")
     python = install(folder, kind, trl)
     row: dict[str, object] = {
