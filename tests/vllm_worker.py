@@ -96,8 +96,9 @@ def train(spec):
     if own_server:
         with server(spec["model"], spec["folder"]) as options:
             return train({**spec, "options": {**spec["options"], **options}})
-    if spec["dtype"]:  # TRL leaves it to vLLM, which takes half precision for a float32 model
-        vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype=spec["dtype"])
+    # TRL leaves the dtype to vLLM, which takes half precision for a float32 model; eager: vLLM 0.22 compiles for minutes
+    chosen = {"dtype": spec["dtype"]} if spec["dtype"] else {}
+    vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True, **chosen)
     trainer_class = {"ours": CurvatureGRPOTrainer, "trl": GRPOTrainer}[spec["trainer"]]
     options = {**OPTIONS, **spec["options"]}
     trainer = build(spec["model"], spec["folder"], reward, prompts(32), trainer_class=trainer_class, **options)
