@@ -96,7 +96,7 @@ def train(spec):
     if own_server:
         with server(spec["model"], spec["folder"]) as options:
             return train({**spec, "options": {**spec["options"], **options}})
-    # TRL leaves the dtype to vLLM, which takes half precision for a float32 model; eager: vLLM 0.22 compiles for minutes
+    # TRL leaves the dtype to vLLM, which takes half precision for a float32 model; vLLM 0.22 would compile for minutes
     chosen = {"dtype": spec["dtype"]} if spec["dtype"] else {}
     vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True, **chosen)
     trainer_class = {"ours": CurvatureGRPOTrainer, "trl": GRPOTrainer}[spec["trainer"]]
