@@ -18,6 +18,7 @@ from .advantages.normalizer import Normalizer, UsedNormalization
 from .advantages.prompt_keys import prompt_texts
 from .advantages.rewarded import RewardedBatch
 from .capabilities import Capabilities, capabilities
+from .checkpointed_layers import CheckpointedLayers
 from .checkpoints.callbacks import CheckpointState, RandomStates
 from .compat import LossSettings, RunSettings, StepPosition
 from .config import CurvatureGRPOConfig, resolve_normalization, trl_method
@@ -98,6 +99,7 @@ class Components:
     recorder: InterferenceRecorder
     micro_batches: MicroBatches
     memory: DeviceMemory | None
+    checkpointed: CheckpointedLayers
     rollouts: Rollouts
     losses: LossStep
     checkpoint_state: CheckpointState
@@ -131,7 +133,7 @@ class Components:
         if memory is None or batches.size.tokens is not None or batches.limits.not_shared is not None:
             return
         model = self.run.accelerator.unwrap_model(self.trainer.model)
-        rehearsal = Rehearsal(self.run, model, self.loss_settings(), nullcontext)
+        rehearsal = Rehearsal(self.run, model, self.loss_settings(), self.checkpointed.limited)
         needed = bytes_of_optimizer(rehearsal.parameters, self.trainer.optimizer)
         tokens = tokens_that_fit(rehearsal, memory, needed, batches.least_over_ranks)
         if tokens is not None:
@@ -197,6 +199,7 @@ def build_components(trainer: Any, ours: type) -> Components | None:
         recorder=recorder,
         micro_batches=micro_batches,
         memory=None if is_sharded(run.accelerator) else memory_of(run.accelerator.device),
+        checkpointed=CheckpointedLayers(run.accelerator.unwrap_model(trainer.model), run.options.checkpoint_layers),
         rollouts=rollouts,
         losses=LossStep(run, micro_batches),
         checkpoint_state=state,

@@ -146,7 +146,9 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         part = micro_batch(inputs)
         if not part.runs:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
-        if (components := components_of(self)) is not None and self.model.training:
+        if (components := components_of(self)) is None:
+            return super().compute_loss(model, inputs, *rest, **kwargs)
+        if self.model.training:
             rows, settings = Sequences(inputs), components.loss_settings()
             if part.is_trls and components.run.options.interference_every:
                 rows = rows.with_columns(token_weight=token_weights(rows, settings, training=True))
@@ -155,7 +157,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
                 return [*dead_sequences(rows), *part.not_run]
 
             components.recorder.rows(rows, part.skipped, read_position(self), settings, dead)
-        return super().compute_loss(model, inputs, *rest, **kwargs)
+        with components.checkpointed.limited():
+            return super().compute_loss(model, inputs, *rest, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         """Computes the loss in one pass over the head if it is a sum over single tokens; else TRL computes it."""
