@@ -163,8 +163,8 @@ class CurvatureOptions:
         None,
         optional_at_least(0),
         "Decoder layers to checkpoint; default: all.",
-        "With `gradient_checkpointing`, only this many decoder layers are checkpointed, the first ones. The others keep "
-        "their activations, which takes memory and saves their second forward pass. None: all are checkpointed.",
+        "With `gradient_checkpointing`, only the first n decoder layers are checkpointed. The others keep their "
+        "activations, which takes memory and saves their second forward pass. None: all are checkpointed.",
         group=WORK,
     )
     resample_zero_variance: bool = option(

@@ -55,5 +55,5 @@ def test_with_the_kl_penalty_which_scores_between_generation_and_loss(tiny_polic
 def test_a_model_without_such_layers_is_refused(tiny_policy, tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tiny_policy)
     monkeypatch.setattr("trl_ext.checkpointed_layers.GradientCheckpointingLayer", torch.nn.Conv3d)
-    with pytest.raises(ValueError, match="checkpoint_layers=1 must be None: .* can't checkpoint single layers"):
+    with pytest.raises(ValueError, match=r"checkpoint_layers=1 must be None: .* can't checkpoint single layers"):
         build(tiny_policy, tmp_path, model=model, checkpoint_layers=1, **OPTIONS)

@@ -243,6 +243,8 @@ class MicroBatches:
 
     def most_over_ranks(self, number: int) -> int:
         """Returns the largest ``number`` of all ranks."""
+        if self.accelerator.num_processes == 1:  # without waiting for the device
+            return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     def least_over_ranks(self, number: int) -> int:
