@@ -37,7 +37,7 @@ from .plan.micro_batch_size import MicroBatchSize
 from .plan.micro_batches import MicroBatches
 from .plan.model_limits import ModelLimits
 from .plan.rehearsal import Rehearsal, bytes_of_optimizer, tokens_that_fit
-from .probe_model import is_sharded
+from .probe_model import has_engine
 from .recorder.recorder import InterferenceRecorder
 from .report.completions import KeptCompletions
 from .report.run_files import RunFiles, describe_run
@@ -132,8 +132,11 @@ class Components:
         memory, self.memory, batches = self.memory, None, self.micro_batches
         if memory is None or batches.size.tokens is not None or batches.limits.not_shared is not None:
             return
+        settings = self.loss_settings()
         model = self.run.accelerator.unwrap_model(self.trainer.model)
-        rehearsal = Rehearsal(self.run, model, self.loss_settings(), self.checkpointed.limited)
+        rehearsal = Rehearsal(self.run, model, settings, self.checkpointed.limited)
+        if not batches.decide_regrouping(rehearsal.batch(1), settings, self.overrides().plan).regrouped:
+            return
         needed = bytes_of_optimizer(rehearsal.parameters, self.trainer.optimizer)
         tokens = tokens_that_fit(rehearsal, memory, needed, batches.least_over_ranks)
         if tokens is not None:
@@ -198,7 +201,7 @@ def build_components(trainer: Any, ours: type) -> Components | None:
         normalizer=normalizer,
         recorder=recorder,
         micro_batches=micro_batches,
-        memory=None if is_sharded(run.accelerator) else memory_of(run.accelerator.device),
+        memory=None if has_engine(run.accelerator) else memory_of(run.accelerator.device),
         checkpointed=CheckpointedLayers(run.accelerator.unwrap_model(trainer.model), run.options.checkpoint_layers),
         rollouts=rollouts,
         losses=LossStep(run, micro_batches),

@@ -347,3 +347,22 @@ def test_least_over_ranks_counts(tiny_policy, tmp_path):
 def test_a_cpu_has_no_memory_to_ask_for():
     assert device_memory.memory_of(torch.device("cpu")) is None
     assert isinstance(device_memory.memory_of(torch.device("cuda")), device_memory.CudaMemory)
+
+
+def test_a_gpus_memory_is_what_is_free_and_what_torch_has_reserved_for_nothing(monkeypatch):
+    allocated = [30]
+    numbers = {"mem_get_info": (100, 500), "memory_reserved": 50, "max_memory_allocated": 75}
+    for name, number in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, number=number: number)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    memory = device_memory.CudaMemory(torch.device("cuda"))
+    assert memory.free() == 100 + 50 - 30
+    assert memory.peak(lambda: allocated.append(1)) == 75 - 30 and len(allocated) == 2
+
+
+@pytest.mark.parametrize("options", [{"skip_zero_advantage": False}, {"loss_type": "vespo"}, {"share_prompts": False}])
+def test_a_run_that_packs_no_rows_rehearses_nothing(options, tiny_policy, tmp_path):
+    memory = SavedBytes(10**9)
+    with_memory(build(tiny_policy, tmp_path, **{**QUIET, **options}), memory).train()
+    assert memory.passes == 0

@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType
 
 from trl_ext.compat import LossSettings, RunSettings, StepPosition
 from trl_ext.objective.token_weights import token_weights
-from trl_ext.probe_model import is_sharded, why_rows_mix
+from trl_ext.probe_model import has_engine, why_rows_mix
 from trl_ext.schema import Batch, Sequences, join
 
 from .compute_counts import StepCounts, compute_metrics, count_own, count_planned, over_ranks
@@ -269,8 +269,7 @@ class MicroBatches:
     @property
     def _one_process(self) -> bool:
         """Whether a step can be repeated: no other rank waits in a collective, and no engine holds the gradients."""
-        engine = is_sharded(self.accelerator) or self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        return self.accelerator.num_processes == 1 and not engine
+        return self.accelerator.num_processes == 1 and not has_engine(self.accelerator)
 
     def start_call(self) -> None:
         """Begins a call of ``training_step``: no micro-batch of it runs yet."""
