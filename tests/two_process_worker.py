@@ -48,6 +48,23 @@ def reward(completion_ids, **kwargs):
     return [None if sum(ids) % 7 == 0 else (sum(ids) % 5) / 4 for ids in completion_ids]
 
 
+class Room:
+    """Stands in for a device on which ``tokens`` packed tokens of a micro-batch fit, 1000 bytes each."""
+
+    def __init__(self, trainer, tokens):
+        states = 8 * sum(p.numel() for p in trainer.model.parameters())
+        rows = trainer.args.per_device_train_batch_size // 2
+        self._free = int((1000 * tokens + states + 500) / 0.9)
+        self._peaks = [1000 * (16 + n * rows * trainer.max_completion_length) for n in (1, 2)]
+
+    def free(self):
+        return self._free
+
+    def peak(self, run):
+        run()
+        return self._peaks.pop(0)
+
+
 class Signals(TrainerCallback):
     """Made-up measurements after every step; keeps the normalisation's state; kills the process at a step."""
 
@@ -102,7 +119,7 @@ DEFAULTS = {
     "environment": {},
     "keep": (),
     "signals": False,
-    **dict.fromkeys(["lora", "engine", "resume", "kill_at", "wrong_layer", "blind", "most_dense", "no_memory"]),
+    **dict.fromkeys(["lora", "engine", "resume", "kill_at", "wrong_layer", "blind", "most_dense", "no_memory", "room"]),
 }
 
 
@@ -155,6 +172,7 @@ def train(spec):
         "batches": batches,
         "live_by_step": list(live_by_step.values()),
         "states": signals.states,
+        "size": trainer._components.micro_batches.size.tokens if spec["trainer"] == "ours" else None,
     }
     torch.save(result, f"{spec['out']}.{trainer.accelerator.process_index}.pt")
     return trainer
@@ -195,6 +213,8 @@ def make_faults(trainer, spec):
         watch.diagnose = lambda run: 1 / 0
     if spec["most_dense"] is not None:
         measure.MAX_DENSE = spec["most_dense"]
+    if spec["room"]:
+        trainer._components.memory = Room(trainer, spec["room"][rank])
     if spec["no_memory"] and rank == 1:
         run_out_of_memory(trainer, *spec["no_memory"])
 

@@ -330,6 +330,16 @@ def replace_latest(column: MutableSequence[Any], values: list[Any]) -> None:
 # Changes of TRL's behaviour
 
 
+@contextmanager
+def within_last_call(trainer: Any) -> Iterator[None]:
+    """Sets TRL's count of calls of ``training_step`` back to that of the last call, which runs another micro-batch."""
+    trainer._step -= 1
+    try:
+        yield
+    finally:
+        trainer._step += 1
+
+
 class _NoAdapter:
     """Stands in for PEFT's adapter class in TRL's check; nothing is an instance of it."""
 

@@ -18,8 +18,9 @@ from .advantages.normalizer import Normalizer, UsedNormalization
 from .advantages.prompt_keys import prompt_texts
 from .advantages.rewarded import RewardedBatch
 from .capabilities import Capabilities, capabilities
+from .checkpointed_layers import CheckpointedLayers
 from .checkpoints.callbacks import CheckpointState, RandomStates
-from .compat import LossSettings, RunSettings
+from .compat import LossSettings, RunSettings, StepPosition
 from .config import CurvatureGRPOConfig, resolve_normalization, trl_method
 from .head.patch import add_forward, fused_heads
 from .log_once import LogOnce
@@ -29,9 +30,14 @@ from .objective.interface import Method
 from .options import read_options
 from .overrides import overridden
 from .plan import log_probs, rules
+from .plan.device_memory import DeviceMemory, memory_of
 from .plan.log_probs import UsedLogProbs
-from .plan.micro_batches import MicroBatches, StepRequest
+from .plan.micro_batch import StepRequest
+from .plan.micro_batch_size import MicroBatchSize
+from .plan.micro_batches import MicroBatches
 from .plan.model_limits import ModelLimits
+from .plan.rehearsal import Rehearsal, bytes_of_optimizer, tokens_that_fit
+from .probe_model import has_engine
 from .recorder.recorder import InterferenceRecorder
 from .report.completions import KeptCompletions
 from .report.run_files import RunFiles, describe_run
@@ -92,6 +98,8 @@ class Components:
     normalizer: Normalizer
     recorder: InterferenceRecorder
     micro_batches: MicroBatches
+    memory: DeviceMemory | None
+    checkpointed: CheckpointedLayers
     rollouts: Rollouts
     losses: LossStep
     checkpoint_state: CheckpointState
@@ -119,6 +127,36 @@ class Components:
         by_sequence = self.recorder.is_open or not self.patches.active
         return StepRequest(self.loss_settings(), self.rollouts.latest_advantages, method, override, by_sequence)
 
+    def choose_size(self) -> None:
+        """Chooses ``tokens_per_micro_batch`` by a rehearsal, at the run's first step; all ranks do it together."""
+        memory, self.memory, batches = self.memory, None, self.micro_batches
+        if memory is None or batches.size.tokens is not None or batches.limits.not_shared is not None:
+            return
+        settings = self.loss_settings()
+        model = self.run.accelerator.unwrap_model(self.trainer.model)
+        rehearsal = Rehearsal(self.run, model, settings, self.checkpointed.limited)
+        if not batches.decide_regrouping(rehearsal.batch(1), settings, self.overrides().plan).regrouped:
+            return
+        needed = bytes_of_optimizer(rehearsal.parameters, self.trainer.optimizer)
+        tokens = tokens_that_fit(rehearsal, memory, needed, batches.least_over_ranks)
+        if tokens is not None:
+            batches.size.choose(tokens)
+            self.run.log_once(f"A micro-batch has at most {tokens} packed tokens, which fit into memory.", "info")
+
+    def recorded(self, position: StepPosition) -> AbstractContextManager[None]:
+        """Returns the context that records a call for the interference log; a step that was repeated isn't logged."""
+        batches = self.micro_batches
+        if position.optimizer_step == batches.repeated_step:
+            return nullcontext()
+        return self.recorder.micro_batch(position, self.trainer.model, lambda: batches.skipping)
+
+    def drop_interference(self) -> None:
+        """Drops what was recorded of the current step, which is repeated."""
+        if self.recorder.is_open:
+            self.recorder.abandon()
+            number = self.micro_batches.repeated_step + 1
+            self.run.log_once(f"Interference of optimizer step {number} isn't logged: it ran out of memory.")
+
 
 def build_components(trainer: Any, ours: type) -> Components | None:
     """Builds the objects of a trainer whose parent's ``__init__`` has run; None if it can only do what TRL's does."""
@@ -141,14 +179,16 @@ def build_components(trainer: Any, ours: type) -> Components | None:
 
     with patches.applied():
         limits = ModelLimits(run, trainer.model, trainer.ref_model, patches.add)
-    micro_batches = MicroBatches(run, trainer.model, limits)
+    size = MicroBatchSize(run.options.tokens_per_micro_batch)
+    micro_batches = MicroBatches(run, trainer.model, limits, size)
     used_log_probs = UsedLogProbs(run, micro_batches, trainer.ref_model, trainer.args.gradient_checkpointing_kwargs)
     seconds, random_states = StageSeconds(), RandomStates()
     rollout_components = RolloutComponents(
         context, seconds, normalizer, recorder, micro_batches, used_log_probs, batch_observer(trainer, recorder, kept)
     )
     rollouts = Rollouts(trainer, run, rollout_components)
-    state = CheckpointState(normalizer, recorder, on_start=(micro_batches.forget, rollouts.generations.forget))
+    on_start = micro_batches.forget, rollouts.generations.forget
+    state = CheckpointState(normalizer, recorder, size, on_start=on_start)
     files = RunFiles(lambda: describe_run(trainer.args, trainer.model, type(trainer), trainer.reward_func_names))
     callbacks = (state, random_states, files, Watch(run, trainer._log_metrics), kept)
     return Components(
@@ -161,6 +201,8 @@ def build_components(trainer: Any, ours: type) -> Components | None:
         normalizer=normalizer,
         recorder=recorder,
         micro_batches=micro_batches,
+        memory=None if has_engine(run.accelerator) else memory_of(run.accelerator.device),
+        checkpointed=CheckpointedLayers(run.accelerator.unwrap_model(trainer.model), run.options.checkpoint_layers),
         rollouts=rollouts,
         losses=LossStep(run, micro_batches),
         checkpoint_state=state,

@@ -52,6 +52,8 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         check_liger(self)
         check(self)
         self._check_resampling()
+        if self.checkpoint_layers is not None and not self.gradient_checkpointing:
+            raise ValueError(f"checkpoint_layers={self.checkpoint_layers!r} contradicts gradient_checkpointing=False")
 
     def _choose_device(self) -> None:
         """Sets ``use_cpu`` and ``bf16`` for this machine.

@@ -13,7 +13,8 @@ from .objective.interface import LossContext, Objective
 from .objective.statistics import trl_micro_batch_metrics
 from .objective.token_weights import token_weights
 from .objective.trl import TRLObjective
-from .plan.micro_batches import MicroBatches, micro_batch
+from .plan.micro_batch import micro_batch
+from .plan.micro_batches import MicroBatches
 from .schema import Batch, Sequences
 
 
@@ -49,5 +50,5 @@ class LossStep:
         if result.statistics_BS is not None and part.is_trls:
             self.run.log(trl_micro_batch_metrics(result, settings, self.run.accelerator, last=last))
         elif result.statistics_BS is not None:
-            self.micro_batches.record(part, result.statistics_BS, last_of_step=last)
+            self.micro_batches.record(part, result.statistics_BS)
         return result.loss

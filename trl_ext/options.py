@@ -151,9 +151,20 @@ class CurvatureOptions:
     tokens_per_micro_batch: int | None = option(
         None,
         optional_at_least(1),
-        "With share_prompts; default: as many as without.",
-        "With `share_prompts`, the most packed tokens (with a part of each copied prompt) of a micro-batch. None: as "
-        "many as the largest micro-batch without sharing has, padding included.",
+        "With share_prompts; default: what fits into a GPU.",
+        "With `share_prompts`, the most packed tokens (with a part of each copied prompt) of a micro-batch. None: what "
+        "fits into the GPU's free memory less 10 %, measured once before the first step by a rehearsal at two sizes; "
+        "on a CPU, under FSDP and with DeepSpeed, as many as the largest micro-batch without sharing has, padding "
+        "included. One process that runs out of memory repeats the step at half the size, and stays at it. Checkpoints "
+        "keep the size.",
+        group=WORK,
+    )
+    checkpoint_layers: int | None = option(
+        None,
+        optional_at_least(0),
+        "Decoder layers to checkpoint; default: all.",
+        "With `gradient_checkpointing`, only the first n decoder layers are checkpointed. The others keep their "
+        "activations, which takes memory and saves their second forward pass. None: all are checkpointed.",
         group=WORK,
     )
     resample_zero_variance: bool = option(

@@ -22,6 +22,11 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return zero3 or accelerator.distributed_type == DistributedType.FSDP
 
 
+def has_engine(accelerator: Accelerator) -> bool:
+    """Returns whether FSDP or DeepSpeed runs the model, and holds its parameters or gradients."""
+    return is_sharded(accelerator) or accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
 def is_loaded(model: torch.nn.Module) -> bool:
     """Returns whether the model's parameters are loaded, not on the meta device."""
     return not any(parameter.is_meta for parameter in model.parameters())

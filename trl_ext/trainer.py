@@ -8,6 +8,7 @@ rewards -> advantages                         advantages/normalizer.py, advantag
 TRL's per-sequence dict, and our columns      schema.py, advantages/group_columns.py
 old and reference log-probs                   plan/log_probs.py
 micro-batches of sequences with a gradient    plan/micro_batches.py, plan/step_plan.py, plan/rules.py
+their size, and a step out of memory          plan/rehearsal.py, plan/micro_batch_size.py, plan/run_call.py
 backbone, head and loss in one pass           loss_step.py, objective/fused.py, head/forward.py
 backward: each sequence's gradient            recorder/recorder.py
 log, run folder, warnings                     recorder/files.py, report/run_files.py, report/watch.py
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -30,14 +32,15 @@ from .advantages.reward_checks import RewardFailed
 from .checkpoints.callbacks import RunCompleteError
 from .checkpoints.find import AUTO, find_checkpoint
 from .checkpoints.save import checkpoint_folder, complete_or_none, saved_when
-from .compat import TRL_HAS_HEAD, read_position
+from .compat import TRL_HAS_HEAD, read_position, within_last_call
 from .components import Components, before_model, build_components
 from .console import use_console
 from .head.forward import score_as_trl
 from .objective.token_weights import token_weights
 from .paper import PAPER
-from .plan.micro_batches import micro_batch
+from .plan.micro_batch import micro_batch
 from .plan.rules import dead_sequences
+from .plan.run_call import run_call
 from .process_group import keep_process_group
 from .schema import Batch, Sequences
 
@@ -110,20 +113,31 @@ class CurvatureGRPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """Returns the next micro-batch; in training it holds only sequences with a gradient."""
+        components = components_of(self)
+        if components is not None and components.micro_batches.waiting:
+            return components.micro_batches.next_waiting()
         inputs = super()._prepare_inputs(generation_batch)
-        if (components := components_of(self)) is None or not self.model.training:
+        if components is None or not self.model.training:
             return inputs
         return components.micro_batches.next(self._buffered_inputs, read_position(self), components.step_request())
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Runs forward and backward of a micro-batch; records gradients in steps that log interference."""
+        """Runs forward and backward of a call's micro-batches; records gradients in steps that log interference."""
         if (components := components_of(self)) is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        first = partial(super().training_step, model, inputs, num_items_in_batch)
+
+        def further() -> torch.Tensor:
+            with within_last_call(self):
+                return super(GRPOTrainer, self).training_step(model, inputs, num_items_in_batch)
+
         position = read_position(self)
-        recorded = components.recorder.micro_batch(position, self.model, lambda: components.micro_batches.skipping)
-        with applied(self), components.seconds.stage("step"), recorded:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        with applied(self), components.seconds.stage("step"):
+            components.choose_size()
+            with components.recorded(position):
+                loss = run_call(components.micro_batches, first, further, components.drop_interference)
         if position.last:
+            components.micro_batches.end_step()
             self._log_metrics(components.seconds.take())
         return loss
 
@@ -132,7 +146,9 @@ class CurvatureGRPOTrainer(GRPOTrainer):
         part = micro_batch(inputs)
         if not part.runs:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
-        if (components := components_of(self)) is not None and self.model.training:
+        if (components := components_of(self)) is None:
+            return super().compute_loss(model, inputs, *rest, **kwargs)
+        if self.model.training:
             rows, settings = Sequences(inputs), components.loss_settings()
             if part.is_trls and components.run.options.interference_every:
                 rows = rows.with_columns(token_weight=token_weights(rows, settings, training=True))
@@ -141,7 +157,8 @@ class CurvatureGRPOTrainer(GRPOTrainer):
                 return [*dead_sequences(rows), *part.not_run]
 
             components.recorder.rows(rows, part.skipped, read_position(self), settings, dead)
-        return super().compute_loss(model, inputs, *rest, **kwargs)
+        with components.checkpointed.limited():
+            return super().compute_loss(model, inputs, *rest, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         """Computes the loss in one pass over the head if it is a sum over single tokens; else TRL computes it."""

@@ -165,7 +165,8 @@ def _run_tiles(
             )
             _store(logs, row_logs, rows, count)
             if gradient:
-                if tokens.old is not None:
+                # a GPU would wait for each tile, which takes longer than a few rows whose gradient is 0
+                if tokens.old is not None and device.type == "cpu":
                     tile, rows, factor_C = _drop_clipped_rows(tile, rows, factor_C)
                 products.accumulate(tile, rows, factor_C)
     if not count:

@@ -53,6 +53,16 @@ def test_shared_prompts_on_two_processes(dead, tiny_policy, tmp_path):
     assert all(log["compute/flops_saved_frac"] > 0.2 for log in steps(ours))
 
 
+def test_both_processes_use_the_size_that_fits_on_both(tiny_policy, tmp_path):
+    """Each rehearses by itself, and nothing else changes."""
+    options = {"gradient_accumulation_steps": 2, "interference_every": 0}
+    plain = run_processes(2, tiny_policy, tmp_path / "plain", **options)
+    found = run_processes(2, tiny_policy, tmp_path / "rehearsed", room=(5000, 900), **options)
+    assert [one["size"] for one in found] == [900, 900] and [one["size"] for one in plain] == [None, None]
+    assert_same_run(found[0], plain[0])
+    assert all(log["compute/micro_batches"] == 1 for log in steps(found[0]))
+
+
 def test_both_processes_leave_out_a_layer_that_is_followed_wrongly(tiny_policy, tmp_path):
     """Found by the first step's own check: it isn't logged, and later ones are as on one process."""
     wrong = {"wrong_layer": "model.layers.0.mlp.down_proj", "interference_every": 1, "learning_rate": 0.0}

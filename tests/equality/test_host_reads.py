@@ -1,17 +1,21 @@
-"""How often a plan waits for the device: as often for 256 sequences as for 64."""
+"""How often a plan and a micro-batch wait for the device: as often for 256 sequences as for 16, at most ten times."""
 
 import collections
 import contextlib
 from unittest import mock
 
+import pytest
 import torch
+from harness import build
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
+from grpo_kernels.head import linear_grpo_loss
 from trl_ext.plan.rows import Trimming, even_batches, read_rows
 from trl_ext.plan.shared_batches import largest, packed_positions, shared_batches, split_into
 from trl_ext.schema import Sequences
 
-WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_consecutive")
+WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_dim")
 
 
 class Reads(TorchDispatchMode):
@@ -46,6 +50,55 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class DeviceReads(Reads):
+    """As ``Reads``, without what has been read already: what ``cpu()`` returns, and what is computed from it alone.
+
+    A tensor that is made from Python's numbers counts as the host's too.
+    """
+
+    def __enter__(self):
+        self._storages, self._alive = set(), []  # kept, so that no later tensor gets a storage of the same address
+        return super().__enter__()
+
+    def _keep(self, made):
+        for tensor in tree_flatten(made)[0]:
+            if isinstance(tensor, torch.Tensor):
+                self._storages.add(tensor.untyped_storage().data_ptr())
+                self._alive.append(tensor)
+
+    def _is_read(self, tensor):
+        return tensor.untyped_storage().data_ptr() in self._storages
+
+    def _counted(self, name):
+        method = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, **kwargs):
+            self.found[name] += not self._is_read(tensor)
+            read = method(tensor, *args, **kwargs)
+            if name == "cpu":
+                read = read.clone()
+                self._keep(read)
+            return read
+
+        return counted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)]
+        name = func.overloadpacket.__name__
+        if name != "lift_fresh" and not all(map(self._is_read, given)):  # lift_fresh: torch.tensor() has made it
+            masks = args[1] if name in ("index", "index_put_") else ()
+            counts = not any(self._is_read(one) for one in masks if one is not None)
+            call = super().__torch_dispatch__ if counts else lambda func, types, args, kwargs: func(*args, **kwargs)
+            made = call(func, types, args, kwargs or {})
+            for tensor in tree_flatten(made)[0]:  # written to the device's values too, if it was the host's
+                if isinstance(tensor, torch.Tensor):
+                    self._storages.discard(tensor.untyped_storage().data_ptr())
+            return made
+        made = func(*args, **(kwargs or {}))
+        self._keep(made)
+        return made
+
+
 def rows(n_prompts, n_answers=8, width=30):
     generator = torch.Generator().manual_seed(0)
     count = n_prompts * n_answers
@@ -75,16 +128,47 @@ def plan(batch, n_batches=4):
         Trimming(True, True).select(batch, chosen, table)
 
 
-def test_reads_do_not_grow_with_the_sequences():
+def test_reads_of_a_plan_do_not_grow_with_the_sequences():
     """On a CPU what is read of the table that came over counts too: a few numbers for each micro-batch."""
     counts = []
-    for n_prompts in (8, 32, 128):
+    for n_prompts in (2, 8, 32, 128):
         batch = rows(n_prompts)
         with Reads() as reads:
             plan(batch)
         counts.append(dict(reads.found))
-    assert counts[0] == counts[1] == counts[2] and counts[0]["cpu"] == 1
+    assert all(count == counts[0] for count in counts) and counts[0]["cpu"] == 1
     assert sum(counts[0].values()) < 80
+
+
+def reads_of_a_step(trainer, reads):
+    """Returns what the trainer's second step reads; it generates nothing."""
+    step = trainer.training_step
+
+    def counted(*args):
+        if trainer.state.global_step != 1:
+            return step(*args)
+        with reads:
+            return step(*args)
+
+    trainer.training_step = counted
+    trainer.train()
+    return dict(reads.found)
+
+
+@pytest.mark.parametrize("options", [{}, {"share_prompts": False}, {"beta": 0.1}], ids=["shared", "alone", "kl"])
+def test_a_step_of_one_micro_batch_reads_ten_times_for_any_number_of_sequences(
+    options, tiny_policy, tmp_path, monkeypatch
+):
+    """Two of them are of the plan, and one of the logged statistics; clipped rows are looked for on a CPU alone."""
+    monkeypatch.setattr(linear_grpo_loss, "_drop_clipped_rows", lambda *given: given)
+    quiet = {"interference_every": 0, "num_iterations": 2, "max_steps": 2, "num_generations": 8, **options}
+    counts = []
+    for rows in (16, 256):
+        trainer = build(tiny_policy, tmp_path / str(rows), per_device_train_batch_size=rows, **quiet)
+        counts.append(reads_of_a_step(trainer, DeviceReads()))
+        shares = trainer._components.micro_batches.limits.not_shared is None
+        assert shares == options.get("share_prompts", True)
+    assert counts[0] == counts[1] and 0 < sum(counts[0].values()) <= 10
 
 
 def test_the_count_sees_what_waits():

@@ -15,6 +15,8 @@ WRONG = [
     ("fused_loss", 1),
     ("tokens_per_micro_batch", 0),
     ("tokens_per_micro_batch", True),
+    ("checkpoint_layers", -1),
+    ("checkpoint_layers", "all"),
     ("resample_zero_variance", None),
     ("resample_max_rounds", 0),
     ("resample_live_prompts", 1.5),

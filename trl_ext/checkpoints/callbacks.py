@@ -16,6 +16,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
 from trl_ext.advantages.normalizer import Normalizer
+from trl_ext.plan.micro_batch_size import MicroBatchSize
 from trl_ext.recorder.recorder import InterferenceRecorder
 
 from .validate import OUR_STATE
@@ -28,15 +29,22 @@ class RunCompleteError(Exception):
 
 
 class CheckpointState(TrainerCallback):
-    """Saves the states of the normalisation and of the interference log, and restores them when training resumes.
+    """Saves the states of the normalisation and of the interference log, and the size of a micro-batch.
+
+    They are restored when training resumes.
 
     When training starts it calls each function of ``on_start``, which drops the rest of an interrupted step.
     """
 
     def __init__(
-        self, normalizer: Normalizer, interference: InterferenceRecorder, *, on_start: Iterable[Callable[[], None]]
+        self,
+        normalizer: Normalizer,
+        interference: InterferenceRecorder,
+        size: MicroBatchSize,
+        *,
+        on_start: Iterable[Callable[[], None]],
     ) -> None:
-        self.normalizer, self.interference, self.on_start = normalizer, interference, on_start
+        self.normalizer, self.interference, self.size, self.on_start = normalizer, interference, size, on_start
         self.stops_complete_runs = False
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -51,6 +59,7 @@ class CheckpointState(TrainerCallback):
             "processes": self.interference.accelerator.num_processes,
             "normalization": self.normalizer.state_dict(),
             "interference": self.interference.state_dict(),
+            "micro_batch": self.size.state_dict(),
         }
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -60,6 +69,7 @@ class CheckpointState(TrainerCallback):
         if saved is None:
             return
         self.interference.load_state_dict(saved["interference"])
+        self.size.load_state_dict(saved.get("micro_batch"))  # an older checkpoint lacks it
         if not self.normalizer.load_state_dict(saved["normalization"]):
             logger.warning(
                 "The checkpoint was saved with another normalization, reward functions or multi_objective_aggregation: "

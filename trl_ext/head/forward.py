@@ -95,16 +95,18 @@ class FusedHead:
         outputs = backbone(model)(*args, **kwargs)
         labels_BC = labels_BC[:, 1:].to(outputs.last_hidden_state.device)  # position i predicts token i + 1
         mask_BC = labels_BC != -100
-        hidden_NH = hidden_of_tokens(outputs.last_hidden_state, mask_BC, packed)
+        place_N = mask_BC.nonzero(as_tuple=True)
+        targets_N = labels_BC[place_N]
+        hidden_NH = hidden_of_tokens(outputs.last_hidden_state, place_N, packed)
         aux_loss = expert_loss(outputs, kwargs, self.settings)
         if call.loss_inputs is None:
-            logprobs_N, entropies_N = self._log_probs(model, hidden_NH, labels_BC[mask_BC], mask_BC.nonzero()[:, 0])
+            logprobs_N, entropies_N = self._log_probs(model, hidden_NH, targets_N, place_N[0])
             return LogProbsOutput(
                 log_probs=spread(logprobs_N, mask_BC),
                 entropy=spread(entropies_N, mask_BC),
                 aux_loss=aux_loss,
             )
-        return self._loss(model, hidden_NH, labels_BC[mask_BC], call.loss_inputs, aux_loss)
+        return self._loss(model, hidden_NH, targets_N, call.loss_inputs, aux_loss)
 
     def _log_probs(
         self, model: Any, hidden_NH: torch.Tensor, targets_N: torch.Tensor, sequence_N: torch.Tensor
@@ -216,14 +218,16 @@ def pack_inputs(kwargs: dict[str, Any], prompt_width: int) -> PackedRows:
     return packed
 
 
-def hidden_of_tokens(hidden: torch.Tensor, mask_BC: torch.Tensor, packed: PackedRows | None) -> torch.Tensor:
-    """Returns the hidden states (N, H) that predict the masked tokens.
+def hidden_of_tokens(
+    hidden: torch.Tensor, place_N: tuple[torch.Tensor, ...], packed: PackedRows | None
+) -> torch.Tensor:
+    """Returns the hidden states (N, H) that predict the tokens of these rows and columns, shifted by one column.
 
-    ``hidden``: (B, C, H), or (1, S, H) of packed rows. ``mask_BC`` is shifted: (B, C - 1).
+    ``hidden``: (B, C, H), or (1, S, H) of packed rows.
     """
     if packed is None:
-        return hidden[:, :-1][mask_BC]
-    return hidden[0, packed.packed_BC[:, :-1][mask_BC]]
+        return hidden[:, :-1][place_N]
+    return hidden[0, packed.packed_BC[:, :-1][place_N]]
 
 
 def expert_loss(outputs: Any, kwargs: Mapping[str, Any], settings: HeadSettings) -> torch.Tensor | None:

@@ -62,7 +62,7 @@ def loss_options(settings: LossSettings) -> Mapping[str, Any]:
     }
 
 
-def advantage_inputs(batch: Sequences, method: Method | None, mask_BT: torch.Tensor) -> Mapping[str, Any]:
+def advantage_inputs(batch: Sequences, method: Method | None, place_N: tuple[torch.Tensor, ...]) -> Mapping[str, Any]:
     """Returns the arguments of ``linear_grpo_loss`` for advantages, or for rewards if there is a ``method``.
 
     With a ``method`` (the run's normalisation, if it needs only a group's own rewards) the kernel normalises the
@@ -73,7 +73,7 @@ def advantage_inputs(batch: Sequences, method: Method | None, mask_BT: torch.Ten
         return {"advantages": None, "rewards": rewards, "normalization": method}
     advantages = batch.advantages
     if advantages.dim() == 2:  # (B, T), from a subclass
-        return {"advantages": None, "advantages_N": advantages.expand(mask_BT.shape)[mask_BT]}
+        return {"advantages": None, "advantages_N": advantages.expand(-1, batch.width)[place_N]}
     return {"advantages": advantages}
 
 
@@ -81,23 +81,24 @@ def completion_labels(input_ids_BC: torch.Tensor, mask_BT: torch.Tensor) -> torc
     """Returns labels (B, C): token ids at completion positions where the mask (B, T) is True, -100 elsewhere."""
     labels_BC = torch.full_like(input_ids_BC, -100)
     width = mask_BT.shape[1]
-    labels_BC[:, -width:][mask_BT] = input_ids_BC[:, -width:][mask_BT]
+    labels_BC[:, -width:] = torch.where(mask_BT, input_ids_BC[:, -width:], -100)
     return labels_BC
 
 
 def loss_inputs(batch: Sequences, context: LossContext, mask_BT: torch.Tensor) -> Mapping[str, Any]:
     """Returns the arguments of ``linear_grpo_loss``, except hidden states, weight and targets."""
     settings, accumulation = context.settings, context.accumulation
+    place_N = mask_BT.nonzero(as_tuple=True)  # the only read of a GPU here
     policy_scale_N = None
     if settings.importance_correction:
-        policy_scale_N = batch.importance_ratio.expand(mask_BT.shape)[mask_BT].float()
+        policy_scale_N = batch.importance_ratio.expand(mask_BT.shape)[place_N].float()
     old_BT = batch.old_logprobs
     return {
-        "sequence_N": mask_BT.nonzero()[:, 0],
+        "sequence_N": place_N[0],
         "weights_B": context.weights_B / accumulation,
-        **advantage_inputs(batch, context.method, mask_BT),
-        "old_logprobs_N": None if old_BT is None else old_BT[mask_BT],
-        "ref_logprobs_N": batch.ref_logprobs[mask_BT] if settings.beta != 0 else None,
+        **advantage_inputs(batch, context.method, place_N),
+        "old_logprobs_N": None if old_BT is None else old_BT[place_N],
+        "ref_logprobs_N": batch.ref_logprobs[place_N] if settings.beta != 0 else None,
         "policy_scale_N": policy_scale_N,
         **loss_options(settings),
         "entropy_coef": settings.entropy_coef / accumulation if settings.entropy_bonus else 0.0,

@@ -51,7 +51,10 @@ def count_planned(parts: list[Sequences], batches: list[Sequences], plan: StepPl
 
 def over_ranks(counts: list[StepCounts], accelerator: Accelerator) -> StepCounts:
     """Sums the counts of an optimizer step's plans over all ranks; every rank has the same number of micro-batches."""
-    step_total = torch.tensor([astuple(count) for count in counts], device=accelerator.device).sum(0, keepdim=True)
+    step_total = torch.tensor([astuple(count) for count in counts]).sum(0, keepdim=True)
+    if accelerator.num_processes == 1:  # without waiting for the device
+        return StepCounts(*step_total[0].tolist())
+    step_total = step_total.to(accelerator.device)
     gathered = accelerator.gather(step_total).cpu()
     return StepCounts(int(gathered[0, 0]), *gathered[:, 1:].sum(0).tolist())
 

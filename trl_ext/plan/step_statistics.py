@@ -29,6 +29,7 @@ class StepStatistics:
         self, settings: LossSettings, tokens_B: torch.Tensor, live_B: torch.Tensor, *, n_parts: int, entropy: bool
     ) -> None:
         self.settings, self.n_parts, self.entropy, self.live_B = settings, n_parts, entropy, live_B
+        self.gathered = False
         self.table_BS = torch.zeros(len(tokens_B), len(STATISTICS), device=tokens_B.device)
         self.table_BS[:, TOKENS] = tokens_B.float()
 
@@ -43,6 +44,7 @@ class StepStatistics:
         Returns:
             TRL's metrics of each of its micro-batches, the sum of the live tokens' entropies, and their number.
         """
+        self.gathered = True
         live_B1 = self.live_B.to(self.table_BS)[:, None]
         local = torch.cat([self.table_BS, live_B1], dim=1).unflatten(0, (self.n_parts, -1))
         parts = accelerator.gather(local[None]).transpose(0, 1).flatten(1, 2).cpu()

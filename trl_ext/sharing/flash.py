@@ -56,8 +56,9 @@ def forward(
     padded, separate = _short(spans, q.device)
     if padded is not None:
         own, own_lse = _cpu(*(_unpack(x, padded) for x in (q, k, v)), 0.0, True, scale=scale)
-        _put(out, own, padded)
-        _put(lse[..., None], own_lse[..., None], padded)
+        kept = _kept(spans, padded)
+        _put(out, own, kept)
+        _put(lse[..., None], own_lse[..., None], kept)
     for queries, keys in separate:
         part = _cpu(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, spans.causal, scale=scale)
         out[:, :, queries], lse[:, :, queries] = part
@@ -99,7 +100,7 @@ def backward(
         tensors = [_unpack(x, padded) for x in (q, k, v, out)]
         parts = _cpu_backward(g, *tensors, torch.where(is_token, own_lse, NOTHING), 0.0, True, scale=scale)
         for grad, part in zip(grads, parts, strict=True):
-            _put(grad, part, padded)
+            _put(grad, part, _kept(spans, padded))
     for queries, keys in separate:
         of_queries, of_keys = (grad_out[:, :, queries], q[:, :, queries]), (k[:, :, keys], v[:, :, keys])
         results = out[:, :, queries], lse[:, :, queries]
@@ -146,7 +147,7 @@ def _short(spans: Spans, device: torch.device) -> tuple[torch.Tensor | None, lis
             separate.append((slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])))
     if any(length for _, length in short):
         begin, length = torch.tensor(short, device=device).T[..., None]
-        column = torch.arange(int(length.max()), device=device)
+        column = torch.arange(max(tokens for _, tokens in short), device=device)
         padded = torch.where(column < length, begin + column, -1)
     spans.cache["short"] = padded, separate
     return padded, separate
@@ -158,7 +159,15 @@ def _unpack(packed: torch.Tensor, place_NR: torch.Tensor) -> torch.Tensor:
     return rows.view(*place_NR.shape, *rows.shape[1:]).transpose(1, 2)
 
 
-def _put(packed: torch.Tensor, rows: torch.Tensor, place_NR: torch.Tensor) -> None:
-    """Writes spans (N, H, R, D), without padding, to their positions in (1, H, Q, D)."""
-    is_token = place_NR >= 0
-    packed[0].transpose(0, 1).index_copy_(0, place_NR[is_token], rows.transpose(1, 2)[is_token])
+def _kept(spans: Spans, place_NR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns span, column and packed position of each token that isn't padding, once for all layers."""
+    if "kept" not in spans.cache:
+        span, column = (place_NR >= 0).nonzero(as_tuple=True)
+        spans.cache["kept"] = span, column, place_NR[span, column]
+    return spans.cache["kept"]
+
+
+def _put(packed: torch.Tensor, rows: torch.Tensor, kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    """Writes spans (N, H, R, D), without padding, to their positions in (1, H, Q, D); ``kept`` is of ``_kept``."""
+    span, column, position = kept
+    packed[0].transpose(0, 1).index_copy_(0, position, rows.transpose(1, 2)[span, column])

@@ -46,6 +46,7 @@ class PackedRows:
         row_P: (P,), the sequence from which a prompt's tokens are taken.
         width: W.
         longest: the most tokens of a prompt with one of its answers.
+        lengths: tokens of each prompt, of all its answers together, and of each answer in the order of the prompts.
         windows: the sliding windows that layers have passed to attention; the probe reads them.
     """
 
@@ -56,6 +57,7 @@ class PackedRows:
     row_P: torch.Tensor
     width: int
     longest: int
+    lengths: tuple[list[int], list[int], list[int]]
     windows: set[int | None] = field(default_factory=set)
     _masks: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _spans: tuple[Spans, ...] = ()
@@ -63,12 +65,7 @@ class PackedRows:
     def spans(self) -> tuple[Spans, ...]:
         """Returns three spans: prompts attend to themselves, answers to their prompts, answers to themselves."""
         if not self._spans:
-            is_token_BC = self.packed_BC >= 0
-            prompts = is_token_BC[self.row_P, : self.width].sum(1).tolist()
-            by_prompt = self.prompt_B.argsort(stable=True)
-            answers_B = is_token_BC[:, self.width :].sum(1)
-            answers = answers_B[by_prompt].tolist()
-            of_prompts = answers_B.new_zeros(len(prompts)).index_add_(0, self.prompt_B, answers_B).tolist()
+            prompts, of_prompts, answers = self.lengths
             first, last = slice(0, sum(prompts)), slice(sum(prompts), len(self.token_S))
             self._spans = (
                 Spans(first, first, prompts, prompts, causal=True),
@@ -133,28 +130,56 @@ def pack(input_ids_BC: torch.Tensor, mask_BC: torch.Tensor, width: int) -> Packe
     if not 1 <= width <= mask_BC.shape[1]:
         raise ValueError(f"width={width} must be in [1, {mask_BC.shape[1]}], the columns of the prompts")
     is_token_BC = mask_BC.bool()
-    n_columns = is_token_BC.shape[1]
-    column_C = torch.arange(n_columns, device=is_token_BC.device)
+    n_columns, device = is_token_BC.shape[1], is_token_BC.device
+    column_C = torch.arange(n_columns, device=device)
     prompts = torch.where(is_token_BC[:, :width], input_ids_BC[:, :width], -1)
     _, prompt_B = torch.unique(prompts, dim=0, return_inverse=True)
-    n_prompts = int(prompt_B.max()) + 1
-    row_B = torch.arange(len(prompt_B), device=prompt_B.device)
-    row_P = row_B.new_full((n_prompts,), len(row_B)).scatter_reduce_(0, prompt_B, row_B, "amin")
-
     lengths_B = (is_token_BC[:, :width].sum(1), is_token_BC[:, width:].sum(1))
     expected_BC = (column_C >= width - lengths_B[0][:, None]) & (column_C < width + lengths_B[1][:, None])
-    if not torch.equal(is_token_BC, expected_BC) or int(lengths_B[0].min()) == 0:
-        raise ValueError("rows with gaps, or without a prompt, can't be packed")
+    gap_B = (is_token_BC != expected_BC).any(1)
+    layout = _layout(torch.stack([*lengths_B, prompt_B, gap_B]).cpu(), width, n_columns)  # the only other read
 
-    kept_BC = is_token_BC.clone()
-    kept_BC[:, :width] &= (row_P[prompt_B] == row_B)[:, None]
-    token_S = kept_BC.flatten().nonzero().squeeze(1)  # in the order of the rows
-    of_answer_S = token_S % n_columns >= width
-    token_S = token_S[(prompt_B[token_S // n_columns] + n_prompts * of_answer_S).argsort(stable=True)]
-    packed = token_S.new_full((kept_BC.numel(),), -1)
-    packed[token_S] = torch.arange(len(token_S), device=packed.device)
-    packed_BC = packed.view_as(kept_BC)
+    parts = layout.token_S, layout.row_P
+    token_S, row_P = _send(torch.cat(parts), device).split([len(part) for part in parts])
+    packed = token_S.new_full((is_token_BC.numel(),), -1)
+    packed[token_S] = torch.arange(len(token_S), device=device)
+    packed_BC = packed.view_as(is_token_BC)
     packed_BC[:, :width] = packed_BC[row_P[prompt_B], :width]
     position_BC = (column_C - (width - lengths_B[0])[:, None]).clamp(min=0)
-    longest = int((lengths_B[0] + lengths_B[1]).max())
-    return PackedRows(token_S, packed_BC, position_BC, prompt_B, row_P, width, longest)
+    return PackedRows(token_S, packed_BC, position_BC, prompt_B, row_P, width, layout.longest, layout.lengths)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The part of a ``PackedRows`` that is computed on the CPU."""
+
+    token_S: torch.Tensor
+    row_P: torch.Tensor
+    longest: int
+    lengths: tuple[list[int], list[int], list[int]]
+
+
+def _layout(table: torch.Tensor, width: int, n_columns: int) -> _Layout:
+    """Lays out a packed row. ``table`` (4, B): tokens of prompt and answer, the prompt's number, whether gaps exist."""
+    prompt_length_B, answer_length_B, prompt_B, gap_B = table
+    if bool(gap_B.any()) or int(prompt_length_B.min()) == 0:
+        raise ValueError("rows with gaps, or without a prompt, can't be packed")
+    n_prompts, row_B = int(prompt_B.max()) + 1, torch.arange(len(prompt_B))
+    row_P = row_B.new_full((n_prompts,), len(row_B)).scatter_reduce_(0, prompt_B, row_B, "amin")
+    by_prompt_B = prompt_B.argsort(stable=True)
+    length_P, answers_B = prompt_length_B[row_P], answer_length_B[by_prompt_B]
+    begins = torch.cat([row_P * n_columns + width - length_P, by_prompt_B * n_columns + width])
+    lengths = torch.cat([length_P, answers_B])
+    offsets = (begins - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
+    of_prompt_P = answer_length_B.new_zeros(n_prompts).index_add_(0, prompt_B, answer_length_B)
+    return _Layout(
+        token_S=offsets + torch.arange(len(offsets)),
+        row_P=row_P,
+        longest=int((prompt_length_B + answer_length_B).max()),
+        lengths=(length_P.tolist(), of_prompt_P.tolist(), answers_B.tolist()),
+    )
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a CPU tensor to ``device``, without waiting for what a GPU still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
