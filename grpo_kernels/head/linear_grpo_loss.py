@@ -26,7 +26,7 @@ from grpo_kernels.memory import cast, scaled
 from .checks import check_head, check_number, usable_sketch
 from .derivatives import once_differentiated, without_autocast
 from .loss_checks import GivenAdvantages, check_loss_options, read_tokens
-from .products import HeadProducts, HeadSketch, compute_dtype
+from .products import HeadProducts, HeadSketch, compute_dtype, pick
 from .token_losses import TokenInputs, TokenLoss
 
 
@@ -150,24 +150,29 @@ def _run_tiles(
     if row_function is grpo_rows_:
         tokens.advantages = tokens.token_advantages()
     logs: dict[str, torch.Tensor] = {}
-    for gradient, start, stop in ((True, 0, n_live), (False, n_live, count)):
-        for rows in products.tiles(order, start, stop):
-            row_logs, tile, factor_C = row_function(
-                products.logits(rows),
-                rows,
-                tokens,
-                call.transform,
-                bias=bias,
-                options=call.options,
-                entropy_grad=call.entropy_grad,
-                gradient=gradient,
-                dtype=products.dtype,
-            )
-            _store(logs, row_logs, rows, count)
-            if gradient:
-                if tokens.old is not None:
-                    tile, rows, factor_C = _drop_clipped_rows(tile, rows, factor_C)
-                products.accumulate(tile, rows, factor_C)
+
+    def row_pass(tile_CV, rows, kept_CV, gradient=True):
+        row_logs, tile_CV, factor_C = row_function(
+            tile_CV,
+            rows,
+            tokens,
+            call.transform,
+            bias=bias,
+            options=call.options,
+            entropy_grad=call.entropy_grad,
+            gradient=gradient,
+            dtype=products.dtype,
+            out=kept_CV,
+        )
+        _store(logs, row_logs, rows, count)
+        return tile_CV, factor_C
+
+    products.run_windows(order, row_pass, free_of_zero_rows=tokens.old is None)
+    # a copy, because Triton compiles the kernel for each alignment of its pointers
+    rest = None if order is None else order[n_live:].clone()
+    for begin, end in products.plan.rest:
+        rows = pick(rest, begin, end)
+        row_pass(products.logits(rows), rows, None, gradient=False)
     if not count:
         logs = {name: torch.zeros(0, dtype=dtype, device=device) for name in LOGGED}
         logs["clipped"] = torch.zeros(0, dtype=torch.bool, device=device)
@@ -199,24 +204,6 @@ def _row_function(device: torch.device, dtype: torch.dtype) -> Any:
 
         return fused
     return grpo_rows_
-
-
-def _drop_clipped_rows(tile, rows, factor_C):
-    """Moves the rows that still have a gradient to the front of the tile, in place, and returns them.
-
-    Other rows have lost theirs by clipping.
-    """
-    live_C = factor_C != 0
-    count = int(live_C.sum())
-    if count == len(factor_C):
-        return tile, rows, factor_C
-    position = torch.arange(len(factor_C), device=tile.device)
-    numbers = position + rows.start if isinstance(rows, slice) else rows.clone()
-    holes = position[~live_C & (position < count)]
-    movers = position[live_C & (position >= count)]
-    for values in (tile, numbers, factor_C):
-        values[holes] = values[movers]
-    return tile[:count], numbers[:count], factor_C[:count]
 
 
 @torch.compiler.disable

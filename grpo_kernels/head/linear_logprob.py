@@ -9,6 +9,7 @@ whose upstream gradient isn't zero, a share f: (2 + 6 f) N V H in all.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -47,24 +48,33 @@ class LinearLogprobFunction(torch.autograd.Function):
         # only hidden states (and LoRA's inputs) have a gradient, which is a multiple of d logprob / d hidden
         frozen = grad_enabled and not (weight_needs or bias_needs or low_weight_needs)
         needs = [hidden_needs, low_inputs_needs][: len(factors)]
+        keep = frozen and any(needs)
         products = HeadProducts(
-            factors, dtype, want_inputs=[frozen and need for need in needs], want_weights=[False] * len(factors)
+            factors,
+            dtype,
+            want_inputs=[frozen and need for need in needs],
+            want_weights=[False] * len(factors),
+            gradient_rows=hidden.shape[0] if keep else 0,
         )
         logprobs_N = torch.empty(hidden.shape[0], dtype=products.sum_dtype, device=hidden.device)
         entropies_N = torch.empty_like(logprobs_N) if want_entropy else None
-        for rows in products.tiles(None, 0, hidden.shape[0]):
-            tile = products.logits(rows)
-            keep = frozen and any(needs)
+
+        def statistics_of(tile, rows):
             statistics = softmax(tile, targets[rows], transform, bias=bias, entropy=want_entropy, keep=keep)
             logprobs_N[rows] = statistics.logprob
             if entropies_N is not None:
                 entropies_N[rows] = statistics.entropy
-            if keep:
-                ones = torch.ones_like(statistics.logprob)
-                tile, factor_C = gradient(
-                    tile, targets[rows], statistics, transform, ones, None, bias=bias, dtype=products.dtype
-                )
-                products.accumulate(tile, rows, factor_C)
+            return statistics
+
+        def row_pass(tile, rows, kept):
+            statistics = statistics_of(tile, rows)
+            ones = torch.ones_like(statistics.logprob)
+            options = {"bias": bias, "dtype": products.dtype, "out": kept}
+            return gradient(tile, targets[rows], statistics, transform, ones, None, **options)
+
+        products.run_windows(None, row_pass)
+        for rows in itertools.starmap(slice, products.plan.rest):
+            statistics_of(products.logits(rows), rows)
         products.release()
         ctx.transform, ctx.dtype, ctx.want_entropy, ctx.sketch = transform, dtype, want_entropy, sketch
         ctx.kept = [factor.inputs_grad for factor in products.factors] if frozen else None
@@ -122,15 +132,16 @@ def _recompute(ctx: Any, logprob_grad_N: torch.Tensor | None, entropy_grad_N: to
         gradient_rows=len(order),
         sketch=ctx.sketch,
     )
-    for rows in products.tiles(order, 0, len(order)):
-        tile, wanted = products.logits(rows), entropy_grad_N is not None
+
+    def row_pass(tile, rows, kept):
+        wanted = entropy_grad_N is not None
         statistics = softmax(tile, targets[rows], ctx.transform, bias=bias, entropy=wanted, keep=True)
         logprob_grad = torch.zeros_like(statistics.logprob) if logprob_grad_N is None else logprob_grad_N[rows]
         entropy_grad = None if entropy_grad_N is None else entropy_grad_N[rows]
-        tile, factor_C = gradient(
-            tile, targets[rows], statistics, ctx.transform, logprob_grad, entropy_grad, bias=bias, dtype=products.dtype
-        )
-        products.accumulate(tile, rows, factor_C)
+        upstream = (ctx.transform, logprob_grad, entropy_grad)
+        return gradient(tile, targets[rows], statistics, *upstream, bias=bias, dtype=products.dtype, out=kept)
+
+    products.run_windows(order, row_pass)
     products.release()
     return products
 

@@ -17,7 +17,7 @@ from head_example import (
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.backend import assume_native_half, native_half
-from grpo_kernels.head import products
+from grpo_kernels.head import products, tiles
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
@@ -72,7 +72,7 @@ def test_half_precision_on_a_cpu_with_and_without_instructions_for_it(native, mo
     tensors, data = example(n=64, h=32, v=300, dtype=torch.bfloat16, scale=0.5)
     same, truth = plain(tensors, data, dtype=torch.bfloat16), plain(tensors, data)
     for rows in (512, 16):
-        monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", rows)
+        monkeypatch.setitem(tiles.MAX_TILE_ROWS, "cpu", rows)
         assert_gradients_no_worse(our_gradients(tensors, data), same, truth, EPS[torch.bfloat16])
 
 
@@ -96,7 +96,7 @@ def test_float16_with_a_gradient_scaler(scale):
 def test_float16_stays_finite_where_plain_float16_does(scale, rows, monkeypatch):
     """Off policy a ratio may be 665 times what it is on policy, on a hidden state of 200: with a unit that doesn't know
     it the gradient of the weight overflows at every loss scale. On a device that multiplies float16 itself."""
-    monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", rows)
+    monkeypatch.setitem(tiles.MAX_TILE_ROWS, "cpu", rows)
     torch.manual_seed(3)
     hidden = torch.randn(32, 64)
     hidden[:, 5] *= 80
