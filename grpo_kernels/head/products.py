@@ -111,8 +111,7 @@ class HeadProducts:
         self.dtype = dtype if not self.half or native_half(dtype, self.device) else torch.float32
         self.widen = self.half and self.dtype == torch.float32
         self.sum_dtype = torch.promote_types(self.dtype, torch.float32)
-        # CUDA computes float32 logits from half operands at no extra cost; a CPU rounds the product to half precision
-        self.tile_dtype = self.dtype if self.device.type == "cpu" else self.sum_dtype
+        self.tile_dtype = self.sum_dtype if keeps_float32(self.device) else self.dtype
         self.factors = [
             Factor(
                 inputs.to(self.dtype),
@@ -146,9 +145,7 @@ class HeadProducts:
                 width = self._projection.shape[1]
             self.projected = torch.zeros((self.n_rows, width), dtype=self.sum_dtype, device=self.device)
 
-    def run_windows(
-        self, order: torch.Tensor | None, row_pass: RowPass, *, free_of_zero_rows: bool = True
-    ) -> None:
+    def run_windows(self, order: torch.Tensor | None, row_pass: RowPass, *, free_of_zero_rows: bool = True) -> None:
         """Computes the tiles of the rows with a gradient, and accumulates their gradients, a window at a time.
 
         Args:
@@ -159,24 +156,28 @@ class HeadProducts:
         """
         for window in self.plan.windows:
             start, stop = window[0][0], window[-1][1]
-            gradients, factors = None, []
-            for begin, end in window:
-                rows, kept = pick(order, begin, end), self._slot(begin - start, end - start)
-                gradients, factor_C = row_pass(self.logits(rows), rows, kept)
-                if kept is not None and gradients is not kept:
-                    kept.copy_(gradients)
-                factors.append(factor_C)
-            assert gradients is not None
-            gradients = self._slot(0, stop - start) if self.plan.keeps else gradients
-            arguments = gradients, pick(order, start, stop), torch.cat(factors) if len(factors) > 1 else factors[0]
+            passes = [self._tile_gradient(pick(order, *tile), tile[0] - start, row_pass) for tile in window]
+            gradients_CV, factor_C = passes[0]
+            if self.plan.keeps:
+                gradients_CV, factor_C = self._slot(0, stop - start), torch.cat([factor_C for _, factor_C in passes])
+            rows = pick(order, start, stop)
             if not free_of_zero_rows and reads_are_free(self.device):
-                arguments = _drop_zero_rows(*arguments)
-            self.accumulate(*arguments)
+                gradients_CV, rows, factor_C = _drop_zero_rows(gradients_CV, rows, factor_C)
+            self.accumulate(gradients_CV, rows, factor_C)
 
-    def _slot(self, begin: int, end: int) -> torch.Tensor | None:
-        """Returns these rows of the buffer for kept gradients, (C, V); None if gradients stay in their tile."""
-        if not self.plan.keeps:
-            return None
+    def _tile_gradient(
+        self, rows: torch.Tensor | slice, start: int, row_pass: RowPass
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes a tile's gradient and its factor; kept gradients go to the window's rows from ``start`` on."""
+        tile_CV = self.logits(rows)
+        kept_CV = self._slot(start, start + len(tile_CV)) if self.plan.keeps else None
+        gradients_CV, factor_C = row_pass(tile_CV, rows, kept_CV)
+        if kept_CV is not None and gradients_CV is not kept_CV:
+            kept_CV.copy_(gradients_CV)
+        return gradients_CV, factor_C
+
+    def _slot(self, begin: int, end: int) -> torch.Tensor:
+        """Returns these rows of the buffer for kept gradients, (C, V)."""
         if self._kept is None:
             shape = (self.plan.kept_rows, padded(self.n_vocabulary))
             self._kept = self._clear_padding(empty(shape, self.dtype, self.device))
@@ -232,7 +233,7 @@ class HeadProducts:
                 else:
                     factor.inputs_grad[rows] = product * factor_C[:, None]
             if self._want_weights[number]:
-                self._accumulate_weight(factor, tile, factor.inputs[rows].to(self.sum_dtype), factor_C)
+                self._accumulate_weight(factor, tile, factor.inputs[rows], factor_C)
         if self._want_bias:
             if self.bias_grad is None:
                 self.bias_grad = torch.zeros(self.n_vocabulary, dtype=self.sum_dtype, device=self.device)
@@ -264,7 +265,7 @@ class HeadProducts:
                 total.mul_(factor.weight_unit / unit)
             factor.weight_unit, factor_C = unit, factor_C / unit
         operand = (inputs_CK * factor_C[:, None]).to(self.dtype)
-        if total.dtype == self.dtype or self.device.type != "cpu":
+        if total.dtype == self.dtype or keeps_float32(self.device):
             _multiply_into(total, tile_CV.t(), operand, add=not first)
         else:  # a CPU rounds products of half operands to half precision, so blocks are added in float32
             for block in self._blocks():
@@ -284,6 +285,14 @@ class HeadProducts:
 def pick(order: torch.Tensor | None, begin: int, end: int) -> torch.Tensor | slice:
     """Returns these rows of ``order``; a slice if ``order`` is None."""
     return slice(begin, end) if order is None else order[begin:end]
+
+
+def keeps_float32(device: torch.device) -> bool:
+    """Returns whether the device returns float32 products of half operands, which CUDA does at no extra cost.
+
+    A CPU rounds such a product to half precision.
+    """
+    return device.type != "cpu"
 
 
 def reads_are_free(device: torch.device) -> bool:

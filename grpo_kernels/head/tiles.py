@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -64,7 +65,7 @@ def split(count: int, most: int, start: int = 0) -> Iterator[Range]:
     """
     units, number = -(-count // UNIT), -(-count // most)
     edges = [start + min(count, units * i // number * UNIT) for i in range(number + 1)] if number else []
-    yield from zip(edges, edges[1:], strict=False)
+    yield from pairwise(edges)
 
 
 def padded(n_vocabulary: int) -> int:

@@ -253,7 +253,7 @@ def _block(n_padded: int) -> int:
 
 
 def _gradient(tile_CV: torch.Tensor, dtype: torch.dtype | None, out: torch.Tensor | None) -> Gradient:
-    """Makes the kernel's ``Gradient``, in ``out`` or the tile's memory: for half, the first half of each float32 row."""
+    """Makes the kernel's ``Gradient``, in ``out`` or in the tile: half precision in the first half of a float32 row."""
     rows_CV = tile_CV if out is None else out
     if out is None and dtype is not None and dtype != tile_CV.dtype:
         rows = tile_CV.as_strided((tile_CV.shape[0], tile_CV.stride(0)), (tile_CV.stride(0), 1))
