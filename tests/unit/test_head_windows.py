@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from guarded_memory import guard
 from head_example import EPS, OFF_POLICY, assert_gradients_no_worse, example, gradients_of, ours, plain, token_arguments
 from hypothesis import given
 from hypothesis import strategies as st
@@ -215,3 +216,11 @@ def test_two_compilations_of_the_row_kernel(off_policy, gpu_layout, launches):
     for n in (17, 47, 83):
         run(n, "triton", off_policy=off_policy)
     assert len(launches) > 10 and len(set(launches)) == 2
+
+
+@pytest.mark.skipif(*INTERPRETED[0].args, **INTERPRETED[0].kwargs)
+@pytest.mark.parametrize("n", [17, 33, 65])
+def test_kernels_write_nothing_beside_the_kept_rows(n, gpu_layout, monkeypatch):
+    _, names = guard(monkeypatch)
+    run(n, "triton")
+    assert len(names) == sum(1 for _ in tiles.split(n, TILE))
