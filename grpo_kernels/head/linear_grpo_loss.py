@@ -8,7 +8,7 @@ soon as the row's log-prob is. So each tile of logits is computed once and turne
 where f is the share of rows whose dL/dlogprob isn't zero.
 
 Flow of this file: checks -> order of the rows (those that can have a gradient first) -> for each tile: product ->
-row arithmetic (``rows/plain.py``, ``rows/triton_rows.py``) -> products for the gradients.
+row arithmetic (``rows/plain.py``, ``rows/triton_rows.py``) -> products for the gradients of a window of tiles.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
 def _live_rows_first(call: LossCall) -> tuple[int, torch.Tensor | None]:
     """Returns how many rows can have a gradient, and an order of the rows in which they come first.
 
-    In that order, tiles are either full of rows with a gradient, or need none. The order is None if it doesn't matter.
+    The order is None if it doesn't matter.
     """
     live_N = call.tokens.may_be_live(call.options, call.entropy_grad)
     n_live = int(live_N.sum())
@@ -249,7 +249,8 @@ def linear_grpo_loss(
 
     The forward computes the gradients, and ``backward`` scales them. A token whose dL/dlogprob is zero gets a log-prob
     and an entropy, but takes no part in the gradients' products. Its dL/dlogprob is zero if it is clipped, or if its
-    advantage or weight is 0 and neither beta nor entropy_coef is set.
+    advantage or weight is 0 and neither beta nor entropy_coef is set. On a GPU clipped tokens take part in the products,
+    with factor 0: to leave them out, Python would wait for the device.
 
     Args:
         hidden_NH: (N, H), live completion tokens only, float32, bfloat16, float16 or float64. N may be 0.
