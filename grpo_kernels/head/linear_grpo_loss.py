@@ -23,7 +23,7 @@ from grpo_kernels.backend import choose_backend
 from grpo_kernels.head.rows.plain import Transform, grpo_rows_
 from grpo_kernels.memory import cast, scaled
 
-from .checks import check_head, check_number, usable_sketch
+from .checks import check_flag, check_head, check_number, usable_sketch
 from .derivatives import once_differentiated, without_autocast
 from .loss_checks import GivenAdvantages, check_loss_options, read_tokens
 from .products import HeadProducts, HeadSketch, compute_dtype, pick
@@ -67,6 +67,7 @@ class LossCall:
     options: TokenLoss
     entropy_grad: float
     sketch: HeadSketch | None
+    float32_logits: bool
 
 
 class LinearGRPOLossFunction(torch.autograd.Function):
@@ -84,6 +85,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
             want_bias=needs[2],
             gradient_rows=n_live,
             sketch=call.sketch,
+            float32_logits=call.float32_logits,
         )
         logs = _run_tiles(call, products, bias, order, n_live)
         products.release()
@@ -235,6 +237,7 @@ def linear_grpo_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     head_sketch: HeadSketch | None = None,
+    float32_logits: bool = True,
 ) -> GRPOLoss:
     """Computes the GRPO loss of N tokens, and its gradients by hidden states and head, without the (N, V) logits.
 
@@ -249,8 +252,8 @@ def linear_grpo_loss(
 
     The forward computes the gradients, and ``backward`` scales them. A token whose dL/dlogprob is zero gets a log-prob
     and an entropy, but takes no part in the gradients' products. Its dL/dlogprob is zero if it is clipped, or if its
-    advantage or weight is 0 and neither beta nor entropy_coef is set. On a GPU clipped tokens take part in the products,
-    with factor 0: to leave them out, Python would wait for the device.
+    advantage or weight is 0 and neither beta nor entropy_coef is set. On a GPU clipped tokens take part in the
+    products, with factor 0: to leave them out, Python would wait for the device.
 
     Args:
         hidden_NH: (N, H), live completion tokens only, float32, bfloat16, float16 or float64. N may be 0.
@@ -277,7 +280,8 @@ def linear_grpo_loss(
         beta: weight of KL.
         kl_times_ratio: whether KL is multiplied by the ratio, in its gradient too. True is TRL's default.
         entropy_coef: weight of the mean entropy of the N tokens, which is subtracted from the loss.
-        temperature: as in ``linear_logprob``, and so are bias, low_rank, logit_scale, softcap and head_sketch.
+        temperature: as in ``linear_logprob``, and so are bias, low_rank, logit_scale, softcap, head_sketch and
+            float32_logits.
 
     Returns:
         ``GRPOLoss``.
@@ -290,6 +294,7 @@ def linear_grpo_loss(
         GRPO, arXiv 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476; CISPO, 2506.13585; SAPO, 2511.20347.
     """
     check_head(hidden_NH, weight_VH, targets_N, bias, low_rank, temperature, logit_scale, softcap)
+    check_flag("float32_logits", float32_logits)
     if hidden_NH.ndim != 2:
         raise ValueError(f"hidden_NH has shape {tuple(hidden_NH.shape)}: expected (N, H)")
     options = check_loss_options(
@@ -313,6 +318,7 @@ def linear_grpo_loss(
         options,
         entropy_coef / max(len(hidden_NH), 1),
         usable_sketch(head_sketch, weight_VH),
+        float32_logits,
     )
     loss, policy_loss, logprobs, entropies, ratio, clipped, kl, token_advantages_N = LinearGRPOLossFunction.apply(
         call, torch.is_grad_enabled(), hidden_NH, weight_VH, bias, *((None, None) if low_rank is None else low_rank)

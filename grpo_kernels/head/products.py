@@ -91,6 +91,7 @@ class HeadProducts:
         want_inputs, want_weights, want_bias: which gradients to compute.
         gradient_rows: how many rows have a gradient; the first of ``order`` in ``run_windows``.
         sketch: if given, ``projected`` collects the values for ``sketch.add``.
+        float32_logits: whether tiles of half-precision operands are in float32, on devices that can.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class HeadProducts:
         want_bias: bool = False,
         gradient_rows: int = 0,
         sketch: HeadSketch | None = None,
+        float32_logits: bool = True,
     ) -> None:
         hidden, weight = factors[0]
         self.device = hidden.device
@@ -111,7 +113,7 @@ class HeadProducts:
         self.dtype = dtype if not self.half or native_half(dtype, self.device) else torch.float32
         self.widen = self.half and self.dtype == torch.float32
         self.sum_dtype = torch.promote_types(self.dtype, torch.float32)
-        self.tile_dtype = self.sum_dtype if keeps_float32(self.device) else self.dtype
+        self.tile_dtype = self.sum_dtype if float32_logits and keeps_float32(self.device) else self.dtype
         self.factors = [
             Factor(
                 inputs.to(self.dtype),
@@ -169,8 +171,8 @@ class HeadProducts:
         self, rows: torch.Tensor | slice, start: int, row_pass: RowPass
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Computes a tile's gradient and its factor; kept gradients go to the window's rows from ``start`` on."""
-        tile_CV = self.logits(rows)
-        kept_CV = self._slot(start, start + len(tile_CV)) if self.plan.keeps else None
+        kept_CV = self._slot(start, start + _count(rows)) if self.plan.keeps else None
+        tile_CV = self.logits(rows, kept_CV if self.tile_dtype == self.dtype else None)
         gradients_CV, factor_C = row_pass(tile_CV, rows, kept_CV)
         if kept_CV is not None and gradients_CV is not kept_CV:
             kept_CV.copy_(gradients_CV)
@@ -197,13 +199,9 @@ class HeadProducts:
         step = VOCABULARY_BLOCK if self.half else self.n_vocabulary
         return [slice(v, min(v + step, self.n_vocabulary)) for v in range(0, self.n_vocabulary, max(1, step))]
 
-    def logits(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        """Computes the tile (C, V) of these rows, in 2 C V H operations. All tiles share one buffer."""
-        count = len(rows) if isinstance(rows, torch.Tensor) else rows.stop - rows.start
-        if self._buffer is None:
-            shape = (self.plan.tile_rows, padded(self.n_vocabulary))
-            self._buffer = self._clear_padding(workspace(shape, self.tile_dtype, self.device))
-        tile = self._buffer[:count, : self.n_vocabulary]
+    def logits(self, rows: torch.Tensor | slice, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Computes the tile (C, V) of these rows, in 2 C V H operations. Without ``out`` all tiles share one buffer."""
+        tile = self._tile(_count(rows)) if out is None else out
         for number, factor in enumerate(self.factors):
             inputs = factor.inputs[rows]
             if self.widen:
@@ -212,6 +210,13 @@ class HeadProducts:
             else:
                 _multiply_into(tile, inputs, factor.weight.t(), add=number > 0)
         return tile
+
+    def _tile(self, count: int) -> torch.Tensor:
+        """Returns the buffer of all tiles, (count, V)."""
+        if self._buffer is None:
+            shape = (self.plan.tile_rows, padded(self.n_vocabulary))
+            self._buffer = self._clear_padding(workspace(shape, self.tile_dtype, self.device))
+        return self._buffer[:count, : self.n_vocabulary]
 
     def accumulate(self, tile: torch.Tensor, rows: torch.Tensor | slice, factor_C: torch.Tensor) -> None:
         """Adds a window's part to every wanted gradient, in 4 C V H operations.
@@ -285,6 +290,10 @@ class HeadProducts:
 def pick(order: torch.Tensor | None, begin: int, end: int) -> torch.Tensor | slice:
     """Returns these rows of ``order``; a slice if ``order`` is None."""
     return slice(begin, end) if order is None else order[begin:end]
+
+
+def _count(rows: torch.Tensor | slice) -> int:
+    return len(rows) if isinstance(rows, torch.Tensor) else rows.stop - rows.start
 
 
 def keeps_float32(device: torch.device) -> bool:

@@ -6,7 +6,18 @@ from collections import Counter
 import pytest
 import torch
 from guarded_memory import guard
-from head_example import EPS, OFF_POLICY, assert_gradients_no_worse, example, gradients_of, ours, plain, token_arguments
+from head_example import (
+    EPS,
+    OFF_POLICY,
+    assert_gradients_no_worse,
+    assert_no_worse,
+    distance,
+    example,
+    gradients_of,
+    ours,
+    plain,
+    token_arguments,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_inputs import BACKENDS
@@ -29,8 +40,8 @@ def gpu_layout(monkeypatch):
     """The buffers and branches of a GPU on the CPU: float32 tiles of half operands, kept gradients, no free reads."""
 
     def multiply_into(out, a, b, *, add):
-        product = a.to(out.dtype) @ b.to(out.dtype)
-        out.copy_(out + product if add else product)
+        product = a.float() @ b.float()  # rounded once
+        out.copy_(out.float() + product if add else product)
 
     monkeypatch.setitem(tiles.KEPT_BYTES, "cpu", 1 << 30)
     monkeypatch.setitem(tiles.MAX_TILE_ROWS, "cpu", TILE)
@@ -123,27 +134,34 @@ def test_tile_and_kept_gradients_take_at_most_3_5_gib(n, hidden_size, vocabulary
     ("dtype", "backend", "n"),
     # the interpreter truncates to bfloat16, where a GPU rounds
     [(dtype, "torch", n) for dtype in (torch.bfloat16, torch.float16) for n in SIZES]
-    + [pytest.param(torch.float16, "triton", n, marks=INTERPRETED) for n in (1, 16, 17, 65)],
+    + [pytest.param(torch.float16, "triton", n, marks=INTERPRETED) for n in (1, 17, 65)],
 )
 @pytest.mark.parametrize("options", [{}, OFF_POLICY["all"]], ids=["clip", "all"])
-def test_kept_gradients_are_no_worse_than_plain_torchs(dtype, backend, n, options, gpu_layout):
-    """On policy and off; sequences without an advantage among the rows."""
-    for off_policy in (False, True):
+@pytest.mark.parametrize("float32_logits", [True, False])
+def test_kept_gradients_are_no_worse_than_plain_torchs(dtype, backend, n, options, float32_logits, gpu_layout):
+    """On policy and off; sequences without an advantage among the rows. Off policy, a token whose rounded ratio is on
+    the other side of a bound decides the error of half logits: that takes many seeds, below."""
+    for off_policy in (False, True) if float32_logits else (False,):
         tensors, data = example(n=n, h=H, v=V, b=min(n, 5), dtype=dtype, scale=0.5)
+        head = {"float32_logits": float32_logits}
         with use_backend(backend):
-            got = gradients_of(ours(tensors, data, options, off_policy=off_policy).loss, tensors)
+            out = ours(tensors, data, options, head, off_policy=off_policy)
+            got = gradients_of(out.loss, tensors)
             with poisoned_memory():
-                poisoned = gradients_of(ours(tensors, data, options, off_policy=off_policy).loss, tensors)
-        torch.testing.assert_close(poisoned, got, rtol=0, atol=0)
+                again = ours(tensors, data, options, head, off_policy=off_policy)
+                torch.testing.assert_close(gradients_of(again.loss, tensors), got, rtol=0, atol=0)
         same, truth = (
             plain(tensors, data, options, dtype=one, off_policy=off_policy) for one in (dtype, torch.float64)
         )
         assert_gradients_no_worse(got, same, truth, EPS[dtype])
+        for name in ("logprobs", "entropies"):
+            assert_no_worse(*(getattr(one, name) for one in (out, same, truth)), EPS[dtype], name, slack=1.0)
 
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kept_gradients_of_logprobs(n, dtype, gpu_layout):
+@pytest.mark.parametrize("float32_logits", [True, False])
+def test_kept_gradients_of_logprobs(n, dtype, float32_logits, gpu_layout):
     tensors, data = example(n=n, h=H, v=V, b=min(n, 5), dtype=dtype, scale=0.5)
     upstream = data["advantages"][data["sequence"]]
 
@@ -155,7 +173,10 @@ def test_kept_gradients_of_logprobs(n, dtype, gpu_layout):
         logits = given["hidden"] @ given["weight"].T + given["bias"]
         return logits.log_softmax(-1).gather(1, data["targets"][:, None])[:, 0]
 
-    got = gradients(dtype, lambda given: linear_logprob(*token_arguments(given, data)[:3], bias=given["bias"]))
+    def fused(given):
+        return linear_logprob(*token_arguments(given, data)[:3], bias=given["bias"], float32_logits=float32_logits)
+
+    got = gradients(dtype, fused)
     same, truth = gradients(dtype, with_all_logits), gradients(torch.float64, with_all_logits)
     for name, gradient in got.items():
         error, allowed = ((one.double() - truth[name]).norm() for one in (gradient, same[name]))
@@ -189,7 +210,7 @@ def run(n, backend, *, off_policy=False, frozen=False, b=5):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_host_reads_do_not_grow_with_tiles(off_policy, backend, gpu_layout):
     """One read checks all values, and one says how many rows have a gradient."""
-    assert [run(n, backend, off_policy=off_policy).reads for n in (16, 64, 129)] == [2, 2, 2]
+    assert [run(n, backend, off_policy=off_policy).reads for n in (16, 65)] == [2, 2]
 
 
 def test_the_counter_sees_reads_of_rows_that_are_dropped(gpu_layout, monkeypatch):
@@ -224,3 +245,32 @@ def test_kernels_write_nothing_beside_the_kept_rows(n, gpu_layout, monkeypatch):
     _, names = guard(monkeypatch)
     run(n, "triton")
     assert len(names) == sum(1 for _ in tiles.split(n, TILE))
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+@pytest.mark.parametrize("options", [{}, OFF_POLICY["all"]], ids=["clip", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_logits_with_float32_statistics(dtype, options, scale, gpu_layout):
+    """On policy, of logits of up to 30 nats: log-probs, entropies and gradients are at least as exact as plain
+    torch's, which are half precision throughout. Float16 can't hold what a sure token leaves of the others' shares."""
+    tensors, data = example(n=96, h=64, v=3000, b=5, dtype=dtype, scale=scale)
+    same, truth = (plain(tensors, data, options, dtype=one, off_policy=False) for one in (dtype, torch.float64))
+    with use_backend("torch"):
+        out = ours(tensors, data, options, {"float32_logits": False}, off_policy=False)
+    assert_gradients_no_worse(gradients_of(out.loss, tensors), same, truth, EPS[dtype], slack=1.1)
+    for name in ("logprobs", "entropies"):
+        assert distance(getattr(out, name), getattr(truth, name)) <= distance(getattr(same, name), getattr(truth, name))
+
+
+def test_half_logits_off_policy(gpu_layout):
+    """Over many seeds, because single tokens are clipped in one of them and not in the other."""
+    squares = Counter()
+    for seed in range(20):
+        tensors, data = example(n=64, h=H, v=V, b=5, dtype=torch.bfloat16, scale=0.5, seed=seed)
+        same, truth = (plain(tensors, data, OFF_POLICY["all"], dtype=one) for one in (torch.bfloat16, torch.float64))
+        with use_backend("torch"):
+            out = ours(tensors, data, OFF_POLICY["all"], {"float32_logits": False})
+        for name, gradient in gradients_of(out.loss, tensors).items():
+            squares["ours", name] += distance(gradient, truth.gradients[name]) ** 2
+            squares["plain", name] += distance(same.gradients[name], truth.gradients[name]) ** 2
+    assert all(squares["ours", name] <= squares["plain", name] for name in tensors)

@@ -163,6 +163,8 @@ def logit_gradient_(
         p, logp, entropy, cap_slope = _probabilities(tile, rows, statistics, transform)
         p.scatter_(1, index[rows], at_target[rows])
         if size_C is not None and entropy_grad_C is not None and entropy is not None:
+            if transform.softcap is None:  # float16 may have rounded the target's p to 0
+                logp.scatter_(1, index[rows], statistics.logprob[rows, None])
             c, e = (g[rows, None] / size_C[rows, None] for g in (logprob_grad_C, entropy_grad_C))
             log_term = logp.clamp_(min=-1e30).add_(entropy).mul_(p).mul_(e)
             p.mul_(-c)
