@@ -17,7 +17,6 @@ from grpo_kernels import linear_grpo_loss
 
 SHAPES = {"SmolLM2": (576, 49152), "Qwen2.5": (896, 151936), "8B": (4096, 151936)}
 SEQUENCES = 16
-FLOOR_ROWS = 512
 
 
 @dataclass
@@ -114,21 +113,21 @@ def backward(contender: Callable[[Problem], torch.Tensor], problem: Problem) -> 
 
 
 def bare_products(problem: Problem) -> Callable[[], None]:
-    """The floor: the matrix products alone, 2 + 4 f or (frozen) 2 + 2 f, into buffers that are there already."""
+    """The floor: the matrix products alone, each at full size and in the run's dtype.
+
+    Three with a trainable head (2 + 4 f in units of N V H operations), two with a frozen one (2 + 2 f), into buffers
+    that are there already. The logits of all tokens are kept, which the contenders need not do.
+    """
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
-    n, v, live = len(hidden), len(weight), problem.live_rows
-    tile = torch.zeros(min(n, FLOOR_ROWS), v, dtype=hidden.dtype, device=hidden.device)
+    live = problem.live_rows
+    logits = torch.zeros(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
     hidden_grad = torch.zeros_like(hidden)
     weight_grad = torch.zeros_like(weight) if problem.weight.requires_grad else None
 
     def call() -> None:
-        for start in range(0, n, FLOOR_ROWS):
-            rows = hidden[start : start + FLOOR_ROWS]
-            torch.mm(rows, weight.T, out=tile[: len(rows)])
-        for start in range(0, live, FLOOR_ROWS):
-            rows = hidden[start : min(start + FLOOR_ROWS, live)]
-            torch.mm(tile[: len(rows)], weight, out=hidden_grad[start : start + len(rows)])
-            if weight_grad is not None:
-                torch.mm(tile[: len(rows)].T, rows, out=weight_grad)
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits[:live], weight, out=hidden_grad[:live])
+        if weight_grad is not None:
+            torch.mm(logits[:live].T, hidden[:live], out=weight_grad)
 
     return call

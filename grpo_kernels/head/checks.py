@@ -19,6 +19,12 @@ def check_number(name: str, value: object, *, above: float | None = None, least:
         raise ValueError(f"{name}={value!r} must be a finite number{bound}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raises ``ValueError`` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False")
+
+
 def check_head(
     hidden: torch.Tensor,
     weight: torch.Tensor,

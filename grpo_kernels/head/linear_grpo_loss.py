@@ -8,7 +8,7 @@ soon as the row's log-prob is. So each tile of logits is computed once and turne
 where f is the share of rows whose dL/dlogprob isn't zero.
 
 Flow of this file: checks -> order of the rows (those that can have a gradient first) -> for each tile: product ->
-row arithmetic (``rows/plain.py``, ``rows/triton_rows.py``) -> products for the gradients.
+row arithmetic (``rows/plain.py``, ``rows/triton_rows.py``) -> products for the gradients of a window of tiles.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from grpo_kernels.backend import choose_backend
 from grpo_kernels.head.rows.plain import Transform, grpo_rows_
 from grpo_kernels.memory import cast, scaled
 
-from .checks import check_head, check_number, usable_sketch
+from .checks import check_flag, check_head, check_number, usable_sketch
 from .derivatives import once_differentiated, without_autocast
 from .loss_checks import GivenAdvantages, check_loss_options, read_tokens
-from .products import HeadProducts, HeadSketch, compute_dtype
+from .products import HeadProducts, HeadSketch, compute_dtype, pick
 from .token_losses import TokenInputs, TokenLoss
 
 
@@ -67,6 +67,7 @@ class LossCall:
     options: TokenLoss
     entropy_grad: float
     sketch: HeadSketch | None
+    float32_logits: bool
 
 
 class LinearGRPOLossFunction(torch.autograd.Function):
@@ -84,6 +85,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
             want_bias=needs[2],
             gradient_rows=n_live,
             sketch=call.sketch,
+            float32_logits=call.float32_logits,
         )
         logs = _run_tiles(call, products, bias, order, n_live)
         products.release()
@@ -131,7 +133,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
 def _live_rows_first(call: LossCall) -> tuple[int, torch.Tensor | None]:
     """Returns how many rows can have a gradient, and an order of the rows in which they come first.
 
-    In that order, tiles are either full of rows with a gradient, or need none. The order is None if it doesn't matter.
+    The order is None if it doesn't matter.
     """
     live_N = call.tokens.may_be_live(call.options, call.entropy_grad)
     n_live = int(live_N.sum())
@@ -150,25 +152,29 @@ def _run_tiles(
     if row_function is grpo_rows_:
         tokens.advantages = tokens.token_advantages()
     logs: dict[str, torch.Tensor] = {}
-    for gradient, start, stop in ((True, 0, n_live), (False, n_live, count)):
-        for rows in products.tiles(order, start, stop):
-            row_logs, tile, factor_C = row_function(
-                products.logits(rows),
-                rows,
-                tokens,
-                call.transform,
-                bias=bias,
-                options=call.options,
-                entropy_grad=call.entropy_grad,
-                gradient=gradient,
-                dtype=products.dtype,
-            )
-            _store(logs, row_logs, rows, count)
-            if gradient:
-                # a GPU would wait for each tile, which takes longer than a few rows whose gradient is 0
-                if tokens.old is not None and device.type == "cpu":
-                    tile, rows, factor_C = _drop_clipped_rows(tile, rows, factor_C)
-                products.accumulate(tile, rows, factor_C)
+
+    def row_pass(tile_CV, rows, kept_CV, gradient=True):
+        row_logs, tile_CV, factor_C = row_function(
+            tile_CV,
+            rows,
+            tokens,
+            call.transform,
+            bias=bias,
+            options=call.options,
+            entropy_grad=call.entropy_grad,
+            gradient=gradient,
+            dtype=products.dtype,
+            out=kept_CV,
+        )
+        _store(logs, row_logs, rows, count)
+        return tile_CV, factor_C
+
+    products.run_windows(order, row_pass, free_of_zero_rows=tokens.old is None)
+    # a copy, because Triton compiles the kernel for each alignment of its pointers
+    rest = None if order is None else order[n_live:].clone()
+    for begin, end in products.plan.rest:
+        rows = pick(rest, begin, end)
+        row_pass(products.logits(rows), rows, None, gradient=False)
     if not count:
         logs = {name: torch.zeros(0, dtype=dtype, device=device) for name in LOGGED}
         logs["clipped"] = torch.zeros(0, dtype=torch.bool, device=device)
@@ -202,24 +208,6 @@ def _row_function(device: torch.device, dtype: torch.dtype) -> Any:
     return grpo_rows_
 
 
-def _drop_clipped_rows(tile, rows, factor_C):
-    """Moves the rows that still have a gradient to the front of the tile, in place, and returns them.
-
-    Other rows have lost theirs by clipping.
-    """
-    live_C = factor_C != 0
-    count = int(live_C.sum())
-    if count == len(factor_C):
-        return tile, rows, factor_C
-    position = torch.arange(len(factor_C), device=tile.device)
-    numbers = position + rows.start if isinstance(rows, slice) else rows.clone()
-    holes = position[~live_C & (position < count)]
-    movers = position[live_C & (position >= count)]
-    for values in (tile, numbers, factor_C):
-        values[holes] = values[movers]
-    return tile[:count], numbers[:count], factor_C[:count]
-
-
 @torch.compiler.disable
 def linear_grpo_loss(
     hidden_NH: torch.Tensor,
@@ -249,6 +237,7 @@ def linear_grpo_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     head_sketch: HeadSketch | None = None,
+    float32_logits: bool = True,
 ) -> GRPOLoss:
     """Computes the GRPO loss of N tokens, and its gradients by hidden states and head, without the (N, V) logits.
 
@@ -263,7 +252,8 @@ def linear_grpo_loss(
 
     The forward computes the gradients, and ``backward`` scales them. A token whose dL/dlogprob is zero gets a log-prob
     and an entropy, but takes no part in the gradients' products. Its dL/dlogprob is zero if it is clipped, or if its
-    advantage or weight is 0 and neither beta nor entropy_coef is set.
+    advantage or weight is 0 and neither beta nor entropy_coef is set. On a GPU clipped tokens take part in the
+    products, with factor 0: to leave them out, Python would wait for the device.
 
     Args:
         hidden_NH: (N, H), live completion tokens only, float32, bfloat16, float16 or float64. N may be 0.
@@ -290,7 +280,8 @@ def linear_grpo_loss(
         beta: weight of KL.
         kl_times_ratio: whether KL is multiplied by the ratio, in its gradient too. True is TRL's default.
         entropy_coef: weight of the mean entropy of the N tokens, which is subtracted from the loss.
-        temperature: as in ``linear_logprob``, and so are bias, low_rank, logit_scale, softcap and head_sketch.
+        temperature: as in ``linear_logprob``, and so are bias, low_rank, logit_scale, softcap, head_sketch and
+            float32_logits.
 
     Returns:
         ``GRPOLoss``.
@@ -303,6 +294,7 @@ def linear_grpo_loss(
         GRPO, arXiv 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476; CISPO, 2506.13585; SAPO, 2511.20347.
     """
     check_head(hidden_NH, weight_VH, targets_N, bias, low_rank, temperature, logit_scale, softcap)
+    check_flag("float32_logits", float32_logits)
     if hidden_NH.ndim != 2:
         raise ValueError(f"hidden_NH has shape {tuple(hidden_NH.shape)}: expected (N, H)")
     options = check_loss_options(
@@ -326,6 +318,7 @@ def linear_grpo_loss(
         options,
         entropy_coef / max(len(hidden_NH), 1),
         usable_sketch(head_sketch, weight_VH),
+        float32_logits,
     )
     loss, policy_loss, logprobs, entropies, ratio, clipped, kl, token_advantages_N = LinearGRPOLossFunction.apply(
         call, torch.is_grad_enabled(), hidden_NH, weight_VH, bias, *((None, None) if low_rank is None else low_rank)

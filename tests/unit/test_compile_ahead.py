@@ -75,7 +75,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
+ALL = ("sm_80", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942")
 
 
 @pytest.fixture(scope="module", params=[("sm_90",), pytest.param(ALL, marks=pytest.mark.nightly)], ids=" ".join)

@@ -24,7 +24,7 @@ from kernel_inputs import BACKENDS, needs_gpu
 from reference import head_logprobs
 
 from grpo_kernels import linear_grpo_loss, linear_logprob, use_backend
-from grpo_kernels.head import products
+from grpo_kernels.head import tiles
 
 HEADS = [
     {},
@@ -233,7 +233,7 @@ def test_many_tiles_and_both_kinds_of_rows(monkeypatch):
     """Tiles of 16 rows, with the dead rows spread: the same as one tile."""
     tensors, data = example(n=100, b=7, dtype=torch.float32)
     whole = ours(tensors, data, OFF_POLICY["all"])
-    monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", 16)
+    monkeypatch.setitem(tiles.MAX_TILE_ROWS, "cpu", 16)
     for options in ({}, OFF_POLICY["all"]):
         tiled = ours(tensors, data, options)
         got = gradients_of(tiled.loss, tensors)

@@ -187,6 +187,7 @@ def rewarded(table=((0.0, 0.0), (0.0, 0.0)), position=(0, 1), **more):
         ({"temperature": 0.0}, "temperature=0.0 must be a finite number above 0"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"softcap": -1.0}, "softcap=-1.0"),
+        ({"float32_logits": 1}, "float32_logits=1 must be True or False"),
         ({"epsilon": -0.1}, "epsilon=-0.1 must be a finite number of at least 0"),
         ({"epsilon": 1.5}, r"epsilon=1.5 must be in \[0, 1\]"),
         ({"epsilon_high": math.inf}, "epsilon_high=inf"),

@@ -17,7 +17,7 @@ from head_example import (
 
 from grpo_kernels import linear_grpo_loss, linear_logprob
 from grpo_kernels.backend import assume_native_half, native_half
-from grpo_kernels.head import products
+from grpo_kernels.head import products, tiles
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
@@ -72,7 +72,7 @@ def test_half_precision_on_a_cpu_with_and_without_instructions_for_it(native, mo
     tensors, data = example(n=64, h=32, v=300, dtype=torch.bfloat16, scale=0.5)
     same, truth = plain(tensors, data, dtype=torch.bfloat16), plain(tensors, data)
     for rows in (512, 16):
-        monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", rows)
+        monkeypatch.setitem(tiles.MAX_TILE_ROWS, "cpu", rows)
         assert_gradients_no_worse(our_gradients(tensors, data), same, truth, EPS[torch.bfloat16])
 
 
@@ -92,26 +92,27 @@ def test_float16_with_a_gradient_scaler(scale):
 
 
 @pytest.mark.parametrize("rows", [512, 16], ids=["one tile", "several"])
+@pytest.mark.parametrize("large", [3, 30], ids=["in the first tile", "in the last"])
 @pytest.mark.parametrize("scale", [1.0, 2.0**-6, 2.0**-12])
-def test_float16_stays_finite_where_plain_float16_does(scale, rows, monkeypatch):
+def test_float16_stays_finite_where_plain_float16_does(scale, large, rows, monkeypatch):
     """Off policy a ratio may be 665 times what it is on policy, on a hidden state of 200: with a unit that doesn't know
     it the gradient of the weight overflows at every loss scale. On a device that multiplies float16 itself."""
-    monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", rows)
+    monkeypatch.setitem(tiles.MAX_TILE_ROWS, "cpu", rows)
     torch.manual_seed(3)
     hidden = torch.randn(32, 64)
     hidden[:, 5] *= 80
-    hidden[3, 5] = 200.0
+    hidden[large, 5] = 200.0
     weight = torch.randn(200, 64) * 0.03
     weight[:, 5] *= 0.05
     hidden, weight, targets = hidden.half(), weight.half(), torch.randint(0, 200, (32,))
     advantages, weights = torch.ones(32), torch.full((32,), 1 / 32)
-    advantages[3] = -1.0
+    advantages[large] = -1.0
 
     def logprobs(h, w):
         return (h @ w.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
     old = logprobs(hidden.float(), weight.float())
-    old[3] -= 6.5
+    old[large] -= 6.5
 
     def gradient(dtype, logprob_function):
         w = weight.to(dtype, copy=True).requires_grad_()

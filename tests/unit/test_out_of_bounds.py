@@ -172,8 +172,8 @@ def test_padding_that_counts_is_seen(guarded, monkeypatch):
 
 
 def test_a_gradient_in_another_rows_bytes_is_caught(guarded, monkeypatch):
-    def shifted(tile_CV, dtype):
-        gradient = _gradient(tile_CV, dtype)
+    def shifted(*arguments):
+        gradient = _gradient(*arguments)
         return gradient._replace(stride=gradient.stride + 1)
 
     monkeypatch.setattr(triton_rows, "_gradient", shifted)

@@ -10,7 +10,7 @@ from poison import poisoned_memory
 
 from grpo_kernels import linear_grpo_loss, linear_logprob, use_backend
 from grpo_kernels.backend import assume_native_half
-from grpo_kernels.head import products
+from grpo_kernels.head import products, tiles
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.normalize.methods import METHODS
 from trl_ext.sharing import attention
@@ -52,7 +52,7 @@ def test_the_head_reads_nothing_that_it_did_not_write(dtype, native, threads, mo
     """Also of a width that an earlier call of another dtype left its bits in: oneDNN's bfloat16 product on AMX reads
     beyond a row's end, and 0 times what it finds there was NaN where V isn't a multiple of 4."""
     if threads == 2:  # and of several tiles
-        monkeypatch.setitem(products.MAX_TILE_ROWS, "cpu", 16)
+        monkeypatch.setitem(tiles.MAX_TILE_ROWS, "cpu", 16)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

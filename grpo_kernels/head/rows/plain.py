@@ -129,6 +129,7 @@ def logit_gradient_(
     *,
     bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Replaces the tile of ``softmax_rows_`` by dL/dy divided by a factor of each row.
 
@@ -136,7 +137,8 @@ def logit_gradient_(
     e, the tile holds p - onehot and the factor holds -c: a c of 1e-9 would underflow in a half-precision tile.
 
     Args:
-        bias, dtype: for the Triton backend only. Its tile still holds products, and may be wider than the operands.
+        bias, dtype, out: for the Triton backend only. Its tile still holds products, and may be wider than the
+            operands; it writes dL/dy to ``out``, (C, V) in the operands' dtype, if that isn't None.
 
     Returns:
         The tile, and the factor (C,) in float32 (float64 for float64).
@@ -161,6 +163,8 @@ def logit_gradient_(
         p, logp, entropy, cap_slope = _probabilities(tile, rows, statistics, transform)
         p.scatter_(1, index[rows], at_target[rows])
         if size_C is not None and entropy_grad_C is not None and entropy is not None:
+            if transform.softcap is None:  # float16 may have rounded the target's p to 0
+                logp.scatter_(1, index[rows], statistics.logprob[rows, None])
             c, e = (g[rows, None] / size_C[rows, None] for g in (logprob_grad_C, entropy_grad_C))
             log_term = logp.clamp_(min=-1e30).add_(entropy).mul_(p).mul_(e)
             p.mul_(-c)
@@ -206,6 +210,7 @@ def grpo_rows_(
     entropy_grad: float,
     gradient: bool,
     dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Computes losses of the tile's rows, and replaces the products in the tile by dL/dy divided by a factor per row.
 
@@ -213,6 +218,7 @@ def grpo_rows_(
         rows: the tokens that the tile's rows belong to.
         entropy_grad: -dL/dentropy of every token.
         gradient: whether to compute dL/dy; if not, the tile's content is undefined afterwards.
+        dtype, out: for the Triton backend only, as in ``logit_gradient_``.
 
     Returns:
         Values to log by name, (C,) each; the tile; the factor (C,).

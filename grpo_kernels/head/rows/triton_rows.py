@@ -252,10 +252,10 @@ def _block(n_padded: int) -> int:
     return min(BLOCK_V, max(16, triton.next_power_of_2(n_padded)))
 
 
-def _gradient(tile_CV: torch.Tensor, dtype: torch.dtype | None) -> Gradient:
-    """Makes the kernel's ``Gradient`` in the tile's memory: for half precision, the first half of each float32 row."""
-    rows_CV = tile_CV
-    if dtype is not None and dtype != tile_CV.dtype:
+def _gradient(tile_CV: torch.Tensor, dtype: torch.dtype | None, out: torch.Tensor | None) -> Gradient:
+    """Makes the kernel's ``Gradient``, in ``out`` or in the tile: half precision in the first half of a float32 row."""
+    rows_CV = tile_CV if out is None else out
+    if out is None and dtype is not None and dtype != tile_CV.dtype:
         rows = tile_CV.as_strided((tile_CV.shape[0], tile_CV.stride(0)), (tile_CV.stride(0), 1))
         rows_CV = rows.view(dtype)[:, : tile_CV.shape[1]]
     return Gradient(rows_CV, rows_CV.stride(0), torch.empty(len(tile_CV), dtype=torch.float32, device=tile_CV.device))
@@ -297,9 +297,13 @@ def logit_gradient_(
     *,
     bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replaces the products in the tile by dL/dy divided by a factor of each row; returns it and the factor (C,)."""
-    tile, gradient = _tile(tile_CV, bias, transform), _gradient(tile_CV, dtype)
+    """Replaces the products in the tile by dL/dy divided by a factor of each row, or writes it to ``out``.
+
+    Returns it and the factor (C,).
+    """
+    tile, gradient = _tile(tile_CV, bias, transform), _gradient(tile_CV, dtype, out)
     if tile_CV.shape[0]:
         launch(
             _logit_gradient_kernel,
@@ -327,8 +331,12 @@ def grpo_rows_(
     entropy_grad: float,
     gradient: bool,
     dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Computes losses and dL/dy from products and advantages (or rewards) in one launch, as in ``plain.py``."""
+    """Computes losses and dL/dy from products and advantages (or rewards) in one launch, as in ``plain.py``.
+
+    dL/dy is written to ``out`` if that isn't None.
+    """
     count, device = tile_CV.shape[0], tile_CV.device
     rewards = tokens.group_rewards if tokens.advantages is None else None
     method = METHODS["none" if rewards is None else rewards.method]
@@ -336,7 +344,7 @@ def grpo_rows_(
     if rewards is not None:
         groups = Groups(rewards.rewards.float(), rewards.rewards.shape[1], rewards.eps, rewards.alpha)
     logs = Logs(*_columns(7, count, device))
-    tile, output = _tile(tile_CV, bias, transform), _gradient(tile_CV, dtype)
+    tile, output = _tile(tile_CV, bias, transform), _gradient(tile_CV, dtype, out)
     launch(
         _grpo_rows_kernel,
         (count,),
