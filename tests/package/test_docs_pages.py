@@ -192,7 +192,7 @@ def test_dead_prompts_are_as_the_formula_says():
 def test_what_is_said_to_work_has_run():
     rows = {row["environment"]: row for row in csv.DictReader((DOCS / "versions.csv").open())}
     ran = [
-        row for row in rows.values() if row["failed"] == "0" and row["snippet"] == "runs" and int(row["passed"]) > 300
+        row for row in rows.values() if row["failed"] == "0" and row["snippet"] == "runs" and int(row["passed"]) > 100
     ]
     (pinned,) = re.findall(r"^trl==(.*)$", (ROOT / "constraints.txt").read_text(), flags=re.M)
     assert set(TESTED_TRL) <= {pinned, *(row["trl"] for row in ran)}
