@@ -153,7 +153,7 @@ class CurvatureOptions:
         optional_at_least(1),
         "With share_prompts; default: what fits into a GPU.",
         "With `share_prompts`, the most packed tokens (with a part of each copied prompt) of a micro-batch. None: what "
-        "fits into the GPU's free memory less 10 %, measured once before the first step by a rehearsal at two sizes; "
+        "fits into 80 % of the GPU's free memory, measured once before the first step by a rehearsal at two sizes; "
         "on a CPU, under FSDP and with DeepSpeed, as many as the largest micro-batch without sharing has, padding "
         "included. One process that runs out of memory repeats the step at half the size, and stays at it. Checkpoints "
         "keep the size.",

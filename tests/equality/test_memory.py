@@ -9,6 +9,7 @@ from harness import FOUR, TIMINGS, assert_same_gradients, build, lora, messages,
 from transformers import AutoModelForCausalLM
 
 from trl_ext.plan import device_memory
+from trl_ext.plan.rehearsal import MARGIN
 
 QUIET = {"interference_every": 0, "loss_type": "grpo"}
 
@@ -57,8 +58,8 @@ def with_memory(trainer, memory):
 
 
 def with_room_for(trainer, tokens, sizes):
-    """Gives the trainer a device on which ``tokens`` fit, with the margin of a tenth."""
-    return with_memory(trainer, ByTokens(int((1000 * tokens + 600 + states_of(trainer)) / 0.9), sizes))
+    """Gives the trainer a device on which ``tokens`` fit, with the margin."""
+    return with_memory(trainer, ByTokens(int((1000 * tokens + 600) / (1 - MARGIN)) + states_of(trainer), sizes))
 
 
 def watch(trainer, fails=lambda number, tokens: False, in_backward=False):
@@ -273,7 +274,7 @@ def test_the_size_is_what_the_free_memory_takes_less_the_optimizers_state_and_a_
     with_memory(trainer, ByTokens(states + 10**6, sizes))
     with caplog.at_level("INFO"):
         trainer.train()
-    tokens = int(((states + 10**6) * 0.9 - states - 500) / 1000)
+    tokens = int((10**6 * (1 - MARGIN) - 500) / 1000)
     assert trainer._components.micro_batches.size.tokens == tokens
     assert len(messages(caplog, f"A micro-batch has at most {tokens} packed tokens, which fit into memory.")) == 1
 

@@ -25,7 +25,7 @@ from trl_ext.schema import REFERENCE, Sequences
 from .device_memory import DeviceMemory
 
 PROMPT = 16  # tokens of the made-up prompt
-MARGIN = 0.1  # of the free memory, for what fragmentation and longer prompts take
+MARGIN = 0.2  # of the free memory, for what fragmentation and longer prompts take
 STATES = 2  # tensors that an optimizer keeps of each parameter; Adam's number
 
 
@@ -83,7 +83,7 @@ class Rehearsal:
         if by_token <= 0:
             raise ValueError(f"{large_tokens} tokens took {large} bytes, and {small_tokens} took {small}")
         constant = small - by_token * small_tokens
-        return int((free * (1 - MARGIN) - optimizer_bytes - constant) / by_token)
+        return int(((free - optimizer_bytes) * (1 - MARGIN) - constant) / by_token)
 
 
 def tokens_that_fit(
