@@ -10,7 +10,7 @@ from harness import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from grpo_kernels.head import linear_grpo_loss
+from grpo_kernels.head import products
 from trl_ext.plan.rows import Trimming, even_batches, read_rows
 from trl_ext.plan.shared_batches import largest, packed_positions, shared_batches, split_into
 from trl_ext.schema import Sequences
@@ -160,7 +160,7 @@ def test_a_step_of_one_micro_batch_reads_ten_times_for_any_number_of_sequences(
     options, tiny_policy, tmp_path, monkeypatch
 ):
     """Two of them are of the plan, and one of the logged statistics; clipped rows are looked for on a CPU alone."""
-    monkeypatch.setattr(linear_grpo_loss, "_drop_clipped_rows", lambda *given: given)
+    monkeypatch.setattr(products, "reads_are_free", lambda device: False)
     quiet = {"interference_every": 0, "num_iterations": 2, "max_steps": 2, "num_generations": 8, **options}
     counts = []
     for rows in (16, 256):
