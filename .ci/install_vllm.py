@@ -1,4 +1,4 @@
-"""vLLM's CPU build beside the transformers that is here: ``python .ci/install_vllm.py [VERSION]``.
+"""Installs vLLM's CPU build into this environment: ``python .ci/install_vllm.py [VERSION]``.
 
 The package asks for other transformers, and for what text alone doesn't use (numba, mistral_common, audio, video); so
 it is installed without its requirements, and they after it, without those. It gets exactly the torch that it was built

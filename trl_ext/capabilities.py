@@ -85,7 +85,7 @@ class Capabilities:
 
 
 def nothing_works(why: str) -> Capabilities:
-    """Returns the capabilities with everything off; ``why`` is told once."""
+    """Returns the capabilities with everything off; only the first has the reason, so that it is logged once."""
     return Capabilities({"advantages": why, **dict.fromkeys(list(CAPABILITIES)[1:], "")})
 
 
