@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import trl_ext
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
+from trl_ext.plan.rehearsal import MARGIN
 from trl_ext.recorder import measure
 from trl_ext.recorder import recorder as interference_recorder
 from trl_ext.report import watch
@@ -54,7 +55,7 @@ class Room:
     def __init__(self, trainer, tokens):
         states = 8 * sum(p.numel() for p in trainer.model.parameters())
         rows = trainer.args.per_device_train_batch_size // 2
-        self._free = int((1000 * tokens + states + 500) / 0.9)
+        self._free = int((1000 * tokens + 600) / (1 - MARGIN)) + states
         self._peaks = [1000 * (16 + n * rows * trainer.max_completion_length) for n in (1, 2)]
 
     def free(self):
