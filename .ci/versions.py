@@ -148,8 +148,8 @@ is built ([what happens then](troubleshooting.md#trl)).
 
 Each row is one run of `make test-oldest`, `make test-newest` or `make test-trl`: README's snippet with the installed
 wheel, and tests that compare with TRL. Skipped tests need what that version lacks. `make test` itself runs with the
-versions of `constraints.txt`. The test that failed in "newest" held a number of the test's own; mended, it passes there.
-With other Pythons a part of the tests was run by hand, without the snippet. TRL 1.11 to 1.14 passed the trial.
+versions of `constraints.txt`. The test that failed in "newest" held a number of the test's own; mended, it passes
+there. With other Pythons a part of the tests was run by hand, without the snippet. TRL 1.11 to 1.14 passed the trial.
 
 {table}
 Written by `.ci/versions.py`.
