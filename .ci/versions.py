@@ -156,7 +156,9 @@ Written by `.ci/versions.py`.
 """
 
 
-def main(kind: str, trl: str | None = None) -> None:
+def main(kind: str = "", trl: str | None = None) -> None:
+    if (kind, trl is not None) not in (("oldest", False), ("newest", False), ("trl", True)):
+        sys.exit("usage: versions.py oldest | newest | trl VERSION; make test-trl needs VERSION=1.15.0, or a checkout")
     environment = kind if trl is None else f"TRL {Path(trl).name}"
     if sys.version_info[:2] != OLDEST_PYTHON:
         environment += f", Python {sys.version_info[0]}.{sys.version_info[1]}"

@@ -92,7 +92,10 @@ def most_kept_rows(hidden_size: int, n_vocabulary: int, itemsize: int, device: t
 
 
 def plan_tiles(n_rows: int, n_live: int, most_tile: int, most_kept: int) -> TilePlan:
-    """Plans the tiles of ``n_rows`` rows, of which the first ``n_live`` have a gradient."""
+    """Splits ``n_rows`` rows into tiles. The first ``n_live`` rows have a gradient.
+
+    ``most_tile`` and ``most_kept``: the most rows of a tile, and of a window whose gradients are kept.
+    """
     keeps = n_live > most_tile and most_kept > most_tile
     windows = split(n_live, most_kept if keeps else most_tile)
     tiles = [list(split(end - begin, most_tile, begin)) for begin, end in windows]

@@ -233,7 +233,7 @@ def test_at_most_12_launches_of_a_call_in_four_tiles(frozen, gpu_layout, launche
 @pytest.mark.skipif(*INTERPRETED[0].args, **INTERPRETED[0].kwargs)
 @pytest.mark.parametrize("off_policy", [False, True])
 def test_two_compilations_of_the_row_kernel(off_policy, gpu_layout, launches):
-    """With a gradient and without, whatever the number of rows and of rows with a gradient."""
+    """Triton compiles one kernel for rows with a gradient and one for the others, for any number of rows."""
     for n in (17, 47, 83):
         run(n, "triton", off_policy=off_policy)
     assert len(launches) > 10 and len(set(launches)) == 2

@@ -43,7 +43,7 @@ class MicroBatchSize:
         return f"{self.rows} sequences"
 
     def limits(self, rows: int, *, share: bool, least: int = 0, most: float = math.inf) -> PlanLimits:
-        """Returns the limits of a plan, of which TRL's micro-batches have ``rows`` sequences."""
+        """Returns the limits for planning a step. ``rows``: the sequences of one of TRL's micro-batches."""
         return PlanLimits(min(rows, self.rows or rows), least, most, share, self.tokens)
 
     def state_dict(self) -> dict[str, Any]:
