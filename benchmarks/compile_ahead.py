@@ -184,12 +184,18 @@ def _launch(case: Case, target: GPUTarget) -> tuple[JITFunction, _Launch]:
 def _compile(case: Case, target: GPUTarget) -> tuple[Any, int | None]:
     """Compiles by the JIT's own steps, as on a GPU of that kind. Returns the compiled kernel and BLOCK_V."""
     kernel, launch = _launch(case, target)
+    return compile_launch(kernel, launch.positional, launch.named, target), launch.named.get("BLOCK_V")
+
+
+def compile_launch(
+    kernel: JITFunction, positional: tuple[Any, ...], named: Mapping[str, Any], target: GPUTarget
+) -> Any:
+    """Compiles a kernel for these arguments of a launch, by the JIT's own steps."""
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, named = bind(*launch.positional, **launch.named)
-    options, signature, constants, attributes = kernel._pack_args(backend, named, bound, specialization, named)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options.__dict__), launch.named.get("BLOCK_V")
+    bound, specialization, options = bind(*positional, **named)
+    options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options.__dict__)
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -251,21 +257,24 @@ def _loops(instructions: list[Instruction], elements: int | None) -> list[Loop]:
     return loops
 
 
+def resources(compiled: Any, target: GPUTarget) -> tuple[int, int, str]:
+    """Returns registers, spills, and the machine code (NVIDIA's; else empty)."""
+    if target.backend == "cuda":
+        usage, sass = _disassemble(compiled.asm["cubin"])
+        numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], sass
+    numbers = {name: int(n) for name, n in re.findall(r"\.(\w+_count): +(\d+)", compiled.asm["amdgcn"])}
+    return numbers["vgpr_count"], numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"], ""
+
+
 def report(case: Case, target_name: str) -> Report:
     """Compiles one kernel for one target; nothing is run, and no GPU is needed."""
     target = TARGETS[target_name]
     compiled, block = _compile(case, target)
     threads = compiled.metadata.num_warps * target.warp_size
     elements = None if block is None else block // threads
-    if target.backend == "cuda":
-        usage, sass = _disassemble(compiled.asm["cubin"])
-        numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        registers, spills = numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
-        loops = _loops(_sass_instructions(sass), elements)
-    else:
-        numbers = {name: int(n) for name, n in re.findall(r"\.(\w+_count): +(\d+)", compiled.asm["amdgcn"])}
-        registers, spills = numbers["vgpr_count"], numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
-        loops = []
+    registers, spills, sass = resources(compiled, target)
+    loops = _loops(_sass_instructions(sass), elements) if sass else []
     dtypes = " -> ".join(str(dtype).removeprefix("torch.") for dtype in (case.tile, case.gradient))
     shared = compiled.metadata.shared
     return Report(target_name, case.variant, dtypes, case.n_vocabulary, registers, spills, shared, loops)
