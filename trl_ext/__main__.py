@@ -1,10 +1,15 @@
-"""Runs the commands ``python -m trl_ext report RUN``, ``check RUN`` and ``what-if RUN``."""
+"""Runs the commands ``python -m trl_ext report RUN``, ``check RUN``, ``what-if RUN`` and ``ablate SCRIPT``."""
 
 import sys
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["what-if"]:
+    name, *rest = sys.argv[1:] or [""]
+    if name == "what-if":
         from trl_ext.report.what_if_command import main
+    elif name == "ablate":
+        from trl_ext.ablate.command import main
     else:
         from trl_ext.report.command import main
-    main(sys.argv[2:] if sys.argv[1:2] == ["what-if"] else sys.argv[1:])
+
+        rest = sys.argv[1:]
+    main(rest)

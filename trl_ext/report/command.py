@@ -31,6 +31,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         command.add_argument("runs", nargs="+", metavar="RUN", help="a run's output_dir; it may still be going")
         command.add_argument("--json", metavar="FILE", help="also writes the numbers or verdicts as JSON")
     commands.add_parser("what-if", help="what every normalisation would have made of a run's steps")
+    commands.add_parser("ablate", help="compares normalisations, or any option, on your own script")
     return parser.parse_args(arguments)
 
 

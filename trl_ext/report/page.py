@@ -9,10 +9,10 @@ import base64
 import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
+from pathlib import Path
 
 import plotly.graph_objects as go
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -241,6 +241,18 @@ def configuration(config: Configuration) -> list[tuple[str, str]]:
     return [(label, f"{shown[name]}") for label, name in CONFIGURATION.items() if shown.get(name) not in (None, "")]
 
 
+def template(name: str) -> Template:
+    """Returns a page's template, of this folder or of ``trl_ext/ablate``."""
+    here = Path(__file__).parent
+    loader = FileSystemLoader([here, here.parent / "ablate"])
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader).get_template(name)
+
+
+def plotly_gzip() -> Markup:
+    """Returns plotly's script, compressed, for ``figures.html.jinja``."""
+    return Markup(base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode())
+
+
 def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[ReportNumbers], command: str) -> str:
     """The HTML file as a text. ``numbers`` are ``report_numbers`` of the runs."""
     shown = [section for name in SECTIONS if (section := _section(name, numbers, groups)) is not None]
@@ -248,10 +260,7 @@ def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[R
     sections = [section for section in shown if section.id not in THEORY]
     theory = [section for section in shown if section.id in THEORY]
     in_order = [*([main] if main else []), *(part for one in [*sections, *theory] for part in one.parts)]
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
-    )
-    return template.render(
+    return template("page.html.jinja").render(
         title=", ".join(run.name for run in runs),
         numbers=numbers,
         configurations=[configuration(run.config) for run in runs],
@@ -264,6 +273,6 @@ def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[R
         definitions=DEFINITIONS,
         paper=PAPER,
         figures=[part.figure for part in in_order if part.figure],
-        plotly_gzip=Markup(base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()),
+        plotly_gzip=plotly_gzip(),
         command=command,
     )
