@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .launch import Launcher
-from .study import Result, Run, Variant, digest_of, make_run, write_whole
+from .study import Mode, Result, Run, Variant, digest_of, make_run, write_whole
 
 OFF_RATE = 0.9  # of the script's own learning rate: another one, so that a script that sets it itself is found out
 
@@ -31,18 +31,24 @@ def check_script(
     Raises:
         ValueError: the script fails, sets an option itself, or passes an optimizer of its own.
     """
-    tried = _AtOwnRate(variants[-1], 0.0, seeds[-1], folder / "tried" / "dry")
-    dry = launcher.start(tried, "dry")
-    _check_result(dry, tried, "stopped")
+    named = make_run(folder / "tried", variants[-1], 0.0, seeds[-1])
+    tried = _AtOwnRate(named.variant, 0.0, named.seed, named.folder)
+    dry = _result_of(launcher, tried, "dry", "stopped")
     rate = float(dry.config["learning_rate"])
     timed = make_run(folder / "tried", variants[0], OFF_RATE * rate, seeds[0])
-    print("The script was tried; now its steps are timed.", flush=True)
-    result = launcher.start(timed, "time")
-    _check_result(result, timed, "finished")
-    return rate, result
+    return rate, _result_of(launcher, timed, "time", "finished")
 
 
-def _check_result(result: Result, run: Run, status: str) -> None:
+def _result_of(launcher: Launcher, run: Run, mode: Mode, status: str) -> Result:
+    """Runs it, or returns the result of an earlier command, whose script and options were the same."""
+    before = run.result()
+    result = before if before is not None and before.status == status else launcher.start(run, mode)
+    check_result(result, run, status)
+    return result
+
+
+def check_result(result: Result, run: Run, status: str) -> None:
+    """Raises ``ValueError`` if the run didn't end with this status, or its trainer isn't as it was set."""
     if result.status != status:
         raise ValueError(f"{run.variant.name}: {result.error}\nIts output: {run.folder / 'output.txt'}")
     if result.ignored:
@@ -54,11 +60,11 @@ def _check_result(result: Result, run: Run, status: str) -> None:
         raise ValueError(f"the script's {result.trainer} is neither CurvatureGRPOTrainer nor trl.GRPOTrainer")
 
 
-def check_manifest(launcher: Launcher, folder: Path, data: Mapping[int, str]) -> None:
+def check_manifest(launcher: Launcher, folder: Path, data: Mapping[int, str] | None = None) -> None:
     """Raises ``ValueError`` where the folder holds runs of another script, arguments, data or version of ours.
 
     Args:
-        data: a hash of the data by seed.
+        data: a hash of the data by seed, where it is known.
     """
     import trl_ext
 
@@ -69,7 +75,7 @@ def check_manifest(launcher: Launcher, folder: Path, data: Mapping[int, str]) ->
         "the script": digest_of(script.read_text() if script.is_file() else launcher.script),
         "the script's arguments": launcher.arguments,
         "the launcher": launcher.launcher,
-        **{f"the data of seed {seed}": digest for seed, digest in data.items()},
+        **{f"the data of seed {seed}": digest for seed, digest in (data or {}).items()},
         "trl_ext or grpo_kernels": digest_of(sources),
     }
     file = folder / "study.json"

@@ -216,6 +216,8 @@ def make_plan(study: Study, timed: Result) -> Plan:
 def run_study(study: Study, command: str) -> Found | None:
     """Does everything. Returns None after ``--plan``."""
     options = study.options
+    check_manifest(study.launcher, study.folder)
+    print("The script is tried, and its first steps are timed.", flush=True)
     own_rate, timed = check_script(study.launcher, study.variants, options.seeds, study.folder)
     study.script_rate = options.rates[0] if options.rates else own_rate
     check_manifest(study.launcher, study.folder, {options.seeds[0]: timed.data})

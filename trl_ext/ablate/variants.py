@@ -39,11 +39,11 @@ def parse_vary(text: str) -> list[Variant]:
 
 def parse_value(name: str, text: str) -> Any:
     """Returns an option's value, of the type that the option has. Raises ``ValueError`` for an unknown option."""
-    from trl import TrlParser
+    from transformers import HfArgumentParser
 
     from trl_ext import CurvatureGRPOConfig
 
-    class Parser(TrlParser):
+    class Parser(HfArgumentParser):
         def error(self, message: str) -> Any:
             raise ValueError(f"--vary {name}={text}: {message}")
 
