@@ -119,10 +119,11 @@ class CurvatureOptions:
         ANY,
         "Its options as JSON: '{\"alpha\": 0.5}' for power.",
         'The method\'s options: `{"alpha": 0.5}` for `power`, `{"decay": 0.9}` for `running_std` and `curvature`, '
-        '`{"decay": 0.95}` for `rae`, `{"k": 4}` for `pass_at_k` and `max_at_k`, `{"window": 10}` (batches) for `ha_dw`. '
-        "For every named method: `eps` (default 1e-4, in units of reward); `clip` limits absolute advantages; rewards of "
-        "a prompt that differ by at most `tolerance` count as equal; `keep_variance`, a share, leaves advantages only to "
-        "the fewest prompts that hold it of the summed reward variance. A JSON object on a command line.",
+        '`{"decay": 0.95}` for `rae`, `{"k": 4}` for `pass_at_k` and `max_at_k`, `{"window": 10}` (batches) for '
+        "`ha_dw`. For every named method: `eps` (default 1e-4, in units of reward); `clip` limits absolute advantages; "
+        "rewards of a prompt that differ by at most `tolerance` count as equal; `keep_variance`, a share, leaves "
+        "advantages only to the fewest prompts that hold it of the summed reward variance. A JSON object on a command "
+        "line.",
         group=NORMALISATION,
     )
 

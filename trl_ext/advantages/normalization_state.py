@@ -223,9 +223,12 @@ class RoleBaselines(NormalizationState):
         super().__init__(decay)
         self.baselines: dict[int, float] = {}
 
-    def _scan(self, rewards_PG, task_P) -> tuple[list[list[float]], dict[int, float]]:
+    def _scan(
+        self, rewards_PG: torch.Tensor, task_P: torch.Tensor | None
+    ) -> tuple[list[list[float]], dict[int, float]]:
         """Returns each completion's baseline, and the baselines after the last one."""
-        latest, rows = dict(self.baselines), []
+        rows: list[list[float]] = []
+        latest = dict(self.baselines)
         tasks = [0] * len(rewards_PG) if task_P is None else task_P.tolist()
         for task, rewards in zip(tasks, rewards_PG.double().tolist(), strict=True):
             rows.append([])
