@@ -10,8 +10,10 @@ from reference import normalize_rewards_reference
 from grpo_kernels import METHODS, normalize_with_statistics
 
 NAN = float("nan")
-ZERO_IF_EQUAL = [name for name, method in METHODS.items() if method.zero_if_equal]
-UNIT = [name for name, method in METHODS.items() if method.unit_rewards]
+# methods that are functions: test_normalize_functions.py
+IN_KERNEL = {name: method for name, method in METHODS.items() if method.function is None}
+ZERO_IF_EQUAL = [name for name, method in IN_KERNEL.items() if method.zero_if_equal]
+UNIT = [name for name, method in IN_KERNEL.items() if method.unit_rewards]
 # two prompts with different rewards; and pass rates 1/4 and 3/4
 REWARDS = [[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 4.0, 6.0]]
 PASSED = [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]]

@@ -71,8 +71,8 @@ def before_model(trainer: Any, model: Any, args: Any, rest: Any, kwargs: Any) ->
 def refuse_without_advantages(args: Any, now: Capabilities) -> None:
     """Raises ``RuntimeError`` if the run needs advantages that aren't TRL's, and only TRL's work."""
     options = args or CurvatureGRPOConfig
-    method, _ = resolve_normalization(options)
-    if method != trl_method(options.scale_rewards, options.multi_objective_aggregation):
+    method, own = resolve_normalization(options)
+    if method != trl_method(options.scale_rewards, options.multi_objective_aggregation) or own:
         name = method if isinstance(method, str) else function_name(method)
         raise RuntimeError(
             f"normalization={name!r} doesn't work with the installed TRL ({now.off['advantages']}): install one of the "

@@ -13,7 +13,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from grpo_kernels.normalize.methods import METHODS, check_normalization, function_name
+from grpo_kernels.normalize.methods import METHODS, canonical, check_normalization, function_name
 
 from .elastic_restart import rendezvous_deadline
 from .options import SCALE_REWARDS_METHOD, CurvatureOptions, check, describe
@@ -49,6 +49,7 @@ class CurvatureGRPOConfig(CurvatureOptions, GRPOConfig):
         with rendezvous_deadline():
             super().__post_init__()
         resolve_normalization(self)
+        self.normalization = canonical(self.normalization)  # so that logs and files hold one name
         check_liger(self)
         check(self)
         self._check_resampling()
@@ -100,7 +101,7 @@ def resolve_normalization(args: GRPOConfig) -> tuple[str | Callable[..., Any], M
         ValueError: the method or an option is invalid, or contradicts ``scale_rewards``.
     """
     method_of_trl = trl_method(args.scale_rewards, args.multi_objective_aggregation)
-    method = getattr(args, "normalization", None)
+    method = canonical(getattr(args, "normalization", None))
     options = getattr(args, "normalization_kwargs", None) or {}
     if not isinstance(options, dict):
         raise ValueError(f"normalization_kwargs={options!r} must be a dictionary")

@@ -13,7 +13,7 @@ from dataclasses import Field, dataclass, field, fields
 from textwrap import fill
 from typing import Any
 
-from grpo_kernels.normalize.methods import METHODS, check_normalization
+from grpo_kernels.normalize.methods import ALIASES, METHODS, canonical, check_normalization
 
 DEFAULT_MAX_ROUNDS = 4  # of resampling
 # value of TRL's scale_rewards -> our method that does the same
@@ -106,7 +106,8 @@ class CurvatureOptions:
         None,
         ANY,
         f"{', '.join(METHODS)}.",
-        "How a group's rewards become advantages: one of `grpo_kernels.METHODS`. None follows `scale_rewards` "
+        "How a group's rewards become advantages: one of `grpo_kernels.METHODS`, or another name of one "
+        f"({', '.join(f'`{alias}`: `{name}`' for alias, name in ALIASES.items())}). None follows `scale_rewards` "
         '("group" is `std`, "batch" is `batch_std`, "none" is `mean`). In Python it may be a function '
         "`f(rewards_PG, context, **normalization_kwargs) -> advantages_PG`. It gets the rewards (P, G) of all ranks, "
         "NaN where unscorable, and returns finite advantages (P, G). `context` has `lengths` (P, G) in tokens, "
@@ -118,7 +119,11 @@ class CurvatureOptions:
         ANY,
         "Its options as JSON: '{\"alpha\": 0.5}' for power.",
         'The method\'s options: `{"alpha": 0.5}` for `power`, `{"decay": 0.9}` for `running_std` and `curvature`, '
-        "and `eps` (default 1e-4, in units of reward). A JSON object on a command line.",
+        '`{"decay": 0.95}` for `rae`, `{"k": 4}` for `pass_at_k` and `max_at_k`, `{"window": 10}` (batches) for '
+        "`ha_dw`. For every named method: `eps` (default 1e-4, in units of reward); `clip` limits absolute advantages; "
+        "rewards of a prompt that differ by at most `tolerance` count as equal; `keep_variance`, a share, leaves "
+        "advantages only to the fewest prompts that hold it of the summed reward variance. A JSON object on a command "
+        "line.",
         group=NORMALISATION,
     )
 
@@ -277,7 +282,7 @@ def check(options: CurvatureOptions) -> None:
 
 
 def _check_what_if(names: list[str] | None) -> None:
-    for name in names or []:
+    for name in map(canonical, names or []):
         try:
             check_normalization(name, **({"alpha": 1.0} if name == "power" else {}))
         except ValueError as error:

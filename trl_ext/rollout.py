@@ -214,7 +214,7 @@ class Rollouts:
         """Computes the advantages and logs their metrics. Returns TRL's dict with our columns."""
         trainer, mode = self.trainer, "train" if training else "eval"
         normalized, metrics = self.components.normalizer(rewarded, training=training)
-        sums = task_sums(rewarded, normalized, self.task_names.names)
+        sums = task_sums(rewarded, normalized, self.task_names.names, self.components.normalizer.tolerance)
         self.task_means[mode].into(trainer._metrics[mode], sums)
         self.run.log(metrics if postponed else metrics | sampler_metrics(Sequences(output), self.run.accelerator))
         replace_latest(trainer._logs["advantages"], normalized.advantages.flatten().tolist())

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from grpo_kernels.normalize.methods import METHODS, check_normalization
+from grpo_kernels.normalize.methods import METHODS, SHARED_OPTIONS, canonical, check_normalization
 
 from .checks import check_number, check_per_token, check_values
 from .token_losses import SURROGATES, GroupRewards, TokenInputs, TokenLoss
@@ -83,12 +83,15 @@ def make_group_rewards(rewards, normalization, n_sequences: int, device: torch.d
         normalization = ("std", {})
     if not isinstance(normalization, tuple) or len(normalization) != 2 or not isinstance(normalization[1], Mapping):
         raise ValueError(f"normalization={normalization!r} must be a pair: (method, options)")
-    method, options = normalization
+    method, options = canonical(normalization[0]), normalization[1]
     if "method" in options:
         raise ValueError(f"normalization={normalization!r}: the method comes first, options after it")
     check_normalization(method, **options)
     if callable(method) or not METHODS[method].own_group:
         raise ValueError(f"normalization {method!r} needs more than its own group: give advantages instead of rewards")
+    refused = sorted(SHARED_OPTIONS.keys() & options)
+    if refused:
+        raise ValueError(f"normalization={normalization!r}: {', '.join(refused)} need advantages instead of rewards")
     rewards_BG = rewards_BG if rewards_BG.dtype == torch.float64 else rewards_BG.float()
     eps, alpha = float(options.get("eps", 1e-4)), float(options.get("alpha", 1.0))
     return GroupRewards(rewards_BG.contiguous(), position_B.long(), method, eps, alpha)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from grpo_kernels.normalize.methods import METHODS, check_normalization, function_name
+from grpo_kernels.normalize.methods import METHODS, SHARED_OPTIONS, canonical, check_normalization, function_name
 from grpo_kernels.normalize.rewards import normalize_rewards
 
 from .inner_products import InnerProducts, as_products
@@ -116,20 +116,22 @@ class Candidate:
 def candidates(methods: Sequence[str | Callable[..., torch.Tensor]], **options: Any) -> list[Candidate]:
     """Returns a ``Candidate`` for each method: a name in ``METHODS``, or a function for ``normalize_rewards``.
 
-    ``options`` may hold ``eps`` and ``alpha``. Raises ``ValueError`` like ``check_normalization``.
+    Of ``options`` each method gets those that it takes. Raises ``ValueError`` like ``check_normalization``.
     """
     found = []
-    for method in methods:
-        own = {name: options[name] for name in ("eps",) if name in options and not callable(method)}
+    for method in map(canonical, methods):
+        takes = () if callable(method) or method not in METHODS else ("eps", *METHODS[method].options, *SHARED_OPTIONS)
+        own = {name: options[name] for name in takes if name in options}
         if method == "power":
-            own["alpha"] = options.get("alpha", ALPHA)
+            own.setdefault("alpha", ALPHA)
         check_normalization(method, **own)
 
         def advantages(rewards_PG, context, method=method, own=own):
             return normalize_rewards(rewards_PG, method, context=context, **own)
 
         name = method if isinstance(method, str) else function_name(method)
-        found.append(Candidate(name, advantages, needs_batch=callable(method) or METHODS[method].kind != "group"))
+        needs_batch = callable(method) or METHODS[method].kind != "group" or "keep_variance" in own
+        found.append(Candidate(name, advantages, needs_batch))
     return found
 
 

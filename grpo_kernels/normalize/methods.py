@@ -8,61 +8,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from .functions import FUNCTIONS
+from .method import Method, Option
 
-@dataclass(frozen=True)
-class Option:
-    """The range of an option, ``low <= x <= high`` (``x < high`` if ``open_end``), and its default (None: required)."""
+__all__ = ["ALIASES", "METHODS", "SHARED_OPTIONS", "Method", "Option", "canonical", "check_normalization"]
 
-    low: float
-    high: float
-    default: float | None = None
-    open_end: bool = False
-
-    def allows(self, value: object) -> bool:
-        """Returns whether ``value`` is a number in the range."""
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return self.low <= value <= self.high and not (self.open_end and value == self.high)
-
-    def __str__(self) -> str:
-        return f"a number in [{self.low:g}, {self.high:g}{')' if self.open_end else ']'}"
-
-
-@dataclass(frozen=True)
-class Method:
-    """One normalisation.
-
-    Attributes:
-        centre: zero, group (mean), median, lengths (length-weighted mean), or given (computed before the pass over the
-            groups).
-        scale: one, group (std), others (leave one out), power, mean_abs, mad, iqr, mean, given, or rank (not affine: r
-            becomes its mid-rank).
-        kind: what it depends on: "group", its own group; "batch", the batch; "state", earlier steps, by ``context``.
-        formula, source: for documentation.
-        options: its options besides ``eps``.
-        needs: required entries of ``context``.
-        unit_rewards: whether rewards must be in [0, 1].
-        zero_if_equal: whether a group of equal rewards gets advantage 0.
-    """
-
-    centre: str
-    scale: str
-    kind: str
-    formula: str
-    source: str
-    options: Mapping[str, Option] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()
-    unit_rewards: bool = False
-    zero_if_equal: bool = True
-
-    @property
-    def own_group(self) -> bool:
-        """Whether a group's advantages depend only on its rewards, so that ``linear_grpo_loss`` can compute them."""
-        return self.kind == "group" and self.scale != "rank" and not self.needs
+# what every named method takes besides eps; ``shared_options.py`` applies them
+SHARED_OPTIONS = {
+    "clip": Option(0, float("inf"), open_start=True, open_end=True),
+    "tolerance": Option(0, float("inf"), open_end=True),
+    "keep_variance": Option(0, 1, open_start=True),
+}
 
 
 ALPHA = {"alpha": Option(0, 1)}
@@ -120,9 +79,37 @@ METHODS: dict[str, Method] = {
         "group", "given", "state", "(r - m) / (measured curvature at this pass rate + eps)",
         "arXiv 2601.23135, measured instead of assumed", DECAY, ("curvature_scale",), unit_rewards=True,
     ),
+    **FUNCTIONS,
 }  # fmt: skip
 
+# other names of the same advantages; a paper's loss aggregation, clipping or KL are other options
+ALIASES = {
+    "bnpo": "beta",
+    "dr_grpo": "mean",
+    "gdpo": "decoupled",
+    "gopo": "rank",
+    "grpo": "std",
+    "jspo": "shrinkage",
+    "lite_ppo": "batch_std",
+    "maxrl": "max_rl",
+    "opo": "length_weighted",
+    "pkpo": "max_at_k",
+    "reinforce": "none",
+    "reinforce++": "global",
+    "rloo": "loo",
+}
+
 REMOVED = {"adaptive": "it was never better than 'std'; use 'std', or 'max_rl' for hard prompts with verified rewards"}
+
+
+def canonical(method: Any) -> Any:
+    """Returns the name in ``METHODS`` for an alias, and anything else unchanged."""
+    return ALIASES.get(method, method) if isinstance(method, str) else method
+
+
+def option_or_default(method: str, options: Mapping[str, Any], name: str) -> Any:
+    """Returns the value of a method's option."""
+    return options.get(name, METHODS[method].options[name].default)
 
 
 def check_normalization(method: str | Callable[..., Any], *, eps: float = 1e-4, **options: Any) -> None:
@@ -132,22 +119,25 @@ def check_normalization(method: str | Callable[..., Any], *, eps: float = 1e-4, 
     if callable(method):
         _check_function(method, options)
         return
+    method = canonical(method)
     if not isinstance(method, str) or method not in METHODS:
         if isinstance(method, str) and method in REMOVED:
             raise ValueError(f"normalization {method!r} was removed: {REMOVED[method]}")
-        near = get_close_matches(str(method), METHODS, n=1)
+        near = get_close_matches(str(method), [*METHODS, *ALIASES], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"unknown normalization {method!r}: choose from {', '.join(METHODS)}, or give a function.{hint}"
+            f"unknown normalization {method!r}: choose from {', '.join(METHODS)} (or {', '.join(ALIASES)}), "
+            f"or give a function.{hint}"
         )
-    allowed = METHODS[method].options
+    own = METHODS[method].options
+    allowed = {**own, **SHARED_OPTIONS}
     for name, value in options.items():
         if name not in allowed:
-            takes = f"takes eps and {', '.join(allowed)}" if allowed else "takes only eps"
+            takes = f"takes {', '.join(['eps', *own])}, and as every method {', '.join(SHARED_OPTIONS)}"
             raise ValueError(f"normalization {method!r} has no option {name!r}: it {takes}")
         if not allowed[name].allows(value):
             raise ValueError(f"{name}={value!r} must be {allowed[name]}")
-    for name, option in allowed.items():
+    for name, option in own.items():
         if name not in options and option.default is None:
             raise ValueError(f"normalization {method!r} needs the option {name!r}, {option}")
 

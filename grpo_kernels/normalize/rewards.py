@@ -19,13 +19,16 @@ import torch
 from grpo_kernels.backend import choose_backend
 
 from .batch_statistics import batch_mean_and_std, beta_density, shrinkage
-from .group_statistics import group_centre_and_scale, mid_ranks
-from .methods import METHODS, Method, check_normalization, function_name
+from .group_statistics import group_centre_and_scale, masked_statistics, mid_ranks
+from .method import Groups
+from .methods import METHODS, Method, canonical, check_normalization, function_name, option_or_default
 from .normalized import Normalized
+from .shared_options import limit_advantages, merge_equal
 
-NUMBERS = ("batch_mean", "batch_std", "running_variance")
+NUMBERS = ("batch_mean", "batch_std", "running_variance", "recent_mean")
 FOR_FUNCTIONS = ("prompt_keys",)
-CONTEXT = (*NUMBERS, "lengths", "function_rewards", "function_weights", "curvature_scale", *FOR_FUNCTIONS)
+TENSORS = ("lengths", "function_rewards", "function_weights", "curvature_scale", "role_baseline")
+CONTEXT = (*NUMBERS, *TENSORS, *FOR_FUNCTIONS)
 
 
 def _check_rewards(rewards_PG: torch.Tensor) -> None:
@@ -64,8 +67,9 @@ def _check_context(context: Mapping[str, Any], method: str, rewards_PG: torch.Te
                 finite = math.isfinite(value)
             except (TypeError, ValueError, RuntimeError):
                 finite = False
-            if not finite or (name != "batch_mean" and value < 0):
-                sign = "" if name == "batch_mean" else ", not negative"
+            signed = name in ("batch_mean", "recent_mean")
+            if not finite or (not signed and value < 0):
+                sign = "" if signed else ", not negative"
                 raise ValueError(f"context[{name!r}]={value!r} must be a finite number{sign}")
     for name in METHODS[method].needs:
         if name not in context:
@@ -75,8 +79,9 @@ def _check_context(context: Mapping[str, Any], method: str, rewards_PG: torch.Te
         "lengths": tuple(rewards_PG.shape),
         "function_rewards": (*rewards_PG.shape, -1),
         "curvature_scale": (len(rewards_PG),),
+        "role_baseline": tuple(rewards_PG.shape),
     }
-    for name in {"lengths", "function_rewards", "curvature_scale"} & set(METHODS[method].needs):
+    for name in shapes.keys() & set(METHODS[method].needs):
         _check_tensor(name, context[name], shapes[name])
     if method == "decoupled":
         n_functions = context["function_rewards"].shape[2]
@@ -112,6 +117,18 @@ def _given(rewards_PG: torch.Tensor, method: str, eps: float, context: Mapping[s
     if method == "curvature":
         return None, context["curvature_scale"].to(rewards_PG)[:, None] + eps
     return None, None
+
+
+def _normalize_by_method_function(rewards_PG: torch.Tensor, name: str, eps: float, context, options) -> Normalized:
+    """Normalises by ``Method.function``; like ``rank``, it has neither centre nor scale."""
+    method, scorable = METHODS[name], ~rewards_PG.isnan()
+    assert method.function is not None
+    count, mean, std = masked_statistics(rewards_PG, scorable, dim=(1,))
+    own = {option: option_or_default(name, options, option) for option in method.options}
+    advantages_PG = method.function(Groups(rewards_PG, count, mean, std, eps, own, context))
+    live = scorable & (std > 0) if method.zero_if_equal else scorable
+    unknown_P = torch.full_like(rewards_PG[:, 0], torch.nan)
+    return Normalized(torch.where(live, advantages_PG, 0.0), unknown_P, unknown_P)
 
 
 def _normalize_torch(rewards_PG, method: Method, eps, alpha, centre_P1, scale_P1, lengths_PG) -> Normalized:
@@ -208,6 +225,11 @@ def normalize_rewards(
         decoupled        each function by std, summed, whitened       ~0     GDPO, arXiv 2601.05242; function_rewards
         running_std      (r - m) / (sqrt(running_variance) + eps)     0      second moment; arXiv 2601.23135
         curvature        (r - m) / (curvature_scale + eps)            0      arXiv 2601.23135, measured; r in [0, 1]
+        value_to_go      (r - m) / sqrt(m + 1/n)                      0      ``functions.py``; r in [0, 1]
+        pass_at_k        Pass@k Training in closed form               0      ``functions.py``; r = 0 or 1
+        max_at_k         mean lead over the best of k - 1 others      0      ``functions.py``: PKPO, verl's grpo_passk
+        ha_dw            std, weighted by exp(+-(m - recent_mean))    0      ``functions.py``: HA-DW; r in [0, 1]
+        rae              r - role_baseline                            not 0  ``functions.py``: RAE of SPIRAL
 
     In plain torch, ``std`` is::
 
@@ -232,10 +254,16 @@ def normalize_rewards(
               (ddof=1), if ``rewards_PG`` is a part of the batch. ``shrinkage`` and ``beta`` need the full batch.
             * ``lengths`` (P, G): tokens of each completion.
             * ``function_rewards`` (P, G, F), NaN where missing; ``function_weights`` (F,), 1 by default.
-            * ``running_variance``, ``curvature_scale`` (P,) in units of reward: states that the trainer keeps from
-              step to step.
+            * ``running_variance``, ``curvature_scale`` (P,), ``recent_mean``, ``role_baseline`` (P, G), in units of
+              reward: states that the trainer keeps from step to step.
             * ``prompt_keys`` (P,): for a user's function.
-        options: ``alpha`` in [0, 1] for ``power``. (Only the trainer uses ``decay``, of methods with a state.)
+        options: the method's own: ``alpha`` in [0, 1] for ``power``, ``k`` for ``pass_at_k`` and ``max_at_k``. (Only
+            the trainer uses ``decay`` and ``window``, of methods with a state.) And for every named method:
+
+            * ``clip``: the largest absolute advantage; it is applied last.
+            * ``tolerance``: a group whose rewards differ by at most this is a group of equal rewards, all its mean.
+            * ``keep_variance`` in (0, 1]: only the groups of largest reward variance, as few as hold this share of all
+              groups' summed variance, keep their advantages; the others get 0. It needs the full batch.
 
     Returns:
         (P, G) on the same device; float64 for float64 rewards, else float32. ``normalize_with_statistics`` also
@@ -258,6 +286,7 @@ def normalize_with_statistics(
     **options: Any,
 ) -> Normalized:
     """Computes ``normalize_rewards``, and returns also the centre and scale of each group."""
+    method = canonical(method)
     check_normalization(method, eps=eps, **options)
     _check_rewards(rewards_PG)
     context = context or {}
@@ -269,17 +298,29 @@ def normalize_with_statistics(
     if METHODS[method].unit_rewards:
         _check_unit_rewards(rewards_PG, method)
 
+    limits = {name: options.pop(name) for name in ("clip", "keep_variance") if name in options}
+    normalized = _normalize_named(rewards_PG, method, eps, context, options)
+    return limit_advantages(normalized, rewards_PG, **limits)
+
+
+def _normalize_named(rewards_PG: torch.Tensor, method: str, eps: float, context, options) -> Normalized:
+    """Normalises by a method of ``METHODS``; ``options`` are its own and ``tolerance``."""
     if rewards_PG.numel() == 0:
         return Normalized(rewards_PG.clone(), rewards_PG.new_empty(0), rewards_PG.new_empty(0))
+    tolerance = options.get("tolerance", 0.0)
     if method == "decoupled":
         function_rewards_PGF = context["function_rewards"].to(rewards_PG)
         weights_F = context.get("function_weights", rewards_PG.new_ones(function_rewards_PGF.shape[2])).to(rewards_PG)
-        std = partial(normalize_with_statistics, method="std", eps=eps)
+        std = partial(normalize_with_statistics, method="std", eps=eps, tolerance=tolerance)
         return normalize_then_sum(function_rewards_PGF, weights_F, lambda column_PG, _: std(column_PG), eps)
+    dtype, merged_PG = rewards_PG.dtype, merge_equal(rewards_PG.double(), tolerance)
+    if METHODS[method].function is not None:
+        normalized = _normalize_by_method_function(merged_PG, method, eps, context, options)
+        return Normalized(*(values.to(dtype) for values in normalized))
     # Triton passes scalars as float32, so float64 rewards (which tests use) run in torch on every device
     in_triton = dtype == torch.float32 and choose_backend(rewards_PG.device) == "triton"
     # In float64 a group of rewards 1000 + 0.001 u keeps its digits, and rewards of 3e38 don't overflow.
-    normalized = _normalize(rewards_PG.double(), method, eps, context, options, in_triton)
+    normalized = _normalize(merged_PG, method, eps, context, options, in_triton)
     return Normalized(*(values.to(dtype) for values in normalized))
 
 

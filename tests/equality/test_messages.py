@@ -46,7 +46,7 @@ WRONG_OPTIONS = [
     ({"use_liger_kernel": True, "config_class": GRPOConfig}, "use_liger_kernel=True needs a GPU"),
     ({"checkpoint_layers": 1}, "checkpoint_layers=1 contradicts gradient_checkpointing=False"),
     ({"tokens_per_micro_batch": 100, "share_prompts": False}, "micro_batch=100 contradicts share_prompts=False"),
-    ({"normalization": "grpo"}, "unknown normalization 'grpo': choose from none, mean, batch_mean, loo, std"),
+    ({"normalization": "gpo"}, "unknown normalization 'gpo': choose from none, mean, batch_mean, loo, std"),
     ({**POWER, "normalization_kwargs": {"alpha": -0.1}}, r"alpha=-0.1 must be a number in \[0, 1\]"),
     (POWER, "needs the option 'alpha'"),
     ({"normalization_kwargs": {"alpha": 0.5}}, "'std' has no option 'alpha'"),

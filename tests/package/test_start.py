@@ -99,7 +99,7 @@ def test_help_all_lists_trl_s_options(capsys):
         ("--dataset_path gold.jsonl", "none of the 2 gold answers can be parsed"),
         ("--dataset_path ok.jsonl --question_column text", "--question_column='text' is not a column"),
         ("--eval_dataset_path x.jsonl", "--eval_dataset_path goes with --dataset_path"),
-        ("--normalization grpo", "unknown normalization 'grpo': choose from none, mean, batch_mean, loo, std"),
+        ("--normalization gpo", "unknown normalization 'gpo': choose from none, mean, batch_mean, loo, std"),
         ("--normalization power --normalization_kwargs '{\"alpha\": 2}'", "alpha=2 must be a number in [0, 1]"),
         ("--per_device_train_batch_size 12", "(12) must be divisible by num_generations (8)"),
         ("--output_dir /dev/null/run", "--output_dir /dev/null/run can't be written to"),

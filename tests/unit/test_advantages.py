@@ -89,7 +89,7 @@ def unit_rewards(seed: int) -> torch.Tensor:
     return rewards
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "pass_at_k"])  # which needs 0 or 1
 def test_every_method_under_both_aggregations(method):
     """The sum, or each function, goes to ``normalize_rewards`` as it is, with lengths and what the state knows."""
     rewards, weights = unit_rewards(0), torch.tensor([0.5, 0.5])

@@ -7,9 +7,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_inputs import BACKENDS, method_options, needs_gpu
-from normalize_example import NAN, PASSED, REWARDS, UNIT, ZERO_IF_EQUAL, at_a_threshold, reference, run
+from normalize_example import IN_KERNEL, NAN, PASSED, REWARDS, UNIT, ZERO_IF_EQUAL, at_a_threshold, reference, run
 
-from grpo_kernels import METHODS, Normalized, normalize_rewards, normalize_with_statistics, use_backend
+from grpo_kernels import Normalized, normalize_rewards, normalize_with_statistics, use_backend
 from grpo_kernels.normalize import triton_groups
 
 # invariant when a constant is added to all rewards; and to those of one group
@@ -73,7 +73,7 @@ def test_worked_by_hand(method, rewards, expected, backend):
 
 
 def test_every_method_is_worked_by_hand():
-    assert {*BY_HAND, *UNIT_BY_HAND, "decoupled"} == set(METHODS)  # decoupled: test_decoupled_by_hand
+    assert {*BY_HAND, *UNIT_BY_HAND, "decoupled"} == set(IN_KERNEL)  # decoupled: test_decoupled_by_hand
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -98,7 +98,7 @@ def test_decoupled_by_hand(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_centre_and_scale_make_the_advantages(backend):
-    for method in METHODS:
+    for method in IN_KERNEL:
         rewards = PASSED if method in UNIT else REWARDS
         with use_backend(backend):
             result = run(rewards, method, eps=0.01, statistics=True)
@@ -121,7 +121,7 @@ def groups(max_p=5, max_g=12, unit=False):
     )
 
 
-def method_and_groups(methods=tuple(METHODS), **shape):
+def method_and_groups(methods=tuple(IN_KERNEL), **shape):
     drawn = st.sampled_from(sorted(methods)).flatmap(
         lambda method: st.tuples(st.just(method), groups(unit=method in UNIT, **shape))
     )
@@ -178,7 +178,7 @@ def test_one_launch_for_all_groups(monkeypatch):
 
     monkeypatch.setattr(triton_groups, "_normalize_kernel", Counted())
     with use_backend("triton"):
-        for method in METHODS:
+        for method in IN_KERNEL:
             launches.clear()
             run(torch.rand(300, 8), method)
             # 128 groups a program; decoupled: two functions and the whitening
@@ -220,7 +220,7 @@ def test_context_gives_the_whole_batch_to_one_part(backend):
     """Two processes with half the groups each, and the batch's statistics, get what one process gets."""
     rewards = torch.randn(6, 4, dtype=torch.float64)
     context = {"batch_mean": rewards.mean(), "batch_std": rewards.std().item()}
-    for method, kind in METHODS.items():
+    for method, kind in IN_KERNEL.items():
         if kind.needs or kind.unit_rewards or method == "shrinkage":
             continue
         options = method_options(method)
@@ -243,7 +243,7 @@ def test_a_function_as_normalisation():
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", IN_KERNEL)
 @pytest.mark.parametrize("shape", [(1, 2), (37, 7), (4096, 64)])
 def test_on_a_gpu(method, shape):
     rewards = torch.rand(shape, device="cuda")

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from kernel_inputs import BACKENDS
-from normalize_example import NAN, UNIT, ZERO_IF_EQUAL, reference, run
+from normalize_example import IN_KERNEL, NAN, UNIT, ZERO_IF_EQUAL, reference, run
 
-from grpo_kernels import METHODS, check_normalization, normalize_rewards, use_backend
+from grpo_kernels import check_normalization, normalize_rewards, use_backend
 
 # ---- the traps of other implementations, in the order of the catalogue
 
@@ -40,7 +40,7 @@ def test_trap_2_no_leave_one_out_std():
     rewards = [0.0, *[0.95] * 7]
     others = torch.tensor(rewards[1:], dtype=torch.float64)
     assert abs(rewards[0] - others.mean()) / (others.std() + 1e-4) > 2000
-    for method, kind in METHODS.items():
+    for method, kind in IN_KERNEL.items():
         if kind.kind != "state":
             advantages = run([rewards, [0.0, 1.0] * 4], method)
             assert advantages.abs().max() < 25, method
@@ -132,7 +132,7 @@ ONES = torch.ones(2, 4)
         ("power", {}, "'power' needs the option 'alpha'"),
         ("power", {"alpha": 1.5}, r"alpha=1.5 must be a number in \[0, 1\]"),
         ("power", {"alpha": "half"}, r"alpha='half' must be a number in \[0, 1\]"),
-        ("std", {"alpha": 0.5}, "'std' has no option 'alpha': it takes only eps"),
+        ("std", {"alpha": 0.5}, "'std' has no option 'alpha': it takes eps, and as every method clip"),
         ("std", {"eps": -1.0}, "eps=-1.0 must be"),
         ("std", {"rewards_PG": ONES.flatten()}, r"shape \(8,\): expected \(P, G\)"),
         ("std", {"rewards_PG": torch.empty(3, 0)}, r"shape \(3, 0\)"),
@@ -188,7 +188,7 @@ def test_bad_context_is_named(method, context, message):
     [
         ("running_std", {"decay": 1.0}, r"decay=1.0 must be a number in \[0, 1\)"),
         ("curvature", {"decay": True}, "decay=True must be a number"),
-        ("curvature", {"alpha": 0.5}, "no option 'alpha': it takes eps and decay"),
+        ("curvature", {"alpha": 0.5}, "no option 'alpha': it takes eps, decay, and"),
     ],
 )
 def test_bad_options_of_states_are_named(method, options, message):

@@ -11,9 +11,10 @@ import pytest
 import torch
 from far_tensors import CurrentDevice, Far, InterpretedKernel, far_away, near
 from kernel_inputs import INTERPRETED, V, context_tensors, head_inputs, method_options, signal_of
+from normalize_example import IN_KERNEL
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from grpo_kernels import METHODS, linear_grpo_loss, linear_logprob, normalize_with_statistics, use_backend
+from grpo_kernels import linear_grpo_loss, linear_logprob, normalize_with_statistics, use_backend
 from grpo_kernels.head.linear_grpo_loss import LinearGRPOLossFunction
 from grpo_kernels.head.linear_logprob import LinearLogprobFunction
 from grpo_kernels.head.products import HeadSketch
@@ -183,7 +184,7 @@ def test_linear_logprob(upstream, passes, device, launched):
 # ---- the rest
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", IN_KERNEL)
 def test_normalisation(method, device, launched):
     rewards_PG = inputs(torch.float32)["rewards"]
 

@@ -12,16 +12,16 @@ import triton
 import triton.language as tl
 from guarded_memory import OutOfBounds, guard
 from kernel_inputs import INTERPRETED
-from normalize_example import run
+from normalize_example import IN_KERNEL, run
 
-from grpo_kernels import METHODS, use_backend
+from grpo_kernels import use_backend
 from grpo_kernels.head.rows import plain, triton_rows
 from grpo_kernels.head.rows.plain import Transform
 from grpo_kernels.head.rows.triton_rows import _gradient, _tile
 from grpo_kernels.head.token_losses import GroupRewards, TokenInputs, TokenLoss
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-OWN_GROUP = [name for name, method in METHODS.items() if method.own_group]
+OWN_GROUP = [name for name, method in IN_KERNEL.items() if method.own_group]
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_softmax_and_gradient(count, width, spare, dtype, guarded):
     assert guarded[1] == ["_softmax_rows_kernel", "_logit_gradient_kernel"] * 2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", IN_KERNEL)
 def test_normalisation(method, guarded):
     for n_groups, n_generations in [(1, 1), (1, 7), (3, 2), (5, 3), (2, 5), (130, 7), (3, 1030)]:
         generator = torch.Generator().manual_seed(n_generations)

@@ -5,14 +5,13 @@ from functools import partial
 import pytest
 import torch
 from kernel_inputs import BACKENDS
-from normalize_example import run
+from normalize_example import IN_KERNEL, run
 from poison import poisoned_memory
 
 from grpo_kernels import linear_grpo_loss, linear_logprob, use_backend
 from grpo_kernels.backend import assume_native_half
 from grpo_kernels.head import products, tiles
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from grpo_kernels.normalize.methods import METHODS
 from trl_ext.sharing import attention
 from trl_ext.sharing.packed_rows import pack
 
@@ -87,7 +86,7 @@ def test_the_padding_of_a_tile_is_zero_in_poisoned_memory(dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", IN_KERNEL)
 def test_normalisation(backend, method):
     rewards = torch.rand(5, 7)
     rewards[1, 2], rewards[2] = torch.nan, 0.5

@@ -73,7 +73,9 @@ class TaskMeans:
             logged[name] = [total / count]
 
 
-def task_sums(rewarded: RewardedBatch, normalized: Normalized, names: Mapping[int, str]) -> Sums:
+def task_sums(
+    rewarded: RewardedBatch, normalized: Normalized, names: Mapping[int, str], tolerance: float = 0.0
+) -> Sums:
     """Sums up the metrics of each task, under ``tasks/<task>/``; none if there are more than ``MOST`` tasks.
 
     * ``reward``: its mean is the accuracy if right answers get 1 and wrong ones 0.
@@ -86,7 +88,7 @@ def task_sums(rewarded: RewardedBatch, normalized: Normalized, names: Mapping[in
     if not present or len(names) > MOST:
         return {}
     reward_PG, advantage_PG = rewarded.rewards, normalized.advantages.view(-1, rewarded.num_generations)
-    live_P = live_groups(reward_PG)
+    live_P = live_groups(reward_PG, tolerance)
     sums: Sums = {}
     for key, task in names.items():
         of_task_P = key_P == key

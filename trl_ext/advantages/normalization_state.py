@@ -1,4 +1,4 @@
-"""Keeps the state of a normalisation from step to step: running variance, measured curvature.
+"""Keeps the state of a normalisation from step to step: running variance, measured curvature, recent mean, baselines.
 
 Shapes: P prompts, G completions of one prompt.
 
@@ -12,6 +12,7 @@ Only ``MeasuredCurvature`` uses them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,12 @@ import torch
 
 from grpo_kernels import METHODS
 from grpo_kernels.normalize.group_statistics import masked_statistics
+from grpo_kernels.normalize.methods import option_or_default
 
 # The smallest scale, relative to the mean scale of the measured bins: it keeps advantages bounded.
 CURVATURE_FLOOR = 0.1
 
-State = Mapping[str, float | list[float | None] | None]  # for JSON
+State = Mapping[str, float | Sequence[float | None] | None]  # for JSON
 
 
 def moving_average(previous: float | None, value: float, decay: float) -> float:
@@ -35,12 +37,16 @@ class NormalizationState:
     """The interface of a state, and the empty state of methods that need none."""
 
     not_ready = ""  # when and why the method falls back to ``std``; the end of a log message
+    includes_batch = True  # whether it observes a training batch before that batch's advantages, or after
 
     def __init__(self, decay: float = 0.9) -> None:
         self.decay = decay
 
-    def observe_rewards(self, rewards_PG: torch.Tensor) -> None:
-        """Updates the state with a training batch's rewards (P, G) of all ranks, NaN where unscorable."""
+    def observe_rewards(self, rewards_PG: torch.Tensor, task_P: torch.Tensor | None = None) -> None:
+        """Updates the state with a training batch's rewards (P, G) of all ranks, NaN where unscorable.
+
+        ``task_P``: (P,) the prompts' task keys; None: they all have the same task.
+        """
 
     def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None:
         """Updates the state with curvatures (P,) of prompts of the latest batch, given by ``prompt_id`` (P,)."""
@@ -50,7 +56,9 @@ class NormalizationState:
         """Whether the state has what the method needs."""
         return True
 
-    def context(self, rewards_PG: torch.Tensor) -> Mapping[str, torch.Tensor | float]:
+    def context(
+        self, rewards_PG: torch.Tensor, task_P: torch.Tensor | None = None
+    ) -> Mapping[str, torch.Tensor | float]:
         """Returns the entries of ``normalize_rewards``'s context for these rewards."""
         return {}
 
@@ -83,12 +91,12 @@ class RunningVariance(NormalizationState):
         comparable = count > 1
         return std[comparable].square().mean().item() if comparable.any() else None
 
-    def observe_rewards(self, rewards_PG):
+    def observe_rewards(self, rewards_PG, task_P=None):
         variance = self._batch_variance(rewards_PG)
         if variance is not None:
             self.variance = moving_average(self.variance, variance, self.decay)
 
-    def context(self, rewards_PG):
+    def context(self, rewards_PG, task_P=None):
         if self.variance is None:  # evaluation before the first training batch
             return {"running_variance": self._batch_variance(rewards_PG) or 0.0}
         return {"running_variance": self.variance}
@@ -134,7 +142,7 @@ class MeasuredCurvature(NormalizationState):
         bins = (mean * rewards_PG.shape[1]).round().long()
         return torch.where(count > 1, bins, -1).flatten().tolist(), std.flatten().tolist()
 
-    def observe_rewards(self, rewards_PG):
+    def observe_rewards(self, rewards_PG, task_P=None):
         if len(self.curvature) != rewards_PG.shape[1] + 1:  # first batch, or a resume with another G
             bins = rewards_PG.shape[1] + 1
             self.curvature, self.std = [None] * bins, [None] * bins
@@ -153,7 +161,7 @@ class MeasuredCurvature(NormalizationState):
             self.curvature[b] = moving_average(self.curvature[b], curvature, self.decay)
             self.std[b] = moving_average(self.std[b], std, self.decay)
 
-    def context(self, rewards_PG):
+    def context(self, rewards_PG, task_P=None):
         bins, stds = self._bins(rewards_PG)
         measured = {b: abs(value) for b, value in enumerate(self.curvature) if value is not None}
         total = sum(measured.values())
@@ -177,9 +185,79 @@ class MeasuredCurvature(NormalizationState):
         self.curvature, self.std = list(state["curvature"]), list(state["std"])
 
 
+class RecentMean(NormalizationState):
+    """Keeps the mean rewards of the last ``window`` batches, the current one included, for ``ha_dw``."""
+
+    def __init__(self, window: int = 10) -> None:
+        super().__init__()
+        self.window = window
+        self.means: list[float] = []
+
+    def observe_rewards(self, rewards_PG, task_P=None):
+        mean = float(rewards_PG.double().nanmean())
+        if math.isfinite(mean):  # else no completion was scored
+            self.means = [*self.means, mean][-self.window :]
+
+    def context(self, rewards_PG, task_P=None):
+        if self.means:
+            return {"recent_mean": sum(self.means) / len(self.means)}
+        return {"recent_mean": float(rewards_PG.double().nanmean().nan_to_num(0.0))}  # evaluation before training
+
+    def state_dict(self):
+        return {"means": self.means}
+
+    def load_state_dict(self, state):
+        self.means = list(state["means"])[-self.window :]
+
+
+class RoleBaselines(NormalizationState):
+    """Keeps a moving average of rewards for each task (SPIRAL: for each game and role), for ``rae``.
+
+    Each completion is compared with the average of those before it, b, and then b <- decay b + (1 - decay) r; b starts
+    at 0. So its own reward isn't in its baseline. The order is that of the batch of all ranks.
+    """
+
+    includes_batch = False
+
+    def __init__(self, decay: float = 0.95) -> None:
+        super().__init__(decay)
+        self.baselines: dict[int, float] = {}
+
+    def _scan(
+        self, rewards_PG: torch.Tensor, task_P: torch.Tensor | None
+    ) -> tuple[list[list[float]], dict[int, float]]:
+        """Returns each completion's baseline, and the baselines after the last one."""
+        rows: list[list[float]] = []
+        latest = dict(self.baselines)
+        tasks = [0] * len(rewards_PG) if task_P is None else task_P.tolist()
+        for task, rewards in zip(tasks, rewards_PG.double().tolist(), strict=True):
+            rows.append([])
+            for reward in rewards:
+                baseline = latest.setdefault(task, 0.0)
+                rows[-1].append(baseline)
+                if reward == reward:  # not NaN
+                    latest[task] = self.decay * baseline + (1 - self.decay) * reward
+        return rows, latest
+
+    def observe_rewards(self, rewards_PG, task_P=None):
+        self.baselines = self._scan(rewards_PG, task_P)[1]
+
+    def context(self, rewards_PG, task_P=None):
+        rows, _ = self._scan(rewards_PG, task_P)
+        return {"role_baseline": rewards_PG.new_tensor(rows).reshape(rewards_PG.shape)}
+
+    def state_dict(self):
+        return {"tasks": list(self.baselines), "baselines": list(self.baselines.values())}
+
+    def load_state_dict(self, state):
+        self.baselines = dict(zip(state["tasks"], state["baselines"], strict=True))
+
+
 STATES: dict[str, type[NormalizationState]] = {
     "running_std": RunningVariance,
     "curvature": MeasuredCurvature,
+    "ha_dw": RecentMean,
+    "rae": RoleBaselines,
 }
 
 
@@ -187,7 +265,7 @@ def make_state(method: Any, options: Mapping[str, Any]) -> NormalizationState:
     """Returns a new state for this normalisation."""
     if not isinstance(method, str) or method not in STATES:
         return NormalizationState()
-    return STATES[method](options.get("decay", METHODS[method].options["decay"].default))
+    return STATES[method](**{name: option_or_default(method, options, name) for name in METHODS[method].options})
 
 
 def restore_states(states: Sequence[NormalizationState], saved: Sequence[Mapping[str, Any]]) -> bool:

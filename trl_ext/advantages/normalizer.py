@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from grpo_kernels import METHODS, Normalized
+from grpo_kernels.normalize.methods import SHARED_OPTIONS
 from trl_ext.compat import RewardSettings, RunSettings
 from trl_ext.config import resolve_normalization, trl_method
 
@@ -96,7 +97,14 @@ class Normalizer:
         """Method and options if a group's advantages depend only on its own weighted rewards; else None."""
         if self.aggregation != "sum_then_normalize" or not isinstance(self.method, str):
             return None
-        return (self.method, self.options) if METHODS[self.method].own_group else None
+        if not METHODS[self.method].own_group or not SHARED_OPTIONS.keys().isdisjoint(self.options):
+            return None
+        return self.method, self.options
+
+    @property
+    def tolerance(self) -> float:
+        """By how much rewards of a dead group may differ; 0 for a user's function."""
+        return self.options.get("tolerance", 0.0) if self.name else 0.0
 
     @property
     def baseline_size(self) -> int:
@@ -106,25 +114,26 @@ class Normalizer:
 
     def __call__(self, batch: RewardedBatch, *, training: bool) -> tuple[Normalized, dict[str, float]]:
         """Returns the advantages (P, G) and their metrics. Only training batches update the state."""
-        if training:
-            observe_rewards(self.states, batch.rewards_BF, batch.weights_F, batch.num_generations, self.aggregation)
-        state = self.states[0]
+        state, task_P = self.states[0], batch.task_keys_B[:: batch.num_generations]
+        rewards = batch.rewards_BF, batch.weights_F, batch.num_generations
+        if training and state.includes_batch:
+            observe_rewards(self.states, *rewards, self.aggregation, task_P)
         if not state.ready:
             self.run.log_once(f"normalization={self.method!r} is 'std' {state.not_ready}.")
         normalized = compute_advantages(
-            batch.rewards_BF,
-            batch.weights_F,
-            batch.num_generations,
+            *rewards,
             self.method,
             self.options,
             self.aggregation,
             self.states,
+            task_P,
             lengths=batch.lengths_B.view(-1, batch.num_generations).to(batch.rewards_BF.dtype),
             prompt_keys=batch.keys_B[:: batch.num_generations],
         )
-        metrics = normalization_metrics(
-            batch.rewards_BF, batch.weights_F, batch.num_generations, self.aggregation, normalized
-        )
+        if training and not state.includes_batch:
+            observe_rewards(self.states, *rewards, self.aggregation, task_P)
+        keep_variance = self.options.get("keep_variance") if self.name else None
+        metrics = normalization_metrics(*rewards, self.aggregation, normalized, self.tolerance, keep_variance)
         return normalized, {**metrics, **state.metrics()}
 
     def observe_curvature(self, prompt_id_P: torch.Tensor, curvature_P: torch.Tensor) -> None:

@@ -166,7 +166,11 @@ class Resampling:
         """Returns a round without its rows; ``fill`` adds them if there is a second round."""
         n = len(rewarded.rewards_BF)
         dead_P = zero_variance_groups(
-            rewarded.rewards_BF, rewarded.weights_F, rewarded.num_generations, self.normalizer.aggregation
+            rewarded.rewards_BF,
+            rewarded.weights_F,
+            rewarded.num_generations,
+            self.normalizer.aggregation,
+            self.normalizer.tolerance,
         )
         return Round(
             rows=[],

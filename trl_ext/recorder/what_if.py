@@ -14,7 +14,7 @@ import torch
 from grpo_kernels.interference.inner_products import InnerProducts
 from grpo_kernels.interference.noise import GradientNoise, gradient_noise
 from grpo_kernels.interference.what_if import Candidate, StepScores, WhatIf, candidates, what_if
-from grpo_kernels.normalize.methods import METHODS
+from grpo_kernels.normalize.methods import METHODS, SHARED_OPTIONS
 
 from .failures import OptionalFeature
 from .sequence_table import SequenceTable
@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # the report uses this module without TRL
 
 # methods that need no state; decoupled only with several reward functions
 STATELESS = tuple(name for name, method in METHODS.items() if method.kind != "state")
+# a run's options that the other methods get too, so that two methods differ in nothing else
+SHARED = ("eps", "alpha", "k", *SHARED_OPTIONS)
 Products = torch.Tensor | InnerProducts
 PARTIAL_BATCH = "the step holds a part of the batch"
 
@@ -167,7 +169,7 @@ class WhatIfLog:
         """Returns the normalisations to compare with; they get the run's options unless it uses a function."""
         names, options = self.run.options.what_if, self.run.options.normalization_kwargs
         given = options if used is not None and isinstance(options, dict) else {}
-        shared = {name: given[name] for name in ("eps", "alpha") if name in given}
+        shared = {name: given[name] for name in SHARED if name in given}
         return candidates(STATELESS if names is None else tuple(names), **shared)
 
     def _observe(self, gram_BB: Products, sequences: SequenceTable, tasks: Tasks) -> dict[str, float]:

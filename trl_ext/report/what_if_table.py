@@ -20,7 +20,7 @@ from trl_ext.options import SCALE_REWARDS_METHOD
 from trl_ext.recorder.files import InterferenceRecord
 from trl_ext.recorder.sequence_table import SequenceTable
 from trl_ext.recorder.task_interference import Tasks
-from trl_ext.recorder.what_if import STATELESS, as_plain, step_scores, step_table
+from trl_ext.recorder.what_if import SHARED, STATELESS, as_plain, step_scores, step_table
 
 from .read_run import Run
 from .run_files import Configuration
@@ -141,7 +141,7 @@ def given_options(config: Configuration) -> dict[str, float]:
     """Of the run's normalisation; a function's are its own."""
     name = config.get("normalization") or "std"
     options = config.get("normalization_kwargs") if isinstance(name, str) and name in METHODS else None
-    return {name: options[name] for name in ("eps", "alpha") if name in options} if isinstance(options, dict) else {}
+    return {name: options[name] for name in SHARED if name in options} if isinstance(options, dict) else {}
 
 
 def record_scores(record: InterferenceRecord, used: Candidate | None) -> tuple[StepScores, SequenceTable] | str:
