@@ -15,7 +15,7 @@ DEFINITIONS = {
     "normalisation": {
         "normalization/scale_mean, scale_min, scale_max": "what a group's centred rewards are divided by, over the live "
         "groups of a batch, in units of reward",
-        "normalization/zero_variance_frac": "share of groups whose answers all got the same reward",
+        "normalization/zero_variance_frac": "share of groups whose answers all got the same reward, up to `tolerance`",
         "normalization/advantage_abs_mean, advantage_max": "mean and largest absolute advantage",
     },
     "what_if": {
