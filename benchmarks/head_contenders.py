@@ -87,7 +87,8 @@ def naive(problem: Problem) -> torch.Tensor:
 def liger(problem: Problem) -> torch.Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo")
+    compiled = problem.hidden.is_cuda  # its default; a CPU has no compiler everywhere
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=compiled, use_ref_model=False, loss_type="bnpo")
     targets = problem.targets.view(SEQUENCES, -1)
     hidden = problem.hidden.view(*targets.shape, -1)
     mask = torch.ones(targets.shape, device=targets.device)
@@ -136,7 +137,11 @@ def cut(problem: Problem, filter_eps: float | str | None = "auto") -> torch.Tens
     """
     from cut_cross_entropy import linear_cross_entropy
 
-    options = {"reduction": "none", "filter_eps": filter_eps, "impl": "cce" if problem.hidden.is_cuda else "torch_compile"}
+    options = {
+        "reduction": "none",
+        "filter_eps": filter_eps,
+        "impl": "cce" if problem.hidden.is_cuda else "torch_compile",
+    }
     nll = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, **options)
     return policy_loss(-nll, problem)
 

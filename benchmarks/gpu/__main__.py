@@ -165,6 +165,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     chosen = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the part's process ends too
     run = Run(chosen.out.resolve(), chosen.minutes, chosen.memory, chosen.tiny, chosen.device)
     run.out.mkdir(parents=True, exist_ok=True)
     if chosen.wheels:

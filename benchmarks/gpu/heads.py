@@ -57,7 +57,7 @@ def plain(problem: heads.Problem, mean_nll: bool) -> torch.Tensor:
 
 
 def check(name: str, problem: heads.Problem) -> float:
-    """The contender's largest relative error against float64; raises ``AssertionError`` if plain torch's is far less."""
+    """The contender's largest relative error against float64; an ``AssertionError`` if plain torch's is far less."""
     mean_nll = name in heads.MEAN_NLL
     exact = gradients(lambda p: plain(p, mean_nll), in_float64(problem))
     usual = gradients(lambda p: plain(p, mean_nll), problem)

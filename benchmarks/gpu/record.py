@@ -24,7 +24,7 @@ CUDA_ERRORS = ("CUDA error", "CUDA driver error", "device-side assert", "illegal
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one contender in one case; ``note`` says why nothing was, or what differs from the others."""
+    """What was measured of one contender in one case; ``note`` says why nothing was, or what sets it apart."""
 
     case: str
     contender: str
@@ -106,6 +106,7 @@ class Record:
 
     def __init__(self, file: PartFile, minutes: float) -> None:
         self.file, self.started, self.before = file, time.monotonic(), file.seconds
+        self.parent = os.getppid()
         self.deadline = self.started + 60 * minutes
 
     def left(self) -> float:
@@ -113,6 +114,8 @@ class Record:
         return self.deadline - time.monotonic()
 
     def save(self) -> None:
+        if os.getppid() != self.parent:
+            os._exit(1)  # the runner was killed; its successor may write this file
         self.file.seconds = self.before + time.monotonic() - self.started
         self.file.save()
 

@@ -31,4 +31,3 @@ class Setting:
     @property
     def rounds(self) -> int:
         return 2 if self.tiny else 9
-

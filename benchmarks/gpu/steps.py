@@ -16,7 +16,7 @@ import gc
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -60,9 +60,7 @@ class Candidate:
 def variants_of(best: Candidate) -> list[Candidate]:
     """The same at other options of its trainer."""
     liger = [] if best.is_ours else [replace(best, variant="TRL, Liger's layers", option="use_liger_kernel")]
-    compiled = replace(best, variant=f"{best.variant}, compiled", option="torch_compile")
-    layers = [replace(best, variant="ours, compiled layers", option="compile_layers")] if best.is_ours else []
-    return [*liger, compiled, *layers]
+    return [*liger, replace(best, variant=f"{best.variant}, compiled", option="torch_compile")]
 
 
 class Bench:
@@ -81,10 +79,7 @@ class Bench:
         self.sequences = len(self.rollouts.completions)
 
     def build(self, candidate: Candidate, **options: Any) -> steps.Contender:
-        config_class = steps.CLASSES[candidate.trainer][1]
         if candidate.option:
-            if candidate.option not in {field.name for field in fields(config_class)}:
-                raise ValueError(f"{config_class.__name__} has no option {candidate.option}")
             options[candidate.option] = True
         if self.setting.tiny and candidate.option == "torch_compile":
             options["torch_compile_backend"] = "eager"  # Inductor compiles for minutes on a CPU
