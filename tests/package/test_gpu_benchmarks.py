@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from processes import ROOT, environment
@@ -169,6 +170,26 @@ def test_every_prediction_is_of_a_case_that_is_measured():
 
     cases |= {steps.title("1.5B", True, setting, share) for share in steps.SHARES} | {"1.5B LoRA, a step's launches"}
     assert {prediction.case for prediction in page.predictions()} <= cases
+
+
+def test_what_is_counted_of_a_profile():
+    cpu, gpu = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    from gpu.counts import counted
+
+    names = {
+        "aten::mm": cpu,
+        "cudaLaunchKernel": cpu,
+        "cuLaunchKernelEx": cpu,
+        "cudaStreamSynchronize": cpu,
+        "gemm": gpu,
+        "triton_fused": gpu,
+        "Memcpy DtoH (Device -> Pinned)": gpu,
+        "Memset (Device)": gpu,
+    }
+    events = [SimpleNamespace(name=name, device_type=device) for name, device in names.items()]
+    events.append(SimpleNamespace(name="Optimizer.step", device_type=gpu, is_user_annotation=True))
+    expected = {"kernels": 2, "launches": 2, "waits": 1, "copies to the host": 1, "ATen calls": 1}
+    assert counted(events) == expected
 
 
 @pytest.mark.nightly
