@@ -46,7 +46,7 @@ class PartFile:
     state: str = "new"  # "running", "done", "time is up" or "failed"
     seconds: float = 0.0
     rows: list[Row] = field(default_factory=list)
-    done: list[str] = field(default_factory=list)  # cases; tests by their name
+    done: list[str] = field(default_factory=list)  # cases; of some parts contenders, whose rows are kept too
     crashed: list[Row] = field(default_factory=list)
     running: tuple[str, str] | None = None
     error: str = ""
