@@ -44,7 +44,8 @@ class Run:
 
     @property
     def peers(self) -> Path:
-        return self.out / "peers"
+        """Where wheels are unpacked. QuACK takes code as installed by the folder's name alone."""
+        return self.out / "peers" / "site-packages"
 
     @property
     def variables(self) -> dict[str, str]:
