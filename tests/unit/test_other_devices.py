@@ -87,7 +87,7 @@ class Context(SimpleNamespace):
         pass
 
 
-GRAD_ENABLED = {LinearGRPOLossFunction: 1, LinearLogprobFunction: 4}  # its place among the arguments
+GRAD_ENABLED = {LinearGRPOLossFunction: 1, LinearLogprobFunction: 2}  # its place among the arguments
 NEEDS = {
     "no gradient": [False] * 5,
     "all": [True] * 5,
