@@ -113,7 +113,7 @@ class FusedHead:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         with self._projection(model, hidden_NH, keep=True) as (hidden_NH, weight, options):
             options["head_sketch"] = self._sketch(model, hidden_NH, sequence_N)
-            found = linear_logprob(hidden_NH, weight, targets_N.to(weight.device), entropy=self.entropy, **options)
+            found: Any = linear_logprob(hidden_NH, weight, targets_N.to(weight.device), entropy=self.entropy, **options)
         return found if self.entropy else (found, None)
 
     def _loss(
