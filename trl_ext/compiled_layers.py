@@ -157,7 +157,8 @@ class CompiledLayers:
     def give_up(self, error: Exception) -> None:
         """Runs all layers uncompiled from here on."""
         self._on, self.layers = False, []
-        text = next((line for line in str(error).splitlines() if line.strip()), "no message")
+        cause = error.__cause__ or error
+        text = next((line for line in str(cause).splitlines() if line.strip()), "no message")
         self._log_once(f"Layers aren't compiled from here on: {type(error).__name__}: {text}")
 
 

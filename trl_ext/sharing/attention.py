@@ -70,7 +70,7 @@ def attention(
     if rows is None:
         if dropout or (sliding_window is not None and sliding_window < longest):
             raise operators.NotCompiled("attention with dropout or a sliding window")
-        return operators.packed_attention(query, key, value, lengths, scale)[0].transpose(1, 2), None
+        return operators.packed_attention(query, key, value, lengths, scale)[0], None
     rows.windows.add(sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < rows.longest else None
     if window is None and not dropout and flash.supports(query, key, value):

@@ -23,7 +23,7 @@ class NotCompiled(ValueError):  # noqa: N818
 
 
 @lru_cache(maxsize=8)
-def _spans(table: tuple[int, ...]) -> tuple[Spans, Spans, Spans]:
+def _spans(table: tuple[int, ...]) -> tuple[Spans, Spans]:
     """Returns the spans of a table of lengths; the layers of a micro-batch share them and what they cache."""
     n_prompts, n_answers, *lengths = table
     ends = n_prompts, 2 * n_prompts, 2 * n_prompts + n_answers
@@ -34,8 +34,9 @@ def _spans(table: tuple[int, ...]) -> tuple[Spans, Spans, Spans]:
 def packed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the output (1, H, S, D) and the log-sum-exp (1, H, S). ``table``: of ``PackedRows.table``."""
-    return parts.forward(query, key, value, _spans(tuple(table.tolist())), scale)
+    """Returns the output (1, S, H, D) and the log-sum-exp (1, H, S). ``table``: of ``PackedRows.table``."""
+    out, lse = parts.forward(query, key, value, _spans(tuple(table.tolist())), scale)
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
 @packed_attention.register_fake
@@ -43,7 +44,7 @@ def _(query, key, value, table, scale):
     if not flash.supports(query, key, value):
         raise NotCompiled(f"attention in {query.dtype} on {query.device.type}")
     lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-    return torch.empty_like(query), lse
+    return _by_token_like(query).transpose(1, 2), lse
 
 
 @torch.library.custom_op("curvature_grpo::packed_attention_backward", mutates_args=(), tags=_TAGS)
@@ -59,13 +60,24 @@ def packed_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the gradients of query, key and value."""
     spans = _spans(tuple(table.tolist()))
-    grads = parts.backward(grad_out, query, key, value, out, lse, spans, scale)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+    grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
+    of_query, of_key, of_value = parts.backward(grad_out, query, key, value, out, lse, spans, scale)
+    return _by_token(of_query), _by_token(of_key), _by_token(of_value)
 
 
 @packed_attention_backward.register_fake
 def _(grad_out, query, key, value, out, lse, table, scale):
-    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+    return _by_token_like(query), _by_token_like(key), _by_token_like(value)
+
+
+def _by_token(x: torch.Tensor) -> torch.Tensor:
+    """Returns (1, H, S, D) in memory where a token's heads are neighbours, as a GPU's operator has them."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _by_token_like(x: torch.Tensor) -> torch.Tensor:
+    heads, tokens, width = x.shape[1:]
+    return x.new_empty(1, tokens, heads, width).transpose(1, 2)
 
 
 def _keep(ctx, inputs, output) -> None:

@@ -35,19 +35,16 @@ class Spans:
     cache: dict[str, Any] = field(default_factory=dict)
 
 
-def spans_of(prompts: list[int], of_prompts: list[int], answers: list[int]) -> tuple[Spans, Spans, Spans]:
-    """Returns three spans: prompts attend to themselves, answers to their prompts, answers to themselves.
+def spans_of(prompts: list[int], of_prompts: list[int], answers: list[int]) -> tuple[Spans, Spans]:
+    """Returns two spans: prompts and answers attend to themselves, and answers to their prompts.
 
     Args:
         prompts, of_prompts, answers: tokens of each prompt, of all its answers together, and of each answer.
     """
     end = sum(prompts)
-    first, last = slice(0, end), slice(end, end + sum(answers))
-    return (
-        Spans(first, first, prompts, prompts, causal=True),
-        Spans(last, first, of_prompts, prompts, causal=False),
-        Spans(last, last, answers, answers, causal=True),
-    )
+    whole, first, last = slice(0, end + sum(answers)), slice(0, end), slice(end, end + sum(answers))
+    own = [*prompts, *answers]
+    return Spans(whole, whole, own, own, causal=True), Spans(last, first, of_prompts, prompts, causal=False)
 
 
 @dataclass
@@ -77,10 +74,10 @@ class PackedRows:
     lengths: tuple[list[int], list[int], list[int]]
     windows: set[int | None] = field(default_factory=set)
     _masks: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    _spans: tuple[Spans, Spans, Spans] | None = None
+    _spans: tuple[Spans, Spans] | None = None
     _table: torch.Tensor | None = None
 
-    def spans(self) -> tuple[Spans, Spans, Spans]:
+    def spans(self) -> tuple[Spans, Spans]:
         """Returns the spans of the prompts and answers (``spans_of``)."""
         if self._spans is None:
             self._spans = spans_of(*self.lengths)

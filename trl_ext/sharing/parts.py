@@ -1,7 +1,7 @@
 """Computes attention in a packed row in parts, whose softmaxes are merged by their log-sum-exps.
 
-Each prompt attends to itself, all answers of a prompt together attend to the prompt's keys, and each answer attends to
-its own keys. The backward of each part is flash attention's, with the output and the log-sum-exp of the merged softmax:
+Prompts and answers attend to themselves, and all answers of a prompt together attend to the prompt's keys. The backward
+of each part is flash attention's, with the output and the log-sum-exp of the merged softmax:
 ``dS = P (dP - rowsum(dO O))`` with ``P = exp(S - lse)`` needs nothing else (Dao et al. 2022, algorithm 4).
 
 Tokens after the last answer are padding (``compiled_layers.py``): their output and gradients are 0.
@@ -12,34 +12,30 @@ Shapes: S packed tokens, D head width; query (1, H, S, D), key and value (1, K, 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from . import flash
 from .packed_rows import Spans
 
-Parts = tuple[Spans, Spans, Spans]  # of ``PackedRows.spans``
+Parts = tuple[Spans, Spans]  # of ``PackedRows.spans``
 
 
 def forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Parts, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the output (1, H, S, D) and the log-sum-exp (1, H, S) of the merged softmax."""
-    of_prompts, to_prompts, of_answers = parts
+    own, to_prompts = parts
     key, value = flash.per_head(query, key, value)
-    out = torch.empty_like(query)
-    lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-    prompts, answers = of_prompts.queries, of_answers.queries
-    out[:, :, prompts], lse[:, :, prompts] = flash.forward(query, key, value, of_prompts, scale)
+    out, lse = flash.forward(query, key, value, own, scale)
+    answers = to_prompts.queries
     if answers.stop > answers.start:
         prompt, prompt_lse = flash.forward(query, key, value, to_prompts, scale)
-        own, own_lse = flash.forward(query, key, value, of_answers, scale)
-        merged_lse = torch.logaddexp(prompt_lse, own_lse)
-        prompt.mul_((prompt_lse - merged_lse).exp_()[..., None])
-        torch.addcmul(prompt, own, (own_lse - merged_lse).exp_()[..., None].to(own), out=out[:, :, answers])
-        lse[:, :, answers] = merged_lse
-    if answers.stop < query.shape[2]:
-        out[:, :, answers.stop :] = 0
-        lse[:, :, answers.stop :] = 0
-    return out, lse
+        own_lse = lse[:, :, answers]
+        share_of_prompt = (prompt_lse - own_lse).sigmoid_()[..., None]
+        out[:, :, answers].lerp_(prompt, share_of_prompt.to(out.dtype))
+        lse[:, :, answers] = torch.logaddexp(prompt_lse, own_lse)
+    padding = query.shape[2] - own.queries.stop
+    return (_pad_tokens(out, padding), pad(lse, (0, padding))) if padding else (out, lse)
 
 
 def backward(
@@ -53,16 +49,28 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the gradients of query, key and value. ``out`` and ``lse`` are what ``forward`` returned."""
+    own, to_prompts = parts
     heads = key.shape[1]
     key, value = flash.per_head(query, key, value)
-    grads = tuple(torch.zeros_like(x) for x in (query, key, value))
-    for spans in parts:
-        if spans.queries.stop > spans.queries.start:
-            found = flash.backward(grad_out, query, key, value, out, lse, spans, scale)
-            for grad, part, place in zip(grads, found, (spans.queries, spans.keys, spans.keys), strict=True):
-                grad[:, :, place] += part
-    of_key, of_value = (grad.unflatten(1, (heads, -1)).sum(2) for grad in grads[1:])
-    return grads[0], of_key, of_value
+    grads = flash.backward(grad_out, query, key, value, out, lse, own, scale)
+    if to_prompts.queries.stop > to_prompts.queries.start:
+        found = flash.backward(grad_out, query, key, value, out, lse, to_prompts, scale)
+        places = to_prompts.queries, to_prompts.keys, to_prompts.keys
+        for grad, part, place in zip(grads, found, places, strict=True):
+            grad[:, :, place].add_(part)
+    if padding := query.shape[2] - own.queries.stop:
+        grads = tuple(_pad_tokens(grad, padding) for grad in grads)  # type: ignore[assignment]
+    return grads[0], _sum_repeats(grads[1], heads), _sum_repeats(grads[2], heads)
+
+
+def _pad_tokens(x: torch.Tensor, padding: int) -> torch.Tensor:
+    """Appends tokens of 0 to (1, H, S, D); in memory a token's heads are neighbours, as a GPU's operator leaves them."""
+    return pad(x.transpose(1, 2), (0, 0, 0, 0, 0, padding)).transpose(1, 2)
+
+
+def _sum_repeats(grad: torch.Tensor, heads: int) -> torch.Tensor:
+    """Sums (1, H, S, D) over the query heads that share a key head: the reverse of ``flash.per_head``."""
+    return grad if grad.shape[1] == heads else grad.unflatten(1, (heads, -1)).sum(2)
 
 
 class InParts(torch.autograd.Function):
