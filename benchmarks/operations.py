@@ -32,6 +32,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -59,7 +60,10 @@ CAUSES = (
     ("trl_ext/objective", "", "head and loss"),
     ("trl/trainer", "", "head and loss"),
 )
-REGION, ACCUMULATION, OTHER = "compiled regions", "accumulation of gradients", "other"
+ACCUMULATION, OTHER = "accumulation of gradients", "other"
+REGION, IN_REGIONS = "compiled regions", "attention in compiled regions"
+VIEWS = "of the operations, views"
+APART = (VIEWS, REGION, IN_REGIONS)  # rows below the sum
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class Operations(TorchDispatchMode):
     def __init__(self, lora: set[int]) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self.views = 0
+        self._in_region = False
         self._lora = lora
         self._cause_of_node: dict[int, str] = {}
 
@@ -94,10 +100,14 @@ class Operations(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found[self._cause()] += 1
+        cause = self._cause()
+        self.found[cause] += 1
+        self.views += bool(func.is_view and cause != IN_REGIONS)
         return func(*args, **(kwargs or {}))
 
     def _cause(self) -> str:
+        if self._in_region:
+            return IN_REGIONS
         cause, recomputed = self._of_stack(sys._getframe(2))
         node = torch._C._current_autograd_node()
         if recomputed:
@@ -144,7 +154,9 @@ class Operations(TorchDispatchMode):
 
             return region
 
-        return aot_autograd(fw_compiler=make, bw_compiler=make)
+        return aot_autograd(
+            fw_compiler=make, bw_compiler=make, partition_fn=min_cut_rematerialization_partition
+        )
 
     @contextmanager
     def in_regions(self) -> Iterator[None]:
@@ -152,8 +164,14 @@ class Operations(TorchDispatchMode):
 
         def counted(compute: Any) -> Any:
             def run(*args: Any) -> Any:
-                with self if torch.utils._python_dispatch._get_current_dispatch_mode() is None else ExitStack():
+                if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
                     return compute(*args)
+                self._in_region = True
+                try:
+                    with self:
+                        return compute(*args)
+                finally:
+                    self._in_region = False
 
             return run
 
@@ -226,6 +244,7 @@ def count(case: Case, layers: int = 28) -> Counter[str]:
 
     def counted(*args: Any) -> Any:
         mode.found.clear()
+        mode.views = 0
         with mode if trainer.state.global_step else ExitStack():
             return step(*args)
 
@@ -236,7 +255,7 @@ def count(case: Case, layers: int = 28) -> Counter[str]:
     trainer.training_step, trainer._generate_and_score_completions = counted, uncounted
     with mode.in_regions():
         trainer.train()
-    return mode.found
+    return mode.found + Counter({VIEWS: mode.views})
 
 
 def by_cause(found: Counter[str]) -> dict[str, int]:
@@ -250,11 +269,11 @@ def by_cause(found: Counter[str]) -> dict[str, int]:
 def table(layers: int) -> str:
     """Returns the counts of all cases as a Markdown table."""
     columns = [by_cause(count(case, layers)) for case in CASES]
-    names = sorted(set().union(*columns) - {REGION}, key=lambda name: -max(c.get(name, 0) for c in columns))
-    eager = [sum(number for name, number in column.items() if name != REGION) for column in columns]
+    names = sorted(set().union(*columns) - {*APART}, key=lambda name: -max(c.get(name, 0) for c in columns))
+    eager = [sum(number for name, number in column.items() if name not in APART) for column in columns]
     lines = ["| cause | " + " | ".join(map(str, CASES)) + " |", "|---" * (len(CASES) + 1) + "|"]
     rows = [(name, [column.get(name, 0) for column in columns]) for name in names]
-    rows += [("**operations**", eager), (REGION, [column.get(REGION, 0) for column in columns])]
+    rows += [("**operations**", eager), *((name, [column.get(name, 0) for column in columns]) for name in APART)]
     return "\n".join(lines + [f"| {name} | " + " | ".join(map(str, numbers)) + " |" for name, numbers in rows])
 
 
