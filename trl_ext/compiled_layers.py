@@ -158,7 +158,8 @@ class CompiledLayers:
         """Runs all layers uncompiled from here on."""
         self._on, self.layers = False, []
         cause = error.__cause__ or error
-        text = next((line for line in str(cause).splitlines() if line.strip()), "no message")
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        text = " ".join(lines[:2])  # what raised it, and what it says
         self._log_once(f"Layers aren't compiled from here on: {type(error).__name__}: {text}")
 
 
