@@ -207,7 +207,7 @@ def our_attention(layer: Any) -> Iterator[None]:
 
 
 def checkpoints_in_forward(layer: Any) -> bool:
-    """Returns whether the layer's class wraps ``forward`` to checkpoint it; an older transformers wraps ``__call__``."""
+    """Returns whether the layer's class checkpoints in ``forward``. With an older transformers ``__call__`` does."""
     return type(layer).__call__ is torch.nn.Module.__call__
 
 

@@ -171,9 +171,9 @@ class CurvatureOptions:
         False,
         FLAG,
         "Compile the decoder layers.",
-        "Compiles each decoder layer for training forwards, as `torch_compile=True` does too, by `torch_compile_backend` "
-        "and `torch_compile_mode`; the model isn't compiled as a whole. Packed rows are padded to at most 8 sizes. Steps "
-        "that log interference run uncompiled. If the layers can't be compiled, the log says why, once.",
+        "Compiles each decoder layer for training forwards. `torch_compile=True` does the same here; the model isn't "
+        "compiled as a whole. `torch_compile_backend` and `torch_compile_mode` say how. Packed rows are padded to few "
+        "sizes. Steps that log interference run uncompiled. If layers can't be compiled, the log says why, once.",
         group=WORK,
     )
     resample_zero_variance: bool = option(

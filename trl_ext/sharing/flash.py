@@ -54,13 +54,13 @@ def forward(
         return out.transpose(0, 1)[None], lse[None]
     short, separate = _short(spans, q.device), _separate(spans)
     if short is None:
-        pieces = [_piece(*piece, spans.causal, scale) for piece in _pieces(spans, (q,), (k, v))]
+        pieces = [_piece(spans.causal, scale, *piece) for piece in _pieces(spans, (q,), (k, v))]
         out, lse = (torch.cat(parts, 2) for parts in zip(*pieces, strict=True))
         return out, lse
     own, own_lse = _cpu(*(short.unpack(x) for x in (q, k, v)), 0.0, True, scale=scale)
     out, lse = short.pack(own, q.shape[2]), short.pack(own_lse[..., None], q.shape[2])[..., 0]
     for queries, keys in separate:
-        part = _piece(q[:, :, queries], k[:, :, keys], v[:, :, keys], spans.causal, scale)
+        part = _piece(spans.causal, scale, q[:, :, queries], k[:, :, keys], v[:, :, keys])
         out[:, :, queries], lse[:, :, queries] = part
     return out, lse
 
@@ -93,7 +93,8 @@ def backward(
         return tuple(grad.transpose(0, 1)[None] for grad in found)  # type: ignore[return-value]
     short, separate = _short(spans, q.device), _separate(spans)
     if short is None:
-        pieces = [_piece_backward(*piece, spans.causal, scale) for piece in _pieces(spans, (grad_out, q, out, lse), (k, v))]
+        split = _pieces(spans, (grad_out, q, out, lse), (k, v))
+        pieces = [_piece_backward(spans.causal, scale, *piece) for piece in split]
         of_q, of_k, of_v = (torch.cat(parts, 2) for parts in zip(*pieces, strict=True))
         return of_q, of_k, of_v
     g, own_lse = short.unpack(grad_out) * short.is_token[..., None], short.unpack(lse[..., None])[..., 0]
@@ -102,7 +103,7 @@ def backward(
     grads = tuple(short.pack(part, q.shape[2]) for part in parts)
     for queries, keys in separate:
         of_queries = tuple(x[:, :, queries] for x in (grad_out, q, out, lse))
-        found = _piece_backward(*of_queries, k[:, :, keys], v[:, :, keys], spans.causal, scale)
+        found = _piece_backward(spans.causal, scale, *of_queries, k[:, :, keys], v[:, :, keys])
         for grad, part, place in zip(grads, found, (queries, keys, keys), strict=True):
             grad[:, :, place] = part
     return grads  # type: ignore[return-value]
@@ -141,15 +142,17 @@ def _pieces(
     return list(zip(*split, strict=True))
 
 
-def _piece(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _piece(causal: bool, scale: float, *query_key_value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the output and the log-sum-exp of one span."""
+    q, k, v = query_key_value
     if q.shape[2] == 0:
         return q, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     return _cpu(q, k, v, 0.0, causal, scale=scale)
 
 
-def _piece_backward(g, q, out, lse, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, ...]:
+def _piece_backward(causal: bool, scale: float, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Returns the gradients of one span's queries, keys and values."""
+    g, q, out, lse, k, v = tensors
     if q.shape[2] == 0:
         return q, torch.zeros_like(k), torch.zeros_like(v)
     return _cpu_backward(g, q, k, v, out, lse, 0.0, causal, scale=scale)

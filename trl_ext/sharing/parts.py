@@ -64,7 +64,7 @@ def backward(
 
 
 def _pad_tokens(x: torch.Tensor, padding: int) -> torch.Tensor:
-    """Appends tokens of 0 to (1, H, S, D); in memory a token's heads are neighbours, as a GPU's operator leaves them."""
+    """Appends tokens of 0 to (1, H, S, D); a token's heads are neighbours in memory, as a GPU's operator has them."""
     return pad(x.transpose(1, 2), (0, 0, 0, 0, 0, padding)).transpose(1, 2)
 
 
@@ -86,4 +86,5 @@ class InParts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        return *backward(grad_out, *ctx.saved_tensors, ctx.parts, ctx.scale), None, None
+        query, key, value, out, lse = ctx.saved_tensors
+        return *backward(grad_out, query, key, value, out, lse, ctx.parts, ctx.scale), None, None
