@@ -23,6 +23,7 @@ from .compat import Compilation, RunSettings
 from .model_patches import Apply
 from .probe_model import has_engine
 from .sharing.hooks import ATTRIBUTE, NAME
+from .sharing.operators import NotCompiled
 from .sharing.packed_rows import KEYWORD, LENGTHS, LONGEST, PackedRows
 
 COMPILED = "_curvature_grpo_compiled"  # attribute of a layer while a trainer uses it
@@ -157,10 +158,7 @@ class CompiledLayers:
     def give_up(self, error: Exception) -> None:
         """Runs all layers uncompiled from here on."""
         self._on, self.layers = False, []
-        cause = error.__cause__ or error
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        text = " ".join(lines[:2])  # what raised it, and what it says
-        self._log_once(f"Layers aren't compiled from here on: {type(error).__name__}: {text}")
+        self._log_once(f"Layers aren't compiled from here on: {short_reason(error)}.")
 
 
 class _Call:
@@ -204,6 +202,14 @@ def our_attention(layer: Any) -> Iterator[None]:
     finally:
         for config, name in before:
             setattr(config, ATTRIBUTE, name)
+
+
+def short_reason(error: Exception) -> str:
+    """Returns what our attention says in Dynamo's long error, or else what raised it and what that says."""
+    text = str(error.__cause__ or error)
+    ours = text.partition(f"{NotCompiled.__name__}(")[2].partition(")")[0].strip("'\"")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{ours} isn't compiled" if ours else f"{type(error).__name__}: {' '.join(lines[:2])}"
 
 
 def checkpoints_in_forward(layer: Any) -> bool:

@@ -46,12 +46,10 @@ def graphs() -> int:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"peft_config": lora(), "gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "checkpoint_layers": 1},
+        {"peft_config": lora(), "gradient_checkpointing": True, "checkpoint_layers": 1},
         {"share_prompts": False, "bf16": True},
     ],
-    ids=["full", "lora, checkpointed", "one layer checkpointed", "not shared, autocast"],
+    ids=["lora, a layer checkpointed", "not shared, autocast"],
 )
 def test_gradients_of_a_run(options, tiny_policy, tmp_path, caplog):
     options = {"interference_every": 0, **options}
@@ -102,7 +100,7 @@ def test_attention_by_masks_falls_back_and_says_why(tiny_policy, tmp_path, caplo
     trainer.train()
     assert trainer.state.global_step == 2
     (message,) = messages(caplog, "Layers aren't compiled from here on")
-    assert "attention with dropout or a sliding window" in message
+    assert "attention with dropout or a sliding window isn't compiled" in message
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -234,9 +232,8 @@ def drawn(tokens, dtype=torch.float64, heads=(4, 2, 2)):
     return [torch.randn(1, tokens, n, 8, dtype=dtype).transpose(1, 2).requires_grad_() for n in heads]
 
 
-@pytest.mark.parametrize("tokens", [20, 27])
-def test_the_operator(tokens):
-    given = drawn(tokens)
+def test_the_operator():
+    given = drawn(23)
     torch.library.opcheck(operators.packed_attention, (*given, table_of(LENGTHS), 0.3))
     torch.autograd.gradcheck(lambda *qkv: operators.packed_attention(*qkv, table_of(LENGTHS), 0.3)[0], given)
 

@@ -42,7 +42,8 @@ def packed_attention(
 @packed_attention.register_fake
 def _(query, key, value, table, scale):
     if not flash.supports(query, key, value):
-        raise NotCompiled(f"attention in {query.dtype} on {query.device.type}")
+        sizes = f"{query.shape[-1]} and {value.shape[-1]} numbers"
+        raise NotCompiled(f"attention of heads of {sizes} in {query.dtype} on {query.device.type}")
     lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
     return _by_token_like(query).transpose(1, 2), lse
 
