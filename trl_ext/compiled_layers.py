@@ -74,6 +74,7 @@ class CompiledLayers:
 
     Attributes:
         layers: the layers that will be compiled; empty if none are.
+        configs: the configurations by which they find their attention.
     """
 
     def __init__(self, run: RunSettings, model: Any) -> None:
@@ -88,6 +89,8 @@ class CompiledLayers:
             run.log_once(f"Layers aren't compiled: {reason}.")
             return
         self.layers, self._compilation = layers, run.compilation
+        modules = [module for layer in layers for module in layer.modules()]
+        self.configs = list({id(c): c for m in modules if hasattr(c := getattr(m, "config", None), ATTRIBUTE)}.values())
 
     def __deepcopy__(self, memo: Any) -> None:
         """Returns None: a copy of a model made in training doesn't have compiled layers."""
@@ -165,7 +168,7 @@ class _Call:
     """A call of a layer. A checkpoint's second call runs as the first did: compiled or not."""
 
     def __init__(self, owner: CompiledLayers, layer: Any) -> None:
-        self._owner, self._layer, self._compiled = owner, layer, bool(owner.layers)
+        self._owner, self._layer, self._compiled = owner, layer, True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._compiled:
@@ -180,7 +183,7 @@ class _Call:
         function, rows = self._owner.function(self._layer), kwargs.get(KEYWORD)
         if rows is None:
             return function(self._layer, *args, **kwargs)
-        with our_attention(self._layer):
+        with our_attention(self._owner.configs):
             return function(self._layer, *args, **with_table(rows, kwargs))
 
 
@@ -191,10 +194,9 @@ def with_table(rows: PackedRows, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def our_attention(layer: Any) -> Iterator[None]:
-    """Makes the layer call our attention in this context. The hooks of ``sharing/hooks.py`` would be compiled too."""
-    configs = {id(m.config): m.config for m in layer.modules() if hasattr(getattr(m, "config", None), ATTRIBUTE)}
-    before = [(config, getattr(config, ATTRIBUTE)) for config in configs.values()]
+def our_attention(configs: list[Any]) -> Iterator[None]:
+    """Makes layers call our attention in this context. The hooks of ``sharing/hooks.py`` would be compiled too."""
+    before = [(config, getattr(config, ATTRIBUTE)) for config in configs]
     try:
         for config, _ in before:
             setattr(config, ATTRIBUTE, NAME)
