@@ -103,7 +103,7 @@ def test_attention_by_masks_falls_back_and_says_why(tiny_policy, tmp_path, caplo
     assert "attention with dropout or a sliding window isn't compiled" in message
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_a_backward_that_can_not_be_compiled(checkpointing, tiny_policy, tmp_path, caplog):
     options = {"interference_every": 0, "gradient_checkpointing": checkpointing}
     expected = train(tiny_policy, tmp_path, **options).recorder.gradients
@@ -192,6 +192,7 @@ def test_two_hundred_micro_batches_make_few_shapes():
     assert distance(compiled, expected) <= 1e-5 * norm_of(expected)
 
 
+@pytest.mark.nightly
 def test_sliding_windows_that_hide_nothing():
     config = Gemma3TextConfig(**SIZES, sliding_window=40, layer_types=["sliding_attention", "full_attention"])
     model, layers = compiled_model(config, "aot_eager")
