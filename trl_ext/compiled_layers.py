@@ -29,6 +29,7 @@ from .sharing.packed_rows import KEYWORD, LENGTHS, LONGEST, PackedRows
 COMPILED = "_curvature_grpo_compiled"  # attribute of a layer while a trainer uses it
 MOST_SIZES, LEAST_TOKENS = 8, 64
 VARIANTS = 64  # compilations of a layer's code at most; Dynamo's own limit of 8 is less than shapes times variants
+EAGER_BACKWARD = "force_non_lazy_backward_lowering"
 WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that use CUDA graphs
 # Raised while compiling. Others, such as torch.OutOfMemoryError, come from running a layer.
 COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
@@ -127,7 +128,8 @@ class CompiledLayers:
         with ExitStack() as stack:
             stack.enter_context(dynamo_config.patch(recompile_limit=VARIANTS))
             # an error in compiling the backward must come up in the forward, where the layer can still run uncompiled
-            stack.enter_context(autograd_config.patch(force_non_lazy_backward_lowering=True))
+            if hasattr(autograd_config, EAGER_BACKWARD):  # an older torch may lack it
+                stack.enter_context(autograd_config.patch({EAGER_BACKWARD: True}))
             if self._compilation.mode in WITH_GRAPHS:
                 torch.compiler.cudagraph_mark_step_begin()
             stack.callback(setattr, self, "_on", False)
