@@ -72,9 +72,18 @@ bench: $(VENV)/.installed-dev
 bench-full: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --full
 
-gpu: $(VENV)/.installed-dev
-	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest benchmarks/ --benchmark-only --full
+# installs nothing. PYTHON: an interpreter that has torch and TRL, else that of $(VENV); OUT: the folder of the results;
+# PARTS: default all; WHEELS: a folder of peers' wheels; MEMORY: GiB for a whole step; DEVICE=cpu TINY=1 tries it all
+ifeq ($(origin PYTHON),file)
+GPU_PYTHON = $(BIN)/python
+else
+GPU_PYTHON = $(PYTHON)
+endif
+OUT ?= build/gpu
+gpu:
+	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks:$$PYTHONPATH $(GPU_PYTHON) -m gpu --out $(OUT) \
+		$(if $(WHEELS),--wheels $(WHEELS)) $(if $(MEMORY),--memory $(MEMORY)) \
+		$(if $(DEVICE),--device $(DEVICE)) $(if $(TINY),--tiny) $(PARTS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

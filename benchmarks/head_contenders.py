@@ -1,21 +1,29 @@
 """The fused head and its peers on one set of inputs: each is a function that returns the loss.
 
-Shapes: N tokens of B sequences, H hidden, V vocabulary. All compute the same on-policy GRPO loss, with entropies where
-they can (Liger's loss and torch's cross entropy can't), and gradients of hidden states and, unless frozen, the head.
+Shapes: N tokens of B sequences, H hidden, V vocabulary. All compute gradients of hidden states and, unless frozen, the
+head. The loss is the same on-policy GRPO loss, but for ``MEAN_NLL``: those take no weight for each token, so their loss
+is the mean negative log-likelihood. Entropies: ours, TRL, full logits and Liger's scaled cross entropy compute them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from grpo_kernels import linear_grpo_loss
 
-SHAPES = {"SmolLM2": (576, 49152), "Qwen2.5": (896, 151936), "8B": (4096, 151936)}
+SHAPES = {
+    "SmolLM2": (576, 49152),
+    "Qwen2.5": (896, 151936),
+    "Qwen2.5-1.5B": (1536, 151936),
+    "8B": (4096, 151936),
+    "check": (128, 512),  # the smallest that every peer's kernels take
+    "tiny": (32, 64),
+}
 SEQUENCES = 16
 
 
@@ -61,6 +69,8 @@ def ours(problem: Problem) -> torch.Tensor:
 
 
 def trl(problem: Problem) -> torch.Tensor:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
     logprobs, *_ = ChunkedLogProbFunction.apply(
         problem.hidden, problem.weight, None, problem.targets, 1.0, 32768, None, 1.0, ("log_probs", "entropy")
     )
@@ -77,7 +87,8 @@ def naive(problem: Problem) -> torch.Tensor:
 def liger(problem: Problem) -> torch.Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo")
+    compiled = problem.hidden.is_cuda  # its default; a CPU has no compiler everywhere
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=compiled, use_ref_model=False, loss_type="bnpo")
     targets = problem.targets.view(SEQUENCES, -1)
     hidden = problem.hidden.view(*targets.shape, -1)
     mask = torch.ones(targets.shape, device=targets.device)
@@ -90,11 +101,69 @@ def cross_entropy(problem: Problem) -> torch.Tensor:
     return torch.nn.functional.linear_cross_entropy(problem.hidden, problem.weight, problem.targets, options=options)
 
 
-CONTENDERS = {"ours": ours, "trl": trl, "full logits": naive, "Liger": liger, "torch cross entropy": cross_entropy}
+def liger_scaled(problem: Problem) -> torch.Tensor:
+    """Liger's fused linear scaled cross entropy (FLSCE): log-probs and entropies of tokens.
+
+    Its CuTe kernels run on compute capability 9.0 alone; elsewhere it multiplies chunks of 512 tokens in torch.
+    """
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
+
+    nll, _entropies = Function.apply(problem.hidden, problem.weight, problem.targets, 1.0, -100, 1, True)
+    return policy_loss(-nll, problem)
+
+
+def liger_cross_entropy(problem: Problem) -> torch.Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(problem.hidden, problem.weight, problem.targets)
+
+
+def quack(problem: Problem) -> torch.Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(problem.hidden, problem.weight, problem.targets)
+
+
+def quack_on_logits(problem: Problem) -> torch.Tensor:
+    from quack.cross_entropy import cross_entropy as on_logits
+
+    return on_logits(problem.hidden @ problem.weight.T, problem.targets, inplace_backward=True)
+
+
+def cut(problem: Problem, filter_eps: float | str | None = "auto") -> torch.Tensor:
+    """Cut cross-entropy: log-probs of tokens. By default its backward skips blocks of small probabilities.
+
+    Its kernels run on a GPU alone, not in Triton's interpreter either; a CPU takes its torch version, which skips none.
+    """
+    from cut_cross_entropy import linear_cross_entropy
+
+    options = {
+        "reduction": "none",
+        "filter_eps": filter_eps,
+        "impl": "cce" if problem.hidden.is_cuda else "torch_compile",
+    }
+    nll = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, **options)
+    return policy_loss(-nll, problem)
+
+
+CONTENDERS = {
+    "ours": ours,
+    "trl": trl,
+    "full logits": naive,
+    "Liger": liger,
+    "Liger FLSCE": liger_scaled,
+    "CCE": cut,
+    "CCE unfiltered": partial(cut, filter_eps=None),
+    "Liger cross entropy": liger_cross_entropy,
+    "QuACK": quack,
+    "QuACK on logits": quack_on_logits,
+    "torch cross entropy": cross_entropy,
+}
+MEAN_NLL = {"Liger cross entropy", "QuACK", "QuACK on logits", "torch cross entropy"}
 
 
 def missing() -> set[str]:
-    """The contenders that aren't installed here; torch has its own from 2.13 on."""
+    """The contenders of ``pytest benchmarks/`` that aren't installed here; torch has its own from 2.13 on."""
     there = {
         "Liger": find_spec("liger_kernel") is not None,
         "torch cross entropy": hasattr(torch.nn.functional, "linear_cross_entropy"),

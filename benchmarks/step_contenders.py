@@ -46,6 +46,15 @@ MODEL = "1.5B" if DEVICE == "cuda" else "SmolLM2"
 PROMPT_LOG_MEAN, ANSWER_LOG_MEAN = (4.5, 5.0) if DEVICE == "cuda" else (3.4, 3.4)
 
 
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {
+    name: {**dict(zip(NAMES, sizes, strict=True)), "vocab_size": vocabulary}
+    for name, sizes, vocabulary in (
+        ("0.5B", (896, 4864, 24, 14, 2), 151936),
+        ("1.5B", (1536, 8960, 28, 12, 2), 151936),
+        ("tiny", (32, 48, 2, 2, 1), 640),
+    )
+}
 CLASSES = {
     "trl": (GRPOTrainer, GRPOConfig),
     "before": (CurvatureGRPOTrainer, CurvatureGRPOConfig),
@@ -69,11 +78,11 @@ class Rollouts:
         return len(self.completions) // len(self.prompts)
 
 
-def make_rollouts(prompt_tokens: int = 0) -> Rollouts:
+def make_rollouts(prompt_tokens: int = 0, vocabulary: tuple[int, int] = (1000, 40000)) -> Rollouts:
     generator = torch.Generator().manual_seed(1)
 
     def ids(n: int) -> list[int]:
-        return torch.randint(1000, 40000, (n,), generator=generator).tolist()
+        return torch.randint(*vocabulary, (n,), generator=generator).tolist()
 
     generations, answer_log_mean = (8, 4.75) if prompt_tokens else (GENERATIONS, ANSWER_LOG_MEAN)
     questions = [prompt_tokens] * PROMPTS if prompt_tokens else lengths(generator, PROMPTS, PROMPT_LOG_MEAN, 0.36)
@@ -85,19 +94,14 @@ def make_model():
     """What TRL takes as ``model``, and the tokenizer."""
     if DEVICE == "cpu":
         return str(smollm2()), AutoTokenizer.from_pretrained(smollm2(), padding_side="left")
-    config = Qwen2Config(
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-    )
+    return random_model("1.5B")
+
+
+def random_model(name: str):
+    """A model of Qwen2.5's shape with random weights in float32, and the built-in tokenizer."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = Qwen2ForCausalLM(config)
+        model = Qwen2ForCausalLM(Qwen2Config(**SHAPES[name], tie_word_embeddings=True, max_position_embeddings=4096))
     tokenizer = build_tokenizer((1, 4))
     tokenizer.padding_side = "left"
     return model, tokenizer
@@ -125,18 +129,23 @@ class Clock(TrainerCallback):
 
 
 class Contender:
-    """One trainer; ``step()`` trains on the stored rollouts, for as many optimizer steps as they are used for."""
+    """One trainer; ``step()`` trains on the stored rollouts, for as many optimizer steps as they are used for.
 
-    def __init__(self, name: str, lora: bool, prompt_tokens: int = 0, **options) -> None:
+    ``model``, a model and its tokenizer, and ``rollouts`` replace the benchmark's own.
+    """
+
+    def __init__(
+        self, name: str, lora: bool, prompt_tokens: int = 0, *, model=None, rollouts: Rollouts | None = None, **options
+    ) -> None:
         trainer_class, config_class = CLASSES[name]
         self.dead_share = 0.0
-        self.rollouts = make_rollouts(prompt_tokens)
+        self.rollouts = rollouts or make_rollouts(prompt_tokens)
         self.clock = Clock()
         if name != "trl":  # interference has a benchmark of its own
             options = {"interference_every": 0, "share_prompts": name == "ours", **options}
         self.options = {"num_iterations": 1, **options}
         accumulation = self.options.pop("gradient_accumulation_steps", MICRO_BATCHES)
-        model, tokenizer = make_model()
+        model, tokenizer = model or make_model()
         self.trainer = trainer_class(
             model=model,
             reward_funcs=self.reward,

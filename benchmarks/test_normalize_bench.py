@@ -5,34 +5,12 @@ Counted: P * G float32 read once and written once, 8 * P * G bytes; the floor do
 
 import pytest
 import torch
-from trl.trainer.utils import nanstd
+from normalize_contenders import context_of, trl_lines
 
 from grpo_kernels import METHODS, normalize_rewards
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHORT = ("mean", "std", "batch_std", "median_mad", "rank", "decoupled")  # without --full, at the larger two sizes
-
-
-def trl_lines(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """What TRL 1.16 computes for ``scale_rewards="group"``, including what it logs from the same std."""
-    generations = rewards_PG.shape[1]
-    mean = torch.nanmean(rewards_PG, dim=1).repeat_interleave(generations, dim=0)
-    std = nanstd(rewards_PG, dim=1).repeat_interleave(generations, dim=0)
-    advantages = (rewards_PG.flatten() - mean) / (std + 1e-4)
-    torch.isclose(std, torch.zeros_like(std))
-    return torch.nan_to_num(advantages, nan=0.0)
-
-
-def context_of(method: str, rewards_PG: torch.Tensor) -> dict:
-    """What the trainer hands to the method."""
-    return {
-        "lengths": torch.ones_like(rewards_PG),
-        "function_rewards": torch.stack([rewards_PG, 1 - rewards_PG.square()], dim=2),
-        "running_variance": 0.25,
-        "curvature_scale": torch.ones_like(rewards_PG[:, 0]),
-        "recent_mean": 0.4,
-        "role_baseline": torch.full_like(rewards_PG, 0.4),
-    }
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,18 @@ from typing import Any
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+def without_adapters(model: Any) -> Any:
+    """Returns the model without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """Returns the decoder's layers that can be checkpointed one by one; none for models that aren't built so."""
+    base = without_adapters(model)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 class CheckpointedLayers:
     """Limits TRL's gradient checkpointing to the first ``count`` decoder layers; None: to none, all are checkpointed.
 
@@ -20,13 +32,10 @@ class CheckpointedLayers:
         self._others: list[Any] = []
         if count is None:
             return
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-        layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers = decoder_layers(model)
         if not layers:
-            raise ValueError(
-                f"checkpoint_layers={count!r} must be None: {type(base).__name__} can't checkpoint single layers"
-            )
+            name = type(without_adapters(model)).__name__
+            raise ValueError(f"checkpoint_layers={count!r} must be None: {name} can't checkpoint single layers")
         self._others = layers[count:]
 
     @contextmanager

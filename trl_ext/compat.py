@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import trl
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
@@ -126,6 +126,31 @@ def check_trainer(trainer: Any) -> None:
 
 
 @dataclass(frozen=True)
+class Compilation:
+    """How decoder layers are compiled: arguments of ``torch.compile``, by transformers' ``torch_compile_*`` options."""
+
+    backend: str
+    mode: str | None
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of ``torch.compile``."""
+        return {"backend": self.backend, "mode": self.mode}
+
+
+def read_compilation(args: Any) -> Compilation | None:
+    """Reads how ``torch_compile`` or ``compile_layers`` want the decoder layers compiled; None: not at all."""
+    if not (args.torch_compile or read_options(args).compile_layers):
+        return None
+    return Compilation(args.torch_compile_backend or "inductor", args.torch_compile_mode)
+
+
+def compile_no_whole_model(trainer: Any) -> None:
+    """Keeps accelerate from compiling the model as a whole, where this package compiles its layers one by one."""
+    if capabilities().has("advantages") and read_compilation(trainer.args) is not None:
+        trainer.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """The settings that stay constant during a run, and the two ways to log.
 
@@ -134,6 +159,7 @@ class RunSettings:
         prompts_per_generation: prompts of a generation batch, over all ranks.
         train_batch_size, eval_batch_size: sequences of a micro-batch on each rank.
         temperature: returns the temperature of log-probs; it may change only where TRL has no head of its own.
+        compilation: how the decoder layers are compiled; None: they aren't.
         log: ``log(metrics)`` adds metrics to the trainer's log.
         log_once: ``log_once(text)`` logs a message, unless it was logged before.
     """
@@ -143,7 +169,7 @@ class RunSettings:
     seed: int
     output_dir: str
     report_to: tuple[str, ...]
-    torch_compile: bool
+    compilation: Compilation | None
     num_generations: int
     generation_batch_size: int
     prompts_per_generation: int
@@ -175,7 +201,7 @@ def read_run_settings(trainer: Any, log: Any, log_once: Any) -> RunSettings:
         seed=args.seed,
         output_dir=args.output_dir,
         report_to=tuple(args.report_to or ()),
-        torch_compile=args.torch_compile,
+        compilation=read_compilation(args),
         num_generations=trainer.num_generations,
         generation_batch_size=args.generation_batch_size,
         prompts_per_generation=args.generation_batch_size // trainer.num_generations,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .capabilities import Capabilities, capabilities
 from .checkpointed_layers import CheckpointedLayers
 from .checkpoints.callbacks import CheckpointState, RandomStates
 from .compat import LossSettings, RunSettings, StepPosition
+from .compiled_layers import CompiledLayers
 from .config import CurvatureGRPOConfig, resolve_normalization, trl_method
 from .head.patch import add_forward, fused_heads
 from .log_once import LogOnce
@@ -100,6 +101,7 @@ class Components:
     micro_batches: MicroBatches
     memory: DeviceMemory | None
     checkpointed: CheckpointedLayers
+    compiled: CompiledLayers
     rollouts: Rollouts
     losses: LossStep
     checkpoint_state: CheckpointState
@@ -143,12 +145,18 @@ class Components:
             batches.size.choose(tokens)
             self.run.log_once(f"A micro-batch has at most {tokens} packed tokens, which fit into memory.", "info")
 
-    def recorded(self, position: StepPosition) -> AbstractContextManager[None]:
-        """Returns the context that records a call for the interference log; a step that was repeated isn't logged."""
+    @contextmanager
+    def recorded(self, position: StepPosition) -> Iterator[None]:
+        """Records a call for the interference log, with uncompiled layers; a step that was repeated isn't logged.
+
+        Calls that aren't recorded may run compiled layers.
+        """
         batches = self.micro_batches
-        if position.optimizer_step == batches.repeated_step:
-            return nullcontext()
-        return self.recorder.micro_batch(position, self.trainer.model, lambda: batches.skipping)
+        recording: AbstractContextManager[None] = nullcontext()
+        if position.optimizer_step != batches.repeated_step:
+            recording = self.recorder.micro_batch(position, self.trainer.model, lambda: batches.skipping)
+        with recording, self.compiled.allowed(not self.recorder.is_open):
+            yield
 
     def drop_interference(self) -> None:
         """Drops what was recorded of the current step, which is repeated."""
@@ -174,7 +182,8 @@ def build_components(trainer: Any, ours: type) -> Components | None:
         return normalizer.used(trainer.reward_weights)
 
     recorder = InterferenceRecorder(run, trainer.model, observer=trainer, used=used, score=trainer._score_with_graph)
-    patches = patches_of(run, trainer, recorder)
+    compiled = CompiledLayers(run, run.accelerator.unwrap_model(trainer.model))
+    patches = patches_of(run, trainer, recorder, compiled)
     kept = KeptCompletions(run.options.interference_every, run.num_generations)
 
     with patches.applied():
@@ -202,6 +211,7 @@ def build_components(trainer: Any, ours: type) -> Components | None:
         recorder=recorder,
         micro_batches=micro_batches,
         memory=None if has_engine(run.accelerator) else memory_of(run.accelerator.device),
+        compiled=compiled,
         checkpointed=CheckpointedLayers(run.accelerator.unwrap_model(trainer.model), run.options.checkpoint_layers),
         rollouts=rollouts,
         losses=LossStep(run, micro_batches),
@@ -243,11 +253,15 @@ def batch_observer(
     return on_batch
 
 
-def patches_of(run: RunSettings, trainer: Any, recorder: InterferenceRecorder) -> ModelPatches:
+def patches_of(
+    run: RunSettings, trainer: Any, recorder: InterferenceRecorder, compiled: CompiledLayers
+) -> ModelPatches:
     """Returns the patches of the policy and the reference model."""
     patches = ModelPatches()
     patches.add(lambda: recorder.abandon)  # on exit, removes the hooks of a step that raised an exception
     if run.options.fused_loss:
-        for patch in fused_heads(run, trainer.model, trainer.ref_model, recorder.head_sketch):
+        for patch in fused_heads(run, trainer.model, trainer.ref_model, recorder.head_sketch, compiled.size_of):
             patches.add(patch)
+    for patch in compiled.patches():
+        patches.add(patch)
     return patches

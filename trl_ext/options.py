@@ -172,6 +172,15 @@ class CurvatureOptions:
         "activations, which takes memory and saves their second forward pass. None: all are checkpointed.",
         group=WORK,
     )
+    compile_layers: bool = option(
+        False,
+        FLAG,
+        "Compile the decoder layers.",
+        "Compiles each decoder layer for training forwards. `torch_compile=True` does the same here; the model isn't "
+        "compiled as a whole. `torch_compile_backend` and `torch_compile_mode` say how. Packed rows are padded to few "
+        "sizes. Steps that log interference run uncompiled. If layers can't be compiled, the log says why, once.",
+        group=WORK,
+    )
     resample_zero_variance: bool = option(
         False,
         FLAG,

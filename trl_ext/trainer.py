@@ -32,7 +32,7 @@ from .advantages.reward_checks import RewardFailed
 from .checkpoints.callbacks import RunCompleteError
 from .checkpoints.find import AUTO, find_checkpoint
 from .checkpoints.save import checkpoint_folder, complete_or_none, saved_when
-from .compat import TRL_HAS_HEAD, read_position, within_last_call
+from .compat import TRL_HAS_HEAD, compile_no_whole_model, read_position, within_last_call
 from .components import Components, before_model, build_components
 from .console import use_console
 from .head.forward import score_as_trl
@@ -84,6 +84,11 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             self.add_callback(callback)
         self.stage_seconds = components.seconds
         use_console(self)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes accelerate's objects as the parent does. Our trainer compiles single layers, not the whole model."""
+        super().create_accelerator_and_postprocess()
+        compile_no_whole_model(self)
 
     # ---- rollouts, rewards, advantages
 

@@ -7,8 +7,8 @@ soon as the row's log-prob is. So each tile of logits is computed once and turne
 2 N V H operations for the logits, 2 f N V H for dL/dhidden and, with a trainable weight, 2 f N V H for dL/dweight,
 where f is the share of rows whose dL/dlogprob isn't zero.
 
-Flow of this file: checks -> order of the rows (those that can have a gradient first) -> for each tile: product ->
-row arithmetic (``rows/plain.py``, ``rows/triton_rows.py``) -> products for the gradients of a window of tiles.
+Flow: checks (``loss_operator.py``) -> order of the rows, those that can have a gradient first -> for each tile: product
+-> row arithmetic (``loss_tiles.py``, ``rows/``) -> products for the gradients of a window of tiles (``products.py``).
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ from typing import Any
 
 import torch
 
-from grpo_kernels.backend import choose_backend
-from grpo_kernels.head.rows.plain import Transform, grpo_rows_
 from grpo_kernels.memory import cast, scaled
 
-from .checks import check_flag, check_head, check_number, usable_sketch
 from .derivatives import once_differentiated, without_autocast
-from .loss_checks import GivenAdvantages, check_loss_options, read_tokens
-from .products import HeadProducts, HeadSketch, compute_dtype, pick
-from .token_losses import TokenInputs, TokenLoss
+from .loss_operator import DETAILS, LossNumbers, loss_in_a_graph, make_call
+from .loss_tiles import run_loss
+from .products import HeadSketch
 
 
 @dataclass
@@ -54,56 +51,17 @@ class GRPOLoss:
     advantages: torch.Tensor
 
 
-@dataclass(frozen=True)
-class LossCall:
-    """The arguments of a call, except the tensors that have gradients.
-
-    ``entropy_grad`` is the weight of a token's entropy, which is subtracted from the loss.
-    """
-
-    product_dtype: torch.dtype
-    tokens: TokenInputs
-    transform: Transform
-    options: TokenLoss
-    entropy_grad: float
-    sketch: HeadSketch | None
-    float32_logits: bool
-
-
 class LinearGRPOLossFunction(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, call, grad_enabled, hidden, weight, bias, low_inputs, low_weight):
         needs = [grad_enabled and need for need in ctx.needs_input_grad[2:]]
-        factors = [(hidden, weight)] + ([(low_inputs, low_weight)] if low_inputs is not None else [])
-        n_live, order = _live_rows_first(call) if any(needs) else (0, None)
-        products = HeadProducts(
-            factors,
-            call.product_dtype,
-            want_inputs=[needs[0], needs[3]][: len(factors)],
-            want_weights=[needs[1], needs[4]][: len(factors)],
-            want_bias=needs[2],
-            gradient_rows=n_live,
-            sketch=call.sketch,
-            float32_logits=call.float32_logits,
-        )
-        logs = _run_tiles(call, products, bias, order, n_live)
-        products.release()
-        policy_loss = logs["loss"].sum()
-        loss = policy_loss - call.entropy_grad * logs["entropy"].sum() if call.entropy_grad else policy_loss.clone()
-
-        bias_grad = products.bias_grad
-        if needs[2] and bias_grad is None:
-            bias_grad = torch.zeros_like(bias, dtype=products.sum_dtype)
-        (head, *rest), weight_grads = products.factors, [*products.weight_grads(), None]
-        low = rest[0] if rest else None
-        ctx.units = [None, head.weight_unit, None, None, low and low.weight_unit]
-        ctx.totals = [head.inputs_grad, weight_grads[0], bias_grad, low and low.inputs_grad, weight_grads[1]]
+        found = run_loss(call, needs, (hidden, weight, bias, low_inputs, low_weight))
+        ctx.units, ctx.totals, ctx.sketch, ctx.projected = found.units, found.totals, call.sketch, found.projected
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, low_inputs, low_weight)]
-        ctx.sketch, ctx.projected = call.sketch, products.projected
-        details = (policy_loss, *(logs[name] for name in ("logprob", "entropy", "ratio", "clipped", "kl", "advantage")))
+        details = (found.policy_loss, *(found.logs[name] for name in DETAILS))
         ctx.mark_non_differentiable(*details)
-        return (loss, *details)
+        return (found.loss, *details)
 
     @staticmethod
     @once_differentiated
@@ -130,85 +88,12 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         return (None, None, *grads)
 
 
-def _live_rows_first(call: LossCall) -> tuple[int, torch.Tensor | None]:
-    """Returns how many rows can have a gradient, and an order of the rows in which they come first.
-
-    The order is None if it doesn't matter.
-    """
-    live_N = call.tokens.may_be_live(call.options, call.entropy_grad)
-    n_live = int(live_N.sum())
-    if n_live in (0, len(live_N)):
-        return n_live, None
-    return n_live, torch.argsort(live_N.to(torch.int8), descending=True, stable=True)
-
-
-def _run_tiles(
-    call: LossCall, products: HeadProducts, bias: torch.Tensor | None, order: torch.Tensor | None, n_live: int
-) -> dict[str, torch.Tensor]:
-    """Computes logits, row arithmetic and gradients of every tile. Returns values to log, (N,) by name."""
-    tokens, dtype = call.tokens, products.sum_dtype
-    count, device = len(tokens.targets), tokens.targets.device
-    row_function = _row_function(device, dtype)
-    if row_function is grpo_rows_:
-        tokens.advantages = tokens.token_advantages()
-    logs: dict[str, torch.Tensor] = {}
-
-    def row_pass(tile_CV, rows, kept_CV, gradient=True):
-        row_logs, tile_CV, factor_C = row_function(
-            tile_CV,
-            rows,
-            tokens,
-            call.transform,
-            bias=bias,
-            options=call.options,
-            entropy_grad=call.entropy_grad,
-            gradient=gradient,
-            dtype=products.dtype,
-            out=kept_CV,
-        )
-        _store(logs, row_logs, rows, count)
-        return tile_CV, factor_C
-
-    products.run_windows(order, row_pass, free_of_zero_rows=tokens.old is None)
-    # a copy, because Triton compiles the kernel for each alignment of its pointers
-    rest = None if order is None else order[n_live:].clone()
-    for begin, end in products.plan.rest:
-        rows = pick(rest, begin, end)
-        row_pass(products.logits(rows), rows, None, gradient=False)
-    if not count:
-        logs = {name: torch.zeros(0, dtype=dtype, device=device) for name in LOGGED}
-        logs["clipped"] = torch.zeros(0, dtype=torch.bool, device=device)
-    logs.setdefault("kl", torch.zeros_like(logs["logprob"]))
-    return logs
-
-
-LOGGED = ("logprob", "entropy", "loss", "ratio", "advantage")  # also clipped (bool), and kl with a reference model
-
-
-def _store(
-    logs: dict[str, torch.Tensor], tile_logs: dict[str, torch.Tensor], rows: torch.Tensor | slice, count: int
-) -> None:
-    """Writes the values of a tile's rows into ``logs``, (count,) by name; a single tile's are used without a copy."""
-    only_tile = isinstance(rows, slice) and rows == slice(0, count)
-    for name, values in tile_logs.items():
-        if only_tile:
-            logs[name] = values
-            continue
-        if name not in logs:
-            logs[name] = values.new_empty(count)  # the tiles together write every row
-        logs[name][rows] = values
-
-
-def _row_function(device: torch.device, dtype: torch.dtype) -> Any:
-    """Returns the backend's ``grpo_rows_``. Triton's row arithmetic is in float32, so float64 runs in torch."""
-    if dtype == torch.float32 and choose_backend(device) == "triton":
-        from grpo_kernels.head.rows.triton_rows import grpo_rows_ as fused
-
-        return fused
-    return grpo_rows_
-
-
 @torch.compiler.disable
+def _eager(operands: Any, tensors: Any, rewards: Any, normalization: Any, per_token: Any, numbers: Any, sketch: Any):
+    call = make_call(operands, tensors, rewards, normalization, per_token, numbers, sketch)
+    return LinearGRPOLossFunction.apply(call, torch.is_grad_enabled(), *operands)
+
+
 def linear_grpo_loss(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
@@ -293,35 +178,27 @@ def linear_grpo_loss(
     Source:
         GRPO, arXiv 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476; CISPO, 2506.13585; SAPO, 2511.20347.
     """
-    check_head(hidden_NH, weight_VH, targets_N, bias, low_rank, temperature, logit_scale, softcap)
-    check_flag("float32_logits", float32_logits)
-    if hidden_NH.ndim != 2:
-        raise ValueError(f"hidden_NH has shape {tuple(hidden_NH.shape)}: expected (N, H)")
-    options = check_loss_options(
-        loss_type=loss_type,
-        epsilon=epsilon,
-        epsilon_high=epsilon_high,
-        delta=delta,
-        sapo_temperatures=sapo_temperatures,
-        beta=beta,
-        kl_times_ratio=kl_times_ratio,
-    )
-    if beta and ref_logprobs_N is None:
-        raise ValueError(f"beta={beta!r} needs ref_logprobs_N")
-    check_number("entropy_coef", entropy_coef)
-    given = GivenAdvantages(advantages, advantages_N, rewards, normalization)
-    per_token = {"old_logprobs_N": old_logprobs_N, "ref_logprobs_N": ref_logprobs_N, "policy_scale_N": policy_scale_N}
-    call = LossCall(
-        compute_dtype(hidden_NH),
-        read_tokens(targets_N, sequence_N, weights_B, given, per_token, len(weight_VH)),
-        Transform(float(temperature), float(logit_scale), softcap),
-        options,
-        entropy_coef / max(len(hidden_NH), 1),
-        usable_sketch(head_sketch, weight_VH),
+    tensors = (targets_N, sequence_N, weights_B, advantages, advantages_N)
+    per_token = (old_logprobs_N, ref_logprobs_N, policy_scale_N)
+    numbers = LossNumbers(
+        loss_type,
+        epsilon,
+        epsilon_high,
+        delta,
+        sapo_temperatures,
+        beta,
+        kl_times_ratio,
+        entropy_coef,
+        temperature,
+        logit_scale,
+        softcap,
         float32_logits,
     )
-    loss, policy_loss, logprobs, entropies, ratio, clipped, kl, token_advantages_N = LinearGRPOLossFunction.apply(
-        call, torch.is_grad_enabled(), hidden_NH, weight_VH, bias, *((None, None) if low_rank is None else low_rank)
-    )
+    operands = (hidden_NH, weight_VH, bias, *((None, None) if low_rank is None else low_rank))
+    if torch.compiler.is_compiling() and head_sketch is None:
+        found = loss_in_a_graph(operands, tensors, rewards, normalization, per_token, numbers)
+    else:
+        found = _eager(operands, tensors, rewards, normalization, per_token, numbers, head_sketch)
+    loss, policy_loss, logprobs, entropies, ratio, clipped, kl, token_advantages_N = found
     kl = kl if ref_logprobs_N is not None else None
     return GRPOLoss(loss, policy_loss, logprobs, entropies, ratio, clipped, kl, token_advantages_N)

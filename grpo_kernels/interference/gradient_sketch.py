@@ -25,7 +25,7 @@ from .layer_sums import LayerSums, head_token_rows, make_rows
 from .layer_taps import Layer, find_layers, full_shape, tap
 from .model_parts import PARTS_OF_MODEL, block_of, part_of
 from .projections import IdentityProjection, Projections
-from .tap_check import GradientShard, TapCheck
+from .tap_check import GradientShard, SignsKey, TapCheck
 
 StopRecomputation: Any = getattr(torch.utils.checkpoint, "_StopRecomputationError", ())
 CHECK_EVERY = 8  # steps between two checks of a parameter that passed one
@@ -115,6 +115,7 @@ class GradientSketch:
         }
         self._sums: LayerSums | None = None  # of the open step
         self._check: TapCheck | None = None  # of the latest step
+        self._check_signs: dict[SignsKey, torch.Tensor] = {}
         self._verified: set[int] = set()  # parameters that passed a check
         self._n_steps = 0
         self._failed: set[str] = set()
@@ -162,10 +163,11 @@ class GradientSketch:
         if self._sums is not None:
             raise ValueError("a step is open already")
         device, shapes = self._parameters[0].device, [full_shape(parameter) for parameter in self._parameters]
-        projection = Projections(self.dim, seed, device, shapes) if self.dim else IdentityProjection(shapes)
+        words = frozenset(x.weight for x in self.layers if x.weight is not None and x.kind in ("head", "embedding"))
+        projection = Projections(self.dim, seed, device, shapes, words) if self.dim else IdentityProjection(shapes)
         self._n_steps += 1
-        self._check = TapCheck(device, self._due())
-        self._sums = LayerSums(projection, self._check, self._parameters)
+        self._check = TapCheck(device, self._due(), self._check_signs)
+        self._sums = LayerSums(projection, self._check, self._parameters, self._fail)
         self._handles = [layer.module.register_forward_hook(self._hook) for layer in self.layers]
 
     def _due(self) -> frozenset[int]:
@@ -200,7 +202,7 @@ class GradientSketch:
     def end_rows(self) -> None:
         """Stops recording until the next ``set_rows``."""
         if self._sums is not None:
-            self._sums.rows = None
+            self._sums.end()
 
     @contextmanager
     def rows(self, prompt_S: torch.Tensor, sequence_RT: torch.Tensor | None = None) -> Iterator[None]:
@@ -240,6 +242,8 @@ class GradientSketch:
         """
         if self._check is None:
             raise ValueError("no step was opened")
+        if self._sums is not None:
+            self._sums.finish()
         if len(gradients) != len(self._parameters):
             raise ValueError(f"got {len(gradients)} gradients for {len(self._parameters)} trainable parameters")
         names = self._names(failed=True)  # a layer that failed on one rank only is a mismatch on all

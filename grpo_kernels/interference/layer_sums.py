@@ -8,7 +8,7 @@ function here computes these two from a tap's tensors, and passes them to the pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import nn
 from grpo_kernels.backend import rounds_products
 from grpo_kernels.head.products import compute_dtype
 
-from .layer_taps import Layer, norm_output
-from .projections import IdentityProjection, Projections
+from .layer_batches import LayerBatches, Recorded, kept_bytes
+from .layer_taps import Layer, norm_options, norm_output
+from .projections import IdentityProjection, Projections, weights_of
 from .sequence_rows import SequenceRows
 from .tap_check import TapCheck
 
@@ -32,16 +33,22 @@ class LayerSums:
     """
 
     def __init__(
-        self, projection: Projections | IdentityProjection, check: TapCheck, parameters: Sequence[nn.Parameter]
+        self,
+        projection: Projections | IdentityProjection,
+        check: TapCheck,
+        parameters: Sequence[nn.Parameter],
+        fail: Callable[[Layer, Exception], None],
     ) -> None:
-        self.projection, self.check, self._parameters = projection, check, parameters
+        self.projection, self.check, self._parameters, self._fail = projection, check, parameters, fail
         self.rows: SequenceRows | None = None
         self.micro_batches: list[SequenceRows] = []
+        self._batches = LayerBatches(self._process)
         self._muted = False
 
     def mute(self) -> None:
         """Drops all sums, and adds none from here on."""
         self._muted = True
+        self._batches.clear()
         for rows in self.micro_batches:
             rows.total.clear()
             rows.entries.clear()
@@ -52,8 +59,14 @@ class LayerSums:
         self.rows = rows
         self.micro_batches.append(rows)
 
+    def end(self) -> None:
+        """Ends a micro-batch: processes what its taps recorded."""
+        self.rows = None
+        self._batches.flush()
+
     def finish(self) -> None:
-        """Folds the sums of all micro-batches to their sketches."""
+        """Processes what the taps recorded, and folds the sums of all micro-batches to their sketches."""
+        self._batches.flush()
         for rows in self.micro_batches:
             self.projection.finish(rows)
 
@@ -69,23 +82,52 @@ class LayerSums:
         return torch.cat(of_rows).unflatten(1, (self.projection.replicates, -1))
 
     def add(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, layer_input: torch.Tensor) -> None:
-        """Adds a layer's gradient, from its input and the gradient of its output."""
+        """Records a layer's input and the gradient of its output, to be added with others of its shape."""
         if self._muted:
             return
-        add = {"embedding": self._embedding, "norm": self._norm}.get(layer.kind, self._linear)
-        add(layer, rows, gradient, layer_input)
-
-    def _linear(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, layer_input: torch.Tensor) -> None:
+        if layer.kind == "embedding":
+            self._embedding(layer, rows, gradient, layer_input)
+            return
         d, a = rows.tokens(layer.name, gradient), rows.tokens(layer.name, layer_input)
-        left, right = (a, d) if layer.kind == "transposed" else (d, a)
         self._note_precision(layer, d, a)
-        if layer.weight is not None:
-            if self._due(layer.weight, rows):
-                signs = self._left_signs(layer, left.shape[-1]).to(left.dtype)
-                self.check.outer(layer.weight, rows, left @ signs, right)
-            self.projection.outer(rows, layer, left, right)
-        if layer.bias is not None:
-            self._vector(layer, layer.bias, rows, rows.sums(d))
+        if layer.kind == "norm":  # Liger's norms overwrite it with the input's gradient
+            gradient = gradient.clone()
+        key = (id(rows), layer.kind, layer.section, layer.weight is None, layer.bias is None, norm_options(layer))
+        shapes = tuple((one.shape, one.dtype, one.device) for one in (gradient, layer_input))
+        self._batches.add((key, shapes), Recorded(layer, rows, gradient, layer_input))
+
+    def _process(self, group: list[Recorded]) -> None:
+        """Adds the gradients of layers of one shape, as many at a time as fit into the bound of bytes."""
+        (first, *_), n_sequences = group, len(group[0].rows.prompt_S)
+        widths = first.gradient.shape[-1], first.layer_input.shape[-1]
+        n_tokens = first.gradient.numel() // max(1, widths[0])
+        if first.layer.kind == "norm":
+            each = 32 * max(1, first.gradient.numel())  # input, slope, gradient and products in float32
+        else:
+            each = self.projection.working_bytes(n_tokens, n_sequences, *widths)
+        count = max(1, kept_bytes(first.gradient.device) // max(1, each))
+        add = self._norms if first.layer.kind == "norm" else self._linears
+        while group:
+            part, group[:count] = group[:count], []
+            try:
+                add(part[0].rows, [one.layer for one in part], part)
+            except Exception as error:
+                for one in part:
+                    self._fail(one.layer, error)
+
+    def _linears(self, rows: SequenceRows, layers: Sequence[Layer], recorded: Sequence[Recorded]) -> None:
+        d = [rows.tokens("", one.gradient) for one in recorded]
+        a = [rows.tokens("", one.layer_input) for one in recorded]
+        left, right = (a, d) if layers[0].kind == "transposed" else (d, a)
+        if layers[0].weight is not None:
+            due = [i for i, number in enumerate(weights_of(layers)) if self._due(number, rows)]
+            signs = [self._left_signs(layers[i], left[i].shape[-1]).to(left[i]) for i in due]
+            if due:
+                probed = [left[i] @ sign for i, sign in zip(due, signs, strict=True)]
+                self.check.outer([weights_of(layers)[i] for i in due], rows, probed, [right[i] for i in due])
+            self.projection.outer(rows, layers, left, right)
+        if layers[0].bias is not None:
+            self._vectors(layers, [layer.bias for layer in layers], rows, rows.sums(torch.stack(d)))
 
     def _embedding(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, ids: torch.Tensor) -> None:
         d = rows.tokens(layer.name, gradient)
@@ -101,20 +143,21 @@ class LayerSums:
             return
         n_words = embedding.num_embeddings
         if self._due(layer.weight, rows):
-            self.check.outer(layer.weight, rows, self._left_signs(layer, n_words).to(d.dtype)[ids], d)
+            self.check.outer([layer.weight], rows, [self._left_signs(layer, n_words).to(d.dtype)[ids]], [d])
         self.projection.words(rows, layer, ids, n_words, d)
 
-    def _norm(self, layer: Layer, rows: SequenceRows, gradient: torch.Tensor, a: torch.Tensor) -> None:
-        """Adds a norm's gradient. Its output is linear in its weight: slope = output(weight 1) - output(weight 0)."""
-        d = rows.tokens(layer.name, gradient)
-        self._note_precision(layer, d, a)
-        slope = rows.tokens(layer.name, norm_output(layer.module, 1.0, a.float()))
-        if not layer.zero_at_zero:
-            slope = slope - rows.tokens(layer.name, norm_output(layer.module, 0.0, a.float()))
-        if layer.weight is not None:
-            self._vector(layer, layer.weight, rows, rows.sums(d.float() * slope.float()))
-        if layer.bias is not None:
-            self._vector(layer, layer.bias, rows, rows.sums(d))
+    def _norms(self, rows: SequenceRows, layers: Sequence[Layer], recorded: Sequence[Recorded]) -> None:
+        """Adds norms' gradients. Their output is linear in the weight: slope = output(weight 1) - output(weight 0)."""
+        d = torch.stack([rows.tokens("", one.gradient) for one in recorded])
+        if layers[0].weight is not None:
+            a = torch.cat([one.layer_input for one in recorded]).float()
+            slope = norm_output(layers[0].module, 1.0, a)
+            if not layers[0].zero_at_zero:
+                slope = slope - norm_output(layers[0].module, 0.0, a)
+            products = d.float() * slope.float().reshape(d.shape)
+            self._vectors(layers, [layer.weight for layer in layers], rows, rows.sums(products))
+        if layers[0].bias is not None:
+            self._vectors(layers, [layer.bias for layer in layers], rows, rows.sums(d))
 
     def add_head(
         self, layer: Layer, rows: SequenceRows, projected_NK: torch.Tensor, hidden_NH: torch.Tensor, n_words: int
@@ -134,7 +177,7 @@ class LayerSums:
         if self._due(weight, rows):
             self._left_signs(layer, n_words)
             mix = self.check.signs(projected.shape[-1], 0, projected)
-            self.check.outer(weight, rows, projected @ mix, hidden.to(projected.dtype))
+            self.check.outer([weight], rows, [projected @ mix], [hidden.to(projected.dtype)])
         self.projection.projected_words(rows, layer, projected, hidden)
 
     def note_head_precision(self, layer: Layer, hidden_NH: torch.Tensor) -> None:
@@ -143,10 +186,15 @@ class LayerSums:
         if rounds_products(hidden_NH.device, compute_dtype(hidden_NH), self._parameters[layer.weight].dtype):
             self.check.mark_half_precision(layer.weight)
 
-    def _vector(self, layer: Layer, number: int, rows: SequenceRows, vector_SD: torch.Tensor) -> None:
-        if self._due(number, rows):
-            self.check.vector(number, vector_SD)
-        self.projection.vector(rows, layer, number, vector_SD)
+    def _vectors(
+        self, layers: Sequence[Layer], parameters: Sequence[int | None], rows: SequenceRows, vectors_LSD: torch.Tensor
+    ) -> None:
+        numbers = [number for number in parameters if number is not None]
+        due = [i for i, number in enumerate(numbers) if self._due(number, rows)]
+        if due:
+            chosen = vectors_LSD if len(due) == len(numbers) else torch.stack([vectors_LSD[i] for i in due])
+            self.check.vector([numbers[i] for i in due], chosen)
+        self.projection.vectors(rows, layers[0].section, numbers, vectors_LSD)
 
     def _due(self, number: int, rows: SequenceRows) -> bool:
         """Returns whether the check needs these rows' sum of this parameter."""

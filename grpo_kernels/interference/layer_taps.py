@@ -17,7 +17,7 @@ class _SavedInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, tensor):
         ctx.save_for_backward(tensor)
-        return anchor.clone()
+        return anchor.new_empty(0)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -99,6 +99,18 @@ def norm_output(norm: nn.Module, weight: float, values: torch.Tensor) -> torch.T
         return norm.forward(values)
     finally:
         norm._parameters = own
+
+
+def norm_options(layer: Layer) -> tuple[object, ...]:
+    """Returns what two norms must share to have the same ``norm_output``: class, eps, and the like."""
+    if layer.kind != "norm":
+        return ()
+    plain = [(name, value) for name, value in vars(layer.module).items() if isinstance(value, int | float | str)]
+    return (
+        type(layer.module),
+        layer.zero_at_zero,
+        *sorted((name, value) for name, value in plain if name != "training"),
+    )
 
 
 def is_zero_at_zero_weight(norm: nn.Module, width: int, device: torch.device) -> bool:

@@ -32,7 +32,10 @@ from typing import Any
 import torch
 
 from .layer_taps import Layer
+from .places import Place, add_at_once, add_by_slices, index_tables
 from .sequence_rows import SequenceRows
+
+Tensors = Sequence[torch.Tensor]  # of L layers of one shape
 
 REPLICATES = 2
 SIDE = 3  # a side is folded to this multiple of k
@@ -61,6 +64,11 @@ def random_signs(seed: str, count: int, device: torch.device) -> torch.Tensor:
     return bits_NW.to(torch.int8).bitwise_and_(1).mul_(2).sub_(1).flatten()[:count]
 
 
+def favours_few_launches(device: torch.device) -> bool:
+    """Returns whether a few large operations are faster than many that stay in a processor's cache."""
+    return device.type != "cpu"
+
+
 def _fold_by_halves(values_ND: torch.Tensor, signs_P1D: torch.Tensor, shift: int, out_PNK: torch.Tensor) -> None:
     """Folds (N, D) to (M, N, K) with D > K: adds signed entry i to index (i + shift) mod K.
 
@@ -79,14 +87,23 @@ def _fold_by_halves(values_ND: torch.Tensor, signs_P1D: torch.Tensor, shift: int
     out_PNK[..., shift:], out_PNK[..., :shift] = sums[..., : side - shift], sums[..., side - shift : side]
 
 
-def _fold_in_few_launches(values_ND: torch.Tensor, signs_P1D: torch.Tensor, shift: int, out_PNK: torch.Tensor) -> None:
-    """Folds like ``_fold_by_halves``, by one sum over all blocks."""
-    width, side = values_ND.shape[1], out_PNK.shape[-1]
-    blocks = math.ceil((shift + width) / side)
-    signed = values_ND.new_empty(len(signs_P1D), len(values_ND), blocks * side)
-    signed[..., :shift], signed[..., shift + width :] = 0, 0
-    torch.mul(values_ND, signs_P1D, out=signed[..., shift : shift + width])
-    torch.sum(signed.unflatten(-1, (blocks, side)), dim=2, dtype=out_PNK.dtype, out=out_PNK)
+def _fold_in_few_launches(
+    values: Sequence[torch.Tensor], signs: Sequence[torch.Tensor], shifts: Sequence[int], out_LPNK: torch.Tensor
+) -> None:
+    """Folds L layers (N, D) like ``_fold_by_halves``: one product for each layer, and one sum over all blocks."""
+    width, side = values[0].shape[1], out_LPNK.shape[-1]
+    blocks = 1 + math.ceil(width / side)  # enough for any shift
+    signed = out_LPNK.new_zeros(*out_LPNK.shape[:-1], blocks * side)
+    for layer, values_ND, signs_P1D, shift in zip(signed, values, signs, shifts, strict=True):
+        torch.mul(values_ND, signs_P1D, out=layer[..., shift : shift + width])
+    torch.sum(signed.unflatten(-1, (blocks, side)), dim=-2, out=out_LPNK)
+
+
+def weights_of(layers: Sequence[Layer]) -> list[int]:
+    """Returns the numbers of the layers' weights, which must be trainable."""
+    numbers = [layer.weight for layer in layers if layer.weight is not None]
+    assert len(numbers) == len(layers)
+    return numbers
 
 
 class IdentityProjection:
@@ -97,17 +114,19 @@ class IdentityProjection:
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self._shapes = shapes
 
-    def outer(self, rows: SequenceRows, layer: Layer, left: torch.Tensor, right: torch.Tensor) -> None:
-        rows.add(layer.weight, rows.outer(left, right))
+    def outer(self, rows: SequenceRows, layers: Sequence[Layer], left: Tensors, right: Tensors) -> None:
+        for layer, *sides in zip(layers, left, right, strict=True):
+            rows.add(layer.weight, rows.outer(*sides))
 
     def words(self, rows: SequenceRows, layer: Layer, ids: torch.Tensor, n_words: int, right: torch.Tensor) -> None:
-        self.outer(rows, layer, torch.nn.functional.one_hot(ids, n_words).to(right.dtype), right)
+        self.outer(rows, [layer], [torch.nn.functional.one_hot(ids, n_words).to(right.dtype)], [right])
 
     def projected_words(self, rows: SequenceRows, layer: Layer, projected: torch.Tensor, right: torch.Tensor) -> None:
-        self.outer(rows, layer, projected, right)
+        self.outer(rows, [layer], [projected], [right])
 
-    def vector(self, rows: SequenceRows, layer: Layer, number: int, vector_SD: torch.Tensor) -> None:
-        rows.add(number, vector_SD)
+    def vectors(self, rows: SequenceRows, section: str, numbers: Sequence[int], vectors_LSD: torch.Tensor) -> None:
+        for number, vector_SD in zip(numbers, vectors_LSD, strict=True):
+            rows.add(number, vector_SD)
 
     def vocabulary(self, n_words: int, weight: int, dtype: torch.dtype) -> None:
         return None
@@ -121,6 +140,9 @@ class IdentityProjection:
     def size(self, key: Any) -> int:
         return self._shapes[key].numel()
 
+    def working_bytes(self, n_tokens: int, n_sequences: int, left: int, right: int) -> int:
+        return 8 * n_sequences * left * right
+
 
 class Projections:
     """The random projections of one step; the same seed gives the same ones on every rank and device.
@@ -130,11 +152,19 @@ class Projections:
         seed: the seed of the signs.
         device: the device of the signs.
         shapes: the parameters' shapes, by number.
+        words: the weights whose rows are words.
     """
 
     replicates = REPLICATES
 
-    def __init__(self, dim: int, seed: int, device: torch.device, shapes: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        dim: int,
+        seed: int,
+        device: torch.device,
+        shapes: Sequence[Sequence[int]],
+        words: frozenset[int] = frozenset(),
+    ) -> None:
         self.dim, self.device = dim, device
         self.side = SIDE * dim
         self.slots = max(1, dim**2 // REPLICATES)  # numbers of a replicate
@@ -145,11 +175,45 @@ class Projections:
         for shape in shapes:
             self._first.append(self._first[-1] + len(shape))
         self._of_features = random_signs(f"{seed} features", sum(self._sizes), device).float().split(self._sizes)
+        self._folds: dict[tuple[int, int], int] = {}  # the shift of each side that is folded, by parameter and axis
+        self._places = [self._places_of(number, shape, number in words) for number, shape in enumerate(shapes)]
+        self._indices = index_tables([place for places in self._places for place in places], device)
         self._kept: dict[str, torch.Tensor] = {}
 
-    def _features(self, parameter: int, axis: int) -> torch.Tensor:
-        """Returns the (M, size) signs of the features of this axis."""
-        return self._of_features[self._first[parameter] + axis].view(REPLICATES, -1)
+    def _places_of(self, number: int, shape: Sequence[int], words: bool) -> list[Place]:
+        """Draws the place of each axis of a parameter. ``words``: axis 0 is the vocabulary, projected to k numbers."""
+        if len(shape) == 1:
+            shift = self._draw(f"place {number}").randrange(self.slots)
+            return [Place(self.slots, shift, 0, shape[0])]
+        if len(shape) != 2:  # no layer that is tapped has such a weight
+            return [Place(1, 0, 0, 0) for _ in shape]
+        widths = [min(size, self.side) for size in shape]
+        shifts = [
+            self._draw(f"shift {side} {number}").randrange(width)
+            for side, width in zip(("out", "in"), widths, strict=True)
+        ]
+        for axis, size in enumerate(shape):
+            if size >= self.side and not (words and axis == 0):  # shifted when it is folded
+                self._folds[number, axis], shifts[axis] = shifts[axis], 0
+        if words:
+            widths[0], shifts[0] = VOCABULARY * self.dim, 0
+        draw = self._draw(f"place {number}")
+        offsets = [draw.randint(0, self.side - width) for width in widths]
+        strides = (self.side, 1)
+        return [Place(*one) for one in zip(widths, shifts, offsets, widths, strides, strict=True)]
+
+    def _features(self, numbers: Sequence[int], axis: int, like: torch.Tensor) -> torch.Tensor:
+        """Returns the (L, M, size) signs of the features of this axis of L parameters of one shape."""
+        signs = torch.stack([self._of_features[self._first[number] + axis] for number in numbers])
+        return signs.to(like.device, like.dtype).view(len(numbers), REPLICATES, -1)
+
+    def _index(self, numbers: Sequence[int], axis: int, device: torch.device) -> torch.Tensor:
+        """Returns the (L, length) indices of this axis of L parameters in the flattened entries, or slots."""
+        return torch.stack([self._indices[self._first[number] + axis] for number in numbers]).to(device)
+
+    def _draw(self, name: str) -> random.Random:
+        """Returns a random stream for one purpose, so that results don't depend on the order of the layers."""
+        return random.Random(f"{self._seed} {name}")
 
     def _large(self, name: str, count: int) -> torch.Tensor:
         """Returns (count,) int8 signs, and keeps them for the step."""
@@ -157,61 +221,53 @@ class Projections:
             self._kept[name] = random_signs(f"{self._seed} {name}", count, self.device)
         return self._kept[name]
 
-    def fold_side(self, values_RTD: torch.Tensor, side: str, layer: int) -> torch.Tensor:
-        """Folds (R, T, width) to (M, R, T, side), at least float32.
+    def fold_side(self, values: Tensors, axis: int, numbers: Sequence[int]) -> torch.Tensor:
+        """Folds this axis of L layers, (R, T, width) each, to (L, M, R, T, side), at least float32.
 
-        A narrower side is returned unchanged, (1, R, T, width): its signs and shift cost less on the sequences' sums
-        (``turn_narrow``). The result is rotated by a random shift, so that features that are large in every layer
-        don't all land on one index (without it, LoRA of rank 16 on the built-in architecture has an RMSE of 0.021).
+        A narrower side is returned unchanged, (L, 1, R, T, width): its signs and shift cost less on the sequences' sums
+        (``turn_narrow``). The result is rotated by a random shift (``places.py``).
         """
-        n_rows, n_tokens, width = values_RTD.shape
+        n_rows, n_tokens, width = values[0].shape
         if width < self.side:
-            return values_RTD[None]
-        signs_PD, shift = self._turn(side, layer, width)
-        signs_PD = signs_PD.to(values_RTD.device)
-        dtype = torch.promote_types(values_RTD.dtype, torch.float32)
-        if width == self.side:
-            return (values_RTD.to(dtype) * signs_PD[:, None, None]).roll(shift, -1)
-        values_ND = values_RTD.reshape(-1, width)
-        folded = values_ND.new_empty(REPLICATES, len(values_ND), self.side, dtype=dtype)
-        device = "cpu" if values_ND.device.type == "cpu" else "cuda"
-        step = max(1, TILE_BYTES[device] // (width * values_ND.element_size()))
-        fold = _fold_by_halves if device == "cpu" else _fold_in_few_launches
-        for start in range(0, len(values_ND), step):
-            fold(values_ND[start : start + step], signs_PD[:, None], shift, folded[:, start : start + step])
-        return folded.view(REPLICATES, n_rows, n_tokens, self.side)
+            return torch.stack(list(values))[:, None]
+        dtype = torch.promote_types(values[0].dtype, torch.float32)
+        tokens = [one.reshape(-1, width) for one in values]
+        signs = self._features(numbers, axis, values[0].new_empty(0, dtype=torch.float32))[:, :, None]
+        shifts = [self._folds[number, axis] for number in numbers]
+        folded = values[0].new_empty(len(values), REPLICATES, len(tokens[0]), self.side, dtype=dtype)
+        fold = self._fold_in_few_launches if favours_few_launches(folded.device) else self._fold_in_the_cache
+        fold(tokens, signs, shifts, folded)
+        return folded.unflatten(2, (n_rows, n_tokens))
 
-    def turn_narrow(self, sums: torch.Tensor, layer: int, sides: Sequence[str] = ("out", "in")) -> torch.Tensor:
-        """Applies signs and shift to those sides of (M or 1, S, out, in) sums that ``fold_side`` left unchanged.
+    @staticmethod
+    def _fold_in_the_cache(tokens: Tensors, signs: torch.Tensor, shifts: Sequence[int], folded: torch.Tensor) -> None:
+        step = max(1, TILE_BYTES["cpu"] // (tokens[0].shape[1] * tokens[0].element_size()))
+        for layer, values_ND in enumerate(tokens):
+            for start in range(0, len(values_ND), step):
+                here = slice(start, start + step)
+                _fold_by_halves(values_ND[here], signs[layer], shifts[layer], folded[layer, :, here])
+
+    @staticmethod
+    def _fold_in_few_launches(
+        tokens: Tensors, signs: torch.Tensor, shifts: Sequence[int], folded: torch.Tensor
+    ) -> None:
+        row_bytes = len(tokens) * tokens[0].shape[1] * tokens[0].element_size()
+        step = max(1, TILE_BYTES["cuda"] // row_bytes)
+        for start in range(0, len(tokens[0]), step):
+            here = slice(start, start + step)
+            _fold_in_few_launches([one[here] for one in tokens], list(signs), shifts, folded[:, :, here])
+
+    def turn_narrow(self, sums: torch.Tensor, numbers: Sequence[int], axes: Sequence[int] = (0, 1)) -> torch.Tensor:
+        """Applies signs to those axes of (L, M or 1, S, out, in) sums that ``fold_side`` left unchanged.
 
         Each replicate has signs of its own. With the same signs, the inner products of different layers would be the
         same in both, and the predicted error of a cosine 4 to 9 % too low.
         """
-        for side, axis in (("out", -2), ("in", -1)):
-            if side in sides and sums.shape[axis] < self.side:
-                signs_PD, shift = self._turn(side, layer, sums.shape[axis])
-                signs_P1D = signs_PD[:, None].to(sums)
-                sums = (sums * (signs_P1D[..., None] if side == "out" else signs_P1D[:, :, None])).roll(shift, axis)
+        for axis in axes:
+            if sums.shape[3 + axis] < self.side:
+                signs_LP1D = self._features(numbers, axis, sums)[:, :, None]
+                sums = sums * (signs_LP1D[..., None] if axis == 0 else signs_LP1D[..., None, :])
         return sums
-
-    def _turn(self, side: str, layer: int, width: int) -> tuple[torch.Tensor, int]:
-        """Returns the (M, width) signs of a side, and its shift."""
-        shift = self._draw(f"shift {side} {layer}").randrange(min(width, self.side))
-        return self._features(layer, ["out", "in"].index(side)), shift
-
-    def _draw(self, name: str) -> random.Random:
-        """Returns a random stream for one purpose, so that results don't depend on the order of the layers."""
-        return random.Random(f"{self._seed} {name}")
-
-    def place(self, layer: int, rows: int, columns: int) -> tuple[slice, slice]:
-        """Returns the random block of the (side, side) entries to which a folded layer is added.
-
-        It is random so that small layers rarely overlap (LoRA of rank 8 on the built-in policy: RMSE of a cosine 0.011
-        instead of 0.019).
-        """
-        draw = self._draw(f"place {layer}")
-        row, column = draw.randint(0, self.side - rows), draw.randint(0, self.side - columns)
-        return slice(row, row + rows), slice(column, column + columns)
 
     def fold_entries(self, entries: torch.Tensor) -> torch.Tensor:
         """Folds (M, S, side, side), the sum of all layers, to (S, M, slots).
@@ -223,11 +279,6 @@ class Projections:
         signed = entries * signs.view(REPLICATES, 1, self.side, self.side)
         padded = torch.nn.functional.pad(signed, (0, 1 - self.side % 2))
         return self._wrap(padded.flatten(2).transpose(0, 1))
-
-    def fold_vector(self, vector_SD: torch.Tensor, layer: int) -> torch.Tensor:
-        """Folds (S, width) to (S, M, slots)."""
-        wrapped = self._wrap(vector_SD[:, None] * self._features(layer, 0).to(vector_SD.device, vector_SD.dtype))
-        return wrapped.roll(self._draw(f"place {layer}").randrange(self.slots), dims=2)
 
     def _wrap(self, values: torch.Tensor) -> torch.Tensor:
         """Folds (S, M, any) to (S, M, slots), by adding blocks of ``slots`` numbers."""
@@ -255,43 +306,50 @@ class Projections:
         """Splits a product with ``vocabulary``, (R, T, M * width), to (M, R, T, width)."""
         return projected.unflatten(-1, (REPLICATES, -1)).movedim(-2, 0)
 
-    # ---- adding a layer's gradient; ``left`` and ``right`` (R, T, width) belong to the two sides of its weight
+    # ---- adding the gradients of L layers of one shape; ``left`` and ``right``, (R, T, width) each, belong to the two
+    # sides of their weights
 
-    def outer(self, rows: SequenceRows, layer: Layer, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Adds each sequence's ``sum_t left_t right_t^T`` to the rows' sums."""
-        assert layer.weight is not None
-        if layer.kind == "head":
-            projected = left @ self.vocabulary(left.shape[-1], layer.weight, left.dtype)
-            self.projected_words(rows, layer, projected, right)
-        else:
-            self._add_folded(rows, layer, self.fold_side(left, "out", layer.weight), right, ("out", "in"))
+    def outer(self, rows: SequenceRows, layers: Sequence[Layer], left: Tensors, right: Tensors) -> None:
+        """Adds each sequence's ``sum_t left_t right_t^T`` of every layer to the rows' sums."""
+        numbers = weights_of(layers)
+        if layers[0].kind != "head":
+            self._add_folded(rows, layers, self.fold_side(left, 0, numbers), right, (0, 1))
+            return
+        for layer, number, one, other in zip(layers, numbers, left, right, strict=True):
+            self.projected_words(rows, layer, one @ self.vocabulary(one.shape[-1], number, one.dtype), other)
 
     def words(self, rows: SequenceRows, layer: Layer, ids: torch.Tensor, n_words: int, right: torch.Tensor) -> None:
         """Adds the same for a ``left`` of one-hot vectors of these words."""
-        assert layer.weight is not None
-        self.projected_words(rows, layer, self.of_words(ids, n_words, layer.weight, right.dtype), right)
+        (number,) = weights_of([layer])
+        self.projected_words(rows, layer, self.of_words(ids, n_words, number, right.dtype), right)
 
     def projected_words(self, rows: SequenceRows, layer: Layer, projected: torch.Tensor, right: torch.Tensor) -> None:
         """Adds the same for a ``left`` that is multiplied by ``vocabulary`` already."""
-        self._add_folded(rows, layer, self.split_vocabulary(projected), right, ("in",))
+        self._add_folded(rows, [layer], self.split_vocabulary(projected)[None], [right], (1,))
 
     def _add_folded(
-        self, rows: SequenceRows, layer: Layer, left: torch.Tensor, right: torch.Tensor, turned: Sequence[str]
+        self, rows: SequenceRows, layers: Sequence[Layer], left: torch.Tensor, right: Tensors, turned: Sequence[int]
     ) -> None:
-        """Adds a ``left`` that is folded already. ``turned``: the sides that get their signs after the sum."""
-        assert layer.weight is not None
-        weight = layer.weight
-        right = self.fold_side(right, "in", weight)
-        place = self.place(weight, left.shape[-1], right.shape[-1])
+        """Adds ``left``, (L, M or 1, R, T, width), folded. ``turned``: the axes that get signs after the sum."""
+        numbers = weights_of(layers)
+        folded = self.fold_side(right, 1, numbers)
+        entries = rows.entries_of(layers[0].section, REPLICATES, self.side, folded)
+        if left.shape[-1] == folded.shape[-1] == self.side:
+            rows.add_outer(entries, left, folded)
+            return
+        sums = self.turn_narrow(rows.outer(left, folded), numbers, turned).to(entries.device)
+        if favours_few_launches(entries.device):
+            add_at_once(entries, sums, *(self._index(numbers, axis, sums.device) for axis in (0, 1)))
+        else:
+            add_by_slices(entries, sums, [self._places[number] for number in numbers])
 
-        def turn(sums: torch.Tensor) -> torch.Tensor:
-            return self.turn_narrow(sums, weight, turned)
-
-        rows.add_outer(layer.section, left, right, self.side, place, turn)
-
-    def vector(self, rows: SequenceRows, layer: Layer, number: int, vector_SD: torch.Tensor) -> None:
-        """Adds each sequence's gradient (S, D) of the vector that is parameter ``number``."""
-        rows.add(layer.section, self.fold_vector(vector_SD, number))
+    def vectors(self, rows: SequenceRows, section: str, numbers: Sequence[int], vectors_LSD: torch.Tensor) -> None:
+        """Adds each sequence's gradients (L, S, D) of the vectors that are these parameters."""
+        signs_LMD = self._features(numbers, 0, vectors_LSD) / REPLICATES**0.5
+        signed = vectors_LSD.transpose(0, 1)[:, None] * signs_LMD.transpose(0, 1)
+        total = rows.total_of(section, (len(rows.prompt_S), REPLICATES, self.slots), signed)
+        index = self._index(numbers, 0, total.device).flatten().expand(*total.shape[:2], -1)
+        total.scatter_add_(2, index, signed.flatten(2).to(total.device))
 
     def finish(self, rows: SequenceRows) -> None:
         """Folds the rows' entries to their sketch."""
@@ -306,6 +364,13 @@ class Projections:
     def size(self, key: Any) -> int:
         """Returns how many numbers a sequence has under this key."""
         return REPLICATES * self.slots
+
+    def working_bytes(self, n_tokens: int, n_sequences: int, left: int, right: int) -> int:
+        """Returns the bytes that one layer's fold and sums take at most, for sides of these widths."""
+        left, right = min(left, self.side), min(right, self.side)
+        tokens = 2 * n_tokens * (left + right)  # twice: cut into pieces
+        sums = 0 if left == right == self.side else 3 * n_sequences * left * right
+        return 4 * REPLICATES * (tokens + sums)
 
     def numbers(self) -> int:
         """Returns how many signs are kept in memory."""

@@ -6,7 +6,6 @@ Shapes: S sequences of a micro-batch, R rows, T positions, N = R T tokens, M rep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,7 @@ class SequenceRows:
         n_rows: R.
         checked: whether these rows contribute to the step's gradient.
         total: sums by key: (S, M, slots) by section, or (S, ...) by parameter if nothing is projected.
-        entries: by (section, M): (M, S, side, side) sums that aren't folded yet.
+        entries: by section: (M, S, side, side) sums that aren't folded yet.
     """
 
     prompt_S: torch.Tensor
@@ -42,31 +41,29 @@ class SequenceRows:
         else:
             self.total[key] = values_S.clone()
 
-    def add_outer(
-        self,
-        section: str,
-        left: torch.Tensor,
-        right: torch.Tensor,
-        side: int,
-        place: tuple[slice, slice],
-        turn: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        """Adds ``outer(left, right)`` of a layer's folded sides to the section's entries at ``place``.
+    def total_of(self, key: Any, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """Returns the sum under ``key``, zeros of this shape at first."""
+        if key not in self.total:
+            self.total[key] = like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+        return self.total[key]
 
-        ``turn`` is applied to the sums if they are narrower than the entries; it gives them their replicates.
-        """
-        rows, columns = place
-        whole = self.sequence_RT is None and rows == columns == slice(0, side)
-        sums = None if whole else turn(self.outer(left, right))
+    def entries_of(self, section: str, replicates: int, side: int, like: torch.Tensor) -> torch.Tensor:
+        """Returns the section's entries (M, S, side, side), zeros at first, in at least the dtype of ``like``."""
         if section not in self.entries:
-            size = (max(len(left), len(right)) if sums is None else len(sums), len(self.prompt_S), side, side)
-            self.entries[section] = left.new_zeros(size, dtype=torch.promote_types(left.dtype, right.dtype))
-        entries = self.entries[section]
-        if sums is None:  # in place, to save memory
-            left, right = (x.expand(len(entries), -1, -1, -1).flatten(0, 1).to(entries) for x in (left, right))
-            entries.flatten(0, 1).baddbmm_(left.transpose(1, 2), right)
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            self.entries[section] = like.new_zeros((replicates, len(self.prompt_S), side, side), dtype=dtype)
+        return self.entries[section]
+
+    def add_outer(self, entries: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Adds the sum over L layers of ``outer(left, right)`` to the whole entries; left and right (L, M, R, T, side).
+
+        The layers count as tokens of the same position, so that the product sums over them.
+        """
+        left, right = (x.permute(1, 2, 3, 0, 4).flatten(2, 3).to(entries) for x in (left, right))
+        if self.sequence_RT is None:  # in place, to save memory
+            entries.flatten(0, 1).baddbmm_(left.flatten(0, 1).transpose(1, 2), right.flatten(0, 1))
         else:
-            entries[..., rows, columns] += sums.to(entries.device)
+            entries += self.outer(left, right)
 
     def tokens(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Returns a layer's input or output as (R, tokens of a row, width), also if the layer flattens its rows."""
@@ -101,12 +98,12 @@ class SequenceRows:
         return total.index_add_(-3, sequence_M, of_pieces)[..., :-1, :, :]
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns each sequence's sum over its tokens, (S, width)."""
+        """Returns each sequence's sum over its tokens, (..., S, width), of (..., R, tokens of a row, width)."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if self.sequence_RT is None:
-            return values.sum(1)
-        total = values.new_zeros(len(self.prompt_S) + 1, values.shape[-1])
-        return total.index_add_(0, self._per_token(values), values.flatten(0, 1))[:-1]
+            return values.sum(-2)
+        total = values.new_zeros(*values.shape[:-3], len(self.prompt_S) + 1, values.shape[-1])
+        return total.index_add_(-2, self._per_token(values), values.flatten(-3, -2))[..., :-1, :]
 
     def _per_token(self, values: torch.Tensor) -> torch.Tensor:
         """Returns (N,) the sequence of each token, S for none. A layer may have several tokens per position (heads)."""

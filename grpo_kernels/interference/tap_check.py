@@ -30,6 +30,9 @@ ROUNDING = 1e-5
 HALF_ROUNDING = 1e-2
 
 
+SignsKey = tuple[int, int, torch.dtype]  # width, side, dtype
+
+
 @dataclass(frozen=True)
 class GradientShard:
     """This rank's rows of a gradient.
@@ -45,20 +48,30 @@ class GradientShard:
     copies: int = 1
 
 
+def _row(total_LK: torch.Tensor, square_L: torch.Tensor) -> torch.Tensor:
+    """Returns (L, PROBES * PROBES + 1): the sums, zeros, and the sum of squares."""
+    zeros = (0, PROBES * PROBES - total_LK.shape[1])
+    return torch.cat([torch.nn.functional.pad(total_LK, zeros), square_L[:, None]], dim=1)
+
+
 class TapCheck:
     """The projected sums over sequences of each checked parameter in one step, and the sums of their squares.
 
     Attributes:
         due: the numbers of the parameters that this step checks.
         word_signs: by parameter, the matrix that projects its rows in place of ``signs``, if its rows are words.
+
+    Args:
+        signs: the signs of earlier steps, which are the same in all of them; this step adds its own.
     """
 
-    def __init__(self, device: torch.device, due: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, device: torch.device, due: frozenset[int] = frozenset(), signs: dict[SignsKey, torch.Tensor] | None = None
+    ) -> None:
         self._device, self.due = device, due
         self.word_signs: dict[int, torch.Tensor] = {}
-        self._signs: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
-        self._sums: dict[int, torch.Tensor] = {}
-        self._squares: dict[int, torch.Tensor] = {}
+        self._signs: dict[SignsKey, torch.Tensor] = {} if signs is None else signs
+        self._recorded: list[tuple[list[int], torch.Tensor]] = []
         self._expected: dict[int, torch.Tensor] = {}
         self._half: set[int] = set()  # parameters whose products have half precision
 
@@ -75,20 +88,22 @@ class TapCheck:
         """Applies ``HALF_TOLERANCE`` to the parameter: its gradient is a sum of products in half precision."""
         self._half.add(number)
 
-    def outer(self, number: int, rows: SequenceRows, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Adds a weight's gradient. ``left`` (R, T, PROBES) is projected already, ``right`` (R, T, in) isn't."""
-        self._add(number, rows.outer(left, right @ self.signs(right.shape[-1], 1, right)))
+    def outer(
+        self, numbers: Sequence[int], rows: SequenceRows, left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]
+    ) -> None:
+        """Adds the gradients of L weights. ``left``, (R, T, PROBES) each, is projected, ``right`` (R, T, in) isn't."""
+        probed = torch.stack([one @ self.signs(one.shape[-1], 1, one) for one in right])
+        self._add(numbers, rows.outer(torch.stack(list(left)), probed))
 
-    def vector(self, number: int, vector_SD: torch.Tensor) -> None:
-        """Adds each sequence's gradient (S, D) of a vector."""
-        self._add(number, vector_SD @ self.signs(vector_SD.shape[-1], 1, vector_SD))
+    def vector(self, numbers: Sequence[int], vectors_LSD: torch.Tensor) -> None:
+        """Adds each sequence's gradients (L, S, D) of L vectors."""
+        self._add(numbers, vectors_LSD @ self.signs(vectors_LSD.shape[-1], 1, vectors_LSD))
 
-    def _add(self, number: int, values_S: torch.Tensor) -> None:
-        values_S = values_S.float()
-        total, square = values_S.sum(0), values_S.square().sum()
-        if number in self._sums:
-            total, square = total + self._sums[number].to(total.device), square + self._squares[number]
-        self._sums[number], self._squares[number] = total, square
+    def _add(self, numbers: Sequence[int], values_LS: torch.Tensor) -> None:
+        """Keeps the sums over sequences of L parameters' numbers (L, S, ...), and the sums of their squares."""
+        values_LSK = values_LS.float().flatten(2)
+        square_L = values_LSK.square().sum((1, 2))
+        self._recorded.append((list(numbers), _row(values_LSK.sum(1), square_L)))
 
     def expect(self, number: int, part: GradientShard | None, shape: Sequence[int]) -> None:
         """Stores the projection of the parameter's gradient, whose full shape is ``shape``; None counts as 0."""
@@ -102,7 +117,7 @@ class TapCheck:
             left = self.word_signs.get(number)
             left = self.signs(shape[0], 0, rows) if left is None else left
             probe = left[here].to(probe).T @ probe
-        self._expected[number] = probe.flatten() / part.copies
+        self._expected[number] = probe.flatten() if part.copies == 1 else probe.flatten() / part.copies
 
     def errors(
         self,
@@ -125,17 +140,20 @@ class TapCheck:
         if not numbers:
             return {}, []
         size = PROBES * PROBES
-        both = torch.zeros(len(numbers), 2 * size + 2, device=self._device)
+        both = torch.zeros(len(numbers) + 1, 2 * size + 2, device=self._device)  # the last is of unasked numbers
         expected, recorded = both[:, :size], both[:, size:-1]
-        for place, number in enumerate(numbers):
-            if number in self._expected:
-                flat = self._expected[number]
-                expected[place, : flat.numel()] = flat
-            if number in self._sums:
-                flat = self._sums[number].flatten()
-                recorded[place, : flat.numel()] = flat
-                recorded[place, -1] = self._squares[number]
-            both[place, -1] = float(number in self._half)
+        place = {number: place for place, number in enumerate(numbers)}
+        for length in {flat.numel() for flat in self._expected.values()}:
+            flats = {n: flat for n, flat in self._expected.items() if n in place and flat.numel() == length}
+            if flats:
+                here = torch.tensor([place[number] for number in flats], device=self._device)
+                expected[here, :length] = torch.stack([flat.to(self._device) for flat in flats.values()])
+        if self._recorded:
+            indices = [place.get(number, len(numbers)) for part, _ in self._recorded for number in part]
+            values = torch.cat([values.to(self._device) for _, values in self._recorded])
+            recorded.index_add_(0, torch.tensor(indices, device=self._device), values)
+        both = both[:-1].contiguous()
+        both[:, -1] = torch.tensor([float(number in self._half) for number in numbers], device=self._device)
         both = reduce(both)
         expected, recorded, half = both[:, :size], both[:, size:-1], both[:, -1] > 0
         distance = (recorded[:, :-1] / processes - expected).norm(dim=1)

@@ -43,12 +43,16 @@ def test_the_same_as_trl_on_two_processes(loss_type, skip, tiny_policy, tmp_path
     assert_same_run(ours, theirs)
 
 
-@pytest.mark.parametrize("dead", [0.0, 0.5])
-def test_shared_prompts_on_two_processes(dead, tiny_policy, tmp_path):
+COMPILED = {"compile_layers": True, "torch_compile_backend": "aot_eager"}
+
+
+@pytest.mark.parametrize(("dead", "compiled"), [(0.0, {}), (0.5, {}), (0.5, COMPILED)])
+def test_shared_prompts_on_two_processes(dead, compiled, tiny_policy, tmp_path):
     """Of different live counts: both make as many passes, and the parameters are TRL's."""
     options = {"gradient_accumulation_steps": 2, "dead": dead, "num_iterations": 2}
     theirs = run_processes(2, tiny_policy, tmp_path / "trl", trainer="trl", **options)[0]
-    ours = run_processes(2, tiny_policy, tmp_path / "ours", share_prompts=True, interference_every=0, **options)[0]
+    own = {"share_prompts": True, "interference_every": 0, **compiled}
+    ours = run_processes(2, tiny_policy, tmp_path / "ours", **own, **options)[0]
     assert_same_run(ours, theirs)
     assert all(log["compute/flops_saved_frac"] > 0.2 for log in steps(ours))
 

@@ -16,7 +16,7 @@ PLACES = [
         ),
         "grpo_kernels.interference.gradient_sketch": "tap",
         "grpo_kernels.interference.projections.Projections": "__init__ vocabulary fold_side _add_folded",
-        "grpo_kernels.interference.layer_sums.LayerSums": "_linear _norm _embedding _note_precision",
+        "grpo_kernels.interference.layer_sums.LayerSums": "_linears _norms _embedding _note_precision",
         "grpo_kernels.interference.sequence_rows.SequenceRows": "outer",
         "grpo_kernels.interference.tap_check.TapCheck": "outer errors",
         "grpo_kernels.head.checks": "_check_head_sketch",

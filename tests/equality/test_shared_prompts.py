@@ -40,27 +40,32 @@ def test_the_layout():
         assert (place[:first] == -1).all() and (place[WIDTH + length :] == -1).all()
         assert torch.equal(packed[place[first : WIDTH + length]], ids[row, first : WIDTH + length])
         assert positions[place[first : WIDTH + length]].tolist() == list(range(PROMPTS[prompt] + length))
-    of_prompts, to_prompts, of_answers = rows.spans()
+    own, to_prompts = rows.spans()
+    of_prompts, of_answers = own.query_lengths[:3], own.query_lengths[3:]
     prompt = [rows.row_P.tolist().index(PROMPT_OF.index(p)) for p in range(3)]  # packed in the order of their tokens
-    assert [of_prompts.query_lengths[i] for i in prompt] == PROMPTS
+    assert [of_prompts[i] for i in prompt] == PROMPTS and own.key_lengths == own.query_lengths and own.causal
     assert [to_prompts.query_lengths[i] for i in prompt] == [9 + 3 + 4, 1 + 5 + 9, 2]
-    assert to_prompts.key_lengths == of_prompts.key_lengths and not to_prompts.causal
-    assert sorted(of_answers.query_lengths) == sorted(ANSWERS) and of_answers.causal
-    starts = torch.tensor(of_answers.query_lengths).cumsum(0) - torch.tensor(of_answers.query_lengths)
+    assert to_prompts.key_lengths == of_prompts and not to_prompts.causal
+    assert sorted(of_answers) == sorted(ANSWERS)
+    starts = torch.tensor(of_answers).cumsum(0) - torch.tensor(of_answers)
     first = [int(rows.packed_BC[row, WIDTH]) for row in range(len(ANSWERS))]
     assert sorted(first) == (starts + sum(PROMPTS)).tolist()
-    assert (of_answers.queries.start, of_answers.queries.stop) == (sum(PROMPTS), len(rows.token_S))
+    assert to_prompts.queries == slice(sum(PROMPTS), len(rows.token_S)) and to_prompts.keys == slice(0, sum(PROMPTS))
+    assert own.queries == own.keys == slice(0, len(rows.token_S))
 
 
 def test_short_spans_run_together():
     """On a CPU; a span of no token nowhere."""
     spans = Spans(slice(0, 103), slice(0, 103), [50, 2, 0, 48, 3], [50, 2, 0, 48, 3], causal=True)
-    together, alone = flash._short(spans, torch.device("cpu"))
-    assert alone == [(slice(0, 50), slice(0, 50))]
-    assert together.shape == (4, 48) and together[together >= 0].tolist() == list(range(50, 103))
-    assert together[0].tolist() == [50, 51, *[-1] * 46]
+    short = flash._short(spans, torch.device("cpu"))
+    assert flash._separate(spans) == [(slice(0, 50), slice(0, 50))]
+    position = torch.arange(103.0)[None, None, :, None]
+    together = short.unpack(position)[:, 0, :, 0]
+    assert together.shape == (4, 48) and together[short.is_token[:, 0]].tolist() == list(range(50, 103))
+    assert together[0].tolist() == [50, 51, *[0] * 46]
+    assert torch.equal(short.pack(short.unpack(position), 103)[:, :, 50:], position[:, :, 50:])
     seen = Spans(slice(0, 5), slice(0, 9), [5, 0], [3, 6], causal=False)
-    assert flash._short(seen, torch.device("cpu")) == (None, [(slice(0, 5), slice(0, 3))])
+    assert flash._short(seen, torch.device("cpu")) is None and flash._separate(seen) == [(slice(0, 5), slice(0, 3))]
 
 
 @pytest.mark.parametrize("columns", [WIDTH + 1, slice(None, WIDTH)], ids=["gap", "no prompt"])

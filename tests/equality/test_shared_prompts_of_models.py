@@ -20,11 +20,8 @@ from trl_ext.sharing.packed_rows import pack
 
 def why_not(model, trims_prompts=True, **options):
     """What a trainer of this model would say."""
-    options = {"share_prompts": True, "fused_loss": True, "torch_compile": False, **options}
-    compiled = options.pop("torch_compile")
-    settings = SimpleNamespace(
-        options=SimpleNamespace(**options), accelerator=Accelerator(cpu=True), torch_compile=compiled
-    )
+    options = {"share_prompts": True, "fused_loss": True, **options}
+    settings = SimpleNamespace(options=SimpleNamespace(**options), accelerator=Accelerator(cpu=True))
     return why_not_shared(settings, model, trims_prompts)
 
 
@@ -68,7 +65,7 @@ def test_architectures_that_may_and_may_not(name):
     assert (packed[rows.packed_BC[mask.bool()]] - own).norm() <= 1e-5 * own.norm()
 
 
-@pytest.mark.parametrize("options", [{"share_prompts": False}, {"fused_loss": False}, {"torch_compile": True}], ids=str)
+@pytest.mark.parametrize("options", [{"share_prompts": False}, {"fused_loss": False}], ids=str)
 def test_options_that_do_not_allow_it(options):
     ((name, value),) = options.items()
     assert why_not(build_architecture("llama"), **options) == f"{name}={value}"

@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from grpo_kernels.interference import projections
+from grpo_kernels.interference import layer_batches, projections
 from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.interference.layer_sums import LayerSums
 from grpo_kernels.interference.projections import REPLICATES, random_signs
 
 WORDS, POSITIONS, ROWS = 97, 11, 6
@@ -232,8 +233,7 @@ class Launches(TorchDispatchMode):
 
 def test_a_large_layer_takes_few_launches(monkeypatch):
     """(4096, 4096), several blocks a side: at most ten, folded as on a GPU."""
-    monkeypatch.setitem(projections.TILE_BYTES, "cpu", projections.TILE_BYTES["cuda"])
-    monkeypatch.setattr(projections, "_fold_by_halves", projections._fold_in_few_launches)
+    monkeypatch.setattr(projections, "favours_few_launches", lambda device: True)
     layer = torch.nn.Linear(4096, 4096, bias=False)
     sketch = GradientSketch(torch.nn.Sequential(layer), 64)
     sketch._verified.add(0)  # the layer was checked before: seven steps of eight don't again
@@ -241,8 +241,10 @@ def test_a_large_layer_takes_few_launches(monkeypatch):
     with sketch.step(0) as recorded, sketch.rows(torch.arange(2)):
         tapped, sums = sketch.layers[0], sketch._sums
         sums.add(tapped, sums.rows, d, a)  # the entries are there
+        sums._batches.flush()
         with Launches() as seen:
             sums.add(tapped, sums.rows, d, a)
+            sums._batches.flush()
     assert len(seen.names) <= 10, seen.names
     assert not seen.waits
     want = 2 * torch.einsum("rtd,rta->rda", d, a).flatten(1)
@@ -257,10 +259,103 @@ def test_both_ways_of_folding_add_the_same(width, dtype):
     values, signs = torch.randn(5, width).to(dtype), torch.randint(0, 2, (2, 1, width)).float() * 2 - 1
     want = torch.zeros(2, 5, 24, dtype=torch.float64)
     want.index_add_(2, (torch.arange(width) + 7) % 24, values.double() * signs.double())
-    for fold in (projections._fold_by_halves, projections._fold_in_few_launches):
-        got = torch.full((2, 5, 24), torch.nan)
-        fold(values, signs, 7, got)
+    halves, launches = torch.full((2, 2, 5, 24), torch.nan)
+    projections._fold_by_halves(values, signs, 7, halves)
+    projections._fold_in_few_launches([values], [signs], [7], launches[None])
+    for got in (halves, launches):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dim", [8, 24])  # all sides are folded; narrow ones are not
+def test_layers_together_and_one_by_one_have_the_same_sketch(dim, lora, packed, monkeypatch):
+    """On a CPU's way and on a GPU's; a bound of 0 bytes processes each layer at once."""
+    model = make_model(lora=lora)
+    ids, mask = batch()
+    sequence = torch.where(mask.bool(), torch.arange(ROWS)[:, None], -1) if packed else None
+
+    def sketch(few_launches, bound):
+        monkeypatch.setattr(projections, "favours_few_launches", lambda device: few_launches)
+        monkeypatch.setitem(layer_batches.KEPT_BYTES, "cpu", bound)
+        return record_loss(model, dim, lambda: loss_of(model, ids, mask, WEIGHTS), torch.arange(ROWS), sequence).sketch
+
+    alone = sketch(False, 0)
+    for few_launches, bound in ((False, 1 << 30), (True, 0), (True, 1 << 30), (True, 50_000)):
+        assert (sketch(few_launches, bound) - alone).norm() <= 1e-6 * alone.norm()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_layer_more_costs_few_launches(lora, packed, monkeypatch):
+    """Beyond the model's own, at most three for each tap of a shape that is there; alone, each takes ten to twenty."""
+    monkeypatch.setattr(projections, "favours_few_launches", lambda device: True)
+    ids, mask = batch()
+    sequence = torch.where(mask.bool(), torch.arange(ROWS)[:, None], -1) if packed else None
+    added, taps = [], []
+    for layers in (2, 6):
+        model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": layers}))
+        model = add_lora(model) if lora else model
+        sketch = GradientSketch(model, 8)
+        monkeypatch.setattr(sketch, "_due", frozenset)  # no check is due
+        with Launches() as plain:
+            loss_of(model, ids, mask, WEIGHTS).backward()
+        with Launches() as logged, sketch.step(0), sketch.rows(torch.arange(ROWS), sequence):
+            loss_of(model, ids, mask, WEIGHTS).backward()
+        added.append(len(logged.names) - len(plain.names))
+        taps.append(len(sketch.layers))
+    assert 0 < added[1] - added[0] <= 3 * (taps[1] - taps[0])
+
+
+def test_kept_layers_stay_within_the_bound(monkeypatch):
+    """What the taps keep between two layers' hooks, and the inputs that are alive then: two layers' at most here."""
+    width, rows = 64, torch.arange(ROWS)
+    size = ROWS * 4 * width * 4  # bytes of an input
+    monkeypatch.setitem(layer_batches.KEPT_BYTES, "cpu", 4 * size)
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(8)))
+    sketch, kept = GradientSketch(model, 8), []
+    process = LayerSums._process
+
+    def seen(sums, group):
+        kept.append(sum({x.data_ptr(): x.nbytes for one in group for x in (one.gradient, one.layer_input)}.values()))
+        process(sums, group)
+
+    monkeypatch.setattr(LayerSums, "_process", seen)
+    with sketch.step(0), sketch.rows(rows):
+        model(torch.randn(ROWS, 4, width)).square().sum().backward()
+    assert len(kept) > 2 and max(kept) <= 4 * size + 2 * size
+
+
+class OverwritingNorm(torch.autograd.Function):
+    """As Liger's norms: the backward writes the input's gradient over the output's."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        weight_grad = (gradient * x).sum((0, 1))
+        return gradient.mul_(weight).mul_(7), weight_grad
+
+
+class ScaleNorm(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(width) + 1)
+
+    def forward(self, x):
+        return OverwritingNorm.apply(x, self.weight)
+
+
+def test_a_norm_may_overwrite_its_gradient():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), ScaleNorm(5), torch.nn.Linear(5, 3), ScaleNorm(3))
+    sketch = GradientSketch(model, 0)
+    with sketch.step(0), sketch.rows(torch.arange(4)):
+        (model(torch.randn(4, 7, 6)) * torch.randn(4, 7, 3)).sum().backward()
+    assert sketch.exclude_mismatches([parameter.grad for parameter in sketch.trainable_parameters]) == {}
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -17,6 +17,7 @@ WRONG = [
     ("tokens_per_micro_batch", True),
     ("checkpoint_layers", -1),
     ("checkpoint_layers", "all"),
+    ("compile_layers", 1),
     ("resample_zero_variance", None),
     ("resample_max_rounds", 0),
     ("resample_live_prompts", 1.5),

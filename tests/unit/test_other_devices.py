@@ -20,6 +20,7 @@ from grpo_kernels.head.linear_logprob import LinearLogprobFunction
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.head.rows import triton_rows
 from grpo_kernels.interference.curvature import directional_curvature, fisher_trace
+from grpo_kernels.interference.layer_taps import Layer
 from grpo_kernels.interference.metrics import interference_metrics
 from grpo_kernels.interference.projections import Projections
 from grpo_kernels.interference.sequence_rows import SequenceRows
@@ -87,7 +88,7 @@ class Context(SimpleNamespace):
         pass
 
 
-GRAD_ENABLED = {LinearGRPOLossFunction: 1, LinearLogprobFunction: 4}  # its place among the arguments
+GRAD_ENABLED = {LinearGRPOLossFunction: 1, LinearLogprobFunction: 2}  # its place among the arguments
 NEEDS = {
     "no gradient": [False] * 5,
     "all": [True] * 5,
@@ -234,11 +235,8 @@ def test_sketches_of_a_layer(device):
         projections = Projections(4, 3, d.device, [(30, 20), (30,), (V, 20)])
         found = []
         for rows in (SequenceRows(prompt_S[:2], None, 2), SequenceRows(prompt_S, sequence_RT, 2)):
-            left, right = projections.fold_side(d, "out", 0), projections.fold_side(a, "in", 0)
-            place = projections.place(0, left.shape[-1], right.shape[-1])
-            turn = lambda sums: projections.turn_narrow(sums, 0)  # noqa: E731
-            rows.add_outer("model", left, right, projections.side, place, turn)
-            rows.add("model", projections.fold_vector(rows.sums(d), 1))
+            projections.outer(rows, [Layer("", torch.nn.Identity(), "linear", 0, None, section="model")], [d], [a])
+            projections.vectors(rows, "model", [1], rows.sums(d)[None])
             for entries in rows.entries.values():
                 rows.add("model", projections.fold_entries(entries))
             projected = words @ projections.vocabulary(V, 2, words.dtype)

@@ -55,7 +55,7 @@ def sketch_of(layers, seed: int) -> torch.Tensor:
     rows = SequenceRows(torch.arange(6), None, 6)
     for number, (left, right) in enumerate(layers):
         layer = Layer("linear", torch.nn.Identity(), "linear", number, None, section="model")
-        projections.outer(rows, layer, left, right)
+        projections.outer(rows, [layer], [left], [right])
     projections.finish(rows)
     return rows.total["model"]
 

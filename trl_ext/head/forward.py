@@ -75,11 +75,19 @@ class FusedGRPOOutput(ModelOutput):
 class FusedHead:
     """Runs a patched model's forward up to log-probs or the loss.
 
-    ``entropy``: whether to return entropies with log-probs. ``head_sketch``: see ``HeadSketches``.
+    ``entropy``: whether to return entropies with log-probs. ``head_sketch``: see ``HeadSketches``. ``size_of``: see
+    ``pack``.
     """
 
-    def __init__(self, settings: HeadSettings, *, entropy: bool, head_sketch: HeadSketches = lambda *_: None) -> None:
-        self.settings, self.entropy, self.head_sketch = settings, entropy, head_sketch
+    def __init__(
+        self,
+        settings: HeadSettings,
+        *,
+        entropy: bool,
+        head_sketch: HeadSketches = lambda *_: None,
+        size_of: Callable[[int], int] = lambda n: n,
+    ) -> None:
+        self.settings, self.entropy, self.head_sketch, self.size_of = settings, entropy, head_sketch, size_of
 
     def __deepcopy__(self, memo: Any) -> None:
         """Returns None: a copy of a model made in training, such as an average of weights, doesn't have our head."""
@@ -91,7 +99,7 @@ class FusedHead:
     def __call__(self, model: Any, args: Any, labels_BC: torch.Tensor, call: HeadCall, kwargs: dict[str, Any]):
         """Runs the backbone on ``args`` and ``kwargs``, and computes log-probs or the loss of the labelled tokens."""
         kwargs["use_cache"] = False
-        packed = None if call.prompt_width is None else pack_inputs(kwargs, call.prompt_width)
+        packed = None if call.prompt_width is None else pack_inputs(kwargs, call.prompt_width, self.size_of)
         outputs = backbone(model)(*args, **kwargs)
         labels_BC = labels_BC[:, 1:].to(outputs.last_hidden_state.device)  # position i predicts token i + 1
         mask_BC = labels_BC != -100
@@ -113,7 +121,7 @@ class FusedHead:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         with self._projection(model, hidden_NH, keep=True) as (hidden_NH, weight, options):
             options["head_sketch"] = self._sketch(model, hidden_NH, sequence_N)
-            found = linear_logprob(hidden_NH, weight, targets_N.to(weight.device), entropy=self.entropy, **options)
+            found: Any = linear_logprob(hidden_NH, weight, targets_N.to(weight.device), entropy=self.entropy, **options)
         return found if self.entropy else (found, None)
 
     def _loss(
@@ -210,10 +218,10 @@ def score_as_trl(
     )
 
 
-def pack_inputs(kwargs: dict[str, Any], prompt_width: int) -> PackedRows:
+def pack_inputs(kwargs: dict[str, Any], prompt_width: int, size_of: Callable[[int], int]) -> PackedRows:
     """Replaces the padded rows in ``kwargs`` by packed ones, with each prompt once; returns their layout."""
     input_ids_BC, mask_BC = kwargs.pop("input_ids"), kwargs.pop("attention_mask")
-    packed = pack(input_ids_BC, mask_BC, prompt_width)
+    packed = pack(input_ids_BC, mask_BC, prompt_width, size_of)
     kwargs |= packed.inputs(input_ids_BC)
     return packed
 

@@ -22,9 +22,11 @@ PLAIN_CALL = HeadCall()  # TRL's own call, for log-probs
 
 
 def fused_heads(
-    run: RunSettings, model: Any, ref_model: Any, head_sketch: HeadSketches
+    run: RunSettings, model: Any, ref_model: Any, head_sketch: HeadSketches, size_of: Callable[[int], int]
 ) -> list[Callable[[], Callable[[], None]]]:
     """Returns the patches (``model_patches.py``) that give our head to the policy and to TRL's ``ref_model``, if any.
+
+    ``size_of`` returns the size to which a packed row of the policy is padded.
 
     Raises ``ValueError`` for a model without output embeddings, or with an adapter on them that isn't plain LoRA.
     """
@@ -36,7 +38,7 @@ def fused_heads(
             raise ValueError("cast_lm_head_to_fp32=True can't be used with an adapter on lm_head")
         # raises ValueError for an unsupported adapter
         head_adapter(head, torch.zeros(1, head.get_base_layer().in_features, device=model.device))
-    policy_head = FusedHead(settings, entropy=True, head_sketch=head_sketch)
+    policy_head = FusedHead(settings, entropy=True, head_sketch=head_sketch, size_of=size_of)
     zero = run.accelerator.distributed_type == DistributedType.DEEPSPEED
     patches = [lambda: add_fused_head(base, policy_head)]
     if zero:

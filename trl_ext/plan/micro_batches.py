@@ -233,7 +233,7 @@ class MicroBatches:
         if not self.options.share_prompts or reason == NEFTUNE:  # model_limits.py logs NEFTune
             return
         # by the user's own options, or logged already with the reason why sequences aren't regrouped
-        expected = not runs.regrouped or not self.options.fused_loss or self.run.torch_compile
+        expected = not runs.regrouped or not self.options.fused_loss
         self.run.log_once(
             "Answers to one prompt run in one row, the prompt once (in steps that log interference, in their own)."
             if reason is None

@@ -7,12 +7,13 @@ from functools import partial
 
 import torch
 
+from trl_ext.checkpointed_layers import without_adapters
 from trl_ext.compat import RunSettings
 from trl_ext.probe_model import is_sharded
 from trl_ext.sharing.hooks import add_sharing_hooks
 
 from .padding import trimmed_columns
-from .probe_sharing import why_not_shared, without_adapters
+from .probe_sharing import why_not_shared
 from .random_layers import noise_by_row_length, random_layers
 from .rows import Trimming
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from trl_ext.checkpointed_layers import without_adapters
 from trl_ext.compat import RunSettings
 from trl_ext.head.forward import HeadCall
 from trl_ext.head.settings import backbone
@@ -33,8 +34,6 @@ def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool) -> str | No
         return "fused_loss=False"
     if not trim_prompts:
         return "the model's output depends on the padding before the sequence"
-    if run.torch_compile:
-        return "torch_compile=True"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "the model is on several devices"
     if not is_loaded(model):
@@ -49,11 +48,6 @@ def why_not_shared(run: RunSettings, model: Any, trim_prompts: bool) -> str | No
     if not change <= (HALF_TOLERANCE if half else TOLERANCE):
         return f"the model's output changes (relative change {change:.1e})"
     return None
-
-
-def without_adapters(model: Any) -> Any:
-    """Returns the model without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def change_by_sharing(model: Any) -> float:

@@ -112,9 +112,7 @@ class InterferenceRecorder:
         try:
             model = self.accelerator.unwrap_model(model)
             mixed, obstacle = why_rows_mix(model), None
-            if self.run.torch_compile:
-                obstacle = "torch_compile=True: a compiled model doesn't call the layers' hooks"
-            elif mixed is not None:
+            if mixed is not None:
                 obstacle = f"{mixed}: no sequence has a gradient of its own"
             else:
                 GradientSketch(model, self.run.options.interference_dim, layers)

@@ -1,10 +1,7 @@
 """Computes attention in a packed row of prompts and their answers (``packed_rows.py``), in one of two exact ways.
 
-In parts (``InParts``): each prompt attends to itself, all answers of a prompt together attend to the prompt's keys, and
-each answer attends to its own keys. The two softmaxes of an answer are merged by their log-sum-exps. Nothing is masked
-and no key is copied. The backward of each part is flash attention's, with the output and the log-sum-exp of the merged
-softmax: ``dS = P (dP - rowsum(dO O))`` with ``P = exp(S - lse)`` needs nothing else (Dao et al. 2022, algorithm 4).
-This way is used where ``flash.py`` supports the tensors: on a CPU, and on a GPU in half precision.
+In parts (``parts.py``): nothing is masked and no key is copied. This way is used where ``flash.py`` supports the
+tensors: on a CPU, and on a GPU in half precision. In a compiled layer it is an operator (``operators.py``).
 
 By masks (``by_masks``): answers are unpacked to rows, with copies of their prompt's keys and values. This way is used
 for everything else: other tensors, windows shorter than a sequence, and dropout. With dropout all answers of a prompt
@@ -20,8 +17,9 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import flash
-from .packed_rows import KEYWORD, PackedRows, Spans
+from . import flash, operators
+from .packed_rows import KEYWORD, LENGTHS, LONGEST, PackedRows
+from .parts import InParts
 
 # arguments that models pass to attention and that have no effect here
 HARMLESS = {
@@ -49,15 +47,18 @@ def attention(
 
     Args:
         query, key, value: (1, heads, S, D).
-        others: must include the row's ``PackedRows`` under ``KEYWORD``.
+        others: must include the row's ``PackedRows`` under ``KEYWORD``; in a compiled layer ``LENGTHS``, its table of
+            lengths, and ``LONGEST`` instead.
 
     Returns:
         The output (1, S, H, D), and None in place of attention weights.
 
     Raises:
         NotShared: the model passes an argument that changes the softmax.
+        NotCompiled: the layer is compiled, and only ``by_masks`` can compute this.
     """
-    rows: PackedRows = others.pop(KEYWORD)
+    rows: PackedRows | None = others.pop(KEYWORD, None)
+    lengths, longest = others.pop(LENGTHS, None), others.pop(LONGEST, 0)
     given = [name for name, value in others.items() if value is not None and value is not False]
     unsupported = [name for name in given if name not in HARMLESS]
     if unsupported:
@@ -66,6 +67,10 @@ def attention(
     if torch.is_autocast_enabled(kind):  # rotary embeddings may return float32
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if rows is None:
+        if dropout or (sliding_window is not None and sliding_window < longest):
+            raise operators.NotCompiled("attention with dropout or a sliding window")
+        return operators.packed_attention(query, key, value, lengths, scale)[0], None
     rows.windows.add(sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < rows.longest else None
     if window is None and not dropout and flash.supports(query, key, value):
@@ -74,44 +79,6 @@ def attention(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     return by_masks(query, key, value, rows, scale, window, dropout), None
-
-
-class InParts(torch.autograd.Function):
-    """Computes attention in parts: query (1, H, S, D), key and value (1, K, S, D), H a multiple of K; (1, H, S, D)."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, spans: tuple[Spans, Spans, Spans], scale: float):
-        of_prompts, to_prompts, of_answers = spans
-        given = query, key, value
-        key, value = flash.per_head(query, key, value)
-        out = torch.empty_like(query)
-        lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        prompts, answers = of_prompts.queries, of_answers.queries
-        out[:, :, prompts], lse[:, :, prompts] = flash.forward(query, key, value, of_prompts, scale)
-        if answers.stop > answers.start:
-            prompt, prompt_lse = flash.forward(query, key, value, to_prompts, scale)
-            own, own_lse = flash.forward(query, key, value, of_answers, scale)
-            merged_lse = torch.logaddexp(prompt_lse, own_lse)
-            prompt.mul_((prompt_lse - merged_lse).exp_()[..., None])
-            torch.addcmul(prompt, own, (own_lse - merged_lse).exp_()[..., None].to(own), out=out[:, :, answers])
-            lse[:, :, answers] = merged_lse
-        ctx.save_for_backward(*given, out, lse)
-        ctx.spans, ctx.scale = spans, scale
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out):
-        query, key, value, out, lse = ctx.saved_tensors
-        heads = key.shape[1]
-        key, value = flash.per_head(query, key, value)
-        grads = tuple(torch.zeros_like(x) for x in (query, key, value))
-        for spans in ctx.spans:
-            if spans.queries.stop > spans.queries.start:
-                parts = flash.backward(grad_out, query, key, value, out, lse, spans, ctx.scale)
-                for grad, part, place in zip(grads, parts, (spans.queries, spans.keys, spans.keys), strict=True):
-                    grad[:, :, place] += part
-        return grads[0], *(grad.unflatten(1, (heads, -1)).sum(2) for grad in grads[1:]), None, None
 
 
 def by_masks(

@@ -6,13 +6,14 @@ tokens, P prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 KEYWORD = "packed_rows"  # the keyword argument by which layers pass the PackedRows to attention
+LENGTHS, LONGEST = "packed_lengths", "packed_longest"  # those of compiled layers: PackedRows.table(), .longest
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,25 @@ class Spans:
     cache: dict[str, Any] = field(default_factory=dict)
 
 
+def spans_of(prompts: list[int], of_prompts: list[int], answers: list[int]) -> tuple[Spans, Spans]:
+    """Returns two spans: prompts and answers attend to themselves, and answers to their prompts.
+
+    Args:
+        prompts, of_prompts, answers: tokens of each prompt, of all its answers together, and of each answer.
+    """
+    end = sum(prompts)
+    whole, first, last = slice(0, end + sum(answers)), slice(0, end), slice(end, end + sum(answers))
+    own = [*prompts, *answers]
+    return Spans(whole, whole, own, own, causal=True), Spans(last, first, of_prompts, prompts, causal=False)
+
+
 @dataclass
 class PackedRows:
     """The layout of a packed row.
 
     Attributes:
-        token_S: (S,), the index of each packed token in the flattened (B, C) rows.
+        token_S: (S,), the index of each packed token in the flattened (B, C) rows. The row may end with padding, which
+            has the indices of the first token. No other token attends to it.
         packed_BC: (B, C), the packed index of each token, -1 at padding; sequences of a prompt share its indices.
         position_BC: (B, C), the position of each token in its sequence.
         prompt_B: (B,), which of the P prompts a sequence has.
@@ -60,19 +74,27 @@ class PackedRows:
     lengths: tuple[list[int], list[int], list[int]]
     windows: set[int | None] = field(default_factory=set)
     _masks: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    _spans: tuple[Spans, ...] = ()
+    _spans: tuple[Spans, Spans] | None = None
+    _table: torch.Tensor | None = None
 
-    def spans(self) -> tuple[Spans, ...]:
-        """Returns three spans: prompts attend to themselves, answers to their prompts, answers to themselves."""
-        if not self._spans:
-            prompts, of_prompts, answers = self.lengths
-            first, last = slice(0, sum(prompts)), slice(sum(prompts), len(self.token_S))
-            self._spans = (
-                Spans(first, first, prompts, prompts, causal=True),
-                Spans(last, first, of_prompts, prompts, causal=False),
-                Spans(last, last, answers, answers, causal=True),
-            )
+    def spans(self) -> tuple[Spans, Spans]:
+        """Returns the spans of the prompts and answers (``spans_of``)."""
+        if self._spans is None:
+            self._spans = spans_of(*self.lengths)
         return self._spans
+
+    def table(self) -> torch.Tensor:
+        """Returns the lengths as one tensor on the CPU, for ``operators.py``.
+
+        It has the number of prompts, that of answers, and ``lengths``. Zeros fill it up to a power of two, so that few
+        sizes occur.
+        """
+        if self._table is None:
+            prompts, of_prompts, answers = self.lengths
+            values = [len(prompts), len(answers), *prompts, *of_prompts, *answers]
+            self._table = torch.zeros(max(64, 1 << (len(values) - 1).bit_length()), dtype=torch.int64)
+            self._table[: len(values)] = torch.tensor(values)
+        return self._table
 
     def inputs(self, input_ids: torch.Tensor) -> Mapping[str, Any]:
         """Returns the backbone's inputs that replace the padded rows."""
@@ -113,13 +135,16 @@ def _may_attend(query: torch.Tensor, key: torch.Tensor, is_token: torch.Tensor, 
     return allowed if window is None else allowed & (distance < window)
 
 
-def pack(input_ids_BC: torch.Tensor, mask_BC: torch.Tensor, width: int) -> PackedRows:
+def pack(
+    input_ids_BC: torch.Tensor, mask_BC: torch.Tensor, width: int, size_of: Callable[[int], int] = lambda n: n
+) -> PackedRows:
     """Packs rows so that equal prompts, the first ``width`` columns, are kept once.
 
     Args:
         input_ids_BC: (B, C) token ids, prompts padded on the left, answers on the right.
         mask_BC: (B, C), 1 at tokens.
         width: W, the number of prompt columns.
+        size_of: returns the size of a row for so many tokens; the row is padded to it.
 
     Raises:
         ValueError: no rows, a mask of another shape, a width outside [1, C], gaps in a row, a row without a prompt.
@@ -143,6 +168,7 @@ def pack(input_ids_BC: torch.Tensor, mask_BC: torch.Tensor, width: int) -> Packe
     token_S, row_P = _send(torch.cat(parts), device).split([len(part) for part in parts])
     packed = token_S.new_full((is_token_BC.numel(),), -1)
     packed[token_S] = torch.arange(len(token_S), device=device)
+    token_S = torch.cat([token_S, token_S[:1].expand(size_of(len(token_S)) - len(token_S))])
     packed_BC = packed.view_as(is_token_BC)
     packed_BC[:, :width] = packed_BC[row_P[prompt_B], :width]
     position_BC = (column_C - (width - lengths_B[0])[:, None]).clamp(min=0)

@@ -198,12 +198,17 @@ def _probabilities(
     """
     p = tile.to(statistics.logprob.dtype, copy=True)
     entropy = None if statistics.entropy is None else statistics.entropy[rows, None]
+    rounded = tile.dtype != p.dtype  # what the tile holds was rounded, so probabilities are normalised again
     if transform.softcap is None:
-        return p, p.log(), entropy, None
+        if rounded:
+            p.div_(p.sum(1, keepdim=True))
+        logp = p.log()
+        if rounded and entropy is not None:
+            entropy = -torch.linalg.vecdot(p, logp.clamp(min=-1e30))[:, None]
+        return p, logp, entropy, None
     cap_slope = 1 - p.square()
     logp = p.mul_(transform.softcap / transform.temperature).sub_(statistics.high[rows, None])
     logp.sub_(statistics.log_total[rows, None])
-    rounded = tile.dtype != logp.dtype  # tanh was rounded to the tile's dtype, so probabilities are normalised again
     if rounded:
         logp.sub_(logp.logsumexp(1, keepdim=True)).clamp_(min=-1e30)
     p = logp.exp()
