@@ -15,6 +15,11 @@ def trl_lines(rewards_PG: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(advantages, nan=0.0)
 
 
+def rewards_of(method: str, rewards_PG: torch.Tensor) -> torch.Tensor:
+    """Rewards that the method takes: ``pass_at_k`` takes 0 and 1 alone."""
+    return rewards_PG.round() if method == "pass_at_k" else rewards_PG
+
+
 def context_of(method: str, rewards_PG: torch.Tensor) -> dict[str, torch.Tensor | float]:
     """What the trainer hands to the method."""
     return {

@@ -5,7 +5,7 @@ Counted: P * G float32 read once and written once, 8 * P * G bytes; the floor do
 
 import pytest
 import torch
-from normalize_contenders import context_of, trl_lines
+from normalize_contenders import context_of, rewards_of, trl_lines
 
 from grpo_kernels import METHODS, normalize_rewards
 
@@ -20,9 +20,7 @@ SHORT = ("mean", "std", "batch_std", "median_mad", "rank", "decoupled")  # witho
     ("prompts", "generations"), [pytest.param(16, 8, marks=pytest.mark.full), (512, 16), (4096, 64)]
 )
 def test_normalize(compare, prompts, generations, method):
-    rewards_PG = torch.rand(prompts, generations, device=DEVICE)
-    if method == "pass_at_k":
-        rewards_PG = rewards_PG.round()  # it takes 0 and 1
+    rewards_PG = rewards_of(method, torch.rand(prompts, generations, device=DEVICE))
     if method == "std":
         torch.testing.assert_close(normalize_rewards(rewards_PG).flatten(), trl_lines(rewards_PG), rtol=1e-4, atol=1e-5)
     context = context_of(method, rewards_PG)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import step_contenders as steps
 import torch
 from compare import alternate
-from normalize_contenders import context_of, trl_lines
+from normalize_contenders import context_of, rewards_of, trl_lines
 
 from grpo_kernels import METHODS, normalize_rewards
 from grpo_kernels.interference.gradient_sketch import GradientSketch
@@ -23,7 +23,8 @@ def normalisation(rewards_PG: torch.Tensor) -> dict[str, Callable[[], object]]:
 
     def call(method: str) -> Callable[[], object]:
         context, options = context_of(method, rewards_PG), {"alpha": 0.5} if method == "power" else {}
-        return lambda: normalize_rewards(rewards_PG, method, context=context, **options)
+        given_PG = rewards_of(method, rewards_PG)
+        return lambda: normalize_rewards(given_PG, method, context=context, **options)
 
     calls: dict[str, Callable[[], object]] = {f"ours, {method}": call(method) for method in METHODS}
     return {**calls, "TRL's std": lambda: trl_lines(rewards_PG), FLOOR: rewards_PG.clone}
