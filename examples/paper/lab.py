@@ -188,12 +188,11 @@ def write_cells(path: Path, todo: list[tuple[str, Setting]], jobs: int) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    from examples.ablation.ablate import check_options
-    from examples.ablation.tables import write_csv
     from examples.paper.lab_cells import method_rows, read_cells, summary_rows
     from examples.paper.lab_plot import draw_map, draw_predictor
     from examples.paper.lab_results import tables
-    from examples.tasks.command_line import exit_on
+    from examples.tasks.command_line import check_options, exit_on
+    from trl_ext.ablate.page import write_csv
     from trl_ext.checkpoints import check_output_dir
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -177,16 +177,16 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def log_rows(phase: str, runs: Sequence[tuple[Run, Result]]) -> list[dict[str, Any]]:
+def log_rows(part: str, runs: Sequence[tuple[Run, Result]]) -> list[dict[str, Any]]:
     """Returns a row for each step of each run, with every number of its log."""
     rows = []
     for run, result in runs:
-        own = {"phase": phase, "method": run.variant.name, "learning_rate": run.learning_rate, "seed": run.seed}
+        own = {"part": part, "method": run.variant.name, "learning_rate": run.learning_rate, "seed": run.seed}
         steps: dict[int, dict[str, Any]] = {}
         for entry in result.logs:
             numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
             steps.setdefault(int(entry.get("step", 0)), {}).update(numbers)
-        rows += [{**own, "status": result.status, **steps[step], "step": step} for step in sorted(steps)]
+        rows += [{**own, "status": result.status, "step": step, **steps[step]} for step in sorted(steps)]
     return rows
 
 

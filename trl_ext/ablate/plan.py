@@ -147,9 +147,9 @@ def whole_steps(value: float | None, steps: int) -> int:
 
 
 def tuning_seeds(count: int, seeds: Sequence[int]) -> list[int]:
-    """Returns ``count`` seeds from 1000 on that the comparison doesn't use."""
+    """Returns ``count`` seeds from 100 on that the comparison doesn't use."""
     found: list[int] = []
-    candidate = 1000
+    candidate = 100
     while len(found) < count:
         if candidate not in seeds:
             found.append(candidate)
