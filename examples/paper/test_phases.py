@@ -125,10 +125,13 @@ def test_phases_of_a_study(launch, tmp_path):
         {"step": 5, "interference/near_orthogonal_frac": 0.9, "interference/cos_std": 0.05, "phase": 1.0},
         {"step": 10, "eval_accuracy": 0.8, "curvature/sigma_mean": 0.3},
     ]
-    runs = [
-        (make_run(tmp_path, Variant(name, {}), 0.1, seed), Result("failed" if seed == 2 else "finished", logs=logs))
-        for name, seed in product(("mean", "std"), range(3))
-    ]
+    runs = {
+        name: [
+            (make_run(tmp_path, Variant(name, {}), 0.1, seed), Result(status, logs=logs))
+            for seed, status in enumerate(("finished", "finished", "failed"))
+        ]
+        for name in ("mean", "std")
+    }
     write_csv(tmp_path / "results.csv", log_rows("comparison", runs))
     rows = csv_after(launch("paper/phases.py", tmp_path), tmp_path / "phases.csv")
     assert {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in ("mean", "std") for s in "01"}

@@ -177,11 +177,11 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def log_rows(part: str, runs: Sequence[tuple[Run, Result]]) -> list[dict[str, Any]]:
-    """Returns a row for each step of each run, with every number of its log."""
+def log_rows(part: str, runs: Mapping[str, Sequence[tuple[Run, Result]]]) -> list[dict[str, Any]]:
+    """Returns a row for each step of each run, by method, with every number of its log."""
     rows = []
-    for run, result in runs:
-        own = {"part": part, "method": run.variant.name, "learning_rate": run.learning_rate, "seed": run.seed}
+    for method, (run, result) in ((name, pair) for name, pairs in runs.items() for pair in pairs):
+        own = {"part": part, "method": method, "learning_rate": run.learning_rate, "seed": run.seed}
         steps: dict[int, dict[str, Any]] = {}
         for entry in result.logs:
             numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}

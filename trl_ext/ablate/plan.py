@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -123,27 +124,32 @@ def _without_seed(plan: Plan) -> Plan:
 def seconds_of_a_run(timed: Result) -> float:
     """Predicts a run's time: start, steps and evaluations, by those that were timed."""
     steps = int(timed.config["max_steps"])
-    evaluations = 0
-    if timed.config.get("eval_strategy") == "steps":
-        evaluations = steps // whole_steps(timed.config.get("eval_steps"), steps)
-    evaluations += bool(timed.config.get("eval_on_start"))
+    evaluations = times("eval", timed) + bool(timed.config.get("eval_on_start"))
     return timed.start + steps * timed.step + evaluations * timed.evaluation
 
 
 def bytes_of_a_run(timed: Result) -> int:
     """Estimates the bytes of a run's checkpoints."""
-    if timed.config.get("save_strategy") != "steps":
-        return 0
-    steps = int(timed.config["max_steps"])
-    count = -(-steps // whole_steps(timed.config.get("save_steps"), steps))
+    count = times("save", timed)
     return min(count, timed.config.get("save_total_limit") or count) * timed.checkpoint_bytes
+
+
+def times(what: str, timed: Result) -> int:
+    """Returns how often a run evaluates or saves ("eval" or "save"): every so many steps, or after each epoch."""
+    steps, strategy = int(timed.config["max_steps"]), timed.config.get(f"{what}_strategy")
+    if strategy == "epoch":
+        return math.ceil(timed.config.get("num_train_epochs") or 1)
+    if strategy != "steps":
+        return 0
+    interval = whole_steps(timed.config.get(f"{what}_steps"), steps)
+    return -(-steps // interval) if what == "save" else steps // interval  # the last step is saved always
 
 
 def whole_steps(value: float | None, steps: int) -> int:
     """Returns an interval in steps; transformers reads a number below 1 as a share of the run."""
     if not value:
         return steps or 1
-    return max(1, round(value * steps) if value < 1 else int(value))
+    return max(1, math.ceil(value * steps) if value < 1 else int(value))
 
 
 def tuning_seeds(count: int, seeds: Sequence[int]) -> list[int]:
