@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-if __name__ == "__main__":  # as in ablate.py
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    # worker processes must not look for modules in the working directory: in examples/ a math.py lies
     os.environ["PYTHONSAFEPATH"] = "1"
 
 from examples.paper import log_linear

@@ -528,5 +528,5 @@ def test_a_study_whose_runs_all_failed_has_no_answer(tmp_path):
     launcher.failed(run, "no GPU")
     options = argparse.Namespace(list=False, submitit=None)
     study = command.Study(options, launcher, tmp_path, [run.variant])
-    with pytest.raises(ValueError, match="every run failed, for example .* no GPU"):
+    with pytest.raises(ValueError, match=r"every run failed, for example .* no GPU"):
         study.trained([run], Progress(1, 1, "reward"))

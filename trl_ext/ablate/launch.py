@@ -52,7 +52,7 @@ class Launcher:
         spec = Spec(self.script, self.arguments, run.options, mode, str(run.folder / "result.json"))
         spec.write(run.folder / "spec.json")
 
-    def start(self, run: Run, mode: Mode, device: int | None = None) -> Result:
+    def start(self, run: Run, mode: Mode, device: str | None = None) -> Result:
         """Runs one, and returns its result, also of one that failed or was killed."""
         self.prepare(run, mode)
         self.clean(run)
@@ -85,7 +85,7 @@ class Launcher:
     def _keep(self, run: Run, result: Result) -> None:
         write_whole(run.folder / "result.json", json.dumps(asdict(result)))
 
-    def _wait(self, run: Run, output: IO[bytes], device: int | None) -> int:
+    def _wait(self, run: Run, output: IO[bytes], device: str | None) -> int:
         environment = {**os.environ, **self.variables, TOOL: str(os.getpid())}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
