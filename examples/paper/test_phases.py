@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from itertools import product
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from examples.ablation.curves import Run, tidy_rows
 from examples.ablation.train import Flipped
+from examples.paper import rollout_noise
 from examples.paper.phases_results import (
     bound_table,
     interference_table,
@@ -151,9 +153,16 @@ def test_rollout_noise_as_users_run_it(launch, mixed_policy, tmp_path):
     assert file.read_text() in done.stdout
     again = launch("paper/rollout_noise.py", *arguments)
     assert again.returncode == 0 and "done" not in again.stdout
-    for arguments, error in (
-        (["--groups", 1], "error: --groups 1 must be at least 2"),
-        (["--seeds", 0, 0], "error: --seeds has 0 more than once"),
-        (["--output_dir", file], f"error: --output_dir {file} can't be written to: File exists"),
-    ):
-        assert launch("paper/rollout_noise.py", *arguments).stderr.strip() == error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--groups", "1"], "error: --groups 1 must be at least 2"),
+        (["--seeds", "0", "0"], "error: --seeds has 0 more than once"),
+        (["--output_dir", __file__], f"error: --output_dir {__file__} can't be written to: File exists"),
+    ],
+)
+def test_what_rollout_noise_refuses(arguments, error):
+    with pytest.raises(SystemExit, match=f"^{re.escape(error)}$"):
+        rollout_noise.parse_arguments(arguments)
