@@ -124,7 +124,13 @@ def test_phases_of_a_study(launch, tmp_path):
     """``results.csv`` as the ablation writes it; a failed run isn't counted, the sweep gives the ratio of rates."""
     logs = [
         {"step": 0, "eval_accuracy": 0.2},
-        {"step": 5, "interference/near_orthogonal_frac": 0.9, "interference/cos_std": 0.05, "phase": 1.0},
+        {
+            "step": 5,
+            "interference/near_orthogonal_frac": 0.9,
+            "interference/cos_std": 0.05,
+            "phase": 1.0,
+            "learning_rate": 0.0,
+        },
         {"step": 10, "eval_accuracy": 0.8, "curvature/sigma_mean": 0.3},
     ]
     runs = {

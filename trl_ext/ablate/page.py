@@ -186,7 +186,9 @@ def log_rows(part: str, runs: Mapping[str, Sequence[tuple[Run, Result]]]) -> lis
         for entry in result.logs:
             numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
             steps.setdefault(int(entry.get("step", 0)), {}).update(numbers)
-        rows += [{**own, "status": result.status, "step": step, **steps[step]} for step in sorted(steps)]
+        own["status"] = result.status
+        # a log may have numbers of the same names, as a scheduled learning_rate has
+        rows += [{**own, "step": step, **steps[step], **own} for step in sorted(steps)]
     return rows
 
 
