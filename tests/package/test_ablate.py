@@ -453,6 +453,15 @@ def test_steps_and_an_evaluation_are_timed(tiny_policy, tmp_path):
     assert result.config["max_steps"] == 50
 
 
+def test_a_script_that_never_evaluates_is_compared_by_its_reward(tiny_policy, tmp_path):
+    """It has questions to evaluate on. Its length comes from epochs: 16 prompts, of which a step has one in four."""
+    once = {"eval_strategy": "no", "max_steps": -1, "num_train_epochs": 1.5, "gradient_accumulation_steps": 3}
+    result = tried(tmp_path, tiny_policy, "", mode="time", **once)
+    assert not any(name.startswith("eval_") for entry in result.logs for name in entry)
+    last = result.logs[-2]
+    assert result.config["max_steps"] == round(1.5 * last["step"] / last["epoch"]), last
+
+
 def test_a_function_makes_the_trainer(tiny_policy, tmp_path):
     """``module:function`` gets a ``CurvatureGRPOConfig`` with the options that were set."""
     given = {"normalization": "mean", "learning_rate": 0.003, "seed": 1, "output_dir": str(tmp_path / "trainer")}
