@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import trl_ext  # noqa: F401 - before transformers: it keeps a start quiet
 
 # isort: split
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PrinterCallback
 
 from examples.tasks.command_line import demo_training, exit_on, parse
 from examples.tasks.correctness import Correctness, SameText
@@ -101,7 +101,7 @@ def make_trainer(task: Task, args: CurvatureGRPOConfig) -> CurvatureGRPOTrainer:
         made = build_dataset(built_in_questions(task.dataset, count, **options), "chat")
         # rewards are flipped in training alone
         datasets.append(made.add_column("noisy", [not held_out] * count) if task.reward_noise else made)
-    return CurvatureGRPOTrainer(
+    trainer = CurvatureGRPOTrainer(
         model=path,
         reward_funcs=[Flipped(reward, task.reward_noise, args.seed) if task.reward_noise else reward],
         args=args,
@@ -109,6 +109,8 @@ def make_trainer(task: Task, args: CurvatureGRPOConfig) -> CurvatureGRPOTrainer:
         eval_dataset=datasets[1],
         processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
     )
+    trainer.remove_callback(PrinterCallback)  # the log has it
+    return trainer
 
 
 if __name__ == "__main__":

@@ -59,10 +59,11 @@ class Plan:
         """What is printed before anything is trained."""
         names = ", ".join(one.name for one in self.variants)
         sweep = f"{self.tuning_runs} to choose learning rates, " if self.tuning_runs else ""
+        timed = f"Predicted from timed steps of {self.variants[0].name}."
         disk = f", up to {self.run_bytes * self.runs / 2**30:.1f} GiB of checkpoints" if self.run_bytes else ""
         return [
             f"{self.runs} runs ({sweep}{self.comparison_runs} to compare) of {duration(self.run_seconds)} each, "
-            f"{self.jobs} at a time: {duration(self.seconds)}{disk}. Predicted from timed steps of {self.variants[0].name}.",
+            f"{self.jobs} at a time: {duration(self.seconds)}{disk}. {timed}",
             f"  compared: {names}; seeds {', '.join(map(str, self.seeds))}",
             *(
                 [f"  learning rates chosen on seeds {', '.join(map(str, self.tuning_seeds))}"]
