@@ -14,7 +14,7 @@ from typing import Any
 from trl_ext.report.evidence import interval
 
 from .answer import answers, not_tested
-from .compare import Difference, Reached, Summary
+from .compare import PLACEBO, Difference, Reached, Summary
 from .plan import Plan
 from .rates import Choice, Scores
 from .study import Result, Run, write_whole
@@ -148,6 +148,7 @@ def write_page(found: Found, file: Path) -> None:
     from trl_ext.report.page import plotly_gzip, template
 
     rates = sorted({rate for scores in found.scores.values() for rate in scores})
+    placebo = any(one.name.endswith(PLACEBO) for one in found.differences)
     page = template("answer.html.jinja").render(
         title=found.title,
         metric=found.metric,
@@ -157,6 +158,8 @@ def write_page(found: Found, file: Path) -> None:
         not_tested=found.untested,
         rows=table_rows(found),
         intervals=interval_note(found),
+        comparisons=len(found.differences) - placebo,
+        placebo=placebo,
         sweep=sweep_rows(found, rates),
         sweep_rates=rates,
         tuning_seeds=", ".join(map(str, found.plan.tuning_seeds)),
