@@ -1,1 +1,1 @@
-"""Compares normalisations, each at its best learning rate: ``ablate.py``, and ``README.md`` with what it found."""
+"""Compares normalisations, each at its best learning rate: ``train.py``, and ``README.md`` with what it found."""

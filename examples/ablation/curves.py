@@ -1,18 +1,22 @@
-"""The curves of an ablation's runs, and what is read from one method's: steps to a target, its best learning rate.
+"""The runs of a study, read from its ``results.csv``, and what is read from their curves.
 
 Intervals are 95% t-intervals over seeds.
 """
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-# groups of the trainer's log, and what of them is a column of results.csv; interference only of the steps that log it
+from scipy.stats import t
+
+# groups of the trainer's log, and what of them is a column of a run; interference only of the steps that log it
 GROUPS = {
     "curvature": "sigma_mean speedup_constant directional_corr",
     "normalization": "scale_mean zero_variance_frac alpha",
@@ -22,7 +26,7 @@ GROUPS = {
     ),
     "theory": "m_bound_p95 negative_pairs_frac r1 r2",
 }
-# column of results.csv -> key of the trainer's log
+# column of a run -> key of the trainer's log
 LOGGED = {
     **{"reward": "reward", "held_out_accuracy": "eval_accuracy", "grad_norm": "grad_norm", "entropy": "entropy"},
     **{name: f"{group}/{name}" for group, names in GROUPS.items() for name in names.split()},
@@ -35,13 +39,7 @@ LOGGED_BY_TASK = {
     r"tasks/(.+)/heard": r"heard/\1",
     r"tasks/(.+)/cos/(.+)": r"cos/\1/\2",
 }
-# 97.5% quantiles of Student's t for 1 to 30 degrees of freedom; with more, the last one (wider by less than 5%)
-# fmt: off
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-             2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-             2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-# fmt: on
-
+NAMED = ("part", "method", "learning_rate", "seed")  # columns of results.csv that say which run a row is of
 Row = dict[str, float | None]
 
 
@@ -95,6 +93,22 @@ def tidy_rows(log_history: Sequence[Mapping[str, Any]]) -> list[Row]:
     return [rows[step] for step in sorted(rows)]
 
 
+def read_runs(study: Path | str) -> tuple[list[Run], dict[str, list[Run]]]:
+    """Returns the finished runs of a study's ``results.csv``: those of the sweep, and those compared, by method."""
+    with open(Path(study) / "results.csv", newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["status"] == "finished"]
+    logs: dict[tuple[str, str, str, str], list[dict[str, float]]] = {}
+    for row in rows:
+        numbers = {key: float(value) for key, value in row.items() if value and key not in (*NAMED, "status")}
+        logs.setdefault((row["part"], row["method"], row["learning_rate"], row["seed"]), []).append(numbers)
+    sweep: list[Run] = []
+    finals: dict[str, list[Run]] = {}
+    for (part, method, rate, seed), lines in logs.items():
+        own = sweep if part == "sweep" else finals.setdefault(method, [])
+        own.append(Run(method, float(rate), int(seed), tidy_rows(lines)))
+    return sweep, finals
+
+
 def steps_to_target(steps: Sequence[float], accuracies: Sequence[float], target: float) -> float:
     """The step at which the accuracy, a straight line between evaluations, first reaches the target; inf: never."""
     for i, accuracy in enumerate(accuracies):
@@ -116,33 +130,14 @@ def mean_over_training(steps: Sequence[float], accuracies: Sequence[float]) -> f
     return sum((b - a) * (y + z) / 2 for a, b, y, z in pairs) / (steps[-1] - steps[0])
 
 
-def best_learning_rate(runs: Sequence[Run]) -> float:
-    """The rate of the highest ``mean_over_training``, averaged over seeds; of equals the smaller. One method's runs.
-
-    Only rates that have all the seeds are compared: a rate whose hard seed failed would look too good.
-    """
-    scores: dict[float, list[float]] = {}
-    for run in runs:
-        scores.setdefault(run.learning_rate, []).append(mean_over_training(*run.curve("held_out_accuracy")))
-    most = max(map(len, scores.values()))
-    return max(sorted(rate for rate in scores if len(scores[rate]) == most), key=lambda rate: sum(scores[rate]))
-
-
 def mean_interval(values: Sequence[float]) -> Interval:
     """Mean and t-interval; for a paired difference give the differences."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, math.nan, math.nan)
-    half = STUDENT_T[min(len(values) - 1, len(STUDENT_T)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    quantile = round(float(t.ppf(0.975, len(values) - 1)), 3)  # as printed tables have it, by which pages were made
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
-
-
-def block_means(curve: Mapping[float, float], width: int) -> dict[float, float]:
-    """Means over steps 1 to ``width``, and so on, at the middles: the reward of a single step is noisy."""
-    blocks: dict[int, list[float]] = {}
-    for step, value in curve.items():
-        blocks.setdefault(math.ceil(step / width), []).append(value)
-    return {(block - 0.5) * width + 0.5: statistics.fmean(values) for block, values in blocks.items()}
 
 
 def mean_curve(curves: Sequence[Mapping[float, float]], in_all: bool = False) -> dict[float, Interval]:

@@ -74,22 +74,21 @@ def policy(seed: int, folder: Path) -> str:
 
 def train_one(seed: int, file: Path) -> None:
     """Trains a seed's run and writes its log and inner products to ``file``."""
-    from dataclasses import replace
-
-    from examples.ablation.ablate import make_parser, run_settings
-    from examples.ablation.runs import trained, write_whole
+    from examples.ablation.train import DEFAULTS, Task, make_trainer
+    from trl_ext import CurvatureGRPOConfig
+    from trl_ext.ablate.study import write_whole
     from trl_ext.recorder.files import read_interference
 
     changes = {**RECIPE, **VARIANTS.get(variant(seed), {})}
-    options = make_parser("", "").parse_args(["--dataset", "arithmetic"])
-    options.max_steps, options.interference_every, options.eval_every = STEPS, MEASURED, EVALUATED
-    options.reward_noise = changes.pop("reward_noise", 0.0)
-    settings = run_settings(options, changes["normalization"], changes["learning_rate"], seed)
-    settings.training.update(changes)
+    noise = changes.pop("reward_noise", 0.0)
     model = policy(seed, file.with_name(f"policy{seed}"))
-    settings = replace(settings, model=model, levels=list(LEVELS), train_size=PROBLEMS, eval_size=HELD_OUT)
+    task = Task("arithmetic", list(LEVELS), model, PROBLEMS, HELD_OUT, noise)
+    steps = {"max_steps": STEPS, "interference_every": MEASURED, "eval_steps": EVALUATED, "max_completion_length": 4}
     with tempfile.TemporaryDirectory() as scratch:
-        logs = trained(settings, scratch).state.log_history
+        options = {**DEFAULTS, **steps, **changes, "seed": seed, "output_dir": scratch}
+        trainer = make_trainer(task, CurvatureGRPOConfig(**options))
+        trainer.train()
+        logs = trainer.state.log_history
         records = read_interference(scratch)
     grams = [{"step": one.step, "gram": one.gram_PP.tolist()} for one in records]
     write_whole(file, json.dumps({"logs": logs, "grams": grams}))
@@ -98,7 +97,7 @@ def train_one(seed: int, file: Path) -> None:
 def log_rows(seed: int, logs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for entry in logs:
         if "train_runtime" not in entry:
-            numbers = {name: f"{float(entry[name]):.5g}" for name in COLUMNS if entry.get(name) is not None}
+            numbers = {name: "" if entry.get(name) is None else f"{float(entry[name]):.5g}" for name in COLUMNS}
             yield {"seed": seed, "variant": variant(seed), "step": entry["step"], **numbers}
 
 
@@ -112,13 +111,6 @@ def gram_rows(seed: int, grams: list[dict[str, Any]]) -> Iterator[dict[str, Any]
         for place, i in enumerate(live):
             products = " ".join(f"{gram[i, j] / scale:.3g}" for j in live[: place + 1])
             yield {"seed": seed, "step": one["step"], "prompts": len(gram), "inner_products": products}
-
-
-def write_csv(path: Path, header: list[str], rows: Iterator[dict[str, Any]]) -> None:
-    with open(path, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, header, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def read_logs() -> dict[int, list[dict[str, float]]]:
@@ -172,6 +164,8 @@ def make_record(step: int, gram_PP: np.ndarray) -> InterferenceRecord:
 def main() -> None:
     import torch
 
+    from trl_ext.ablate.page import write_csv
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/healthy")
     folder = Path(parser.parse_args().output_dir)
@@ -183,10 +177,8 @@ def main() -> None:
             print(f"seed {seed}: {variant(seed)}", flush=True)
             train_one(seed, file)
     found = {seed: json.loads(file.read_text()) for seed, file in files.items()}
-    head = ["seed", "variant", "step"]
-    write_csv(LOGS, head + COLUMNS, (row for seed, one in found.items() for row in log_rows(seed, one["logs"])))
-    grams = (row for seed, one in found.items() for row in gram_rows(seed, one["grams"]))
-    write_csv(GRAMS, ["seed", "step", "prompts", "inner_products"], grams)
+    write_csv(LOGS, [row for seed, one in found.items() for row in log_rows(seed, one["logs"])])
+    write_csv(GRAMS, [row for seed, one in found.items() for row in gram_rows(seed, one["grams"])])
 
 
 if __name__ == "__main__":

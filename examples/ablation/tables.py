@@ -1,33 +1,27 @@
-"""Compares the methods of an ablation: tables in Markdown.
+"""Tables of a study beside its own page, in Markdown: ``python examples/ablation/tables.py runs/mixture``.
 
-Intervals are 95% intervals over seeds: t-intervals for means and for paired differences, a bootstrap over seeds for
-ratios of learning rates.
+Best learning rates between the sweep's, and what became of each task. Intervals are 95% intervals over seeds:
+t-intervals for means, a bootstrap over seeds for ratios of learning rates.
 """
 
 from __future__ import annotations
 
-import csv
-import math
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .curves import Interval, Run, mean_interval, mean_over_training, steps_to_target
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from examples.ablation.curves import Interval, Run, mean_interval, mean_over_training, read_runs
 
 RESAMPLES = 1000
 REFERENCE = "std"  # what differences are taken to
 
 Finals = Mapping[str, Sequence[Run]]  # the runs at its best learning rate, by method
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Writes rows of named values; a column that only some rows have is empty in the others."""
-    with open(path, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -89,58 +83,6 @@ def rates_table(sweep: Sequence[Run]) -> str:
     return "\n".join(["", *lines, "", f"{told}.", ""])
 
 
-def at_edge(learning_rate: float, grid: Sequence[float]) -> bool:
-    """Whether a better rate may lie outside the grid: the rate is its smallest or largest. False without a sweep."""
-    return len(grid) > 1 and learning_rate in (min(grid), max(grid))
-
-
-def own_stds(runs: Sequence[Run]) -> list[float]:
-    """Returns 8/3 of the groups' own std, a mean over prompts and steps, of each run; none where a run didn't log it.
-
-    It is below C of arXiv 2601.23135, Theorem 3.2, as a small group's population std is below the true sigma.
-    """
-    curves = [run.curve("sigma_mean")[1] for run in runs]
-    return [8 / 3 * statistics.fmean(values) for values in curves] if all(curves) else []
-
-
-def methods_table(finals: Finals, grid: Sequence[float], target: float, max_steps: int) -> str:
-    """Compares steps to the target, final accuracy, its difference to ``std`` paired by seed and the groups' std."""
-    final_by_seed = {
-        method: {run.seed: run.curve("held_out_accuracy")[1][-1] for run in runs} for method, runs in finals.items()
-    }
-    reference = final_by_seed.get(REFERENCE, {})
-    rows = []
-    for method, runs in finals.items():
-        rate, accuracy = runs[0].learning_rate, final_by_seed[method]
-        steps = [steps_to_target(*run.curve("held_out_accuracy"), target) for run in runs]
-        median, least, most = (
-            f"{step:.0f}" if step < math.inf else f"> {max_steps}"
-            for step in (statistics.median(steps), min(steps), max(steps))
-        )
-        paired = [accuracy[seed] - reference[seed] for seed in accuracy if seed in reference and method != REFERENCE]
-        rows.append(
-            [
-                f"`{method}`",
-                f"{rate:g}{' (edge of the grid)' if at_edge(rate, grid) else ''}",
-                f"{median} [{least}, {most}]",
-                f"{sum(step < math.inf for step in steps)} of {len(runs)}",
-                mean_text(list(accuracy.values())),
-                mean_text(paired, "+.3f"),
-                mean_text(own_stds(runs)),
-            ]
-        )
-    accuracies = ["final held-out accuracy", f"minus `{REFERENCE}`", "8/3 of the groups' own std"]
-    lines = markdown(["method", "learning rate", f"steps to {target:g}", "got there", *accuracies], rows)
-    coverage = 1 - 0.5 ** (min(map(len, finals.values())) - 1)
-    told = (
-        f"Steps: median [least, most] over the seeds; a run that never got there counts as more than {max_steps}. "
-        f"Least and most hold the true median with probability {coverage:.3f}. Accuracies: mean [95% t-interval over "
-        "the seeds]; differences are paired by seed. 8/3 of the groups' own std, a mean over steps and prompts, "
-        "is below C of arXiv 2601.23135, Theorem 3.2; C below 1 predicts that `std` converges faster than `mean`."
-    )
-    return "\n".join([*lines, "", told, ""])
-
-
 def mean_text(values: Sequence[float], layout: str = ".3f") -> str:
     """Formats the mean and its interval; empty without values."""
     return f"{mean_interval(values):{layout}}" if values else ""
@@ -187,3 +129,8 @@ def _task_table(
         rows.append([f"`{method}`", *(mean_text([reduce(*curve) for curve in of_runs]) for of_runs in curves)])
     head = [title, *(", ".join(column.split("/")[1:]) for column in columns)]
     return ["", *markdown(head, rows)] if any(cell for row in rows for cell in row[1:]) else []
+
+
+if __name__ == "__main__":
+    sweep, finals = read_runs(sys.argv[1])
+    print(rates_table(sweep) + by_task(finals))

@@ -1,4 +1,4 @@
-"""The arithmetic of an ablation, by hand-worked numbers: curves, learning rates, intervals, tables, plots."""
+"""The arithmetic of an ablation, by hand-worked numbers: curves, learning rates, intervals, tables."""
 
 import csv
 import math
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples.ablation import curves, false_alarms, margins, tables, verified_rewards
-from examples.ablation.curves import Interval, Run, best_learning_rate, mean_interval, tidy_rows
-from examples.ablation.plots import draw_tasks
+from examples.ablation.curves import Interval, Run, mean_interval, tidy_rows
 from examples.ablation.sickness import SICKNESSES
 from trl_ext.report.evidence import above, state
 
@@ -46,11 +45,6 @@ def test_mean_over_training():
     assert curves.mean_over_training([0, 10, 40], [0.4, 0.6, 0.8]) == pytest.approx(0.65)
 
 
-def test_block_means():
-    curve = {1: 1, 2: 3, 3: 10, 4: 20, 5: 7}
-    assert curves.block_means(curve, 2) == {1.5: 2, 3.5: 15, 5.5: 7}
-
-
 def test_tidy_rows():
     history = [
         {"step": 0, "eval_accuracy": 0.4, "eval_reward": 9.0},
@@ -86,7 +80,7 @@ def test_rows_hold_each_task():
     assert {name: value for name, value in rows[1].items() if "/" in name} == first
 
 
-def test_tables_by_task(tmp_path):
+def test_tables_by_task():
     finals = {
         "mean": [task_run("mean", 0, 0.5, 0.2), task_run("mean", 1, 0.7, 0.4)],
         "std": [task_run("std", 0, 0.8, 0.5), task_run("std", 1, 0.8, 0.5)],
@@ -106,26 +100,9 @@ def test_tables_by_task(tmp_path):
     assert "| `std` | 0.100 [0.100, 0.100] |" in lines
     assert any(line.startswith("Before training: a b 0.200, c 0.400.") for line in lines)
     assert tables.by_task(one_task) == ""
-    draw_tasks(finals, tables.task_names(finals), tmp_path / "tasks.png")
-    assert (tmp_path / "tasks.png").read_bytes()[1:4] == b"PNG"
 
 
 # Learning rates
-
-
-def test_best_learning_rate_is_of_the_whole_curve_over_all_seeds():
-    runs = [
-        run_of("std", [0.4, 0.8, 0.8], learning_rate=2e-4, seed=0),  # 0.7
-        run_of("std", [0.4, 0.4, 0.8], learning_rate=2e-4, seed=1),  # 0.5
-        run_of("std", [0.4, 0.5, 1.0], learning_rate=1e-4, seed=0),  # 0.6, ends higher
-        run_of("std", [0.4, 0.5, 0.8], learning_rate=1e-4, seed=1),  # 0.55
-        run_of("std", [0.4, 1.0, 1.0], learning_rate=4e-4, seed=0),  # 0.85, but its other seed failed
-    ]
-    assert best_learning_rate(runs) == 2e-4
-    assert best_learning_rate(runs[2:4] + runs[:1] + [run_of("std", [0.4, 0.3, 0.8], learning_rate=2e-4)]) == 1e-4
-    assert best_learning_rate(runs[4:]) == 4e-4
-    equal = [run_of("std", [0.4, 0.5, 0.6], learning_rate=rate) for rate in (4e-4, 1e-4, 2e-4)]
-    assert best_learning_rate(equal) == 1e-4  # of equals the smaller
 
 
 def test_the_interpolated_rate_by_hand():
@@ -158,14 +135,6 @@ def test_ratios_of_best_rates():
     assert tables.rates_table([run for run in sweep([2e-4] * 3) if run.learning_rate == 1e-4]) == ""
 
 
-@pytest.mark.parametrize(
-    ("rate", "grid", "expected"),
-    [(1, [2, 1, 4], True), (4, [2, 1, 4], True), (2, [2, 1, 4], False), (2, [2], False)],
-)
-def test_edge_of_the_grid(rate, grid, expected):
-    assert tables.at_edge(rate, grid) is expected
-
-
 # Intervals
 
 
@@ -176,18 +145,7 @@ def test_mean_interval():
     alone = mean_interval([0.5])
     assert alone.estimate == 0.5 and math.isnan(alone.low) and math.isnan(alone.high)
     many = mean_interval([0.0, 1.0] * 50)
-    assert many.high - 0.5 == pytest.approx(2.042 * (25 / 99) ** 0.5 / 10)
-
-
-def test_student_t_table():
-    """Each entry's tail, by integrating the density, is 2.5%."""
-    import torch
-
-    for freedom, quantile in enumerate(curves.STUDENT_T, start=1):
-        x = torch.linspace(-quantile, quantile, 20_001, dtype=torch.float64)
-        log_norm = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
-        density = (log_norm - (freedom + 1) / 2 * (x.square() / freedom).log1p()).exp()
-        assert torch.trapezoid(density, x).item() == pytest.approx(0.95, abs=1e-4), freedom
+    assert many.high - 0.5 == pytest.approx(1.984 * (25 / 99) ** 0.5 / 10, rel=1e-3)
 
 
 # Tables
@@ -199,25 +157,6 @@ def finals():
         "std": [run_of("std", [0.4, 0.6, 0.8], seed=0), run_of("std", [0.4, 0.8, 0.85], seed=1)],
         "none": [run_of("none", [0.4, 0.4, 0.4], seed=1), run_of("none", [0.4, 0.4, 0.7], seed=0)],
     }
-
-
-def test_the_table_of_methods():
-    lines = tables.methods_table(finals(), [1e-4, 2e-4], target=0.6, max_steps=20).splitlines()
-    # steps 15 and 10, 10 and 5; sd of 0.8 and 0.85: 0.035; 8/3 * 0.3; differences to std -0.1 and -0.05
-    mean, std, none = lines[2:5]
-    edge = "0.0001 (edge of the grid)"
-    assert mean.startswith(f"| `mean` | {edge} | 12 [10, 15] | 2 of 2 | 0.750 [")
-    assert " | -0.075 [-0.393, +0.243] | " in mean
-    assert std == f"| `std` | {edge} | 8 [5, 10] | 2 of 2 | 0.825 [0.507, 1.143] |  | 0.800 [0.800, 0.800] |"
-    assert none.startswith(f"| `none` | {edge} | > 20 [17, > 20] | 1 of 2 |")
-    assert " | -0.275 [-2.499, +1.949] | " in none  # paired by seed, not by order
-    assert "with probability 0.500" in lines[-1]
-    (alone,) = tables.methods_table(
-        {"mean": [run_of("mean", [0.4, 0.6, 0.8], sigmas=())]}, [1e-4], 0.6, 20
-    ).splitlines()[2:3]
-    assert alone == "| `mean` | 0.0001 | 10 [10, 10] | 1 of 1 | 0.800 |  |  |"
-    apart = [run_of("std", [0.4, 0.5, 0.6], sigmas=sigmas) for sigmas in ((None, 0.2, 0.4), (None, 0.3, 0.6))]
-    assert tables.own_stds(apart) == pytest.approx([0.8, 1.2])
 
 
 def test_mean_curve():

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-if __name__ == "__main__":  # as in ablate.py
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    # worker processes must not look for modules in the working directory: in examples/ a math.py lies
     os.environ["PYTHONSAFEPATH"] = "1"
 
 from examples.paper import log_linear
@@ -188,12 +189,11 @@ def write_cells(path: Path, todo: list[tuple[str, Setting]], jobs: int) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    from examples.ablation.ablate import check_options
-    from examples.ablation.tables import write_csv
     from examples.paper.lab_cells import method_rows, read_cells, summary_rows
     from examples.paper.lab_plot import draw_map, draw_predictor
     from examples.paper.lab_results import tables
-    from examples.tasks.command_line import exit_on
+    from examples.tasks.command_line import check_options, exit_on
+    from trl_ext.ablate.page import write_csv
     from trl_ext.checkpoints import check_output_dir
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)

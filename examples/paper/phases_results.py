@@ -1,4 +1,4 @@
-"""What the runs of ``phases.py`` come to: interference through training, the lead of ``std``, in which order.
+"""What a study's runs come to: interference through training, the lead of ``std``, in which order.
 
 Pure functions of ablation ``Run``s. Intervals are 95% t-intervals over seeds; what is logged several times in a span
 of steps is first averaged within each run.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from examples.ablation.curves import Interval, Run, mean_curve, mean_interval, mean_over_training, steps_to_target
-from examples.ablation.plots import COLOURS, LINES, draw_curve
 from examples.ablation.tables import Finals, markdown, rates_table, sections
 
 SPANS = 5
+COLOURS, LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), ("-", "--", "-.", ":")
 LOGGED_STEADILY = {  # column of a run -> its name in tables
     "near_orthogonal_frac": "near-orthogonal",
     "cos_mean": "mean cosine",
@@ -182,11 +182,19 @@ def phases_text(finals: Finals, sweep: Sequence[Run]) -> str:
     return f"Learning rates: {rates}; {seeds} seeds.\n\n{sections(parts)}{rates_table(sweep)}"
 
 
+def draw_curve(axis: Any, curve: Mapping[float, Interval], style: Mapping[str, object], band: float) -> None:
+    """Draws the means, and a band of their intervals of this opacity."""
+    points = list(curve.values())
+    axis.plot(list(curve), [point.estimate for point in points], **style)
+    low, high = [point.low for point in points], [point.high for point in points]
+    axis.fill_between(list(curve), low, high, color=style["color"], alpha=band, linewidth=0)
+
+
 def draw_columns(axis: Any, finals: Finals, columns: Sequence[str]) -> None:
     """Draws each method's mean over seeds: of the first column with its interval, of others dotted."""
     for i, (method, runs) in enumerate(finals.items()):
         for k, column in enumerate(columns):
-            style = {"color": COLOURS[i + 1], "linestyle": ":" if k else LINES[i], "linewidth": 1.4}
+            style = {"color": COLOURS[i % 4], "linestyle": ":" if k else LINES[i % 4], "linewidth": 1.4}
             curve = mean_curve([run.by_step(column) for run in runs])
             draw_curve(axis, curve, {**style, "label": None if k else method}, band=0 if k else 0.15)
 

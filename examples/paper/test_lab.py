@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.ablation.tables import write_csv
 from examples.paper import lab, lab_cells, lab_results, log_linear
 from examples.paper.log_linear import Policies, Runs, Setting, train
+from trl_ext.ablate.page import write_csv
 
 
 def test_tables_by_hand(tmp_path):

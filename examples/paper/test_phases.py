@@ -2,13 +2,15 @@
 
 import csv
 import math
+import re
 from itertools import product
 from pathlib import Path
 
 import pytest
 
 from examples.ablation.curves import Run, tidy_rows
-from examples.ablation.runs import Flipped
+from examples.ablation.train import Flipped
+from examples.paper import rollout_noise
 from examples.paper.phases_results import (
     bound_table,
     interference_table,
@@ -23,6 +25,8 @@ from examples.paper.phases_results import (
     within,
 )
 from examples.tasks.correctness import SameText
+from trl_ext.ablate.page import log_rows, write_csv
+from trl_ext.ablate.study import Result, Variant, make_run
 
 EXAMPLES = Path(__file__).parents[1]
 
@@ -116,32 +120,37 @@ def csv_after(done, file):
         return list(csv.DictReader(stream))
 
 
-def test_phases_as_users_run_it(launch, tiny_policy, tmp_path):
-    """With flipped rewards and other steps than the demo's; a second command finds all done."""
-    options = (
-        "--learning_rates 1e-3 --seeds 0 1 --max_steps 2 --eval_every 1 --eval_size 4 --reward_noise 0.2 "
-        "--num_generations 4 --answers_per_step 16 --jobs 1"
-    )
-    arguments = [*options.split(), "--model_name_or_path", tiny_policy, "--output_dir", tmp_path]
-    rows = csv_after(launch("paper/phases.py", *arguments), tmp_path / "phases.csv")
-    assert {"phases.md", "phases.png", "phases.csv", "results.csv", "table.md"} <= {f.name for f in tmp_path.iterdir()}
-    assert "## The lead of `std`" in (tmp_path / "phases.md").read_text()
+def test_phases_of_a_study(launch, tmp_path):
+    """``results.csv`` as the ablation writes it; a failed run isn't counted, the sweep gives the ratio of rates."""
+    logs = [
+        {"step": 0, "eval_accuracy": 0.2},
+        {
+            "step": 5,
+            "interference/near_orthogonal_frac": 0.9,
+            "interference/cos_std": 0.05,
+            "phase": 1.0,
+            "learning_rate": 0.0,
+        },
+        {"step": 10, "eval_accuracy": 0.8, "curvature/sigma_mean": 0.3},
+    ]
+    runs = {
+        name: [
+            (make_run(tmp_path, Variant(name, {}), 0.1, seed), Result(status, logs=logs))
+            for seed, status in enumerate(("finished", "finished", "failed"))
+        ]
+        for name in ("mean", "std")
+    }
+    write_csv(tmp_path / "results.csv", log_rows("comparison", runs))
+    rows = csv_after(launch("paper/phases.py", tmp_path), tmp_path / "phases.csv")
     assert {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in ("mean", "std") for s in "01"}
-    again = launch("paper/phases.py", *arguments)
-    assert again.returncode == 0 and "4 of 4 runs were done before" in again.stdout
-    without = tmp_path / "without"
-    csv_after(
-        launch("paper/phases.py", *arguments, "--measure_every", 0, "--output_dir", without), without / "phases.csv"
-    )
-    assert "## The lead of `std`" in (without / "phases.md").read_text()
-    assert (
-        launch("paper/phases.py", "--reward_noise", 0.5).stderr.strip()
-        == "error: --reward_noise 0.5 must be in [0, 0.5)"
-    )
+    assert [row["training_phase"] for row in rows[:3]] == ["", "1.0", ""]
+    assert {"phases.md", "phases.png", "phases.csv"} <= {f.name for f in tmp_path.iterdir()}
+    assert "## The lead of `std`" in (tmp_path / "phases.md").read_text()
+    assert "usage: phases.py FOLDER" in launch("paper/phases.py").stderr
 
 
 def test_rollout_noise_as_users_run_it(launch, mixed_policy, tmp_path):
-    options = "--seeds 42 --groups 2 4 --steps 1 --train_steps 1 --jobs 1 --output_dir"
+    options = "--seeds 42 --groups 2 4 --steps 1 --train_steps 1 --output_dir"
     arguments = [*options.split(), tmp_path]
     done = launch("paper/rollout_noise.py", *arguments)
     rows = csv_after(done, tmp_path / "rollout_noise.csv")
@@ -149,10 +158,17 @@ def test_rollout_noise_as_users_run_it(launch, mixed_policy, tmp_path):
     file = tmp_path / "rollout_noise.md"
     assert file.read_text() in done.stdout
     again = launch("paper/rollout_noise.py", *arguments)
-    assert again.returncode == 0 and "4 of 4 runs were done before" in again.stdout
-    for arguments, error in (
-        (["--groups", 1], "error: --groups 1 must be at least 2"),
-        (["--seeds", 0, 0], "error: --seeds has 0 more than once"),
-        (["--output_dir", file], f"error: --output_dir {file} can't be written to: File exists"),
-    ):
-        assert launch("paper/rollout_noise.py", *arguments).stderr.strip() == error
+    assert again.returncode == 0 and "done" not in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--groups", "1"], "error: --groups 1 must be at least 2"),
+        (["--seeds", "0", "0"], "error: --seeds has 0 more than once"),
+        (["--output_dir", __file__], f"error: --output_dir {__file__} can't be written to: File exists"),
+    ],
+)
+def test_what_rollout_noise_refuses(arguments, error):
+    with pytest.raises(SystemExit, match=f"^{re.escape(error)}$"):
+        rollout_noise.parse_arguments(arguments)

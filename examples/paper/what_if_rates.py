@@ -11,22 +11,19 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from examples.ablation.runs import Settings
     from trl_ext.report.what_if_table import Rate, StepTable
 
-if __name__ == "__main__":  # as in ablate.py
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    os.environ["PYTHONSAFEPATH"] = "1"
 
 METHODS = ["std", "mean", "loo", "power", "batch_std", "max_rl", "none"]  # power: alpha 0.5
 RESULTS = Path(__file__).parent / "results" / "what_if_rates.csv"
@@ -61,27 +58,23 @@ MEASURED = {
 # Training
 
 
-def run_settings(setting: Setting, seed: int, steps: int, every: int) -> Settings:
-    """The ablation's run with ``std``; it measures exactly, without a sketch, and scores advantages of 0 too."""
-    from examples.ablation import ablate
-
-    options = (
-        f"--dataset {setting.dataset} --optim sgd --max_grad_norm 0 --num_generations {setting.answers} "
-        f"--answers_per_step {16 * setting.answers} --max_steps {steps} --eval_every {steps} --eval_size 8 "
-        f"--interference_every {every}"
-    )
-    settings = ablate.run_settings(ablate.parse_arguments(options.split()), "std", setting.learning_rate, seed)
-    exact = {"interference_dim": 0, "what_if": METHODS, "what_if_dead": True}
-    return replace(settings, training={**settings.training, **exact})
-
-
 def measure(name: str, seed: int, steps: int, every: int) -> list[Row]:
-    """Trains once; returns a row for each method of each logged step."""
-    from examples.ablation.runs import trained
+    """Trains once with ``std``; returns a row for each method of each logged step.
+
+    The run measures exactly, without a sketch, and scores advantages of 0 too.
+    """
+    from examples.ablation.train import DEFAULTS, Task, make_trainer
+    from trl_ext import CurvatureGRPOConfig
     from trl_ext.recorder.files import read_interference
 
+    one = SETTINGS[name]
+    answers = {"num_generations": one.answers, "per_device_train_batch_size": 16 * one.answers}
+    lengths = {"max_steps": steps, "eval_steps": steps, "max_completion_length": 4 if one.dataset != "mixture" else 5}
+    sgd = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": one.learning_rate, "seed": seed}
+    exact = {"interference_every": every, "interference_dim": 0, "what_if": METHODS, "what_if_dead": True}
     with tempfile.TemporaryDirectory() as folder:
-        trained(run_settings(SETTINGS[name], seed, steps, every), folder)
+        options = {**DEFAULTS, **answers, **lengths, **sgd, **exact, "output_dir": folder}
+        make_trainer(Task(one.dataset, eval_size=8), CurvatureGRPOConfig(**options)).train()
         records = read_interference(folder)
     rows = []
     for record in records:
@@ -204,7 +197,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
     import trl_ext  # noqa: F401 - before transformers: it keeps a start quiet
-    from examples.ablation.tables import write_csv
+    from trl_ext.ablate.page import write_csv
 
     rows = read_rows(options.output)
     for name in options.settings:

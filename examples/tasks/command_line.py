@@ -86,6 +86,17 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
         sys.exit(f"error: {error}")
 
 
+def check_options(options: argparse.Namespace, *, lists: Sequence[str] = (), positive: Sequence[str]) -> None:
+    """Raises ``ValueError`` for a list with repetitions, or a number below 1."""
+    for name in lists:
+        values = getattr(options, name)
+        if repeated := sorted({str(value) for value in values if values.count(value) > 1}):
+            raise ValueError(f"--{name} has {', '.join(repeated)} more than once")
+    for name in positive:
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
+
+
 def demo_training() -> dict[str, object]:
     """Reads the trainer's options of the demo's recipe."""
     import yaml

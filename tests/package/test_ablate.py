@@ -1,22 +1,28 @@
 """``python -m trl_ext ablate``: its statistics by hand, its plan, and a script that knows nothing of it."""
 
+import argparse
 import json
 import math
+import os
 import re
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from harness import OPTIONS
-from processes import start
+from processes import ROOT, start
 
-from trl_ext.ablate import command, run_script
+from trl_ext.ablate import command, launch, run_script
 from trl_ext.ablate.answer import answers, sentence
 from trl_ext.ablate.check_script import check_manifest, check_result
-from trl_ext.ablate.compare import differences, more_seeds, summarize
-from trl_ext.ablate.launch import Launcher
+from trl_ext.ablate.compare import NEVER, differences, more_seeds, student, summarize
+from trl_ext.ablate.launch import Launcher, Progress
 from trl_ext.ablate.plan import Plan, fit, parse_budget, seconds_of_a_run, tuning_seeds
 from trl_ext.ablate.rates import Choice, choose_rate, grid, predicts_rates, sweep_scores
 from trl_ext.ablate.study import Result, Spec, Variant, make_run, read_curve
@@ -107,6 +113,33 @@ def test_holm_takes_away_what_one_of_many_comparisons_shows(tmp_path):
     assert "Holm's correction" in sentence(several[0], "std", 3)
 
 
+@pytest.mark.parametrize(
+    ("degrees", "tail", "quantile"),  # of printed tables
+    [
+        (1, 0.025, 12.706),
+        (2, 0.025, 4.303),
+        (3, 0.025, 3.182),
+        (3, 0.005, 5.841),
+        (4, 0.0005, 8.610),
+        (9, 0.005, 3.250),
+    ],
+)
+def test_students_quantiles_are_those_of_tables(degrees, tail, quantile):
+    assert student(degrees, tail) == pytest.approx(quantile, abs=6e-4)
+
+
+def test_the_placebo_is_no_comparison_that_holm_corrects_for(tmp_path):
+    step = 5.0 * 0.01 / math.sqrt(3)  # t is 5.0: above 4.30 for one comparison, below 6.21 for two
+    finals = {"std": [0.5] * 3, "mean": [0.5 + step + x for x in (-0.01, 0, 0.01)], "std (placebo)": [0.49, 0.5, 0.51]}
+    _, (mean, placebo), _ = found(tmp_path, finals)
+    assert mean.told and not placebo.told
+
+
+def test_more_seeds_are_of_no_use_where_the_rates_are_unsure():
+    assert more_seeds([-0.02, 0.0, 0.02], "bootstrap", 0.006) == (NEVER, NEVER)
+    assert more_seeds([-0.02, 0.0, 0.02], "bootstrap", 0.004) > more_seeds([-0.02, 0.0, 0.02], "")
+
+
 def test_failed_and_nan_runs_count_as_the_lowest_value_of_any_run(tmp_path):
     failed = Result("failed", "out of memory", logs=logs(0.1, 0.9))
     summaries, (one,), _ = found(tmp_path, {"std": [0.5, 0.6, 0.7], "mean": [failed, outcome(0.2, float("nan")), 0.7]})
@@ -170,7 +203,7 @@ def test_the_best_rate_is_that_of_the_highest_mean_over_training(tmp_path):
     ]
     scores = sweep_scores(results, "eval_reward")
     assert scores[2e-4] == {0: pytest.approx(0.4), 1: pytest.approx(0.3)}
-    choice = choose_rate(scores, "given")
+    choice = choose_rate(scores, scores, "given")
     assert (choice.rate, choice.at_edge, choice.error) == (2e-4, False, None)
 
 
@@ -181,14 +214,17 @@ def test_a_rate_whose_run_failed_is_not_chosen_for_its_other_seeds(tmp_path):
         (make_run(tmp_path, Variant("std", {}), 2e-4, 0), outcome(0.2, 0.7)),
         (make_run(tmp_path, Variant("std", {}), 2e-4, 1), Result("failed", "NaN", logs=logs(0.2, 0.9))),
     ]
-    assert choose_rate(sweep_scores(results, "eval_reward"), "").rate == 1e-4
+    scores = sweep_scores(results, "eval_reward")
+    assert choose_rate(scores, scores, "").rate == 1e-4
 
 
 def test_three_tuning_seeds_measure_the_choice():
     """One draw in 27 holds only the seed that prefers the other rate, 6 more hold it twice: those lose 0.1."""
     scores = {1e-4: {0: 0.5, 1: 0.5, 2: 0.2}, 2e-4: {0: 0.3, 1: 0.3, 2: 0.3}}
-    choice = choose_rate(scores, "")
+    choice = choose_rate(scores, scores, "")
     assert choice.rate == 1e-4
+    ends = {rate: {seed: 3 * value for seed, value in by_seed.items()} for rate, by_seed in scores.items()}
+    assert choose_rate(scores, ends, "").error == pytest.approx(3 * choice.error)  # of the last values
     # drawn twice or more, seed 2 makes the sums 0.9 against 0.9 (a tie goes to the smaller rate) and 0.6 against 0.9
     assert choice.error == pytest.approx(0.1 * math.sqrt(1 / 27), rel=0.35)
 
@@ -251,7 +287,7 @@ def test_time_is_predicted_from_timed_steps():
 
 
 def test_tuning_seeds_are_never_the_comparisons():
-    assert tuning_seeds(3, [0, 1001]) == [1000, 1002, 1003]
+    assert tuning_seeds(3, [0, 101]) == [100, 102, 103]
 
 
 # ---- what is varied
@@ -417,6 +453,15 @@ def test_steps_and_an_evaluation_are_timed(tiny_policy, tmp_path):
     assert result.config["max_steps"] == 50
 
 
+def test_a_script_that_never_evaluates_is_compared_by_its_reward(tiny_policy, tmp_path):
+    """It has questions to evaluate on. Its length comes from epochs: 16 prompts, of which a step has one in four."""
+    once = {"eval_strategy": "no", "max_steps": -1, "num_train_epochs": 1.5, "gradient_accumulation_steps": 3}
+    result = tried(tmp_path, tiny_policy, "", mode="time", **once)
+    assert not any(name.startswith("eval_") for entry in result.logs for name in entry)
+    last = result.logs[-2]
+    assert result.config["max_steps"] == round(1.5 * last["step"] / last["epoch"]), last
+
+
 def test_a_function_makes_the_trainer(tiny_policy, tmp_path):
     """``module:function`` gets a ``CurvatureGRPOConfig`` with the options that were set."""
     given = {"normalization": "mean", "learning_rate": 0.003, "seed": 1, "output_dir": str(tmp_path / "trainer")}
@@ -432,9 +477,65 @@ def test_a_function_makes_the_trainer(tiny_policy, tmp_path):
 
 def test_runs_of_another_script_are_not_mixed(tmp_path):
     launcher = Launcher(str(SCRIPT), ["--a", "1"], "", 1, True)
-    check_manifest(launcher, tmp_path, {0: "x"})
-    check_manifest(launcher, tmp_path, {0: "x", 1: "y"})
+    check_manifest(launcher, tmp_path, {"the data of seed 0": "x"})
+    check_manifest(launcher, tmp_path, {"the data of seed 0": "x", "what the script imports": "y"})
     with pytest.raises(ValueError, match="from before the data of seed 0 changed"):
-        check_manifest(launcher, tmp_path, {0: "z"})
+        check_manifest(launcher, tmp_path, {"the data of seed 0": "z"})
     with pytest.raises(ValueError, match="from before the script's arguments changed"):
-        check_manifest(Launcher(str(SCRIPT), ["--a", "2"], "", 1, True), tmp_path, {0: "x"})
+        check_manifest(Launcher(str(SCRIPT), ["--a", "2"], "", 1, True), tmp_path)
+
+
+# ---- the end
+
+STUBBORN = """
+import os, pathlib, signal, sys, time
+from trl_ext.ablate.run_script import end_with_tool
+end_with_tool()
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+folder = pathlib.Path(sys.argv[-1]).parent
+(folder / "result.json").write_text('{"status": "finished"}')  # as a script that saves and ends early
+(folder / "pid").write_text(str(os.getpid()))
+time.sleep(300)
+"""
+
+
+def train_stubborn(folder):
+    launch.GRACE = 0.5
+    launcher = Launcher("train.py", [], shlex.join([sys.executable, "-c", STUBBORN]), 1, False)
+    launcher.train([make_run(Path(folder), Variant("std", {}), 1e-4, 0)], print)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_run_outlives_the_command(number, tmp_path):
+    """The run takes no notice of SIGTERM. Interrupted, it isn't taken for finished."""
+    run = make_run(tmp_path, Variant("std", {}), 1e-4, 0)
+    started = start(1, train_stubborn, str(tmp_path), folder=tmp_path / "out", PYTHONPATH=str(ROOT))
+    started.wait_for(run.folder / "pid")
+    pid = (run.folder / "pid").read_text()
+    os.kill(started.processes[0].pid, number)
+    assert started.finish(60) == [1 if number == signal.SIGINT else -number]
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert number == signal.SIGKILL or run.result() is None
+
+
+def test_launchers_that_take_every_gpu_run_one_at_a_time():
+    with pytest.raises(ValueError, match="--jobs 2 with --launcher accelerate launch: it takes every GPU for one run"):
+        command.parse([str(SCRIPT), "--jobs", "2", "--launcher", "accelerate launch"])
+
+
+def test_a_folder_has_one_command_at_a_time(tmp_path):
+    with FileLock(tmp_path / "study.lock"), pytest.raises(SystemExit, match="another command is at work in"):
+        command.main([str(SCRIPT), "--normalization", "std", "mean", "--output_dir", str(tmp_path)])
+
+
+def test_a_study_whose_runs_all_failed_has_no_answer(tmp_path):
+    run = make_run(tmp_path, Variant("std", {}), 1e-4, 0)
+    launcher = Launcher("train.py", [], "", 1, False)
+    launcher.failed(run, "no GPU")
+    options = argparse.Namespace(list=False, submitit=None)
+    study = command.Study(options, launcher, tmp_path, [run.variant])
+    with pytest.raises(ValueError, match=r"every run failed, for example .* no GPU"):
+        study.trained([run], Progress(1, 1, "reward"))

@@ -107,7 +107,7 @@ def test_the_examples_with_an_installed_wheel_and_spawned_workers(wheel, tiny_po
     options = [*ONE_STEP, "--model_name_or_path", tiny_policy, "--output_dir", tmp_path / "run"]
     printed = run(sys.executable, "math.py", *options, timeout=300, **here)
     assert printed.count("three kinds of workers") == 1
-    assert "usage: ablate.py" in run(sys.executable, "ablation/ablate.py", "--help", **here)
+    assert "usage: train.py" in run(sys.executable, "ablation/train.py", "--help", **here)
     assert "usage: lab.py" in run(sys.executable, "paper/lab.py", "--help", **here)
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .compare import RESOLUTION, Difference, Summary
+from .compare import NEVER, PLACEBO, RESOLUTION, Difference, Summary
 from .plan import Plan
-
-PLACEBO = " (placebo)"
 
 
 def sentence(one: Difference, first: str, seeds: int) -> str:
@@ -24,6 +22,8 @@ def sentence(one: Difference, first: str, seeds: int) -> str:
     if one.low > 0 or one.high < 0:
         text += " before Holm's correction, which takes it away"
     low, high = one.more_seeds or (0, 0)
+    if low == NEVER:
+        return f"{text}; more seeds wouldn't tell {RESOLUTION} without more --tuning-seeds for the learning rates."
     if high:
         return f"{text}; {between(low, high)} more would be needed to tell {RESOLUTION}."
     return f"{text}, and so any difference is below {max(abs(one.low), abs(one.high)):.3f}."
@@ -75,5 +75,8 @@ def not_tested(plan: Plan, summaries: Sequence[Summary], steps: int, metric: str
     lines += [f"Left out by the budget: {one}." for one in plan.dropped]
     if any(one.failed for one in summaries):
         names = ", ".join(f"{one.name} {one.failed}" for one in summaries if one.failed)
-        lines.append(f"Failed or NaN runs ({names}) count as the lowest value of any run.")
+        lines.append(
+            f"Failed or NaN runs ({names}) count as the lowest value of any run; a run's output.txt says why. "
+            "Where the machine was to blame, delete the folder and repeat the command."
+        )
     return lines

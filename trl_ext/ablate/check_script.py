@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .launch import Launcher
-from .study import Mode, Result, Run, Variant, digest_of, make_run, write_whole
+from .study import Result, Run, Variant, digest_of, make_run, write_whole
 
 OFF_RATE = 0.9  # of the script's own learning rate: another one, so that a script that sets it itself is found out
 
@@ -26,25 +26,26 @@ def check_script(
 ) -> tuple[float, Result]:
     """Runs the script with the last variant up to ``train()``, then times steps of the first variant.
 
+    A repeated command does the first again, to see whether code or data have changed, and keeps the times, so that the
+    plan stays the same.
+
     Returns the script's own learning rate, and the timed result.
 
     Raises:
-        ValueError: the script fails, sets an option itself, or passes an optimizer of its own.
+        ValueError: the script fails, sets an option itself, or passes an optimizer of its own; or its code or data
+            aren't those of the folder's runs.
     """
     named = make_run(folder / "tried", variants[-1], 0.0, seeds[-1])
     tried = _AtOwnRate(named.variant, 0.0, named.seed, named.folder)
-    dry = _result_of(launcher, tried, "dry", "stopped")
+    dry = launcher.start(tried, "dry")
+    check_result(dry, tried, "stopped")
+    check_manifest(launcher, folder, {f"the data of seed {tried.seed}": dry.data, "what the script imports": dry.code})
     rate = float(dry.config["learning_rate"])
     timed = make_run(folder / "tried", variants[0], OFF_RATE * rate, seeds[0])
-    return rate, _result_of(launcher, timed, "time", "finished")
-
-
-def _result_of(launcher: Launcher, run: Run, mode: Mode, status: str) -> Result:
-    """Runs it, or returns the result of an earlier command, whose script and options were the same."""
-    before = run.result()
-    result = before if before is not None and before.status == status else launcher.start(run, mode)
-    check_result(result, run, status)
-    return result
+    before = timed.result()
+    result = before if before is not None and before.status == "finished" else launcher.start(timed, "time")
+    check_result(result, timed, "finished")
+    return rate, result
 
 
 def check_result(result: Result, run: Run, status: str) -> None:
@@ -60,22 +61,22 @@ def check_result(result: Result, run: Run, status: str) -> None:
         raise ValueError(f"the script's {result.trainer} is neither CurvatureGRPOTrainer nor trl.GRPOTrainer")
 
 
-def check_manifest(launcher: Launcher, folder: Path, data: Mapping[int, str] | None = None) -> None:
+def check_manifest(launcher: Launcher, folder: Path, found: Mapping[str, str] | None = None) -> None:
     """Raises ``ValueError`` where the folder holds runs of another script, arguments, data or version of ours.
 
     Args:
-        data: a hash of the data by seed, where it is known.
+        found: what the script's process found: hashes of data and code, by what an error calls them.
     """
     import trl_ext
 
     script = Path(launcher.script)
     packages = [Path(trl_ext.__file__).parent, Path(trl_ext.__file__).parents[1] / "grpo_kernels"]
-    sources = [file.read_text() for package in packages for file in sorted(package.rglob("*.py"))]
+    sources = [file.read_text(encoding="utf-8") for package in packages for file in sorted(package.rglob("*.py"))]
     now = {
-        "the script": digest_of(script.read_text() if script.is_file() else launcher.script),
+        "the script": digest_of(script.read_text(encoding="utf-8") if script.is_file() else launcher.script),
         "the script's arguments": launcher.arguments,
         "the launcher": launcher.launcher,
-        **{f"the data of seed {seed}": digest for seed, digest in (data or {}).items()},
+        **(found or {}),
         "trl_ext or grpo_kernels": digest_of(sources),
     }
     file = folder / "study.json"

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from .answer import PLACEBO
+from filelock import FileLock, Timeout
+
 from .check_script import check_manifest, check_script
-from .compare import differences, summarize
-from .launch import Launcher, Progress, submit, write_commands
+from .compare import PLACEBO, differences, summarize
+from .launch import SHARES_GPUS, Launcher, Progress, submit, write_commands
 from .page import Found, log_rows, write_csv, write_json, write_page
 from .plan import Plan, bytes_of_a_run, fit, parse_budget, seconds_of_a_run, tuning_seeds
 from .rates import Choice, Scores, choose_rate, grid, predicted_factors, predicts_rates, sweep_scores
@@ -62,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--factors", nargs="+", type=float, default=[0.5, 1.0, 2.0], help="else: of the sweep's centre [0.5 1 2]")
     add("--no-placebo", action="store_true", help="without the first method's second sweep on other seeds")
     add("--budget", help="time of everything, as 12h: what doesn't fit is left out before anything is trained")
-    add("--metric", help=f"of the trainer's log [the first logged of {', '.join(METRICS)}]")
+    add("--metric", help=f"of the trainer's log, higher is better [the first logged of {', '.join(METRICS)}]")
     add("--target", type=float, help="of the metric, to count steps, tokens and seconds to")
     add("--launcher", default="", help='starts the script, as "accelerate launch --num_processes 2" [python]')
     add("--jobs", type=int, default=1, help="runs at the same time on this machine [1]")
@@ -91,6 +92,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         f"--rates {options.rates}: learning rates must be above 0": any(not rate > 0 for rate in options.rates or []),
         f"--factors {options.factors} must be above 0": any(not factor > 0 for factor in options.factors),
         f"--jobs {options.jobs} must be at least 1": options.jobs < 1,
+        f"--jobs {options.jobs} with --launcher {options.launcher}: it takes every GPU for one run": options.jobs > 1
+        and any(name in options.launcher for name in SHARES_GPUS),
+        "--submitit needs NAME=VALUE": any("=" not in one for one in options.submitit or []),
         f"--tuning-seeds {options.tuning_seeds} must be at least 1": options.tuning_seeds < 1,
         f"{options.script}: no such file": options.script.endswith(".py") and not Path(options.script).is_file(),
         f"{options.script} must be a Python file or module:function": ":" not in options.script
@@ -122,12 +126,13 @@ class Study:
             write_commands(file, self.launcher, left)
             sys.exit(f"{len(left)} commands: {file}. Start them anywhere with this folder, then repeat this command")
         if left and self.options.submitit:
-            submit(
-                self.launcher, left, self.folder / "submitit", dict(one.split("=", 1) for one in self.options.submitit)
-            )
+            parameters = dict(one.split("=", 1) for one in self.options.submitit)
+            submit(self.launcher, left, self.folder / "submitit", parameters, progress.report)
         self.launcher.train(left, progress.report)
-        results = [(run, run.result()) for run in runs]
-        return [(run, result) for run, result in results if result is not None]
+        results = [(run, run.result() or Result("failed", "it left no result")) for run in runs]
+        if results and all(result.status == "failed" for _, result in results):
+            raise ValueError(f"every run failed, for example {results[0][0].folder}: {results[0][1].error}")
+        return results
 
     def runs(self, variant: Variant, rates: Sequence[float], seeds: Sequence[int]) -> list[Run]:
         """Returns a run for each rate and seed."""
@@ -144,6 +149,17 @@ def choose_metric(study: Study, timed: Result) -> str:
     raise ValueError(f"the script logs none of {', '.join(wanted)}; it logs {', '.join(sorted(logged))}")
 
 
+@dataclass(frozen=True)
+class Grid:
+    """The learning rates at which the sweep trains a variant, on which seeds; ``centre``: where they come from."""
+
+    name: str
+    variant: Variant
+    rates: Sequence[float]
+    seeds: Sequence[int]
+    centre: str
+
+
 @dataclass
 class Sweep:
     """The learning rates of all variants, by name, with the scores and runs that chose them."""
@@ -152,23 +168,27 @@ class Sweep:
     progress: Progress
     choices: dict[str, Choice] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
-    runs: list[tuple[Run, Result]] = field(default_factory=list)
+    runs: dict[str, list[tuple[Run, Result]]] = field(default_factory=dict)
 
-    def choose(self, name: str, variant: Variant, rates: Sequence[float], seeds: Sequence[int], centre: str) -> None:
-        """Trains a variant at these rates on tuning seeds, and chooses the best."""
-        swept = self.study.trained(self.study.runs(variant, rates, seeds), self.progress)
-        self.runs += swept
-        self.scores[name] = sweep_scores(swept, self.study.metric)
-        self.choices[name] = choice = choose_rate(self.scores[name], centre)
-        edge = ", at the sweep's edge" if choice.at_edge else ""
-        print(f"{name}: learning rate {choice.rate:g}{edge}", flush=True)
+    def choose(self, grids: Sequence[Grid]) -> None:
+        """Trains variants at these rates on tuning seeds, all together, and chooses the best of each."""
+        wanted = [self.study.runs(one.variant, one.rates, one.seeds) for one in grids]
+        trained = self.study.trained([run for runs in wanted for run in runs], self.progress)
+        results = {run.folder: result for run, result in trained}
+        for one, runs in zip(grids, wanted, strict=True):
+            swept = self.runs[one.name] = [(run, results[run.folder]) for run in runs]
+            self.scores[one.name] = sweep_scores(swept, self.study.metric)
+            finals = sweep_scores(swept, self.study.metric, at_end=True)
+            self.choices[one.name] = choice = choose_rate(self.scores[one.name], finals, one.centre)
+            edge = ", at the sweep's edge" if choice.at_edge else ""
+            print(f"{one.name}: learning rate {choice.rate:g}{edge}", flush=True)
 
     def fix(self, name: str, rate: float) -> None:
         """Takes a rate that was given."""
         self.choices[name], self.scores[name] = Choice(rate, False, 0.0, "given"), {}
 
-    def folders(self) -> list[Path]:
-        return [run.folder / "trainer" for run, _ in self.runs]
+    def folders(self, name: str) -> list[Path]:
+        return [run.folder / "trainer" for run, _ in self.runs[name]]
 
 
 def choose_rates(study: Study, plan: Plan, timed: Result, progress: Progress) -> Sweep:
@@ -179,19 +199,24 @@ def choose_rates(study: Study, plan: Plan, timed: Result, progress: Progress) ->
         for one in plan.variants:
             sweep.fix(one.name, study.script_rate)
         return sweep
-    given, factors = study.options.rates, study.options.factors
-    own = (given or grid(study.script_rate, factors), "given" if given else "the script's rate")
-    sweep.choose(first.name, first, own[0], plan.tuning_seeds, own[1])
+    again = [(first.name + PLACEBO, first, plan.placebo_seeds)] if plan.placebo_seeds else []
+    if rates := study.options.rates:
+        everyone = [*((one.name, one, plan.tuning_seeds) for one in plan.variants), *again]
+        sweep.choose([Grid(name, variant, rates, seeds, "given") for name, variant, seeds in everyone])
+        return sweep
+    factors = study.options.factors
+    own = grid(study.script_rate, factors)
+    swept = [(first.name, first, plan.tuning_seeds), *again]
+    sweep.choose([Grid(name, variant, own, seeds, "the script's rate") for name, variant, seeds in swept])
     predicted: Mapping[str, float] = {}
-    if not given and predicts_rates(timed.config):
-        predicted = predicted_factors(sweep.folders(), normalizations_of(plan.variants), first.name)
+    if predicts_rates(timed.config):
+        predicted = predicted_factors(sweep.folders(first.name), normalizations_of(plan.variants), first.name)
+    grids = []
     for one in others:
         centre = sweep.choices[first.name].rate * predicted.get(one.name, 1.0)
         source = "predicted by what-if" if one.name in predicted else f"{first.name}'s rate"
-        rates = (given, "given") if given else (grid(centre, factors), source)
-        sweep.choose(one.name, one, rates[0], plan.tuning_seeds, rates[1])
-    if plan.placebo_seeds:
-        sweep.choose(first.name + PLACEBO, first, own[0], plan.placebo_seeds, own[1])
+        grids.append(Grid(one.name, one, grid(centre, factors), plan.tuning_seeds, source))
+    sweep.choose(grids)
     return sweep
 
 
@@ -220,7 +245,6 @@ def run_study(study: Study, command: str) -> Found | None:
     print("The script is tried, and its first steps are timed.", flush=True)
     own_rate, timed = check_script(study.launcher, study.variants, options.seeds, study.folder)
     study.script_rate = options.rates[0] if options.rates else own_rate
-    check_manifest(study.launcher, study.folder, {options.seeds[0]: timed.data})
     study.metric = choose_metric(study, timed)
     plan = make_plan(study, timed)
     print("\n".join(plan.lines()), flush=True)
@@ -236,9 +260,7 @@ def run_study(study: Study, command: str) -> Found | None:
     results = {run.folder: (run, result) for run, result in study.trained(list(together.values()), progress)}
     compared = {name: [results[run.folder] for run in runs] for name, runs in wanted.items()}
     summaries, target = summarize(compared, sweep.choices, study.metric, options.target)
-    write_csv(
-        study.folder / "results.csv", [*log_rows("sweep", sweep.runs), *log_rows("comparison", list(results.values()))]
-    )
+    write_csv(study.folder / "results.csv", log_rows("sweep", sweep.runs) + log_rows("comparison", compared))
     return Found(
         title=f"{Path(options.script).name}: {', '.join(one.name for one in plan.variants)}",
         command=command,
@@ -284,16 +306,21 @@ def main(arguments: Sequence[str]) -> None:
         variants = make_variants(options.normalization, options.vary)
         folder = Path(options.output_dir).resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "study.lock")
         script = str(Path(options.script).resolve()) if options.script.endswith(".py") else options.script
         launcher = Launcher(script, script_arguments, options.launcher, options.jobs, options.one_thread)
         study = Study(options, launcher, folder, variants)
+        lock.acquire(timeout=0)
         found = run_study(study, shlex.join(["python", "-m", "trl_ext", "ablate", *arguments]))
         if found is not None:
             write_answers(found, study)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except Timeout:
+        sys.exit(f"error: another command is at work in {folder}")
     except KeyboardInterrupt:
         sys.exit("\nStopped. What has finished is kept: repeat the command to go on")
     finally:
         if study is not None:
             study.launcher.stop()
+            lock.release()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from .study import Mode, Result, Run, Spec, write_whole
+from .study import TOOL, Mode, Result, Run, Spec, read_curve, write_whole
 
 MODULE = "trl_ext.ablate.run_script"
 TAIL = 2000  # characters of a failed run's output in its error
+GRACE = 20.0  # seconds in which a process may end by itself
+SHARES_GPUS = ("accelerate", "torchrun", "deepspeed")  # launchers, each of which takes every GPU
 
 
 class Launcher:
@@ -39,7 +44,7 @@ class Launcher:
 
     def command(self, run: Run) -> list[str]:
         """Returns the command of a run, which can be started anywhere that has this folder."""
-        start = [sys.executable] if not self.launcher else shlex.split(self.launcher)
+        start = [sys.executable] if not self.launcher else shlex.split(self.launcher, posix=os.name != "nt")
         return [*start, "-m", MODULE, str(run.folder / "spec.json")]
 
     def prepare(self, run: Run, mode: Mode) -> None:
@@ -47,37 +52,46 @@ class Launcher:
         spec = Spec(self.script, self.arguments, run.options, mode, str(run.folder / "result.json"))
         spec.write(run.folder / "spec.json")
 
-    def start(self, run: Run, mode: Mode, device: int | None = None) -> Result:
+    def start(self, run: Run, mode: Mode, device: str | None = None) -> Result:
         """Runs one, and returns its result, also of one that failed or was killed."""
         self.prepare(run, mode)
-        (run.folder / "result.json").unlink(missing_ok=True)
+        self.clean(run)
         with open(run.folder / "output.txt", "wb") as output:
             code = self._wait(run, output, device)
-        if self._stopped:
+        if self._stopped:  # a script may have saved, and ended as if it had finished
+            (run.folder / "result.json").unlink(missing_ok=True)
             raise KeyboardInterrupt
         found = run.result()
         if found is None:
             text = (run.folder / "output.txt").read_text(errors="replace")
-            found = Result("failed", f"its process ended with {code} and left no result: {text[-TAIL:]}")
-            self._keep(run, found)
+            found = self.failed(run, f"its process ended with {code} and left no result: {text[-TAIL:]}")
         elif code and found.status != "failed":
             found.status, found.error = "failed", f"its process ended with {code}"
             self._keep(run, found)
         return found
 
-    def _keep(self, run: Run, result: Result) -> None:
-        import json
-        from dataclasses import asdict
+    @staticmethod
+    def clean(run: Run) -> None:
+        """Removes what an earlier attempt left, so that its logs and checkpoints aren't read as this one's."""
+        (run.folder / "result.json").unlink(missing_ok=True)
+        shutil.rmtree(run.folder / "trainer", ignore_errors=True)
 
+    def failed(self, run: Run, error: str) -> Result:
+        """Writes the result of a run that left none."""
+        found = Result("failed", error)
+        self._keep(run, found)
+        return found
+
+    def _keep(self, run: Run, result: Result) -> None:
         write_whole(run.folder / "result.json", json.dumps(asdict(result)))
 
-    def _wait(self, run: Run, output: IO[bytes], device: int | None) -> int:
-        environment = dict(os.environ)
-        if self._one_thread:
-            environment["OMP_NUM_THREADS"] = "1"
+    def _wait(self, run: Run, output: IO[bytes], device: str | None) -> int:
+        environment = {**os.environ, **self.variables, TOOL: str(os.getpid())}
         if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+            environment["CUDA_VISIBLE_DEVICES"] = device
         with self._lock:
+            if self._stopped:
+                return 1
             process = subprocess.Popen(
                 self.command(run), stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment,
                 start_new_session=True,
@@ -88,12 +102,23 @@ class Launcher:
             self._running.discard(process)
         return code
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables that every run needs, also one that is started elsewhere."""
+        return {"OMP_NUM_THREADS": "1"} if self._one_thread else {}
+
     def stop(self) -> None:
-        """Ends all processes that run, with their children."""
-        self._stopped = True
+        """Ends all processes that run, with their children: asks them, and kills those that don't end."""
         with self._lock:
-            for process in self._running:
-                os.killpg(process.pid, signal.SIGTERM)
+            self._stopped = True
+            running = list(self._running)
+        for process in running:
+            end(process, kill=False)
+        last = time.monotonic() + GRACE
+        while any(process.poll() is None for process in running) and time.monotonic() < last:
+            time.sleep(0.1)
+        for process in running:
+            end(process, kill=True)  # also children that outlived it
 
     def train(self, runs: Sequence[Run], report: Callable[[Run, Result], None]) -> None:
         """Trains those that have no result yet, and reports each as it ends.
@@ -106,8 +131,7 @@ class Launcher:
             free = list(range(self.jobs))
 
             def one(run: Run) -> Result:
-                with self._lock:
-                    place = free.pop()
+                place = free.pop()
                 try:
                     return self.start(run, "train", None if not devices else devices[place % len(devices)])
                 finally:
@@ -122,13 +146,30 @@ class Launcher:
                 self.stop()
                 raise
 
-    def _devices(self) -> list[int]:
-        """Returns the GPUs among which runs are shared out; none for one job or a launcher, which sees all of them."""
+    def _devices(self) -> list[str]:
+        """Returns the GPUs among which runs are shared out, of those that this process may use; none for one job or a
+        launcher, which sees all of them."""
         if self.jobs == 1 or self.launcher:
             return []
         import torch
 
-        return list(range(torch.cuda.device_count()))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return [name for name in visible.split(",") if name][: torch.cuda.device_count()] or [
+            str(i) for i in range(torch.cuda.device_count())
+        ]
+
+
+def end(process: subprocess.Popen[bytes], kill: bool) -> None:
+    """Signals a process and its children. Windows has no groups of processes: there it ends the process alone."""
+    try:
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL if kill else signal.SIGTERM)
+        elif kill:
+            process.kill()
+        else:
+            process.terminate()
+    except OSError:  # it has ended
+        pass
 
 
 class Progress:
@@ -140,8 +181,6 @@ class Progress:
 
     def report(self, run: Run, result: Result) -> None:
         """Prints what came of the run, and how long the others will take."""
-        from .study import read_curve
-
         self.done += 1
         self.trained += 1
         left = (time.monotonic() - self.started) / self.trained * (self.total - self.done)
@@ -157,17 +196,31 @@ def write_commands(file: Path, launcher: Launcher, runs: Sequence[Run]) -> None:
     """Writes the commands of these runs, one a line, to be started anywhere that shares the folder."""
     for run in runs:
         launcher.prepare(run, "train")
-    write_whole(file, "".join(shlex.join(launcher.command(run)) + "\n" for run in runs))
+    write_whole(file, "".join(shlex.join(command_anywhere(launcher, run)) + "\n" for run in runs))
 
 
-def submit(launcher: Launcher, runs: Sequence[Run], folder: Path, parameters: dict[str, str]) -> None:
+def command_anywhere(launcher: Launcher, run: Run) -> list[str]:
+    """Returns a run's command with its environment variables."""
+    variables = [f"{name}={value}" for name, value in launcher.variables.items()]
+    return [*(["env", *variables] if variables else []), *launcher.command(run)]
+
+
+def submit(
+    launcher: Launcher,
+    runs: Sequence[Run],
+    folder: Path,
+    parameters: dict[str, str],
+    report: Callable[[Run, Result], None],
+) -> None:
     """Submits runs through ``submitit``, to SLURM where there is one, and waits for them.
 
     Args:
         parameters: submitit's, as ``slurm_partition``; ``cluster=local`` runs them here.
     """
-    import submitit
-
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError("--submitit needs it: pip install submitit; --list writes the commands without it") from None
     cluster = parameters.pop("cluster", None)
     executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
     executor.update_parameters(**{name: int(value) if value.isdigit() else value for name, value in parameters.items()})
@@ -175,6 +228,9 @@ def submit(launcher: Launcher, runs: Sequence[Run], folder: Path, parameters: di
     with executor.batch():
         for run in runs:
             launcher.prepare(run, "train")
-            jobs.append(executor.submit(submitit.helpers.CommandFunction(launcher.command(run))))
-    for job in jobs:
-        job.exception()  # waits; a failed run's result says why
+            launcher.clean(run)
+            jobs.append(executor.submit(submitit.helpers.CommandFunction(command_anywhere(launcher, run))))
+    for run, job in zip(runs, jobs, strict=True):
+        error = job.exception()  # waits
+        found = run.result()
+        report(run, launcher.failed(run, f"its job left no result: {error}") if found is None else found)

@@ -14,7 +14,7 @@ from typing import Any
 from trl_ext.report.evidence import interval
 
 from .answer import answers, not_tested
-from .compare import Difference, Reached, Summary
+from .compare import PLACEBO, Difference, Reached, Summary
 from .plan import Plan
 from .rates import Choice, Scores
 from .study import Result, Run, write_whole
@@ -148,6 +148,7 @@ def write_page(found: Found, file: Path) -> None:
     from trl_ext.report.page import plotly_gzip, template
 
     rates = sorted({rate for scores in found.scores.values() for rate in scores})
+    placebo = any(one.name.endswith(PLACEBO) for one in found.differences)
     page = template("answer.html.jinja").render(
         title=found.title,
         metric=found.metric,
@@ -157,6 +158,8 @@ def write_page(found: Found, file: Path) -> None:
         not_tested=found.untested,
         rows=table_rows(found),
         intervals=interval_note(found),
+        comparisons=len(found.differences) - placebo,
+        placebo=placebo,
         sweep=sweep_rows(found, rates),
         sweep_rates=rates,
         tuning_seeds=", ".join(map(str, found.plan.tuning_seeds)),
@@ -177,16 +180,18 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def log_rows(phase: str, runs: Sequence[tuple[Run, Result]]) -> list[dict[str, Any]]:
-    """Returns a row for each step of each run, with every number of its log."""
+def log_rows(part: str, runs: Mapping[str, Sequence[tuple[Run, Result]]]) -> list[dict[str, Any]]:
+    """Returns a row for each step of each run, by method, with every number of its log."""
     rows = []
-    for run, result in runs:
-        own = {"phase": phase, "method": run.variant.name, "learning_rate": run.learning_rate, "seed": run.seed}
+    for method, (run, result) in ((name, pair) for name, pairs in runs.items() for pair in pairs):
+        own = {"part": part, "method": method, "learning_rate": run.learning_rate, "seed": run.seed}
         steps: dict[int, dict[str, Any]] = {}
         for entry in result.logs:
             numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
             steps.setdefault(int(entry.get("step", 0)), {}).update(numbers)
-        rows += [{**own, "status": result.status, **steps[step], "step": step} for step in sorted(steps)]
+        own["status"] = result.status
+        # a log may have numbers of the same names, as a scheduled learning_rate has
+        rows += [{**own, "step": step, **steps[step], **own} for step in sorted(steps)]
     return rows
 
 

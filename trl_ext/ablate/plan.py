@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,10 +59,11 @@ class Plan:
         """What is printed before anything is trained."""
         names = ", ".join(one.name for one in self.variants)
         sweep = f"{self.tuning_runs} to choose learning rates, " if self.tuning_runs else ""
+        timed = f"Predicted from timed steps of {self.variants[0].name}."
         disk = f", up to {self.run_bytes * self.runs / 2**30:.1f} GiB of checkpoints" if self.run_bytes else ""
         return [
             f"{self.runs} runs ({sweep}{self.comparison_runs} to compare) of {duration(self.run_seconds)} each, "
-            f"{self.jobs} at a time: {duration(self.seconds)}{disk}. Predicted from timed steps.",
+            f"{self.jobs} at a time: {duration(self.seconds)}{disk}. {timed}",
             f"  compared: {names}; seeds {', '.join(map(str, self.seeds))}",
             *(
                 [f"  learning rates chosen on seeds {', '.join(map(str, self.tuning_seeds))}"]
@@ -123,33 +125,38 @@ def _without_seed(plan: Plan) -> Plan:
 def seconds_of_a_run(timed: Result) -> float:
     """Predicts a run's time: start, steps and evaluations, by those that were timed."""
     steps = int(timed.config["max_steps"])
-    evaluations = 0
-    if timed.config.get("eval_strategy") == "steps":
-        evaluations = steps // whole_steps(timed.config.get("eval_steps"), steps)
-    evaluations += bool(timed.config.get("eval_on_start"))
+    evaluations = times("eval", timed) + bool(timed.config.get("eval_on_start"))
     return timed.start + steps * timed.step + evaluations * timed.evaluation
 
 
 def bytes_of_a_run(timed: Result) -> int:
     """Estimates the bytes of a run's checkpoints."""
-    if timed.config.get("save_strategy") != "steps":
-        return 0
-    steps = int(timed.config["max_steps"])
-    count = -(-steps // whole_steps(timed.config.get("save_steps"), steps))
+    count = times("save", timed)
     return min(count, timed.config.get("save_total_limit") or count) * timed.checkpoint_bytes
+
+
+def times(what: str, timed: Result) -> int:
+    """Returns how often a run evaluates or saves ("eval" or "save"): every so many steps, or after each epoch."""
+    steps, strategy = int(timed.config["max_steps"]), timed.config.get(f"{what}_strategy")
+    if strategy == "epoch":
+        return math.ceil(timed.config.get("num_train_epochs") or 1)
+    if strategy != "steps":
+        return 0
+    interval = whole_steps(timed.config.get(f"{what}_steps"), steps)
+    return -(-steps // interval) if what == "save" else steps // interval  # the last step is saved always
 
 
 def whole_steps(value: float | None, steps: int) -> int:
     """Returns an interval in steps; transformers reads a number below 1 as a share of the run."""
     if not value:
         return steps or 1
-    return max(1, round(value * steps) if value < 1 else int(value))
+    return max(1, math.ceil(value * steps) if value < 1 else int(value))
 
 
 def tuning_seeds(count: int, seeds: Sequence[int]) -> list[int]:
-    """Returns ``count`` seeds from 1000 on that the comparison doesn't use."""
+    """Returns ``count`` seeds from 100 on that the comparison doesn't use."""
     found: list[int] = []
-    candidate = 1000
+    candidate = 100
     while len(found) < count:
         if candidate not in seeds:
             found.append(candidate)

@@ -41,13 +41,19 @@ def worst_value(curves: Sequence[Sequence[float]]) -> float:
     return min(values, default=0.0)
 
 
-def sweep_scores(results: Sequence[tuple[Run, Result]], metric: str) -> dict[float, dict[int, float]]:
-    """Returns the mean of the metric over training by rate and seed; a failed or NaN run's is the lowest value seen."""
+def sweep_scores(
+    results: Sequence[tuple[Run, Result]], metric: str, at_end: bool = False
+) -> dict[float, dict[int, float]]:
+    """Returns the mean of the metric over training by rate and seed; a failed or NaN run's is the lowest value seen.
+
+    ``at_end``: the last value instead, which the comparison is about.
+    """
     curves = {id(run): read_curve(result.logs, metric) for run, result in results}
     worst = worst_value([curve.values for curve in curves.values()])
     scores: dict[float, dict[int, float]] = {}
     for run, result in results:
-        score = curves[id(run)].mean_over_training
+        curve = curves[id(run)]
+        score = curve.last if at_end else curve.mean_over_training
         usable = result.status == "finished" and math.isfinite(score)
         scores.setdefault(run.learning_rate, {})[run.seed] = score if usable else worst
     return scores
@@ -58,11 +64,11 @@ def best_rate(scores: Scores, seeds: Sequence[int]) -> float:
     return max(sorted(scores), key=lambda rate: statistics.fmean(scores[rate][seed] for seed in seeds))
 
 
-def choose_rate(scores: Scores, centre: str) -> Choice:
+def choose_rate(scores: Scores, finals: Scores, centre: str) -> Choice:
     """Chooses the best rate. With three tuning seeds or more a bootstrap over them measures the choice's error.
 
-    Each draw of tuning seeds chooses a rate. The spread of those rates' scores, each a mean over all tuning seeds, is
-    what the choice adds to the error of the comparison.
+    Each draw of tuning seeds chooses a rate by its score. The spread of those rates' last values, each a mean over all
+    tuning seeds, is what the choice adds to the error of the comparison, which is of last values too.
     """
     seeds = sorted(next(iter(scores.values())))
     rate = best_rate(scores, seeds)
@@ -71,7 +77,7 @@ def choose_rate(scores: Scores, centre: str) -> Choice:
         return Choice(rate, False, 0.0, centre)
     if len(seeds) < FEWEST_FOR_BOOTSTRAP:
         return Choice(rate, at_edge, None, centre)
-    means = {one: statistics.fmean(by_seed.values()) for one, by_seed in scores.items()}
+    means = {one: statistics.fmean(by_seed.values()) for one, by_seed in finals.items()}
     drawn = np.random.default_rng(0).choice(seeds, (DRAWS, len(seeds)))
     chosen = [means[best_rate(scores, row)] for row in drawn.tolist()]
     return Choice(rate, at_edge, math.sqrt(statistics.fmean((one - means[rate]) ** 2 for one in chosen)), centre)

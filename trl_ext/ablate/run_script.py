@@ -12,9 +12,13 @@ Under a launcher every process runs this, and the first one writes the result.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import runpy
 import sys
+import sysconfig
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,7 +28,7 @@ from typing import Any
 
 from trl_ext.load_function import load_function
 
-from .study import Result, Spec, digest_of, write_whole
+from .study import TOOL, Result, Spec, digest_of, write_whole
 
 STARTED = time.monotonic()
 MOST_TIMED = 16  # optimizer steps
@@ -33,6 +37,7 @@ MOST_ROWS = 2000  # of a dataset, evenly spaced, that its hash reads
 READ = (
     *("learning_rate", "max_steps", "optim", "beta", "num_iterations", "steps_per_generation", "eval_strategy"),
     *("eval_steps", "eval_on_start", "save_strategy", "save_steps", "save_total_limit", "per_device_train_batch_size"),
+    "num_train_epochs",
     *("gradient_accumulation_steps", "num_generations", "max_grad_norm", "interference_every", "normalization"),
 )
 
@@ -65,13 +70,15 @@ class Session:
         found.config = {name: plain(getattr(trainer.args, name, None)) for name in READ}
         found.config["max_steps"] = steps_of(trainer)
         found.data = digest_of([data_digest(trainer.train_dataset), data_digest(trainer.eval_dataset)])
+        found.code = code_digest(self.spec.script)
         found.start = time.monotonic() - STARTED
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         found.checkpoint_bytes = trainable * 12  # float32 weights and AdamW's two moments
         if self.spec.mode == "dry":
             raise StopDryRunError
         if self.spec.mode == "time":
-            trainer.add_callback(timed_steps(found, trainer.eval_dataset is not None, steps_to_time(trainer.args)))
+            evaluates = trainer.eval_dataset is not None and str(plain(trainer.args.eval_strategy)) != "no"
+            trainer.add_callback(timed_steps(found, evaluates, steps_to_time(trainer.args)))
 
     def write(self, error: str) -> None:
         """Writes the result on the first rank. ``error``: "" where the script ended by itself."""
@@ -84,9 +91,15 @@ class Session:
             found.error = error
         found.seconds = time.monotonic() - STARTED
         if int(os.environ.get("RANK", "0")) == 0:
-            import json
+            write_whole(Path(self.spec.result), json.dumps(asdict(found), default=number_or_text))
 
-            write_whole(Path(self.spec.result), json.dumps(asdict(found), default=repr))
+
+def number_or_text(value: Any) -> float | str:
+    """Returns what JSON has no type for: a number of numpy or torch as a float, anything else as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return repr(value)
 
 
 def plain(value: Any) -> Any:
@@ -99,8 +112,8 @@ def steps_of(trainer: Any) -> int:
     """Returns the optimizer steps of the whole run."""
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)
-    batches = len(trainer.get_train_dataloader()) // trainer.args.gradient_accumulation_steps
-    return int(batches * trainer.args.num_train_epochs)
+    per_epoch = -(-len(trainer.get_train_dataloader()) // trainer.args.gradient_accumulation_steps)
+    return math.ceil(max(1, per_epoch) * trainer.args.num_train_epochs)  # as transformers counts them
 
 
 def ignored_options(args: Any, wanted: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -126,6 +139,15 @@ def data_digest(dataset: Any) -> str:
     count = len(dataset)
     step = max(1, count // MOST_ROWS)
     return digest_of([count, [dataset[i] for i in range(0, count, step)]])
+
+
+def code_digest(script: str) -> str:
+    """Returns a hash of the script and of the modules that it has imported, but for installed packages and Python's."""
+    installed = [Path(path).resolve() for path in set(sysconfig.get_paths().values())]
+    found = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    files = {Path(name).resolve() for name in (script, *found) if name and name.endswith(".py")}
+    sources = [one for one in files if one.is_file() and not any(folder in one.parents for folder in installed)]
+    return digest_of(sorted(digest_of(one.read_text(encoding="utf-8")) for one in sources))
 
 
 def steps_to_time(args: Any) -> int:
@@ -162,6 +184,26 @@ def timed_steps(result: Result, evaluates: bool, count: int) -> Any:
                 result.evaluation = time.monotonic() - self.last
 
     return Timed()
+
+
+def end_with_tool() -> None:
+    """Ends this process when the tool that started it has ended, however that happened: repeating the command starts
+    the run again, and two would write into one folder."""
+    tool = int(os.environ.get(TOOL, "0"))
+    if not tool or os.name == "nt":  # started by hand or by a scheduler; Windows can't ask
+        return
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(tool, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            except PermissionError:
+                pass
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def set_options(options: dict[str, Any]) -> None:
@@ -229,9 +271,10 @@ def run(spec: Spec) -> None:
 
 
 def main(file: str) -> None:
+    end_with_tool()
     spec = Spec.read(file)
     session = Session(spec)
-    error = "it was interrupted"
+    error: str | None = "it was interrupted"
     try:
         set_options(spec.options)
         use_our_trainer()
@@ -243,11 +286,15 @@ def main(file: str) -> None:
     except SystemExit as ended:
         error = "" if ended.code in (None, 0) else f"it ended with {ended.code}"
         raise
+    except KeyboardInterrupt:
+        error = None  # no result: a repeated command trains it again
+        raise
     except BaseException as raised:
         error = f"{type(raised).__name__}: {raised}"
         raise
     finally:
-        session.write(error)
+        if error is not None:
+            session.write(error)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Mode = Literal["dry", "time", "train"]
+TOOL = "ABLATE_TOOL"  # environment variable: the process whose end ends a run
 Options = Mapping[str, Any]
 
 
@@ -46,7 +47,7 @@ class Spec:
 
     @staticmethod
     def read(file: Path | str) -> Spec:
-        return Spec(**json.loads(Path(file).read_text()))
+        return Spec(**json.loads(Path(file).read_text(encoding="utf-8")))
 
     def write(self, file: Path) -> None:
         write_whole(file, json.dumps(asdict(self), indent=1))
@@ -62,7 +63,7 @@ class Result:
         own_optimizer: whether the script gives the trainer an optimizer, so that ``learning_rate`` has no effect.
         trainer: the name of its class; ``has_curvature``: whether it is ours.
         config: options of the trainer that the tool reads.
-        data: a hash of the training and evaluation data.
+        data: a hash of the training and evaluation data; code: of the script and of the user's modules that it imports.
         logs: the trainer's log history.
         seconds: of the whole process; ``start``: until ``train()``; ``step`` and ``evaluation``: of each, when timed.
         checkpoint_bytes: of one checkpoint, estimated.
@@ -76,6 +77,7 @@ class Result:
     has_curvature: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     data: str = ""
+    code: str = ""
     logs: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     start: float = 0.0
@@ -87,7 +89,7 @@ class Result:
     def read(file: Path) -> Result | None:
         """Returns None where there is no result, or one that was cut off."""
         try:
-            return Result(**json.loads(file.read_text()))
+            return Result(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -134,7 +136,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
 
 
@@ -154,6 +156,10 @@ class Curve:
             return self.values[0] if self.values else math.nan
         pairs = zip(self.steps, self.steps[1:], self.values, self.values[1:], strict=False)
         return sum((b - a) * (y + z) / 2 for a, b, y, z in pairs) / (self.steps[-1] - self.steps[0])
+
+    @property
+    def last(self) -> float:
+        return self.values[-1] if self.values else math.nan
 
     def first_at(self, target: float) -> int | None:
         """Returns the number of the first point that reaches the target."""

@@ -53,9 +53,12 @@ def parse_value(name: str, text: str) -> Any:
         raise ValueError(
             f"--vary {name}={text}: each run gets its own {name} from the tool (--rates, --seeds, --output_dir)"
         )
+    field = CurvatureGRPOConfig.__dataclass_fields__[name]
+    if text == "None" and ("None" in str(field.type) or field.default is None):
+        return None
     # parsed alone: other checks of the config depend on options that the script sets
     parser = Parser((CurvatureGRPOConfig,))
-    return getattr(parser.parse_known_args([f"--{name}", text])[0], name)
+    return getattr(parser.parse_known_args([f"--{name}={text}"])[0], name)
 
 
 def make_variants(normalizations: Sequence[str], vary: Sequence[str]) -> list[Variant]:
