@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from trl_ext.report.evidence import student
+
 from .rates import WITHOUT_BOOTSTRAP, Choice, worst_value
 from .study import Curve, Result, Run, read_curve
 
@@ -172,30 +174,6 @@ def holm(found: Sequence[tuple[float, float]], seeds: int) -> list[bool]:
             break
         told[i] = True
     return told
-
-
-def student(degrees: int, tail: float) -> float:
-    """Returns the quantile of Student's t that leaves ``tail`` above it.
-
-    Exact (Abramowitz and Stegun 26.7.3 and 26.7.4, by bisection): with a few seeds and Holm's small tails expansions
-    are 2 to 9 % short.
-    """
-
-    def above(t: float) -> float:
-        angle = math.atan(t / math.sqrt(degrees))
-        odd = degrees % 2
-        term = total = math.cos(angle) if odd and degrees > 1 else 0.0 if odd else 1.0
-        for k in range(3 if odd else 2, degrees - 1, 2):
-            term *= math.cos(angle) ** 2 * (k - 1) / k
-            total += term
-        within = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-        return (1 - within) / 2
-
-    low, high = 0.0, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if above(middle) > tail else (low, middle)
-    return low
 
 
 def more_seeds(values: Sequence[float], widened: str, added: float = 0.0) -> tuple[int, int]:

@@ -6,7 +6,6 @@ One bad number is an accident; a *state* is what holds in most logged numbers fr
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,17 +58,27 @@ def ends(values: Sequence[float], share: float = 0.1) -> tuple[float, float]:
 
 
 def student(degrees: int, tail: float) -> float:
-    """Quantile of Student's t that leaves ``tail`` above it: exact at 2 degrees, from there on by an expansion from the
-    normal's quantile (Abramowitz and Stegun 26.7.5; at 97.5 % within 0.8 % of the table)."""
-    if degrees == 2:
-        return (1 - 2 * tail) * math.sqrt(2 / (4 * tail * (1 - tail)))
-    z = statistics.NormalDist().inv_cdf(1 - tail)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+    """Returns the quantile of Student's t that leaves ``tail`` above it.
+
+    Exact (Abramowitz and Stegun 26.7.3 and 26.7.4, by bisection): with a few seeds and Holm's small tails expansions
+    are 2 to 9 % short.
+    """
+
+    def above(t: float) -> float:
+        angle = math.atan(t / math.sqrt(degrees))
+        odd = degrees % 2
+        term = total = math.cos(angle) if odd and degrees > 1 else 0.0 if odd else 1.0
+        for k in range(3 if odd else 2, degrees - 1, 2):
+            term *= math.cos(angle) ** 2 * (k - 1) / k
+            total += term
+        within = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+        return (1 - within) / 2
+
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if above(middle) > tail else (low, middle)
+    return low
 
 
 def interval(values: Sequence[float], looks: int = 1) -> tuple[float, float, float]:
