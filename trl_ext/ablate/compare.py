@@ -179,21 +179,25 @@ def holm(found: Sequence[tuple[float, float]], seeds: int) -> list[bool]:
 def more_seeds(values: Sequence[float], widened: str, added: float = 0.0) -> tuple[int, int]:
     """Returns how many more seeds would give an interval of +- ``RESOLUTION``, from an 80 % interval of the spread.
 
-    The half width is about ``2 w s / sqrt(n)`` with n seeds, where s is the spread and w 1.4 if the interval is widened
-    by that. An 80 % interval of s comes from the chi-squared distribution (Wilson and Hilferty's approximation).
-    ``added``, the error of the rates' choice, doesn't shrink with n: if it is half of the resolution or more, no number
-    is enough, and ``NEVER`` is returned.
+    An 80 % interval of the spread comes from the chi-squared distribution (Wilson and Hilferty's approximation).
+    ``added``, the error of the rates' choice, doesn't shrink with the number of seeds: if it is half of the resolution
+    or more, no number is enough, and ``NEVER`` is returned.
     """
-    n = len(values)
-    left = (RESOLUTION / 2) ** 2 - added**2
-    if left <= 0:
-        return NEVER, NEVER
+    degrees = len(values) - 1
     spread = statistics.stdev(values) * (WITHOUT_BOOTSTRAP if widened == "1.4" else 1.0)
-    degrees = n - 1
     bounds = []
     for quantile in (0.9, 0.1):
         z = statistics.NormalDist().inv_cdf(quantile)
         chi_squared = degrees * (1 - 2 / (9 * degrees) + z * math.sqrt(2 / (9 * degrees))) ** 3
-        bounds.append(spread * math.sqrt(degrees / max(chi_squared, 1e-3)))
-    low, high = (max(0, math.ceil(one**2 / left) - n) for one in bounds)
+        bounds.append(seeds_needed(spread * math.sqrt(degrees / max(chi_squared, 1e-3)), added))
+    low, high = (NEVER if needed == NEVER else max(0, needed - len(values)) for needed in bounds)
     return low, high
+
+
+def seeds_needed(spread: float, added: float) -> int:
+    """Returns the fewest seeds n with ``t_(n-1) sqrt(spread^2 / n + added^2)`` at most ``RESOLUTION``."""
+    for n in range(FEWEST_SEEDS, 31):
+        if student(n - 1, 0.025) * math.hypot(spread / math.sqrt(n), added) <= RESOLUTION:
+            return n
+    left = (RESOLUTION / 2) ** 2 - added**2  # t is about 2 from here on
+    return max(31, math.ceil(spread**2 / left)) if left > 0 else NEVER
