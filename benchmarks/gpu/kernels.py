@@ -1,4 +1,6 @@
-"""Every normalisation against TRL's lines for its own and a copy; the sketch of gradients against a plain backward."""
+"""Every normalisation against TRL's lines for its own and a copy; the sketch of gradients against a plain backward;
+the product with the log-sum-exp in its epilogue against cuBLAS and a pass over the logits.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +52,35 @@ def sketch(setting: Setting) -> dict[str, Callable[[], object]]:
     return {"ours, sketched": sketched, FLOOR: plain}
 
 
+def statistics(setting: Setting) -> dict[str, Callable[[], object]]:
+    """A tile's logits with their row statistics: in the product's epilogue, or by a pass after cuBLAS's product.
+
+    Where Triton's kernels run, that is. Elsewhere there is the product alone.
+    """
+    tokens, width, words = (16, 32, 600) if setting.tiny else (2048, 4096, 151936)
+    hidden_NH, weight_VH = (
+        torch.randn(n, width, device=setting.device, dtype=setting.dtype) / width**0.5 for n in (tokens, words)
+    )
+    targets_N = torch.randint(0, words, (tokens,), device=setting.device)
+    out_NV = hidden_NH.new_empty(tokens, words)
+
+    def product() -> torch.Tensor:
+        return torch.mm(hidden_NH, weight_VH.T, out=out_NV)
+
+    if setting.device != "cuda":
+        return {FLOOR: product}
+    from epilogue_product import logits_with_statistics
+
+    from grpo_kernels.head.rows.plain import Transform
+    from grpo_kernels.head.rows.triton_rows import softmax_rows_
+
+    return {
+        "in the epilogue": lambda: logits_with_statistics(hidden_NH, weight_VH, targets_N, out_NV),
+        "cuBLAS and a pass": lambda: softmax_rows_(product(), targets_N, Transform()),
+        FLOOR: product,
+    }
+
+
 def measure(record: Record, setting: Setting) -> None:
     sizes = ((4, 4),) if setting.tiny else ((16, 8), (512, 16))
     cases: dict[str, Callable[[], dict[str, Callable[[], object]]]] = {
@@ -57,6 +88,7 @@ def measure(record: Record, setting: Setting) -> None:
         for p, g in sizes
     }
     cases["sketch, 16 sequences"] = lambda: sketch(setting)
+    cases["logits and their statistics"] = lambda: statistics(setting)
     for case in record.open_cases(cases):
         with record.attempt(case, "all"):
             seconds = alternate(cases[case](), rounds=setting.rounds)
