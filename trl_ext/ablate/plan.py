@@ -68,7 +68,7 @@ class Plan:
             *(
                 [f"  learning rates chosen on seeds {', '.join(map(str, self.tuning_seeds))}"]
                 if self.tuning_runs
-                else ["  one learning rate, which nobody chose for each method: no sweep"]
+                else ["  the same learning rate for every method: no sweep"]
             ),
             *(f"  left out, to fit into the budget: {one}" for one in self.dropped),
         ]
