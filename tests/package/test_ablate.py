@@ -296,6 +296,12 @@ def test_tuning_seeds_are_never_the_comparisons():
 # ---- what is varied
 
 
+def test_the_fields_names_and_whole_numbers_are_read():
+    first, second = make_variants(["rloo", "max_at_k:k=2"], [])
+    assert (first.name, first.options["normalization"]) == ("rloo", "loo")
+    assert second.options == {"normalization": "max_at_k", "normalization_kwargs": {"k": 2}}
+
+
 def test_normalisations_and_other_options_are_combined():
     names = [one.name for one in make_variants(["std", "power:alpha=0.5"], ["beta=0,0.01"])]
     assert names == ["std, beta=0", "std, beta=0.01", "power:alpha=0.5, beta=0", "power:alpha=0.5, beta=0.01"]
@@ -309,7 +315,8 @@ def test_normalisations_and_other_options_are_combined():
         (["std", "grpoo"], [], "--normalization grpoo: unknown normalization"),
         (["std", "power"], [], "needs the option 'alpha'"),
         (["std", "power:alpha"], [], "isn't option=number"),
-        (["std", "std"], [], "given twice"),
+        (["std", "std"], [], "std: given twice"),
+        (["std", "mean", "grpo"], [], "std and grpo: given twice"),
         (["std"], [], "nothing to compare"),
         ([], ["betta=0,1"], "CurvatureGRPOConfig has no option 'betta'"),
         ([], ["beta=x,1"], "beta"),

@@ -11,21 +11,21 @@ from .study import Variant
 
 def parse_normalization(text: str) -> dict[str, Any]:
     """Returns the options of ``power:alpha=0.5,eps=1e-4``. Raises ``ValueError`` for another form or an unknown one."""
-    from grpo_kernels.normalize.methods import check_normalization
+    from grpo_kernels.normalize.methods import canonical, check_normalization
 
     name, _, listed = text.partition(":")
     numbers: dict[str, float] = {}
     for item in filter(None, listed.split(",")):
         key, _, value = item.partition("=")
         try:
-            numbers[key] = float(value)
+            numbers[key] = int(value) if value.isdigit() else float(value)
         except ValueError:
             raise ValueError(f"--normalization {text}: {item!r} isn't option=number, as in power:alpha=0.5") from None
     try:
         check_normalization(name, **numbers)
     except ValueError as error:
         raise ValueError(f"--normalization {text}: {error}") from None
-    return {"normalization": name, "normalization_kwargs": numbers}
+    return {"normalization": canonical(name), "normalization_kwargs": numbers}
 
 
 def parse_vary(text: str) -> list[Variant]:
@@ -68,9 +68,9 @@ def make_variants(normalizations: Sequence[str], vary: Sequence[str]) -> list[Va
         axes.append([Variant(text, parse_normalization(text)) for text in normalizations])
     axes += [parse_vary(text) for text in vary]
     variants = [combined(parts) for parts in product(*axes)]
-    names = [one.name for one in variants]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{', '.join(twice)}: given twice")
+    same = [[one.name for one in variants if one.options == other.options] for other in variants]
+    if twice := next((names for names in same if len(names) > 1), None):
+        raise ValueError(f"{' and '.join(dict.fromkeys(twice))}: given twice")
     if len(variants) < 2:
         raise ValueError("nothing to compare: give two values of --normalization or --vary, or more")
     return variants
