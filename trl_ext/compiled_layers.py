@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -125,16 +125,14 @@ class CompiledLayers:
         if not allowed or not self.layers:
             yield
             return
-        with ExitStack() as stack:
-            stack.enter_context(dynamo_config.patch(recompile_limit=VARIANTS))
-            # an error in compiling the backward must come up in the forward, where the layer can still run uncompiled
-            if hasattr(autograd_config, EAGER_BACKWARD):  # an older torch may lack it
-                stack.enter_context(autograd_config.patch({EAGER_BACKWARD: True}))
-            if self._compilation.mode in WITH_GRAPHS:
-                torch.compiler.cudagraph_mark_step_begin()
-            stack.callback(setattr, self, "_on", False)
-            self._on = True
-            yield
+        if self._compilation.mode in WITH_GRAPHS:
+            torch.compiler.cudagraph_mark_step_begin()
+        self._on = True
+        try:
+            with compiler_settings():
+                yield
+        finally:
+            self._on = False
 
     def size_of(self, tokens: int) -> int:
         """Returns the size to which a packed row of ``tokens`` tokens is padded for the coming forward."""
@@ -183,10 +181,23 @@ class _Call:
 
     def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function, rows = self._owner.function(self._layer), kwargs.get(KEYWORD)
-        if rows is None:
-            return function(self._layer, *args, **kwargs)
-        with our_attention(self._owner.configs):
-            return function(self._layer, *args, **with_table(rows, kwargs))
+        with compiler_settings():  # a checkpoint on a GPU recomputes in autograd's thread, which lacks them
+            if rows is None:
+                return function(self._layer, *args, **kwargs)
+            with our_attention(self._owner.configs):
+                return function(self._layer, *args, **with_table(rows, kwargs))
+
+
+def compiler_settings() -> AbstractContextManager[Any]:
+    """Returns the context in which layers are compiled, of this thread; entering it again costs nothing."""
+    if dynamo_config.recompile_limit == VARIANTS:
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(dynamo_config.patch(recompile_limit=VARIANTS))
+    # an error in compiling the backward must come up in the forward, where the layer can still run uncompiled
+    if hasattr(autograd_config, EAGER_BACKWARD):  # an older torch may lack it
+        stack.enter_context(autograd_config.patch({EAGER_BACKWARD: True}))
+    return stack
 
 
 def with_table(rows: PackedRows, kwargs: Mapping[str, Any]) -> dict[str, Any]:

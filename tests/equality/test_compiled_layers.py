@@ -3,6 +3,7 @@
 import copy
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -153,13 +154,17 @@ def compiled_model(config, backend, dtype=torch.float32):
     return model, layers
 
 
-def gradient(model, layers, ids, mask, width, *, compiled):
+def gradient(model, layers, ids, mask, width, *, compiled, thread=None):
     labels = torch.where(mask.bool(), ids, -100)
     labels[:, :width] = -100
     with layers.allowed(compiled):
         call = HeadCall(prompt_width=width)
         out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, head_call=call)
-        out.log_probs.double().sum().backward()
+        loss = out.log_probs.double().sum()
+        if thread is None:
+            loss.backward()
+        else:
+            thread.submit(loss.backward).result()
     found = {name: parameter.grad.double() for name, parameter in model.named_parameters()}
     model.zero_grad()
     return found
@@ -190,6 +195,24 @@ def test_two_hundred_micro_batches_make_few_shapes():
     assert 2 <= counter.frame_count <= 8
     compiled, expected = (gradient(model, layers, ids, mask, 12, compiled=on) for on in (True, False))
     assert distance(compiled, expected) <= 1e-5 * norm_of(expected)
+
+
+def test_a_backward_that_autograd_runs_in_another_thread_falls_back_too():
+    """As on a GPU. A checkpoint of the older kind compiles the backward there, without this thread's settings."""
+
+    def broken(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=broken)
+    model, layers = compiled_model(LlamaConfig(**{**SIZES, "num_hidden_layers": 1}), backend)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    said, (ids, mask) = [], shared_rows()
+    layers._log_once = said.append
+    expected = gradient(model, layers, ids, mask, WIDTH, compiled=False)
+    with ThreadPoolExecutor(1) as thread:
+        found = gradient(model, layers, ids, mask, WIDTH, compiled=True, thread=thread)
+    assert len(said) == 1 and "no such instruction" in said[0]
+    assert distance(found, expected) <= 1e-5 * norm_of(expected)
 
 
 @pytest.mark.nightly
