@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import trl
-from accelerate.utils import DistributedType, TorchDynamoPlugin
+from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
@@ -138,10 +138,24 @@ class Compilation:
 
 
 def read_compilation(args: Any) -> Compilation | None:
-    """Reads how ``torch_compile`` or ``compile_layers`` want the decoder layers compiled; None: not at all."""
-    if not (args.torch_compile or read_options(args).compile_layers):
+    """Reads how the decoder layers are to be compiled; None: not at all.
+
+    ``torch_compile`` and ``compile_layers`` want it, and so does ``accelerate launch --dynamo_backend``, by variables.
+    """
+    launched = TorchDynamoPlugin()
+    by_variables = launched.backend != DynamoBackend.NO
+    if not (args.torch_compile or read_options(args).compile_layers or by_variables):
         return None
-    return Compilation(args.torch_compile_backend or "inductor", args.torch_compile_mode)
+    backend = launched.backend.value.lower() if by_variables else "inductor"
+    mode = launched.mode if by_variables and launched.mode != "default" else None
+    return Compilation(args.torch_compile_backend or backend, args.torch_compile_mode or mode)
+
+
+def why_compiled(args: Any) -> str | None:
+    """Returns why layers are compiled though no option says so; None: an option does, or they aren't."""
+    if args.torch_compile or read_options(args).compile_layers or read_compilation(args) is None:
+        return None
+    return "ACCELERATE_DYNAMO_BACKEND is set, by accelerate launch or by an earlier torch_compile=True in this process"
 
 
 def compile_no_whole_model(trainer: Any) -> None:

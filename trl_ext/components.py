@@ -182,6 +182,8 @@ def build_components(trainer: Any, ours: type) -> Components | None:
         return normalizer.used(trainer.reward_weights)
 
     recorder = InterferenceRecorder(run, trainer.model, observer=trainer, used=used, score=trainer._score_with_graph)
+    if (reason := compat.why_compiled(trainer.args)) is not None:
+        run.log_once(f"Layers are compiled: {reason}.")
     compiled = CompiledLayers(run, run.accelerator.unwrap_model(trainer.model))
     patches = patches_of(run, trainer, recorder, compiled)
     kept = KeptCompletions(run.options.interference_every, run.num_generations)

@@ -32,10 +32,13 @@ def once_differentiated(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the head's loss and log-probs have no second derivatives: create_graph=True can't be used"
-            )
+        refuse_second_derivatives()
         return once(ctx, *gradients)
 
     return checked
+
+
+def refuse_second_derivatives() -> None:
+    """Raises ``RuntimeError`` in a backward that records a graph of its own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the head's loss and log-probs have no second derivatives: create_graph=True can't be used")

@@ -10,6 +10,7 @@ import torch
 from grpo_kernels.head.rows.plain import Transform
 
 from .checks import check_values
+from .derivatives import refuse_second_derivatives
 from .logprob_tiles import LogprobCall, Operands, is_frozen, recompute, run_logprob, scale_kept
 
 SCALARS = "ScalarType dtype, float temperature, float logit_scale, float? softcap, bool entropy, bool float32_logits"
@@ -78,6 +79,7 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, logprob_grad_N, entropy_grad_N, *_):
+    refuse_second_derivatives()
     targets, *operands = ctx.saved_tensors[:-2]
     kept = [
         one if need else None for one, need in zip(ctx.saved_tensors[-2:], (ctx.needs[0], ctx.needs[3]), strict=True)

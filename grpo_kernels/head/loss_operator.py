@@ -13,6 +13,7 @@ import torch
 from grpo_kernels.head.rows.plain import Transform
 
 from .checks import check_flag, check_head, check_number, usable_sketch
+from .derivatives import refuse_second_derivatives
 from .loss_checks import GivenAdvantages, check_loss_options, read_tokens
 from .loss_tiles import LossCall, run_loss
 from .products import HeadSketch, compute_dtype
@@ -151,6 +152,7 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, loss_grad, *_):
+    refuse_second_derivatives()
     *totals, units = ctx.saved_tensors
     grads = [None] * ctx.count
     for place, total in enumerate(totals):

@@ -33,8 +33,11 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inducto
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled():
+def nothing_compiled(monkeypatch):
+    """``torch_compile`` sets variables, which would compile the models of later tests too."""
     torch._dynamo.reset()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
 
 
 def graphs() -> int:
@@ -89,6 +92,16 @@ def test_the_model_is_not_compiled_as_a_whole_and_is_left_as_it_was(tiny_policy,
     assert logged(trainer, "eval_reward")
     assert type(trainer.model_wrapped) is type(trainer.model)
     assert not any({"forward", COMPILED} & vars(layer).keys() for layer in trainer.model.model.layers)
+
+
+def test_accelerate_launch_compiles_layers_too(tiny_policy, tmp_path, monkeypatch, caplog):
+    """The model as a whole would call no taps, and compile again for every packed row."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    before = graphs()
+    trainer = train(tiny_policy, tmp_path, interference_every=2, interference_dim=0)
+    assert graphs() - before == 2 and type(trainer.model_wrapped) is type(trainer.model)
+    assert logged(trainer, "interference/coverage")[0]["interference/coverage"] == pytest.approx(1.0)
+    assert len(messages(caplog, "Layers are compiled: ACCELERATE_DYNAMO_BACKEND is set")) == 1
 
 
 # ---- what isn't compiled

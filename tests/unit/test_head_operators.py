@@ -103,6 +103,19 @@ def test_numbers_of_tokens_share_a_graph():
     assert counts[0] == counts[-1]  # not 1: Dynamo starts again where it has made a number dynamic for nothing
 
 
+def test_second_derivatives_are_refused_in_a_graph_too():
+    """A backend that keeps autograd as it is would else return some without their largest part."""
+    tensors, data = inputs(torch.float64, FROZEN["frozen"])
+    torch._dynamo.reset()
+    found = torch.compile(ours, fullgraph=True, backend="eager")(tensors, data, {}, {})
+    logprobs = torch.compile(linear_logprob, fullgraph=True, backend="eager")(
+        tensors["hidden"], tensors["weight"], data["targets"]
+    )
+    for result in (found.loss, logprobs.sum()):
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            torch.autograd.grad(result, tensors["hidden"], create_graph=True)
+
+
 def test_wrong_values_are_named_in_a_graph():
     tensors, data = inputs(torch.float32)
     data["targets"][3] = 37
