@@ -176,9 +176,10 @@ class CurvatureOptions:
         False,
         FLAG,
         "Compile the decoder layers.",
-        "Compiles each decoder layer for training forwards. `torch_compile=True` and `accelerate launch --dynamo_backend` "
-        "do the same here; the model isn't compiled as a whole. `torch_compile_backend` and `torch_compile_mode` say how. Packed rows are padded to few "
-        "sizes. Steps that log interference run uncompiled. If layers can't be compiled, the log says why, once.",
+        "Compiles each decoder layer for training forwards. `torch_compile=True` and accelerate's `--dynamo_backend` "
+        "do the same here; the model isn't compiled as a whole. `torch_compile_backend` and `torch_compile_mode` say "
+        "how. Packed rows are padded to few sizes. Steps that log interference run uncompiled. If layers can't be "
+        "compiled, the log says why, once.",
         group=WORK,
     )
     resample_zero_variance: bool = option(

@@ -122,7 +122,12 @@ def length_reward(completions, **columns):
 RUNS = [
     {"skip_zero_advantage": False, "beta": 0.04, "interference_every": 1},
     {"num_iterations": 2, "beta": 0.04, "interference_every": 0},
-    {"loss_type": "cispo", "interference_every": 0, "normalization": "running_std"},
+    {
+        "loss_type": "cispo",
+        "interference_every": 0,
+        "normalization": "running_std",
+        "normalization_kwargs": {"keep_variance": 0.9},
+    },
     {"loss_type": "vespo", "interference_every": 0, "normalization": "curvature"},
     {"resample_zero_variance": True, "interference_every": 0},
 ]

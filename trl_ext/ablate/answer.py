@@ -32,7 +32,7 @@ def sentence(one: Difference, first: str, seeds: int) -> str:
 def between(low: int, high: int) -> str:
     """Formats a range of numbers of seeds."""
     top = "over 1000" if high > 1000 else str(high)
-    return top if low == high else f"between {low} and {top}"
+    return top if low == high or low > 1000 else f"between {low} and {top}"
 
 
 def counted(seeds: int) -> str:
