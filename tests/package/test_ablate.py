@@ -24,7 +24,7 @@ from trl_ext.ablate.check_script import check_manifest, check_result
 from trl_ext.ablate.compare import NEVER, differences, more_seeds, student, summarize
 from trl_ext.ablate.launch import Launcher, Progress
 from trl_ext.ablate.plan import Plan, fit, parse_budget, seconds_of_a_run, tuning_seeds
-from trl_ext.ablate.rates import Choice, choose_rate, grid, predicts_rates, sweep_scores
+from trl_ext.ablate.rates import Choice, beyond, choose_rate, grid, predicts_rates, sweep_scores
 from trl_ext.ablate.study import Result, Spec, Variant, make_run, read_curve
 from trl_ext.ablate.variants import make_variants
 
@@ -242,6 +242,13 @@ def test_rates_are_predicted_only_for_plain_sgd_on_policy_without_kl():
         assert not predicts_rates({**config, **change})
 
 
+def test_a_sweep_goes_on_beyond_its_edge():
+    """By its own step, to the side where the best rate lies."""
+    scores = {1e-4: {0: 0.5}, 2e-4: {0: 0.6}, 4e-4: {0: 0.7}}
+    assert beyond(scores, Choice(4e-4, True, None, "")) == 8e-4
+    assert beyond(scores, Choice(1e-4, True, None, "")) == 5e-5
+
+
 def test_a_grid_has_three_digits():
     assert grid(3e-6 / 7, [0.5, 1, 2]) == [2.14e-7, 4.29e-7, 8.57e-7]
 
@@ -259,6 +266,14 @@ def test_the_plan_counts_runs_by_hand():
     """Sweep: 3 rates x (3 methods + the placebo) x 2 seeds; comparison: (3 + 1) x 4 seeds."""
     assert (plan().tuning_runs, plan().comparison_runs, plan().seconds) == (24, 16, 40 * 60 / 2)
     assert (plan(rates=1).tuning_runs, plan(rates=1).comparison_runs) == (0, 12)
+
+
+def test_the_plan_counts_what_a_sweep_may_add():
+    """Two more rates x (3 methods + the placebo) x 2 seeds; the budget counts them."""
+    wider = plan(more_rates=2)
+    assert (wider.more_runs, wider.runs, wider.most_seconds) == (16, 40, 56 * 60 / 2)
+    assert fit(wider, 40 * 60 / 2).dropped
+    assert not fit(wider, 56 * 60 / 2).dropped
 
 
 def test_a_budget_drops_seeds_then_tuning_seeds_then_methods():
@@ -404,6 +419,7 @@ def test_a_sweep_with_a_placebo_and_a_run_that_fails(tiny_policy, tmp_path, caps
     )
     printed = capsys.readouterr().out
     assert "15 runs (6 to choose learning rates, 9 to compare)" in printed
+    assert "up to 6 more where a best rate lies at its sweep's edge" in printed
     assert printed.count("FAILED: RuntimeError: the reward model isn't there") in (2, 3)
     assert "std (placebo): learning rate" in printed
     assert "Placebo: std tuned on other seeds gets" in printed

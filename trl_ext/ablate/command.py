@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from .check_script import check_manifest, check_script
 from .compare import PLACEBO, differences, summarize
 from .launch import SHARES_GPUS, Launcher, Progress, submit, write_commands
 from .page import Found, log_rows, write_csv, write_json, write_page
-from .plan import Plan, bytes_of_a_run, fit, parse_budget, seconds_of_a_run, tuning_seeds
-from .rates import Choice, Scores, choose_rate, grid, predicted_factors, predicts_rates, sweep_scores
+from .plan import MORE_RATES, Plan, bytes_of_a_run, fit, parse_budget, seconds_of_a_run, tuning_seeds
+from .rates import Choice, Scores, beyond, choose_rate, grid, predicted_factors, predicts_rates, sweep_scores
 from .study import Result, Run, Variant, make_run
 from .variants import make_variants, normalizations_of
 
@@ -170,18 +170,34 @@ class Sweep:
     scores: dict[str, Scores] = field(default_factory=dict)
     runs: dict[str, list[tuple[Run, Result]]] = field(default_factory=dict)
 
-    def choose(self, grids: Sequence[Grid]) -> None:
-        """Trains variants at these rates on tuning seeds, all together, and chooses the best of each."""
+    def choose(self, grids: Sequence[Grid], more_rates: int = 0) -> None:
+        """Trains variants at these rates on tuning seeds, all together, and chooses the best of each.
+
+        Where the best rate is at an edge, up to ``more_rates`` further ones are tried beyond it. Otherwise a method
+        whose sweep happens to reach further would win by its rate.
+        """
+        self._train(grids)
+        for _ in range(more_rates):
+            at_edge = [one for one in grids if self.choices[one.name].at_edge]
+            if not at_edge:
+                break
+            self._train(
+                [replace(one, rates=[beyond(self.scores[one.name], self.choices[one.name])]) for one in at_edge]
+            )
+        for one in grids:
+            edge = ", at the sweep's edge" if self.choices[one.name].at_edge else ""
+            print(f"{one.name}: learning rate {self.choices[one.name].rate:g}{edge}", flush=True)
+
+    def _train(self, grids: Sequence[Grid]) -> None:
         wanted = [self.study.runs(one.variant, one.rates, one.seeds) for one in grids]
         trained = self.study.trained([run for runs in wanted for run in runs], self.progress)
         results = {run.folder: result for run, result in trained}
         for one, runs in zip(grids, wanted, strict=True):
-            swept = self.runs[one.name] = [(run, results[run.folder]) for run in runs]
+            swept = self.runs.setdefault(one.name, [])
+            swept += [(run, results[run.folder]) for run in runs]
             self.scores[one.name] = sweep_scores(swept, self.study.metric)
             finals = sweep_scores(swept, self.study.metric, at_end=True)
-            self.choices[one.name] = choice = choose_rate(self.scores[one.name], finals, one.centre)
-            edge = ", at the sweep's edge" if choice.at_edge else ""
-            print(f"{one.name}: learning rate {choice.rate:g}{edge}", flush=True)
+            self.choices[one.name] = choose_rate(self.scores[one.name], finals, one.centre)
 
     def fix(self, name: str, rate: float) -> None:
         """Takes a rate that was given."""
@@ -207,7 +223,9 @@ def choose_rates(study: Study, plan: Plan, timed: Result, progress: Progress) ->
     factors = study.options.factors
     own = grid(study.script_rate, factors)
     swept = [(first.name, first, plan.tuning_seeds), *again]
-    sweep.choose([Grid(name, variant, own, seeds, "the script's rate") for name, variant, seeds in swept])
+    sweep.choose(
+        [Grid(name, variant, own, seeds, "the script's rate") for name, variant, seeds in swept], plan.more_rates
+    )
     predicted: Mapping[str, float] = {}
     if predicts_rates(timed.config):
         predicted = predicted_factors(sweep.folders(first.name), normalizations_of(plan.variants), first.name)
@@ -216,7 +234,7 @@ def choose_rates(study: Study, plan: Plan, timed: Result, progress: Progress) ->
         centre = sweep.choices[first.name].rate * predicted.get(one.name, 1.0)
         source = "predicted by what-if" if one.name in predicted else f"{first.name}'s rate"
         grids.append(Grid(one.name, one, grid(centre, factors), plan.tuning_seeds, source))
-    sweep.choose(grids)
+    sweep.choose(grids, plan.more_rates)
     return sweep
 
 
@@ -234,6 +252,7 @@ def make_plan(study: Study, timed: Result) -> Plan:
         run_seconds=seconds_of_a_run(timed),
         jobs=options.jobs,
         run_bytes=bytes_of_a_run(timed),
+        more_rates=0 if options.rates or rates == 1 else MORE_RATES,
     )
     return fit(plan, parse_budget(options.budget) if options.budget else None)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from .study import Result, Variant
 
+MORE_RATES = 2  # that a sweep tries at most beyond an edge where its best rate lies
 FEWEST_SEEDS = 3  # below, no interval is given; seeds are dropped down to it before methods are
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -24,6 +25,7 @@ class Plan:
         placebo_seeds: tuning seeds of the first variant's second sweep; none: no placebo.
         run_seconds: predicted for one run; jobs: runs at the same time.
         run_bytes: of one run's checkpoints, estimated.
+        more_rates: how many rates a sweep may add beyond its edge.
         dropped: what the budget left out.
     """
 
@@ -35,6 +37,7 @@ class Plan:
     run_seconds: float
     jobs: int
     run_bytes: int = 0
+    more_rates: int = 0
     dropped: tuple[str, ...] = ()
 
     @property
@@ -52,8 +55,17 @@ class Plan:
         return self.tuning_runs + self.comparison_runs
 
     @property
+    def more_runs(self) -> int:
+        """Runs that are added if every best rate lies at an edge."""
+        return self.more_rates * (len(self.variants) * len(self.tuning_seeds) + len(self.placebo_seeds))
+
+    @property
     def seconds(self) -> float:
         return self.runs * self.run_seconds / self.jobs
+
+    @property
+    def most_seconds(self) -> float:
+        return (self.runs + self.more_runs) * self.run_seconds / self.jobs
 
     def lines(self) -> list[str]:
         """What is printed before anything is trained."""
@@ -64,6 +76,14 @@ class Plan:
         return [
             f"{self.runs} runs ({sweep}{self.comparison_runs} to compare) of {duration(self.run_seconds)} each, "
             f"{self.jobs} at a time: {duration(self.seconds)}{disk}. {timed}",
+            *(
+                [
+                    f"  up to {self.more_runs} more where a best rate lies at its sweep's edge: then "
+                    f"{duration(self.most_seconds)} at most"
+                ]
+                if self.more_runs
+                else []
+            ),
             f"  compared: {names}; seeds {', '.join(map(str, self.seeds))}",
             *(
                 [f"  learning rates chosen on seeds {', '.join(map(str, self.tuning_seeds))}"]
@@ -95,7 +115,7 @@ def fit(plan: Plan, budget: float | None) -> Plan:
     The order is fixed: seeds of the comparison down to three, tuning seeds down to one, methods from the last one down
     to two, then seeds again. Raises ``ValueError`` if two methods with one seed don't fit.
     """
-    while budget is not None and plan.seconds > budget:
+    while budget is not None and plan.most_seconds > budget:
         plan = _smaller(plan, budget)
     return plan
 
@@ -113,7 +133,8 @@ def _smaller(plan: Plan, budget: float) -> Plan:
     if len(plan.seeds) > 1:
         return _without_seed(plan)
     raise ValueError(
-        f"--budget is too small: two methods with one seed take {duration(plan.seconds)}, and it is {duration(budget)}"
+        f"--budget is too small: two methods with one seed take {duration(plan.most_seconds)}, "
+        f"and it is {duration(budget)}"
     )
 
 

@@ -83,6 +83,13 @@ def choose_rate(scores: Scores, finals: Scores, centre: str) -> Choice:
     return Choice(rate, at_edge, math.sqrt(statistics.fmean((one - means[rate]) ** 2 for one in chosen)), centre)
 
 
+def beyond(scores: Scores, choice: Choice) -> float:
+    """Returns the next rate outwards from a best one at the sweep's edge, a step of the sweep further."""
+    rates = sorted(scores)
+    step = rates[-1] / rates[-2] if choice.rate == rates[-1] else rates[0] / rates[1]
+    return float(f"{choice.rate * step:.3g}")
+
+
 def grid(centre: float, factors: Sequence[float]) -> list[float]:
     """Returns the rates around a centre, with three significant digits."""
     return sorted(float(f"{centre * factor:.3g}") for factor in factors)
