@@ -181,9 +181,9 @@ class Sweep:
             at_edge = [one for one in grids if self.choices[one.name].at_edge]
             if not at_edge:
                 break
-            self._train(
-                [replace(one, rates=[beyond(self.scores[one.name], self.choices[one.name])]) for one in at_edge]
-            )
+            self.progress.total += sum(len(one.seeds) for one in at_edge)
+            further = [beyond(self.scores[one.name], self.choices[one.name]) for one in at_edge]
+            self._train([replace(one, rates=[rate]) for one, rate in zip(at_edge, further, strict=True)])
         for one in grids:
             edge = ", at the sweep's edge" if self.choices[one.name].at_edge else ""
             print(f"{one.name}: learning rate {self.choices[one.name].rate:g}{edge}", flush=True)
