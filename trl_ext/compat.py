@@ -144,7 +144,7 @@ def read_compilation(args: Any) -> Compilation | None:
     """
     launched = TorchDynamoPlugin()
     by_variables = launched.backend != DynamoBackend.NO
-    if not (args.torch_compile or read_options(args).compile_layers or by_variables):
+    if not (getattr(args, "torch_compile", False) or read_options(args).compile_layers or by_variables):
         return None
     backend = launched.backend.value.lower() if by_variables else "inductor"
     mode = launched.mode if by_variables and launched.mode != "default" else None

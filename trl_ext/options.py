@@ -105,7 +105,7 @@ class CurvatureOptions:
     normalization: str | None = option(
         None,
         ANY,
-        f"{', '.join(METHODS)}.",
+        f"std, mean, none, loo, max_rl, batch_std and {len(METHODS) - 6} more: docs/normalizations.md.",
         "How a group's rewards become advantages: one of `grpo_kernels.METHODS`, or another name of one "
         f"({', '.join(f'`{alias}`: `{name}`' for alias, name in ALIASES.items())}). None follows `scale_rewards` "
         '("group" is `std`, "batch" is `batch_std`, "none" is `mean`). In Python it may be a function '

@@ -178,6 +178,7 @@ WITHOUT_A_CASE = {
         "which prompts come, and when; not called by us",
     ),
     "_set_signature_columns_if_needed": "the dataset's columns, before the trainer's path; not called by us",
+    "create_accelerator_and_postprocess": "before the first gradient; ours calls it, and compiles layers alone",
     "train": "which checkpoint it goes on from; the training is TRL's",
 }
 

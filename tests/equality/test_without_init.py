@@ -137,7 +137,16 @@ def of_transformers(name, *arguments, **named):
     return case
 
 
+def accelerator(trainer_class, monkeypatch):
+    made = []
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", lambda self: made.append(self))
+    trainer = bare(trainer_class)
+    trainer.create_accelerator_and_postprocess()
+    return len(made), hasattr(trainer.accelerator, "state")
+
+
 CASES = {
+    "create_accelerator_and_postprocess": accelerator,
     "train": of_transformers("train", "auto", trial=None),  # not looked for
     "evaluate": of_transformers("evaluate", "held out", metric_key_prefix="test"),
     "predict": of_transformers("predict", "held out", metric_key_prefix="test"),
