@@ -38,7 +38,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
-from trl_ext.compat import Compilation
+from trl_ext.compilation import Compilation
 from trl_ext.sharing import parts
 from trl_ext.tasks.small_policy import build_tokenizer
 

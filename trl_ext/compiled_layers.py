@@ -19,7 +19,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as autograd_config
 
 from .checkpointed_layers import decoder_layers
-from .compat import Compilation, RunSettings
+from .compat import RunSettings
 from .model_patches import Apply
 from .probe_model import has_engine
 from .sharing.hooks import ATTRIBUTE, NAME
@@ -247,6 +247,3 @@ def why_not_compiled(run: RunSettings, layers: list[Any]) -> str | None:
     if any("forward" in vars(layer) and COMPILED not in vars(layer) for layer in layers):
         return "the layers' forward is replaced already, as accelerate does to move weights between devices"
     return None
-
-
-__all__ = ["Compilation", "CompiledLayers", "Sizes"]

@@ -21,6 +21,7 @@ from .capabilities import Capabilities, capabilities
 from .checkpointed_layers import CheckpointedLayers
 from .checkpoints.callbacks import CheckpointState, RandomStates
 from .compat import LossSettings, RunSettings, StepPosition
+from .compilation import why_compiled
 from .compiled_layers import CompiledLayers
 from .config import CurvatureGRPOConfig, resolve_normalization, trl_method
 from .head.patch import add_forward, fused_heads
@@ -182,7 +183,7 @@ def build_components(trainer: Any, ours: type) -> Components | None:
         return normalizer.used(trainer.reward_weights)
 
     recorder = InterferenceRecorder(run, trainer.model, observer=trainer, used=used, score=trainer._score_with_graph)
-    if (reason := compat.why_compiled(trainer.args)) is not None:
+    if (reason := why_compiled(trainer.args)) is not None:
         run.log_once(f"Layers are compiled: {reason}.")
     compiled = CompiledLayers(run, run.accelerator.unwrap_model(trainer.model))
     patches = patches_of(run, trainer, recorder, compiled)

@@ -18,7 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
-from trl_ext.compat import Compilation
+from trl_ext.compilation import Compilation
 from trl_ext.compiled_layers import COMPILED, CompiledLayers, Sizes
 from trl_ext.head.forward import FusedHead, HeadCall
 from trl_ext.head.patch import add_fused_head
