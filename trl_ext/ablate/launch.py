@@ -104,8 +104,12 @@ class Launcher:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment variables that every run needs, also one that is started elsewhere."""
-        return {"OMP_NUM_THREADS": "1"} if self._one_thread else {}
+        """Environment variables that every run needs, also one that is started elsewhere.
+
+        With one seed of Python's hashes, data that a script makes from sets are the same in every run.
+        """
+        hashes = {"PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0")}
+        return {**hashes, "OMP_NUM_THREADS": "1"} if self._one_thread else hashes
 
     def stop(self) -> None:
         """Ends all processes that run, with their children: asks them, and kills those that don't end."""
