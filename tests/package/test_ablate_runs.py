@@ -240,3 +240,15 @@ def test_a_study_whose_runs_all_failed_has_no_answer(tmp_path):
     study = command.Study(options, launcher, tmp_path, [run.variant])
     with pytest.raises(ValueError, match=r"every run failed, for example .* no GPU"):
         study.trained([run], Progress(1, 1, "reward"))
+
+
+def test_every_run_orders_sets_alike(tmp_path, monkeypatch):
+    """A script may make its data from a set, whose order depends on Python's seed of hashes."""
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    monkeypatch.setattr(Launcher, "command", lambda self, run: [sys.executable, "-c", "print({*'abcdefgh'})"])
+    launcher = Launcher(str(SCRIPT), [], "", 1, False)
+    runs = [make_run(tmp_path, Variant(name, {}), 0.01, 0) for name in ("std", "mean")]
+    for run in runs:
+        launcher.start(run, "train")
+    first, second = ((run.folder / "output.txt").read_text() for run in runs)
+    assert first == second and "'a'" in first
