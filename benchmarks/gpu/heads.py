@@ -105,7 +105,7 @@ def names_for(live: float) -> list[str]:
 def ready_calls(
     record: Record, case: str, problem: heads.Problem, small: heads.Problem, names: Iterable[str]
 ) -> tuple[dict[str, Callable[[], None]], dict[str, dict[str, float]]]:
-    """The contenders that compute the right gradients and fit, with what is known of each before it is timed."""
+    """Returns the contenders whose gradients are right and which fit into memory, with a note on each."""
     calls, values = {}, {}
     for name in record.untried(case, names):
         with record.attempt(case, name):

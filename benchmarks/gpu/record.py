@@ -120,7 +120,7 @@ class Record:
         self.file.save()
 
     def open_cases(self, cases: Iterable[str]) -> Iterator[str]:
-        """The cases that aren't done; each is marked as done when the next one is asked for."""
+        """Yields the cases that aren't done, and marks each as done when the caller takes the next one."""
         for case in cases:
             if case in self.file.done:
                 continue

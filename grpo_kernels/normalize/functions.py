@@ -64,7 +64,7 @@ def max_at_k(groups: Groups) -> torch.Tensor:
     reward = groups.rewards.nan_to_num(float("inf"))
     rank = reward.argsort(dim=1, stable=True).argsort(dim=1).to(groups.count)  # 0 for the smallest
     k = groups.count.clamp(max=groups.options["k"])
-    # the sets in which answer j is the best of the others: its rank many are below it, of which k - 2 are chosen
+    # sets in which answer j is the best one besides i: they hold k - 2 of the answers below j, whose number is its rank
     sets = (_log_choose(rank, k - 2) - _log_choose(groups.count, k)).exp()
     lead = (groups.rewards[:, :, None] - groups.rewards[:, None, :]).nan_to_num(0.0).clamp(min=0)
     return (lead * sets[:, None, :]).sum(2)

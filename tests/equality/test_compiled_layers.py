@@ -276,7 +276,7 @@ def test_the_operator():
 
 
 def test_padding_is_nobodys_and_has_no_gradient():
-    """Whatever it holds, and whatever memory holds."""
+    """Padding tokens and uninitialised memory hold NaN; outputs and gradients don't change."""
     whole, spans = drawn(27), spans_of(*LENGTHS)
     own = [x[:, :, :20].detach().requires_grad_() for x in whole]
     with torch.no_grad():

@@ -155,7 +155,7 @@ def test_steps_and_an_evaluation_are_timed(tiny_policy, tmp_path):
 
 
 def test_a_script_that_never_evaluates_is_compared_by_its_reward(tiny_policy, tmp_path):
-    """It has questions to evaluate on. Its length comes from epochs: 16 prompts, of which a step has one in four."""
+    """The script has an evaluation set but never evaluates, and epochs set the number of steps."""
     once = {"eval_strategy": "no", "max_steps": -1, "num_train_epochs": 1.5, "gradient_accumulation_steps": 3}
     result = tried(tmp_path, tiny_policy, "", mode="time", **once)
     assert not any(name.startswith("eval_") for entry in result.logs for name in entry)
