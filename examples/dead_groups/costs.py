@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 PRICES = (0.5, 1.0, 3.0, 9.0)
-STEPS, ANSWERS = 60, 128  # of a budget: what is generated, and half as much is trained
+STEPS, ANSWERS = 48, 128  # of a budget: what is generated, and half as much is trained
 TOKENS = {"mixture": 3.7, "wide": 2.0}  # of an answer, about
 TRAINED_SHARE = 0.5
 

@@ -28,7 +28,7 @@ SCREEN_SEEDS = (0, 1, 2, 3)
 CONFIRM_SEEDS = tuple(range(20, 32))
 RATES = (1e-4, 2e-4, 4e-4)
 MORE_RATES = 2  # beyond an edge
-EVALUATE_EVERY = 4  # steps
+EVALUATE_EVERY = 6  # steps
 MOST_STEPS = 120
 TRAINING: dict[str, Any] = {
     **{"num_generations": 8, "per_device_train_batch_size": 128, "gradient_accumulation_steps": 1},
