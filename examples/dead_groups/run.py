@@ -122,7 +122,9 @@ def run(job: Job, folder: Path) -> None:
         scratch = file.with_suffix(".new")
         scratch.write_text(json.dumps(rows))
         scratch.rename(file)
-        print(f"{file.stem}: {rows[0]['accuracy']:.3f} -> {rows[-1]['accuracy']:.3f}, step {rows[-1]['step']}", flush=True)
+        print(
+            f"{file.stem}: {rows[0]['accuracy']:.3f} -> {rows[-1]['accuracy']:.3f}, step {rows[-1]['step']}", flush=True
+        )
 
 
 def _run(both: tuple[Job, Path]) -> None:

@@ -1,9 +1,9 @@
 """Chooses prompts before they are answered, by the chance that their answers get different rewards.
 
-A prompt's pass rate has a Beta distribution. Its prior is that of the prompt's task; right and wrong answers seen add to
-it, and count for less as the policy changes. A draw takes a pass rate p from each candidate's distribution (Thompson
-sampling), and prompts in proportion to the chance of a mixed group, 1 - p^G - (1 - p)^G, but at least to ``FLOOR``.
-In proportion, and not the best ones: prompts that are mixed half as often are drawn half as often, as if dead groups had
+A prompt's pass rate has a Beta distribution. Its prior is that of the prompt's task; right and wrong answers seen add
+to it, and count for less as the policy changes. A draw takes a pass rate p from each candidate's distribution (Thompson
+sampling), and prompts in proportion to the chance of a mixed group, 1 - p^G - (1 - p)^G, but at least to ``FLOOR``. In
+proportion, and not the best ones: prompts that are mixed half as often are drawn half as often, as if dead groups had
 been generated and thrown away.
 """
 

@@ -75,7 +75,7 @@ def pass_rates(model: Any, tokenizer: Any, questions: Sequence[Question]) -> tor
 
 
 def thirds(model: Any, tokenizer: Any, questions: int, seed: int) -> list[Question]:
-    """Returns questions of which a third is never solved (``NEVER``), a third nearly always: those solved most often."""
+    """Returns questions of which a third is never solved (``NEVER``), and a third are those solved most often."""
     found = [
         one
         for level, count in CANDIDATES.items()
@@ -121,9 +121,7 @@ def prepare(setting: Setting, seed: int) -> Prepared:
         train = thirds(model, tokenizer, setting.questions, seed)
         size = HELD_OUT // len(CANDIDATES)
         held_out = [
-            one
-            for level in CANDIDATES
-            for one in arithmetic_questions(size, held_out=True, levels=(level,), seed=seed)
+            one for level in CANDIDATES for one in arithmetic_questions(size, held_out=True, levels=(level,), seed=seed)
         ]
     return Prepared(policy, train, held_out, pass_rates(model, tokenizer, held_out))
 
