@@ -151,13 +151,14 @@ class Rollouts:
         if not self.run.capabilities.has("defer"):
             obstacle = "the installed TRL doesn't allow it"
         postpone = why_not_postponed(self.run.options, settings, obstacle) is None
-        postponed = False
+        postponed, answers = False, 0
 
         def run_rollout(examples: Any) -> tuple[Batch, RewardedBatch]:
-            nonlocal postponed
+            nonlocal postponed, answers
             rollout = Rollout(trainer, self._check_prompts, self._calculate_rewards, components.seconds, postpone)
             output, rewarded = self._run_rollout(rollout, generate, examples)
             postponed |= rollout.postponed
+            answers += len(rewarded.lengths_B)
             return output, rewarded
 
         output, rewarded = run_rollout(inputs)
@@ -167,7 +168,7 @@ class Rollouts:
             if self.resampling is not None:
                 source = {"dataset": trainer.train_dataset, "step": step, "generation": generation}
                 output, rewarded = self.resampling.fill(output, rewarded, trainer._logs, run_rollout, **source)
-        output = self._with_advantages(output, rewarded, training=training, postponed=postponed)
+        output = self._with_advantages(output, rewarded, answers, training=training, postponed=postponed)
         if training:
             components.on_batch(rewarded, self.task_names, generation == 0)
         if not postponed:
@@ -210,11 +211,19 @@ class Rollouts:
         self.task_names.learn(rewarded.task_keys_B, tasks)
         return rewards_BF, rewarded
 
-    def _with_advantages(self, output: Batch, rewarded: RewardedBatch, *, training: bool, postponed: bool) -> Batch:
-        """Computes the advantages and logs their metrics. Returns TRL's dict with our columns."""
+    def _with_advantages(
+        self, output: Batch, rewarded: RewardedBatch, answers: int, *, training: bool, postponed: bool
+    ) -> Batch:
+        """Computes the advantages and logs their metrics. Returns TRL's dict with our columns.
+
+        ``answers``: how many were generated for this batch.
+        """
         trainer, mode = self.trainer, "train" if training else "eval"
         normalized, metrics = self.components.normalizer(rewarded, training=training)
         sums = task_sums(rewarded, normalized, self.task_names.names, self.components.normalizer.tolerance)
+        if training:
+            live = round((1 - metrics["normalization/zero_variance_frac"]) * len(rewarded.rewards))
+            sums["compute/answers_per_live_group"] = answers, live
         self.task_means[mode].into(trainer._metrics[mode], sums)
         self.run.log(metrics if postponed else metrics | sampler_metrics(Sequences(output), self.run.accelerator))
         replace_latest(trainer._logs["advantages"], normalized.advantages.flatten().tolist())

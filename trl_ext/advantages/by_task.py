@@ -65,12 +65,12 @@ class TaskMeans:
     def into(self, logged: MutableMapping[str, list[float]], sums: Sums) -> None:
         """Writes the means into ``logged``, TRL's lists of values by name, which TRL empties when it logs.
 
-        Each of our lists holds one value: the mean so far.
+        Each of our lists holds one value: the mean so far; the sum, as long as nothing was counted.
         """
         for name, (total, count) in sums.items():
             before = self._sums.get(name, (0.0, 0)) if logged.get(name) else (0.0, 0)
             self._sums[name] = total, count = before[0] + total, before[1] + count
-            logged[name] = [total / count]
+            logged[name] = [total / max(count, 1)]
 
 
 def task_sums(

@@ -58,6 +58,7 @@ DEFINITIONS = {
         "theory/r1, r2": "largest ratio of two prompts' gradient norms, and of their sigmas (Assumption 5)",
     },
     "compute": {
+        "compute/answers_per_live_group": "answers generated for each group whose answers got different rewards",
         "compute/tokens_run": "prompt and completion tokens that went through the model, all processes together",
         "compute/sequences_skipped_frac": "share of sequences without a gradient, which don't run",
         "compute/flops_saved_frac": "share of the backbone's token positions that TRL would run and that didn't run",
