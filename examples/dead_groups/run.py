@@ -163,7 +163,7 @@ class Runner:
                     rate: statistics.fmean(score(Job(*pair, rate, seed), self.folder) for seed in TUNING_SEEDS)
                     for rate in rates
                 }
-                best[pair] = max(scores, key=lambda rate, of=scores: of[rate])
+                best[pair] = max(scores, key=scores.__getitem__)
                 beyond = best[pair] * (2 if best[pair] == max(rates) else 0.5)
                 if best[pair] in (min(rates), max(rates)):
                     tried[pair], done = [*rates, beyond], False

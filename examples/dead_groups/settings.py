@@ -135,6 +135,6 @@ class Rewards(SameText):
         super().__init__()
         self.flips, self.random, self.true = flips, random.Random(seed), [0.0]
 
-    def __call__(self, completions: list, gold: list[str], **kwargs: Any) -> list[float]:
-        self.true = super().__call__(completions, gold)
+    def __call__(self, completions: list, gold: list[str], log_metric: Any = None, **kwargs: Any) -> list[float]:
+        self.true = super().__call__(completions, gold, log_metric)
         return [1 - one if self.random.random() < self.flips else one for one in self.true]

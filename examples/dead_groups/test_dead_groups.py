@@ -1,12 +1,11 @@
-"""The arms against plain references on what a run really generated, and the choice of prompts against numbers by hand."""
+"""The arms against plain references on what a run generated, and the choice of prompts against numbers by hand."""
 
-import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from scipy.stats import beta as beta_distribution
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,7 +46,7 @@ def runs(tiny_policy, tmp_path_factory):
     """Trains each arm; returns the trainers with the groups, rewards and batches that they had."""
     found = {}
     for arm, options in ARMS.items():
-        kind = KINDS.get(arm, CountingTrainer)
+        kind: Any = KINDS.get(arm, CountingTrainer)
 
         class Stored(kind):
             def _calculate_rewards(self, inputs, prompts, completions, ids):
@@ -108,7 +107,9 @@ def test_an_arm_is_its_plain_reference(arm, runs):
 
 def plain_posterior(rows, rewards, tasks, step):
     """The Beta distributions of all rows, from the list of groups by steps alone."""
-    whole, by_task, seen = [PRIOR_GROUPS * one for one in (1.0, 0.5, 1 / 3)], {}, {}
+    whole = [PRIOR_GROUPS * one for one in (1.0, 0.5, 1 / 3)]
+    by_task: dict[int, list[float]] = {}
+    seen: dict[int, tuple[float, float]] = {}
     for when, (chosen, groups) in enumerate(zip(rows, rewards, strict=True)):
         for row, right in zip(chosen, groups, strict=True):
             a, b = seen.get(row, (0.0, 0.0))
@@ -144,13 +145,18 @@ def test_choosing_knows_what_its_rounds_showed(runs):
 
 
 def test_the_exact_pass_rates_are_those_of_sampling(tiny_policy):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_policy).eval(), AutoTokenizer.from_pretrained(tiny_policy)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_policy).eval(),
+        AutoTokenizer.from_pretrained(tiny_policy),
+    )
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)  # an untrained policy's rates are all alike
     questions = [Question(one.question, text, 1) for one in QUESTIONS[:2] for text in ("1", "2")]
-    prompts = tokenizer([f"<user>{one.question}<assistant>" for one in questions[::2]], return_tensors="pt", padding=True)
+    prompts = tokenizer(
+        [f"<user>{one.question}<assistant>" for one in questions[::2]], return_tensors="pt", padding=True
+    )
     n = 4000
     out = model.generate(**prompts, do_sample=True, top_k=0, max_new_tokens=3, num_return_sequences=n)
     answers = [text.strip() for text in tokenizer.batch_decode(out[:, prompts["input_ids"].shape[1] :])]
