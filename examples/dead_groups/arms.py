@@ -13,7 +13,7 @@ from examples.dead_groups.settings import Rewards, pass_rates
 from examples.tasks.questions import Question
 from trl_ext import CurvatureGRPOTrainer
 
-ORACLE_EVERY = 2  # steps between two looks at the pass rates
+ORACLE_EVERY = 6  # steps between two looks at the pass rates
 
 ARMS: dict[str, dict[str, Any]] = {  # options of the trainer
     "std": {"normalization": "std"},

@@ -28,12 +28,19 @@ SCREEN_SEEDS = (0, 1, 2, 3)
 CONFIRM_SEEDS = tuple(range(20, 32))
 RATES = (1e-4, 2e-4, 4e-4)
 MORE_RATES = 2  # beyond an edge
-EVALUATE_EVERY = 6  # steps
+EVALUATE_EVERY = 12  # steps
 MOST_STEPS = 120
 TRAINING: dict[str, Any] = {
     **{"num_generations": 8, "per_device_train_batch_size": 128, "gradient_accumulation_steps": 1},
     **{"max_completion_length": 5, "max_steps": MOST_STEPS, "lr_scheduler_type": "constant_with_warmup"},
-    **{"warmup_steps": 5, "bf16": False, "use_cpu": True, "interference_every": 0, "report_to": "none"},
+    **{
+        "warmup_steps": 5,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "interference_every": 0,
+        "report_to": "none",
+    },
     **{"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "eval_strategy": "no"},
 }
 

@@ -68,10 +68,12 @@ def wide_policy(seed: int) -> Path:
 def pass_rates(model: Any, tokenizer: Any, questions: Sequence[Question]) -> torch.Tensor:
     """Returns the probability (N,) of each right answer, sampled at temperature 1: exact, but for other spellings."""
     ids, labels = small_policy.encode([one.question for one in questions], [one.answer for one in questions], tokenizer)
-    logits = model(input_ids=ids[:, :-1], attention_mask=(ids[:, :-1] != tokenizer.pad_token_id).long()).logits
-    targets = labels[:, 1:]
-    chosen = torch.log_softmax(logits.float(), -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(targets >= 0, chosen, 0.0).sum(1).exp()
+    inputs, targets = ids[:, :-1], labels[:, 1:]
+    hidden = model.model(input_ids=inputs, attention_mask=(inputs != tokenizer.pad_token_id).long()).last_hidden_state
+    answered = targets >= 0
+    chosen = torch.log_softmax(model.lm_head(hidden[answered]).float(), -1).gather(-1, targets[answered].unsqueeze(-1))
+    sums = torch.zeros(len(questions)).index_add_(0, answered.nonzero()[:, 0], chosen.squeeze(-1))
+    return sums.exp()
 
 
 def thirds(model: Any, tokenizer: Any, questions: int, seed: int) -> list[Question]:
