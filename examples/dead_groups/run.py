@@ -186,6 +186,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("part", choices=("screen", "confirm"))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--arms", nargs="+", default=["std", "none", "resample", "choose", "oracle"])
+    parser.add_argument("--rate", type=float, help="of all arms, in place of a sweep")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the part's")
     parser.add_argument("--folder", type=Path, default=Path("runs/dead_groups"))
     parser.add_argument("--jobs", type=int, default=2)
@@ -195,7 +196,7 @@ def main(arguments: Sequence[str]) -> None:
     pairs = [(setting, arm) for setting in options.settings for arm in options.arms]
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         runner = Runner(options.folder, pool)
-        rates = runner.rates(pairs)
+        rates = dict.fromkeys(pairs, options.rate) if options.rate else runner.rates(pairs)
         chosen = options.folder / "rates.json"
         before: Mapping[str, float] = json.loads(chosen.read_text()) if chosen.exists() else {}
         chosen.write_text(json.dumps({**before, **{" ".join(pair): rate for pair, rate in rates.items()}}, indent=1))
