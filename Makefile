@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2  # test processes, of one thread each
 BIN = $(VENV)/bin
 
-# what runs for long, part by part: docs/testing.md
+# what runs for long, part by part: CONTRIBUTING.md
 PARTS ?=
 ENGINES ?= .venv-engines
 VLLM ?= .venv-vllm

@@ -102,6 +102,9 @@ def test_means_are_over_prompts_and_not_over_batches():
     logged.clear()  # as TRL does when it has logged
     means.into(logged, {"tasks/a/reward": (3.0, 4)})
     assert dict(logged) == {"tasks/a/reward": [0.75]}
+    for answers, live, expected in ((16, 0, 16.0), (16, 4, 8.0), (80, 4, 14.0)):  # the sum while no group is live
+        means.into(logged, {"compute/answers_per_live_group": (answers, live)})
+        assert logged["compute/answers_per_live_group"] == [expected]
 
 
 def test_too_many_names_are_said():

@@ -56,6 +56,7 @@ def test_dead_prompts_make_room(trainer):
     assert list(trainer._logs["rewards"]["reward"]) == [0.0, 0.25, 0.5, 0.75] * 4
     assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
     assert log["compute/sequences_skipped_frac"] == 0
+    assert log["compute/answers_per_live_group"] == 16 * log["resampling/rounds"] / 4
 
 
 def test_the_first_live_ones_are_kept_in_order(trainer, tiny_policy, tmp_path):
@@ -64,6 +65,7 @@ def test_the_first_live_ones_are_kept_in_order(trainer, tiny_policy, tmp_path):
     drawn, kept = logged_texts(plain, "prompt"), logged_texts(trainer, "prompt")
     live = [text for text in drawn if not dead_share(question(text), 0.6)]
     assert 0 < len(live) < 16 and kept[: len(live)] == live
+    assert plain.recorder.logs[0]["compute/answers_per_live_group"] == 16 / (len(live) / 4)
     assert trainer.recorder.logs[0]["num_tokens"] > plain.recorder.logs[0]["num_tokens"]
     assert not any("resampling" in key for key in plain.recorder.logs[0])
 
@@ -72,6 +74,7 @@ def test_wanted_and_cap(tiny_policy, tmp_path):
     everything_dead = train(tiny_policy, tmp_path, live_or_not(1.0), resample_max_rounds=2, **ON)
     for log in everything_dead.recorder.logs[:2]:
         assert log["resampling/rounds"] == 3 and log["resampling/live_prompts"] == 0 and log["grad_norm"] == 0
+        assert log["compute/answers_per_live_group"] == 3 * 16
     enough = train(tiny_policy, tmp_path, live_or_not(0.6), max_steps=4, resample_live_prompts=1, **ON)
     logs = logged(enough, "resampling/rounds")
     assert all(log["resampling/live_prompts"] >= 1 for log in logs)
