@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,7 @@ def score(job: Job, folder: Path) -> float:
 
 
 def task_of(setting: str) -> str:
+    """Returns the setting whose rates it has: flips and repeated questions don't change them here."""
     return "wide" if setting.startswith("wide") else "mixture"
 
 
@@ -196,10 +197,9 @@ def main(arguments: Sequence[str]) -> None:
     pairs = [(setting, arm) for setting in options.settings for arm in options.arms]
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         runner = Runner(options.folder, pool)
-        rates = dict.fromkeys(pairs, options.rate) if options.rate else runner.rates(pairs)
-        chosen = options.folder / "rates.json"
-        before: Mapping[str, float] = json.loads(chosen.read_text()) if chosen.exists() else {}
-        chosen.write_text(json.dumps({**before, **{" ".join(pair): rate for pair, rate in rates.items()}}, indent=1))
+        swept = dict.fromkeys((task_of(setting), arm) for setting, arm in pairs)
+        chosen = dict.fromkeys(swept, options.rate) if options.rate else runner.rates(list(swept))
+        rates = {(setting, arm): chosen[task_of(setting), arm] for setting, arm in pairs}
         runner.all(Job(*pair, rates[pair], seed) for pair in pairs for seed in seeds)
 
 
