@@ -74,12 +74,23 @@ def read() -> list[Row]:
 
 
 def compared(rows: Sequence[Row], part: str) -> dict[tuple[str, str], list[Row]]:
-    """Returns (setting, arm) -> runs at the chosen rate, by seed."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    """Returns (setting, arm) -> runs at the rate that the sweep chose, by seed."""
+    chosen, found = rates(rows), dict[tuple[str, str], list[Row]]()
     for row in rows:
-        if row["part"] == part:
-            found.setdefault((row["setting"], row["arm"]), []).append(row)
+        pair = row["setting"], row["arm"]
+        if row["part"] == part and row["learning_rate"] == chosen.get(pair, row["learning_rate"]):
+            found.setdefault(pair, []).append(row)
     return {pair: sorted(runs, key=lambda one: one["seed"]) for pair, runs in found.items()}
+
+
+def rates(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
+    """Returns the best rate of each swept setting and arm, by the mean over the run and the tuning seeds."""
+    scores: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for row in rows:
+        if row["part"] == "sweep":
+            by_rate = scores.setdefault((row["setting"], row["arm"]), {})
+            by_rate.setdefault(row["learning_rate"], []).append(row["mean"])
+    return {pair: max(of, key=lambda rate, of=of: statistics.fmean(of[rate])) for pair, of in scores.items()}
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def score(job: Job, folder: Path) -> float:
 
 
 def task_of(setting: str) -> str:
-    """Returns the setting whose rates it has: flips and repeated questions don't change them here."""
+    """Returns what is asked, on which a budget depends."""
     return "wide" if setting.startswith("wide") else "mixture"
 
 
@@ -197,9 +197,7 @@ def main(arguments: Sequence[str]) -> None:
     pairs = [(setting, arm) for setting in options.settings for arm in options.arms]
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         runner = Runner(options.folder, pool)
-        swept = dict.fromkeys((task_of(setting), arm) for setting, arm in pairs)
-        chosen = dict.fromkeys(swept, options.rate) if options.rate else runner.rates(list(swept))
-        rates = {(setting, arm): chosen[task_of(setting), arm] for setting, arm in pairs}
+        rates = dict.fromkeys(pairs, options.rate) if options.rate else runner.rates(pairs)
         runner.all(Job(*pair, rates[pair], seed) for pair in pairs for seed in seeds)
 
 

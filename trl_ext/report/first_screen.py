@@ -11,6 +11,7 @@ import numpy as np
 from .evidence import ends, noise, sampling_error
 from .next_experiment import Change, hacked, next_experiment
 from .read_run import Run
+from .totals import mean, seconds
 from .verdicts import Diagnosis
 
 LEAST_POINTS = 4  # of fewer a change has no error, and isn't claimed
@@ -140,30 +141,12 @@ def _kinds(run: Run) -> str:
     return f" (rewards: {told})" if told else ""
 
 
-def mean(run: Run, name: str) -> float:
-    """Over the whole log; 0 where the metric isn't logged."""
-    values = run.series(name)[1]
-    return float(np.mean(values)) if values else 0.0
-
-
 def truncated_tokens(run: Run) -> float:
     """Share of the generated tokens that are in truncated answers: each has ``max_completion_length`` of them."""
     limit, length = run.config.get("max_completion_length"), mean(run, "completions/mean_length")
     if not isinstance(limit, int) or not length:
         return 0.0
     return min(1.0, mean(run, "completions/clipped_ratio") * limit / length)
-
-
-def seconds(run: Run) -> dict[str, float]:
-    """Seconds of the logged steps by stage, scaled to the whole run, and of evaluation."""
-    stages = {
-        name: run.series(f"compute/seconds_{name}")[1] for name in ("generation", "rewards", "log_probs", "training")
-    }
-    logged = max((len(values) for values in stages.values()), default=0)
-    steps = run.last_step / logged if logged else 0.0  # TRL logs means over the steps between two log lines
-    found = {name: float(np.sum(values)) * steps for name, values in stages.items() if values}
-    evaluation = float(np.sum(run.series("eval_runtime")[1]))
-    return {**found, **({"evaluation": evaluation} if evaluation else {})}
 
 
 def _slow(run: Run) -> list[Obstacle]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from trl_ext.report.dead_groups import known_remedy
 from trl_ext.report.evidence import above, ends, state, trailing
 from trl_ext.report.read_run import Run
 
@@ -66,8 +67,7 @@ def mostly_dead(run: Run) -> Found:
     def evidence(mean: float) -> str:
         return f"{mean:.0%} of the groups have answers of equal reward and teach nothing{which}"
 
-    remedy = "Problems of another difficulty: easier where answers are all wrong, harder where they are all right."
-    return _dead(run, name, DEAD, evidence, remedy)
+    return _dead(run, name, DEAD, evidence, known_remedy(run))
 
 
 def length_limit(run: Run) -> Found:
