@@ -90,7 +90,7 @@ def rates(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
         if row["part"] == "sweep":
             by_rate = scores.setdefault((row["setting"], row["arm"]), {})
             by_rate.setdefault(row["learning_rate"], []).append(row["mean"])
-    return {pair: max(of, key=lambda rate, of=of: statistics.fmean(of[rate])) for pair, of in scores.items()}
+    return {pair: max(of.items(), key=lambda item: statistics.fmean(item[1]))[0] for pair, of in scores.items()}
 
 
 @dataclass(frozen=True)
