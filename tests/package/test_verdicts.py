@@ -12,6 +12,7 @@ from sick_runs import SICK, ByStep, held_out, sick_run
 
 from examples.tasks.correctness import Correctness
 from examples.tasks.questions import arithmetic_questions, build_dataset
+from trl_ext.report.dead_groups import MEASURED
 from trl_ext.report.evidence import interval, state, student
 from trl_ext.report.read_run import Run, read_run
 from trl_ext.report.signatures import SIGNATURES, Signature
@@ -189,6 +190,34 @@ def test_verdicts_on_logs_that_were_judged_wrongly_once(name):
     entries, expected = KNOWN[name]
     found = levels(entries, **ONE_PROMPT)
     assert {one: level for one, level in found.items() if one != "no_progress"} == expected
+
+
+DEAD = {
+    **{"normalization/zero_variance_frac": 0.97, "normalization/all_right_frac": 0.4, "epoch": 1.4},
+    **{"normalization/all_wrong_frac": 0.57, "compute/sequences_skipped_frac": 0.97},
+    **{"compute/seconds_generation": 60.0, "compute/seconds_training": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({}, ["40% all right, 57% all wrong; 1.4 visits", "costs 1.8 trained ones", "a generated token at 1:"]),
+        ({"compute/seconds_generation": 300.0}, ["costs 9 trained ones", "a generated token at 9:"]),
+        ({"compute/seconds_generation": None}, ["a generated token at 3:"]),
+        ({"normalization/all_right_frac": 0.02}, ["groups mostly of one kind, and nothing is known to help"]),
+        ({"epoch": 30.0}, ["30.0 visits", "Nothing was measured with so many visits"]),
+        ({"normalization/all_right_frac": None}, ["Nothing was measured, and nothing is known to help"]),
+    ],
+)
+def test_dead_groups_get_what_was_measured_for_such_a_run(changed, says):
+    entry = {name: value for name, value in {**DEAD, **changed}.items() if value is not None}
+    found = {one.name: one for one in diagnose(made_up([entry] * 40, **ONE_PROMPT)).verdicts}["mostly_dead"]
+    assert all(text in found.remedy for text in says), found.remedy
+    measured = "Measured at equal cost" in found.remedy
+    assert measured == ("a generated token at" in " ".join(says))
+    for one in MEASURED if measured else ():
+        assert one.remedy in found.remedy and f"({one.verdict})" in found.remedy
 
 
 def test_a_signature_that_fails_leaves_the_others(monkeypatch):
