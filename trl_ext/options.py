@@ -188,8 +188,8 @@ class CurvatureOptions:
         "Replace prompts of equal rewards.",
         "DAPO's dynamic sampling: if fewer than `resample_live_prompts` prompts of a batch have answers with different "
         "rewards, the trainer draws and answers other prompts, at most `resample_max_rounds` times, and replaces the "
-        "dead ones. `reward` and similar metrics then include all drawn prompts; `resampling/` counts them. For the same "
-        "number of generated answers it isn't shown to help (docs/dead-groups.md).",
+        "dead ones. `reward` and similar metrics then include all drawn prompts; `resampling/` counts them. At equal "
+        "numbers of generated answers it isn't shown to help (docs/dead-groups.md).",
         group=WORK,
     )
     resample_max_rounds: int = option(

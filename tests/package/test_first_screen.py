@@ -109,6 +109,17 @@ def test_dead_groups_ask_for_other_prompts(tmp_path):
     assert obstacles(run)[0].name == "in dead groups (rewards: 55% all high)"
 
 
+@pytest.mark.parametrize(("used", "dead", "told"), [("std", 0.7, True), ("mean", 0.7, False), ("std", 0.4, False)])
+def test_dead_groups_of_both_kinds_ask_for_what_was_measured(used, dead, told, tmp_path):
+    kinds = {"normalization/all_right_frac": dead / 2, "normalization/all_wrong_frac": dead / 2}
+    config = {**CONFIG, "normalization": used}
+    run = run_of(tmp_path, "reward", *[0.5] * 10, config=config, **{"normalization/zero_variance_frac": dead, **kinds})
+    found = {one.option: one for one in next_experiment(run, diagnose(run))}
+    assert ("normalization='none'" in found) == told
+    if told:
+        assert "verified" in found["normalization='none'"].reason and "+0.009" in found["normalization='none'"].effect
+
+
 def test_a_normalisation_that_another_run_has_is_not_suggested():
     changes = [Change("normalization='std'", ""), Change("learning_rate=1", "")]
     assert untried(changes, [{"normalization": "std"}]) == changes[1:] == untried(changes, [{"scale_rewards": "group"}])

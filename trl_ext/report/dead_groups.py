@@ -6,6 +6,7 @@ never solved and a third nearly always, each seen about twice. Its tests compare
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .read_run import Run
@@ -14,6 +15,7 @@ from .totals import mean, seconds
 PAGE = "docs/dead-groups.md"
 BOTH_KINDS = 0.1  # least share of the groups that are all right, and all wrong, where the measured setting had both
 MOST_VISITS = 5.0  # of a prompt; it had two
+PRIMARY = 3.0  # the price by which remedies were judged
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,38 @@ class Measured:
     verdict: str
 
 
-MEASURED: tuple[Measured, ...] = ()
+MEASURED = (
+    Measured(
+        "normalization='none'",
+        {
+            0.5: (0.009, -0.004, 0.021),
+            1.0: (0.008, -0.000, 0.017),
+            3.0: (0.009, 0.003, 0.016),
+            9.0: (0.010, 0.003, 0.016),
+        },
+        "better",
+    ),
+    Measured(
+        "choosing prompts by their pass rates",
+        {
+            0.5: (0.008, -0.005, 0.021),
+            1.0: (0.007, -0.006, 0.020),
+            3.0: (0.008, -0.004, 0.020),
+            9.0: (0.008, -0.004, 0.020),
+        },
+        "not worse",
+    ),
+    Measured(  # of the screen, four seeds
+        "resample_zero_variance=True",
+        {
+            0.5: (-0.014, -0.045, 0.018),
+            1.0: (-0.001, -0.046, 0.044),
+            3.0: (-0.010, -0.040, 0.019),
+            9.0: (-0.014, -0.038, 0.009),
+        },
+        "unknown",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -76,11 +109,12 @@ def known_remedy(run: Run) -> str:
         return f"{seen}Nothing was measured{side}, and nothing is known to help ({PAGE})."
     if kind.visits is not None and kind.visits > MOST_VISITS:
         return f"{seen}Nothing was measured with so many visits, and nothing is known to help ({PAGE})."
-    price = min(MEASURED[0].by_price, key=lambda one: abs(one - (kind.price or 3.0)))
-    effects = []
+    price = min(MEASURED[0].by_price, key=lambda one: abs(math.log(one / (kind.price or PRIMARY))))
+    effects, helps = [], []
     for one in MEASURED:
         effect, low, high = one.by_price[price]
         effects.append(f"{one.remedy} {effect:+.3f} [{low:+.3f}, {high:+.3f}] ({one.verdict})")
-    helps = [one.remedy for one in MEASURED if one.verdict == "better"]
-    end = f"What helped: {', '.join(helps)}" if helps else "Nothing is known to help"
+        if one.verdict == "better" and low > 0:
+            helps.append(one.remedy)
+    end = f"Try {', '.join(helps)} if the rewards are right" if helps else "Nothing is shown to help"
     return f"{seen}Measured at equal cost, a generated token at {price:g}: {'; '.join(effects)}. {end} ({PAGE})."
