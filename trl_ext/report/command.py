@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .read_run import Run
     from .verdicts import Diagnosis
 
+RUN_HELP = (
+    "a run's output_dir, which may still be going; or a log of another library (a file, or a folder with one): "
+    "TensorBoard, W&B, trackio (project.db#run), JSONL of verl and prime-rl, JSON, CSV"
+)
 WIDTH = 100  # characters of a line that ``check`` prints
 
 
@@ -28,7 +32,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     check_help = "verdicts: what is wrong, since when, what to do; exits 1 on a critical one, 2 on an error"
     check = commands.add_parser("check", help=check_help, description=check_help)
     for command in (report, check):
-        command.add_argument("runs", nargs="+", metavar="RUN", help="a run's output_dir; it may still be going")
+        command.add_argument("runs", nargs="+", metavar="RUN", help=RUN_HELP)
+        command.add_argument("--names", metavar="FILE", help='JSON, {"their name": "our name"}: metrics of other logs')
         command.add_argument("--json", metavar="FILE", help="also writes the numbers or verdicts as JSON")
     commands.add_parser("what-if", help="what every normalisation would have made of a run's steps")
     commands.add_parser("ablate", help="compares normalisations, or any option, on your own script")
@@ -55,11 +60,13 @@ def writable(path: Path, suffix: str) -> Path:
     return path
 
 
-def read_runs(folders: Sequence[str]) -> list[Run]:
+def read_runs(folders: Sequence[str], names_file: str | None = None) -> list[Run]:
     """Reads runs, and puts the parent folder or the whole path in front of names that occur twice."""
+    from .foreign.names import read_names
     from .read_run import read_run
 
-    runs = [read_run(folder) for folder in folders]
+    chosen = read_names(Path(names_file)) if names_file else None
+    runs = [read_run(folder, chosen) for folder in folders]
     names = [run.name for run in runs]
     longer = [
         f"{run.folder.resolve().parent.name}/{run.name}" if names.count(run.name) > 1 else run.name for run in runs
@@ -68,6 +75,11 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
         replace(run, name=str(run.folder) if longer.count(name) > 1 else name)
         for run, name in zip(runs, longer, strict=True)
     ]
+
+
+def default_page(run: Path) -> Path:
+    """report.html in a run's folder; beside a file, with its name."""
+    return run / "report.html" if run.is_dir() else run.with_name(f"{run.stem}.report.html")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -89,8 +101,8 @@ def report(options: argparse.Namespace, command: str) -> None:
     from .page import build_page
 
     try:
-        runs = read_runs(options.runs)
-        output = writable(Path(options.output or runs[0].folder / "report.html"), ".html")
+        runs = read_runs(options.runs, options.names)
+        output = writable(Path(options.output or default_page(runs[0].folder)), ".html")
         json_file = writable(Path(options.json), ".json") if options.json else None
         groups = group_runs(runs)
     except ValueError as error:
@@ -125,7 +137,7 @@ def check(options: argparse.Namespace) -> None:
 
     try:
         file = writable(Path(options.json), ".json") if options.json else None
-        runs = read_runs(options.runs)
+        runs = read_runs(options.runs, options.names)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -133,17 +145,18 @@ def check(options: argparse.Namespace) -> None:
     for i, run in enumerate(runs):
         for problem in run.problems:
             print(f"skipped: {problem}")
-        print(("\n" if i else "") + "\n".join(verdict_lines(run.name, run.last_step, found[run.name])))
+        print(("\n" if i else "") + "\n".join(verdict_lines(run.name, run.last_step, found[run.name], run.source)))
     if file is not None:
         file.write_text(json.dumps({name: asdict(one) for name, one in found.items()}, indent=1))
         print(f"Verdicts: {file}")
     sys.exit(int(any(one.worst == "critical" for one in found.values())))
 
 
-def verdict_lines(name: str, last_step: int, diagnosis: Diagnosis) -> list[str]:
-    """The lines that ``check`` prints for one run."""
+def verdict_lines(name: str, last_step: int, diagnosis: Diagnosis, source: str = "") -> list[str]:
+    """The lines that ``check`` prints for one run. ``source``: ``Run.source``."""
     looked = len(diagnosis.clear) + len(diagnosis.verdicts)
     lines = [f"{name}, up to step {last_step}: {len(diagnosis.verdicts)} found, {looked} signatures looked at"]
+    lines += textwrap.wrap(source, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     for one in diagnosis.verdicts:
         lines += ["", f"{one.level.upper()}: {one.title}, since step {one.onset} (confidence {one.confidence:.0%})"]
         for text in (f"{one.evidence}.", f"-> {one.remedy}"):
@@ -153,5 +166,7 @@ def verdict_lines(name: str, last_step: int, diagnosis: Diagnosis) -> list[str]:
         for signature, reason in diagnosis.unknown.items():
             reasons.setdefault(reason, []).append(signature)
         lines += ["", "Can't be told:"]
-        lines += [f"  {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        for reason, names in reasons.items():
+            text = f"{', '.join(names)}: {reason}"
+            lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     return lines
