@@ -29,12 +29,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="one HTML file of one run, or of several side by side")
     report.add_argument("-o", "--output", help="the page (default: report.html in the first run's folder)")
+    bundle_help = "a file below 5 MB to send to others, without prompts, answers and paths; compare reads it"
+    report.add_argument("--bundle", action="store_true", help=bundle_help)
+    report.add_argument("--with-texts", action="store_true", help="a bundle with prompts and answers")
     check_help = "verdicts: what is wrong, since when, what to do; exits 1 on a critical one, 2 on an error"
     check = commands.add_parser("check", help=check_help, description=check_help)
     for command in (report, check):
         command.add_argument("runs", nargs="+", metavar="RUN", help=RUN_HELP)
         command.add_argument("--names", metavar="FILE", help='JSON, {"their name": "our name"}: metrics of other logs')
         command.add_argument("--json", metavar="FILE", help="also writes the numbers or verdicts as JSON")
+    commands.add_parser("compare", help="what differs between two runs, of their bundles or folders")
     commands.add_parser("what-if", help="what every normalisation would have made of a run's steps")
     commands.add_parser("ablate", help="compares normalisations, or any option, on your own script")
     return parser.parse_args(arguments)
@@ -77,24 +81,24 @@ def read_runs(folders: Sequence[str], names_file: str | None = None) -> list[Run
     ]
 
 
-def default_page(run: Path) -> Path:
+def default_page(run: Path, name: str = "report") -> Path:
     """report.html in a run's folder; beside a file, with its name."""
-    return run / "report.html" if run.is_dir() else run.with_name(f"{run.stem}.report.html")
+    return run / f"{name}.html" if run.is_dir() else run.with_name(f"{run.stem}.{name}.html")
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     if options.command == "check":
         check(options)
+    elif options.bundle or options.with_texts:
+        bundle(options)
     else:
         report(options, shlex.join(["python", "-m", "trl_ext", *arguments]))
 
 
 def report(options: argparse.Namespace, command: str) -> None:
     """Writes the page, and prints what its first screen says of each run; ``command`` is shown on the page."""
-    for module in ("plotly", "scipy"):
-        if find_spec(module) is None:
-            sys.exit(f'error: the report needs {module}: pip install "curvature-grpo[report]"')
+    check_packages()
     # numpy, torch, plotly: not for --help
     from .groups import group_runs
     from .numbers import report_numbers, untried_only
@@ -113,8 +117,8 @@ def report(options: argparse.Namespace, command: str) -> None:
         if run.problems:
             print(f"{run.folder}: {len(run.problems)} skipped")
     numbers = untried_only([report_numbers(run, len(runs)) for run in runs])
-    for one in numbers:
-        print(f"{one.run}, up to step {one.last_step}:")
+    for run, one in zip(runs, numbers, strict=True):
+        print(f"{one.run}, up to step {one.last_step}{f', {run.source}' if run.source else ''}:")
         for line in one.screen.lines():
             print(f"  {line}")
         for found in one.diagnosis.verdicts:
@@ -129,6 +133,31 @@ def report(options: argparse.Namespace, command: str) -> None:
             print(f"Numbers: {json_file}")
     except OSError as error:
         sys.exit(f"error: {error.filename or output} can't be written: {error.strerror}")
+
+
+def check_packages() -> None:
+    """Exits where a package is missing."""
+    for module in ("plotly", "scipy"):
+        if find_spec(module) is None:
+            sys.exit(f'error: the report needs {module}: pip install "curvature-grpo[report]"')
+
+
+def bundle(options: argparse.Namespace) -> None:
+    """Writes the bundle of one run."""
+    check_packages()
+    from .bundle import build_bundle
+
+    try:
+        if len(options.runs) > 1 or not options.bundle or options.json:
+            raise ValueError("a bundle is of one run: report RUN --bundle [--with-texts] [-o FILE.html]")
+        (run,) = read_runs(options.runs, options.names)
+        output = writable(Path(options.output or default_page(run.folder, "bundle")), ".html")
+        page = build_bundle(run, options.with_texts)
+        output.write_bytes(page)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    texts = "with prompts and answers" if options.with_texts else "without prompts, answers and paths"
+    print(f"Bundle: {output} ({len(page) / 1e6:.1f} MB), {texts}")
 
 
 def check(options: argparse.Namespace) -> None:

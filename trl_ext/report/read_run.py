@@ -31,7 +31,7 @@ CLOCKS_DIFFER = 60  # seconds that a file system's clock may be behind
 _REAL = int | float
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     try:
         return isinstance(value, _REAL) and math.isfinite(value)
     except OverflowError:
@@ -110,17 +110,17 @@ class Run:
         wanted = "eval_" if name.startswith("eval_") else "train"  # entries in which such a metric may be
         entries = zip(self.logs, self._kinds, strict=True)
         logged = [(entry["step"], entry.get(name)) for entry, kind in entries if kind == wanted or name in entry]
-        of_files, of_log = (sum(_is_number(value) for _, value in points) for points in (measured, logged))
+        of_files, of_log = (sum(is_number(value) for _, value in points) for points in (measured, logged))
         if not of_files and not of_log:
             return Curve([], [])
         if of_files and of_files >= of_log and name != "curvature/sigma_mean":  # which is logged of every batch
             points = measured
         else:
             # of a metric that few entries have, the others aren't gaps
-            points = logged if 2 * of_log >= len(logged) else [(s, value) for s, value in logged if _is_number(value)]
+            points = logged if 2 * of_log >= len(logged) else [(s, value) for s, value in logged if is_number(value)]
         by_step: dict[int, list[float]] = {}
         for step, value in points:
-            by_step.setdefault(step, []).extend([float(value)] if value is not None and _is_number(value) else [])
+            by_step.setdefault(step, []).extend([float(value)] if value is not None and is_number(value) else [])
         means = [sum(values) / len(values) if values else None for values in by_step.values()]
         return Curve(list(by_step), means)
 
@@ -133,7 +133,7 @@ class Run:
         """Step -> accuracies, of steps that were evaluated more than once."""
         found: dict[int, list[float]] = {}
         for entry in self.logs:
-            if _is_number(entry.get("eval_accuracy")):
+            if is_number(entry.get("eval_accuracy")):
                 found.setdefault(entry["step"], []).append(float(entry["eval_accuracy"]))
         return {step: values for step, values in found.items() if len(values) > 1}
 
@@ -241,7 +241,7 @@ def _in_order(entries: list[Any]) -> list[LogLine]:
     """Drops earlier entries of steps that are done again, after a resume or where steps go back."""
     kept: list[LogLine] = []
     for entry in entries:
-        if not isinstance(entry, dict) or not _is_number(entry.get("step")):
+        if not isinstance(entry, dict) or not is_number(entry.get("step")):
             continue
         if entry.get(RESUMED):
             kept = [earlier for earlier in kept if earlier["step"] <= entry["step"]]

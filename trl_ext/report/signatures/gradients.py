@@ -98,7 +98,8 @@ def dominated(run: Run) -> Found:
     level = WARNING if found.mean > ALMOST_ALL else ADVICE
     text = " ".join(texts[int(np.argmax(shares))].split())[:60]
     evidence = (
-        f"one prompt has {found.mean:.0%} of the squared gradients of a step, up to {found.largest:.0%} ({text!r})"
+        f"one prompt has {found.mean:.0%} of the squared gradients of a step, up to {found.largest:.0%}"
+        f"{f' ({text!r})' if text else ''}"
     )
     remedy = "normalization='std' or 'rank' levels the prompts; does its reward have another scale?"
     return Finding(level, found.onset, evidence, found.confidence, remedy)
