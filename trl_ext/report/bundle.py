@@ -71,17 +71,22 @@ def without_private(run: Run, with_texts: bool = False) -> Run:
 
 
 def thinned(logs: Sequence[LogLine]) -> list[LogLine]:
-    """At most ``MOST_ENTRIES`` entries, of ``LOGGED`` metrics: those of steps that a power of 2 divides, so that two
-    runs that log as often keep common steps."""
+    """The ``LOGGED`` metrics of at most ``MOST_ENTRIES`` entries of training, and as many of evaluation."""
     rows = [{name: entry[name] for name in ("step", *LOGGED) if is_number(entry.get(name))} for entry in logs]
-    rows = [row for row in rows if len(row) > 1]
+    evaluated = [row for row in rows if any(name.startswith("eval_") for name in row)]
+    trained = [row for row in rows if len(row) > 1 and not any(name.startswith("eval_") for name in row)]
+    return sorted(_few(trained) + _few(evaluated), key=lambda row: row["step"])
+
+
+def _few(rows: list[LogLine]) -> list[LogLine]:
+    """Those of steps that a power of 2 divides: two runs that log as often keep common steps. And the last one."""
     kept, every = rows, 1
-    while len(kept) > MOST_ENTRIES:
+    while len(kept) > MOST_ENTRIES and every <= rows[-1]["step"]:
         every *= 2
-        kept = [row for row in rows if row["step"] % every == 0]
-    if len(kept) < min(BLOCKS, len(rows)):  # steps that no power of 2 divides
-        kept = [rows[i] for i in evenly(len(rows), MOST_ENTRIES)]
-    return kept
+        kept = [row for row in rows[:-1] if row["step"] % every == 0] + rows[-1:]
+    if min(BLOCKS, len(rows)) <= len(kept) <= MOST_ENTRIES:
+        return kept
+    return [rows[i] for i in evenly(len(rows), MOST_ENTRIES)]  # steps that no power of 2 divides
 
 
 def columns(logs: Sequence[LogLine]) -> dict[str, list[float | None]]:
@@ -114,12 +119,8 @@ def build_bundle(run: Run, with_texts: bool = False) -> bytes:
     if not with_texts:
         numbers = replace(numbers, completions=[])
     verdicts = [Found(one.level, one.title, one.onset) for one in numbers.diagnosis.verdicts]
-    data: dict[str, Any] = {
-        "version": VERSION,
-        "name": run.name,
-        "config": run.config,
-        "logs": columns(thinned(run.logs)),
-    }
+    data: dict[str, Any] = {"version": VERSION, "name": run.name, "config": run.config}
+    data["logs"] = columns(thinned(run.logs))
     data["verdicts"] = [asdict(one) for one in verdicts]
     text = json.dumps(finite(data), allow_nan=False).replace("<", "\\u003c")
     for points, heatmaps in SIZES:
