@@ -1,4 +1,4 @@
-"""Runs the commands ``python -m trl_ext report RUN``, ``check RUN``, ``what-if RUN`` and ``ablate SCRIPT``."""
+"""Runs ``python -m trl_ext report RUN``, ``check RUN``, ``compare A B``, ``what-if RUN`` and ``ablate SCRIPT``."""
 
 import sys
 
@@ -6,6 +6,8 @@ if __name__ == "__main__":
     name, *rest = sys.argv[1:] or [""]
     if name == "what-if":
         from trl_ext.report.what_if_command import main
+    elif name == "compare":
+        from trl_ext.report.compare_command import main
     elif name == "ablate":
         from trl_ext.ablate.command import main
     else:

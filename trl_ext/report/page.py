@@ -253,8 +253,10 @@ def plotly_gzip() -> Markup:
     return Markup(base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode())
 
 
-def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[ReportNumbers], command: str) -> str:
-    """The HTML file as a text. ``numbers`` are ``report_numbers`` of the runs."""
+def build_page(
+    runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[ReportNumbers], command: str, data: str = ""
+) -> str:
+    """The HTML file as a text. ``numbers`` are ``report_numbers`` of the runs; ``data``: JSON that others may read."""
     shown = [section for name in SECTIONS if (section := _section(name, numbers, groups)) is not None]
     main = main_chart(numbers, groups)
     sections = [section for section in shown if section.id not in THEORY]
@@ -275,4 +277,5 @@ def build_page(runs: Sequence[Run], groups: Sequence[Group], numbers: Sequence[R
         figures=[part.figure for part in in_order if part.figure],
         plotly_gzip=plotly_gzip(),
         command=command,
+        data=data,
     )

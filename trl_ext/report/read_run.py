@@ -1,8 +1,8 @@
-"""Reads a run's folder: TRL's log history, the interference files, the configuration.
+"""Reads a run's folder: TRL's log history, the interference files, the configuration; or a file with a log.
 
-The run may be finished, still going, or killed. The log is ``log_history.jsonl``, else (runs of TRL's own trainer) the
-``trainer_state.json`` of the folder or of a checkpoint, whichever goes furthest. What can't be read, or belongs to an
-earlier run in the same folder, is skipped and named.
+The run may be finished, still going, or killed. The log is ``log_history.jsonl``, else (runs of other trainers) the
+``trainer_state.json`` of the folder or of a checkpoint, or a log that ``foreign`` reads, whichever goes furthest. What
+can't be read, or belongs to an earlier run in the same folder, is skipped and named.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trl_ext.recorder.files import FOLDER, InterferenceRecord, read_interference
 
+from .foreign import ForeignLog, find_logs, read_file
+from .foreign.tensorboard import run_name
 from .run_files import CONFIG_FILE, LOG_FILE, RESUMED, Configuration, started_at
 
 STATE_FILE = "trainer_state.json"
@@ -28,7 +31,7 @@ CLOCKS_DIFFER = 60  # seconds that a file system's clock may be behind
 _REAL = int | float
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     try:
         return isinstance(value, _REAL) and math.isfinite(value)
     except OverflowError:
@@ -39,7 +42,12 @@ def _kind(entry: LogLine) -> str:
     """Of what an entry is: "eval_", "train", or "" for neither."""
     if any(key.startswith("eval_") for key in entry):
         return "eval_"
-    return "train" if "loss" in entry else ""
+    return "train" if trains(entry) else ""
+
+
+def trains(entry: LogLine) -> bool:
+    """Whether it is the entry of a training step, and not of an evaluation or of the whole run."""
+    return "loss" in entry or "reward" in entry
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """``logs``: TRL's entries in order of step; ``problems``: what was skipped, one sentence each."""
+    """``logs``: TRL's entries in order of step; ``problems``: what was skipped, one sentence each. ``folder``: or the
+    file; ``source``: what another library's log was made of."""
 
     folder: Path
     name: str
@@ -64,6 +73,7 @@ class Run:
     records: list[InterferenceRecord]
     config: Configuration
     problems: list[str] = field(default_factory=list)
+    source: str = ""
 
     @functools.cached_property
     def _curves(self) -> dict[str, Curve]:
@@ -100,17 +110,17 @@ class Run:
         wanted = "eval_" if name.startswith("eval_") else "train"  # entries in which such a metric may be
         entries = zip(self.logs, self._kinds, strict=True)
         logged = [(entry["step"], entry.get(name)) for entry, kind in entries if kind == wanted or name in entry]
-        of_files, of_log = (sum(_is_number(value) for _, value in points) for points in (measured, logged))
+        of_files, of_log = (sum(is_number(value) for _, value in points) for points in (measured, logged))
         if not of_files and not of_log:
             return Curve([], [])
         if of_files and of_files >= of_log and name != "curvature/sigma_mean":  # which is logged of every batch
             points = measured
         else:
             # of a metric that few entries have, the others aren't gaps
-            points = logged if 2 * of_log >= len(logged) else [(s, value) for s, value in logged if _is_number(value)]
+            points = logged if 2 * of_log >= len(logged) else [(s, value) for s, value in logged if is_number(value)]
         by_step: dict[int, list[float]] = {}
         for step, value in points:
-            by_step.setdefault(step, []).extend([float(value)] if value is not None and _is_number(value) else [])
+            by_step.setdefault(step, []).extend([float(value)] if value is not None and is_number(value) else [])
         means = [sum(values) / len(values) if values else None for values in by_step.values()]
         return Curve(list(by_step), means)
 
@@ -123,7 +133,7 @@ class Run:
         """Step -> accuracies, of steps that were evaluated more than once."""
         found: dict[int, list[float]] = {}
         for entry in self.logs:
-            if _is_number(entry.get("eval_accuracy")):
+            if is_number(entry.get("eval_accuracy")):
                 found.setdefault(entry["step"], []).append(float(entry["eval_accuracy"]))
         return {step: values for step, values in found.items() if len(values) > 1}
 
@@ -133,27 +143,50 @@ class Run:
         return values[-1] if values else None
 
 
-def read_run(folder: str | os.PathLike[str]) -> Run:
-    """Everything that can be read of a run.
+def read_run(folder: str | os.PathLike[str], names: Mapping[str, str] | None = None) -> Run:
+    """Everything that can be read of a run. ``names``: what metrics of another library are called here.
 
-    Raises ``ValueError`` where the folder isn't a run's: no such folder, or neither a log nor interference in it.
+    Raises ``ValueError`` where it isn't a run's: no such folder or file, or neither a log nor interference in it.
     """
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(f"{os.fspath(folder)!r} is not the folder of a run: no such folder")
+        if not path.exists() and "#" not in path.name:
+            raise ValueError(f"{os.fspath(folder)!r} is not the folder of a run: no such folder or file")
+        log = read_file(path, names)
+        # of an event file the folder is the run
+        name = run_name(log.path) if log.path != path and log.path.is_dir() else path.stem
+        return Run(path, name, log.lines, [], {}, log.problems, log.described())
     problems: list[str] = []
     logs = _in_order(_lines(path / LOG_FILE, problems)) if (path / LOG_FILE).is_file() else []
-    logs = logs or max(_states(path, problems), key=_reach, default=[])
+    source, reasons = "", list[str]()
+    if not logs:
+        logs, source, reasons = _other_logs(path, names, problems)
     records = _records(path, problems) if (path / FOLDER).is_dir() else []
     if not logs and not records:
-        looked = f"neither {STATE_FILE}, nor {LOG_FILE}, nor {FOLDER}/ with anything to read"
-        skipped = f" ({'; '.join(problems)})" if problems else ""
+        looked = f"neither {STATE_FILE}, nor {LOG_FILE}, nor {FOLDER}/, nor another library's log with anything to read"
+        skipped = f" ({'; '.join(problems + reasons)})" if problems or reasons else ""
         raise ValueError(f"{os.fspath(folder)!r} is not the folder of a run: {looked}{skipped}")
     if not logs:  # the metrics of the logged steps are in their files too
         logs = [{"step": record.step, **record.metrics} for record in records]
     config = _json(path / CONFIG_FILE, problems) if (path / CONFIG_FILE).is_file() else {}
     config = config if isinstance(config, dict) else {}
-    return Run(path, path.resolve().name or str(path), logs, records, config, problems)
+    return Run(path, run_name(path) or str(path), logs, records, config, problems, source)
+
+
+def _other_logs(
+    path: Path, names: Mapping[str, str] | None, problems: list[str]
+) -> tuple[list[LogLine], str, list[str]]:
+    """(the log that goes furthest, what it was made of, why other files are no logs); TRL's states come first."""
+    state = max(_states(path, problems), key=_reach, default=[])
+    found, reasons = find_logs(path, names)
+    best: ForeignLog | None = max(found, key=lambda log: _reach(log.lines)[0], default=None)
+    if best is None or (state and _reach(state)[0] >= _reach(best.lines)[0]):
+        return state, "", reasons
+    behind = [(other.path, other.lines) for other in found if other is not best]
+    behind += [(path / STATE_FILE, state)] if state else []
+    problems += [f"{file}: it goes to step {_reach(lines)[0]}, {best.path} as far or further" for file, lines in behind]
+    problems += best.problems
+    return best.lines, best.described(), reasons
 
 
 def _records(path: Path, problems: list[str]) -> list[InterferenceRecord]:
@@ -208,7 +241,7 @@ def _in_order(entries: list[Any]) -> list[LogLine]:
     """Drops earlier entries of steps that are done again, after a resume or where steps go back."""
     kept: list[LogLine] = []
     for entry in entries:
-        if not isinstance(entry, dict) or not _is_number(entry.get("step")):
+        if not isinstance(entry, dict) or not is_number(entry.get("step")):
             continue
         if entry.get(RESUMED):
             kept = [earlier for earlier in kept if earlier["step"] <= entry["step"]]

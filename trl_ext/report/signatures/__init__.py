@@ -69,7 +69,7 @@ SIGNATURES = {
         {CRITICAL: above(10.0), WARNING: above(1.0)},
         lambda nats: f"the policy is {nats:.2g} nats a token from its reference",
         "A larger beta, or a lower learning_rate.",
-        why=" (beta=0)",
+        why=" (with beta=0 there is none)",
     ),
     "sampler_mismatch": Signature("Sampler and trainer differ", steps.sampler_mismatch),
     "slow_rewards": Signature("Time goes into rewards", steps.slow_rewards),

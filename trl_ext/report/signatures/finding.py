@@ -49,6 +49,11 @@ def missing(*names: str) -> Unknown:
     return Unknown(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not in the log")
 
 
+def no_files() -> Unknown:
+    """The reason where the prompts' gradients weren't recorded."""
+    return Unknown("the run has no interference files (CurvatureGRPOTrainer writes them, interference_every > 0)")
+
+
 def too_few(run: Run, least: int, *names: str) -> Unknown:
     """The reason where not every metric is logged ``least`` times: not at all, or not often enough yet."""
     absent = [name for name in names if not run.series(name)[0]]

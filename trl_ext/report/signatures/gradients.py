@@ -9,7 +9,7 @@ import numpy as np
 from trl_ext.report.evidence import above, interval, state
 from trl_ext.report.read_run import Run
 
-from .finding import ADVICE, WARNING, Finding, Found, Unknown, lasting, missing, too_few
+from .finding import ADVICE, WARNING, Finding, Found, Unknown, lasting, missing, no_files, too_few
 
 UNCOVERED, UNCHECKED = 0.9, 0.15
 DOMINATED, ALMOST_ALL, PROMPTS = 0.5, 0.9, 5  # of the squared gradients, by one of so many live prompts
@@ -43,6 +43,8 @@ def unreliable(run: Run) -> Finding | Unknown | None:
         return None
     if run.series("interference/reliability")[0] or run.config.get("resample_zero_variance"):
         return Unknown("alignment isn't logged with resample_zero_variance, nor by earlier versions")
+    if not run.records:
+        return no_files()
     many = [record for record in run.records if len(record.prompt_id_P) >= MANY_PROMPTS]
     steps = [record.step for record in many if (np.unique(record.prompt_B, return_counts=True)[1] > 1).all()]
     if len(steps) < ENOUGH_STEPS:
@@ -57,7 +59,7 @@ def contradicts_theory(run: Run) -> Found:
     steps, values = run.series("curvature/directional_corr")
     constant = run.last("curvature/speedup_constant")
     if constant is None:
-        return missing("C")
+        return missing("curvature/speedup_constant")
     if len(values) < CORRELATIONS:
         return too_few(run, CORRELATIONS, "curvature/directional_corr")
     mean, low, high = interval(values)
@@ -86,6 +88,8 @@ def dominated(run: Run) -> Found:
         steps.append(record.step)
         shares.append(float(share[most]))
         texts.append((record.prompt_text_P or [""] * len(share))[most])
+    if not run.records:
+        return no_files()
     if not steps:
         return Unknown(f"no logged step with {PROMPTS} live prompts")
     found = state(steps, shares, above(DOMINATED))
@@ -94,7 +98,8 @@ def dominated(run: Run) -> Found:
     level = WARNING if found.mean > ALMOST_ALL else ADVICE
     text = " ".join(texts[int(np.argmax(shares))].split())[:60]
     evidence = (
-        f"one prompt has {found.mean:.0%} of the squared gradients of a step, up to {found.largest:.0%} ({text!r})"
+        f"one prompt has {found.mean:.0%} of the squared gradients of a step, up to {found.largest:.0%}"
+        f"{f' ({text!r})' if text else ''}"
     )
     remedy = "normalization='std' or 'rank' levels the prompts; does its reward have another scale?"
     return Finding(level, found.onset, evidence, found.confidence, remedy)
@@ -103,6 +108,8 @@ def dominated(run: Run) -> Found:
 def task_conflict(run: Run) -> Found:
     """Two tasks, the dataset's column ``task``, whose gradients oppose one another."""
     pairs = task_cosines(run)
+    if not run.records:
+        return no_files()
     if not pairs:
         return Unknown("no logged step has two tasks (a column 'task' in the dataset)")
     against = {}

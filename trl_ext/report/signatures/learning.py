@@ -8,7 +8,7 @@ import statistics
 import numpy as np
 
 from trl_ext.report.evidence import above, largest_fall, noise, sampling_error, state, student
-from trl_ext.report.read_run import Run
+from trl_ext.report.read_run import Run, trains
 
 from .finding import ADVICE, CRITICAL, WARNING, Finding, Found, Unknown, missing, too_few
 
@@ -24,6 +24,7 @@ COLLAPSE = 0.5  # of the range of the reward
 DEVIATIONS = 8.0  # of a fall, above those of noise
 SOLVED = 0.9  # of a reward in [0, 1]
 SMALL = 0.1  # of an answer's std: a change of the mean reward below it is none
+NUMBERS = ("loss", "grad_norm", "reward", "kl")  # that must be finite
 STEPS = 30  # logged, before a run that doesn't move is said not to
 
 
@@ -51,15 +52,19 @@ def gap(run: Run) -> Found:
     scatter, eval_noise = noise(values), 1.48 * float(np.median(np.abs(np.diff(eval_values))))
     errors = [math.hypot(scatter * math.sqrt(1 / first + 1 / count), eval_noise) for _, _, count in apart[1:]]
     beyond = [change - ERRORS * error for change, error in zip(changes, errors, strict=True)]
-    epochs = max(run.series("epoch")[1], default=0.0)
-    repeated = epochs > 1
+    epochs = max(run.series("epoch")[1], default=None)
+    repeated = epochs is not None and epochs > 1
+    seen = (
+        "the log doesn't say how often the training problems were seen (epoch)"
+        if epochs is None
+        else (f"the training problems were seen {epochs:.1f} times" if repeated else "on problems that are seen once")
+    )
     found = state([step for step, _, _ in apart[1:]], beyond, above(GAP[repeated]), least=min(2, len(changes)))
     if found is None or beyond[-1] < GAP[repeated]:
         return None
     evidence = (
         f"in training the {train} is {apart[-1][1]:.2f} above the held-out one ({eval_values[-1]:.2f}), "
-        f"{changes[-1]:.2f} more than at the first evaluation; "
-        + (f"the training problems were seen {epochs:.1f} times" if repeated else "on problems that are seen once")
+        f"{changes[-1]:.2f} more than at the first evaluation; {seen}"
     )
     remedy = (
         "More or other training problems, fewer epochs, beta > 0; save_strategy with metric_for_best_model "
@@ -97,7 +102,8 @@ def fell(run: Run) -> Found:
             remedy = "A lower learning_rate, max_grad_norm, beta > 0; go on from an earlier checkpoint."
             return Finding(CRITICAL if held_out else WARNING, reward_steps[best + 4], evidence, 0.95, remedy)
     if len(values) < 4:
-        return too_few(run, 4, "eval_accuracy") if len(rewards) < 10 else None
+        either = (too_few(run, 10, "reward"), too_few(run, 4, "eval_accuracy"))
+        return Unknown("; ".join(one.reason for one in either)) if len(rewards) < 10 else None
     pairs = np.convolve(values, np.ones(2) / 2, mode="valid")  # the best of many single ones is best by chance
     best = int(np.argmax(pairs))
     drop = float(pairs[best] - pairs[-1])
@@ -169,12 +175,13 @@ def not_finite(run: Run) -> Found:
         (int(entry["step"]), name)
         for entry in run.logs
         for name, value in entry.items()
-        if name in ("loss", "grad_norm", "reward", "kl") and isinstance(value, float) and not math.isfinite(value)
+        if name in NUMBERS and isinstance(value, float) and not math.isfinite(value)
     ]
     if not odd:
-        return None if run.logs else missing("anything")
+        seen = any(name in entry for entry in run.logs for name in NUMBERS)
+        return None if seen else Unknown(f"none of {', '.join(NUMBERS)} is in the log")
     step, name = odd[0]
-    over = sum(1 for entry in run.logs if entry["step"] > odd[-1][0] and "loss" in entry) >= OVER
+    over = sum(1 for entry in run.logs if entry["step"] > odd[-1][0] and trains(entry)) >= OVER
     evidence = f"{name} is NaN or infinite, first at step {step}, {len(odd)} times in all"
     remedy = (
         "Go on from a checkpoint before it with a lower learning_rate; bf16 in place of fp16; look at the "

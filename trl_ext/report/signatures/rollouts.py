@@ -60,7 +60,10 @@ def all_dead(title: str, kind: str, remedy: str) -> Signature:
 
 
 def mostly_dead(run: Run) -> Found:
-    name = either(run, "normalization/zero_variance_frac", "frac_reward_zero_std")  # the second: TRL's own trainer
+    names = "normalization/zero_variance_frac", "frac_reward_zero_std"  # the second: TRL's own trainer
+    name = either(run, *names)
+    if not run.series(name)[0]:
+        return Unknown(f"neither {' nor '.join(names)} is in the log")
     right, wrong = (run.last(f"normalization/all_{kind}_frac") for kind in ("right", "wrong"))
     which = f" (at the end {right:.0%} all right, {wrong:.0%} all wrong)" if None not in (right, wrong) else ""
 

@@ -15,6 +15,7 @@ from .finding import ADVICE, WARNING, Finding, Found, Unknown, lasting, missing,
 TINY = 0.05  # of the mean denominator
 HUGE = 10.0  # advantage
 SPIKE, SPIKES, LARGE_SPIKE = 20.0, 3, 100.0  # gradient norm over the median of the 50 before
+LOG_PROBS_APART = "sampling/sampling_logp_difference/mean"
 MISMATCH = 0.05  # nats a token, mean absolute
 SLOW_REWARDS = 0.5  # of a step's seconds
 
@@ -45,7 +46,7 @@ def coefficient_spikes(run: Run) -> Found:
     if not steps:
         return missing(name)
     if not run.series("normalization/scale_mean")[0]:
-        return Unknown("the normalisation doesn't divide: advantages have the reward's unit")
+        return Unknown(f"{missing('normalization/scale_mean').reason}: undivided advantages have the reward's unit")
     generations = run.config.get("num_generations")
     border = max(HUGE, 1.5 * math.sqrt(generations)) if isinstance(generations, int) else HUGE
     spikes = [(step, value) for step, value in zip(steps, values, strict=True) if value > border]
@@ -79,9 +80,9 @@ def gradient_spikes(run: Run) -> Found:
 
 
 def sampler_mismatch(run: Run) -> Found:
-    series = run.series("sampling/sampling_logp_difference/mean")
+    series = run.series(LOG_PROBS_APART)
     if not series[0]:
-        return Unknown("no sampler of its own (use_vllm=False)")
+        return Unknown(f"{missing(LOG_PROBS_APART).reason} (no sampler of its own, use_vllm=False)")
     effective = run.series("sampler/ess")[1]
     share = f"; an effective sample of {np.mean(effective):.0%} of the answers" if effective else ""
 

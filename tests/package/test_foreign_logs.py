@@ -1,0 +1,251 @@
+"""Logs of other libraries (``tests/data/logs``, made by their writers): what is read, and the verdicts on it."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from run_folders import log_of, page_of
+
+from trl_ext.report.command import main
+from trl_ext.report.foreign.names import TABLE, is_ours
+from trl_ext.report.read_run import read_run
+from trl_ext.report.verdicts import diagnose
+
+LOGS = Path(__file__).parents[1] / "data" / "logs"
+OF_TRL = ["tensorboard", "run.wandb", "wandb_history.json", "wandb_history.csv", "trackio.db"]  # of the same run
+VERDICTS = {
+    "trl": {"mostly_dead": ("critical", 10)},
+    **{name: {"mostly_dead": ("critical", 10)} for name in OF_TRL},
+    "verl.jsonl": {
+        "length_limit": ("critical", 9),
+        "not_finite": ("warning", 3),
+        "entropy_collapse": ("warning", 9),
+    },
+    "prime_rl.jsonl": {"all_wrong": ("critical", 10), "fell": ("warning", 5)},
+    "plain.csv": {"fell": ("warning", 50), "entropy_rise": ("warning", 110)},
+}
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_the_verdicts_on_a_log_of_each_format(name):
+    found = diagnose(read_run(LOGS / name))
+    assert {one.name: (one.level, one.onset) for one in found.verdicts} == VERDICTS[name]
+
+
+@pytest.mark.parametrize("name", OF_TRL)
+def test_each_format_has_what_the_trainer_logged(name):
+    """TRL's own state is the reference; TensorBoard keeps 32-bit numbers."""
+    reference, run = read_run(LOGS / "trl"), read_run(LOGS / name)
+    for metric in (
+        "reward",
+        "loss",
+        "grad_norm",
+        "entropy",
+        "frac_reward_zero_std",
+        "completions/mean_length",
+        "epoch",
+    ):
+        assert run.series(metric)[0] == reference.series(metric)[0] == list(range(1, 19)), metric
+        assert run.series(metric)[1] == pytest.approx(reference.series(metric)[1], rel=1e-6), metric
+    for metric in ("eval_reward", "eval_runtime", "eval_samples_per_second", "rewards/reward/mean"):
+        assert run.series(metric)[0] == reference.series(metric)[0], metric
+        assert run.series(metric)[1] == pytest.approx(reference.series(metric)[1], rel=1e-6), metric
+    assert read_run(LOGS / name).last_step == 18
+
+
+def test_readers_agree_with_the_writers_own():
+    """Where the packages are installed; else the test above is what there is."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    theirs = accumulator.EventAccumulator(str(LOGS / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    run = read_run(LOGS / "tensorboard")
+    assert run.series("reward")[1] == [event.value for event in theirs.Scalars("train/reward")]
+
+
+def test_verl_and_prime_rl_under_our_names():
+    verl, prime = read_run(LOGS / "verl.jsonl"), read_run(LOGS / "prime_rl.jsonl")
+    assert verl.series("eval_accuracy")[0] == [0, 6, 12, 18] and verl.series("eval_accuracy")[1][0] == 0.25
+    assert verl.series("reward")[0] == list(range(1, 19)) and verl.last("completions/max_length") == 16
+    assert verl.curve("grad_norm").values[2] is None, "null, as orjson writes NaN"
+    assert not verl.series("kl")[0] and not verl.series("loss")[0] and not verl.series("epoch")[0]
+    # five lines a step by two processes, and evaluations that end after later steps
+    assert prime.series("reward")[0] == prime.series("grad_norm")[0] == list(range(1, 19))
+    assert prime.series("eval_reward")[0] == [2, 8, 14] and not prime.series("step_time")[0]
+    assert prime.last("completions/clipped_ratio") == 0.08
+
+
+def test_every_target_of_the_table_is_a_metric_of_ours():
+    assert all(is_ours(ours) for ours in TABLE.values())
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_what_cannot_be_told_names_what_is_missing(name, capsys):
+    with pytest.raises(SystemExit):
+        main(["check", str(LOGS / name)])
+    printed = " ".join(capsys.readouterr().out.split())
+    for signature, reason in diagnose(read_run(LOGS / name)).unknown.items():
+        assert reason in printed
+        few, files = "fewer than 30 rewards in the log", "the run has no interference files"
+        assert "in the log" in reason or reason.startswith((few, files)), (signature, reason)
+
+
+# ---- a user's own names
+
+
+def names(tmp_path, **table):
+    (tmp_path / "names.json").write_text(json.dumps(table))
+    return str(tmp_path / "names.json")
+
+
+def test_names_of_ones_own(tmp_path, capsys):
+    log = tmp_path / "run.csv"
+    log.write_text("iteration,score\n" + "".join(f"{5 * i},{0.5 - i / 50}\n" for i in range(1, 21)))
+    table = names(tmp_path, iteration="step", score="reward")
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", str(log), "--names", table])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "run, up to step 100" in printed and "reward is score" in printed and "being lost" in printed
+    page_of(log, "--names", table, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"a": "rewrd"}, "'a' can't be 'rewrd', which is no metric of ours; near: reward"),
+        ({"a": 1}, "must hold"),
+        ([], "must hold"),
+        (None, "can't be read as names"),
+    ],
+)
+def test_a_table_that_is_wrong(table, message, tmp_path, capsys):
+    file = tmp_path / "names.json"
+    file.write_text("{" if table is None else json.dumps(table))
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", str(LOGS / "plain.csv"), "--names", str(file)])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_two_names_of_one_metric_are_a_question(tmp_path):
+    rows = [{"step": i, "val-core/a/acc/mean@1": 0.1, "val-core/b/acc/mean@1": 0.9, "reward": 0.5} for i in range(4)]
+    run = read_run(log_of(tmp_path / "run", rows) / "log_history.jsonl")
+    assert not run.series("eval_accuracy")[0] and "choose one by --names" in run.problems[0]
+    chosen = read_run(tmp_path / "run" / "log_history.jsonl", {"val-core/b/acc/mean@1": "eval_accuracy"})
+    assert chosen.series("eval_accuracy")[1] == [0.9] * 4 and not chosen.problems
+
+
+def test_a_percentage_is_not_taken_as_a_share(tmp_path):
+    rows = [{"step": i, "response_length/clip_ratio": 37.5, "actor/entropy": 210.0, "reward": 0.5} for i in range(4)]
+    run = read_run(log_of(tmp_path / "run", rows) / "log_history.jsonl")
+    assert not run.series("completions/clipped_ratio")[0] and not run.series("entropy")[0]
+    assert len(run.problems) == 2 and "it should lie in [0, 1] and is 37.5" in " ".join(run.problems)
+
+
+# ---- formats, folders, and what is no log
+
+
+def test_a_folder_with_several_takes_what_reaches_furthest(tmp_path):
+    """A run of TRL's own trainer that was killed after its last checkpoint: TensorBoard has the later steps."""
+    state = json.loads((LOGS / "trl" / "trainer_state.json").read_text())
+    state["log_history"] = [entry for entry in state["log_history"] if entry["step"] <= 12]
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text(json.dumps(state))
+    shutil.copytree(LOGS / "tensorboard", tmp_path / "runs" / "Nov30_12-00-00_host")
+    run = read_run(tmp_path)
+    assert run.last_step == 18 and "TensorBoard" in run.source and "it goes to step 12" in run.problems[0]
+    state["log_history"].append({"step": 40, "loss": 0.0})
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text(json.dumps(state))
+    assert read_run(tmp_path).last_step == 40 and not read_run(tmp_path).source
+
+
+def test_a_folder_of_trackios_and_an_event_file_without_its_host(tmp_path):
+    shutil.copy(LOGS / "trackio.db", tmp_path / "project.db")
+    assert read_run(tmp_path).last_step == 18
+    folder = shutil.copytree(LOGS / "tensorboard", tmp_path / "Nov30_12-00-00_host")
+    (file,) = folder.glob("events*")
+    assert read_run(file).name == read_run(folder).name == "Nov30_12-00-00"
+
+
+def test_a_database_with_two_runs(tmp_path):
+    import sqlite3
+
+    file = Path(shutil.copy(LOGS / "trackio.db", tmp_path / "project.db"))
+    with sqlite3.connect(file) as database:
+        columns = "timestamp, run_id, step, metrics"
+        database.execute(
+            f"INSERT INTO metrics ({columns}, run_name) SELECT timestamp, 'two', step, metrics, 'two' FROM metrics"
+        )
+    with pytest.raises(ValueError, match=r"has 2 runs, .*, two: give one as .*project.db#"):
+        read_run(file)
+    assert read_run(f"{file}#two").last_step == 18
+    with pytest.raises(ValueError, match="no run 'three'"):
+        read_run(f"{file}#three")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "run.wandb", "verl.jsonl", "prime_rl.jsonl"])
+def test_a_log_that_is_cut_anywhere_is_read_up_to_there(name, tmp_path):
+    """Of a run that is still going, or was killed."""
+    source = LOGS / name
+    source = next(source.glob("events*")) if source.is_dir() else source
+    data, file = source.read_bytes(), tmp_path / source.name
+    for share in (0.4, 0.7, 0.9, 0.999):
+        file.write_bytes(data[: int(share * len(data))])
+        reached = read_run(file).series("reward")[0]
+        assert reached == list(range(1, len(reached) + 1)) and 20 * share - 4 < len(reached) <= 18
+
+
+def test_a_run_that_went_on_has_each_step_once(tmp_path):
+    """Two event files: the second begins where the last checkpoint was."""
+    rows = [{"step": i, "reward": 0.5} for i in range(1, 9)] + [{"step": i, "reward": 0.9} for i in (5, 6)]
+    run = read_run(log_of(tmp_path / "run", rows) / "log_history.jsonl")
+    assert run.series("reward") == ([1, 2, 3, 4, 5, 6], [0.5] * 4 + [0.9] * 2)
+
+
+def test_other_shapes_of_json_and_csv(tmp_path):
+    columns = {"_step": {"0": 0, "1": 1}, "train/reward": {"0": 0.25, "1": "NaN"}}
+    (tmp_path / "columns.json").write_text(json.dumps(columns))
+    assert read_run(tmp_path / "columns.json").curve("reward").values == [0.25, None]
+    chart = '"Step","run - train/reward","run - train/reward__MIN","run - train/reward__MAX"\n"1","0.5","0.4","0.6"\n'
+    (tmp_path / "chart.csv").write_text(chart)
+    assert read_run(tmp_path / "chart.csv").series("reward") == ([1], [0.5])
+    (tmp_path / "chart.csv").write_text('"Step","a - train/reward","b - train/reward"\n"1","0.5","0.4"\n')
+    with pytest.raises(ValueError, match=r"curves of several runs \(a, b\)"):
+        read_run(tmp_path / "chart.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"\x00\x01\x02\xff" * 100, "neither JSON nor a table"),
+        (b"SQLite format 3\0" + b"\0" * 100, "not trackio's"),
+        (b"hello\nworld\n", "neither JSON nor a table"),
+        (b'{"a": ', "neither JSON nor lines of JSON"),
+        (b"[1, 2]", "no step in most of its 0 rows"),
+        (b'{"step": 1, "tokens": 5}\n', "none of its names is known: tokens"),
+        (b"a,b\n1,2\n", "no step in most of its 1 rows, which have a, b"),
+        (b'{"_step": 5, "_wandb": {}, "train/reward": 1}', "W&B's summary"),
+    ],
+)
+def test_what_is_no_log_gets_one_clear_error(content, reason, tmp_path, capsys):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", str(tmp_path / "file")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and reason in error and error.count("\n") == 1
+    assert "Looked for: TRL's trainer_state.json, TensorBoard's event files" in error
+
+
+def test_a_folder_without_a_log_says_why(tmp_path, capsys):
+    (tmp_path / "data.csv").write_text("question,answer\n1 + 1,2\n")
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path)])
+    assert "data.csv: no step in most of its 1 rows" in capsys.readouterr().err
+
+
+def test_numbers_that_json_does_not_have(tmp_path):
+    rows = [{"step": 1, "reward": "NaN"}, {"step": 2, "reward": "-Infinity"}, {"step": 3, "reward": True}]
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"step": 4, "reward": 1}]))
+    run = read_run(tmp_path / "log.jsonl")
+    assert [entry["reward"] for entry in run.logs][1:] == [-math.inf, 1.0] and math.isnan(run.logs[0]["reward"])

@@ -1,0 +1,31 @@
+"""Reads a project's database of trackio: SQLite, a row of ``metrics`` for each call of ``trackio.log``."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from .rows import Log
+
+MAGIC = b"SQLite format 3\0"
+
+
+def read(file: Path, run: str = "") -> Log:
+    """The log of a run of the database, of the only one where ``run`` is empty.
+
+    Raises ``ValueError`` where the database isn't trackio's, has several runs, or not this one.
+    """
+    try:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            found = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    except sqlite3.Error as error:
+        raise ValueError(f"{file} is a database, but not trackio's: {error}") from None
+    runs = list(dict.fromkeys(name for name, _, _ in found))
+    if run and run not in runs:
+        raise ValueError(f"{file} has no run {run!r}: it has {', '.join(runs)}")
+    if not run and len(runs) > 1:
+        raise ValueError(f"{file} has {len(runs)} runs, {', '.join(runs)}: give one as {file}#{runs[0]}")
+    rows = [{**json.loads(metrics), "_step": step} for name, step, metrics in found if name == run or not run]
+    return Log("trackio's database", file, rows)
