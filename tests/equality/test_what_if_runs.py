@@ -13,8 +13,8 @@ from harness import assert_what_if, flat, graded, logged, lora, messages, one_st
 from grpo_kernels import normalize_rewards
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.what_if import StepScores, candidates, what_if
+from grpo_kernels.recorder.files import FOLDER
 from trl_ext import read_interference
-from trl_ext.recorder.files import FOLDER
 from trl_ext.report.what_if_command import main as what_if_command
 from trl_ext.tasks.small_policy import build_model, build_tokenizer
 

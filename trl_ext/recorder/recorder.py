@@ -5,8 +5,8 @@ A logged step goes through these states::
     closed --begin--> open --rows--> recording --end of micro-batch--> open --last micro-batch--> measured --> closed
 
 open, recording    taps record each sequence's gradient         grpo_kernels/interference/gradient_sketch.py
-measured           inner products and metrics over all ranks    measure.py
-closed             logged, and written to a file                files.py
+measured           inner products and metrics over all ranks    grpo_kernels/recorder/measure.py
+closed             logged, and written to a file                grpo_kernels/recorder/files.py
 
 An error of the recorder never ends training. An error between two collectives is stored (``guarded``), because the
 other ranks continue to the end of the step. An error in collective work fails on all ranks (``Collectives.attempt``).
@@ -26,21 +26,22 @@ from accelerate.logging import get_logger
 
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.recorder.collectives import Collectives, OtherRankFailedError
+from grpo_kernels.recorder.failures import OptionalFeature, describe_error
+from grpo_kernels.recorder.files import StepExtras, write_step
+from grpo_kernels.recorder.layer_check import check_layers, log_excluded
+from grpo_kernels.recorder.measure import MeasuredStep, check_shapes, measure
+from grpo_kernels.recorder.run_statistics import RunState, RunStatistics
 from trl_ext.advantages.normalizer import UsedNormalization
 from trl_ext.compat import LossSettings, RunSettings, StepPosition
 from trl_ext.probe_model import why_rows_mix
 from trl_ext.schema import Sequences
 
-from .collectives import Collectives, OtherRankFailedError
 from .extra_pass import ExtraPass
-from .failures import OptionalFeature, describe_error
-from .files import StepExtras, write_step
-from .gradients import before_deepspeed_steps
-from .layer_check import check_layers, log_excluded, probe_layers
+from .gradients import before_deepspeed_steps, full_gradient_of
+from .layer_check import probe_layers
 from .logged_step import LoggedStep, loss_scale
-from .measure import MeasuredStep, check_shapes, measure
 from .prompt_features import PromptFeatures
-from .run_statistics import RunState, RunStatistics
 from .what_if import WhatIfLog
 
 logger = get_logger(__name__)
@@ -89,7 +90,9 @@ class InterferenceRecorder:
         score: Callable[[Sequences], torch.Tensor],
     ) -> None:
         self.run, self.accelerator, self.observer, self._used = run, run.accelerator, observer, used
-        self._collectives = Collectives(run.accelerator)
+        self._collectives = Collectives(
+            run.accelerator.device, run.accelerator.num_processes, run.accelerator.process_index
+        )
         self._state = State.CLOSED if run.options.interference_every else State.OFF
         self._step: LoggedStep | None = None
         self._failure: str | None = None  # this rank's error, which the next _attempt reports
@@ -326,14 +329,14 @@ class InterferenceRecorder:
         self._attempt(self._check)
 
     def _check(self, step: LoggedStep, sketch: GradientSketch) -> None:
-        step.check = check_layers(sketch, self._model, self._collectives)
+        step.check = check_layers(sketch, self._model, self._collectives, full_gradient_of(self.accelerator))
 
     def _measure(self, step: LoggedStep, sketch: GradientSketch) -> MeasuredStep | None:
         """Measures the step over all ranks; returns None if its sketches contain wrong sums."""
         assert self._features is not None
         features_PH = self._features.take()
         recorded = step.take(sketch, features_PH, self._extra_pass, self.run)
-        check_shapes(recorded, self._collectives)
+        counts = check_shapes(recorded, self._collectives)
         if step.check is None:
             self._check(step, sketch)
         assert step.check is not None
@@ -342,7 +345,15 @@ class InterferenceRecorder:
             self.run.log_once(f"Interference of optimizer step {step.number} isn't logged.")
             return None
         size = self._used().baseline_size
-        return measure(recorded, self._collectives, self.run, size, self._what_if.observe, tasks=self._prompt_tasks)
+        return measure(
+            recorded,
+            self._collectives,
+            counts,
+            size,
+            self._what_if.observe,
+            tasks=self._prompt_tasks,
+            by_part=self.run.options.interference_parts,
+        )
 
     def _report(self, step: LoggedStep, sketch: GradientSketch, found: MeasuredStep, *, some_skipped: bool) -> None:
         """Logs a measured step, passes curvatures to the observer, and writes the step's file."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl_ext.recorder.files import FOLDER, InterferenceRecord, read_interference
+from grpo_kernels.recorder.files import FOLDER, InterferenceRecord, read_interference
 
 from .run_files import CONFIG_FILE, LOG_FILE, RESUMED, Configuration, started_at
 

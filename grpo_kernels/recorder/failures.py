@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from accelerate.logging import get_logger
+from .collectives import is_main_process
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -28,7 +29,7 @@ class OptionalFeature:
 
     def switch_off(self, reason: str) -> None:
         """Switches the feature off, and logs why."""
-        if self.on:
+        if self.on and is_main_process():
             logger.warning(f"{self._warning} from here on: {reason}.")
         self.on = False
 
