@@ -9,9 +9,10 @@ from grpo_kernels.interference.inner_products import squared_norms
 from grpo_kernels.recorder import collectives, measure
 from grpo_kernels.recorder.measure import RecordedStep
 from grpo_kernels.recorder.sequence_table import SequenceTable
+from grpo_kernels.recorder.what_if_log import WhatIfLog
 from grpo_kernels.recorder.what_if_step import STATELESS
 from trl_ext.advantages.normalizer import UsedNormalization
-from trl_ext.recorder.what_if import WhatIfLog
+from trl_ext.recorder.what_if import compared_with
 
 P, G, K, H, PROCESSES = 512, 16, 64, 4096, 8
 
@@ -40,12 +41,14 @@ def one_of_eight(known, monkeypatch, measured, device="cpu"):
     exchanges = collectives.Collectives(torch.device(device), PROCESSES, 0)
     run = SimpleNamespace(
         options=SimpleNamespace(what_if=None, normalization_kwargs=None),
-        num_generations=G,
         prompts_per_generation=P,
-        aggregation="sum_then_normalize",
-        log_once=lambda text, level="warning": None if level == "info" else pytest.fail(text),
     )
-    what = WhatIfLog(run, lambda: UsedNormalization("std", 4, [1.0]), exchanges.attempt)
+
+    def log_once(text, level="warning"):
+        assert level == "info", text
+
+    used = UsedNormalization("std", 4, [1.0])
+    what = WhatIfLog(lambda: compared_with(run, used), exchanges.attempt, log_once)
     torch.manual_seed(0)
     with torch.device(device):
         group_rewards = (torch.rand(P // PROCESSES, G) < 0.5).float()

@@ -71,7 +71,8 @@ class GradientShards(Sequence[GradientShard | None]):
             if part is None or not part.rows.numel():
                 squares.append(torch.zeros((), dtype=torch.float64, device=device))
                 continue
-            norms = torch.linalg.vector_norm(part.rows.detach(), dim=-1, dtype=torch.float32)
+            wide = torch.promote_types(part.rows.dtype, torch.float32)
+            norms = torch.linalg.vector_norm(part.rows.detach(), dim=-1, dtype=wide)
             squares.append(norms.double().square().sum().to(device) / part.copies)
         return self._collectives.sum(torch.stack(squares)).tolist()
 

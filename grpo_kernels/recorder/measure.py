@@ -135,7 +135,7 @@ def measure(
     """
     recorded.pad(max(counts))
     packed_BN = collectives.gather(recorded.sequences.pack())
-    order_B = None if min(counts) == max(counts) else _real_rows(counts, packed_BN.device)
+    order_B = None if min(counts) == max(counts) else real_rows(counts, packed_BN.device)
     if sum(counts) > MAX_DENSE:  # sums over prompts are faster if each prompt's sequences are adjacent
         kept_BN = packed_BN if order_B is None else packed_BN[order_B]
         n_answers = recorded.sequences.group_rewards.shape[1]
@@ -173,7 +173,7 @@ def measure(
     )
 
 
-def _real_rows(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+def real_rows(counts: Sequence[int], device: torch.device) -> torch.Tensor:
     """Returns the indices of the sequences among the gathered rows, which are padded to equal numbers."""
     most = max(counts)
     return torch.cat([torch.arange(count, device=device) + rank * most for rank, count in enumerate(counts)])

@@ -125,7 +125,11 @@ def test_out_of_memory_on_one_process_ends_the_logging_of_both(place, tiny_polic
 
 
 def test_out_of_memory_in_what_if_ends_what_if_alone(tiny_policy, tmp_path):
-    options = {"interference_every": 1, "most_dense": 0, "no_memory": ("trl_ext.recorder.what_if", "gradient_noise", 1)}
+    options = {
+        "interference_every": 1,
+        "most_dense": 0,
+        "no_memory": ("grpo_kernels.recorder.what_if_log", "gradient_noise", 1),
+    }
     broken = run_processes(2, tiny_policy, tmp_path / "run", **options)
     logs = steps(broken[0])
     assert ["what_if/mean/cos" in log for log in logs] == [True, False, False]

@@ -105,7 +105,7 @@ def test_a_failure_leaves_the_rest(tiny_policy, tmp_path, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("trl_ext.recorder.what_if.step_table", broken)
+    monkeypatch.setattr("grpo_kernels.recorder.what_if_log.step_table", broken)
     train(tiny_policy, tmp_path, by_length, interference_every=1)
     (said,) = messages(caplog, "isn't logged from here on")
     assert "What other normalisations would have done" in said and "no room" in said

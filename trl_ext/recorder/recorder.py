@@ -32,6 +32,7 @@ from grpo_kernels.recorder.files import StepExtras, write_step
 from grpo_kernels.recorder.layer_check import check_layers, log_excluded
 from grpo_kernels.recorder.measure import MeasuredStep, check_shapes, measure
 from grpo_kernels.recorder.run_statistics import RunState, RunStatistics
+from grpo_kernels.recorder.what_if_log import WhatIfLog
 from trl_ext.advantages.normalizer import UsedNormalization
 from trl_ext.compat import LossSettings, RunSettings, StepPosition
 from trl_ext.probe_model import why_rows_mix
@@ -42,7 +43,7 @@ from .gradients import before_deepspeed_steps, full_gradient_of
 from .layer_check import probe_layers
 from .logged_step import LoggedStep, loss_scale
 from .prompt_features import PromptFeatures
-from .what_if import WhatIfLog
+from .what_if import compared_with
 
 logger = get_logger(__name__)
 T = TypeVar("T")
@@ -101,7 +102,12 @@ class InterferenceRecorder:
         self._features: PromptFeatures | None = None
         self.statistics = RunStatistics()
         self._last_generation = -1  # of the last measured step
-        self._what_if = WhatIfLog(run, used, self._collectives.attempt)
+        self._what_if = WhatIfLog(
+            lambda: compared_with(run, used()),
+            self._collectives.attempt,
+            run.log_once,
+            on=run.options.what_if != [],
+        )
         self._extra_pass = ExtraPass(run, score)
         self._files = OptionalFeature("Interference is logged without its files")
         self._prompt_texts: dict[int, str] = {}  # by prompt key
