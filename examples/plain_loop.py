@@ -1,6 +1,6 @@
 """GRPO in a plain PyTorch loop that records the prompts' gradients: ``python examples/plain_loop.py``.
 
-A small Llama of random weights learns to repeat its prompt, one of eight tokens, in half a minute on a laptop. Afterwards
+A small Llama of random weights learns to repeat its prompt, one of eight tokens, in half a minute on a laptop. Then
 ``python -m trl_ext report runs/plain_loop`` shows how the eight prompts' gradients interfere.
 """
 

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_kernels.recorder.files import read_interference
 
+    from .attach import attach
     from .config import CurvatureGRPOConfig
     from .trainer import CurvatureGRPOTrainer
 
-__all__ = ["CurvatureGRPOConfig", "CurvatureGRPOTrainer", "read_interference"]
+__all__ = ["CurvatureGRPOConfig", "CurvatureGRPOTrainer", "attach", "read_interference"]
 
 _MODULES = {
     "CurvatureGRPOConfig": ".config",
     "CurvatureGRPOTrainer": ".trainer",
+    "attach": ".attach",
     "read_interference": "grpo_kernels.recorder.files",
 }
 

@@ -197,7 +197,7 @@ class GradientRecorder:
         columns = row_columns(group_ids, rewards, advantages, coefficients, cu_seqlens, segments, group_size)
         if self._step is None or self._failure is not None or self._sketch is None:
             return
-        with self._guarded():
+        with self.guarded():
             self._step.columns.append(columns)
             self._sketch.set_rows(columns.table.prompt_id, columns.segment_RT)
 
@@ -252,7 +252,7 @@ class GradientRecorder:
             self._sketch.abandon()
 
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def guarded(self) -> Iterator[None]:
         """Stores an error until the end of the step, when all ranks switch the recorder off."""
         try:
             yield
