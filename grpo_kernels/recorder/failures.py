@@ -1,12 +1,13 @@
-"""``OptionalFeature`` contains the failures of one diagnostic feature."""
+"""``FailureBoundary`` contains the failures of a recorder, ``OptionalFeature`` those of one diagnostic feature."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
-from .collectives import is_main_process
+from .collectives import Collectives, OtherRankFailedError, is_main_process
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -16,6 +17,50 @@ def describe_error(error: Exception) -> str:
     """Returns the error's type and the first line of its message."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+class FailureBoundary:
+    """Keeps an error of this rank until the next collective work, in which all ranks learn of it.
+
+    Attributes:
+        reason: the first error of this rank, or that another rank failed; None: nothing failed.
+
+    Args:
+        on_error: called at each error outside of collective work.
+    """
+
+    def __init__(self, on_error: Callable[[], None]) -> None:
+        self.reason: str | None = None
+        self._on_error = on_error
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Keeps an error of this context."""
+        try:
+            yield
+        except Exception as error:
+            self.add(error)
+
+    def add(self, error: Exception) -> None:
+        """Keeps an error, unless there is an earlier one."""
+        self.reason = self.reason or describe_error(error)
+        self._on_error()
+
+    def attempt(self, collectives: Collectives, work: Callable[[], T]) -> T | None:
+        """Runs collective work; returns None if it failed on any rank, or if a rank has failed before."""
+
+        def checked_work() -> T:
+            if self.reason is not None:
+                raise RuntimeError(self.reason)
+            return work()
+
+        try:
+            return collectives.attempt(checked_work)
+        except OtherRankFailedError as error:
+            self.reason = self.reason or str(error)
+        except Exception as error:
+            self.reason = self.reason or describe_error(error)
+        return None
 
 
 class OptionalFeature:

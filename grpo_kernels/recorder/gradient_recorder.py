@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict, TypeVar
@@ -26,8 +26,8 @@ from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.inner_products import squared_norms
 from grpo_kernels.interference.layer_taps import parameter_kinds
 
-from .collectives import Collectives, OtherRankFailedError, is_main_process
-from .failures import OptionalFeature, describe_error
+from .collectives import Collectives, is_main_process
+from .failures import FailureBoundary, OptionalFeature, describe_error
 from .files import StepExtras, write_step
 from .gradients import GradientShards
 from .layer_check import LayerCheck, check_layers, log_excluded
@@ -133,7 +133,7 @@ class GradientRecorder:
         self._sketch: GradientSketch | None = None
         self._collectives: Collectives | None = None
         self._step: OpenStep | None = None
-        self._failure: str | None = None  # this rank's error, which the next _attempt reports
+        self._failures = FailureBoundary(self._mute)
         self._what_if = WhatIfLog(lambda: ComparedWith(compared_methods(None, {})), self._together, lambda *_: None)
         self._files = OptionalFeature("Interference is logged without its files")
         self._logged: Logged | None = None
@@ -195,7 +195,7 @@ class GradientRecorder:
         if not self._inside:
             raise ValueError("rows needs an open step: call it within recorder.step()")
         columns = row_columns(group_ids, rewards, advantages, coefficients, cu_seqlens, segments, group_size)
-        if self._step is None or self._failure is not None or self._sketch is None:
+        if self._step is None or self._failures.reason is not None or self._sketch is None:
             return
         with self.guarded():
             self._step.columns.append(columns)
@@ -251,34 +251,20 @@ class GradientRecorder:
         if self._sketch is not None:
             self._sketch.abandon()
 
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Stores an error until the end of the step, when all ranks switch the recorder off."""
-        try:
-            yield
-        except Exception as error:
-            self._failure = self._failure or describe_error(error)
-            if self._sketch is not None:
-                self._sketch.mute()
+    def guarded(self) -> AbstractContextManager[None]:
+        """Keeps an error of this context until the end of the step, when all ranks switch the recorder off."""
+        return self._failures.guarded()
+
+    def _mute(self) -> None:
+        if self._sketch is not None:
+            self._sketch.mute()
 
     def _attempt(self, work: Callable[[Collectives], T]) -> T | None:
         """Runs collective work; returns None if it failed on any rank."""
-
-        def checked_work() -> T:
-            if self._failure is not None:
-                raise RuntimeError(self._failure)
-            assert self._collectives is not None
-            return work(self._collectives)
-
-        try:
-            if self._collectives is None:
-                self._collectives = Collectives(next(self.model.parameters()).device)
-            return self._collectives.attempt(checked_work)
-        except OtherRankFailedError as error:
-            self._failure = self._failure or str(error)
-        except Exception as error:
-            self._failure = self._failure or describe_error(error)
-        return None
+        collectives = self._collectives
+        if collectives is None:
+            collectives = self._collectives = Collectives(next(self.model.parameters()).device)
+        return self._failures.attempt(collectives, lambda: work(collectives))
 
     def _together(self, work: Callable[[], T]) -> T:
         assert self._collectives is not None
@@ -314,16 +300,16 @@ class GradientRecorder:
             self._sketch.open(self.seed * 1_000_003 + self.number)
 
         self._attempt(opened)
-        if self._failure is not None:
-            self.stop(self._failure)
+        if self._failures.reason is not None:
+            self.stop(self._failures.reason)
         else:
             self._step = step
 
     def _finish(self, step: OpenStep) -> None:
         """Measures the step, or switches the recorder off on all ranks if one of them failed."""
         self._logged = self._attempt(lambda collectives: self._measure(step, collectives))
-        if self._failure is not None:
-            self.stop(self._failure)
+        if self._failures.reason is not None:
+            self.stop(self._failures.reason)
 
     def _measure(self, step: OpenStep, collectives: Collectives) -> Logged | None:
         """Returns the measured step; None if its sketches contain wrong sums."""

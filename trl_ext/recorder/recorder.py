@@ -8,8 +8,8 @@ open, recording    taps record each sequence's gradient         grpo_kernels/int
 measured           inner products and metrics over all ranks    grpo_kernels/recorder/measure.py
 closed             logged, and written to a file                grpo_kernels/recorder/files.py
 
-An error of the recorder never ends training. An error between two collectives is stored (``guarded``), because the
-other ranks continue to the end of the step. An error in collective work fails on all ranks (``Collectives.attempt``).
+An error of the recorder never ends training. An error between two collectives is kept (``FailureBoundary``), because
+the other ranks continue to the end of the step. An error in collective work fails on all ranks.
 In both cases all ranks switch the recorder off at the end of the step, and log one reason. What-if, the extra pass and
 the files are each an ``OptionalFeature``, which is switched off alone.
 """
@@ -26,8 +26,8 @@ from accelerate.logging import get_logger
 
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from grpo_kernels.recorder.collectives import Collectives, OtherRankFailedError
-from grpo_kernels.recorder.failures import OptionalFeature, describe_error
+from grpo_kernels.recorder.collectives import Collectives
+from grpo_kernels.recorder.failures import FailureBoundary, OptionalFeature, describe_error
 from grpo_kernels.recorder.files import StepExtras, write_step
 from grpo_kernels.recorder.layer_check import check_layers, log_excluded
 from grpo_kernels.recorder.measure import MeasuredStep, check_shapes, measure
@@ -96,7 +96,7 @@ class InterferenceRecorder:
         )
         self._state = State.CLOSED if run.options.interference_every else State.OFF
         self._step: LoggedStep | None = None
-        self._failure: str | None = None  # this rank's error, which the next _attempt reports
+        self._failures = FailureBoundary(self._mute)
         self._model = model
         self.sketch: GradientSketch | None = None
         self._features: PromptFeatures | None = None
@@ -165,41 +165,26 @@ class InterferenceRecorder:
 
     # ---- failures
 
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Stores an error until the end of the next logged step, when all ranks switch the recorder off."""
-        try:
-            yield
-        except Exception as error:
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        self._failure = self._failure or describe_error(error)
+    def _mute(self) -> None:
         if self.sketch is not None:
             self.sketch.mute()
 
     def _attempt(self, work: Callable[[LoggedStep, GradientSketch], T]) -> T | None:
         """Runs collective work on the open step; returns None if it failed on any rank."""
 
-        def checked_work() -> T:
-            if self._failure is not None or self._step is None or self.sketch is None:
-                raise RuntimeError(self._failure)
+        def on_step() -> T:
+            if self._step is None or self.sketch is None:
+                raise RuntimeError("no step is open")
             return work(self._step, self.sketch)
 
-        try:
-            return self._collectives.attempt(checked_work)
-        except OtherRankFailedError as error:
-            self._failure = self._failure or str(error)
-        except Exception as error:
-            self._failure = self._failure or describe_error(error)
-        return None
+        return self._failures.attempt(self._collectives, on_step)
 
     # ---- in each micro-batch of a logged step
 
     def observe_rewards(self, rewards_PG: torch.Tensor) -> None:
         """Adds a generation batch of all ranks, before dead prompts are replaced, to the constant C."""
         if self._state is not State.OFF:
-            with self.guarded():
+            with self._failures.guarded():
                 self.statistics.observe_rewards(rewards_PG)
 
     def set_prompts(
@@ -211,7 +196,7 @@ class InterferenceRecorder:
         """
         if self._state is State.OFF:
             return
-        with self.guarded():
+        with self._failures.guarded():
             texts, tasks = texts_and_tasks()
             self._prompt_texts = {**({} if first else self._prompt_texts), **texts}
             self._prompt_tasks = {**({} if first else self._prompt_tasks), **tasks}
@@ -245,8 +230,8 @@ class InterferenceRecorder:
         self._state, step = State.OPEN, position.optimizer_step
         generation = position.micro_batch // position.steps_per_generation
         self._step = LoggedStep(step + 1, position.micro_batch, generation, position.iteration)
-        if self._failure is None:  # of an earlier step
-            with self.guarded():
+        if self._failures.reason is None:  # of an earlier step
+            with self._failures.guarded():
                 self._open_taps(model, step)
 
     def _open_taps(self, model: torch.nn.Module, step: int) -> None:
@@ -263,7 +248,7 @@ class InterferenceRecorder:
                 by_part=options.interference_parts,
                 on_error=self._layer_failed,
             )
-            self._features = PromptFeatures(model, on_error=self._fail)
+            self._features = PromptFeatures(model, on_error=self._failures.add)
             probe_layers(self.sketch, model, self.accelerator, self.run.log_once)
         self.sketch.open(self.run.seed * 1_000_003 + step)
 
@@ -288,9 +273,9 @@ class InterferenceRecorder:
             dead: returns the sequences of advantage 0 as batches, for ``what_if_dead``.
         """
         step, sketch, features = self._step, self.sketch, self._features
-        if step is None or self._failure is not None or sketch is None or features is None:
+        if step is None or self._failures.reason is not None or sketch is None or features is None:
             return
-        with self.guarded():
+        with self._failures.guarded():
             first = step.first_prompt(position, self.run.prompts_per_generation)
             sketch.set_rows(batch.prompt_id + first)
             features.set_rows(batch.prompt_mask, batch.prompt_id + first)
@@ -303,16 +288,16 @@ class InterferenceRecorder:
         self, head: torch.nn.Module, hidden_NH: torch.Tensor, sequence_N: torch.Tensor
     ) -> HeadSketch | None:
         """Returns the fused head's argument ``head_sketch``, in place of a tap; None if this step isn't logged."""
-        if self._step is None or self._failure is not None or self.sketch is None:
+        if self._step is None or self._failures.reason is not None or self.sketch is None:
             return None
-        with self.guarded():
+        with self._failures.guarded():
             return self.sketch.head_sketch(head, hidden_NH, sequence_N)
         return None
 
     def _end_rows(self) -> None:
         """recording -> open."""
         recording, self._state = self._state is State.RECORDING, State.OPEN
-        with self.guarded():
+        with self._failures.guarded():
             if self.sketch is not None:
                 self.sketch.end_rows()
             if self._features is not None and recording:
@@ -326,8 +311,8 @@ class InterferenceRecorder:
         if found is not None:
             self._state = State.MEASURED
             self._attempt(lambda step, sketch: self._report(step, sketch, found, some_skipped=some_skipped))
-        if self._failure is not None:
-            self.stop(self._failure)
+        if self._failures.reason is not None:
+            self.stop(self._failures.reason)
         self.abandon()
 
     def _check_early(self) -> None:
