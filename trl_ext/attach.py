@@ -59,7 +59,7 @@ def attach(trainer: Any, every: int = 10, **options: Any) -> Attached:
     """
     if hasattr(trainer, "_components"):
         raise ValueError("this trainer has a recorder of its own: set interference_every")
-    if ATTACHED in vars(trainer):
+    if hasattr(trainer, ATTACHED):
         raise ValueError("a recorder is attached to this trainer already: call detach() first")
     if not all(hasattr(trainer, name) for name in ("_generate_and_score_completions", "reward_funcs")):
         raise ValueError(f"attach works with TRL's GRPOTrainer and RLOOTrainer, not with {type(trainer).__name__}")

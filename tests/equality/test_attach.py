@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from harness import OPTIONS, by_length, lora, loss_batches, parameters, prompts, save_policy, tokenizer_of
+from attach_worker import KINDS, build, run
+from harness import lora, loss_batches, parameters, save_policy
+from processes import start
 from transformers import AutoModelForCausalLM
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOTrainer
 
 from trl_ext import CurvatureGRPOTrainer, attach, read_interference
 
-KINDS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 HEAD = "model.embed_tokens.weight"  # tied to the head of the built-in policy
 
 
@@ -21,22 +22,6 @@ def untied_policy(tmp_path_factory):
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0).clone())
     model.save_pretrained(folder)
     return folder
-
-
-def build(kind, policy, folder, peft_config=None, **options):
-    trainer_class, config_class = KINDS[kind]
-    given = {**OPTIONS, "gradient_accumulation_steps": 2, **options}
-    if kind == "grpo":
-        given = {"loss_type": "grpo", **given}
-    torch.manual_seed(0)  # adapters are drawn
-    return trainer_class(
-        model=str(policy),
-        reward_funcs=by_length,
-        args=config_class(output_dir=str(folder), **given),
-        train_dataset=prompts(64),
-        processing_class=tokenizer_of(policy),
-        peft_config=peft_config,
-    )
 
 
 def one_backward_for_each_prompt(trainer, batches, texts, skipped):
@@ -62,6 +47,17 @@ def one_backward_for_each_prompt(trainer, batches, texts, skipped):
     return (gradient_PN @ gradient_PN.T).numpy()
 
 
+def assert_own_rewards(record, n_prompts):
+    """What the loss doesn't get, each row's group and reward: an advantage has the sign of its reward less the mean."""
+    rewards = np.stack([record.reward_B[record.prompt_B == prompt] for prompt in record.prompt_id_P])
+    assert rewards.shape == (n_prompts, 4)
+    np.testing.assert_allclose(rewards.std(1), record.sigma_P, atol=1e-6)
+    for prompt in record.prompt_id_P:
+        mine = record.prompt_B == prompt
+        centred = record.reward_B[mine] - record.reward_B[mine].mean()
+        assert (np.sign(record.advantage_B[mine].round(6)) == np.sign(centred.round(6))).all()
+
+
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_gradients_are_those_of_one_backward_each(kind, adapter, tiny_policy, tmp_path, caplog):
@@ -81,14 +77,7 @@ def test_prompts_gradients_are_those_of_one_backward_each(kind, adapter, tiny_po
     assert "excludes" not in caplog.text
     coverage = metrics["interference/coverage"]
     assert coverage == pytest.approx(1) if adapter else 0 < coverage < 1
-    # what the loss doesn't get: each row's group, and its reward
-    rewards = np.stack([record.reward_B[record.prompt_B == prompt] for prompt in record.prompt_id_P])
-    assert rewards.shape == (4, 4)
-    np.testing.assert_allclose(rewards.std(1), record.sigma_P, atol=1e-6)
-    for prompt in record.prompt_id_P:
-        mine = record.prompt_B == prompt
-        centred = record.reward_B[mine] - record.reward_B[mine].mean()
-        assert (np.sign(record.advantage_B[mine]).round() == np.sign(centred.round(6))).all()
+    assert_own_rewards(record, 4)
 
 
 def test_an_untied_head_is_named_and_the_embeddings_are_recorded(untied_policy, tmp_path, caplog):
@@ -105,14 +94,14 @@ def test_an_untied_head_is_named_and_the_embeddings_are_recorded(untied_policy, 
 def test_training_is_bit_equal(kind, options, tiny_policy, tmp_path):
     options = {"max_steps": 3, "eval_strategy": "no", **options}
     plain = build(kind, tiny_policy, tmp_path / "plain", **options)
+    plain.train()
     attached = build(kind, tiny_policy, tmp_path / "attached", **options)
     attach(attached, every=2)
-    for trainer in (plain, attached):
-        trainer.train()
+    attached.train()
     torch.testing.assert_close(parameters(attached.model), parameters(plain.model), rtol=0, atol=0)
     assert [record.step for record in read_interference(tmp_path / "attached")] == [1, 3]
-    logs = [[log for log in trainer.state.log_history if "reward" in log] for trainer in (plain, attached)]
-    assert [log["reward"] for log in logs[0]] == [log["reward"] for log in logs[1]]
+    logs = [[log for log in trainer.state.log_history if "loss" in log] for trainer in (plain, attached)]
+    assert [log.get("reward") for log in logs[0]] == [log.get("reward") for log in logs[1]]
     assert ["interference/coverage" in log for log in logs[1]] == [True, False, True]
     assert not any(name.startswith("interference/") for log in logs[0] for name in log)
 
@@ -127,7 +116,20 @@ def test_groups_that_are_split_over_steps_are_partial(tiny_policy, tmp_path):
         partial_P = np.array([(record.prompt_B == prompt).sum() < 4 for prompt in record.prompt_id_P])
         assert partial_P.any() and record.metrics["interference/partial_groups"] == partial_P.sum()
         assert (np.isnan(record.sigma_P) == partial_P).all()
-    assert not attached.recorder.statistics.alignment.state_dict()["alignment"]
+    assert not any(attached.recorder.statistics.alignment.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_put_split_groups_together(kind, tiny_policy, tmp_path):
+    """Three groups of four, the second split between the processes."""
+    started = start(2, run, kind, str(tiny_policy), str(tmp_path), folder=tmp_path)
+    assert started.finish() == [0, 0], started.text()[-3000:]
+    records = read_interference(tmp_path)
+    assert [record.step for record in records] == [1, 2]
+    for record in records:
+        assert len(set(record.prompt_text_P)) == 3 and "interference/partial_groups" not in record.metrics
+        assert_own_rewards(record, 3)
+        assert record.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-4)
 
 
 def test_a_resumed_run_goes_on(tiny_policy, tmp_path):
