@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_kernels.recorder.files import read_interference
 
-    from .attach import attach
+    from .attached_recorder import attach
     from .config import CurvatureGRPOConfig
     from .trainer import CurvatureGRPOTrainer
 
@@ -22,7 +22,7 @@ __all__ = ["CurvatureGRPOConfig", "CurvatureGRPOTrainer", "attach", "read_interf
 _MODULES = {
     "CurvatureGRPOConfig": ".config",
     "CurvatureGRPOTrainer": ".trainer",
-    "attach": ".attach",
+    "attach": ".attached_recorder",
     "read_interference": "grpo_kernels.recorder.files",
 }
 

@@ -175,6 +175,8 @@ class GradientRecorder:
     ) -> None:
         """Assigns the following forward and backward pass to S sequences: the batch's rows, or segments of its rows.
 
+        It does nothing in a step that isn't logged. The first step is.
+
         Args:
             group_ids: (S,) whole numbers, the prompt of each sequence, the same on all ranks.
             rewards: (S,), NaN where unscorable.
@@ -194,9 +196,9 @@ class GradientRecorder:
         """
         if not self._inside:
             raise ValueError("rows needs an open step: call it within recorder.step()")
-        columns = row_columns(group_ids, rewards, advantages, coefficients, cu_seqlens, segments, group_size)
         if self._step is None or self._failures.reason is not None or self._sketch is None:
             return
+        columns = row_columns(group_ids, rewards, advantages, coefficients, cu_seqlens, segments, group_size)
         with self.guarded():
             self._step.columns.append(columns)
             self._sketch.set_rows(columns.table.prompt_id, columns.segment_RT)
