@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from .normalize.methods import METHODS, check_normalization
     from .normalize.normalized import Normalized
     from .normalize.rewards import normalize_rewards, normalize_with_statistics
+    from .recorder.gradient_recorder import GradientRecorder
 
 __all__ = [
     "METHODS",
     "GRPOLoss",
+    "GradientRecorder",
     "Normalized",
     "check_normalization",
     "linear_grpo_loss",
@@ -31,6 +33,7 @@ __all__ = [
 _MODULES = {
     "METHODS": ".normalize.methods",
     "GRPOLoss": ".head.linear_grpo_loss",
+    "GradientRecorder": ".recorder.gradient_recorder",
     "Normalized": ".normalize.normalized",
     "check_normalization": ".normalize.methods",
     "linear_grpo_loss": ".head.linear_grpo_loss",

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from grpo_kernels.interference.inner_products import squared_norms
+from grpo_kernels.recorder import collectives, measure
+from grpo_kernels.recorder.measure import RecordedStep
+from grpo_kernels.recorder.sequence_table import SequenceTable
+from grpo_kernels.recorder.what_if_log import WhatIfLog
+from grpo_kernels.recorder.what_if_step import STATELESS
 from trl_ext.advantages.normalizer import UsedNormalization
-from trl_ext.recorder import collectives, measure
-from trl_ext.recorder.measure import RecordedStep
-from trl_ext.recorder.sequence_table import SequenceTable
-from trl_ext.recorder.what_if import STATELESS, WhatIfLog
+from trl_ext.recorder.what_if import compared_with
 
 P, G, K, H, PROCESSES = 512, 16, 64, 4096, 8
 
@@ -36,22 +38,24 @@ def one_of_eight(known, monkeypatch, measured, device="cpu"):
     network = OneOfEight()
     for name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single"):
         monkeypatch.setattr(collectives.dist, name, getattr(network, name))
-    accelerator = SimpleNamespace(num_processes=PROCESSES, process_index=0, device=torch.device(device))
-    exchanges = collectives.Collectives(accelerator)
+    exchanges = collectives.Collectives(torch.device(device), PROCESSES, 0)
     run = SimpleNamespace(
-        options=SimpleNamespace(interference_parts=False, what_if=None, normalization_kwargs=None),
-        num_generations=G,
+        options=SimpleNamespace(what_if=None, normalization_kwargs=None),
         prompts_per_generation=P,
-        aggregation="sum_then_normalize",
-        log_once=lambda text, level="warning": None if level == "info" else pytest.fail(text),
     )
-    what = WhatIfLog(run, lambda: UsedNormalization("std", 4, [1.0]), exchanges.attempt)
+
+    def log_once(text, level="warning"):
+        assert level == "info", text
+
+    used = UsedNormalization("std", 4, [1.0])
+    what = WhatIfLog(lambda: compared_with(run, used), exchanges.attempt, log_once)
     torch.manual_seed(0)
     with torch.device(device):
         group_rewards = (torch.rand(P // PROCESSES, G) < 0.5).float()
         tasks = {key: f"task {key % 4}" for key in range(len(group_rewards))}
         with measured:
-            found = measure.measure(recorded_step(group_rewards, known), exchanges, run, G, what.observe, tasks=tasks)
+            step, counts = recorded_step(group_rewards, known), [len(group_rewards) * G] * PROCESSES
+            found = measure.measure(step, exchanges, counts, G, what.observe, tasks=tasks)
     assert found.metrics["interference/live_prompts"] > P - 8
     assert sum(found.metrics[f"tasks/task {i}/heard"] for i in range(4)) == pytest.approx(1)
     assert ("what_if/std/cos" in found.metrics) is known and ("noise/between" in found.metrics) is known

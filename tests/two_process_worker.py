@@ -5,8 +5,8 @@ with the whole batch and two processes with half of it each see the same groups.
 """
 
 import json
-import operator
 import os
+import pkgutil
 import random
 import signal
 import zlib
@@ -22,10 +22,9 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-import trl_ext
+from grpo_kernels.recorder import measure
 from trl_ext import CurvatureGRPOConfig, CurvatureGRPOTrainer
 from trl_ext.plan.rehearsal import MARGIN
-from trl_ext.recorder import measure
 from trl_ext.recorder import recorder as interference_recorder
 from trl_ext.report import watch
 
@@ -100,7 +99,7 @@ def whole(parameter):
 
 def run_out_of_memory(trainer, module, name, at_step):
     """What this function is called for has no room at that step, once."""
-    owner, calls = operator.attrgetter(module)(trl_ext), []
+    owner, calls = pkgutil.resolve_name(module), []
     whole = getattr(owner, name)
 
     def no_room(*args, **kwargs):

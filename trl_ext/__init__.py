@@ -11,16 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grpo_kernels.recorder.files import read_interference
+
+    from .attached_recorder import attach
     from .config import CurvatureGRPOConfig
-    from .recorder.files import read_interference
     from .trainer import CurvatureGRPOTrainer
 
-__all__ = ["CurvatureGRPOConfig", "CurvatureGRPOTrainer", "read_interference"]
+__all__ = ["CurvatureGRPOConfig", "CurvatureGRPOTrainer", "attach", "read_interference"]
 
 _MODULES = {
     "CurvatureGRPOConfig": ".config",
     "CurvatureGRPOTrainer": ".trainer",
-    "read_interference": ".recorder.files",
+    "attach": ".attached_recorder",
+    "read_interference": "grpo_kernels.recorder.files",
 }
 
 # Hides two messages of other libraries that look like errors and that users can't act on: TRL itself sets the

@@ -25,7 +25,7 @@ from examples.ablation import healthy_runs
 from examples.ablation.curves import LOGGED
 from examples.ablation.margins import MARGINS, left_out
 from examples.ablation.sickness import SICKNESSES
-from trl_ext.recorder.files import InterferenceRecord
+from grpo_kernels.recorder.files import InterferenceRecord
 from trl_ext.report.read_run import Run
 from trl_ext.report.signatures import SIGNATURES, Finding, Unknown
 from trl_ext.report.verdicts import LEVELS

@@ -25,7 +25,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from trl_ext.recorder.files import InterferenceRecord
+from grpo_kernels.recorder.files import InterferenceRecord
 
 RESULTS = Path(__file__).parent / "results"
 LOGS, GRAMS = RESULTS / "healthy_runs.csv", RESULTS / "healthy_grams.csv"
@@ -75,9 +75,9 @@ def policy(seed: int, folder: Path) -> str:
 def train_one(seed: int, file: Path) -> None:
     """Trains a seed's run and writes its log and inner products to ``file``."""
     from examples.ablation.train import DEFAULTS, Task, make_trainer
+    from grpo_kernels.recorder.files import read_interference
     from trl_ext import CurvatureGRPOConfig
     from trl_ext.ablate.study import write_whole
-    from trl_ext.recorder.files import read_interference
 
     changes = {**RECIPE, **VARIANTS.get(variant(seed), {})}
     noise = changes.pop("reward_noise", 0.0)

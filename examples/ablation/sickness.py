@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trl_ext.recorder.files import InterferenceRecord
+from grpo_kernels.recorder.files import InterferenceRecord
 
 Line = dict[str, float]
 Records = list[InterferenceRecord]

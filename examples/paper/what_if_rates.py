@@ -64,8 +64,8 @@ def measure(name: str, seed: int, steps: int, every: int) -> list[Row]:
     The run measures exactly, without a sketch, and scores advantages of 0 too.
     """
     from examples.ablation.train import DEFAULTS, Task, make_trainer
+    from grpo_kernels.recorder.files import read_interference
     from trl_ext import CurvatureGRPOConfig
-    from trl_ext.recorder.files import read_interference
 
     one = SETTINGS[name]
     answers = {"num_generations": one.answers, "per_device_train_batch_size": 16 * one.answers}

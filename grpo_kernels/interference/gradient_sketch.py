@@ -74,13 +74,14 @@ class GradientSketch:
         model: any torch module.
         dim: k. 0: it keeps exact gradients, which takes B times the model's memory: for small models and tests.
         layers: patterns (``fnmatch``) of layer names to tap; None: every layer that can be tapped.
+        skip: names of parameters that aren't recorded.
         by_part: whether each part of the model (``model_parts.py``) gets a sketch of k * k numbers.
         on_error: called with (layer name, exception) if a layer can't be recorded, which the sketch then excludes.
             None: the exception is raised.
 
     Raises:
-        ValueError: ``dim`` or ``layers`` has a wrong type or value, a pattern matches no layer (the message lists the
-            layers), or no trainable layer can be tapped.
+        ValueError: ``dim``, ``layers`` or ``skip`` has a wrong type or value, a pattern matches no layer (the message
+            lists the layers), or no trainable layer can be tapped.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class GradientSketch:
         dim: int = 64,
         layers: Sequence[str] | None = None,
         *,
+        skip: Sequence[str] = (),
         by_part: bool = False,
         on_error: Callable[[str, Exception], None] | None = None,
     ) -> None:
@@ -102,7 +104,12 @@ class GradientSketch:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._parameter_names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self._numbers = {id(parameter): number for number, parameter in enumerate(self._parameters)}
-        self.layers = find_layers(model, self._numbers, layers)
+        every_name = dict(model.named_parameters(remove_duplicate=False))  # a tied weight has several
+        if unknown := [name for name in skip if name not in every_name]:
+            raise ValueError(f"skip={list(skip)!r}: the model has no parameter {unknown[0]!r}")
+        skipped = {id(every_name[name]) for name in skip}
+        numbers = {key: number for key, number in self._numbers.items() if key not in skipped}
+        self.layers = find_layers(model, numbers, layers)
         self._by_module = {layer.module: layer for layer in self.layers}
         blocks = [block_of(layer.name) for layer in self.layers]
         n_blocks = max((block + 1 for block in blocks if block is not None), default=0)

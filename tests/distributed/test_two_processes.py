@@ -102,13 +102,13 @@ def test_a_large_step_is_logged_as_a_small_one(beta, tiny_policy, tmp_path):
 @pytest.mark.parametrize(
     "place",
     [
-        ("recorder.recorder.GradientSketch", "take"),
-        ("recorder.layer_check.GradientShards", "squared_norms"),
-        ("recorder.collectives.Collectives", "columns"),
-        ("recorder.measure", "group_by_prompt"),
-        ("recorder.measure", "interference_metrics"),
-        ("recorder.sequence_table.SequenceTable", "pack"),
-        ("recorder.recorder", "check_shapes"),
+        ("trl_ext.recorder.recorder.GradientSketch", "take"),
+        ("grpo_kernels.recorder.layer_check.GradientShards", "squared_norms"),
+        ("grpo_kernels.recorder.collectives.Collectives", "columns"),
+        ("grpo_kernels.recorder.measure", "group_by_prompt"),
+        ("grpo_kernels.recorder.measure", "interference_metrics"),
+        ("grpo_kernels.recorder.sequence_table.SequenceTable", "pack"),
+        ("trl_ext.recorder.recorder", "check_shapes"),
     ],
     ids=lambda place: place[1],
 )
@@ -125,7 +125,11 @@ def test_out_of_memory_on_one_process_ends_the_logging_of_both(place, tiny_polic
 
 
 def test_out_of_memory_in_what_if_ends_what_if_alone(tiny_policy, tmp_path):
-    options = {"interference_every": 1, "most_dense": 0, "no_memory": ("recorder.what_if", "gradient_noise", 1)}
+    options = {
+        "interference_every": 1,
+        "most_dense": 0,
+        "no_memory": ("grpo_kernels.recorder.what_if_log", "gradient_noise", 1),
+    }
     broken = run_processes(2, tiny_policy, tmp_path / "run", **options)
     logs = steps(broken[0])
     assert ["what_if/mean/cos" in log for log in logs] == [True, False, False]

@@ -13,8 +13,8 @@ from harness import assert_what_if, flat, graded, logged, lora, messages, one_st
 from grpo_kernels import normalize_rewards
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.what_if import StepScores, candidates, what_if
+from grpo_kernels.recorder.files import FOLDER
 from trl_ext import read_interference
-from trl_ext.recorder.files import FOLDER
 from trl_ext.report.what_if_command import main as what_if_command
 from trl_ext.tasks.small_policy import build_model, build_tokenizer
 
@@ -105,7 +105,7 @@ def test_a_failure_leaves_the_rest(tiny_policy, tmp_path, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("trl_ext.recorder.what_if.step_table", broken)
+    monkeypatch.setattr("grpo_kernels.recorder.what_if_log.step_table", broken)
     train(tiny_policy, tmp_path, by_length, interference_every=1)
     (said,) = messages(caplog, "isn't logged from here on")
     assert "What other normalisations would have done" in said and "no room" in said

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grpo_kernels.interference.step_gradients import StepGradients
-from trl_ext.recorder.files import MAX_SEQUENCES, read_interference, write_step
+from grpo_kernels.recorder.files import MAX_SEQUENCES, read_interference, write_step
 
 NAN = float("nan")
 
@@ -90,7 +90,7 @@ def test_a_damaged_file_is_skipped_and_named(tmp_path, damage):
 WRITER = """
 import sys, torch
 from grpo_kernels.interference.step_gradients import StepGradients
-from trl_ext.recorder.files import write_step
+from grpo_kernels.recorder.files import write_step
 vectors = torch.randn(500, 30)
 step = StepGradients(vectors @ vectors.T, torch.arange(500) // 2, torch.rand(500), None, 2)
 for number in range(100000):

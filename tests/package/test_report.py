@@ -9,7 +9,7 @@ from harness import reward_with_dead, train
 from markupsafe import Markup
 from run_folders import change_config, copy, gradients, log_of, metrics, page_of
 
-from trl_ext.recorder.files import StepExtras, write_step
+from grpo_kernels.recorder.files import StepExtras, write_step
 from trl_ext.report.charts import curves_of_a_run, sigma_and_curvature, without_outliers
 from trl_ext.report.command import main
 from trl_ext.report.first_screen import FirstScreen

@@ -10,7 +10,7 @@ import pytest
 from harness import prompts, question, reward_with_dead, train
 from run_folders import change_config, copy, gradients, log_of, metrics, page_of
 
-from trl_ext.recorder.files import read_interference, write_step
+from grpo_kernels.recorder.files import read_interference, write_step
 from trl_ext.report.charts import curves_of_a_run
 from trl_ext.report.command import main
 from trl_ext.report.completions import read_completions, rows_of

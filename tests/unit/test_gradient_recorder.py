@@ -1,10 +1,14 @@
 """GradientRecorder in a training loop of plain torch, against gradients taken one sequence at a time."""
 
+import logging
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from grpo_kernels.interference import GradientRecorder
+from grpo_kernels import GradientRecorder
+from grpo_kernels.recorder.files import read_interference
 
 
 class Regression(nn.Module):
@@ -19,69 +23,269 @@ class Regression(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-PROMPT_B = torch.tensor([3, 3, 8, 8, 5, 5])
+GROUP_B = torch.tensor([30, 30, -8, -8, 5, 5])
+REWARD_B = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.5])
+ADVANTAGE_B = torch.tensor([-1.0, 1.0, 0.5, 0.25, -0.5, 0.5])
+X = torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(1))
 
 
-def recorded_step(dim):
-    """Two micro-batches of one optimizer step; and the inner products of gradients taken one by one."""
-    model, x = Regression(), torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(1))
-    recorder = GradientRecorder(model, dim)
-    with recorder.step(seed=7) as gradients:
+def loss_of(model, rows):
+    return (model(X[rows]).sin().sum((1, 2)) * ADVANTAGE_B[rows]).sum()
+
+
+def train_step(recorder, model, **columns):
+    """One step of two micro-batches."""
+    model.zero_grad()
+    with recorder.step():
         for rows in (slice(0, 4), slice(4, 6)):
-            with gradients.rows(PROMPT_B[rows]):
-                model(x[rows]).sin().sum().backward()
-        with pytest.raises(ValueError, match="the step is still open"):
-            gradients.inner_products()
-    wrong = gradients.check_gradients()
-    own = []
-    for row in x:
+            own = {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in columns.items()}
+            recorder.rows(GROUP_B[rows], REWARD_B[rows], ADVANTAGE_B[rows], **own)
+            loss_of(model, rows).backward()
+    return recorder.metrics()
+
+
+def separate(model):
+    """(B, parameters) float64: the gradient of each sequence, by a backward of its own."""
+    found = []
+    for row in range(6):
         model.zero_grad()
-        model(row[None]).sin().sum().backward()
-        own.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    own = torch.stack(own).double()
-    return model, gradients, wrong, own @ own.T
+        loss_of(model, slice(row, row + 1)).backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    return torch.stack(found).double()
 
 
-def test_inner_products_are_those_of_separate_backward_passes():
-    model, gradients, wrong, expected = recorded_step(dim=0)
-    torch.testing.assert_close(gradients.inner_products(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(gradients.prompt_ids, PROMPT_B) and not wrong and gradients.sketch_rmse() == 0.0
+def test_inner_products_are_those_of_one_backward_for_each_prompt():
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    metrics = train_step(recorder, model)
+    groups, gram_PP = recorder.inner_products()
+    assert groups.tolist() == [-8, 5, 30]
+    of_prompt = torch.stack([separate(model)[GROUP_B == group].sum(0) for group in groups])
+    torch.testing.assert_close(gram_PP, of_prompt @ of_prompt.T, rtol=1e-5, atol=1e-6)
+    assert metrics["interference/coverage"] == 1.0
+    assert metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-5)
+    assert metrics["interference/live_prompts"] == 3
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_sketch_has_inner_products_within_its_predicted_error():
-    _, gradients, wrong, expected = recorded_step(dim=32)
-    sums = torch.stack([(PROMPT_B == prompt).double() for prompt in (3, 5, 8)])
+def test_a_sketch_has_cosines_within_its_predicted_error():
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=32)
+    rmse = train_step(recorder, model)["interference/sketch_rmse"]
+    groups, gram_PP = recorder.inner_products()
+    of_prompt = torch.stack([separate(model)[GROUP_B == group].sum(0) for group in groups])
 
-    def cosines(gram_BB):
-        gram_PP = sums @ gram_BB @ sums.T
+    def cosines(gram_PP):
         return gram_PP / gram_PP.diagonal().sqrt() / gram_PP.diagonal().sqrt()[:, None]
 
-    error = (cosines(gradients.inner_products()) - cosines(expected)).abs().max()
-    assert not wrong and 0 < gradients.sketch_rmse() < 0.1 and float(error) < 5 * gradients.sketch_rmse() + 0.05
+    error = float((cosines(gram_PP) - cosines(of_prompt @ of_prompt.T)).abs().max())
+    assert 0 < rmse < 0.1 and error < 5 * rmse + 0.05
 
 
-def test_metrics_of_a_step():
-    _, gradients, _, expected = recorded_step(dim=0)
-    metrics = gradients.metrics(torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.5]))
-    groups = gradients.by_prompt(torch.zeros(6))
-    assert metrics["interference/live_prompts"] == 3
-    assert float(groups.gram_PP.sum()) == pytest.approx(float(expected.sum()), rel=1e-5)
+def test_every_nth_step_is_logged_and_a_resumed_run_goes_on():
+    model = Regression()
+    recorder = GradientRecorder(model, every=2, dim=8)
+    assert [bool(train_step(recorder, model)) for _ in range(3)] == [True, False, True]
+    resumed = GradientRecorder(model, every=2, dim=8)
+    resumed.load_state_dict(recorder.state_dict())
+    found = [train_step(one, model) for one in (recorder, resumed) for _ in range(2)]
+    assert found[0] == found[2] == {} and found[1] == found[3] != {}
+    assert resumed.state_dict() == recorder.state_dict()
 
 
-def test_a_parameter_that_no_tap_records_is_named():
-    model, x = Regression(), torch.randn(2, 4, 6)
-    recorder = GradientRecorder(model, dim=8)
-    with recorder.step(seed=0) as gradients, gradients.rows(torch.tensor([0, 1])):
-        hidden = nn.functional.linear(x, model.first.weight, model.first.bias)  # past the layer's forward
-        model.second(hidden).sum().backward()
-    assert set(gradients.check_gradients()) == {"first.weight", "first.bias"}
+def test_the_file_holds_the_step(tmp_path):
+    model = Regression()
+    recorder = GradientRecorder(model, every=2, dim=0)
+    for _ in range(3):
+        train_step(recorder, model)
+        recorder.save(tmp_path, {30: "thirty"})
+    records = read_interference(tmp_path)
+    assert [record.step for record in records] == [1, 3]
+    last = records[-1]
+    own = separate(model)
+    assert last.prompt_key_P.tolist() == [-8, 5, 30] and last.prompt_text_P == ["", "", "thirty"]
+    torch.testing.assert_close(torch.from_numpy(last.gram_BB).double(), own @ own.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(last.reward_B).float(), REWARD_B)
+    assert last.sigma_P.tolist() == pytest.approx([0.0, 0.25, 0.5]) and last.metrics == recorder.metrics()
 
 
-@pytest.mark.parametrize("seed", ["3", 1.5, True])
-def test_a_seed_that_is_no_whole_number_is_named(seed):
-    with (
-        pytest.raises(ValueError, match=f"seed={seed!r} must be a whole number"),
-        GradientRecorder(Regression()).step(seed),
-    ):
+def test_coefficients_bring_what_needs_scores():
+    """Here u_i = A_i s_i, as the loss is linear in the advantage."""
+    model = Regression()
+    without = train_step(GradientRecorder(model, every=1, dim=0), model)
+    metrics = train_step(GradientRecorder(model, every=1, dim=0), model, coefficients=ADVANTAGE_B)
+    needs_scores = ("what_if/", "curvature/fisher")
+    assert not [name for name in without if name.startswith(needs_scores)]
+    assert metrics["curvature/fisher_trace_mean"] > 0
+    own = separate(model)
+    raw = torch.tensor([-0.5, 0.5, 0.0, 0.0, -0.25, 0.25]).double()  # rewards less their mean
+    other = (own * (raw / ADVANTAGE_B)[:, None]).sum(0)
+    cos = float(torch.nn.functional.cosine_similarity(-other, own.sum(0), dim=0))
+    assert abs(metrics["what_if/mean/cos"]) == pytest.approx(abs(cos), abs=1e-4)
+
+
+def test_a_partial_group_is_left_out_of_group_statistics(tmp_path):
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    size = torch.tensor([2, 2, 2, 2, 4, 4])
+    metrics = train_step(recorder, model, group_size=size, coefficients=ADVANTAGE_B)
+    recorder.save(tmp_path)
+    record = read_interference(tmp_path)[0]
+    assert metrics["interference/partial_groups"] == 1 and metrics["interference/live_prompts"] == 3
+    assert not any(name.startswith(("what_if/", "noise/")) for name in metrics)
+    assert math.isnan(record.sigma_P[1]) and record.sigma_P[2] == pytest.approx(0.5)
+    assert recorder.statistics.speedup.value() is None
+
+
+def test_packed_rows_are_as_rows_of_their_own():
+    """By cu_seqlens, and by a table with padding; a model without attention sees no difference."""
+    model = Regression()
+    lengths = [4, 1, 3, 2, 4, 4]
+    row = torch.cat([one[:n] for one, n in zip(X, lengths, strict=True)])[None]
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    segment_1T = torch.arange(6).repeat_interleave(torch.tensor(lengths))[None]
+    padded = torch.cat([row, torch.ones(1, 3, 6)], 1)
+    table = torch.nn.functional.pad(segment_1T, (0, 3), value=-1)
+    separate_rows = []
+    for number in range(6):
+        model.zero_grad()
+        (model(row[:, segment_1T[0] == number]).sin().sum() * ADVANTAGE_B[number]).backward()
+        separate_rows.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
+    of_prompt = torch.stack([torch.stack(separate_rows)[GROUP_B == group].sum(0) for group in (-8, 5, 30)])
+    listed = torch.stack([table, torch.full_like(table, -1)], 2)
+    for x, given in ((row, {"cu_seqlens": borders}), (padded, {"segments": table}), (padded, {"segments": listed})):
+        recorder = GradientRecorder(model, every=1, dim=0)
+        model.zero_grad()
+        with recorder.step():
+            recorder.rows(GROUP_B, REWARD_B, ADVANTAGE_B, **given)
+            weight = ADVANTAGE_B[segment_1T[0]]
+            (model(x)[0, : len(weight)].sin().sum(1) * weight).sum().backward()
+        torch.testing.assert_close(recorder.inner_products()[1], of_prompt @ of_prompt.T, rtol=1e-5, atol=1e-6)
+        assert recorder.metrics()["interference/sketch_check"] == pytest.approx(1, abs=1e-5)
+
+
+SHARED = torch.tensor([[[0, 1], [0, -1], [1, -1]]])
+TWO = ([1, 2], [0.0, 1.0], [1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "message"),
+    [
+        (TWO, {"segments": SHARED}, "a prefix that several answers share is the sum of theirs"),
+        (TWO, {"segments": torch.tensor([[0, 2]])}, r"segments must hold values in \[-1, 2\)"),
+        (TWO, {"cu_seqlens": [0, 3]}, r"cu_seqlens=\[0, 3\] must rise from 0 to the row's length, in 3 numbers"),
+        (TWO, {"cu_seqlens": [0, 3, 3]}, "must rise from 0"),
+        (TWO, {"cu_seqlens": [0, 1, 2], "segments": SHARED}, "pass one of them"),
+        (([1.0, 2.0], *TWO[1:]), {}, "group_ids must be whole numbers"),
+        ((TWO[0], [0.0], TWO[2]), {}, r"rewards has shape \(1,\): expected \(2,\)"),
+        (TWO, {"coefficients": [1.0]}, r"coefficients has shape \(1,\)"),
+        (TWO, {"group_size": [1, 2, 3]}, "group_size must be a whole number, or one for each"),
+    ],
+)
+def test_wrong_rows_are_named_in_the_first_step(rows, given, message):
+    model = Regression()
+    recorder = GradientRecorder(model, every=2)
+    with pytest.raises(ValueError, match=message), recorder.step():
+        recorder.rows(*rows, **given)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"every": 1.5}, {"dim": -1}, {"layers": ["x"]}, {"skip": ["x"]}])
+def test_wrong_options_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        GradientRecorder(Regression(), **options)
+
+
+def test_rows_and_steps_out_of_order_are_named():
+    recorder = GradientRecorder(Regression())
+    with pytest.raises(ValueError, match="rows needs an open step"):
+        recorder.rows(*TWO)
+    with recorder.step(), pytest.raises(ValueError, match="can't be nested"), recorder.step():
         pass
+
+
+def test_a_wrong_gradient_is_named_and_left_out(caplog):
+    """A weight that is used without its layer's forward. The step that finds it isn't logged; the next one is."""
+
+    class Around(Regression):
+        def forward(self, x):
+            hidden = super().forward(x)
+            return hidden + nn.functional.linear(x, self.first.weight)[..., :2]
+
+    model = Around()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    assert train_step(recorder, model) == {}
+    assert "excludes 1 parameters whose sum over sequences isn't their gradient" in caplog.text
+    assert "first.weight" in caplog.text and "optimizer step 1 isn't logged" in caplog.text
+    metrics = train_step(recorder, model)
+    assert metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-5)
+    assert 0 < metrics["interference/coverage"] < 1
+
+
+def test_a_skipped_parameter_is_named_and_not_recorded(caplog):
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0, skip=["first.weight"])
+    metrics = train_step(recorder, model)
+    assert "doesn't record 1 of 4 trainable tensors: first.weight" in caplog.text
+    squares = {name: float(parameter.grad.square().sum()) for name, parameter in model.named_parameters()}
+    assert metrics["interference/coverage"] == pytest.approx(1 - squares["first.weight"] / sum(squares.values()))
+
+
+def test_a_gradient_left_from_an_earlier_step_ends_the_logging(caplog):
+    model = Regression()
+    loss_of(model, slice(0, 2)).backward()
+    recorder = GradientRecorder(model, every=1)
+    with recorder.step():
+        recorder.rows(GROUP_B, REWARD_B, ADVANTAGE_B)
+        loss_of(model, slice(0, 6)).backward()
+    assert recorder.metrics() == {} and "call optimizer.zero_grad() first" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "grpo_kernels.interference.gradient_sketch.GradientSketch.open",
+        "grpo_kernels.interference.gradient_sketch.GradientSketch.set_rows",
+        "grpo_kernels.interference.gradient_sketch.GradientSketch.take",
+        "grpo_kernels.interference.gradient_sketch.tap",
+        "grpo_kernels.interference.layer_sums.LayerSums._linears",
+        "grpo_kernels.recorder.gradient_recorder.check_layers",
+        "grpo_kernels.recorder.gradient_recorder.number_groups",
+        "grpo_kernels.recorder.gradient_recorder.measure",
+        "grpo_kernels.recorder.gradient_recorder.write_step",
+        "grpo_kernels.recorder.what_if_log.gradient_noise",
+    ],
+)
+def test_a_failure_never_stops_training(place, monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+
+    def broken(*args, **kwargs):
+        raise MemoryError("the recorder is broken")
+
+    def trained():
+        model = Regression()
+        recorder = GradientRecorder(model, every=1, dim=8)
+        for _ in range(3):
+            train_step(recorder, model, coefficients=ADVANTAGE_B)
+            recorder.save(tmp_path)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.01 * parameter.grad
+        return model.state_dict()
+
+    expected = trained()
+    monkeypatch.setattr(place, broken)
+    found = trained()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert caplog.text.count("the recorder is broken") >= 1
+    assert caplog.text.count("isn't logged from here on") <= 1
+
+
+def test_an_error_of_the_loop_passes_through_and_leaves_no_hook():
+    model = Regression()
+    recorder = GradientRecorder(model, every=1)
+    with pytest.raises(ZeroDivisionError), recorder.step():
+        recorder.rows(GROUP_B, REWARD_B, ADVANTAGE_B)
+        _ = 1 / 0
+    assert not any(module._forward_hooks for module in model.modules())
+    assert train_step(recorder, model)

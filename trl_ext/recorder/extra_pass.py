@@ -14,12 +14,13 @@ import torch
 from accelerate.utils import DistributedType
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.recorder.failures import OptionalFeature
+from grpo_kernels.recorder.sequence_table import SequenceTable
 from trl_ext.compat import LossSettings, RunSettings
 from trl_ext.schema import Sequences
 
+from .batch_table import table_of_batch
 from .coefficients import sequence_coefficients
-from .failures import OptionalFeature
-from .sequence_table import SequenceTable
 
 UNTESTED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 
@@ -52,7 +53,7 @@ class ExtraPass:
             at_one = batch.with_columns(advantages=torch.ones_like(batch.advantages))
             coefficient_B = sequence_coefficients(at_one, settings, accumulation)
             if coefficient_B is not None:
-                self._kept.append((batch, SequenceTable.of_batch(batch, first_prompt, coefficient_B)))
+                self._kept.append((batch, table_of_batch(batch, first_prompt, coefficient_B)))
 
     def run_passes(self, sketch: GradientSketch, loss_scale: float) -> SequenceTable | None:
         """Adds the collected sequences to the sketch, and returns them; None if there are none."""

@@ -1,93 +1,33 @@
-"""Reads the gradients that the optimizer is about to use, for each training engine.
+"""Reads the gradients that DeepSpeed's optimizer is about to use.
 
-With one rank and DDP they are in ``.grad``. With FSDP2 ``.grad`` is a DTensor, of which each rank has a shard.
-DeepSpeed's ZeRO keeps them in the optimizer and frees them in its step, which runs inside the last backward, so they
-are read just before it.
+ZeRO keeps them in the optimizer and frees them in its step, which runs inside the last backward, so they are read just
+before it. Other engines leave them in ``.grad`` (``grpo_kernels/recorder/gradients.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor, Shard
 
-from grpo_kernels.interference.tap_check import GradientShard
-
-from .collectives import Collectives
+from grpo_kernels.recorder.gradients import FullGradient
 
 
-class GradientShards(Sequence[GradientShard | None]):
-    """This rank's shard of each parameter's gradient; None for a parameter without a gradient.
+def full_gradient_of(accelerator: Accelerator) -> FullGradient | None:
+    """Returns the function that gathers a parameter's gradient from ZeRO; None without DeepSpeed."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return None
 
-    FSDP2's row shards are used as they are. ZeRO's gradients, and DTensors that aren't sharded by rows, are gathered
-    one at a time. That is a collective, so every rank must read the same entries in the same order.
-    """
+    def full_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        from deepspeed.utils import safe_get_full_grad
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], collectives: Collectives) -> None:
-        self.parameters, self._collectives, self.processes = parameters, collectives, collectives.processes
-        self._zero = collectives.accelerator.distributed_type == DistributedType.DEEPSPEED
+        return safe_get_full_grad(parameter)
 
-    def __len__(self) -> int:
-        return len(self.parameters)
-
-    def __getitem__(self, number: Any) -> Any:
-        parameter = self.parameters[number]
-        gradient: Any = parameter.grad
-        if self._zero:
-            from deepspeed.utils import safe_get_full_grad
-
-            self._collectives.agree()
-            gradient = safe_get_full_grad(parameter)
-        if gradient is None:
-            return None
-        if not isinstance(gradient, DTensor):
-            return GradientShard(gradient, copies=self.processes)
-        shard = first_row_of(gradient)
-        if shard is None:
-            self._collectives.agree()
-            return GradientShard(gradient.full_tensor(), copies=self.processes)
-        first_row, shards = shard
-        return GradientShard(gradient.to_local(), first_row, self.processes // shards)
-
-    def squared_norms(self) -> list[float]:
-        """Returns the squared norm of each parameter's gradient, 0.0 without one, with a single all-reduce.
-
-        It computes norms of rows first, which copies no gradient and keeps float32 sums short.
-        """
-        device = self._collectives.accelerator.device
-        squares = []
-        for part in self:
-            if part is None or not part.rows.numel():
-                squares.append(torch.zeros((), dtype=torch.float64, device=device))
-                continue
-            norms = torch.linalg.vector_norm(part.rows.detach(), dim=-1, dtype=torch.float32)
-            squares.append(norms.double().square().sum().to(device) / part.copies)
-        return self._collectives.sum(torch.stack(squares)).tolist()
-
-
-def first_row_of(gradient: DTensor) -> tuple[int, int] | None:
-    """Returns this rank's first row and the number of shards; None if the gradient isn't sharded by rows only.
-
-    Rows are distributed as by ``torch.chunk``: equally, with fewer or none in the last shards.
-    """
-    first, shards = 0, 1
-    for dim, placement in enumerate(gradient.placements):
-        if placement.is_replicate():
-            continue
-        if type(placement) is not Shard or placement.dim != 0 or shards > 1:
-            return None
-        shards = gradient.device_mesh.size(dim)
-        each = -(-gradient.shape[0] // shards)
-        first = min(each * gradient.device_mesh.get_local_rank(dim), gradient.shape[0])
-        held = min(each, gradient.shape[0] - first)
-        if gradient.to_local().shape[0] != held:
-            raise ValueError(f"this rank has {gradient.to_local().shape[0]} rows of a gradient: expected {held}")
-    return first, shards
+    return full_gradient
 
 
 @contextmanager

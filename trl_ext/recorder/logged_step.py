@@ -12,14 +12,15 @@ import torch
 
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.inner_products import squared_norms
+from grpo_kernels.recorder.layer_check import LayerCheck
+from grpo_kernels.recorder.measure import RecordedStep
+from grpo_kernels.recorder.sequence_table import SequenceTable
 from trl_ext.compat import LossSettings, RunSettings, StepPosition
 from trl_ext.schema import Sequences
 
+from .batch_table import table_of_batch, table_of_skipped
 from .coefficients import sequence_coefficients
 from .extra_pass import ExtraPass, place_scores
-from .layer_check import LayerCheck
-from .measure import RecordedStep
-from .sequence_table import SequenceTable
 
 
 def loss_scale(accelerator: Any) -> float:
@@ -60,9 +61,9 @@ class LoggedStep:
     ) -> None:
         """Adds a micro-batch's sequences, and the sequences that the plan skips."""
         coefficient_B = sequence_coefficients(batch, settings, accumulation)
-        self.sequences.append(SequenceTable.of_batch(batch, first_prompt, coefficient_B))
+        self.sequences.append(table_of_batch(batch, first_prompt, coefficient_B))
         if skipped is not None:
-            self.skipped.append(SequenceTable.of_skipped(skipped, first_prompt))
+            self.skipped.append(table_of_skipped(skipped, first_prompt))
 
     def take(
         self, sketch: GradientSketch, features_PH: torch.Tensor | None, extra_pass: ExtraPass, run: RunSettings

@@ -5,11 +5,11 @@ A logged step goes through these states::
     closed --begin--> open --rows--> recording --end of micro-batch--> open --last micro-batch--> measured --> closed
 
 open, recording    taps record each sequence's gradient         grpo_kernels/interference/gradient_sketch.py
-measured           inner products and metrics over all ranks    measure.py
-closed             logged, and written to a file                files.py
+measured           inner products and metrics over all ranks    grpo_kernels/recorder/measure.py
+closed             logged, and written to a file                grpo_kernels/recorder/files.py
 
-An error of the recorder never ends training. An error between two collectives is stored (``guarded``), because the
-other ranks continue to the end of the step. An error in collective work fails on all ranks (``Collectives.attempt``).
+An error of the recorder never ends training. An error between two collectives is kept (``FailureBoundary``), because
+the other ranks continue to the end of the step. An error in collective work fails on all ranks.
 In both cases all ranks switch the recorder off at the end of the step, and log one reason. What-if, the extra pass and
 the files are each an ``OptionalFeature``, which is switched off alone.
 """
@@ -26,22 +26,24 @@ from accelerate.logging import get_logger
 
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.recorder.collectives import Collectives
+from grpo_kernels.recorder.failures import FailureBoundary, OptionalFeature, describe_error
+from grpo_kernels.recorder.files import StepExtras, write_step
+from grpo_kernels.recorder.layer_check import check_layers, log_excluded
+from grpo_kernels.recorder.measure import MeasuredStep, check_shapes, measure
+from grpo_kernels.recorder.run_statistics import RunState, RunStatistics
+from grpo_kernels.recorder.what_if_log import WhatIfLog
 from trl_ext.advantages.normalizer import UsedNormalization
 from trl_ext.compat import LossSettings, RunSettings, StepPosition
 from trl_ext.probe_model import why_rows_mix
 from trl_ext.schema import Sequences
 
-from .collectives import Collectives, OtherRankFailedError
 from .extra_pass import ExtraPass
-from .failures import OptionalFeature, describe_error
-from .files import StepExtras, write_step
-from .gradients import before_deepspeed_steps
-from .layer_check import check_layers, log_excluded, probe_layers
+from .gradients import before_deepspeed_steps, full_gradient_of
+from .layer_check import probe_layers
 from .logged_step import LoggedStep, loss_scale
-from .measure import MeasuredStep, check_shapes, measure
 from .prompt_features import PromptFeatures
-from .run_statistics import RunState, RunStatistics
-from .what_if import WhatIfLog
+from .what_if import compared_with
 
 logger = get_logger(__name__)
 T = TypeVar("T")
@@ -89,16 +91,23 @@ class InterferenceRecorder:
         score: Callable[[Sequences], torch.Tensor],
     ) -> None:
         self.run, self.accelerator, self.observer, self._used = run, run.accelerator, observer, used
-        self._collectives = Collectives(run.accelerator)
+        self._collectives = Collectives(
+            run.accelerator.device, run.accelerator.num_processes, run.accelerator.process_index
+        )
         self._state = State.CLOSED if run.options.interference_every else State.OFF
         self._step: LoggedStep | None = None
-        self._failure: str | None = None  # this rank's error, which the next _attempt reports
+        self._failures = FailureBoundary(self._mute)
         self._model = model
         self.sketch: GradientSketch | None = None
         self._features: PromptFeatures | None = None
         self.statistics = RunStatistics()
         self._last_generation = -1  # of the last measured step
-        self._what_if = WhatIfLog(run, used, self._collectives.attempt)
+        self._what_if = WhatIfLog(
+            lambda: compared_with(run, used()),
+            self._collectives.attempt,
+            run.log_once,
+            on=run.options.what_if != [],
+        )
         self._extra_pass = ExtraPass(run, score)
         self._files = OptionalFeature("Interference is logged without its files")
         self._prompt_texts: dict[int, str] = {}  # by prompt key
@@ -156,41 +165,26 @@ class InterferenceRecorder:
 
     # ---- failures
 
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Stores an error until the end of the next logged step, when all ranks switch the recorder off."""
-        try:
-            yield
-        except Exception as error:
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        self._failure = self._failure or describe_error(error)
+    def _mute(self) -> None:
         if self.sketch is not None:
             self.sketch.mute()
 
     def _attempt(self, work: Callable[[LoggedStep, GradientSketch], T]) -> T | None:
         """Runs collective work on the open step; returns None if it failed on any rank."""
 
-        def checked_work() -> T:
-            if self._failure is not None or self._step is None or self.sketch is None:
-                raise RuntimeError(self._failure)
+        def on_step() -> T:
+            if self._step is None or self.sketch is None:
+                raise RuntimeError("no step is open")
             return work(self._step, self.sketch)
 
-        try:
-            return self._collectives.attempt(checked_work)
-        except OtherRankFailedError as error:
-            self._failure = self._failure or str(error)
-        except Exception as error:
-            self._failure = self._failure or describe_error(error)
-        return None
+        return self._failures.attempt(self._collectives, on_step)
 
     # ---- in each micro-batch of a logged step
 
     def observe_rewards(self, rewards_PG: torch.Tensor) -> None:
         """Adds a generation batch of all ranks, before dead prompts are replaced, to the constant C."""
         if self._state is not State.OFF:
-            with self.guarded():
+            with self._failures.guarded():
                 self.statistics.observe_rewards(rewards_PG)
 
     def set_prompts(
@@ -202,7 +196,7 @@ class InterferenceRecorder:
         """
         if self._state is State.OFF:
             return
-        with self.guarded():
+        with self._failures.guarded():
             texts, tasks = texts_and_tasks()
             self._prompt_texts = {**({} if first else self._prompt_texts), **texts}
             self._prompt_tasks = {**({} if first else self._prompt_tasks), **tasks}
@@ -236,8 +230,8 @@ class InterferenceRecorder:
         self._state, step = State.OPEN, position.optimizer_step
         generation = position.micro_batch // position.steps_per_generation
         self._step = LoggedStep(step + 1, position.micro_batch, generation, position.iteration)
-        if self._failure is None:  # of an earlier step
-            with self.guarded():
+        if self._failures.reason is None:  # of an earlier step
+            with self._failures.guarded():
                 self._open_taps(model, step)
 
     def _open_taps(self, model: torch.nn.Module, step: int) -> None:
@@ -254,7 +248,7 @@ class InterferenceRecorder:
                 by_part=options.interference_parts,
                 on_error=self._layer_failed,
             )
-            self._features = PromptFeatures(model, on_error=self._fail)
+            self._features = PromptFeatures(model, on_error=self._failures.add)
             probe_layers(self.sketch, model, self.accelerator, self.run.log_once)
         self.sketch.open(self.run.seed * 1_000_003 + step)
 
@@ -279,9 +273,9 @@ class InterferenceRecorder:
             dead: returns the sequences of advantage 0 as batches, for ``what_if_dead``.
         """
         step, sketch, features = self._step, self.sketch, self._features
-        if step is None or self._failure is not None or sketch is None or features is None:
+        if step is None or self._failures.reason is not None or sketch is None or features is None:
             return
-        with self.guarded():
+        with self._failures.guarded():
             first = step.first_prompt(position, self.run.prompts_per_generation)
             sketch.set_rows(batch.prompt_id + first)
             features.set_rows(batch.prompt_mask, batch.prompt_id + first)
@@ -294,16 +288,16 @@ class InterferenceRecorder:
         self, head: torch.nn.Module, hidden_NH: torch.Tensor, sequence_N: torch.Tensor
     ) -> HeadSketch | None:
         """Returns the fused head's argument ``head_sketch``, in place of a tap; None if this step isn't logged."""
-        if self._step is None or self._failure is not None or self.sketch is None:
+        if self._step is None or self._failures.reason is not None or self.sketch is None:
             return None
-        with self.guarded():
+        with self._failures.guarded():
             return self.sketch.head_sketch(head, hidden_NH, sequence_N)
         return None
 
     def _end_rows(self) -> None:
         """recording -> open."""
         recording, self._state = self._state is State.RECORDING, State.OPEN
-        with self.guarded():
+        with self._failures.guarded():
             if self.sketch is not None:
                 self.sketch.end_rows()
             if self._features is not None and recording:
@@ -317,8 +311,8 @@ class InterferenceRecorder:
         if found is not None:
             self._state = State.MEASURED
             self._attempt(lambda step, sketch: self._report(step, sketch, found, some_skipped=some_skipped))
-        if self._failure is not None:
-            self.stop(self._failure)
+        if self._failures.reason is not None:
+            self.stop(self._failures.reason)
         self.abandon()
 
     def _check_early(self) -> None:
@@ -326,14 +320,14 @@ class InterferenceRecorder:
         self._attempt(self._check)
 
     def _check(self, step: LoggedStep, sketch: GradientSketch) -> None:
-        step.check = check_layers(sketch, self._model, self._collectives)
+        step.check = check_layers(sketch, self._model, self._collectives, full_gradient_of(self.accelerator))
 
     def _measure(self, step: LoggedStep, sketch: GradientSketch) -> MeasuredStep | None:
         """Measures the step over all ranks; returns None if its sketches contain wrong sums."""
         assert self._features is not None
         features_PH = self._features.take()
         recorded = step.take(sketch, features_PH, self._extra_pass, self.run)
-        check_shapes(recorded, self._collectives)
+        counts = check_shapes(recorded, self._collectives)
         if step.check is None:
             self._check(step, sketch)
         assert step.check is not None
@@ -342,7 +336,15 @@ class InterferenceRecorder:
             self.run.log_once(f"Interference of optimizer step {step.number} isn't logged.")
             return None
         size = self._used().baseline_size
-        return measure(recorded, self._collectives, self.run, size, self._what_if.observe, tasks=self._prompt_tasks)
+        return measure(
+            recorded,
+            self._collectives,
+            counts,
+            size,
+            self._what_if.observe,
+            tasks=self._prompt_tasks,
+            by_part=self.run.options.interference_parts,
+        )
 
     def _report(self, step: LoggedStep, sketch: GradientSketch, found: MeasuredStep, *, some_skipped: bool) -> None:
         """Logs a measured step, passes curvatures to the observer, and writes the step's file."""

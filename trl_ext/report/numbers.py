@@ -20,7 +20,7 @@ import torch
 from grpo_kernels.interference.curvature import directional_curvature
 from grpo_kernels.interference.model_parts import PARTS_OF_MODEL
 from grpo_kernels.interference.step_gradients import StepGradients
-from trl_ext.recorder.files import InterferenceRecord
+from grpo_kernels.recorder.files import InterferenceRecord
 
 from .by_task import TaskTable, tasks
 from .completions import SampledAnswer, read_completions

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl_ext.recorder.files import FOLDER, InterferenceRecord, read_interference
+from grpo_kernels.recorder.files import FOLDER, InterferenceRecord, read_interference
 
 from .foreign import ForeignLog, find_logs, read_file
 from .foreign.tensorboard import run_name

@@ -16,11 +16,11 @@ import torch
 from grpo_kernels.interference.noise import advised_generations, gradient_noise
 from grpo_kernels.interference.what_if import Candidate, StepScores, candidates
 from grpo_kernels.normalize.methods import METHODS
+from grpo_kernels.recorder.files import InterferenceRecord
+from grpo_kernels.recorder.sequence_table import SequenceTable
+from grpo_kernels.recorder.tasks import Tasks
+from grpo_kernels.recorder.what_if_step import SHARED, STATELESS, as_plain, step_scores, step_table
 from trl_ext.options import SCALE_REWARDS_METHOD
-from trl_ext.recorder.files import InterferenceRecord
-from trl_ext.recorder.sequence_table import SequenceTable
-from trl_ext.recorder.task_interference import Tasks
-from trl_ext.recorder.what_if import SHARED, STATELESS, as_plain, step_scores, step_table
 
 from .read_run import Run
 from .run_files import Configuration
@@ -43,7 +43,7 @@ class StepRow(TypedDict):
 
 
 class StepTable(TypedDict):
-    """One step's comparison, as ``recorder.what_if.as_plain`` makes it and files keep it. ``mutual`` and ``factors``:
+    """One step's comparison, as ``what_if_step.as_plain`` makes it and files keep it. ``mutual`` and ``factors``:
     cosines and ratios of lengths of each two methods, in the order of ``rows``."""
 
     rows: dict[str, StepRow]

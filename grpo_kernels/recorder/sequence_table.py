@@ -3,20 +3,16 @@
 Shapes: B sequences of a micro-batch, of the step on this rank, or of all ranks; G completions of one prompt, F
 reward functions.
 
-Flow: TRL's dict -> ``of_batch`` -> ``join`` over the step's micro-batches -> ``pack``, a gather over ranks,
-``unpack`` -> ``measure.py`` and ``files.py``.
+Flow: a micro-batch's table -> ``join`` over the step's micro-batches -> ``pack``, a gather over ranks, ``unpack`` ->
+``measure.py`` and ``files.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:  # files are read without TRL
-    from trl_ext.schema import Sequences
 
 
 @dataclass(frozen=True)
@@ -49,31 +45,6 @@ class SequenceTable:
     coefficient: torch.Tensor | None
 
     @classmethod
-    def of_batch(cls, batch: Sequences, first_prompt: int, coefficient_B: torch.Tensor | None) -> SequenceTable:
-        """Makes the table of a batch, whose prompt ids are counted from ``first_prompt``."""
-        advantage_B = batch.advantages
-        if advantage_B.dim() != 1:
-            advantage_B = torch.full_like(advantage_B[:, 0], torch.nan)
-        return cls(
-            prompt_id=batch.prompt_id + first_prompt,
-            prompt_key=batch.prompt_key,
-            position=batch.group_position,
-            length=batch.generated,
-            advantage=advantage_B,
-            score_advantage=advantage_B,
-            weight=batch.token_weight,
-            group_rewards=batch.group_rewards,
-            function_rewards=batch.function_rewards,
-            square=torch.zeros_like(advantage_B, dtype=torch.float64),
-            coefficient=coefficient_B,
-        )
-
-    @classmethod
-    def of_skipped(cls, batch: Sequences, first_prompt: int) -> SequenceTable:
-        """Makes the table of sequences that don't run: their coefficient is 0."""
-        return cls.of_batch(batch, first_prompt, torch.zeros_like(batch.token_weight))
-
-    @classmethod
     def join(cls, tables: Sequence[SequenceTable]) -> SequenceTable:
         """Concatenates tables; coefficients are None if one table has none."""
         columns = {field.name: [getattr(table, field.name) for table in tables] for field in fields(cls)}
@@ -83,6 +54,12 @@ class SequenceTable:
 
     def __len__(self) -> int:
         return len(self.prompt_id)
+
+    def padded(self, count: int) -> SequenceTable:
+        """Returns the table with zeros appended up to ``count`` sequences."""
+        missing = count - len(self)
+        columns = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(self, **{n: torch.cat([v, v.new_zeros(missing, *v.shape[1:])]) for n, v in columns.items()})
 
     def cpu(self) -> SequenceTable:
         """Returns the table on the CPU."""

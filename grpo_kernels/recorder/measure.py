@@ -10,7 +10,7 @@ replicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,10 @@ from grpo_kernels.interference.metrics import interference_metrics, orthogonalit
 from grpo_kernels.interference.model_parts import part_metrics
 from grpo_kernels.interference.sketch_error import rmse_of_parts
 from grpo_kernels.interference.step_gradients import PromptGroups, StepGradients, group_by_prompt
-from trl_ext.compat import RunSettings
 
 from .collectives import Collectives, OtherRankFailedError
 from .sequence_table import SequenceTable
-from .task_interference import Tasks, interference_of_tasks
+from .tasks import Tasks, interference_of_tasks
 
 MAX_DENSE = 1024  # sequences whose Gram matrix is kept: 8 MB
 
@@ -50,20 +49,30 @@ class RecordedStep:
     sequences: SequenceTable
     features_PH: torch.Tensor | None
 
+    def pad(self, count: int) -> None:
+        """Appends zeros up to ``count`` sequences, which ``gather`` needs on every rank."""
+        if count > len(self.sequences):
+            zeros = self.sketch_BMN.new_zeros(count - len(self.sequences), *self.sketch_BMN.shape[1:])
+            self.sketch_BMN, self.sequences = torch.cat([self.sketch_BMN, zeros]), self.sequences.padded(count)
+
     def forget_sketch(self) -> None:
         """Frees the sketch, and keeps its shape."""
         self.sketch_BMN = self.sketch_BMN.new_empty(0, *self.sketch_BMN.shape[1:])
 
 
-def check_shapes(recorded: RecordedStep, collectives: Collectives) -> None:
-    """Raises ``OtherRankFailedError`` on all ranks if they recorded different shapes. A collective."""
+def check_shapes(recorded: RecordedStep, collectives: Collectives) -> list[int]:
+    """Returns each rank's number of sequences. A collective.
+
+    Raises ``OtherRankFailedError`` on all ranks if another dimension differs, or no rank has a sequence.
+    """
     sequences, features_PH = recorded.sequences, recorded.features_PH
     hidden = 0 if features_PH is None else features_PH.shape[1]
     widths = [sequences.group_rewards.shape[1], sequences.function_rewards.shape[1], hidden]
-    shape = torch.tensor([[*recorded.sketch_BMN.shape, *widths]], device=collectives.accelerator.device)
+    shape = torch.tensor([[*recorded.sketch_BMN.shape, *widths]], device=collectives.device)
     shapes = collectives.gather(shape)
-    if not (shapes == shapes[0]).all() or not len(sequences):
+    if not (shapes[:, 1:] == shapes[0, 1:]).all() or not shapes[:, 0].any():
         raise OtherRankFailedError
+    return shapes[:, 0].tolist()
 
 
 @dataclass(frozen=True)
@@ -106,27 +115,33 @@ class MeasuredStep:
 def measure(
     recorded: RecordedStep,
     collectives: Collectives,
-    run: RunSettings,
+    counts: Sequence[int],
     baseline_size: int,
     what_if: Callable[[Products, SequenceTable, Tasks], dict[str, float]],
     *,
     tasks: Mapping[int, str],
+    by_part: bool = False,
 ) -> MeasuredStep:
     """Measures a step. A collective.
 
     Args:
         recorded: this rank's step, whose sketch it frees.
         collectives: the ranks' collectives.
-        run: the run's settings.
+        counts: each rank's number of sequences, from ``check_shapes``.
         baseline_size: as in ``StepGradients``.
         what_if: returns the metrics of the comparison with other normalisations.
         tasks: the prompts' tasks, by prompt key.
+        by_part: whether to return metrics of each part of the model.
     """
+    recorded.pad(max(counts))
     packed_BN = collectives.gather(recorded.sequences.pack())
-    order_B = None
-    if len(packed_BN) > MAX_DENSE:  # sums over prompts are faster if each prompt's sequences are adjacent
-        order_B = (packed_BN[:, 0] * run.num_generations + packed_BN[:, 2]).argsort()
-        packed_BN = packed_BN[order_B]
+    order_B = None if min(counts) == max(counts) else real_rows(counts, packed_BN.device)
+    if sum(counts) > MAX_DENSE:  # sums over prompts are faster if each prompt's sequences are adjacent
+        kept_BN = packed_BN if order_B is None else packed_BN[order_B]
+        n_answers = recorded.sequences.group_rewards.shape[1]
+        sorted_B = (kept_BN[:, 0] * n_answers + kept_BN[:, 2]).argsort()
+        order_B = sorted_B if order_B is None else order_B[sorted_B]
+    packed_BN = packed_BN if order_B is None else packed_BN[order_B]
     sequences = recorded.sequences.unpack(packed_BN)
     prompt_P, row_B = sequences.prompt_id.unique(return_inverse=True)
     products = _products(recorded, sequences, order_B, row_B, len(prompt_P), collectives)
@@ -141,7 +156,7 @@ def measure(
     groups = group_by_prompt(step)
     features_PP = _features(recorded.features_PH, prompt_P, collectives)
     metrics = interference_metrics(groups, sketch_rmse=products.rmse, features_PP=features_PP)
-    if run.options.interference_parts:
+    if by_part:
         metrics |= part_metrics(products.grams_PP, products.rmse_by_part)
     of_tasks = Tasks.of(sequences, row_B, tasks)
     metrics |= interference_of_tasks(groups, of_tasks, products.rmse)
@@ -158,6 +173,12 @@ def measure(
     )
 
 
+def real_rows(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Returns the indices of the sequences among the gathered rows, which are padded to equal numbers."""
+    most = max(counts)
+    return torch.cat([torch.arange(count, device=device) + rank * most for rank, count in enumerate(counts)])
+
+
 def _products(
     recorded: RecordedStep,
     sequences: SequenceTable,
@@ -168,7 +189,9 @@ def _products(
 ) -> StepProducts:
     values_BK, first = collectives.columns(recorded.sketch_BMN.flatten(1))
     recorded.forget_sketch()
-    if order_B is not None:
+    if order_B is not None and len(order_B) < len(values_BK):
+        values_BK = values_BK[order_B]
+    elif order_B is not None:  # in place, to save memory
         for piece_Bk in values_BK.split(max(1, PIECE // (4 * len(values_BK))), dim=1):
             piece_Bk.copy_(piece_Bk[order_B])
     columns = ColumnProducts(values_BK, sequences.square, collectives.sum, first=first)
@@ -212,6 +235,6 @@ def _features(
         return None
     total_PH, count_P = totals_PH[ran_P, :-1], totals_PH[ran_P, -1]
     width = -(-total_PH.shape[1] // collectives.processes)  # each rank multiplies its share of the columns
-    own_PK = total_PH[:, width * collectives.accelerator.process_index :][:, :width].double()
+    own_PK = total_PH[:, width * collectives.rank :][:, :width].double()
     gram_PP = collectives.sum((own_PK @ own_PK.T).float()).double()
     return gram_PP / count_P[:, None] / count_P

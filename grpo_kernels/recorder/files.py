@@ -30,7 +30,7 @@ from grpo_kernels.interference.step_gradients import PromptGroups, StepGradients
 from .sequence_table import SequenceTable
 
 if TYPE_CHECKING:
-    from .what_if import WhatIfTable
+    from .what_if_step import WhatIfTable
 
 FOLDER = "interference"
 MAX_SEQUENCES = 512

@@ -10,7 +10,7 @@ Shapes: R ranks, B rows of this rank, K numbers of a row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,11 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 PIECE = 4 << 20  # bytes that a rank sends at once
+
+
+def is_main_process() -> bool:
+    """Returns whether this process logs and writes files: the first rank does, and a process without others."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 class OtherRankFailedError(Exception):
@@ -28,11 +33,19 @@ class OtherRankFailedError(Exception):
 
 
 class Collectives:
-    """The collectives of an ``Accelerator``'s ranks; with a single rank they return their argument."""
+    """The collectives of the default process group; with a single rank they return their argument.
 
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator, self.processes = accelerator, accelerator.num_processes
-        self._failed = torch.zeros(1, device=accelerator.device)  # allocated while there is memory
+    Args:
+        device: this rank's device, to which the tensors are moved.
+        processes, rank: the number of ranks and this one's; None: those of ``torch.distributed``, one without it.
+    """
+
+    def __init__(self, device: torch.device, processes: int | None = None, rank: int | None = None) -> None:
+        joined = dist.is_available() and dist.is_initialized()
+        self.device = device
+        self.processes = (dist.get_world_size() if joined else 1) if processes is None else processes
+        self.rank = (dist.get_rank() if joined else 0) if rank is None else rank
+        self._failed = torch.zeros(1, device=device)  # allocated while there is memory
 
     def _all_ok(self, ok: bool) -> bool:
         if self.processes == 1:
@@ -62,7 +75,7 @@ class Collectives:
         """Returns the sum over ranks; may change ``values`` in place."""
         if self.processes == 1:
             return values
-        values = values.to(self.accelerator.device).contiguous()
+        values = values.to(self.device).contiguous()
         self.agree()
         dist.all_reduce(values)
         return values
@@ -71,7 +84,7 @@ class Collectives:
         """Gathers (B, ...) to (R * B, ...); B must be the same on every rank."""
         if self.processes == 1:
             return values
-        values = values.to(self.accelerator.device).contiguous()
+        values = values.to(self.device).contiguous()
         gathered = values.new_empty(self.processes * len(values), *values.shape[1:])
         self.agree()
         dist.all_gather_into_tensor(gathered, values)
@@ -86,7 +99,7 @@ class Collectives:
         """
         if self.processes == 1:
             return values_BK, 0
-        values_BK = values_BK.to(self.accelerator.device)
+        values_BK = values_BK.to(self.device)
         n_rows, n_columns = values_BK.shape
         width = -(-n_columns // self.processes)
         received = values_BK.new_zeros(self.processes, n_rows, width)
@@ -101,4 +114,4 @@ class Collectives:
                 sent[process, : len(rows), : part.shape[1]] = part
             dist.all_to_all_single(arrived, sent)
             received[:, start : start + step] = arrived[:, : len(rows)]
-        return received.view(-1, width), width * self.accelerator.process_index
+        return received.view(-1, width), width * self.rank

@@ -1,0 +1,375 @@
+"""``GradientRecorder`` measures how the prompts' gradients interfere, in any PyTorch training loop.
+
+A logged step: ``step`` opens it, taps record each micro-batch's sequences after ``rows``, and at its end all ranks
+check the recorded sums against ``.grad``, exchange columns of the sketches, and compute the metrics.
+
+An error of the recorder never ends training. An error between two collectives is stored, because the other ranks
+continue to the end of the step; there, all ranks switch the recorder off, and the first logs one reason.
+
+Shapes: S sequences of a micro-batch, B of the step on this rank, P prompts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypedDict, TypeVar
+
+import torch
+from torch import nn
+
+from grpo_kernels.interference.gradient_sketch import GradientSketch
+from grpo_kernels.interference.inner_products import squared_norms
+from grpo_kernels.interference.layer_taps import parameter_kinds
+
+from .collectives import Collectives, is_main_process
+from .failures import FailureBoundary, OptionalFeature, describe_error
+from .files import StepExtras, write_step
+from .gradients import GradientShards
+from .layer_check import LayerCheck, check_layers, log_excluded
+from .measure import MeasuredStep, Products, RecordedStep, check_shapes, measure
+from .row_columns import RowColumns, Values, row_columns
+from .run_statistics import RunState, RunStatistics
+from .sequence_table import SequenceTable
+from .step_groups import StepGroups, number_groups
+from .tasks import Tasks
+from .what_if_log import ComparedWith, WhatIfLog, compared_methods
+from .what_if_step import WhatIfTable
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class RecorderState(TypedDict):
+    """``GradientRecorder.state_dict()``."""
+
+    number: int
+    statistics: RunState
+
+
+@dataclass
+class OpenStep:
+    """The open logged step on this rank: its micro-batches so far.
+
+    ``fresh``: whether its prompts weren't trained on in an earlier step.
+    """
+
+    fresh: bool
+    columns: list[RowColumns] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Logged:
+    """The latest step, if it was logged: what its file holds."""
+
+    number: int
+    found: MeasuredStep
+    groups: StepGroups
+    metrics: dict[str, float]
+    what_if: WhatIfTable | None
+
+
+class GradientRecorder:
+    """Records a small sketch of each sequence's gradient in every tenth optimizer step::
+
+        recorder = GradientRecorder(model, every=10)
+        with recorder.step():
+            for batch in micro_batches:
+                recorder.rows(batch["group_id"], batch["reward"], batch["advantage"])  # (S,) each
+                loss(model, batch).backward()
+        optimizer.step()
+        print(recorder.metrics().get("interference/cos_mean"))
+        recorder.save("runs/mine")  # python -m trl_ext report runs/mine
+
+    All passes after a ``rows`` and before the next belong to its sequences, so each backward runs before the next
+    ``rows``. ``.grad`` must be empty or 0 when a step opens, and unclipped when it closes: the recorder compares it
+    with what it recorded, and leaves out and names the parameters that differ. It adds hooks only while a logged step
+    is open, and changes no forward or backward value.
+
+    DDP and FSDP2 work if ``torch.distributed`` is initialised: every rank opens the same steps, and the figures are
+    those of all ranks. Gradient accumulation, activation checkpointing, LoRA and packed rows work. ``torch.compile`` of
+    the model doesn't, because a compiled module calls no hooks; the self-check finds that.
+
+    Args:
+        model: any torch module, wrapped in DDP or not.
+        every: optimizer steps from one logged step to the next; the first step is logged.
+        dim: k; a sketch has k * k numbers per sequence. 0: exact gradients, for small models.
+        layers: patterns (``fnmatch``) of layer names; None: every layer that can be recorded.
+        skip: names of parameters that are used without their layer's forward. They aren't recorded, and are named.
+        baseline_size: the rewards in the mean that is subtracted for an advantage, the own one included; 0: no such
+            mean. None: the largest group's.
+        seed: draws the random projections, with the step's number.
+        loss_scale: returns the current factor on the loss, such as a ``GradScaler``'s ``get_scale``.
+
+    Raises:
+        ValueError: ``every``, ``dim``, ``layers`` or ``skip`` is wrong, or no trainable layer can be recorded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 10,
+        *,
+        dim: int = 64,
+        layers: Sequence[str] | None = None,
+        skip: Sequence[str] = (),
+        baseline_size: int | None = None,
+        seed: int = 0,
+        loss_scale: Callable[[], float] = lambda: 1.0,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r} must be a whole number of steps, 1 or more")
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.every, self.dim, self.layers, self.skip = every, dim, layers, tuple(skip)
+        self.baseline_size, self.seed, self.loss_scale = baseline_size, seed, loss_scale
+        self.number = 0  # of the next step
+        self.statistics = RunStatistics()
+        self._new_sketch()  # raises ValueError; the sketch itself is built later: FSDP2 may replace the parameters
+        self._on, self._inside = True, False
+        self._sketch: GradientSketch | None = None
+        self._collectives: Collectives | None = None
+        self._step: OpenStep | None = None
+        self._failures = FailureBoundary(self._mute)
+        self._what_if = WhatIfLog(lambda: ComparedWith(compared_methods(None, {})), self._together, lambda *_: None)
+        self._files = OptionalFeature("Interference is logged without its files")
+        self._logged: Logged | None = None
+        self._said: set[str] = set()
+
+    # ---- one step
+
+    @contextmanager
+    def step(self, *, fresh: bool = True) -> Iterator[None]:
+        """Records the passes of one optimizer step, if its number is a multiple of ``every``.
+
+        ``fresh``: whether the step's prompts are a new draw, not those of an earlier step. Only then they count in
+        figures over several steps.
+        """
+        if self._inside:
+            raise ValueError("a step is open already: recorder.step() can't be nested")
+        self._inside, self._logged = True, None
+        if self._on and self.number % self.every == 0:
+            self._open(OpenStep(fresh))
+        try:
+            yield
+            if self._step is not None:
+                self._finish(self._step)
+            self.number += 1
+        finally:
+            self._inside = False
+            self._abandon()
+
+    def rows(
+        self,
+        group_ids: Values,
+        rewards: Values,
+        advantages: Values,
+        coefficients: Values | None = None,
+        *,
+        cu_seqlens: Values | None = None,
+        segments: torch.Tensor | None = None,
+        group_size: int | Values | None = None,
+    ) -> None:
+        """Assigns the following forward and backward pass to S sequences: the batch's rows, or segments of its rows.
+
+        It does nothing in a step that isn't logged. The first step is.
+
+        Args:
+            group_ids: (S,) whole numbers, the prompt of each sequence, the same on all ranks.
+            rewards: (S,), NaN where unscorable.
+            advantages: (S,).
+            coefficients: (S,) c_i with u_i = c_i grad log pi(o_i | q_p), where u_i is the sequence's part of this
+                rank's gradient; 0 for a dead sequence. Without them, figures that need scores are absent: other
+                normalisations, noise within prompts, curvature.
+            cu_seqlens: (S + 1,) for one packed row: sequence s is at the positions from cu_seqlens[s] to
+                cu_seqlens[s + 1].
+            segments: (R, T) each position's sequence in [0, S), -1 for none. (R, T, n) lists up to n, and is refused if
+                a position has several.
+            group_size: the answers of a whole group, one number or (S,). A group with fewer in the step is partial:
+                statistics of groups leave it out. None: groups are whole.
+
+        Raises:
+            ValueError: no step is open, an argument is wrong, or a position belongs to several sequences.
+        """
+        if not self._inside:
+            raise ValueError("rows needs an open step: call it within recorder.step()")
+        if self._step is None or self._failures.reason is not None or self._sketch is None:
+            return
+        columns = row_columns(group_ids, rewards, advantages, coefficients, cu_seqlens, segments, group_size)
+        with self.guarded():
+            self._step.columns.append(columns)
+            self._sketch.set_rows(columns.table.prompt_id, columns.segment_RT)
+
+    # ---- results
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the metrics of the latest step, the same on every rank; empty if it wasn't logged."""
+        return {} if self._logged is None else dict(self._logged.metrics)
+
+    def inner_products(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Returns the latest step's group ids (P,) and the inner products (P, P) of their gradients, float64.
+
+        None if it wasn't logged.
+        """
+        if self._logged is None:
+            return None
+        return self._logged.groups.key_P, self._logged.found.groups.gram_PP
+
+    def save(self, folder: str | os.PathLike[str], texts: Mapping[int, str] | None = None) -> Path | None:
+        """Writes the latest step's file for ``trl_ext.read_interference``, on the first rank.
+
+        ``texts``: the prompts' texts, by group id. Returns the file's path; None if there is nothing to write.
+        """
+        logged = self._logged
+        if logged is None or not is_main_process():
+            return None
+        return self._files.run(lambda: _write(logged, folder, texts), None)
+
+    # ---- checkpoints
+
+    def state_dict(self) -> RecorderState:
+        """Returns the step's number and the statistics over steps as plain numbers, for JSON."""
+        return {"number": self.number, "statistics": self.statistics.state_dict()}
+
+    def load_state_dict(self, state: RecorderState) -> None:
+        """Restores the state from what ``state_dict`` returned."""
+        self.number = state["number"]
+        self.statistics.load_state_dict(state["statistics"])
+
+    # ---- failures
+
+    def stop(self, reason: str) -> None:
+        """Switches the recorder off for the rest of the run. All ranks call it at the same time."""
+        if self._on:
+            self._log_once(f"Interference isn't logged from here on: {reason}. Training continues.")
+        self._abandon()
+        self._on, self._sketch = False, None
+
+    def _abandon(self) -> None:
+        self._step = None
+        if self._sketch is not None:
+            self._sketch.abandon()
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """Keeps an error of this context until the end of the step, when all ranks switch the recorder off."""
+        return self._failures.guarded()
+
+    def _mute(self) -> None:
+        if self._sketch is not None:
+            self._sketch.mute()
+
+    def _attempt(self, work: Callable[[Collectives], T]) -> T | None:
+        """Runs collective work; returns None if it failed on any rank."""
+        collectives = self._collectives
+        if collectives is None:
+            collectives = self._collectives = Collectives(next(self.model.parameters()).device)
+        return self._failures.attempt(collectives, lambda: work(collectives))
+
+    def _together(self, work: Callable[[], T]) -> T:
+        assert self._collectives is not None
+        return self._collectives.attempt(work)
+
+    def _log_once(self, text: str) -> None:
+        if text not in self._said and is_main_process():
+            logger.warning(text)
+        self._said.add(text)
+
+    # ---- a logged step
+
+    def _new_sketch(self) -> GradientSketch:
+        return GradientSketch(self.model, self.dim, self.layers, skip=self.skip, on_error=self._layer_failed)
+
+    def _layer_failed(self, name: str, error: Exception) -> None:
+        self._log_once(f"Interference excludes layer {name!r}: {describe_error(error)}")
+
+    def _open(self, step: OpenStep) -> None:
+        """Opens the taps, unless a gradient is left from an earlier step: the self-check would count it."""
+
+        def opened(collectives: Collectives) -> None:
+            if self._sketch is None or not self._sketch.matches(self.model):
+                self._sketch = self._new_sketch()
+                if untapped := self._sketch.untapped:
+                    self._log_once(
+                        f"Interference doesn't record {len(untapped)} of {len(self._sketch.trainable_parameters)} "
+                        f"trainable tensors: {parameter_kinds(untapped)}. interference/coverage is the recorded share "
+                        "of the gradient."
+                    )
+            if sum(GradientShards(self._sketch.trainable_parameters, collectives).squared_norms()) > 0:
+                raise ValueError("a parameter has a gradient before the step: call optimizer.zero_grad() first")
+            self._sketch.open(self.seed * 1_000_003 + self.number)
+
+        self._attempt(opened)
+        if self._failures.reason is not None:
+            self.stop(self._failures.reason)
+        else:
+            self._step = step
+
+    def _finish(self, step: OpenStep) -> None:
+        """Measures the step, or switches the recorder off on all ranks if one of them failed."""
+        self._logged = self._attempt(lambda collectives: self._measure(step, collectives))
+        if self._failures.reason is not None:
+            self.stop(self._failures.reason)
+
+    def _measure(self, step: OpenStep, collectives: Collectives) -> Logged | None:
+        """Returns the measured step; None if its sketches contain wrong sums."""
+        assert self._sketch is not None
+        sketch, scale = self._sketch, self.loss_scale()
+        recorded, group_size_B = self._take(step, sketch, collectives.processes, scale)
+        counts = check_shapes(recorded, collectives)
+        check = check_layers(sketch, self.model, collectives)
+        log_excluded(check.wrong, self._log_once)
+        if not sketch.tapped_parameters:
+            raise RuntimeError("no parameter's gradient is the sum over the rows that were passed")
+        if check.spoiled:  # the next logged step excludes the wrong parameters
+            self._log_once(f"Interference of optimizer step {self.number + 1} isn't logged.")
+            return None
+        recorded.sequences, groups = number_groups(recorded.sequences, group_size_B, counts, collectives)
+        size = groups.reward_PG.shape[1] if self.baseline_size is None else self.baseline_size
+        partial = int(groups.partial_P.sum())
+
+        def compare(products: Products, sequences: SequenceTable, tasks: Tasks) -> dict[str, float]:
+            return {} if partial else self._what_if.observe(products, sequences, tasks)
+
+        self._what_if.latest = None
+        found = measure(recorded, collectives, counts, size if size > 1 else 0, compare, tasks={})
+        metrics = found.metrics | self._more_metrics(step, found, groups, check, scale)
+        return Logged(self.number + 1, found, groups, metrics, self._what_if.latest)
+
+    def _take(
+        self, step: OpenStep, sketch: GradientSketch, processes: int, scale: float
+    ) -> tuple[RecordedStep, torch.Tensor]:
+        """Ends the sketch's step; returns what this rank recorded and (B,) the sizes of the sequences' groups."""
+        if not step.columns:
+            raise ValueError("the step has no sequences: call recorder.rows() before each forward pass")
+        taken = sketch.take()
+        sketch_BMN = taken.sketch.div_(processes * scale)
+        table = SequenceTable.join([columns.table for columns in step.columns])
+        device = sketch_BMN.device
+        table = replace(table, **{n: v.to(device) for n, v in vars(table).items() if v is not None})
+        coefficient_B = None if table.coefficient is None else table.coefficient / processes
+        table = replace(table, square=squared_norms(sketch_BMN.flatten(1)), coefficient=coefficient_B)
+        sizes = torch.cat([columns.group_size for columns in step.columns]).to(device)
+        return RecordedStep(sketch_BMN, taken.sections, table, None), sizes
+
+    def _more_metrics(
+        self, step: OpenStep, found: MeasuredStep, groups: StepGroups, check: LayerCheck, scale: float
+    ) -> dict[str, float]:
+        """Returns the self-check's metrics, and those over several steps."""
+        assert self._sketch is not None
+        metrics = check.metrics(self._sketch, found.groups, scale)
+        if groups.partial_P.any():
+            metrics["interference/partial_groups"] = float(groups.partial_P.sum())
+        fresh = step.fresh and not groups.partial_P.any()
+        if fresh:
+            self.statistics.observe_rewards(groups.reward_PG)
+        return metrics | self.statistics.observe(found, fresh=fresh)
+
+
+def _write(logged: Logged, folder: str | os.PathLike[str], texts: Mapping[int, str] | None) -> Path:
+    found, keys = logged.found, logged.groups.key_P.tolist()
+    named = None if texts is None else [texts.get(key, "") for key in keys]
+    more = StepExtras(found.sequences, found.products.scores, logged.what_if)
+    return write_step(folder, logged.number, found.step, logged.metrics, keys, named, more=more, groups=found.groups)
