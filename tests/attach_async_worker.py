@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from fsdp2_on_cpu import take_processes_for_gpus
 from harness import prompts, tokenizer_of
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
@@ -121,14 +122,17 @@ def made_samples(tokenizer, n_groups, size=4, *, seed=0, shared=True, lengths=(2
     return samples
 
 
-def build(policy, folder, samples, peft_config=None, **options):
+def build(policy, folder, samples, peft_config=None, fsdp2=False, **options):
     packing._flash_attn = lambda: SimpleNamespace(flash_attn_varlen_func=varlen_attention)
     async_grpo_trainer.get_peak_flops_per_device = lambda *args: None
+    args = AsyncGRPOConfig(output_dir=str(folder), **{**OPTIONS, **options})
+    if fsdp2:
+        take_processes_for_gpus()
     torch.manual_seed(0)  # adapters are drawn
     return AsyncGRPOTrainer(
         model=str(policy),
         reward_funcs=len,
-        args=AsyncGRPOConfig(output_dir=str(folder), **{**OPTIONS, **options}),
+        args=args,
         train_dataset=prompts(64),
         processing_class=tokenizer_of(policy),
         peft_config=peft_config,
@@ -137,13 +141,14 @@ def build(policy, folder, samples, peft_config=None, **options):
     )
 
 
-def run(policy, folder, attached):
+def run(policy, folder, attached, fsdp2):
     """Two steps of two micro-batches, whose rows differ in length: the processes need other numbers of forwards."""
-    tokenizer = tokenizer_of(policy)
-    samples = made_samples(tokenizer, 12, lengths=(2, 40))
-    trainer = build(policy, folder, samples, max_steps=2, token_budget=90)
+    samples = made_samples(tokenizer_of(policy), 12, lengths=(2, 40))
+    trainer = build(policy, folder, samples, fsdp2=fsdp2, max_steps=2, token_budget=90)
     if attached:
         attach(trainer, every=1, dim=0)
     trainer.train()
+    named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    whole = {name: one.full_tensor() if fsdp2 else one for name, one in named}
     if trainer.accelerator.is_main_process:
-        torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), f"{folder}/weights.pt")
+        torch.save({name: one.detach() for name, one in whole.items()}, f"{folder}/weights.pt")

@@ -74,13 +74,13 @@ class AttachedAsync(Attachment):
             if row is None or not shared:
                 self._assign(None if row is None else row.forwards[0])
                 return run(model, inputs, *args)
+            loss = self._packed_loss(model, inputs)
             with unlogged(self.trainer):
                 for forward in [*row.forwards, *[None] * (count - len(row.forwards))]:
                     self._assign(forward)
                     run(model, row.idle if forward is None else forward.inputs, *args)
             self.trainer._step_microbatches += 1
-            with torch.no_grad():
-                return self.trainer.compute_loss(model, self.trainer._prepare_inputs(inputs))
+            return loss
 
     # ---- a logged step
 
@@ -99,6 +99,17 @@ class AttachedAsync(Attachment):
             with self.recorder.guarded():
                 raise RuntimeError("another rank failed")
         return None if failed else row, count, bool(shared)
+
+    def _packed_loss(self, model: Any, inputs: Batch) -> torch.Tensor:
+        """Returns the loss of TRL's own row, and adds to TRL's metrics and counts.
+
+        It runs before the passes that have gradients, because FSDP2 reshards the root's parameters after a backward.
+        """
+        model.train()  # as TRL's training_step does
+        if callable(train := getattr(self.trainer.optimizer, "train", None)):
+            train()
+        with torch.no_grad():
+            return self.trainer.compute_loss(model, self.trainer._prepare_inputs(inputs))
 
     def _assign(self, forward: Forward | None) -> None:
         """Assigns the next forward and backward pass to its samples; None: it adds nothing to the gradient."""

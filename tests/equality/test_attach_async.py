@@ -1,6 +1,5 @@
 """A recorder attached to TRL's AsyncGRPOTrainer: against one backward for each prompt, and that training stays."""
 
-import importlib.util
 from collections import Counter
 
 import numpy as np
@@ -11,8 +10,7 @@ from processes import start
 
 from trl_ext import attach, read_interference
 
-if importlib.util.find_spec("trl.experimental.async_grpo.packing") is None:
-    pytest.skip("this TRL has no AsyncGRPOTrainer that packs rows as tries", allow_module_level=True)
+pytest.importorskip("trl.experimental.async_grpo.packing", reason="this TRL has no AsyncGRPOTrainer that packs tries")
 
 from attach_async_worker import build, made_samples, run
 
@@ -21,6 +19,18 @@ BUDGET = 80
 ROWS = {"by number": {}, "by tokens": {"token_budget": BUDGET}}
 COUNTS = ("microbatches_per_step", "samples_per_step", "trained_tokens_per_step", "forwarded_tokens_per_step")
 LOGGED = ("loss", "ratio", "kl", "entropy", "clip_ratio/high_max", "reward", *(f"batch/{name}" for name in COUNTS))
+
+FSDP2 = {  # as accelerate launch passes examples/accelerate/fsdp2_cpu.yaml on
+    "ACCELERATE_USE_CPU": "false",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
 
 
 @pytest.fixture
@@ -144,16 +154,17 @@ def test_stale_split_and_forked_groups_are_partial(samples, tiny_policy, tmp_pat
     assert not any(attached.recorder.statistics.alignment.state_dict().values())
 
 
-def test_two_processes_run_as_many_forwards(tiny_policy, tmp_path):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_run_as_many_forwards(engine, tiny_policy, tmp_path):
     for name in ("plain", "attached"):
-        (tmp_path / name).mkdir()
-        started = start(2, run, str(tiny_policy), str(tmp_path / name), name == "attached", folder=tmp_path / name)
+        arguments = (str(tiny_policy), str(tmp_path / name), name == "attached", engine == "fsdp2")
+        started = start(2, run, *arguments, folder=tmp_path / name, **(FSDP2 if engine == "fsdp2" else {}))
         assert started.finish() == [0, 0], started.text()[-3000:]
     records = read_interference(tmp_path / "attached")
     assert [record.step for record in records] == [1, 2]
     for record in records:
         assert record.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-4)
-        assert all(record.prompt_text_P)
+        assert record.metrics["interference/coverage"] < 1 and all(record.prompt_text_P)
     weights = [torch.load(tmp_path / name / "weights.pt") for name in ("attached", "plain")]
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
 
