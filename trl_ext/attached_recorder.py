@@ -1,121 +1,90 @@
-"""``attach(trainer)`` records the prompts' gradients in TRL's own ``GRPOTrainer`` and ``RLOOTrainer``.
+"""``attach(trainer)`` records the prompts' gradients in TRL's own trainers, and changes no number that they compute.
 
-The loss of these trainers gets neither groups nor rewards: RLOO and GRPO shuffle a generation batch, and pass on tokens
-and advantages. So ``attach`` wraps four methods of the trainer, and changes no number that they compute::
+The loss of ``GRPOTrainer`` and ``RLOOTrainer`` gets neither groups nor rewards: they shuffle a generation batch, and
+pass on tokens and advantages. So ``attach`` wraps four methods::
 
     _calculate_rewards                 keeps the rewards of all ranks
     _generate_and_score_completions    adds two columns to the batch, which TRL shuffles and splits with the others
     compute_loss                       passes them to ``recorder.rows``
     training_step                      opens and closes the recorder's step, logs and saves
 
-TRL multiplies by the LM head's weight without calling the head, so a tap can't record it. That parameter, and the
-embeddings if they are tied to it, aren't recorded: the log names them, and they aren't in ``interference/coverage``.
+``attached_async.py`` does the same for ``AsyncGRPOTrainer``.
 
 Shapes: B sequences of this rank's generation batch, A of all ranks, F reward functions.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from transformers import TrainerCallback
 
 from grpo_kernels import GradientRecorder
-from grpo_kernels.interference.layer_taps import active_module
 
+from . import attached_async
+from .attachment import ATTACHED, Attachment, head_parameters, prompt_text
 from .compat import TRL_HAS_HEAD, ChangedTRL
-from .report.run_files import RunFiles, describe_run
 
 GROUP, REWARD = "recorder_group", "recorder_reward"  # our columns of a batch
 WRAPPED = ("_calculate_rewards", "_generate_and_score_completions", "compute_loss", "training_step")
 READ = ("_metrics", "_logs", "_step", "num_generations", "num_iterations", "reward_weights", "reward_func_names")
-STATE = "GradientRecorder"  # in trainer_state.json
-ATTACHED = "_attached_recorder"
 
 
-def attach(trainer: Any, every: int = 10, **options: Any) -> Attached:
+def attach(trainer: Any, every: int = 10, **options: Any) -> Attachment:
     """Records every tenth optimizer step of ``trainer.train()``, and returns what undoes it::
 
         trainer = RLOOTrainer(model=..., reward_funcs=..., args=args, train_dataset=...)
         attach(trainer)
         trainer.train()  # python -m trl_ext report OUTPUT_DIR
 
-    Metrics go into the trainer's log, files into its ``output_dir``. Training stays as it was, bit for bit.
+    Metrics go into the trainer's log, files into its ``output_dir``. Training stays as it was, bit for bit; that of
+    ``AsyncGRPOTrainer`` up to rounding in logged steps, in which a prefix of several samples is forwarded for each.
 
     Args:
-        trainer: TRL's ``GRPOTrainer`` or ``RLOOTrainer``, or a subclass.
+        trainer: TRL's ``GRPOTrainer``, ``RLOOTrainer`` or ``AsyncGRPOTrainer``, or a subclass.
         every: optimizer steps from one logged step to the next.
         options: those of ``GradientRecorder``: ``dim``, ``layers``, ``seed``.
 
     Raises:
-        ValueError: the trainer is another one, has a recorder already, runs DeepSpeed, or an option is wrong.
+        ValueError: the trainer is another one, has a recorder already, runs DeepSpeed, adds an auxiliary loss to the
+            asynchronous one, or an option is wrong.
         ChangedTRL: the installed TRL lacks what this module uses.
     """
     if hasattr(trainer, "_components"):
         raise ValueError("this trainer has a recorder of its own: set interference_every")
     if hasattr(trainer, ATTACHED):
         raise ValueError("a recorder is attached to this trainer already: call detach() first")
-    if not all(hasattr(trainer, name) for name in ("_generate_and_score_completions", "reward_funcs")):
-        raise ValueError(f"attach works with TRL's GRPOTrainer and RLOOTrainer, not with {type(trainer).__name__}")
-    if missing := [name for name in (*WRAPPED, *READ) if not hasattr(trainer, name)]:
+    asynchronous = hasattr(trainer, "rollout_queue")
+    if not asynchronous and not all(hasattr(trainer, n) for n in ("_generate_and_score_completions", "reward_funcs")):
+        raise ValueError(
+            f"attach works with TRL's GRPOTrainer, RLOOTrainer and AsyncGRPOTrainer, not with {type(trainer).__name__}"
+        )
+    needed = attached_async.NEEDED if asynchronous else (*WRAPPED, *READ)
+    if missing := [name for name in needed if not hasattr(trainer, name)]:
         raise ChangedTRL(f"{type(trainer).__name__} has no {missing[0]}")
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("attach doesn't work with DeepSpeed, which keeps gradients elsewhere: use FSDP2 or DDP")
+    if asynchronous and trainer.aux_loss_enabled:
+        raise ValueError(
+            "attach splits rows of AsyncGRPOTrainer, over which a load-balancing loss doesn't add up: set "
+            "router_aux_loss_coef=0"
+        )
     skip = head_parameters(trainer.model) if TRL_HAS_HEAD else []
-    return Attached(trainer, GradientRecorder(trainer.model, every, skip=skip, **options))
+    recorder = GradientRecorder(trainer.model, every, skip=skip, **options)
+    return attached_async.AttachedAsync(trainer, recorder) if asynchronous else Attached(trainer, recorder)
 
 
-def head_parameters(model: torch.nn.Module) -> list[str]:
-    """Returns the names of the LM head's parameters, and of those tied to them."""
-    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = active_module(find_head())
-    own = set() if head is None else {id(parameter) for parameter in head.parameters()}
-    return [name for name, one in model.named_parameters(remove_duplicate=False) if id(one) in own]
-
-
-class Attached:
-    """A recorder at work in a trainer of TRL's.
-
-    Attributes:
-        recorder: the ``GradientRecorder``.
-    """
+class Attached(Attachment):
+    """A recorder at work in ``GRPOTrainer`` or ``RLOOTrainer``."""
 
     def __init__(self, trainer: Any, recorder: GradientRecorder) -> None:
-        self.trainer, self.recorder = trainer, recorder
-        self._open: ExitStack | None = None  # the recorder's step
         self._reward_A: torch.Tensor | None = None  # of the latest generation batch
         self._first_group = 0  # of the next generation batch
         self._texts: dict[int, str] = {}  # of the prompts since the latest logged step, by group
-        recorder.loss_scale = self._loss_scale
-        self._before = {name: vars(trainer).get(name) for name in WRAPPED}
         wrappers: tuple[Callable[..., Any], ...] = (self._rewards, self._generate, self._loss, self._training_step)
-        for name, wrapper in zip(WRAPPED, wrappers, strict=True):
-            setattr(trainer, name, partial(wrapper, getattr(trainer, name)))
-        setattr(trainer, ATTACHED, self)
-        describe = partial(describe_run, trainer.args, trainer.model, type(trainer), trainer.reward_func_names)
-        self._callbacks = [RecorderState(recorder), RunFiles(describe)]
-        for callback in self._callbacks:
-            trainer.add_callback(callback)
-
-    def detach(self) -> None:
-        """Restores the trainer's methods."""
-        for name, before in self._before.items():
-            delattr(self.trainer, name)
-            if before is not None:
-                setattr(self.trainer, name, before)
-        for callback in self._callbacks:
-            self.trainer.remove_callback(callback)
-        delattr(self.trainer, ATTACHED)
-
-    def _loss_scale(self) -> float:
-        scaler = getattr(self.trainer.accelerator, "scaler", None)
-        return 1.0 if scaler is None else scaler.get_scale()
+        super().__init__(trainer, recorder, dict(zip(WRAPPED, wrappers, strict=True)), trainer.reward_func_names)
 
     # ---- the wrapped methods; the first argument is TRL's
 
@@ -157,51 +126,13 @@ class Attached:
         return compute(model, {k: v for k, v in inputs.items() if k not in (GROUP, REWARD)}, *args, **kwargs)
 
     def _training_step(self, run: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-        trainer, recorder = self.trainer, self.recorder
-        if self._open is None:
-            recorder.model, recorder.number = trainer.accelerator.unwrap_model(model), trainer.state.global_step
-            again = trainer._step // trainer.args.steps_per_generation % trainer.num_iterations
-            self._open = ExitStack()
-            self._open.enter_context(recorder.step(fresh=again == 0))
-        try:
-            loss = run(model, *args, **kwargs)
-        except BaseException:
-            step, self._open = self._open, None
-            step.__exit__(*sys.exc_info())
-            raise
-        if trainer.accelerator.sync_gradients:
-            step, self._open = self._open, None
-            step.close()
-            self._log()
-        return loss
+        again = self.trainer._step // self.trainer.args.steps_per_generation % self.trainer.num_iterations
+        with self._micro_batch(model, fresh=again == 0):
+            return run(model, *args, **kwargs)
 
-    def _log(self) -> None:
-        """Logs and saves the step that has just ended, if it was logged."""
-        for name, value in self.recorder.metrics().items():
-            self.trainer._metrics["train"][name].append(value)
-        self.recorder.save(self.trainer.args.output_dir, self._texts)
+    def _prompt_texts(self) -> dict[int, str]:
+        """Returns the texts since the latest logged step, and forgets those before the latest generation batch."""
+        texts = self._texts
         latest = self._first_group - self.trainer.args.generation_batch_size // self.trainer.num_generations
-        self._texts = {group: text for group, text in self._texts.items() if group >= latest}
-
-
-def prompt_text(prompt: Any) -> str:
-    """Returns a prompt's text; of a conversation, that of its last message."""
-    content = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return " ".join(part.get("text", "") for part in content if isinstance(part, dict))
-
-
-class RecorderState(TrainerCallback):
-    """Saves the recorder's state in ``trainer_state.json``, and restores it when training resumes."""
-
-    def __init__(self, recorder: GradientRecorder) -> None:
-        self.recorder = recorder
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (saved := state.stateful_callbacks.get(STATE)) is not None:
-            self.recorder.load_state_dict(saved)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.recorder.metrics():
-            state.stateful_callbacks[STATE] = self.recorder.state_dict()
+        self._texts = {group: text for group, text in texts.items() if group >= latest}
+        return texts

@@ -203,6 +203,16 @@ class GradientRecorder:
             self._step.columns.append(columns)
             self._sketch.set_rows(columns.table.prompt_id, columns.segment_RT)
 
+    def end_rows(self) -> None:
+        """Records no pass until the next ``rows``: for passes that add nothing to ``.grad``."""
+        if self._step is not None and self._sketch is not None:
+            self._sketch.end_rows()
+
+    @property
+    def recording(self) -> bool:
+        """Whether a logged step is open; the same on all ranks."""
+        return self._step is not None
+
     # ---- results
 
     def metrics(self) -> dict[str, float]:
