@@ -169,5 +169,5 @@ def test_other_trainers_are_refused(tiny_policy, tmp_path):
 
     with pytest.raises(ValueError, match="set interference_every"):
         attach(build_ours(tiny_policy, tmp_path, trainer_class=CurvatureGRPOTrainer))
-    with pytest.raises(ValueError, match="attach works with .* AsyncGRPOTrainer, not with object"):
+    with pytest.raises(ValueError, match=r"attach works with .* AsyncGRPOTrainer, not with object"):
         attach(object())
