@@ -11,7 +11,7 @@ micro-batches of sequences with a gradient    plan/micro_batches.py, plan/step_p
 their size, and a step out of memory          plan/rehearsal.py, plan/micro_batch_size.py, plan/run_call.py
 backbone, head and loss in one pass           loss_step.py, objective/fused.py, head/forward.py
 backward: each sequence's gradient            recorder/recorder.py
-log, run folder, warnings                     recorder/files.py, report/run_files.py, report/watch.py
+log, run folder, warnings                     report/run_files.py, report/watch.py
 
 ``components.py`` builds the objects that do this work.
 """

@@ -180,7 +180,7 @@ def test_a_failing_reward_function_is_named_before_a_step(function, message, tin
 
 
 def test_public_names():
-    assert set(trl_ext.__all__) == {"CurvatureGRPOConfig", "CurvatureGRPOTrainer", "read_interference"}
+    assert set(trl_ext.__all__) == {"CurvatureGRPOConfig", "CurvatureGRPOTrainer", "attach", "read_interference"}
     functions = (
         "check_normalization linear_grpo_loss linear_logprob normalize_rewards normalize_with_statistics use_backend"
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from run_folders import change_config, copy, gradients, log_of, metrics
 
+from grpo_kernels.recorder.files import read_interference, write_step
 from trl_ext.__main__ import __doc__ as usage
-from trl_ext.recorder.files import read_interference, write_step
 from trl_ext.report.bundle import LOGGED, MOST_BYTES, MOST_ENTRIES, SHARED, read_bundle, shared_options, thinned
 from trl_ext.report.command import main
 from trl_ext.report.compare_command import main as compare

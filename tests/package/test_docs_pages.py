@@ -16,6 +16,7 @@ from packaging.version import Version
 from pages import DOCS, ROOT, blocks
 from processes import start
 
+from trl_ext import read_interference
 from trl_ext._version_check import TESTED_TRL
 
 words, versions = (runpy.run_path(str(ROOT / ".ci" / f"{name}.py")) for name in ("words", "versions"))
@@ -73,6 +74,23 @@ def run_snippets(page: Path, model: Path) -> None:
     code = re.sub(r"max_steps=\d+", "max_steps=1, save_steps=1", code)
     given = kernel_inputs() if page.name == "kernels.md" else {}
     exec(compile(code, page.name, "exec"), {"__name__": "__main__", **given})
+
+
+def test_the_readme_s_recorder_records(tmp_path, monkeypatch):
+    """With a model, a loss and micro-batches of one's own."""
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(3, 1)
+    batch = {"x": torch.randn(4, 3), "group_id": torch.tensor([0, 0, 1, 1])}
+    batch |= {"reward": torch.tensor([0.0, 1.0, 1.0, 0.0]), "advantage": torch.tensor([-1.0, 1.0, 1.0, -1.0])}
+    names = {
+        "model": model,
+        "micro_batches": [batch],
+        "loss": lambda model, of: (model(of["x"])[:, 0] * of["advantage"]).sum(),
+    }
+    (snippet,) = blocks(PAGES[0], "py")
+    exec(snippet, names)
+    assert len(read_interference(tmp_path / "runs/mine")) == 1
+    assert "interference/cos_mean" in names["recorder"].metrics()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")], ids=lambda page: page.stem)
