@@ -4,6 +4,7 @@ Three prompts of four answers each, in micro-batches that split a prompt's answe
 float64, and a loss that is a sum over the answers, so that a prompt's gradient is that of its answers' loss alone.
 """
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -120,4 +121,6 @@ def run(folder, engine, micro_batches, fails):
         recorder.save(folder)
         found.append(recorder.metrics())
     Path(folder, f"metrics.{rank}.json").write_text(json.dumps(found))
+    del model, recorder, wrapped  # torch may hang if they go after the process group
+    gc.collect()
     dist.destroy_process_group()
