@@ -184,7 +184,7 @@ def test_public_names():
     functions = (
         "check_normalization linear_grpo_loss linear_logprob normalize_rewards normalize_with_statistics use_backend"
     )
-    assert set(grpo_kernels.__all__) == {"METHODS", "GRPOLoss", "Normalized", *functions.split()}
+    assert set(grpo_kernels.__all__) == {"METHODS", "GRPOLoss", "GradientRecorder", "Normalized", *functions.split()}
     for module in (trl_ext, grpo_kernels):
         for name in module.__all__:
             assert getattr(module, name).__doc__ or isinstance(getattr(module, name), dict), name
