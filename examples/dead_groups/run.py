@@ -145,7 +145,7 @@ def score(job: Job, folder: Path) -> float:
 
 
 def task_of(setting: str) -> str:
-    """Returns what is asked, on which a budget depends."""
+    """Returns the kind of questions of a setting; budgets depend on it."""
     return "wide" if setting.startswith("wide") else "mixture"
 
 

@@ -77,7 +77,7 @@ def pass_rates(model: Any, tokenizer: Any, questions: Sequence[Question]) -> tor
 
 
 def thirds(model: Any, tokenizer: Any, questions: int, seed: int) -> list[Question]:
-    """Returns questions of which a third is never solved (``NEVER``), and a third are those solved most often."""
+    """Returns questions: a third below the pass rate ``NEVER``, a third solved most often, a third in between."""
     found = [
         one
         for level, count in CANDIDATES.items()
