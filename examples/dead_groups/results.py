@@ -55,6 +55,8 @@ def summary(file: Path) -> Row:
 
 def write(folder: Path) -> None:
     rows = [summary(file) for file in sorted(folder.glob("*_seed*.json"))]
+    if not rows:
+        sys.exit(f"error: {folder} has no runs of run.py")
     CSV.parent.mkdir(exist_ok=True)
     with open(CSV, "w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 from examples.dead_groups.costs import PRICES, area, reached
 
+NAMES = ("std", "none", "resample", "choose", "oracle")  # of the arms
 TUNING_SEEDS = (100, 101)
 SCREEN_SEEDS = (0, 1, 2, 3)
 CONFIRM_SEEDS = tuple(range(20, 32))
@@ -186,7 +187,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=("screen", "confirm"))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--arms", nargs="+", default=["std", "none", "resample", "choose", "oracle"])
+    parser.add_argument("--arms", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--rate", type=float, help="of all arms, in place of a sweep")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the part's")
     parser.add_argument("--folder", type=Path, default=Path("runs/dead_groups"))

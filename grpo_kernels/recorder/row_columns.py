@@ -70,8 +70,11 @@ def row_columns(
 
 
 def _numbers(name: str, values: Values, group_S: torch.Tensor) -> torch.Tensor:
-    """Returns float32 values on the group ids' device. Raises ``ValueError`` unless there is one per sequence."""
-    found = torch.as_tensor(values, dtype=torch.float32).detach().to(group_S.device)
+    """Returns float32 values on the group ids' device. Raises ``ValueError`` unless there is a number per sequence."""
+    try:
+        found = torch.as_tensor(values, dtype=torch.float32).detach().to(group_S.device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be numbers, one per group id: {error}") from None
     if found.shape != group_S.shape:
         raise ValueError(f"{name} has shape {tuple(found.shape)}: expected {tuple(group_S.shape)}, one per group id")
     return found

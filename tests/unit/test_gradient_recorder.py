@@ -289,3 +289,9 @@ def test_an_error_of_the_loop_passes_through_and_leaves_no_hook():
         _ = 1 / 0
     assert not any(module._forward_hooks for module in model.modules())
     assert train_step(recorder, model)
+
+
+def test_rewards_that_are_no_numbers_are_named():
+    recorder = GradientRecorder(torch.nn.Linear(3, 1), every=1)
+    with recorder.step(), pytest.raises(ValueError, match="rewards must be numbers, one per group id"):
+        recorder.rows([0], ["x"], [1.0])
