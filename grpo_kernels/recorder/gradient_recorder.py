@@ -22,6 +22,7 @@ from typing import TypedDict, TypeVar
 import torch
 from torch import nn
 
+from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.inner_products import squared_norms
 from grpo_kernels.interference.layer_taps import parameter_kinds
@@ -207,6 +208,22 @@ class GradientRecorder:
         """Records no pass until the next ``rows``: for passes that add nothing to ``.grad``."""
         if self._step is not None and self._sketch is not None:
             self._sketch.end_rows()
+
+    def head_sketch(self, head: nn.Module, hidden_NH: torch.Tensor, sequence_N: torch.Tensor) -> HeadSketch | None:
+        """Returns ``head_sketch`` for ``linear_logprob`` or ``linear_grpo_loss``, which don't call ``head``.
+
+        None if the step isn't logged, or the head isn't recorded.
+
+        Args:
+            head: the layer whose weight the loss multiplies by.
+            hidden_NH: (N, H), the hidden states that it multiplies.
+            sequence_N: (N,) the sequence of each, in [0, S) of the latest ``rows``.
+        """
+        if self._step is None or self._failures.reason is not None or self._sketch is None:
+            return None
+        with self.guarded():
+            return self._sketch.head_sketch(head, hidden_NH, sequence_N)
+        return None
 
     @property
     def recording(self) -> bool:
