@@ -118,7 +118,7 @@ class Attached(Attachment):
         return {GROUP: group_A[here], REWARD: reward_A[here].to(device)}
 
     def _loss(self, compute: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._open is not None and torch.is_grad_enabled():
+        if self.recorder.inside and torch.is_grad_enabled():
             with self.recorder.guarded():
                 self.recorder.rows(
                     inputs[GROUP], inputs[REWARD], inputs["advantages"], group_size=self.trainer.num_generations

@@ -6,9 +6,8 @@ embeddings if they are tied to it, aren't recorded: the log names them, and they
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -61,7 +60,7 @@ class Attachment:
         reward_names: list[str],
     ) -> None:
         self.trainer, self.recorder = trainer, recorder
-        self._open: ExitStack | None = None  # the recorder's step
+        recorder.device = trainer.accelerator.device
         recorder.loss_scale = self._loss_scale
         self._before = {name: vars(trainer).get(name) for name in wrappers}
         for name, wrapper in wrappers.items():
@@ -93,19 +92,16 @@ class Attachment:
         ``fresh``: as in ``GradientRecorder.step``.
         """
         trainer, recorder = self.trainer, self.recorder
-        if self._open is None:
+        if not recorder.inside:
             recorder.model, recorder.number = trainer.accelerator.unwrap_model(model), trainer.state.global_step
-            self._open = ExitStack()
-            self._open.enter_context(recorder.step(fresh=fresh))
+            recorder.begin(fresh=fresh)
         try:
             yield
         except BaseException:
-            step, self._open = self._open, None
-            step.__exit__(*sys.exc_info())
+            recorder.abandon()
             raise
         if trainer.accelerator.sync_gradients:
-            step, self._open = self._open, None
-            step.close()
+            recorder.end()
             for name, value in recorder.metrics().items():
                 trainer._metrics["train"][name].append(value)
             recorder.save(trainer.args.output_dir, self._prompt_texts())

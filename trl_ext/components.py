@@ -127,7 +127,7 @@ class Components:
         method: Method | None = None if overridden_here else self.normalizer.own_group
         # if users call training_step and backward themselves, gradient checkpointing would recompute shared rows on
         # a model without our hooks
-        by_sequence = self.recorder.is_open or not self.patches.active
+        by_sequence = self.recorder.recording or not self.patches.active
         return StepRequest(self.loss_settings(), self.rollouts.latest_advantages, method, override, by_sequence)
 
     def choose_size(self) -> None:
@@ -156,12 +156,12 @@ class Components:
         recording: AbstractContextManager[None] = nullcontext()
         if position.optimizer_step != batches.repeated_step:
             recording = self.recorder.micro_batch(position, self.trainer.model, lambda: batches.skipping)
-        with recording, self.compiled.allowed(not self.recorder.is_open):
+        with recording, self.compiled.allowed(not self.recorder.recording):
             yield
 
     def drop_interference(self) -> None:
         """Drops what was recorded of the current step, which is repeated."""
-        if self.recorder.is_open:
+        if self.recorder.recording:
             self.recorder.abandon()
             number = self.micro_batches.repeated_step + 1
             self.run.log_once(f"Interference of optimizer step {number} isn't logged: it ran out of memory.")

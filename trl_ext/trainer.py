@@ -161,7 +161,7 @@ class CurvatureGRPOTrainer(GRPOTrainer):
             def dead() -> list[Sequences]:
                 return [*dead_sequences(rows), *part.not_run]
 
-            components.recorder.rows(rows, part.skipped, read_position(self), settings, dead)
+            components.recorder.add(rows, part.skipped, read_position(self), settings, dead)
         with components.checkpointed.limited():
             return super().compute_loss(model, inputs, *rest, **kwargs)
 

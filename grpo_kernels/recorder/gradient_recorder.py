@@ -15,63 +15,28 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.gradient_sketch import GradientSketch
-from grpo_kernels.interference.inner_products import squared_norms
 from grpo_kernels.interference.layer_taps import parameter_kinds
 
 from .collectives import Collectives, is_main_process
 from .failures import FailureBoundary, OptionalFeature, describe_error
-from .files import StepExtras, write_step
-from .gradients import GradientShards
+from .gradients import FullGradient, GradientShards
 from .layer_check import LayerCheck, check_layers, log_excluded
-from .measure import MeasuredStep, Products, RecordedStep, check_shapes, measure
+from .measure import RecordedStep, check_shapes, measure
+from .open_step import Logged, OpenStep
 from .row_columns import RowColumns, Values, row_columns
-from .run_statistics import RunState, RunStatistics
-from .sequence_table import SequenceTable
-from .step_groups import StepGroups, number_groups
-from .tasks import Tasks
+from .run_statistics import RecorderState, RunStatistics
 from .what_if_log import ComparedWith, WhatIfLog, compared_methods
-from .what_if_step import WhatIfTable
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class RecorderState(TypedDict):
-    """``GradientRecorder.state_dict()``."""
-
-    number: int
-    statistics: RunState
-
-
-@dataclass
-class OpenStep:
-    """The open logged step on this rank: its micro-batches so far.
-
-    ``fresh``: whether its prompts weren't trained on in an earlier step.
-    """
-
-    fresh: bool
-    columns: list[RowColumns] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Logged:
-    """The latest step, if it was logged: what its file holds."""
-
-    number: int
-    found: MeasuredStep
-    groups: StepGroups
-    metrics: dict[str, float]
-    what_if: WhatIfTable | None
 
 
 class GradientRecorder:
@@ -101,10 +66,12 @@ class GradientRecorder:
         dim: k; a sketch has k * k numbers per sequence. 0: exact gradients, for small models.
         layers: patterns (``fnmatch``) of layer names; None: every layer that can be recorded.
         skip: names of parameters that are used without their layer's forward. They aren't recorded, and are named.
+        by_part: whether each part of the model (``model_parts.py``) gets a sketch and metrics of its own.
         baseline_size: the rewards in the mean that is subtracted for an advantage, the own one included; 0: no such
             mean. None: the largest group's.
         seed: draws the random projections, with the step's number.
         loss_scale: returns the current factor on the loss, such as a ``GradScaler``'s ``get_scale``.
+        device: where this rank's collectives run; None: where the model's first parameter is.
 
     Raises:
         ValueError: ``every``, ``dim``, ``layers`` or ``skip`` is wrong, or no trainable layer can be recorded.
@@ -118,18 +85,21 @@ class GradientRecorder:
         dim: int = 64,
         layers: Sequence[str] | None = None,
         skip: Sequence[str] = (),
+        by_part: bool = False,
         baseline_size: int | None = None,
         seed: int = 0,
         loss_scale: Callable[[], float] = lambda: 1.0,
+        device: torch.device | None = None,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r} must be a whole number of steps, 1 or more")
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.every, self.dim, self.layers, self.skip = every, dim, layers, tuple(skip)
-        self.baseline_size, self.seed, self.loss_scale = baseline_size, seed, loss_scale
+        self.every, self.dim, self.layers, self.skip, self.by_part = every, dim, layers, tuple(skip), by_part
+        self.baseline_size, self.seed, self.loss_scale, self.device = baseline_size, seed, loss_scale, device
+        self.full_gradient: FullGradient | None = None  # for an engine that keeps gradients elsewhere than in .grad
         self.number = 0  # of the next step
         self.statistics = RunStatistics()
-        self._new_sketch()  # raises ValueError; the sketch itself is built later: FSDP2 may replace the parameters
+        self.tasks: Mapping[int, str] = {}  # by group id, for the interference between tasks
         self._on, self._inside = True, False
         self._sketch: GradientSketch | None = None
         self._collectives: Collectives | None = None
@@ -139,6 +109,7 @@ class GradientRecorder:
         self._files = OptionalFeature("Interference is logged without its files")
         self._logged: Logged | None = None
         self._said: set[str] = set()
+        self._check_model()
 
     # ---- one step
 
@@ -149,19 +120,36 @@ class GradientRecorder:
         ``fresh``: whether the step's prompts are a new draw, not those of an earlier step. Only then they count in
         figures over several steps.
         """
+        self.begin(fresh=fresh)
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+        self.end()
+
+    def begin(self, *, fresh: bool = True) -> None:
+        """Begins a step, like ``step``, in a loop that can't use a context. ``end`` or ``abandon`` ends it."""
         if self._inside:
             raise ValueError("a step is open already: recorder.step() can't be nested")
         self._inside, self._logged = True, None
         if self._on and self.number % self.every == 0:
             self._open(OpenStep(fresh))
+
+    def end(self) -> None:
+        """Ends the step; measures it, if it is a logged one."""
         try:
-            yield
             if self._step is not None:
                 self._finish(self._step)
             self.number += 1
         finally:
-            self._inside = False
-            self._abandon()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Ends the step, if one is open, and drops what it recorded."""
+        self._inside, self._step = False, None
+        if self._sketch is not None:
+            self._sketch.abandon()
 
     def rows(
         self,
@@ -201,8 +189,11 @@ class GradientRecorder:
             return
         columns = row_columns(group_ids, rewards, advantages, coefficients, cu_seqlens, segments, group_size)
         with self.guarded():
-            self._step.columns.append(columns)
-            self._sketch.set_rows(columns.table.prompt_id, columns.segment_RT)
+            self._record(self._step, self._sketch, columns)
+
+    def _record(self, step: OpenStep, sketch: GradientSketch, columns: RowColumns) -> None:
+        step.columns.append(columns)
+        sketch.set_rows(columns.table.prompt_id, columns.segment_RT)
 
     def end_rows(self) -> None:
         """Records no pass until the next ``rows``: for passes that add nothing to ``.grad``."""
@@ -225,6 +216,17 @@ class GradientRecorder:
             return self._sketch.head_sketch(head, hidden_NH, sequence_N)
         return None
 
+    def check(self) -> None:
+        """Compares the recorded sums with the gradients now; else ``end`` does. For engines that free them earlier."""
+        step = self._step
+        if step is not None:
+            self._attempt(lambda collectives: self._check(step, collectives))
+
+    @property
+    def inside(self) -> bool:
+        """Whether a step is open, logged or not."""
+        return self._inside
+
     @property
     def recording(self) -> bool:
         """Whether a logged step is open; the same on all ranks."""
@@ -243,7 +245,7 @@ class GradientRecorder:
         """
         if self._logged is None:
             return None
-        return self._logged.groups.key_P, self._logged.found.groups.gram_PP
+        return self._logged.prompt_keys(), self._logged.found.groups.gram_PP
 
     def save(self, folder: str | os.PathLike[str], texts: Mapping[int, str] | None = None) -> Path | None:
         """Writes the latest step's file for ``trl_ext.read_interference``, on the first rank.
@@ -253,7 +255,7 @@ class GradientRecorder:
         logged = self._logged
         if logged is None or not is_main_process():
             return None
-        return self._files.run(lambda: _write(logged, folder, texts), None)
+        return self._files.run(lambda: logged.write(folder, texts, self.tasks, by_part=self.by_part), None)
 
     # ---- checkpoints
 
@@ -262,7 +264,9 @@ class GradientRecorder:
         return {"number": self.number, "statistics": self.statistics.state_dict()}
 
     def load_state_dict(self, state: RecorderState) -> None:
-        """Restores the state from what ``state_dict`` returned."""
+        """Restores the state from what ``state_dict`` returned. Raises ``ValueError`` if it isn't one."""
+        if missing := {"number", "statistics"} - state.keys():
+            raise ValueError(f"this isn't a state of GradientRecorder: it has no {min(missing)!r}")
         self.number = state["number"]
         self.statistics.load_state_dict(state["statistics"])
 
@@ -272,13 +276,9 @@ class GradientRecorder:
         """Switches the recorder off for the rest of the run. All ranks call it at the same time."""
         if self._on:
             self._log_once(f"Interference isn't logged from here on: {reason}. Training continues.")
-        self._abandon()
-        self._on, self._sketch = False, None
-
-    def _abandon(self) -> None:
-        self._step = None
-        if self._sketch is not None:
-            self._sketch.abandon()
+        inside = self._inside
+        self.abandon()
+        self._on, self._sketch, self._inside = False, None, inside
 
     def guarded(self) -> AbstractContextManager[None]:
         """Keeps an error of this context until the end of the step, when all ranks switch the recorder off."""
@@ -292,7 +292,8 @@ class GradientRecorder:
         """Runs collective work; returns None if it failed on any rank."""
         collectives = self._collectives
         if collectives is None:
-            collectives = self._collectives = Collectives(next(self.model.parameters()).device)
+            device = next(self.model.parameters()).device if self.device is None else self.device
+            collectives = self._collectives = Collectives(device)
         return self._failures.attempt(collectives, lambda: work(collectives))
 
     def _together(self, work: Callable[[], T]) -> T:
@@ -306,8 +307,14 @@ class GradientRecorder:
 
     # ---- a logged step
 
+    def _check_model(self) -> None:
+        """Raises ``ValueError`` if the model can't be recorded."""
+        self._new_sketch()  # the one in use is built later, because FSDP2 may replace the parameters
+
     def _new_sketch(self) -> GradientSketch:
-        return GradientSketch(self.model, self.dim, self.layers, skip=self.skip, on_error=self._layer_failed)
+        return GradientSketch(
+            self.model, self.dim, self.layers, skip=self.skip, by_part=self.by_part, on_error=self._layer_failed
+        )
 
     def _layer_failed(self, name: str, error: Exception) -> None:
         self._log_once(f"Interference excludes layer {name!r}: {describe_error(error)}")
@@ -315,88 +322,85 @@ class GradientRecorder:
     def _open(self, step: OpenStep) -> None:
         """Opens the taps, unless a gradient is left from an earlier step: the self-check would count it."""
 
-        def opened(collectives: Collectives) -> None:
-            if self._sketch is None or not self._sketch.matches(self.model):
-                self._sketch = self._new_sketch()
-                if untapped := self._sketch.untapped:
-                    self._log_once(
-                        f"Interference doesn't record {len(untapped)} of {len(self._sketch.trainable_parameters)} "
-                        f"trainable tensors: {parameter_kinds(untapped)}. interference/coverage is the recorded share "
-                        "of the gradient."
-                    )
-            if sum(GradientShards(self._sketch.trainable_parameters, collectives).squared_norms()) > 0:
-                raise ValueError("a parameter has a gradient before the step: call optimizer.zero_grad() first")
-            self._sketch.open(self.seed * 1_000_003 + self.number)
+        def opened(collectives: Collectives) -> bool:
+            sketch = self._sketch
+            if sketch is not None and not sketch.matches(self.model):
+                self._log_once("Parameters were frozen, unfrozen or added: interference records the current ones.")
+                sketch = None
+            if sketch is None:
+                sketch = self._sketch = self._new_sketch()
+                self._sketch_built(sketch)
+            shards = GradientShards(sketch.trainable_parameters, collectives)
+            if self.full_gradient is None and sum(shards.squared_norms()) > 0:
+                self._log_once(
+                    f"Interference of optimizer step {self.number + 1} isn't logged: a parameter has a gradient "
+                    "before the step. Call optimizer.zero_grad() first."
+                )
+                return False
+            sketch.open(self.seed * 1_000_003 + self.number)
+            return True
 
-        self._attempt(opened)
+        is_open = self._attempt(opened)
         if self._failures.reason is not None:
             self.stop(self._failures.reason)
-        else:
+        elif is_open:
             self._step = step
+
+    def _sketch_built(self, sketch: GradientSketch) -> None:
+        """Names the parameters that aren't recorded."""
+        if untapped := sketch.untapped:
+            self._log_once(
+                f"Interference doesn't record {len(untapped)} of {len(sketch.trainable_parameters)} trainable "
+                f"tensors: {parameter_kinds(untapped)}. interference/coverage is the recorded share of the gradient."
+            )
 
     def _finish(self, step: OpenStep) -> None:
         """Measures the step, or switches the recorder off on all ranks if one of them failed."""
-        self._logged = self._attempt(lambda collectives: self._measure(step, collectives))
+        self._logged = logged = self._attempt(lambda collectives: self._measure(step, collectives))
+        if logged is not None:
+            self._attempt(lambda _: self._report(logged))
         if self._failures.reason is not None:
             self.stop(self._failures.reason)
+
+    def _report(self, logged: Logged) -> None:
+        """Gets each measured step, on all ranks, for a subclass."""
+
+    def _check(self, step: OpenStep, collectives: Collectives) -> LayerCheck:
+        """Returns the comparison with the gradients, which the step keeps."""
+        assert self._sketch is not None
+        step.check = check_layers(self._sketch, self.model, collectives, self.full_gradient)
+        return step.check
 
     def _measure(self, step: OpenStep, collectives: Collectives) -> Logged | None:
         """Returns the measured step; None if its sketches contain wrong sums."""
         assert self._sketch is not None
-        sketch, scale = self._sketch, self.loss_scale()
-        recorded, group_size_B = self._take(step, sketch, collectives.processes, scale)
+        sketch = self._sketch
+        recorded = self._take(step, sketch, collectives.processes)
         counts = check_shapes(recorded, collectives)
-        check = check_layers(sketch, self.model, collectives)
+        check = step.check or self._check(step, collectives)
         log_excluded(check.wrong, self._log_once)
         if not sketch.tapped_parameters:
             raise RuntimeError("no parameter's gradient is the sum over the rows that were passed")
         if check.spoiled:  # the next logged step excludes the wrong parameters
             self._log_once(f"Interference of optimizer step {self.number + 1} isn't logged.")
             return None
-        recorded.sequences, groups = number_groups(recorded.sequences, group_size_B, counts, collectives)
-        size = groups.reward_PG.shape[1] if self.baseline_size is None else self.baseline_size
-        partial = int(groups.partial_P.sum())
-
-        def compare(products: Products, sequences: SequenceTable, tasks: Tasks) -> dict[str, float]:
-            return {} if partial else self._what_if.observe(products, sequences, tasks)
-
-        self._what_if.latest = None
-        found = measure(recorded, collectives, counts, size if size > 1 else 0, compare, tasks={})
-        metrics = found.metrics | self._more_metrics(step, found, groups, check, scale)
-        return Logged(self.number + 1, found, groups, metrics, self._what_if.latest)
-
-    def _take(
-        self, step: OpenStep, sketch: GradientSketch, processes: int, scale: float
-    ) -> tuple[RecordedStep, torch.Tensor]:
-        """Ends the sketch's step; returns what this rank recorded and (B,) the sizes of the sequences' groups."""
-        if not step.columns:
-            raise ValueError("the step has no sequences: call recorder.rows() before each forward pass")
-        taken = sketch.take()
-        sketch_BMN = taken.sketch.div_(processes * scale)
-        table = SequenceTable.join([columns.table for columns in step.columns])
-        device = sketch_BMN.device
-        table = replace(table, **{n: v.to(device) for n, v in vars(table).items() if v is not None})
-        coefficient_B = None if table.coefficient is None else table.coefficient / processes
-        table = replace(table, square=squared_norms(sketch_BMN.flatten(1)), coefficient=coefficient_B)
-        sizes = torch.cat([columns.group_size for columns in step.columns]).to(device)
-        return RecordedStep(sketch_BMN, taken.sections, table, None), sizes
-
-    def _more_metrics(
-        self, step: OpenStep, found: MeasuredStep, groups: StepGroups, check: LayerCheck, scale: float
-    ) -> dict[str, float]:
-        """Returns the self-check's metrics, and those over several steps."""
-        assert self._sketch is not None
-        metrics = check.metrics(self._sketch, found.groups, scale)
-        if groups.partial_P.any():
-            metrics["interference/partial_groups"] = float(groups.partial_P.sum())
-        fresh = step.fresh and not groups.partial_P.any()
-        if fresh:
+        groups = step.number_groups(recorded, counts, collectives)
+        partial = 0 if groups is None else int(groups.partial_P.sum())
+        if groups is not None and step.fresh and not partial:
             self.statistics.observe_rewards(groups.reward_PG)
-        return metrics | self.statistics.observe(found, fresh=fresh)
+        answers = recorded.sequences.group_rewards.shape[1]
+        size = answers if self.baseline_size is None else self.baseline_size
+        self._what_if.latest = None
+        what_if = self._what_if.observe if not partial else lambda *_: {}
+        found = measure(
+            recorded, collectives, counts, size if size > 1 else 0, what_if, tasks=self.tasks, by_part=self.by_part
+        )
+        metrics = found.metrics | check.metrics(sketch, found.groups, self.loss_scale())
+        if partial:
+            metrics["interference/partial_groups"] = float(partial)
+        metrics |= self.statistics.observe(found, fresh=step.fresh and not partial)
+        return Logged(self.number + 1, found, metrics, self._what_if.latest)
 
-
-def _write(logged: Logged, folder: str | os.PathLike[str], texts: Mapping[int, str] | None) -> Path:
-    found, keys = logged.found, logged.groups.key_P.tolist()
-    named = None if texts is None else [texts.get(key, "") for key in keys]
-    more = StepExtras(found.sequences, found.products.scores, logged.what_if)
-    return write_step(folder, logged.number, found.step, logged.metrics, keys, named, more=more, groups=found.groups)
+    def _take(self, step: OpenStep, sketch: GradientSketch, processes: int) -> RecordedStep:
+        """Ends the sketch's step, and returns what this rank recorded."""
+        return step.take(sketch, processes, self.loss_scale())

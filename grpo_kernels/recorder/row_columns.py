@@ -25,12 +25,13 @@ class RowColumns:
 
     Attributes:
         table: one row per sequence; ``prompt_id`` and ``prompt_key`` are the user's group id.
-        group_size: (S,) int64, the answers of the sequence's whole group; 0: those of the step.
+        group_size: (S,) int64, the answers of the sequence's whole group; 0: those of the step. None: the table has
+            the groups' numbers and rewards already.
         segment_RT: (R, T) int64, each position's sequence, -1 for none; None: row i is sequence i.
     """
 
     table: SequenceTable
-    group_size: torch.Tensor
+    group_size: torch.Tensor | None
     segment_RT: torch.Tensor | None
 
 

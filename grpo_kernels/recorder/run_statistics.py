@@ -21,6 +21,13 @@ class RunState(TypedDict):
     alignment: NotRequired[dict[str, list[dict[str, float]]]]  # absent in checkpoints of earlier versions
 
 
+class RecorderState(TypedDict):
+    """``GradientRecorder.state_dict()``."""
+
+    number: int
+    statistics: RunState
+
+
 class RunStatistics:
     """The alignment of the prompts' gradients, the training phase, and the theorem's constant C."""
 

@@ -61,9 +61,9 @@ class SequenceTable:
         columns = {name: value for name, value in vars(self).items() if value is not None}
         return replace(self, **{n: torch.cat([v, v.new_zeros(missing, *v.shape[1:])]) for n, v in columns.items()})
 
-    def cpu(self) -> SequenceTable:
-        """Returns the table on the CPU."""
-        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if value is not None})
+    def to(self, device: torch.device | str) -> SequenceTable:
+        """Returns the table on this device."""
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
     @property
     def extra(self) -> torch.Tensor:

@@ -77,7 +77,7 @@ class WhatIfLog:
 
     def _observe(self, gram_BB: Products, sequences: SequenceTable, tasks: Tasks) -> dict[str, float]:
         if isinstance(gram_BB, torch.Tensor):  # thousands of small calls: on a GPU, launches would dominate
-            gram_BB, sequences = gram_BB.cpu(), sequences.cpu()
+            gram_BB, sequences = gram_BB.cpu(), sequences.to("cpu")
         scores = step_scores(gram_BB, sequences)
         if scores is None:
             self._log_once(

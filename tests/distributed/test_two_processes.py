@@ -108,7 +108,7 @@ def test_a_large_step_is_logged_as_a_small_one(beta, tiny_policy, tmp_path):
         ("grpo_kernels.recorder.measure", "group_by_prompt"),
         ("grpo_kernels.recorder.measure", "interference_metrics"),
         ("grpo_kernels.recorder.sequence_table.SequenceTable", "pack"),
-        ("trl_ext.recorder.recorder", "check_shapes"),
+        ("grpo_kernels.recorder.gradient_recorder", "check_shapes"),
     ],
     ids=lambda place: place[1],
 )

@@ -20,9 +20,11 @@ PLACES = [
         "grpo_kernels.interference.sequence_rows.SequenceRows": "outer",
         "grpo_kernels.interference.tap_check.TapCheck": "outer errors",
         "grpo_kernels.head.checks": "_check_head_sketch",
-        "trl_ext.recorder.recorder": "why_rows_mix probe_layers measure write_step check_shapes",
+        "trl_ext.recorder.recorder": "why_rows_mix probe_layers sequence_coefficients table_of_batch",
+        "grpo_kernels.recorder.gradient_recorder": "measure check_shapes",
+        "grpo_kernels.recorder.open_step": "write_step",
         "trl_ext.recorder.recorder.PromptFeatures": "__init__ set_rows _record end_rows take",
-        "trl_ext.recorder.recorder.InterferenceRecorder": "_open_taps",
+        "trl_ext.recorder.recorder.InterferenceRecorder": "_sketch_built _report",
         "grpo_kernels.recorder.run_statistics.TrainingPhase": "observe",
         "grpo_kernels.recorder.run_statistics.SpeedupConstant": "observe value",
         "grpo_kernels.recorder.run_statistics.PooledAlignment": "observe",
@@ -30,7 +32,6 @@ PLACES = [
         "grpo_kernels.recorder.layer_check.GradientShards": "__getitem__ squared_norms",
         "grpo_kernels.recorder.layer_check.LayerCheck": "metrics",
         "grpo_kernels.recorder.sequence_table.SequenceTable": "join pack",
-        "trl_ext.recorder.logged_step": "sequence_coefficients table_of_batch",
         "grpo_kernels.recorder.what_if_step": "what_if",
         "trl_ext.recorder.extra_pass.ExtraPass": "keep run_passes",
         "trl_ext.components": "prompt_texts describe_run TaskNames.of_prompts",
@@ -50,7 +51,7 @@ MESSAGES = {
     "grpo_kernels.interference.gradient_sketch.GradientSketch.head_sketch": ENDS,
     "trl_ext.recorder.recorder.PromptFeatures._record": ENDS,
     "grpo_kernels.recorder.measure.interference_metrics": ENDS,
-    "trl_ext.recorder.recorder.write_step": "without its files",
+    "grpo_kernels.recorder.open_step.write_step": "without its files",
 }
 
 

@@ -58,7 +58,7 @@ class CheckpointState(TrainerCallback):
         state.stateful_callbacks[OUR_STATE] = {
             "processes": self.interference.accelerator.num_processes,
             "normalization": self.normalizer.state_dict(),
-            "interference": self.interference.state_dict(),
+            "interference": self.interference.statistics.state_dict(),
             "micro_batch": self.size.state_dict(),
         }
 
@@ -68,7 +68,7 @@ class CheckpointState(TrainerCallback):
         saved = state.stateful_callbacks.get(OUR_STATE)
         if saved is None:
             return
-        self.interference.load_state_dict(saved["interference"])
+        self.interference.statistics.load_state_dict(saved["interference"])
         self.size.load_state_dict(saved.get("micro_batch"))  # an older checkpoint lacks it
         if not self.normalizer.load_state_dict(saved["normalization"]):
             logger.warning(

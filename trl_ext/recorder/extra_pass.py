@@ -8,7 +8,6 @@ fails, the feature is switched off.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from accelerate.utils import DistributedType
@@ -78,26 +77,3 @@ class ExtraPass:
                 torch.autograd.grad(loss, sketch.trainable_parameters, allow_unused=True)
         finally:
             sketch.end_rows()
-
-
-def place_scores(
-    table: SequenceTable, sketch_B: torch.Tensor, extra: SequenceTable, extra_B: torch.Tensor, num_generations: int
-) -> SequenceTable:
-    """Copies the extra pass's sketches into the rows of the same sequences.
-
-    Args:
-        table, sketch_B: the step's sequences and their sketches (B, ...), which are changed in place.
-        extra, extra_B: those of the extra pass.
-        num_generations: G.
-
-    Returns:
-        ``table`` with the coefficients of the extra pass.
-    """
-    assert table.coefficient is not None and extra.coefficient is not None
-    identity_B = table.prompt_id * num_generations + table.position
-    order_B = identity_B.argsort()
-    extra_identity = extra.prompt_id * num_generations + extra.position
-    at = order_B[torch.searchsorted(identity_B[order_B], extra_identity)]
-    sketch_B[at] = extra_B
-    coefficient_B = table.coefficient.index_copy(0, at, extra.coefficient.to(table.coefficient))
-    return replace(table, score_advantage=table.score_advantage.index_fill(0, at, 1.0), coefficient=coefficient_B)
