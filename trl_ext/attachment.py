@@ -118,8 +118,10 @@ class RecorderState(TrainerCallback):
         self.recorder = recorder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.recorder.abandon()  # a step that an exception interrupted
         if (saved := state.stateful_callbacks.get(STATE)) is not None:
-            self.recorder.load_state_dict(saved)
+            with self.recorder.guarded():
+                self.recorder.load_state_dict(saved)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.recorder.metrics():

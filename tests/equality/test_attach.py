@@ -1,12 +1,14 @@
 """A recorder attached to TRL's trainers: against one backward for each prompt, and that it changes no training."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from attach_worker import KINDS, build, run
 from harness import lora, loss_batches, parameters, save_policy
 from processes import start
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
 from trl_ext import CurvatureGRPOTrainer, attach, read_interference
@@ -142,6 +144,42 @@ def test_a_resumed_run_goes_on(tiny_policy, tmp_path):
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [record.step for record in read_interference(tmp_path)] == [1, 3]
     assert attached.recorder.state_dict()["statistics"]["speedup"]["sums"][0] == 8  # groups of both logged steps
+
+
+def test_a_saved_state_of_another_kind_ends_the_logging_alone(tiny_policy, tmp_path, caplog):
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    trainer = build("grpo", tiny_policy, tmp_path, max_steps=2, **saved)
+    attach(trainer, every=1)
+    trainer.train()
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    del state["stateful_callbacks"]["GradientRecorder"]["statistics"]
+    file.write_text(json.dumps(state))
+    trainer = build("grpo", tiny_policy, tmp_path, max_steps=4, **saved)
+    attach(trainer, every=1)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 4
+    assert caplog.text.count("this isn't a state of GradientRecorder: it has no 'statistics'") == 1
+
+
+def test_a_run_that_was_interrupted_between_micro_batches_trains_again(tiny_policy, tmp_path):
+    class Interrupt(TrainerCallback):
+        on = True
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if self.on:
+                raise KeyboardInterrupt
+
+    trainer = build("grpo", tiny_policy, tmp_path, max_steps=2)
+    attach(trainer, every=1, dim=0)
+    trainer.add_callback(interrupt := Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    interrupt.on = False
+    trainer.train()
+    records = read_interference(tmp_path)
+    assert [record.step for record in records] == [1, 2]
+    assert all(record.metrics["interference/sketch_check"] == pytest.approx(1, abs=1e-4) for record in records)
 
 
 def test_a_failure_never_stops_training(tiny_policy, tmp_path, monkeypatch, caplog):

@@ -68,7 +68,8 @@ class CheckpointState(TrainerCallback):
         saved = state.stateful_callbacks.get(OUR_STATE)
         if saved is None:
             return
-        self.interference.statistics.load_state_dict(saved["interference"])
+        with self.interference.guarded():
+            self.interference.statistics.load_state_dict(saved["interference"])
         self.size.load_state_dict(saved.get("micro_batch"))  # an older checkpoint lacks it
         if not self.normalizer.load_state_dict(saved["normalization"]):
             logger.warning(
