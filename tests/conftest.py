@@ -1,5 +1,6 @@
 """Shared by all tests: no hub, no telemetry, small real models made on the spot."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,13 @@ ROOT = Path(__file__).parents[1]
 if Path(os.environ.get("CURVATURE_GRPO_CACHE", "")).name != "of-tests":
     os.environ["CURVATURE_GRPO_CACHE"] = str(cache_folder() / "of-tests")
 DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_set_aside() -> None:
+    """Keeps collections of garbage short: accelerate makes one in each ``train``, half a second over all imports."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
