@@ -10,11 +10,12 @@ from run_folders import change_config, copy, gradients, log_of, metrics
 
 from grpo_kernels.recorder.files import read_interference, write_step
 from trl_ext.__main__ import __doc__ as usage
-from trl_ext.report.bundle import LOGGED, MOST_BYTES, MOST_ENTRIES, SHARED, read_bundle, shared_options, thinned
+from trl_ext.report.bundle import LOGGED, MOST_BYTES, MOST_ENTRIES, read_bundle, thinned
 from trl_ext.report.command import main
 from trl_ext.report.compare_command import main as compare
 from trl_ext.report.compare_runs import compare_runs
 from trl_ext.report.completions import read_completions
+from trl_ext.report.configuration import OWN_FUNCTION, SHARED, shared_options
 from trl_ext.report.read_run import read_run
 from trl_ext.report.verdicts import diagnose
 
@@ -55,7 +56,7 @@ def test_a_bundle_has_nothing_private(reported_run, tmp_path):
     assert "small-7b" in page and "What got in the way" in page and "Cosines of a logged step" in page
     data = data_of(page)
     assert set(data["config"]) <= set(SHARED) and data["config"]["num_generations"] == 4
-    assert "normalization" not in data["config"]
+    assert data["config"]["normalization"] == OWN_FUNCTION, "not what scale_rewards would say"
 
 
 def test_texts_are_in_a_bundle_where_they_are_asked_for(reported_run, tmp_path):

@@ -2,28 +2,37 @@
 
 import json
 import math
+import os
 import shutil
+import sqlite3
+import struct
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from run_folders import log_of, page_of
 
 from trl_ext.report.command import main
+from trl_ext.report.configuration import OWN_FUNCTION, SHARED, trl_options
 from trl_ext.report.foreign.names import TABLE, is_ours
+from trl_ext.report.foreign.wandb import read
+from trl_ext.report.groups import group_runs
+from trl_ext.report.next_experiment import next_experiment
 from trl_ext.report.read_run import read_run
 from trl_ext.report.verdicts import diagnose
 
 LOGS = Path(__file__).parents[1] / "data" / "logs"
 OF_TRL = ["tensorboard", "run.wandb", "wandb_history.json", "wandb_history.csv", "trackio.db"]  # of the same run
 VERDICTS = {
-    "trl": {"mostly_dead": ("critical", 10)},
-    **{name: {"mostly_dead": ("critical", 10)} for name in OF_TRL},
+    **{name: {"mostly_dead": ("critical", 10), "fell": ("warning", 9)} for name in ("trl", *OF_TRL)},
     "verl.jsonl": {
         "length_limit": ("critical", 9),
         "not_finite": ("warning", 3),
         "entropy_collapse": ("warning", 9),
     },
-    "prime_rl.jsonl": {"all_wrong": ("critical", 10), "fell": ("warning", 5)},
+    "prime_rl.jsonl": {"all_wrong": ("critical", 9), "fell": ("warning", 5)},
     "plain.csv": {"fell": ("warning", 50), "entropy_rise": ("warning", 110)},
 }
 
@@ -63,6 +72,26 @@ def test_readers_agree_with_the_writers_own():
     assert run.series("reward")[1] == [event.value for event in theirs.Scalars("train/reward")]
 
 
+def test_rows_that_wandbs_own_reader_found():
+    """``wandb_history.json`` is what ``wandb leet inspect`` printed of ``run.wandb``."""
+    rows = json.loads((LOGS / "wandb_history.json").read_text())
+    assert len(rows) > 100 and read(LOGS / "run.wandb").rows == rows
+
+
+def test_wandbs_own_reader_finds_no_damage_and_the_same_configuration(tmp_path):
+    pytest.importorskip("wandb.cli.leet")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(LOGS / "run.wandb")]
+    environment = {**os.environ, "WANDB_ERROR_REPORTING": "false", "WANDB_CONFIG_DIR": str(tmp_path)}
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
+    assert found.returncode == 0 and not found.stderr, found.stderr
+    records = [json.loads(line) for line in found.stdout.splitlines()]
+    updates = [record["config"]["update"] for record in records if record["type"] == "config"]
+    logged = read(LOGS / "run.wandb").config
+    assert logged["generation_kwargs"] == {"sequence_bias": [[[1], 5.0]]}
+    for name, value in {name: value for update in updates for name, value in update.items()}.items():
+        assert logged[name] == value, name
+
+
 def test_verl_and_prime_rl_under_our_names():
     verl, prime = read_run(LOGS / "verl.jsonl"), read_run(LOGS / "prime_rl.jsonl")
     assert verl.series("eval_accuracy")[0] == [0, 6, 12, 18] and verl.series("eval_accuracy")[1][0] == 0.25
@@ -72,7 +101,23 @@ def test_verl_and_prime_rl_under_our_names():
     # five lines a step by two processes, and evaluations that end after later steps
     assert prime.series("reward")[0] == prime.series("grad_norm")[0] == list(range(1, 19))
     assert prime.series("eval_reward")[0] == [2, 8, 14] and not prime.series("step_time")[0]
-    assert prime.last("completions/clipped_ratio") == 0.08
+    # two environments; the rewards of all answers, of which those with an advantage keep one right in eight
+    rows = [json.loads(line) for line in (LOGS / "prime_rl.jsonl").read_text().splitlines()]
+    (last,) = [row for row in rows if row["step"] == 18 and "train/agg/all/agent/reward/mean" in row]
+    assert "train/math/all/agent/reward/mean" in rows[0]
+    assert last["train/agg/all/agent/reward/mean"] < 0.005 < 0.1 < last["train/agg/effective/agent/reward/mean"]
+    assert prime.last("reward") == last["train/agg/all/agent/reward/mean"]
+    truncated = last["train/agg/all/agent/stop_condition/generation_truncated"]
+    assert 0 < prime.last("completions/clipped_ratio") == truncated
+    assert prime.last("completions/max_length") == 256 and prime.series("normalization/all_right_frac")[0]
+
+
+def test_agents_and_environments_of_prime_rl(tmp_path):
+    """An environment's name may have a slash; of two agents none is taken for the other."""
+    names = ["train/agg/all/solver/reward/mean", "train/agg/all/judge/reward/mean", "eval/a/b/effective/solver/avg@4"]
+    log = log_of(tmp_path / "run", [{"step": i, **dict.fromkeys(names, 0.5)} for i in range(4)]) / "log_history.jsonl"
+    assert read_run(log).series("eval_reward")[0] and not read_run(log).series("reward")[0]
+    assert "choose one by --names" in read_run(log).problems[0]
 
 
 def test_every_target_of_the_table_is_a_metric_of_ours():
@@ -88,6 +133,106 @@ def test_what_cannot_be_told_names_what_is_missing(name, capsys):
         assert reason in printed
         few, files = "fewer than 30 rewards in the log", "the run has no interference files"
         assert "in the log" in reason or reason.startswith((few, files)), (signature, reason)
+
+
+# ---- the configuration
+
+
+def with_configuration(folder: Path, **changes) -> Path:
+    """A copy of trackio's log with other options."""
+    file = Path(shutil.copy(LOGS / "trackio.db", folder / "project.db"))
+    with closing(sqlite3.connect(file)) as database, database:
+        (config,) = database.execute("SELECT config FROM configs").fetchone()
+        database.execute("UPDATE configs SET config = ?", [json.dumps({**json.loads(config), **changes})])
+    return file
+
+
+def test_wandb_and_trackio_have_the_trainers_options():
+    """Two writers' copies of the same; the reference is what ``make_logs.py`` sets."""
+    config = read_run(LOGS / "run.wandb").config
+    set_there = {"num_generations": 4, "per_device_train_batch_size": 32, "max_completion_length": 8, "max_steps": 18}
+    set_there |= {"optim": "sgd", "learning_rate": 0.02, "scale_rewards": "group", "model_name_or_path": "policy"}
+    assert config == read_run(LOGS / "trackio.db").config and set_there.items() <= config.items()
+    assert not read_run(LOGS / "wandb_history.json").config and not read_run(LOGS / "tensorboard").config
+
+
+def test_verdicts_and_the_next_experiment_read_them(tmp_path):
+    """Of 2 groups a step, 9 dead steps are too few for a verdict; of 8 they are enough."""
+    run = read_run(LOGS / "trackio.db")
+    assert next_experiment(run, diagnose(run))[0].option == "learning_rate=0.01"
+    few = diagnose(read_run(with_configuration(tmp_path, generation_batch_size=8)))
+    assert "mostly_dead" not in {one.name for one in few.verdicts}
+
+
+def test_a_configuration_of_a_folder(tmp_path):
+    shutil.copy(LOGS / "run.wandb", tmp_path / "run-1.wandb")
+    assert read_run(tmp_path).config["learning_rate"] == 0.02
+    (tmp_path / "run_config.json").write_text('{"learning_rate": 1}')
+    assert read_run(tmp_path).config == {"learning_rate": 1}, "the folder's own comes first"
+
+
+def test_nothing_private_of_a_logged_configuration_is_read(tmp_path):
+    private = {"_name_or_path": "/home/alice/models/small-7b", "output_dir": "/home/alice/first", "run_name": "alice-1"}
+    private |= {
+        "hub_model_id": "alice/secret",
+        "vllm_server_host": "10.0.0.7",
+        "_Username": "alice",
+        "_Group": "secret",
+    }
+    private |= {"optim": "/home/alice/mine.py", "reward_weights": ["/secret"], "normalization": "secret"}
+    file = with_configuration(tmp_path, **private)
+    config = read_run(file).config
+    assert config["model_name_or_path"] == "small-7b" and config["num_generations"] == 4
+    assert not config.keys() & {"optim", "reward_weights", "normalization"} and set(config) <= set(SHARED)
+    for page in (page_of(file, folder=tmp_path), page_of(file, "--bundle", folder=tmp_path)):
+        assert "small-7b" in page and not [word for word in ("alice", "secret", "10.0.0.7") if word in page]
+    of_wandb = tmp_path / "run.wandb"
+    of_wandb.write_bytes((LOGS / "run.wandb").read_bytes().replace(b"models/policy", b"/alice/policy"))
+    assert read(of_wandb).config["_name_or_path"] == "/alice/policy"
+    assert read_run(of_wandb).config["model_name_or_path"] == "policy"
+    assert "alice" not in page_of(of_wandb, folder=tmp_path)
+
+
+def test_whose_options_are_taken():
+    trl = {"num_generations": 4, "per_device_train_batch_size": 8}
+    assert not trl_options({"num_generations": 4, "learning_rate": 0.1}), "not a run of TRL's"
+    assert trl_options({**trl, "scale_rewards": True})["scale_rewards"] == "group"
+    model = {"normalization": "rms", "adapter": "yes"}  # of a model's own configuration
+    assert trl_options({**trl, **model}) == trl
+    assert trl_options({**trl, "interference_every": 0, "normalization": "rank"})["normalization"] == "rank"
+    assert trl_options({**trl, "interference_every": 0, "normalization": "/a.py:b"})["normalization"] == OWN_FUNCTION
+
+
+@pytest.mark.parametrize(
+    "change", ["UPDATE configs SET config = '{'", "UPDATE configs SET config = 'null'", "DROP TABLE configs"]
+)
+def test_a_configuration_that_cannot_be_read_costs_no_metric(change, tmp_path):
+    file = Path(shutil.copy(LOGS / "trackio.db", tmp_path / "project.db"))
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute(change)
+    assert read_run(file).last_step == 18 and not read_run(file).config
+
+
+def test_options_that_wandb_removes(tmp_path):
+    def field(number: int, data: bytes) -> bytes:
+        return bytes([number << 3 & 0x7F | 2 | (0x80 if number > 15 else 0), *([number >> 4] * (number > 15))]) + (
+            bytes([len(data)]) + data
+        )
+
+    def item(name: bytes, value: bytes = b"") -> bytes:
+        return field(1, name) + (field(16, value) if value else b"")
+
+    first = field(17, field(4, field(1, item(b"a", b"1")) + field(1, item(b"b", b"2"))))  # wandb.init(config=...)
+    records = [first, field(5, field(1, item(b"c", b"[3]")) + field(2, item(b"a")))]
+    pieces = [struct.pack("<IHB", 0, len(record), 1) + record for record in records]
+    (tmp_path / "run.wandb").write_bytes(b":W&B" + bytes(3) + b"".join(pieces))
+    assert read(tmp_path / "run.wandb").config == {"b": 2, "c": [3]}
+
+
+def test_runs_with_a_part_of_their_configuration_are_not_taken_for_seeds_of_one(tmp_path):
+    """TRL's options don't name the reward or the data."""
+    runs = [read_run(LOGS / "trackio.db"), read_run(with_configuration(tmp_path, seed=8))]
+    assert runs[0].config.keys() == runs[1].config.keys() and len(group_runs(runs)) == 2
 
 
 # ---- a user's own names
@@ -168,8 +313,6 @@ def test_a_folder_of_trackios_and_an_event_file_without_its_host(tmp_path):
 
 
 def test_a_database_with_two_runs(tmp_path):
-    import sqlite3
-
     file = Path(shutil.copy(LOGS / "trackio.db", tmp_path / "project.db"))
     with sqlite3.connect(file) as database:
         columns = "timestamp, run_id, step, metrics"
@@ -192,7 +335,7 @@ def test_a_log_that_is_cut_anywhere_is_read_up_to_there(name, tmp_path):
     for share in (0.4, 0.7, 0.9, 0.999):
         file.write_bytes(data[: int(share * len(data))])
         reached = read_run(file).series("reward")[0]
-        assert reached == list(range(1, len(reached) + 1)) and 20 * share - 4 < len(reached) <= 18
+        assert reached == list(range(1, len(reached) + 1)) and 20 * share - 5 < len(reached) <= 18
 
 
 def test_a_run_that_went_on_has_each_step_once(tmp_path):

@@ -1,7 +1,7 @@
 """A run as one HTML file below 5 MB to send to others: its page, and the numbers that ``compare`` reads.
 
-What may be private stays out: prompts and answers (but for ``--with-texts``), and every option that isn't in ``SHARED``
-or whose value isn't a number or a word. Names of the run, its tasks and its reward functions are in it.
+What may be private stays out: prompts and answers (but for ``--with-texts``), and every option that
+``configuration.shared_options`` leaves out. Names of the run, its tasks and its reward functions are in it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from markupsafe import Markup
 
 from .compare_runs import BLOCKS, COMPARED
+from .configuration import shared_options
 from .groups import group_runs
 from .numbers import ReportNumbers, evenly, finite, report_numbers, untried_only
-from .page import CONFIGURATION, build_page
+from .page import build_page
 from .read_run import Curve, LogLine, Run, is_number, read_run
-from .run_files import Configuration
 from .verdicts import diagnose
 
 MOST_BYTES = 5_000_000
@@ -28,14 +28,6 @@ MOST_ENTRIES = 2000  # of the log, for ``compare``
 # (points of a curve, heatmaps), until the file is small enough; a heatmap of 64 prompts takes 0.3 MB, plotly 2 MB
 SIZES = ((2000, 10), (500, 5), (200, 3))
 LOGGED = (*COMPARED.values(), "eval_accuracy", "eval_reward", "eval_runtime", "eval_samples_per_second")
-SHARED = (
-    *CONFIGURATION.values(),
-    *("scale_rewards", "normalization_kwargs", "multi_objective_aggregation", "reward_weights", "logging_steps"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "lr_scheduler_type"),
-    *("epsilon", "epsilon_high", "temperature", "top_p", "top_k", "mask_truncated_completions", "use_vllm"),
-    *("resample_zero_variance", "interference_every", "bf16", "fp16"),
-)
-WORD = re.compile(r"[\w.+ -]{1,40}")  # neither a path, nor an address
 SCRIPT = re.compile(r'<script type="application/json" id="run">(.*?)</script>', re.S)
 VERSION = 1
 
@@ -47,21 +39,6 @@ class Found:
     level: str
     title: str
     onset: int
-
-
-def _plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_plain(name) and _plain(one) for name, one in value.items())
-    if isinstance(value, list):
-        return all(map(_plain, value))
-    return WORD.fullmatch(value) is not None if isinstance(value, str) else isinstance(value, int | float)
-
-
-def shared_options(config: Configuration) -> Configuration:
-    """The options that a bundle has; of the model the last part of its path."""
-    model = str(config.get("model_name_or_path") or "").rstrip("/\\")
-    config = {**config, "model_name_or_path": re.split(r"[/\\]", model)[-1]}
-    return {name: config[name] for name in SHARED if config.get(name) not in (None, "") and _plain(config[name])}
 
 
 def without_private(run: Run, with_texts: bool = False) -> Run:

@@ -45,8 +45,9 @@ def verdict_lines(first: Sequence[Found], second: Sequence[Found]) -> list[str]:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
-    from .bundle import read_either, shared_options
+    from .bundle import read_either
     from .compare_runs import compare_runs
+    from .configuration import shared_options
     from .groups import differences
 
     try:

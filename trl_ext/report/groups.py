@@ -36,7 +36,8 @@ class Band:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """In the order given. A run without a configuration is a group of its own.
+    """In the order given. A run without a configuration, or with a part of it (of another library's log), is a group of
+    its own.
 
     Raises ``ValueError`` where two runs have no metric in common, or the same folder is given twice.
     """
@@ -51,7 +52,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     members: dict[object, list[Run]] = {}
     for run in runs:
         same = tuple(sorted((k, repr(v)) for k, v in run.config.items() if k not in NOT_CONFIGURATION))
-        members.setdefault(same or run.folder, []).append(run)
+        members.setdefault(run.folder if run.source else same or run.folder, []).append(run)
     return [Group(_name(runs_of_one), runs_of_one) for runs_of_one in members.values()]
 
 

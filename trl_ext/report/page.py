@@ -21,6 +21,7 @@ from trl_ext.options import SCALE_REWARDS_METHOD
 from . import charts
 from .compare_runs import compare_runs
 from .completions import SampledAnswer
+from .configuration import CONFIGURATION
 from .definitions import DEFINITIONS, PAPER
 from .groups import Group, differences
 from .numbers import Pair, ReportNumbers
@@ -30,24 +31,6 @@ from .sections import MAIN_CHART, SECTIONS, THEORY, Curves
 from .what_if_table import Method
 
 SHOWN_PAIRS = 3  # of each kind
-# what is shown of a configuration: label -> option
-CONFIGURATION = {
-    "model": "model_name_or_path",
-    "adapter": "adapter",
-    "normalization": "normalization",
-    "answers to a prompt": "num_generations",
-    "answers a step": "generation_batch_size",
-    "learning rate": "learning_rate",
-    "optimizer": "optim",
-    "clipped at": "max_grad_norm",
-    "loss": "loss_type",
-    "beta": "beta",
-    "iterations": "num_iterations",
-    "tokens of an answer": "max_completion_length",
-    "steps": "max_steps",
-    "seed": "seed",
-    "processes": "num_processes",
-}
 
 
 @dataclass(frozen=True)

@@ -155,12 +155,12 @@ def read_run(folder: str | os.PathLike[str], names: Mapping[str, str] | None = N
         log = read_file(path, names)
         # of an event file the folder is the run
         name = run_name(log.path) if log.path != path and log.path.is_dir() else path.stem
-        return Run(path, name, log.lines, [], {}, log.problems, log.described())
+        return Run(path, name, log.lines, [], log.config, log.problems, log.described())
     problems: list[str] = []
     logs = _in_order(_lines(path / LOG_FILE, problems)) if (path / LOG_FILE).is_file() else []
-    source, reasons = "", list[str]()
+    source, logged, reasons = "", Configuration(), list[str]()
     if not logs:
-        logs, source, reasons = _other_logs(path, names, problems)
+        logs, source, logged, reasons = _other_logs(path, names, problems)
     records = _records(path, problems) if (path / FOLDER).is_dir() else []
     if not logs and not records:
         looked = f"neither {STATE_FILE}, nor {LOG_FILE}, nor {FOLDER}/, nor another library's log with anything to read"
@@ -169,24 +169,25 @@ def read_run(folder: str | os.PathLike[str], names: Mapping[str, str] | None = N
     if not logs:  # the metrics of the logged steps are in their files too
         logs = [{"step": record.step, **record.metrics} for record in records]
     config = _json(path / CONFIG_FILE, problems) if (path / CONFIG_FILE).is_file() else {}
-    config = config if isinstance(config, dict) else {}
+    config = config if isinstance(config, dict) and config else logged
     return Run(path, run_name(path) or str(path), logs, records, config, problems, source)
 
 
 def _other_logs(
     path: Path, names: Mapping[str, str] | None, problems: list[str]
-) -> tuple[list[LogLine], str, list[str]]:
-    """(the log that goes furthest, what it was made of, why other files are no logs); TRL's states come first."""
+) -> tuple[list[LogLine], str, Configuration, list[str]]:
+    """(the log that goes furthest, what it was made of, its configuration, why other files are no logs); TRL's states
+    come first."""
     state = max(_states(path, problems), key=_reach, default=[])
     found, reasons = find_logs(path, names)
     best: ForeignLog | None = max(found, key=lambda log: _reach(log.lines)[0], default=None)
     if best is None or (state and _reach(state)[0] >= _reach(best.lines)[0]):
-        return state, "", reasons
+        return state, "", {}, reasons
     behind = [(other.path, other.lines) for other in found if other is not best]
     behind += [(path / STATE_FILE, state)] if state else []
     problems += [f"{file}: it goes to step {_reach(lines)[0]}, {best.path} as far or further" for file, lines in behind]
     problems += best.problems
-    return best.lines, best.described(), reasons
+    return best.lines, best.described(), best.config, reasons
 
 
 def _records(path: Path, problems: list[str]) -> list[InterferenceRecord]:

@@ -1,22 +1,20 @@
-"""Makes the logs in this folder with the libraries that write them: python tests/data/logs/make_logs.py
+"""Makes the logs in this folder with the libraries that write them: python tests/data/logs/make_logs.py [trl verl ...]
 
-Needs trl, tensorboard, wandb, trackio and verl (0.9.1, with ray; of it the file logger and the batch metrics). One run
-of TRL's own trainer, whose rewards end after half of it, is logged by transformers' callbacks for TensorBoard, W&B
-(offline) and trackio. Host, user and paths are replaced. What isn't made by its writer:
-
-* ``wandb_history.json`` and ``.csv``: the rows of ``run.wandb``, as ``run.scan_history()`` and ``run.history()`` return
-  them. The export itself needs W&B's server.
-* ``verl.jsonl``: ``actor/*`` and ``val-core/*`` are made up, as they need a GPU worker.
-* ``prime_rl.jsonl``: prime-rl is in no package index. Its ``FileMonitor`` (src/prime_rl/monitors/file.py:40) writes
-  json.dumps({"step": step, "time": time.time(), **metrics}).
+* ``trl``: one run of TRL's own trainer, whose rewards end after half of it, logged by transformers' callbacks for
+  TensorBoard, W&B (offline) and trackio. Host and user are replaced. ``wandb_history.json`` and ``.csv`` are the rows
+  that W&B's own reader (``wandb leet inspect``) finds in ``run.wandb``; the CSV is pandas' of them, as in
+  ``run.history()``. An export from W&B's server may differ. Needs trl, tensorboard, wandb (0.31) and trackio.
+* ``verl``: ``actor/*`` and ``val-core/*`` are made up, as they need a GPU worker. Needs verl (0.9.1, with ray).
+* ``prime_rl``: see ``make_prime_rl_log.py``.
+* ``csv``: nobody's.
 """
 
-import getpass
 import json
 import os
 import shutil
-import socket
 import sqlite3
+import subprocess
+import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -41,7 +39,7 @@ for name, value in {
     os.environ[name] = value
 
 
-def trl_run(folder: Path) -> None:
+def trl_run(folder: Path = WORK) -> None:
     """TRL's own trainer, with the three callbacks. The reward is the share of digits; it is 0 after ``GOOD`` steps."""
     from harness import OPTIONS, digits, prompts, save_policy
     from trl import GRPOConfig, GRPOTrainer
@@ -49,17 +47,20 @@ def trl_run(folder: Path) -> None:
     def reward(completions, trainer_state, **kwargs):
         return [value * (trainer_state.global_step < GOOD) for value in digits(completions)]
 
-    policy = save_policy(folder / "policy")
+    save_policy(folder / "models" / "policy")
     reports = ["tensorboard", "wandb", "trackio"]
     options = {**OPTIONS, "max_steps": STEPS, "report_to": reports, "eval_strategy": "steps", "eval_steps": 6}
     options |= {"project": "project", "run_name": "run", "num_generations_eval": 4, "output_dir": "output"}
+    options["per_device_train_batch_size"] = 32  # 8 groups a step, for a verdict on their share
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     os.chdir(folder)
     trainer = GRPOTrainer(
-        str(policy), reward, args=GRPOConfig(**options), train_dataset=prompts(64), eval_dataset=prompts(8)
+        "models/policy", reward, args=GRPOConfig(**options), train_dataset=prompts(64), eval_dataset=prompts(8)
     )
     trainer.train()
     trainer.save_state()
+    copy_of_trl(folder)
+    wandb_files()
 
 
 def copy_of_trl(folder: Path) -> None:
@@ -72,7 +73,7 @@ def copy_of_trl(folder: Path) -> None:
     (database,) = (WORK / "trackio").glob("*.db")
     with closing(sqlite3.connect(database, isolation_level=None)) as opened:
         opened.execute("PRAGMA journal_mode=DELETE")
-        opened.execute("UPDATE configs SET config = '{}'")
+        opened.execute("UPDATE configs SET config = json_set(config, '$._Username', 'user')")
         opened.execute("DELETE FROM system_metrics")
         opened.execute("PRAGMA page_size=512")  # many small tables
         opened.execute("VACUUM")
@@ -80,24 +81,23 @@ def copy_of_trl(folder: Path) -> None:
 
 
 def wandb_files() -> None:
-    """The run's file, and its rows as W&B's API returns them."""
+    """The run's file, and its rows as W&B's own reader returns them."""
     import pandas
     import wandb
 
-    from trl_ext.report.foreign.wandb import read
-
     wandb.finish()
     (file,) = WORK.glob("wandb/offline-run-*/run-*.wandb")
-    masked = file.read_bytes()
-    for word in (str(WORK), socket.gethostname(), getpass.getuser()):
-        masked = masked.replace(word.encode(), b"x" * len(word.encode()))
-    (HERE / "run.wandb").write_bytes(masked)
-    rows = read(file).rows
+    shutil.copy(file, HERE / "run.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not printed.stderr, "a record that W&B can't read"
+    records = [json.loads(line) for line in printed.stdout.splitlines()]
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
     (HERE / "wandb_history.json").write_text(json.dumps(rows))
-    pandas.DataFrame(rows).to_csv(HERE / "wandb_history.csv", index=False)
+    pandas.DataFrame.from_records(rows).to_csv(HERE / "wandb_history.csv", index=False)
 
 
-def verl_log(folder: Path) -> None:
+def verl_log() -> None:
     """verl's file logger; the batch's metrics by verl, of answers that come to the limit as the entropy falls."""
     import torch
     from tensordict import TensorDict
@@ -133,28 +133,9 @@ def verl_log(folder: Path) -> None:
 
 
 def prime_rl_log() -> None:
-    """What the orchestrator (one line a step) and the trainer (five lines a step) append to one file."""
-    lines = []
-    for step in range(1, STEPS + 1):
-        right = max(0.0, 0.5 - step / GOOD / 2)
-        agent = "train/agg/effective/agent"
-        rollouts = {f"{agent}/reward/mean": right, f"{agent}/num_output_tokens/mean": 400.0 + 5 * step}
-        rollouts |= {f"{agent}/num_output_tokens/max": 1024.0, f"{agent}/num_output_tokens/min": 60.0}
-        rollouts |= {f"{agent}/is_truncated/mean": 0.1, f"{agent}/stop_condition/generation_truncated": 0.08}
-        rollouts |= {
-            "train/agg/all/agent/solved_none": 1.0 if step > GOOD else 0.3,
-            "train/agg/all/agent/solved_all": 0.0,
-        }
-        lines.append({"step": step, **rollouts, "time/step": 20.0, "progress/tokens": 51200})
-        lines.append({"step": step, "perf/throughput": 9000.0, "perf/mfu": 30.0})
-        lines.append({"step": step, "optim/lr": 1e-6, "optim/grad_norm": 0.05})
-        stats = {"entropy/all/mean": 0.4, "mismatch_kl/all/mean": 0.001, "loss/mean": 0.01, "is_masked/mean": 0.002}
-        lines.append({"step": step, **stats})
-        lines.append({"step": step, "time/step": 18.0, "time/wait_for_batch": 3.0})
-        if step % 6 == 4:  # an evaluation ends two steps after it began
-            lines.append({"step": step - 2, "eval/gsm8k/effective/agent/avg@4": right})
-    dated = ({"step": line.pop("step"), "time": 1.79e9 + i, **line} for i, line in enumerate(lines))
-    (HERE / "prime_rl.jsonl").write_text("".join(json.dumps(line) + "\n" for line in dated))
+    from make_prime_rl_log import write
+
+    write(HERE / "prime_rl.jsonl", WORK)
 
 
 def plain_csv() -> None:
@@ -163,11 +144,9 @@ def plain_csv() -> None:
     (HERE / "plain.csv").write_text("\n".join(rows) + "\n")
 
 
+MAKERS = {"trl": trl_run, "verl": verl_log, "prime_rl": prime_rl_log, "csv": plain_csv}
+
 if __name__ == "__main__":
-    trl_run(WORK)
-    copy_of_trl(WORK)
-    wandb_files()
-    verl_log(WORK)
-    prime_rl_log()
-    plain_csv()
+    for name in sys.argv[1:] or MAKERS:
+        MAKERS[name]()
     shutil.rmtree(WORK)

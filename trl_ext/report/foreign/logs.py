@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..configuration import trl_options
+from ..run_files import Configuration
 from . import tensorboard, text, trackio, wandb
 from .names import out_of_range, translate
 from .rows import Log, curves, step_name
@@ -24,7 +26,8 @@ EVENTS = ("", "*/", "*/*/")  # folders that may have event files: transformers' 
 
 @dataclass(frozen=True)
 class ForeignLog:
-    """A log with our names. ``used``: ours -> theirs; ``unused``: names that have no use here."""
+    """A log with our names. ``used``: ours -> theirs; ``unused``: names that have no use here; ``config``:
+    the options of a run of TRL's that may be shown."""
 
     kind: str
     path: Path
@@ -32,6 +35,7 @@ class ForeignLog:
     used: dict[str, str]
     unused: list[str]
     problems: list[str]
+    config: Configuration
 
     def described(self) -> str:
         """What was read, which names became which of ours, and which have no use."""
@@ -40,7 +44,8 @@ class ForeignLog:
         more = f" and {len(self.unused) - MOST_UNUSED} more" if len(self.unused) > MOST_UNUSED else ""
         return "; ".join(
             [
-                f"read from {self.kind} ({self.path.name}), {len(self.used)} metrics",
+                f"read from {self.kind} ({self.path.name}), {len(self.used)} metrics"
+                + (f" and {len(self.config)} options" if self.config else ""),
                 *([", ".join(renamed)] if renamed else []),
                 *([f"without a use here: {', '.join(self.unused[:MOST_UNUSED])}{more}"] if self.unused else []),
             ]
@@ -90,7 +95,7 @@ def _translated(log: Log, names: Mapping[str, str]) -> ForeignLog:
     if not used:
         raise ValueError(f"none of its names is known: {', '.join(unused[:MOST_UNUSED])}; --names FILE gives more")
     lines = _lines({ours: theirs[name] for ours, name in used.items()})
-    return ForeignLog(log.kind, log.path, lines, used, unused, problems)
+    return ForeignLog(log.kind, log.path, lines, used, unused, problems, trl_options(log.config))
 
 
 def _lines(series: Mapping[str, Mapping[float, float]]) -> list[dict[str, Any]]:

@@ -53,19 +53,20 @@ TABLE = {
     # training/epoch (counts whole epochs from 0), critic/advantages/* (of tokens),
     # training/rollout_probs_diff_mean (of probabilities, not of their logarithms), timing_s/* (of its own stages).
     # ---- prime-rl, commit 559b44772 (August 2026)
-    # src/prime_rl/orchestrator/orchestrator.py:700 and metrics.py:247, 336; "effective": what was trained on, without
-    # failed rollouts, whose reward is 0. Several trained agents need a choice
-    r"train/agg/effective/[^/]+/reward/mean": "reward",
-    r"train/agg/effective/[^/]+/num_output_tokens/mean": "completions/mean_length",
-    r"train/agg/effective/[^/]+/num_output_tokens/max": "completions/max_length",
-    r"train/agg/effective/[^/]+/num_output_tokens/min": "completions/min_length",
+    # src/prime_rl/orchestrator/orchestrator.py:700 and metrics.py:247. "all": every answer of the step, as in TRL;
+    # failed ones have reward 0. "effective" has only answers with an advantage (train_sink.py:361): where one of eight
+    # answers is right now and then, its reward stays 0.125 while that of all goes to 0. Several agents need a choice
+    r"train/agg/all/[^/]+/reward/mean": "reward",
+    r"train/agg/all/[^/]+/num_output_tokens/mean": "completions/mean_length",
+    r"train/agg/all/[^/]+/num_output_tokens/max": "completions/max_length",
+    r"train/agg/all/[^/]+/num_output_tokens/min": "completions/min_length",
     # metrics.py:217; is_truncated/mean counts prompts that were too long as well
-    r"train/agg/effective/[^/]+/stop_condition/generation_truncated": "completions/clipped_ratio",
+    r"train/agg/all/[^/]+/stop_condition/generation_truncated": "completions/clipped_ratio",
     # metrics.py:236-240: groups whose rewards are all 0, and all 1. solved_some isn't the live share of graded rewards
     r"train/agg/all/[^/]+/solved_none": "normalization/all_wrong_frac",
     r"train/agg/all/[^/]+/solved_all": "normalization/all_right_frac",
-    # metrics.py:385: the mean reward of an evaluation's answers
-    r"eval/[^/]+/effective/[^/]+/avg@\d+": "eval_reward",
+    # metrics.py:385: the mean reward of an evaluation's answers that didn't fail; environments' names may have slashes
+    r"eval/.+/effective/[^/]+/avg@\d+": "eval_reward",
     # src/prime_rl/trainer/rl/train.py:484, 485, 666; over the tokens that are trained on
     r"entropy/all/mean": "entropy",
     r"loss/mean": "loss",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ WORDS = {"nan": "nan", "infinity": "inf", "-infinity": "-inf"}  # how W&B and tr
 
 @dataclass(frozen=True)
 class Log:
-    """``kind``: whose format it is, in words; ``step``: what the format calls a row's step, "" where that is free."""
+    """``kind``: whose format it is, in words; ``step``: what the format calls a row's step, "" where that is free;
+    ``config``: all that the file has of the run's configuration."""
 
     kind: str
     path: Path
     rows: list[Row]
     step: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def number(value: Any) -> float | None:

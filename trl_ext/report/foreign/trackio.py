@@ -1,4 +1,5 @@
-"""Reads a project's database of trackio: SQLite, a row of ``metrics`` for each call of ``trackio.log``."""
+"""Reads a project's database of trackio: SQLite, a row of ``metrics`` for each call of ``trackio.log``,
+one of ``configs`` for each run."""
 
 from __future__ import annotations
 
@@ -6,10 +7,28 @@ import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from .rows import Log
 
 MAGIC = b"SQLite format 3\0"
+
+
+def _configs(database: sqlite3.Connection) -> dict[str, dict[str, Any]]:
+    """Run -> its configuration, the latest where it went on."""
+    try:
+        found = database.execute("SELECT run_name, config FROM configs ORDER BY id").fetchall()
+    except sqlite3.OperationalError:
+        return {}  # older databases have no such table
+    configs = {}
+    for name, text in found:
+        try:
+            config = json.loads(text)
+        except (ValueError, TypeError):
+            continue  # the metrics don't need it
+        if isinstance(config, dict):
+            configs[name] = config
+    return configs
 
 
 def read(file: Path, run: str = "") -> Log:
@@ -20,6 +39,7 @@ def read(file: Path, run: str = "") -> Log:
     try:
         with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as database:
             found = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+            configs = _configs(database)
     except sqlite3.Error as error:
         raise ValueError(f"{file} is a database, but not trackio's: {error}") from None
     runs = list(dict.fromkeys(name for name, _, _ in found))
@@ -28,4 +48,4 @@ def read(file: Path, run: str = "") -> Log:
     if not run and len(runs) > 1:
         raise ValueError(f"{file} has {len(runs)} runs, {', '.join(runs)}: give one as {file}#{runs[0]}")
     rows = [{**json.loads(metrics), "_step": step} for name, step, metrics in found if name == run or not run]
-    return Log("trackio's database", file, rows)
+    return Log("trackio's database", file, rows, config=configs.get(run or runs[0], {}) if runs else {})

@@ -1,8 +1,9 @@
-"""Reads the history in the file that W&B keeps on disk, ``run-ID.wandb``, without W&B.
+"""Reads the history and the configuration in the file that W&B keeps on disk, ``run-ID.wandb``, without W&B.
 
 The file is LevelDB's log format behind a header of 7 bytes: blocks of 32 KiB, in them pieces of records (CRC, length,
 type). A record is a ``Record`` of wandb's ``wandb_internal.proto``: history = 2, with items = 1 of key = 1 or
-nested_key = 2, and value_json = 16. The other records (host, user, command) aren't looked at.
+nested_key = 2, and value_json = 16; config = 5, and in run = 17 config = 4, with update = 1 of the same items and
+remove = 2. The other records, and what else the run's has (host, user, command), aren't looked at.
 """
 
 from __future__ import annotations
@@ -38,16 +39,27 @@ def _records(data: bytes) -> Iterator[bytes]:
         at += PIECE + length
 
 
-def _row(history: bytes) -> Row:
+def _items(message: bytes, number: int) -> Row:
     row: Row = {}
-    for item in parts(history, 1):
+    for item in parts(message, number):
         name = "/".join(key.decode() for key in parts(item, 1) or parts(item, 2))
         for value in parts(item, 16):
             row[name] = json.loads(value)
     return row
 
 
+def _configured(config: Row, changes: bytes) -> Row:
+    """The configuration after a record of changes."""
+    removed = {"/".join(key.decode() for key in parts(item, 1) or parts(item, 2)) for item in parts(changes, 2)}
+    return {name: value for name, value in {**config, **_items(changes, 1)}.items() if name not in removed}
+
+
 def read(file: Path) -> Log:
     """The log of a run's file."""
-    rows = [_row(history) for record in _records(file.read_bytes()) for history in parts(record, 2)]
-    return Log("W&B's file", file, rows)
+    rows: list[Row] = []
+    config: Row = {}
+    for record in _records(file.read_bytes()):
+        rows += [_items(history, 1) for history in parts(record, 2)]
+        for changes in parts(record, 5) + [one for run in parts(record, 17) for one in parts(run, 4)]:
+            config = _configured(config, changes)
+    return Log("W&B's file", file, rows, config=config)
