@@ -80,19 +80,27 @@ def make_inputs(
     return {name: value[None].to(device) for name, value in row.items()}
 
 
+def always(model: Any) -> float:
+    return torch.inf
+
+
+def never(model: Any) -> float:
+    return 0.0
+
+
 def backward(contender: str, trainer: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
     """A call that leaves the contender's gradient of the head in ``.grad``.
 
     ``ours`` chooses its kernel by the row; ``ours, loss kernel`` and ``ours, log-prob kernel`` don't.
     """
-    limits = {"ours": fused_async.TOKENS_A_POSITION, "ours, loss kernel": torch.inf, "ours, log-prob kernel": 0.0}
-    choose = utils._use_triton
+    kernels = {"ours": fused_async.tokens_a_position, "ours, loss kernel": always, "ours, log-prob kernel": never}
+    before = fused_async.tokens_a_position, utils._use_triton
 
     def call() -> None:
         trainer.model.zero_grad()
         undo = None
-        if contender in limits:
-            before, fused_async.TOKENS_A_POSITION = fused_async.TOKENS_A_POSITION, limits[contender]
+        if contender in kernels:
+            fused_async.tokens_a_position = kernels[contender]
             undo = fuse_head(trainer)
             trainer._fused_head._same_loss = True  # the comparison with TRL's loss is once per run
         elif contender == "TRL, labelled":
@@ -100,10 +108,9 @@ def backward(contender: str, trainer: Any, inputs: dict[str, torch.Tensor]) -> C
         try:
             trainer.compute_loss(trainer.model, inputs).backward()
         finally:
-            utils._use_triton = choose
+            fused_async.tokens_a_position, utils._use_triton = before
             if undo is not None:
                 undo()
-                fused_async.TOKENS_A_POSITION = before
 
     return call
 

@@ -9,8 +9,8 @@ Two kinds of micro-batches take log-probs with a graph (``linear_logprob``) inst
 
 * all, if TRL's loss isn't the one that the kernel computes. The first call compares the derivatives of both, on
   log-probs made for it.
-* those whose samples share many trained tokens. A position that k samples share is k rows of ``linear_grpo_loss``,
-  which takes 6 products a row, and one row of ``linear_logprob``, which takes 8.
+* those whose samples share many trained tokens. A position with k tokens of the loss is k rows of
+  ``linear_grpo_loss``, but one row of ``linear_logprob``.
 
 Both call the same collectives, so ranks may differ.
 
@@ -43,7 +43,6 @@ FUSED = "_fused_head"  # attribute of a trainer
 NEEDED = (*COUNTS, "_metrics", "epsilon_low", "epsilon_high", "temperature", "aux_loss_enabled")
 COLUMNS = {"shift_labels", "token_index", "segment_id", "advantages", "old_log_probs", "global_n_tokens"}
 MADE_UP = 60  # tokens of the comparison
-TOKENS_A_POSITION = 4 / 3  # above, linear_logprob has fewer products
 
 
 def fuse_head(trainer: Any) -> Callable[[], None]:
@@ -96,7 +95,7 @@ class FusedAsync:
     def __init__(self, trainer: Any) -> None:
         model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
         fixed = trainer.temperature  # TRL's head keeps the one that the trainer was built with
-        self.trainer = trainer
+        self.trainer, self._model = trainer, model
         self.head = PackedRowHead(read_settings(model, temperature=lambda: fixed), entropy=True)
         self._same_loss: bool | None = None
         self._compute = trainer.compute_loss
@@ -117,7 +116,7 @@ class FusedAsync:
         if self._same_loss is None:
             self._same_loss = self._compare(inputs)
         n_tokens, n_labels = (int((inputs[name] >= 0).sum()) for name in ("token_index", "shift_labels"))
-        if not self._same_loss or n_tokens > TOKENS_A_POSITION * n_labels:
+        if not self._same_loss or n_tokens > n_labels * tokens_a_position(self._model):
             return self._compute(model, inputs, *args, **kwargs)
         stand_in = StandIn(model, self._head_call(inputs))
         loss = self._compute(stand_in, inputs, *args, **kwargs)
@@ -168,6 +167,15 @@ class FusedAsync:
                 "linear_logprob, with TRL's loss and its gradients."
             )
         return same
+
+
+def tokens_a_position(model: Any) -> float:
+    """Returns up to how many tokens a labelled position ``linear_grpo_loss`` is at least as fast as ``linear_logprob``.
+
+    By products per row: 6 and 8 with a trainable head, 4 and 4 with a frozen one.
+    """
+    trainable = any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
+    return 4 / 3 if trainable else 1.0
 
 
 def make_up(inputs: Batch) -> tuple[Batch, torch.Tensor]:

@@ -74,7 +74,7 @@ def rows(monkeypatch):
 @pytest.fixture
 def fused_always(monkeypatch):
     """Rows whose samples share many trained tokens aren't left to ``linear_logprob``."""
-    monkeypatch.setattr(fused_async, "TOKENS_A_POSITION", torch.inf)
+    monkeypatch.setattr(fused_async, "tokens_a_position", lambda model: torch.inf)
 
 
 @pytest.mark.parametrize(
@@ -97,15 +97,19 @@ def test_gradients_losses_and_logs_are_trls(options, samples, tiny_policy, tmp_p
     assert "linear_logprob" not in caplog.text
 
 
-def test_positions_of_many_tokens_are_one_row(samples, tiny_policy, tmp_path, rows):
-    """Of a group's four samples, two are equal; in the second micro-batch all differ."""
-    rng = np.random.default_rng(1)
-    for sample in samples[8:]:
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_positions_of_many_tokens_are_one_row(adapter, samples, tiny_policy, tmp_path, rows):
+    """In the first micro-batch every group has two equal samples; in the second, two samples share one position."""
+    rng, size = np.random.default_rng(1), len(tokenizer_of(tiny_policy))
+    for place, sample in enumerate(samples[8:]):
         answer = sample.completion_mask.nonzero()[0]
-        sample.input_ids[answer] = rng.integers(4, len(tokenizer_of(tiny_policy)), len(answer))
-    ours, trls, _ = both(tiny_policy, tmp_path, samples, **OFF_POLICY)
+        sample.input_ids[answer] = rng.integers(4, size, len(answer))
+        sample.input_ids[answer[0]] = 4 + max(place, 1)
+    peft_config = lora(init_lora_weights=False) if adapter else None
+    ours, trls, _ = both(tiny_policy, tmp_path, samples, peft_config, **OFF_POLICY)
     assert_equal(ours, trls)
-    assert set(rows) == {"linear_grpo_loss", "linear_logprob"}
+    # with a frozen head the loss kernel saves no products
+    assert set(rows) == ({"linear_logprob"} if adapter else {"linear_grpo_loss", "linear_logprob"})
     assert rows.total() < ours[1][0]["batch/trained_tokens_per_step"]
 
 
