@@ -161,7 +161,7 @@ class FusedAsync:
         expected_1S = torch.zeros_like(answer.logprobs_1S).index_add(1, made_up["token_index"][0], by_logprob_N[None])
         error = torch.inf if found is None else (found - expected_1S).abs().max() / expected_1S.abs().max()
         same = bool(error < 1e-3) and (by_entropy is None or not by_entropy.any())
-        if not same:
+        if not same and self.trainer.accelerator.is_main_process:
             logger.warning(
                 "The loss of the installed TRL isn't the one that linear_grpo_loss computes: this run uses "
                 "linear_logprob, with TRL's loss and its gradients."

@@ -2,16 +2,19 @@
 
 import copy
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from harness import OURS, lora, tokenizer_of
 from processes import start
 from tiny_models import HEADS, save_model
 from trl import GRPOTrainer
 
 from trl_ext import attach, fuse_head, fused_async, read_interference
+from trl_ext.compat import ChangedTRL
 from trl_ext.head.forward import LogProbsOutput
 
 pytest.importorskip("trl.experimental.async_grpo.packing", reason="this TRL has no AsyncGRPOTrainer that packs tries")
@@ -289,6 +292,13 @@ def test_refusals(samples, tiny_policy, tmp_path):
     other = build(tiny_policy, tmp_path, samples)
     other.__class__ = Own
     with pytest.raises(ValueError, match="Own has its own compute_loss"):
+        fuse_head(other)
+    other.__class__ = AsyncGRPOTrainer
+    del other.epsilon_low
+    with pytest.raises(ChangedTRL, match="AsyncGRPOTrainer has no epsilon_low"):
+        fuse_head(other)
+    other.accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="doesn't work with DeepSpeed"):
         fuse_head(other)
     with pytest.raises(ValueError, match="AsyncGRPOTrainer, not with GRPOTrainer; for GRPOTrainer, CurvatureGRPO"):
         fuse_head(object.__new__(GRPOTrainer))

@@ -120,7 +120,8 @@ def _forward_with_head(model: Any) -> Any:
     bound = getattr(original, "__self__", None) is model
     # takes ``self``, so that a deep copy of the model runs the copy's own forward
     inner = original.__func__ if bound else lambda self, *args, **kwargs: original(*args, **kwargs)
-    with_trl_head = getattr(model.forward, "__func__", inner)
+    now = model.forward
+    with_trl_head = now.__func__ if getattr(now, "__self__", None) is model else inner
 
     @functools.wraps(type(model).forward)  # keeps the signature, against which generate checks its arguments
     def forward(self, *args, fused_lm_head=False, labels=None, shift_labels=None, head_call=PLAIN_CALL, **kwargs):
