@@ -5,6 +5,7 @@ replaced.
 """
 
 import queue
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,8 @@ from harness import prompts, tokenizer_of
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
-from trl_ext import attach
+from trl_ext import attach, fuse_head
+from trl_ext.head import forward
 
 OPTIONS = {
     "num_generations": 4,
@@ -35,6 +37,18 @@ OPTIONS = {
     "bf16": False,
     "use_cpu": True,
     "seed": 7,
+}
+
+FSDP2 = {  # as accelerate launch passes examples/accelerate/fsdp2_cpu.yaml on
+    "ACCELERATE_USE_CPU": "false",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
 
 
@@ -141,13 +155,62 @@ def build(policy, folder, samples, peft_config=None, fsdp2=False, **options):
     )
 
 
-def run(policy, folder, attached, fsdp2):
+def micro_batches(trainer):
+    """What training_step gets while the trainer trains."""
+    seen, step = [], trainer.training_step
+
+    def keep(model, inputs, *args):
+        seen.append({name: one.clone() for name, one in inputs.items()})
+        return step(model, inputs, *args)
+
+    trainer.training_step = keep
+    trainer.train()
+    return seen
+
+
+def one_backward_for_each_group(trainer, batches, samples, groups, skipped):
+    """(P, P): the gradients of TRL's loss of its own packed rows, with the advantages of all other groups 0."""
+    owner = {float(v): s.group_id for s in samples for v in s.old_log_probs if v != 0}
+    rows = []
+    for group in groups:
+        trainer.model.zero_grad()
+        for inputs in batches:
+            own = torch.tensor([[owner.get(value) == group for value in inputs["old_log_probs"][0].tolist()]])
+            trainer.compute_loss(trainer.model, {**inputs, "advantages": inputs["advantages"] * own}).backward()
+        named = [(name, one) for name, one in trainer.model.named_parameters() if one.requires_grad]
+        flat = [torch.zeros_like(one) if one.grad is None else one.grad for name, one in named if name not in skipped]
+        rows.append(torch.cat([gradient.flatten() for gradient in flat]).double())
+    gradient_PN = torch.stack(rows)
+    return (gradient_PN @ gradient_PN.T).numpy()
+
+
+def count_rows(set_attribute=setattr):
+    """The rows that each kernel of the fused head gets from now on."""
+    found = Counter()
+
+    def count(name, kernel):
+        def counted(hidden_NH, *args, **kwargs):
+            found[name] += len(hidden_NH)
+            return kernel(hidden_NH, *args, **kwargs)
+
+        set_attribute(forward, name, counted)
+
+    for name in ("linear_grpo_loss", "linear_logprob"):
+        count(name, getattr(forward, name))
+    return found
+
+
+def run(policy, folder, attached, fsdp2, fused=False):
     """Two steps of two micro-batches, whose rows differ in length: the processes need other numbers of forwards."""
     samples = made_samples(tokenizer_of(policy), 12, lengths=(2, 40))
     trainer = build(policy, folder, samples, fsdp2=fsdp2, max_steps=2, token_budget=90)
+    if fused:
+        fuse_head(trainer)
+    rows = count_rows()
     if attached:
         attach(trainer, every=1, dim=0)
     trainer.train()
+    print(f"rank {trainer.accelerator.process_index}: {dict(rows)}")
     named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
     whole = {name: one.full_tensor() if fsdp2 else one for name, one in named}
     if trainer.accelerator.is_main_process:

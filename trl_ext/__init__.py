@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
     from .attached_recorder import attach
     from .config import CurvatureGRPOConfig
+    from .fused_async import fuse_head
     from .trainer import CurvatureGRPOTrainer
 
-__all__ = ["CurvatureGRPOConfig", "CurvatureGRPOTrainer", "attach", "read_interference"]
+__all__ = ["CurvatureGRPOConfig", "CurvatureGRPOTrainer", "attach", "fuse_head", "read_interference"]
 
 _MODULES = {
     "CurvatureGRPOConfig": ".config",
     "CurvatureGRPOTrainer": ".trainer",
     "attach": ".attached_recorder",
+    "fuse_head": ".fused_async",
     "read_interference": "grpo_kernels.recorder.files",
 }
 

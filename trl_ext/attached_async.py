@@ -12,9 +12,7 @@ which a logged step forwards once more without gradients.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +21,10 @@ import torch
 
 from grpo_kernels import GradientRecorder
 
+from .async_metrics import COUNTS, unlogged
 from .attachment import Attachment, prompt_text
 from .unshared_rows import ADVANTAGE, GROUP, REWARD, SIZE, Batch, Forward, UnsharedRow, sample_columns, unshare
 
-# TRL's counts of an optimizer step, to which each call of compute_loss and training_step adds
-COUNTS = (
-    "_step_microbatches",
-    "_step_forward_tokens",
-    "_step_trained_tokens",
-    "_step_seq_len_weighted",
-    "_step_samples",
-)
 WRAPPED = ("get_train_dataloader", "training_step")
 NEEDED = (*WRAPPED, *COUNTS, "compute_loss", "_metrics", "_rollout_dataset", "aux_loss_enabled")
 REMEMBERED = 4096  # groups whose prompts' texts are kept
@@ -170,15 +161,3 @@ class WatchedQueue:
 
     def qsize(self) -> int:
         return self._queue.qsize()
-
-
-@contextmanager
-def unlogged(trainer: Any) -> Iterator[None]:
-    """Keeps what this context runs out of the trainer's metrics and counts."""
-    before = {name: getattr(trainer, name) for name in ("_metrics", *COUNTS)}
-    trainer._metrics = defaultdict(lambda: defaultdict(list))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(trainer, name, value)

@@ -26,6 +26,7 @@ from grpo_kernels import GradientRecorder
 from . import attached_async
 from .attachment import ATTACHED, Attachment, head_parameters, prompt_text
 from .compat import TRL_HAS_HEAD, ChangedTRL
+from .fused_async import FUSED
 
 GROUP, REWARD = "recorder_group", "recorder_reward"  # our columns of a batch
 WRAPPED = ("_calculate_rewards", "_generate_and_score_completions", "compute_loss", "training_step")
@@ -71,8 +72,11 @@ def attach(trainer: Any, every: int = 10, **options: Any) -> Attachment:
             "attach splits rows of AsyncGRPOTrainer, over which a load-balancing loss doesn't add up: set "
             "router_aux_loss_coef=0"
         )
-    skip = head_parameters(trainer.model) if TRL_HAS_HEAD else []
+    fused = getattr(trainer, FUSED, None)
+    skip = head_parameters(trainer.model) if TRL_HAS_HEAD and fused is None else []
     recorder = GradientRecorder(trainer.model, every, skip=skip, **options)
+    if fused is not None:
+        fused.head.head_sketch = recorder.head_sketch
     return attached_async.AttachedAsync(trainer, recorder) if asynchronous else Attached(trainer, recorder)
 
 

@@ -2,6 +2,7 @@
 
 TRL multiplies by the LM head's weight without calling the head, so a tap can't record it. That parameter, and the
 embeddings if they are tied to it, aren't recorded: the log names them, and they aren't in ``interference/coverage``.
+After ``fuse_head`` they are, because our kernel computes the head's gradient.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from trl_ext import attach, read_interference
 
 pytest.importorskip("trl.experimental.async_grpo.packing", reason="this TRL has no AsyncGRPOTrainer that packs tries")
 
-from attach_async_worker import build, made_samples, run
+from attach_async_worker import FSDP2, build, made_samples, micro_batches, one_backward_for_each_group, run
 
 HEAD = "model.embed_tokens.weight"  # tied to the head of the built-in policy
 BUDGET = 80
@@ -20,35 +20,10 @@ ROWS = {"by number": {}, "by tokens": {"token_budget": BUDGET}}
 COUNTS = ("microbatches_per_step", "samples_per_step", "trained_tokens_per_step", "forwarded_tokens_per_step")
 LOGGED = ("loss", "ratio", "kl", "entropy", "clip_ratio/high_max", "reward", *(f"batch/{name}" for name in COUNTS))
 
-FSDP2 = {  # as accelerate launch passes examples/accelerate/fsdp2_cpu.yaml on
-    "ACCELERATE_USE_CPU": "false",
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-    "FSDP_OFFLOAD_PARAMS": "false",
-    "FSDP_ACTIVATION_CHECKPOINTING": "false",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}
-
 
 @pytest.fixture
 def samples(tiny_policy):
     return made_samples(tokenizer_of(tiny_policy), 12)
-
-
-def micro_batches(trainer):
-    """What training_step gets while the trainer trains."""
-    seen, step = [], trainer.training_step
-
-    def keep(model, inputs, *args):
-        seen.append({name: one.clone() for name, one in inputs.items()})
-        return step(model, inputs, *args)
-
-    trainer.training_step = keep
-    trainer.train()
-    return seen
 
 
 def forwarded(trainer):
@@ -61,22 +36,6 @@ def forwarded(trainer):
 
     trainer.model.register_forward_pre_hook(note, with_kwargs=True)
     return tokens
-
-
-def one_backward_for_each_group(trainer, batches, samples, groups, skipped):
-    """(P, P): the gradients of TRL's loss of its own packed rows, with the advantages of all other groups 0."""
-    owner = {float(v): s.group_id for s in samples for v in s.old_log_probs if v != 0}
-    rows = []
-    for group in groups:
-        trainer.model.zero_grad()
-        for inputs in batches:
-            own = torch.tensor([[owner.get(value) == group for value in inputs["old_log_probs"][0].tolist()]])
-            trainer.compute_loss(trainer.model, {**inputs, "advantages": inputs["advantages"] * own}).backward()
-        named = [(name, one) for name, one in trainer.model.named_parameters() if one.requires_grad]
-        flat = [torch.zeros_like(one) if one.grad is None else one.grad for name, one in named if name not in skipped]
-        rows.append(torch.cat([gradient.flatten() for gradient in flat]).double())
-    gradient_PN = torch.stack(rows)
-    return (gradient_PN @ gradient_PN.T).numpy()
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])

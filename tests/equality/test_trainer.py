@@ -180,7 +180,8 @@ def test_a_failing_reward_function_is_named_before_a_step(function, message, tin
 
 
 def test_public_names():
-    assert set(trl_ext.__all__) == {"CurvatureGRPOConfig", "CurvatureGRPOTrainer", "attach", "read_interference"}
+    trainers = {"CurvatureGRPOConfig", "CurvatureGRPOTrainer", "attach", "fuse_head"}
+    assert set(trl_ext.__all__) == trainers | {"read_interference"}
     functions = (
         "check_normalization linear_grpo_loss linear_logprob normalize_rewards normalize_with_statistics use_backend"
     )

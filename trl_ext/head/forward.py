@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 
-from grpo_kernels import linear_grpo_loss, linear_logprob
+from grpo_kernels import GRPOLoss, linear_grpo_loss, linear_logprob
 from grpo_kernels.head.products import HeadSketch
 from grpo_kernels.interference.layer_taps import active_module
 from trl_ext.schema import TOKEN_TYPES
@@ -41,19 +41,25 @@ class HeadCall:
         loss_inputs: arguments of ``linear_grpo_loss`` by name, including ``sequence_N``; None: log-probs only.
         prompt_width: number of prompt columns at the start of the rows, if each different prompt shall run once; None:
             every row runs by itself.
+        position_N: the position of each of the loss's tokens, for ``PackedRowHead`` only.
     """
 
     loss_inputs: Mapping[str, Any] | None = None
     prompt_width: int | None = None
+    position_N: torch.Tensor | None = None
 
 
 @dataclass
 class LogProbsOutput(ModelOutput):
-    """The output of a forward that computes log-probs, with the names that TRL reads: (B, C - 1), 0 without a label."""
+    """The output of a forward that computes log-probs, with the names that TRL reads: (B, C - 1), 0 without a label.
+
+    ``grpo_loss``: of ``PackedRowHead`` only; the log-probs and entropies are detached then.
+    """
 
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    grpo_loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -78,6 +84,8 @@ class FusedHead:
     ``entropy``: whether to return entropies with log-probs. ``head_sketch``: see ``HeadSketches``. ``size_of``: see
     ``pack``.
     """
+
+    labels_name = "labels"  # the argument that the head takes
 
     def __init__(
         self,
@@ -114,28 +122,7 @@ class FusedHead:
                 entropy=spread(entropies_N, mask_BC),
                 aux_loss=aux_loss,
             )
-        return self._loss(model, hidden_NH, targets_N, call.loss_inputs, aux_loss)
-
-    def _log_probs(
-        self, model: Any, hidden_NH: torch.Tensor, targets_N: torch.Tensor, sequence_N: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with self._projection(model, hidden_NH, keep=True) as (hidden_NH, weight, options):
-            options["head_sketch"] = self._sketch(model, hidden_NH, sequence_N)
-            found: Any = linear_logprob(hidden_NH, weight, targets_N.to(weight.device), entropy=self.entropy, **options)
-        return found if self.entropy else (found, None)
-
-    def _loss(
-        self,
-        model: Any,
-        hidden_NH: torch.Tensor,
-        targets_N: torch.Tensor,
-        loss_inputs: Mapping[str, Any],
-        aux_loss: torch.Tensor | None,
-    ) -> FusedGRPOOutput:
-        with self._projection(model, hidden_NH, keep=False) as (hidden_NH, weight, options):
-            inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(weight.device), loss_inputs)
-            options["head_sketch"] = self._sketch(model, hidden_NH, inputs["sequence_N"])
-            found = linear_grpo_loss(hidden_NH, weight, targets_N.to(weight.device), **inputs, **options)
+        found = self._loss(model, hidden_NH, targets_N, call.loss_inputs)
         return FusedGRPOOutput(
             grpo_loss=found.loss,
             policy_loss=found.policy_loss,
@@ -146,7 +133,25 @@ class FusedHead:
             aux_loss=aux_loss,
         )
 
-    def _sketch(self, model: Any, hidden_NH: torch.Tensor, sequence_N: torch.Tensor) -> HeadSketch | None:
+    def _log_probs(
+        self, model: Any, hidden_NH: torch.Tensor, targets_N: torch.Tensor, sequence_N: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with self._projection(model, hidden_NH, keep=True) as (hidden_NH, weight, options):
+            options["head_sketch"] = self._sketch(model, hidden_NH, sequence_N)
+            found: Any = linear_logprob(hidden_NH, weight, targets_N.to(weight.device), entropy=self.entropy, **options)
+        return found if self.entropy else (found, None)
+
+    def _loss(
+        self, model: Any, hidden_NH: torch.Tensor, targets_N: torch.Tensor, loss_inputs: Mapping[str, Any]
+    ) -> GRPOLoss:
+        with self._projection(model, hidden_NH, keep=False) as (hidden_NH, weight, options):
+            inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(weight.device), loss_inputs)
+            options["head_sketch"] = self._sketch(model, hidden_NH, inputs["sequence_N"])
+            return linear_grpo_loss(hidden_NH, weight, targets_N.to(weight.device), **inputs, **options)
+
+    def _sketch(self, model: Any, hidden_NH: torch.Tensor, sequence_N: torch.Tensor | None) -> HeadSketch | None:
+        if sequence_N is None:
+            return None
         return self.head_sketch(active_module(model.get_output_embeddings()), hidden_NH, sequence_N)
 
     @contextmanager

@@ -112,20 +112,27 @@ def add_forward(model: torch.nn.Module) -> Callable[[], None]:
 
 
 def _forward_with_head(model: Any) -> Any:
-    """Returns a bound forward that uses the model's ``HEAD`` if it is set, and else calls the original forward."""
+    """Returns a bound forward that uses the model's ``HEAD`` for calls with the labels that it takes.
+
+    Any other call runs TRL's head if it asks for one and TRL has patched the model, or else the original forward.
+    """
     original = forward_without_trl_head(model)
     bound = getattr(original, "__self__", None) is model
     # takes ``self``, so that a deep copy of the model runs the copy's own forward
     inner = original.__func__ if bound else lambda self, *args, **kwargs: original(*args, **kwargs)
+    now = model.forward
+    with_trl_head = now.__func__ if getattr(now, "__self__", None) is model else inner
 
     @functools.wraps(type(model).forward)  # keeps the signature, against which generate checks its arguments
-    def forward(self, *args, fused_lm_head=False, labels=None, head_call=PLAIN_CALL, **kwargs):
+    def forward(self, *args, fused_lm_head=False, labels=None, shift_labels=None, head_call=PLAIN_CALL, **kwargs):
         head = getattr(self, HEAD, None)
-        if head is None or not fused_lm_head or labels is None:
-            if labels is not None:
-                kwargs["labels"] = labels
-            return inner(self, *args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
-        return head(self, args, labels, head_call, kwargs)
+        given = {"labels": labels, "shift_labels": shift_labels}
+        given = {name: one for name, one in given.items() if one is not None}
+        if head is not None and fused_lm_head and head.labels_name in given:
+            return head(self, args, given[head.labels_name], head_call, kwargs)
+        if fused_lm_head:
+            return with_trl_head(self, *args, fused_lm_head=True, **given, **kwargs)
+        return inner(self, *args, **given, **kwargs)
 
     setattr(forward, HEAD, True)
     return types.MethodType(forward, model)
