@@ -24,7 +24,7 @@ def state() -> str:
 
 
 def parts() -> list[str]:
-    marked = output("git", "grep", "-lE", r"mark\.nightly", "--", "tests/*/test_*.py")
+    marked = output("git", "grep", "-lE", r"mark\.nightly", "--", "tests/*/test_*.py", "examples/*/test_*.py")
     return sorted(Path(name).stem for name in marked.split())
 
 
@@ -39,7 +39,7 @@ def main(wanted: list[str]) -> None:
             print(f"{part}: passed before on these files", flush=True)
             continue
         start = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "nightly", *glob(f"tests/*/{part}.py")]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "nightly", *glob(f"*/*/{part}.py")]
         code = subprocess.run(command).returncode
         print(f"{part}: {'passed' if code == 0 else 'FAILED'} in {time.monotonic() - start:.0f} s", flush=True)
         stamp.write_text(now) if code == 0 else failed.append(part)

@@ -1,5 +1,7 @@
 """What ``processes.py`` forks from: imports, and nothing that starts a thread or depends on the test."""
 
+import gc
+
 import bitsandbytes  # noqa: F401
 import peft  # noqa: F401
 import torch
@@ -9,3 +11,7 @@ import trl_ext.console
 import trl_ext.trainer  # noqa: F401
 
 torch.set_num_threads(1)
+
+# as in conftest.py: accelerate collects garbage in each train
+gc.collect()
+gc.freeze()

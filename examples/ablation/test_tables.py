@@ -175,6 +175,7 @@ def test_verified_rewards_page_is_of_its_csv():
         assert verified_rewards.table(rows, phase) in page
 
 
+@pytest.mark.nightly
 def test_the_page_has_the_table_of_false_alarms():
     page = (Path(tables.__file__).parent / "false_alarms.md").read_text()
     alarms = [false_alarms.count_alarms(runs) for runs in (false_alarms.ablation_runs(), false_alarms.full_runs())]

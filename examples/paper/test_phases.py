@@ -149,6 +149,7 @@ def test_phases_of_a_study(launch, tmp_path):
     assert "usage: phases.py FOLDER" in launch("paper/phases.py").stderr
 
 
+@pytest.mark.nightly
 def test_rollout_noise_as_users_run_it(launch, mixed_policy, tmp_path):
     options = "--seeds 42 --groups 2 4 --steps 1 --train_steps 1 --output_dir"
     arguments = [*options.split(), tmp_path]

@@ -80,6 +80,7 @@ def test_rates_are_pooled_over_the_steps_of_all_runs():
     assert [one["mean"].value for one in what_if_rates.rates_of_runs(rows)] == pytest.approx([2.0, 2.0])
 
 
+@pytest.mark.nightly
 def test_the_script_as_users_run_it(launch, mixed_policy, tmp_path):
     file = tmp_path / "rates.csv"
     options = f"--settings mixture --seeds 42 --steps 4 --every 2 --output {file}".split()

@@ -181,7 +181,7 @@ def test_the_glossary_lists_what_runs_log(tiny_policy, warm_policy, tmp_path):
 
 def test_nightly_parts_are_listed():
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    for path in sorted((ROOT / "tests").glob("*/test_*.py")):
+    for path in sorted([*ROOT.glob("tests/*/test_*.py"), *ROOT.glob("examples/*/test_*.py")]):
         if re.search(r"mark[.]nightly", path.read_text()):
             assert f"`{path.name}`" in text, path.name
 
