@@ -41,8 +41,8 @@ def attach(trainer: Any, every: int = 10, **options: Any) -> Attachment:
         trainer.train()  # python -m trl_ext report OUTPUT_DIR
 
     Metrics go into the trainer's log, files into its ``output_dir``. Training stays as it was, bit for bit; that of
-    ``AsyncGRPOTrainer`` up to rounding in logged steps, in which a prefix of several samples is forwarded for each; with
-    dropout these steps draw other masks.
+    ``AsyncGRPOTrainer`` up to rounding in logged steps, in which a prefix of several samples is forwarded for each.
+    With dropout these steps draw other masks.
 
     Args:
         trainer: TRL's ``GRPOTrainer``, ``RLOOTrainer`` or ``AsyncGRPOTrainer``, or a subclass.
