@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -344,12 +345,12 @@ def test_command(tmp_path, monkeypatch):
     assert len(lab_cells.read_cells(path)) == len(wanted)
 
 
-def test_command_line_says_what_is_wrong(launch, tmp_path):
+def test_command_line_says_what_is_wrong(tmp_path):
     file = tmp_path / "file"
     file.touch()
     for arguments, message in (
         (["--jobs", 0, "--output_dir", tmp_path], "error: --jobs 0 must be at least 1"),
         (["--output_dir", file], f"error: --output_dir {file} can't be written to: File exists"),
     ):
-        done = launch("paper/lab.py", *arguments)
-        assert done.returncode == 1 and done.stderr.strip() == message
+        with pytest.raises(SystemExit, match=f"^{re.escape(message)}$"):
+            lab.main(list(map(str, arguments)))

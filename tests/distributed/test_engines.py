@@ -242,6 +242,7 @@ def test_the_script(engine, warm_policy, tmp_path):
     assert all(torch.isfinite(value).all() for value in saved.values())
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("engine", [ENGINES[2], ENGINES[1]])
 def test_one_case(engine, policies, tmp_path):
     """Half of the groups dead, prompts shared, two iterations: one process's run. The short one, for every commit."""

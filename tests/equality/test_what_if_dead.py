@@ -29,9 +29,10 @@ OPTIONS = {
     "checkpointing": {"gradient_checkpointing": True},
     "cispo": {"loss_type": "cispo"},
 }
+LONG = ("all rows", "checkpointing")
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.nightly) if n in LONG else n for n in OPTIONS])
 def test_against_separate_backward_passes(name, tiny_policy, tmp_path):
     """In a run with ``std``, half of whose groups are all equal, as in runs with ``none``: their scores aren't lost."""
 

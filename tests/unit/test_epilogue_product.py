@@ -55,6 +55,7 @@ def test_statistics_agree_with_float64(tmp_path):
     assert max(errors) < 1e-6
 
 
+@pytest.mark.nightly
 def test_it_compiles_for_every_target_and_one_configuration_fits_each(tmp_path):
     rows = [
         line.split() for line in run(str(FOLDER / "epilogue_product.py"), folder=tmp_path, interpret="0").splitlines()

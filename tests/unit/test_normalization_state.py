@@ -115,6 +115,7 @@ def test_where_it_is_std_it_logs_that_once(tiny_policy, tmp_path, caplog):
     assert len(messages(caplog, message)) == 1
 
 
+@pytest.mark.nightly
 def test_killed_and_resumed_on_two_processes(tiny_policy, tmp_path):
     """Killed at the end of step 3; what checkpoint-2 held is taken up bit for bit, and goes on as without the kill."""
     options = {"normalization": "curvature", "max_steps": 4, **SAVED}
