@@ -73,7 +73,10 @@ class Attachment:
             trainer.add_callback(callback)
 
     def detach(self) -> None:
-        """Restores the trainer's methods."""
+        """Restores the trainer's methods. Nothing happens if the recorder is detached already."""
+        if getattr(self.trainer, ATTACHED, None) is not self:
+            return
+        self.recorder.abandon()  # a callback may detach between the micro-batches of a step
         for name, before in self._before.items():
             delattr(self.trainer, name)
             if before is not None:

@@ -202,6 +202,20 @@ def test_detach_restores_the_trainer(tiny_policy, tmp_path):
     attach(trainer)
 
 
+def test_detach_between_micro_batches_leaves_no_hook(tiny_policy, tmp_path):
+    trainer = build("grpo", tiny_policy, tmp_path, max_steps=2)
+    attached = attach(trainer, every=1, dim=8)
+
+    class Detach(TrainerCallback):
+        def on_substep_end(self, *args, **kwargs):
+            attached.detach()  # in each later step once more
+
+    trainer.add_callback(Detach())
+    trainer.train()
+    assert trainer.state.global_step == 2 and not hasattr(trainer, "_attached_recorder")
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
 def test_other_trainers_are_refused(tiny_policy, tmp_path):
     from harness import build as build_ours
 
