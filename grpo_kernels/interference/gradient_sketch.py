@@ -52,6 +52,20 @@ class StepSketch:
         return flat @ flat.T
 
 
+class Hook:
+    """A forward hook that a copy of the model doesn't have: ``deepcopy``, ``pickle`` and ``torch.save`` empty it."""
+
+    def __init__(self, call: Callable[[nn.Module, tuple[Any, ...], Any], None] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self._call is not None:
+            self._call(module, inputs, output)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
 class GradientSketch:
     """Sketches each sequence's gradient in the steps for which it is opened::
 
@@ -175,7 +189,7 @@ class GradientSketch:
         self._n_steps += 1
         self._check = TapCheck(device, self._due(), self._check_signs)
         self._sums = LayerSums(projection, self._check, self._parameters, self._fail)
-        self._handles = [layer.module.register_forward_hook(self._hook) for layer in self.layers]
+        self._handles = [layer.module.register_forward_hook(Hook(self._hook)) for layer in self.layers]
 
     def _due(self) -> frozenset[int]:
         """Returns the parameters to check in this step: each until it passes, then every ``CHECK_EVERY`` steps."""

@@ -68,6 +68,9 @@ class SequenceRows:
     def tokens(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Returns a layer's input or output as (R, tokens of a row, width), also if the layer flattens its rows."""
         width = values.shape[-1]
+        positions = None if self.sequence_RT is None else self.sequence_RT.shape[1]
+        if values.ndim == 3 and values.shape[0] == self.n_rows and positions not in (None, values.shape[1]):
+            raise ValueError(f"layer {name!r} saw {values.shape[1]} positions of a row whose segments hold {positions}")
         if values.ndim >= 3 and values.shape[0] == self.n_rows:
             return values.reshape(self.n_rows, -1, width)
         if values.ndim == 2 and values.shape[0] % self.n_rows == 0:

@@ -12,6 +12,7 @@ Shapes: S sequences of a micro-batch, B of the step on this rank, P prompts.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -177,8 +178,8 @@ class GradientRecorder:
                 cu_seqlens[s + 1].
             segments: (R, T) each position's sequence in [0, S), -1 for none. (R, T, n) lists up to n, and is refused if
                 a position has several.
-            group_size: the answers of a whole group, one number or (S,). A group with fewer in the step is partial:
-                statistics of groups leave it out. None: groups are whole.
+            group_size: the answers of a whole group, one number or (S,). A group with fewer or more in the step is
+                partial: statistics of groups leave it out. None: groups are whole.
 
         Raises:
             ValueError: no step is open, an argument is wrong, or a position belongs to several sequences.
@@ -380,10 +381,21 @@ class GradientRecorder:
         check = step.check or self._check(step, collectives)
         log_excluded(check.wrong, self._log_once)
         if not sketch.tapped_parameters:
-            raise RuntimeError("no parameter's gradient is the sum over the rows that were passed")
+            raise RuntimeError(
+                "no parameter's gradient is the sum over the rows that were passed. Was it clipped, unscaled or cleared "
+                "within the step, or did a pass run without its rows?"
+            )
         if check.spoiled:  # the next logged step excludes the wrong parameters
             self._log_once(f"Interference of optimizer step {self.number + 1} isn't logged.")
             return None
+        if not math.isfinite(check.total):  # a GradScaler skips such a step, and lowers its scale
+            self._log_once("Interference isn't logged in steps whose gradient isn't finite.")
+            return None
+        if check.total == 0 and recorded.sequences.square.any():
+            self._log_once(
+                "Interference isn't checked against .grad, which was empty or 0 when the step closed: close it before "
+                "optimizer.zero_grad()."
+            )
         groups = step.number_groups(recorded, counts, collectives)
         partial = 0 if groups is None else int(groups.partial_P.sum())
         if groups is not None and step.fresh and not partial:
