@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -99,6 +100,7 @@ class GradientRecorder:
         self.baseline_size, self.seed, self.loss_scale, self.device = baseline_size, seed, loss_scale, device
         self.full_gradient: FullGradient | None = None  # for an engine that keeps gradients elsewhere than in .grad
         self.number = 0  # of the next step
+        self.started = time.time()  # tells the files of two runs in one folder apart
         self.statistics = RunStatistics()
         self.tasks: Mapping[int, str] = {}  # by group id, for the interference between tasks
         self._on, self._inside = True, False
@@ -256,19 +258,21 @@ class GradientRecorder:
         logged = self._logged
         if logged is None or not is_main_process():
             return None
-        return self._files.run(lambda: logged.write(folder, texts, self.tasks, by_part=self.by_part), None)
+        return self._files.run(
+            lambda: logged.write(folder, texts, self.tasks, by_part=self.by_part, started=self.started), None
+        )
 
     # ---- checkpoints
 
     def state_dict(self) -> RecorderState:
-        """Returns the step's number and the statistics over steps as plain numbers, for JSON."""
-        return {"number": self.number, "statistics": self.statistics.state_dict()}
+        """Returns the step's number, the run's start and the statistics over steps as plain numbers, for JSON."""
+        return {"number": self.number, "started": self.started, "statistics": self.statistics.state_dict()}
 
     def load_state_dict(self, state: RecorderState) -> None:
         """Restores the state from what ``state_dict`` returned. Raises ``ValueError`` if it isn't one."""
         if missing := {"number", "statistics"} - state.keys():
             raise ValueError(f"this isn't a state of GradientRecorder: it has no {min(missing)!r}")
-        self.number = state["number"]
+        self.number, self.started = state["number"], state.get("started", self.started)
         self.statistics.load_state_dict(state["statistics"])
 
     # ---- failures
@@ -382,8 +386,8 @@ class GradientRecorder:
         log_excluded(check.wrong, self._log_once)
         if not sketch.tapped_parameters:
             raise RuntimeError(
-                "no parameter's gradient is the sum over the rows that were passed. Was it clipped, unscaled or cleared "
-                "within the step, or did a pass run without its rows?"
+                "no parameter's gradient is the sum over the rows that were passed. Was it clipped, unscaled or "
+                "cleared within the step, or did a pass run without its rows?"
             )
         if check.spoiled:  # the next logged step excludes the wrong parameters
             self._log_once(f"Interference of optimizer step {self.number + 1} isn't logged.")

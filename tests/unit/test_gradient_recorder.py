@@ -1,6 +1,7 @@
 """GradientRecorder in a training loop of plain torch, against gradients taken one sequence at a time."""
 
 import copy
+import json
 import logging
 import math
 import pickle
@@ -371,3 +372,20 @@ def test_segments_that_end_before_the_row_are_not_stretched(caplog):
         recorder.rows([1, 2], [0.0, 1.0], [1.0, 1.0], cu_seqlens=[0, 1, 2])
         model(X[:1]).sin().sum().backward()
     assert recorder.metrics() == {} and "saw 4 positions of a row whose segments hold 2" in caplog.text
+
+
+def test_files_of_an_earlier_run_in_the_folder_are_skipped(tmp_path):
+    for steps, every in ((9, 4), (6, 3)):
+        model = Regression()
+        recorder = GradientRecorder(model, every=every, dim=8)
+        for _ in range(steps):
+            train_step(recorder, model)
+            recorder.save(tmp_path)
+    with pytest.warns(UserWarning, match="2 files of an earlier run are skipped"):
+        assert [record.step for record in read_interference(tmp_path)] == [1, 4]
+    resumed = GradientRecorder(model, every=3, dim=8)
+    resumed.load_state_dict(json.loads(json.dumps(recorder.state_dict())))
+    train_step(resumed, model)
+    resumed.save(tmp_path)
+    with pytest.warns(UserWarning, match="2 files of an earlier run are skipped"):
+        assert [record.step for record in read_interference(tmp_path)] == [1, 4, 7]
