@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -103,7 +103,7 @@ class GradientRecorder:
         self.started = time.time()  # tells the files of two runs in one folder apart
         self.statistics = RunStatistics()
         self.tasks: Mapping[int, str] = {}  # by group id, for the interference between tasks
-        self._on, self._inside = True, False
+        self._on, self._inside, self._rows_passed = True, False, False
         self._sketch: GradientSketch | None = None
         self._collectives: Collectives | None = None
         self._step: OpenStep | None = None
@@ -184,15 +184,20 @@ class GradientRecorder:
                 partial: statistics of groups leave it out. None: groups are whole.
 
         Raises:
-            ValueError: no step is open, an argument is wrong, or a position belongs to several sequences.
+            ValueError: no step is open; or in the first call, an argument is wrong, or a position belongs to several
+                sequences. If a later call's is, the recorder is switched off at the end of the step.
         """
         if not self._inside:
             raise ValueError("rows needs an open step: call it within recorder.step()")
         if self._step is None or self._failures.reason is not None or self._sketch is None:
             return
-        columns = row_columns(group_ids, rewards, advantages, coefficients, cu_seqlens, segments, group_size)
+        # the first call names a mistake in the loop; a later error depends on the data, and mustn't end training
+        with self.guarded() if self._rows_passed else nullcontext():
+            columns = row_columns(group_ids, rewards, advantages, coefficients, cu_seqlens, segments, group_size)
+            self._rows_passed = True
         with self.guarded():
-            self._record(self._step, self._sketch, columns)
+            if self._failures.reason is None:
+                self._record(self._step, self._sketch, columns)
 
     def _record(self, step: OpenStep, sketch: GradientSketch, columns: RowColumns) -> None:
         step.columns.append(columns)

@@ -389,3 +389,16 @@ def test_files_of_an_earlier_run_in_the_folder_are_skipped(tmp_path):
     resumed.save(tmp_path)
     with pytest.warns(UserWarning, match="2 files of an earlier run are skipped"):
         assert [record.step for record in read_interference(tmp_path)] == [1, 4, 7]
+
+
+def test_wrong_rows_of_a_later_call_end_the_logging_alone(caplog):
+    """An answer without a reward in the middle of a run."""
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    assert train_step(recorder, model)
+    model.zero_grad()
+    with recorder.step():
+        recorder.rows([1, 1], [0.0, None], [0.0, 1.0])
+        loss_of(model, slice(0, 2)).backward()
+    assert recorder.metrics() == {} and "isn't logged from here on: ValueError: rewards must be numbers" in caplog.text
+    assert train_step(recorder, model) == {}
