@@ -300,6 +300,11 @@ class GradientSketch:
                     found.setdefault(number, f"{layer.name}.{kind}")
         return found
 
+    @property
+    def without_pass(self) -> list[int]:
+        """The numbers of the open step's micro-batches for which no tapped layer ran."""
+        return [] if self._sums is None else [i for i, rows in enumerate(self._sums.micro_batches) if not rows.ran]
+
     def take(self) -> StepSketch:
         """Ends the step and returns its sketch; the micro-batches' sequences follow each other in order."""
         if self._sums is None:
@@ -328,6 +333,7 @@ class GradientSketch:
         if sums is None or sums.rows is None or not torch.is_grad_enabled() or layer.name in self._failed:
             return
         rows = sums.rows
+        rows.ran = True
 
         def record(gradient: torch.Tensor, layer_input: Callable[[], torch.Tensor]) -> None:
             excluded = layer.weight is None and layer.bias is None

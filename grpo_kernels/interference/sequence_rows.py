@@ -23,6 +23,7 @@ class SequenceRows:
         checked: whether these rows contribute to the step's gradient.
         total: sums by key: (S, M, slots) by section, or (S, ...) by parameter if nothing is projected.
         entries: by section: (M, S, side, side) sums that aren't folded yet.
+        ran: whether a tapped layer ran for them, with gradients.
     """
 
     prompt_S: torch.Tensor
@@ -31,6 +32,7 @@ class SequenceRows:
     checked: bool = True
     total: dict[Any, torch.Tensor] = field(default_factory=dict)
     entries: dict[str, torch.Tensor] = field(default_factory=dict)
+    ran: bool = False
     _pieces: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, key: Any, values_S: torch.Tensor) -> None:

@@ -391,8 +391,8 @@ class GradientRecorder:
         log_excluded(check.wrong, self._log_once)
         if not sketch.tapped_parameters:
             raise RuntimeError(
-                "no parameter's gradient is the sum over the rows that were passed. Was it clipped, unscaled or "
-                "cleared within the step, or did a pass run without its rows?"
+                "no parameter's gradient is the sum over the rows that were passed (one that was clipped, unscaled or "
+                "cleared within the step isn't, nor one of a pass without its rows)"
             )
         if check.spoiled:  # the next logged step excludes the wrong parameters
             self._log_once(f"Interference of optimizer step {self.number + 1} isn't logged.")
@@ -424,4 +424,10 @@ class GradientRecorder:
 
     def _take(self, step: OpenStep, sketch: GradientSketch, processes: int) -> RecordedStep:
         """Ends the sketch's step, and returns what this rank recorded."""
+        idle = [step.columns[i].table for i in sketch.without_pass if i < len(step.columns)]
+        if any(table.advantage.any() for table in idle):
+            self._log_once(
+                "rows() was called without a forward pass after it, or twice before one: interference counts these "
+                "sequences as if their gradient were 0."
+            )
         return step.take(sketch, processes, self.loss_scale())

@@ -337,7 +337,7 @@ def test_clipped_gradients_are_named(caplog):
         recorder.rows(GROUP_B, REWARD_B, ADVANTAGE_B)
         loss_of(model, slice(0, 6)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    assert recorder.metrics() == {} and "Was it clipped, unscaled or cleared within the step" in caplog.text
+    assert recorder.metrics() == {} and "one that was clipped, unscaled or cleared within the step" in caplog.text
 
 
 def test_a_group_with_more_answers_than_its_size_is_partial():
@@ -402,3 +402,15 @@ def test_wrong_rows_of_a_later_call_end_the_logging_alone(caplog):
         loss_of(model, slice(0, 2)).backward()
     assert recorder.metrics() == {} and "isn't logged from here on: ValueError: rewards must be numbers" in caplog.text
     assert train_step(recorder, model) == {}
+
+
+@pytest.mark.parametrize(("advantages", "named"), [(ADVANTAGE_B, True), (torch.zeros(6), False)])
+def test_rows_without_a_pass_are_named_unless_they_are_dead(advantages, named, caplog):
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    with recorder.step():
+        recorder.rows(GROUP_B, REWARD_B, advantages)
+        recorder.rows(GROUP_B, REWARD_B, ADVANTAGE_B)
+        loss_of(model, slice(0, 6)).backward()
+    assert ("rows() was called without a forward pass after it" in caplog.text) is named
+    assert recorder.metrics()["interference/coverage"] == 1
