@@ -334,12 +334,16 @@ class GradientSketch:
             return
         rows = sums.rows
         rows.ran = True
+        recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass
 
         def record(gradient: torch.Tensor, layer_input: Callable[[], torch.Tensor]) -> None:
             excluded = layer.weight is None and layer.bias is None
             if self._sums is not sums or layer.name in self._failed or excluded:
                 return
+            sums.late |= rows is not sums.rows
             try:
+                if recomputed and sums.late:  # the recomputed pass may be that of earlier rows
+                    raise RuntimeError("with use_reentrant=True, each backward must run before the next rows()")
                 sums.add(layer, rows, gradient, layer_input())
             except Exception as error:
                 self._fail(layer, error)
