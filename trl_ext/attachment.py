@@ -7,6 +7,7 @@ After ``fuse_head`` they are, because our kernel computes the head's gradient.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 
 from grpo_kernels import GradientRecorder
 from grpo_kernels.interference.layer_taps import active_module
+from grpo_kernels.recorder.run_statistics import RunStatistics
 
 from .report.run_files import RunFiles, describe_run
 
@@ -33,11 +35,11 @@ def head_parameters(model: torch.nn.Module) -> list[str]:
 
 
 def prompt_text(prompt: Any) -> str:
-    """Returns a prompt's text; of a conversation, that of its last message."""
-    content = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    """Returns a prompt's text; of a conversation, that of its last message. Empty if it has none."""
+    content = prompt if isinstance(prompt, str) or not prompt else prompt[-1].get("content")
     if isinstance(content, str):
         return content
-    return " ".join(part.get("text", "") for part in content if isinstance(part, dict))
+    return " ".join(str(part.get("text") or "") for part in content or [] if isinstance(part, dict))
 
 
 class Attachment:
@@ -73,7 +75,10 @@ class Attachment:
             trainer.add_callback(callback)
 
     def detach(self) -> None:
-        """Restores the trainer's methods."""
+        """Restores the trainer's methods. Nothing happens if the recorder is detached already."""
+        if getattr(self.trainer, ATTACHED, None) is not self:
+            return
+        self.recorder.abandon()  # a callback may detach between the micro-batches of a step
         for name, before in self._before.items():
             delattr(self.trainer, name)
             if before is not None:
@@ -120,6 +125,8 @@ class RecorderState(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder.abandon()  # a step that an exception interrupted
+        if state.global_step == 0:  # a trainer may train several times
+            self.recorder.statistics, self.recorder.started = RunStatistics(), time.time()
         if (saved := state.stateful_callbacks.get(STATE)) is not None:
             with self.recorder.guarded():
                 self.recorder.load_state_dict(saved)

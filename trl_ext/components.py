@@ -161,8 +161,9 @@ class Components:
 
     def drop_interference(self) -> None:
         """Drops what was recorded of the current step, which is repeated."""
-        if self.recorder.recording:
-            self.recorder.abandon()
+        recording = self.recorder.recording
+        self.recorder.abandon()  # also if the step isn't logged: else the next one isn't opened
+        if recording:
             number = self.micro_batches.repeated_step + 1
             self.run.log_once(f"Interference of optimizer step {number} isn't logged: it ran out of memory.")
 

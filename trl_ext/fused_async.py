@@ -104,7 +104,12 @@ class FusedAsync:
         setattr(trainer, FUSED, self)
 
     def undo(self) -> None:
-        """Restores the trainer's loss and the model's head. Raises ``ValueError`` while a recorder is attached."""
+        """Restores the trainer's loss and the model's head; nothing happens if it did already.
+
+        Raises ``ValueError`` while a recorder is attached.
+        """
+        if getattr(self.trainer, FUSED, None) is not self:
+            return
         if hasattr(self.trainer, ATTACHED):
             raise ValueError("a recorder is attached to this trainer: call its detach() first")
         del self.trainer.compute_loss

@@ -52,6 +52,20 @@ class StepSketch:
         return flat @ flat.T
 
 
+class Hook:
+    """A forward hook that a copy of the model doesn't have: ``deepcopy``, ``pickle`` and ``torch.save`` empty it."""
+
+    def __init__(self, call: Callable[[nn.Module, tuple[Any, ...], Any], None] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self._call is not None:
+            self._call(module, inputs, output)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
 class GradientSketch:
     """Sketches each sequence's gradient in the steps for which it is opened::
 
@@ -175,7 +189,7 @@ class GradientSketch:
         self._n_steps += 1
         self._check = TapCheck(device, self._due(), self._check_signs)
         self._sums = LayerSums(projection, self._check, self._parameters, self._fail)
-        self._handles = [layer.module.register_forward_hook(self._hook) for layer in self.layers]
+        self._handles = [layer.module.register_forward_hook(Hook(self._hook)) for layer in self.layers]
 
     def _due(self) -> frozenset[int]:
         """Returns the parameters to check in this step: each until it passes, then every ``CHECK_EVERY`` steps."""
@@ -286,6 +300,11 @@ class GradientSketch:
                     found.setdefault(number, f"{layer.name}.{kind}")
         return found
 
+    @property
+    def without_pass(self) -> list[int]:
+        """The numbers of the open step's micro-batches for which no tapped layer ran."""
+        return [] if self._sums is None else [i for i, rows in enumerate(self._sums.micro_batches) if not rows.ran]
+
     def take(self) -> StepSketch:
         """Ends the step and returns its sketch; the micro-batches' sequences follow each other in order."""
         if self._sums is None:
@@ -314,12 +333,17 @@ class GradientSketch:
         if sums is None or sums.rows is None or not torch.is_grad_enabled() or layer.name in self._failed:
             return
         rows = sums.rows
+        rows.ran = True
+        recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass
 
         def record(gradient: torch.Tensor, layer_input: Callable[[], torch.Tensor]) -> None:
             excluded = layer.weight is None and layer.bias is None
             if self._sums is not sums or layer.name in self._failed or excluded:
                 return
+            sums.late |= rows is not sums.rows
             try:
+                if recomputed and sums.late:  # the recomputed pass may be that of earlier rows
+                    raise RuntimeError("with use_reentrant=True, each backward must run before the next rows()")
                 sums.add(layer, rows, gradient, layer_input())
             except Exception as error:
                 self._fail(layer, error)

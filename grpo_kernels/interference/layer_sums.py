@@ -30,6 +30,7 @@ class LayerSums:
     Attributes:
         micro_batches: the rows of each micro-batch so far.
         rows: the rows of the running forward or backward pass; None: the pass isn't recorded.
+        late: whether a backward pass of earlier rows has run since these rows began.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class LayerSums:
         self.micro_batches: list[SequenceRows] = []
         self._batches = LayerBatches(self._process)
         self._muted = False
+        self.late = False
 
     def mute(self) -> None:
         """Drops all sums, and adds none from here on."""
@@ -56,7 +58,7 @@ class LayerSums:
     def begin(self, rows: SequenceRows) -> None:
         """Starts a micro-batch with these rows, after it has folded the previous one's sums."""
         self.finish()
-        self.rows = rows
+        self.rows, self.late = rows, False
         self.micro_batches.append(rows)
 
     def end(self) -> None:

@@ -23,6 +23,7 @@ class SequenceRows:
         checked: whether these rows contribute to the step's gradient.
         total: sums by key: (S, M, slots) by section, or (S, ...) by parameter if nothing is projected.
         entries: by section: (M, S, side, side) sums that aren't folded yet.
+        ran: whether a tapped layer ran for them, with gradients.
     """
 
     prompt_S: torch.Tensor
@@ -31,6 +32,7 @@ class SequenceRows:
     checked: bool = True
     total: dict[Any, torch.Tensor] = field(default_factory=dict)
     entries: dict[str, torch.Tensor] = field(default_factory=dict)
+    ran: bool = False
     _pieces: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, key: Any, values_S: torch.Tensor) -> None:
@@ -68,6 +70,9 @@ class SequenceRows:
     def tokens(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Returns a layer's input or output as (R, tokens of a row, width), also if the layer flattens its rows."""
         width = values.shape[-1]
+        positions = None if self.sequence_RT is None else self.sequence_RT.shape[1]
+        if values.ndim == 3 and values.shape[0] == self.n_rows and positions not in (None, values.shape[1]):
+            raise ValueError(f"layer {name!r} saw {values.shape[1]} positions of a row whose segments hold {positions}")
         if values.ndim >= 3 and values.shape[0] == self.n_rows:
             return values.reshape(self.n_rows, -1, width)
         if values.ndim == 2 and values.shape[0] % self.n_rows == 0:

@@ -59,6 +59,7 @@ class InterferenceRecord:
         scores_BB, score_coefficient_B, score_advantage_B: as ``gram_BB``, ``coefficient_B`` and ``advantage_B``, with
             the sequences that the extra pass scored (``what_if_dead``).
         task_P: each prompt's entry in the dataset's column ``task``.
+        started: when the recorder was made, in seconds since the epoch; a resumed run keeps it. 0: unknown.
     """
 
     step: int
@@ -85,6 +86,7 @@ class InterferenceRecord:
     score_coefficient_B: np.ndarray | None = None
     score_advantage_B: np.ndarray | None = None
     task_P: list[str] | None = None
+    started: float = 0.0
 
     def sequences(self) -> SequenceTable | None:
         """Returns the step's sequences, with rewards in float64; None if the file holds no advantages.
@@ -167,6 +169,7 @@ class StepExtras:
         what_if: the comparison with other normalisations.
         grams_PP: by part of the model, the inner products of the prompts' gradients.
         tasks: each prompt's task.
+        started: as in ``InterferenceRecord``.
     """
 
     table: SequenceTable | None = None
@@ -174,10 +177,11 @@ class StepExtras:
     what_if: WhatIfTable | None = None
     grams_PP: Mapping[str, torch.Tensor] | None = None
     tasks: Sequence[str] | None = None
+    started: float = 0.0
 
     def arrays(self) -> Arrays:
         """Returns the arrays by name in the file."""
-        arrays: Arrays = {}
+        arrays: Arrays = {"started": np.array(self.started)}
         if self.table is not None:
             arrays |= _sequence_arrays(self.table) | _score_arrays(self.scores, self.table)
         if self.grams_PP:
@@ -251,7 +255,9 @@ def _gradient_arrays(gradients: StepGradients, groups: PromptGroups) -> Arrays:
 
 
 def read_interference(run_folder: str | os.PathLike[str]) -> list[InterferenceRecord]:
-    """Reads all logged steps of a run, in order. It skips a file that it can't read, and warns about it::
+    """Reads all logged steps of a run, in order.
+
+    It skips a file that it can't read, and those of an earlier run in the same folder, and warns about them::
 
         records = read_interference("runs/demo")
         plt.plot([r.step for r in records], [r.metrics["interference/cos_mean"] for r in records])
@@ -271,7 +277,11 @@ def read_interference(run_folder: str | os.PathLike[str]) -> list[InterferenceRe
                 records.append(_read(path))
             except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
                 warnings.warn(f"{path} is skipped, it can't be read: {error}", stacklevel=2)
-    return sorted(records, key=lambda record: record.step)
+    latest = max((record.started for record in records), default=0.0)
+    of_run = [record for record in records if record.started == latest]
+    if len(of_run) < len(records):
+        warnings.warn(f"{folder}: {len(records) - len(of_run)} files of an earlier run are skipped", stacklevel=2)
+    return sorted(of_run, key=lambda record: record.step)
 
 
 def _read(path: Path) -> InterferenceRecord:
@@ -300,6 +310,7 @@ def _read(path: Path) -> InterferenceRecord:
         what_if=_json(arrays, "what_if"),
         gram_parts=_gram_parts(arrays, n_prompts),
         task_P=_json(arrays, "tasks"),
+        started=float(arrays.get("started", 0.0)),
         **{"coefficient_B": None, **columns},
         **grams,
     )

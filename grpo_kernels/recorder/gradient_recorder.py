@@ -12,9 +12,11 @@ Shapes: S sequences of a micro-batch, B of the step on this rank, P prompts.
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -98,9 +100,10 @@ class GradientRecorder:
         self.baseline_size, self.seed, self.loss_scale, self.device = baseline_size, seed, loss_scale, device
         self.full_gradient: FullGradient | None = None  # for an engine that keeps gradients elsewhere than in .grad
         self.number = 0  # of the next step
+        self.started = time.time()  # tells the files of two runs in one folder apart
         self.statistics = RunStatistics()
         self.tasks: Mapping[int, str] = {}  # by group id, for the interference between tasks
-        self._on, self._inside = True, False
+        self._on, self._inside, self._rows_passed = True, False, False
         self._sketch: GradientSketch | None = None
         self._collectives: Collectives | None = None
         self._step: OpenStep | None = None
@@ -177,19 +180,24 @@ class GradientRecorder:
                 cu_seqlens[s + 1].
             segments: (R, T) each position's sequence in [0, S), -1 for none. (R, T, n) lists up to n, and is refused if
                 a position has several.
-            group_size: the answers of a whole group, one number or (S,). A group with fewer in the step is partial:
-                statistics of groups leave it out. None: groups are whole.
+            group_size: the answers of a whole group, one number or (S,). A group with fewer or more in the step is
+                partial: statistics of groups leave it out. None: groups are whole.
 
         Raises:
-            ValueError: no step is open, an argument is wrong, or a position belongs to several sequences.
+            ValueError: no step is open; or in the first call, an argument is wrong, or a position belongs to several
+                sequences. If a later call's is, the recorder is switched off at the end of the step.
         """
         if not self._inside:
             raise ValueError("rows needs an open step: call it within recorder.step()")
         if self._step is None or self._failures.reason is not None or self._sketch is None:
             return
-        columns = row_columns(group_ids, rewards, advantages, coefficients, cu_seqlens, segments, group_size)
+        # the first call names a mistake in the loop; a later error depends on the data, and mustn't end training
+        with self.guarded() if self._rows_passed else nullcontext():
+            columns = row_columns(group_ids, rewards, advantages, coefficients, cu_seqlens, segments, group_size)
+            self._rows_passed = True
         with self.guarded():
-            self._record(self._step, self._sketch, columns)
+            if self._failures.reason is None:
+                self._record(self._step, self._sketch, columns)
 
     def _record(self, step: OpenStep, sketch: GradientSketch, columns: RowColumns) -> None:
         step.columns.append(columns)
@@ -255,19 +263,21 @@ class GradientRecorder:
         logged = self._logged
         if logged is None or not is_main_process():
             return None
-        return self._files.run(lambda: logged.write(folder, texts, self.tasks, by_part=self.by_part), None)
+        return self._files.run(
+            lambda: logged.write(folder, texts, self.tasks, by_part=self.by_part, started=self.started), None
+        )
 
     # ---- checkpoints
 
     def state_dict(self) -> RecorderState:
-        """Returns the step's number and the statistics over steps as plain numbers, for JSON."""
-        return {"number": self.number, "statistics": self.statistics.state_dict()}
+        """Returns the step's number, the run's start and the statistics over steps as plain numbers, for JSON."""
+        return {"number": self.number, "started": self.started, "statistics": self.statistics.state_dict()}
 
     def load_state_dict(self, state: RecorderState) -> None:
         """Restores the state from what ``state_dict`` returned. Raises ``ValueError`` if it isn't one."""
         if missing := {"number", "statistics"} - state.keys():
             raise ValueError(f"this isn't a state of GradientRecorder: it has no {min(missing)!r}")
-        self.number = state["number"]
+        self.number, self.started = state["number"], state.get("started", self.started)
         self.statistics.load_state_dict(state["statistics"])
 
     # ---- failures
@@ -380,10 +390,21 @@ class GradientRecorder:
         check = step.check or self._check(step, collectives)
         log_excluded(check.wrong, self._log_once)
         if not sketch.tapped_parameters:
-            raise RuntimeError("no parameter's gradient is the sum over the rows that were passed")
+            raise RuntimeError(
+                "no parameter's gradient is the sum over the rows that were passed (one that was clipped, unscaled or "
+                "cleared within the step isn't, nor one of a pass without its rows)"
+            )
         if check.spoiled:  # the next logged step excludes the wrong parameters
             self._log_once(f"Interference of optimizer step {self.number + 1} isn't logged.")
             return None
+        if not math.isfinite(check.total):  # a GradScaler skips such a step, and lowers its scale
+            self._log_once("Interference isn't logged in steps whose gradient isn't finite.")
+            return None
+        if check.total == 0 and recorded.sequences.square.any():
+            self._log_once(
+                "Interference isn't checked against .grad, which was empty or 0 when the step closed: close it before "
+                "optimizer.zero_grad()."
+            )
         groups = step.number_groups(recorded, counts, collectives)
         partial = 0 if groups is None else int(groups.partial_P.sum())
         if groups is not None and step.fresh and not partial:
@@ -403,4 +424,10 @@ class GradientRecorder:
 
     def _take(self, step: OpenStep, sketch: GradientSketch, processes: int) -> RecordedStep:
         """Ends the sketch's step, and returns what this rank recorded."""
+        idle = [step.columns[i].table for i in sketch.without_pass if i < len(step.columns)]
+        if any(table.advantage.any() for table in idle):
+            self._log_once(
+                "rows() was called without a forward pass after it, or twice before one: interference counts these "
+                "sequences as if their gradient were 0."
+            )
         return step.take(sketch, processes, self.loss_scale())

@@ -123,6 +123,7 @@ class Logged:
         tasks: Mapping[int, str],
         *,
         by_part: bool,
+        started: float,
     ) -> Path:
         """Writes the step's file, and returns its path.
 
@@ -130,6 +131,7 @@ class Logged:
             folder: the run's folder.
             texts, tasks: of the prompts, by key.
             by_part: whether the file gets the inner products in each part of the model.
+            started: as in ``InterferenceRecord``.
         """
         found, keys = self.found, self.prompt_keys().tolist()
         more = StepExtras(
@@ -138,6 +140,7 @@ class Logged:
             self.what_if,
             found.products.grams_PP if by_part else None,
             [tasks.get(key, "") for key in keys] if tasks else None,
+            started,
         )
         named = None if texts is None else [texts.get(key, "") for key in keys]
         return write_step(folder, self.number, found.step, self.metrics, keys, named, more=more, groups=found.groups)

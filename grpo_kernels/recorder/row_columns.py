@@ -45,15 +45,17 @@ def row_columns(
     group_size: int | Values | None,
 ) -> RowColumns:
     """Returns the micro-batch. Takes the arguments of ``GradientRecorder.rows``; raises its ``ValueError``."""
-    group_S = torch.as_tensor(group_ids)
+    group_S = _tensor("group_ids", group_ids)
     if group_S.ndim != 1 or group_S.is_floating_point() or group_S.dtype == torch.bool or not len(group_S):
         raise ValueError(f"group_ids must be whole numbers (S,), S > 0, not {tuple(group_S.shape)} of {group_S.dtype}")
     group_S = group_S.long()
     reward_S = _numbers("rewards", rewards, group_S)
     advantage_S = _numbers("advantages", advantages, group_S)
-    size = torch.as_tensor(0 if group_size is None else group_size).long().to(group_S.device)
-    if size.ndim > 0 and size.shape != group_S.shape:
-        raise ValueError(f"group_size must be a whole number, or one for each sequence, not {group_size!r}")
+    size = _tensor("group_size", 0 if group_size is None else group_size).to(group_S.device)
+    wrong_shape = size.ndim > 0 and size.shape != group_S.shape
+    if wrong_shape or size.is_floating_point() or (group_size is not None and not (size > 0).all()):
+        raise ValueError(f"group_size must be a whole number above 0, or one for each sequence, not {group_size!r}")
+    size = size.long()
     table = SequenceTable(
         prompt_id=group_S,
         prompt_key=group_S,
@@ -68,6 +70,13 @@ def row_columns(
         coefficient=None if coefficients is None else _numbers("coefficients", coefficients, group_S),
     )
     return RowColumns(table, size.expand_as(group_S), segment_table(cu_seqlens, segments, len(group_S)))
+
+
+def _tensor(name: str, values: Values | int) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be whole numbers: {error}") from None
 
 
 def _numbers(name: str, values: Values, group_S: torch.Tensor) -> torch.Tensor:
@@ -89,14 +98,14 @@ def segment_table(cu_seqlens: Values | None, segments: torch.Tensor | None, n_se
     if cu_seqlens is not None and segments is not None:
         raise ValueError("cu_seqlens and segments both say where the segments are: pass one of them")
     if cu_seqlens is not None:
-        border = torch.as_tensor(cu_seqlens).long()
+        border = _tensor("cu_seqlens", cu_seqlens)
         length = border.diff()
-        if border.shape != (n_segments + 1,) or border[0] != 0 or not (length > 0).all():
+        if border.is_floating_point() or border.shape != (n_segments + 1,) or border[0] != 0 or not (length > 0).all():
             raise ValueError(
                 f"cu_seqlens={border.tolist()} must rise from 0 to the row's length, in {n_segments + 1} numbers for "
                 f"{n_segments} group ids"
             )
-        return torch.arange(n_segments, device=border.device).repeat_interleave(length)[None]
+        return torch.arange(n_segments, device=border.device).repeat_interleave(length.long())[None]
     if segments is None:
         return None
     if not isinstance(segments, torch.Tensor) or segments.is_floating_point() or segments.ndim not in (2, 3):

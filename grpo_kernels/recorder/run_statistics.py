@@ -25,6 +25,7 @@ class RecorderState(TypedDict):
     """``GradientRecorder.state_dict()``."""
 
     number: int
+    started: NotRequired[float]  # absent in states of earlier versions
     statistics: RunState
 
 

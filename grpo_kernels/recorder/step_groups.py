@@ -22,7 +22,7 @@ class StepGroups:
     Attributes:
         key_P: (P,) int64, the users' group ids in ascending order.
         reward_PG: (P, G) rewards, NaN where unscorable, missing, or of a partial group.
-        partial_P: (P,) bool: the step lacks answers of the group.
+        partial_P: (P,) bool: the step lacks answers of the group, or has some twice.
     """
 
     key_P: torch.Tensor
@@ -51,7 +51,7 @@ def number_groups(
     reward_A = packed_AN[:, 2].contiguous().view(torch.float64).float()
     key_P, row_A, count_P = packed_AN[:, 0].unique(return_inverse=True, return_counts=True)
     size_P = torch.zeros_like(count_P).scatter_reduce_(0, row_A, packed_AN[:, 1], "amax")
-    partial_P = count_P < size_P
+    partial_P = (size_P > 0) & (count_P != size_P)
     order_A = row_A.argsort(stable=True)
     place_A = torch.empty_like(row_A)
     place_A[order_A] = torch.arange(len(row_A), device=row_A.device) - (count_P.cumsum(0) - count_P)[row_A[order_A]]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
 from trl_ext import CurvatureGRPOTrainer, attach, read_interference
+from trl_ext.attachment import prompt_text
 
 HEAD = "model.embed_tokens.weight"  # tied to the head of the built-in policy
 
@@ -200,6 +201,47 @@ def test_detach_restores_the_trainer(tiny_policy, tmp_path):
     attached.detach()
     assert (set(vars(trainer)), list(trainer.callback_handler.callbacks)) == before
     attach(trainer)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ([{"role": "user", "content": "1 + 1"}], "1 + 1"),
+        ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}], " what?"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], ""),
+        ([{"role": "assistant", "content": None}], ""),
+        ([{"role": "assistant", "tool_calls": []}], ""),
+        ([], ""),
+    ],
+)
+def test_a_prompt_without_a_text_has_an_empty_one(prompt, text):
+    """Else the recorder would be switched off."""
+    assert prompt_text(prompt) == text
+
+
+def test_a_trainer_that_trains_twice_begins_its_records_anew(tiny_policy, tmp_path):
+    trainer = build("grpo", tiny_policy, tmp_path, max_steps=3)
+    attached = attach(trainer, every=2, dim=8)
+    trainer.train()
+    trainer.args.max_steps = 1
+    trainer.train()
+    with pytest.warns(UserWarning, match="1 files of an earlier run are skipped"):
+        assert [record.step for record in read_interference(tmp_path)] == [1]
+    assert attached.recorder.statistics.speedup.state_dict()["sums"][0] == 4  # groups of one step
+
+
+def test_detach_between_micro_batches_leaves_no_hook(tiny_policy, tmp_path):
+    trainer = build("grpo", tiny_policy, tmp_path, max_steps=2)
+    attached = attach(trainer, every=1, dim=8)
+
+    class Detach(TrainerCallback):
+        def on_substep_end(self, *args, **kwargs):
+            attached.detach()  # in each later step once more
+
+    trainer.add_callback(Detach())
+    trainer.train()
+    assert trainer.state.global_step == 2 and not hasattr(trainer, "_attached_recorder")
+    assert not any(module._forward_hooks for module in trainer.model.modules())
 
 
 def test_other_trainers_are_refused(tiny_policy, tmp_path):

@@ -266,6 +266,7 @@ def test_undo_restores_trls_head(bf16, tiny_policy, tmp_path, rows):
     undo = fuse_head(trainer)
     trainer.train()
     undo()
+    undo()
     assert "compute_loss" not in vars(trainer) and "_fused_head" not in vars(trainer) and before <= set(vars(trainer))
     rows.clear()
     batch = micro_batches(plain)[0]

@@ -68,6 +68,27 @@ def test_answers_that_are_assigned_to_the_wrong_prompt_change_the_result():
     assert (recorder.inner_products()[1] - expected).norm() > 0.1 * expected.norm()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_pass_after_the_next_rows_is_right_or_named(reentrant, caplog):
+    """Both micro-batches' losses in one backward. Reentrant checkpointing recomputes the first at the second's rows."""
+    model = make_model()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    model.zero_grad()
+    with recorder.step():
+        losses = []
+        for answers in ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]):
+            recorder.rows(GROUP_B[answers], loop_worker.REWARD_B[answers], loop_worker.ADVANTAGE_B[answers])
+            losses.append(loss_of(model, answers))
+        sum(losses).backward()
+    assert ("each backward must run before the next rows()" in caplog.text) is reentrant
+    if reentrant:
+        assert recorder.metrics() == {}
+    else:
+        assert_same(recorder.inner_products()[1], one_backward_for_each_prompt(model), 1e-5)
+
+
 # of 5 and 7 answers, and in unequal numbers of micro-batches' rows: prompts are split between the ranks
 HALVES = [[[0, 1, 2], [3, 4]], [[5, 6, 7, 8], [9, 10, 11]]]
 

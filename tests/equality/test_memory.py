@@ -367,3 +367,19 @@ def test_a_run_that_packs_no_rows_rehearses_nothing(options, tiny_policy, tmp_pa
     memory = SavedBytes(10**9)
     with_memory(build(tiny_policy, tmp_path, **{**QUIET, **options}), memory).train()
     assert memory.passes == 0
+
+
+def test_a_step_that_is_not_logged_and_runs_out_of_memory_leaves_the_next_one_logged(tiny_policy, tmp_path):
+    """In its first call of several, so that the repeated calls aren't the ones that close the recorder's step."""
+    options = {"interference_every": 2, "loss_type": "grpo", "max_steps": 4, **FOUR}
+    trainer = build(tiny_policy, tmp_path, **options)
+    failed = []
+
+    def once(number, tokens):
+        failed.extend([number] if trainer.state.global_step == 1 and not failed else [])
+        return failed == [number]
+
+    watch(trainer, once)
+    trainer.train()
+    assert failed
+    assert ["interference/cos_mean" in log for log in trainer.recorder.logs] == [True, False, True, False, False]

@@ -17,6 +17,7 @@ from run_folders import log_of, page_of
 from trl_ext.report.command import main
 from trl_ext.report.configuration import OWN_FUNCTION, SHARED, trl_options
 from trl_ext.report.foreign.names import TABLE, is_ours
+from trl_ext.report.foreign.tensorboard import masked_crc
 from trl_ext.report.foreign.wandb import read
 from trl_ext.report.groups import group_runs
 from trl_ext.report.next_experiment import next_experiment
@@ -368,6 +369,8 @@ def test_other_shapes_of_json_and_csv(tmp_path):
         (b"[1, 2]", "no step in most of its 0 rows"),
         (b'{"step": 1, "tokens": 5}\n', "none of its names is known: tokens"),
         (b"a,b\n1,2\n", "no step in most of its 1 rows, which have a, b"),
+        (b"step;reward\n1;0,5\n", "it has no numbers under its names reward"),
+        (b"step,reward\n1," + b"9" * 200_000, "neither JSON nor CSV: field larger"),
         (b'{"_step": 5, "_wandb": {}, "train/reward": 1}', "W&B's summary"),
     ],
 )
@@ -378,6 +381,35 @@ def test_what_is_no_log_gets_one_clear_error(content, reason, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and reason in error and error.count("\n") == 1
     assert "Looked for: TRL's trainer_state.json, TensorBoard's event files" in error
+
+
+def test_a_log_in_utf_16(tmp_path):
+    """What ``>`` of Windows' shell writes."""
+    for name in ("plain.csv", "verl.jsonl"):
+        (tmp_path / name).write_bytes((LOGS / name).read_text().encode("utf-16"))
+        assert read_run(tmp_path / name).logs == read_run(LOGS / name).logs
+
+
+def test_steps_that_occur_twice_are_named(tmp_path):
+    """Of two runs in one file, the values of the later one count."""
+    first = [{"step": step, "reward": 0.1, "epoch": step} for step in range(1, 6)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first + first[-1:]))
+    assert read_run(tmp_path / "log.jsonl").problems == []
+    second = [{**row, "reward": 0.9} for row in first]
+    for rows in (first + second, [row for both in zip(first, second, strict=True) for row in both]):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = read_run(tmp_path / "log.jsonl")
+        assert run.series("reward")[1] == [0.9] * 5
+        assert "5 values are left out, as later ones are of the same steps" in run.problems[0]
+
+
+@pytest.mark.parametrize("metrics", ["null", "[1]", "half"])
+def test_a_row_of_trackios_that_cannot_be_read_costs_no_other(metrics, tmp_path):
+    file = Path(shutil.copy(LOGS / "trackio.db", tmp_path / "project.db"))
+    with closing(sqlite3.connect(file)) as database:
+        database.execute(f"UPDATE metrics SET metrics = '{metrics}' WHERE id = (SELECT min(id) FROM metrics)")
+        database.commit()
+    assert read_run(file).last_step == 18
 
 
 def test_a_folder_without_a_log_says_why(tmp_path, capsys):
@@ -392,3 +424,15 @@ def test_numbers_that_json_does_not_have(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"step": 4, "reward": 1}]))
     run = read_run(tmp_path / "log.jsonl")
     assert [entry["reward"] for entry in run.logs][1:] == [-math.inf, 1.0] and math.isnan(run.logs[0]["reward"])
+
+
+def test_a_damaged_scalar_of_an_event_file_is_one_error(tmp_path):
+    def record(data):
+        length = struct.pack("<Q", len(data))
+        return length + struct.pack("<I", masked_crc(length)) + data + bytes(4)
+
+    value = b"\x0a\x01r" + b"\x11" + bytes(8)  # tag = "r", simple_value of 8 bytes
+    summary = b"\x0a" + bytes([len(value)]) + value
+    (tmp_path / "events.out.tfevents.1.0").write_bytes(record(b"\x10\x01\x2a" + bytes([len(summary)]) + summary))
+    with pytest.raises(ValueError, match="a scalar that isn't a float"):
+        read_run(tmp_path / "events.out.tfevents.1.0")

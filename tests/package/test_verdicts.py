@@ -15,7 +15,7 @@ from examples.tasks.questions import arithmetic_questions, build_dataset
 from trl_ext.report.dead_groups import MEASURED
 from trl_ext.report.evidence import interval, state, student
 from trl_ext.report.read_run import Run, read_run
-from trl_ext.report.signatures import SIGNATURES, Signature
+from trl_ext.report.signatures import SIGNATURES, Signature, learning
 from trl_ext.report.signatures.rollouts import HEALTHY_LIVE
 from trl_ext.report.verdicts import diagnose
 from trl_ext.tasks.small_policy import small_policy
@@ -243,3 +243,19 @@ def test_a_collapse_of_the_held_out_accuracy_is_not_its_own_noise(tmp_path):
     logs = [{"step": i, "eval_accuracy": value, **counted} for i, value in enumerate((0.34, 0.38, 0.0, 0.0))]
     run = read_run(log_of(tmp_path / "run", logs))
     assert [one.name for one in diagnose(run).verdicts] == ["fell"]
+
+
+def test_a_fall_in_a_long_log_is_found_with_bounded_memory(monkeypatch):
+    counts, fall = [], learning.largest_fall
+
+    def counted(values):
+        counts.append(len(values))
+        return fall(values)
+
+    monkeypatch.setattr(learning, "largest_fall", counted)
+    rewards = np.concatenate([np.linspace(0, 0.8, 30_000), np.linspace(0.8, 0.1, 3_001)])
+    rewards += np.random.default_rng(0).normal(0, 0.05, len(rewards))
+    logs = [{"step": step, "reward": float(value)} for step, value in enumerate(rewards, start=1)]
+    found = learning.fell(Run(Path("long"), "long", logs, [], {}))
+    assert counts[0] <= learning.MOST_REWARDS
+    assert found.onset == pytest.approx(30_000, rel=0.02) and "the reward has fallen from 0.8" in found.evidence

@@ -1,7 +1,10 @@
 """GradientRecorder in a training loop of plain torch, against gradients taken one sequence at a time."""
 
+import copy
+import json
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -177,9 +180,15 @@ TWO = ([1, 2], [0.0, 1.0], [1.0, 1.0])
         (TWO, {"cu_seqlens": [0, 3, 3]}, "must rise from 0"),
         (TWO, {"cu_seqlens": [0, 1, 2], "segments": SHARED}, "pass one of them"),
         (([1.0, 2.0], *TWO[1:]), {}, "group_ids must be whole numbers"),
+        ((["a", "b"], *TWO[1:]), {}, "group_ids must be whole numbers: too many dimensions 'str'"),
+        ((None, *TWO[1:]), {}, "group_ids must be whole numbers"),
+        (TWO, {"cu_seqlens": [0.0, 1.5, 3.0]}, "must rise from 0"),
+        (TWO, {"cu_seqlens": "ab"}, "cu_seqlens must be whole numbers"),
+        (TWO, {"group_size": 2.7}, "group_size must be a whole number above 0"),
+        (TWO, {"group_size": 0}, "group_size must be a whole number above 0"),
         ((TWO[0], [0.0], TWO[2]), {}, r"rewards has shape \(1,\): expected \(2,\)"),
         (TWO, {"coefficients": [1.0]}, r"coefficients has shape \(1,\)"),
-        (TWO, {"group_size": [1, 2, 3]}, "group_size must be a whole number, or one for each"),
+        (TWO, {"group_size": [1, 2, 3]}, "group_size must be a whole number above 0, or one for each"),
     ],
 )
 def test_wrong_rows_are_named_in_the_first_step(rows, given, message):
@@ -296,3 +305,112 @@ def test_rewards_that_are_no_numbers_are_named():
     recorder = GradientRecorder(torch.nn.Linear(3, 1), every=1)
     with recorder.step(), pytest.raises(ValueError, match="rewards must be numbers, one per group id"):
         recorder.rows([0], ["x"], [1.0])
+
+
+def test_a_step_that_overflows_is_left_out_and_the_next_one_is_logged(caplog):
+    """As a GradScaler's first steps do."""
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    model.zero_grad()
+    with recorder.step():
+        recorder.rows(GROUP_B, REWARD_B, ADVANTAGE_B)
+        (loss_of(model, slice(0, 6)) * math.inf).backward()
+    assert recorder.metrics() == {} and "whose gradient isn't finite" in caplog.text
+    assert train_step(recorder, model)["interference/sketch_check"] == pytest.approx(1, abs=1e-5)
+
+
+def test_gradients_that_are_gone_when_the_step_closes_are_named(caplog):
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    with recorder.step():
+        recorder.rows(GROUP_B, REWARD_B, ADVANTAGE_B)
+        loss_of(model, slice(0, 6)).backward()
+        model.zero_grad()
+    assert "isn't checked against .grad" in caplog.text and "close it before optimizer.zero_grad()" in caplog.text
+    assert "interference/coverage" not in recorder.metrics()
+
+
+def test_clipped_gradients_are_named(caplog):
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    with recorder.step():
+        recorder.rows(GROUP_B, REWARD_B, ADVANTAGE_B)
+        loss_of(model, slice(0, 6)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    assert recorder.metrics() == {} and "one that was clipped, unscaled or cleared within the step" in caplog.text
+
+
+def test_a_group_with_more_answers_than_its_size_is_partial():
+    """Two groups of one id, or the same answers twice in a step."""
+    model = Regression()
+    metrics = train_step(GradientRecorder(model, every=1, dim=0), model, group_size=1)
+    assert metrics["interference/partial_groups"] == 3
+
+
+def test_a_copy_of_the_model_within_a_logged_step_is_not_recorded():
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    with recorder.step():
+        recorder.rows(GROUP_B, REWARD_B, ADVANTAGE_B)
+        loss = loss_of(model, slice(0, 6))
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        for one in copies:
+            loss_of(one, slice(0, 6)).backward()
+        loss.backward()
+    gram_PP = recorder.inner_products()[1]
+    assert recorder.metrics()["interference/coverage"] == 1
+    own = separate(model)
+    of_prompt = torch.stack([own[GROUP_B == group].sum(0) for group in (-8, 5, 30)])
+    torch.testing.assert_close(gram_PP, of_prompt @ of_prompt.T, rtol=1e-5, atol=1e-6)
+
+
+def test_segments_that_end_before_the_row_are_not_stretched(caplog):
+    """Half of a row is padding: two of its positions must not count as one."""
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    with recorder.step():
+        recorder.rows([1, 2], [0.0, 1.0], [1.0, 1.0], cu_seqlens=[0, 1, 2])
+        model(X[:1]).sin().sum().backward()
+    assert recorder.metrics() == {} and "saw 4 positions of a row whose segments hold 2" in caplog.text
+
+
+def test_files_of_an_earlier_run_in_the_folder_are_skipped(tmp_path):
+    for steps, every in ((9, 4), (6, 3)):
+        model = Regression()
+        recorder = GradientRecorder(model, every=every, dim=8)
+        for _ in range(steps):
+            train_step(recorder, model)
+            recorder.save(tmp_path)
+    with pytest.warns(UserWarning, match="2 files of an earlier run are skipped"):
+        assert [record.step for record in read_interference(tmp_path)] == [1, 4]
+    resumed = GradientRecorder(model, every=3, dim=8)
+    resumed.load_state_dict(json.loads(json.dumps(recorder.state_dict())))
+    train_step(resumed, model)
+    resumed.save(tmp_path)
+    with pytest.warns(UserWarning, match="2 files of an earlier run are skipped"):
+        assert [record.step for record in read_interference(tmp_path)] == [1, 4, 7]
+
+
+def test_wrong_rows_of_a_later_call_end_the_logging_alone(caplog):
+    """An answer without a reward in the middle of a run."""
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    assert train_step(recorder, model)
+    model.zero_grad()
+    with recorder.step():
+        recorder.rows([1, 1], [0.0, None], [0.0, 1.0])
+        loss_of(model, slice(0, 2)).backward()
+    assert recorder.metrics() == {} and "isn't logged from here on: ValueError: rewards must be numbers" in caplog.text
+    assert train_step(recorder, model) == {}
+
+
+@pytest.mark.parametrize(("advantages", "named"), [(ADVANTAGE_B, True), (torch.zeros(6), False)])
+def test_rows_without_a_pass_are_named_unless_they_are_dead(advantages, named, caplog):
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    with recorder.step():
+        recorder.rows(GROUP_B, REWARD_B, advantages)
+        recorder.rows(GROUP_B, REWARD_B, ADVANTAGE_B)
+        loss_of(model, slice(0, 6)).backward()
+    assert ("rows() was called without a forward pass after it" in caplog.text) is named
+    assert recorder.metrics()["interference/coverage"] == 1

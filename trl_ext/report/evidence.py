@@ -124,6 +124,15 @@ def largest_fall(values: Sequence[float], width: int = 5, draws: int = 200) -> t
     return best, fall, (fall - float(falls.mean())) / spread if spread else math.inf if fall > 0 else 0.0
 
 
+def block_means(steps: Sequence[int], values: Sequence[float], most: int) -> tuple[list[int], list[float]]:
+    """At most ``most`` means of neighbouring values, each at its last step; the values themselves if they are fewer."""
+    size = -(-len(values) // most)
+    if size <= 1:
+        return list(steps), list(values)
+    blocks = range(len(values) % size, len(values), size)  # the first values are left out if they fill no block
+    return [steps[i + size - 1] for i in blocks], [float(np.mean(values[i : i + size])) for i in blocks]
+
+
 def noise(values: Sequence[float]) -> float:
     """Standard deviation of single values about a trend; 0 below three values.
 

@@ -12,7 +12,7 @@ from ..configuration import trl_options
 from ..run_files import Configuration
 from . import tensorboard, text, trackio, wandb
 from .names import out_of_range, translate
-from .rows import Log, curves, step_name
+from .rows import Log, curves, logged_again, step_name
 
 FORMATS = (
     "TRL's trainer_state.json, TensorBoard's event files, W&B's history (JSON, CSV, run-ID.wandb), trackio's database, "
@@ -92,8 +92,16 @@ def _translated(log: Log, names: Mapping[str, str]) -> ForeignLog:
         if why := out_of_range(ours, theirs[name]):
             problems.append(f"{name} isn't taken as {ours}: {why}")
             del used[ours]
+    if not theirs:
+        found = ", ".join(list(dict.fromkeys(name for row in log.rows for name in row if name != step))[:MOST_UNUSED])
+        raise ValueError(f"it has no numbers under its names {found}" if found else "it has no metrics")
     if not used:
         raise ValueError(f"none of its names is known: {', '.join(unused[:MOST_UNUSED])}; --names FILE gives more")
+    if again := logged_again(log.rows, step, set(used.values())):
+        problems.append(
+            f"{log.path}: {again} values are left out, as later ones are of the same steps: the run went on from an "
+            "earlier step, or the log has several runs"
+        )
     lines = _lines({ours: theirs[name] for ours, name in used.items()})
     return ForeignLog(log.kind, log.path, lines, used, unused, problems, trl_options(log.config))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,3 +71,19 @@ def curves(rows: Sequence[Row], step: str) -> dict[str, Series]:
             series[at] = figure
             last[name] = at
     return found
+
+
+def logged_again(rows: Sequence[Row], step: str, names: Set[str]) -> int:
+    """How many of these metrics' values are of a step that the log had reached before, with another value there."""
+    found: dict[str, Series] = {}
+    count = 0
+    for row in rows:
+        at = number(row.get(step))
+        for name in names & row.keys():
+            figure = number(row[name])
+            if at is None or figure is None:
+                continue
+            earlier = found.setdefault(name, {})
+            count += at in earlier and earlier[at] != figure and not math.isnan(figure)
+            earlier[at] = figure
+    return count

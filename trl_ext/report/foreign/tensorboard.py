@@ -61,6 +61,8 @@ def _scalar(value: bytes) -> tuple[str, float] | None:
     """(tag, number) of a summary's value; None for texts, images and histograms."""
     (tag,) = parts(value, 1) or [b""]
     for simple in parts(value, 2):
+        if len(simple) != struct.calcsize("<f"):
+            raise ValueError("a scalar that isn't a float")
         return tag.decode(), struct.unpack("<f", simple)[0]
     for tensor in parts(value, 8):
         form = FORMATS.get(next((found for number, found in fields(tensor) if number == 1), 0))  # type: ignore[arg-type]

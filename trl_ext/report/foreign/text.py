@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import math
@@ -17,7 +18,9 @@ CHART = re.compile(r"(?P<run>.+?) - (?P<metric>.+?)(?P<range>__MIN|__MAX)?")
 
 def read(file: Path) -> Log:
     """The log of a text file. Raises ``ValueError`` where it is none."""
-    text = file.read_text(encoding="utf-8-sig", errors="replace").strip()
+    content = file.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    text = content.decode(encoding, errors="replace").strip()
     if not text:
         raise ValueError("it is empty")
     if text[0] not in "{[":
@@ -68,7 +71,10 @@ def _verl_rows(rows: list[Row]) -> list[Row]:
 def _csv_rows(text: str) -> list[Row]:
     lines = text.splitlines()
     delimiter = max(",;\t", key=lines[0].count)
-    header, *values = csv.reader(lines, delimiter=delimiter)
+    try:
+        header, *values = csv.reader(lines, delimiter=delimiter)
+    except csv.Error as error:  # a cell of more than 131072 characters
+        raise ValueError(f"neither JSON nor CSV: {error}") from None
     if not values or len(header) < 2:
         raise ValueError("neither JSON nor a table of several columns and rows")
     names = _chart_names(header)

@@ -31,6 +31,15 @@ def _configs(database: sqlite3.Connection) -> dict[str, dict[str, Any]]:
     return configs
 
 
+def _metrics(text: Any) -> dict[str, Any]:
+    """A row's metrics; none where they can't be read."""
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read(file: Path, run: str = "") -> Log:
     """The log of a run of the database, of the only one where ``run`` is empty.
 
@@ -42,10 +51,10 @@ def read(file: Path, run: str = "") -> Log:
             configs = _configs(database)
     except sqlite3.Error as error:
         raise ValueError(f"{file} is a database, but not trackio's: {error}") from None
-    runs = list(dict.fromkeys(name for name, _, _ in found))
+    runs = list(dict.fromkeys(str(name) for name, _, _ in found))
     if run and run not in runs:
         raise ValueError(f"{file} has no run {run!r}: it has {', '.join(runs)}")
     if not run and len(runs) > 1:
         raise ValueError(f"{file} has {len(runs)} runs, {', '.join(runs)}: give one as {file}#{runs[0]}")
-    rows = [{**json.loads(metrics), "_step": step} for name, step, metrics in found if name == run or not run]
+    rows = [{**_metrics(text), "_step": step} for name, step, text in found if str(name) == run or not run]
     return Log("trackio's database", file, rows, config=configs.get(run or runs[0], {}) if runs else {})

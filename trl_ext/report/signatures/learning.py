@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 
-from trl_ext.report.evidence import above, largest_fall, noise, sampling_error, state, student
+from trl_ext.report.evidence import above, block_means, largest_fall, noise, sampling_error, state, student
 from trl_ext.report.read_run import Run, trains
 
 from .finding import ADVICE, CRITICAL, WARNING, Finding, Found, Unknown, missing, too_few
@@ -22,6 +22,7 @@ OVER = 10  # logged numbers after the last odd one, from which on it is over
 FALLEN = 0.1  # of held-out accuracy, below its best
 COLLAPSE = 0.5  # of the range of the reward
 DEVIATIONS = 8.0  # of a fall, above those of noise
+MOST_REWARDS = 10_000  # looked at for a fall; more are averaged, as the memory grows with their square (0.2 GB)
 SOLVED = 0.9  # of a reward in [0, 1]
 SMALL = 0.1  # of an answer's std: a change of the mean reward below it is none
 NUMBERS = ("loss", "grad_norm", "reward", "kl")  # that must be finite
@@ -88,7 +89,7 @@ def _at_the_start(run: Run, name: str) -> list[float]:
 def fell(run: Run) -> Found:
     """The reward has lost half of its range, or held-out accuracy is far below its best, both beyond their noise."""
     steps, values = run.series("eval_accuracy")
-    reward_steps, rewards = run.series("reward")
+    reward_steps, rewards = block_means(*run.series("reward"), MOST_REWARDS)
     if len(rewards) >= 10:
         best, fall, deviations = largest_fall(rewards)
         smooth = np.convolve(rewards, np.ones(5) / 5, mode="valid")
