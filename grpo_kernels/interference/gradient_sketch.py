@@ -305,6 +305,11 @@ class GradientSketch:
         """The numbers of the open step's micro-batches for which no tapped layer ran."""
         return [] if self._sums is None else [i for i, rows in enumerate(self._sums.micro_batches) if not rows.ran]
 
+    @property
+    def ran_again(self) -> bool:
+        """Whether a forward pass followed the backward pass of the same rows, in the open step."""
+        return self._sums is not None and any(rows.ran_again for rows in self._sums.micro_batches)
+
     def take(self) -> StepSketch:
         """Ends the step and returns its sketch; the micro-batches' sequences follow each other in order."""
         if self._sums is None:
@@ -333,10 +338,11 @@ class GradientSketch:
         if sums is None or sums.rows is None or not torch.is_grad_enabled() or layer.name in self._failed:
             return
         rows = sums.rows
-        rows.ran = True
         recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass
+        rows.ran, rows.ran_again = True, rows.ran_again or (rows.returned and not recomputed)
 
         def record(gradient: torch.Tensor, layer_input: Callable[[], torch.Tensor]) -> None:
+            rows.returned = True
             excluded = layer.weight is None and layer.bias is None
             if self._sums is not sums or layer.name in self._failed or excluded:
                 return

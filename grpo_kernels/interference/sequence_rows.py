@@ -24,6 +24,8 @@ class SequenceRows:
         total: sums by key: (S, M, slots) by section, or (S, ...) by parameter if nothing is projected.
         entries: by section: (M, S, side, side) sums that aren't folded yet.
         ran: whether a tapped layer ran for them, with gradients.
+        returned: whether a backward pass has run for them.
+        ran_again: whether a forward pass followed that one.
     """
 
     prompt_S: torch.Tensor
@@ -33,6 +35,8 @@ class SequenceRows:
     total: dict[Any, torch.Tensor] = field(default_factory=dict)
     entries: dict[str, torch.Tensor] = field(default_factory=dict)
     ran: bool = False
+    returned: bool = False
+    ran_again: bool = False
     _pieces: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, key: Any, values_S: torch.Tensor) -> None:

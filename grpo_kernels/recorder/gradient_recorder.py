@@ -53,10 +53,10 @@ class GradientRecorder:
         print(recorder.metrics().get("interference/cos_mean"))
         recorder.save("runs/mine")  # python -m trl_ext report runs/mine
 
-    All passes after a ``rows`` and before the next belong to its sequences, so each backward runs before the next
-    ``rows``. ``.grad`` must be empty or 0 when a step opens, and unclipped when it closes: the recorder compares it
-    with what it recorded, and leaves out and names the parameters that differ. It adds hooks only while a logged step
-    is open, and changes no forward or backward value.
+    All passes after a ``rows`` belong to its sequences, up to the end of their backward. Then comes the next ``rows``.
+    ``.grad`` must be empty or 0 when a step opens, and unclipped when it closes: the recorder compares it with what it
+    recorded, and leaves out and names the parameters that differ. It adds hooks only while a logged step is open, and
+    changes no forward or backward value.
 
     DDP and FSDP2 work if ``torch.distributed`` is initialised: every rank opens the same steps, and the figures are
     those of all ranks. Gradient accumulation, activation checkpointing, LoRA and packed rows work. ``torch.compile`` of
@@ -424,10 +424,5 @@ class GradientRecorder:
 
     def _take(self, step: OpenStep, sketch: GradientSketch, processes: int) -> RecordedStep:
         """Ends the sketch's step, and returns what this rank recorded."""
-        idle = [step.columns[i].table for i in sketch.without_pass if i < len(step.columns)]
-        if any(table.advantage.any() for table in idle):
-            self._log_once(
-                "rows() was called without a forward pass after it, or twice before one: interference counts these "
-                "sequences as if their gradient were 0."
-            )
+        step.check_passes(sketch, self._log_once)
         return step.take(sketch, processes, self.loss_scale())

@@ -6,7 +6,7 @@ Shapes: B sequences of the step on this rank, P prompts.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,6 +42,17 @@ class OpenStep:
     idle: list[SequenceTable] = field(default_factory=list)
     extra: SequenceTable | None = None
     check: LayerCheck | None = None
+
+    def check_passes(self, sketch: GradientSketch, log_once: Callable[[str], None]) -> None:
+        """Names rows without a pass. Raises ``RuntimeError`` if a pass had no rows of its own."""
+        if sketch.ran_again:
+            raise RuntimeError("a forward pass followed the backward of its rows: call rows() before each forward pass")
+        idle = [self.columns[i].table for i in sketch.without_pass if i < len(self.columns)]
+        if any(table.advantage.any() for table in idle):
+            log_once(
+                "rows() was called without a forward pass after it, or twice before one: interference counts these "
+                "sequences as if their gradient were 0."
+            )
 
     def take(self, sketch: GradientSketch, processes: int, loss_scale: float) -> RecordedStep:
         """Ends the sketch's step, and returns what this rank recorded.

@@ -240,6 +240,29 @@ def test_a_skipped_parameter_is_named_and_not_recorded(caplog):
     assert metrics["interference/coverage"] == pytest.approx(1 - squares["first.weight"] / sum(squares.values()))
 
 
+def test_forgotten_rows_are_named(caplog):
+    """The second micro-batch has as many sequences as the first: nothing else tells them apart."""
+    model = Regression()
+    recorder = GradientRecorder(model, every=1)
+    with recorder.step():
+        recorder.rows(GROUP_B[:3], REWARD_B[:3], ADVANTAGE_B[:3])
+        loss_of(model, slice(0, 3)).backward()
+        loss_of(model, slice(3, 6)).backward()
+    assert recorder.metrics() == {} and "call rows() before each forward pass" in caplog.text
+
+
+def test_two_forward_passes_before_a_backward_belong_to_the_same_rows():
+    model = Regression()
+    recorder = GradientRecorder(model, every=1, dim=0)
+    with recorder.step():
+        recorder.rows(GROUP_B, REWARD_B, ADVANTAGE_B)
+        (loss_of(model, slice(0, 6)) / 4 + loss_of(model, slice(0, 6)) * 3 / 4).backward()
+    gradient_BN = separate(model)
+    prompt_PB = (recorder.inner_products()[0][:, None] == GROUP_B).double()
+    expected_PP = prompt_PB @ gradient_BN @ gradient_BN.T @ prompt_PB.T
+    torch.testing.assert_close(recorder.inner_products()[1], expected_PP, rtol=1e-5, atol=1e-6)
+
+
 def test_a_step_with_a_gradient_from_before_is_not_logged(caplog):
     model = Regression()
     loss_of(model, slice(0, 2)).backward()
