@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
+
 from .collectives import Collectives, OtherRankFailedError, is_main_process
 
 logger = logging.getLogger(__name__)
@@ -27,11 +29,13 @@ class FailureBoundary:
 
     Args:
         on_error: called at each error outside of collective work.
+        device: returns where this rank's collectives run.
     """
 
-    def __init__(self, on_error: Callable[[], None]) -> None:
+    def __init__(self, on_error: Callable[[], None], device: Callable[[], torch.device]) -> None:
         self.reason: str | None = None
-        self._on_error = on_error
+        self._on_error, self._device = on_error, device
+        self._collectives: Collectives | None = None
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -46,21 +50,44 @@ class FailureBoundary:
         self.reason = self.reason or describe_error(error)
         self._on_error()
 
-    def attempt(self, collectives: Collectives, work: Callable[[], T]) -> T | None:
+    @property
+    def collectives(self) -> Collectives:
+        """The ranks' collectives, from when they are first needed: engines set up their process group late."""
+        if self._collectives is None:
+            self._collectives = Collectives(self._device())
+        return self._collectives
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Returns the result of ``work``, if it succeeds on all ranks; else every rank raises an error."""
+        return self.collectives.attempt(work)
+
+    def attempt(self, work: Callable[[Collectives], T]) -> T | None:
         """Runs collective work; returns None if it failed on any rank, or if a rank has failed before."""
 
         def checked_work() -> T:
             if self.reason is not None:
                 raise RuntimeError(self.reason)
-            return work()
+            return work(self.collectives)
 
         try:
-            return collectives.attempt(checked_work)
+            return self.together(checked_work)
         except OtherRankFailedError as error:
             self.reason = self.reason or str(error)
         except Exception as error:
             self.reason = self.reason or describe_error(error)
         return None
+
+
+class LogOnce:
+    """Logs each warning once, on the main process."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, text: str) -> None:
+        if text not in self._said and is_main_process():
+            logger.warning(text)
+        self._said.add(text)
 
 
 class OptionalFeature:

@@ -11,8 +11,6 @@ Shapes: S sequences of a micro-batch, B of the step on this rank, P prompts.
 
 from __future__ import annotations
 
-import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +26,7 @@ from grpo_kernels.interference.gradient_sketch import GradientSketch
 from grpo_kernels.interference.layer_taps import parameter_kinds
 
 from .collectives import Collectives, is_main_process
-from .failures import FailureBoundary, OptionalFeature, describe_error
+from .failures import FailureBoundary, LogOnce, OptionalFeature, describe_error
 from .gradients import FullGradient, GradientShards
 from .layer_check import LayerCheck, check_layers, log_excluded
 from .measure import RecordedStep, check_shapes, measure
@@ -37,7 +35,6 @@ from .row_columns import RowColumns, Values, row_columns
 from .run_statistics import RecorderState, RunStatistics
 from .what_if_log import ComparedWith, WhatIfLog, compared_methods
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -103,15 +100,16 @@ class GradientRecorder:
         self.started = time.time()  # tells the files of two runs in one folder apart
         self.statistics = RunStatistics()
         self.tasks: Mapping[int, str] = {}  # by group id, for the interference between tasks
-        self._on, self._inside, self._rows_passed = True, False, False
+        self.inside = False  # whether a step is open, logged or not
+        self._on, self._rows_passed = True, False
         self._sketch: GradientSketch | None = None
-        self._collectives: Collectives | None = None
         self._step: OpenStep | None = None
-        self._failures = FailureBoundary(self._mute)
-        self._what_if = WhatIfLog(lambda: ComparedWith(compared_methods(None, {})), self._together, lambda *_: None)
+        self._failures = FailureBoundary(self._mute, lambda: self.device or next(self.model.parameters()).device)
+        stateless = ComparedWith(compared_methods(None, {}))
+        self._what_if = WhatIfLog(lambda: stateless, self._failures.together, lambda *_: None)
         self._files = OptionalFeature("Interference is logged without its files")
         self._logged: Logged | None = None
-        self._said: set[str] = set()
+        self._log_once = LogOnce()
         self._check_model()
 
     # ---- one step
@@ -133,9 +131,9 @@ class GradientRecorder:
 
     def begin(self, *, fresh: bool = True) -> None:
         """Begins a step, like ``step``, in a loop that can't use a context. ``end`` or ``abandon`` ends it."""
-        if self._inside:
+        if self.inside:
             raise ValueError("a step is open already: recorder.step() can't be nested")
-        self._inside, self._logged = True, None
+        self.inside, self._logged = True, None
         if self._on and self.number % self.every == 0:
             self._open(OpenStep(fresh))
 
@@ -150,7 +148,7 @@ class GradientRecorder:
 
     def abandon(self) -> None:
         """Ends the step, if one is open, and drops what it recorded."""
-        self._inside, self._step = False, None
+        self.inside, self._step = False, None
         if self._sketch is not None:
             self._sketch.abandon()
 
@@ -187,7 +185,7 @@ class GradientRecorder:
             ValueError: no step is open; or in the first call, an argument is wrong, or a position belongs to several
                 sequences. If a later call's is, the recorder is switched off at the end of the step.
         """
-        if not self._inside:
+        if not self.inside:
             raise ValueError("rows needs an open step: call it within recorder.step()")
         if self._step is None or self._failures.reason is not None or self._sketch is None:
             return
@@ -228,12 +226,7 @@ class GradientRecorder:
         """Compares the recorded sums with the gradients now; else ``end`` does. For engines that free them earlier."""
         step = self._step
         if step is not None:
-            self._attempt(lambda collectives: self._check(step, collectives))
-
-    @property
-    def inside(self) -> bool:
-        """Whether a step is open, logged or not."""
-        return self._inside
+            self._failures.attempt(lambda collectives: self._check(step, collectives))
 
     @property
     def recording(self) -> bool:
@@ -277,8 +270,11 @@ class GradientRecorder:
         """Restores the state from what ``state_dict`` returned. Raises ``ValueError`` if it isn't one."""
         if missing := {"number", "statistics"} - state.keys():
             raise ValueError(f"this isn't a state of GradientRecorder: it has no {min(missing)!r}")
-        self.number, self.started = state["number"], state.get("started", self.started)
-        self.statistics.load_state_dict(state["statistics"])
+        try:
+            self.statistics.load_state_dict(state["statistics"])
+            self.number, self.started = int(state["number"]), float(state.get("started", self.started))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"this isn't a state of GradientRecorder: {describe_error(error)}") from None
 
     # ---- failures
 
@@ -286,9 +282,9 @@ class GradientRecorder:
         """Switches the recorder off for the rest of the run. All ranks call it at the same time."""
         if self._on:
             self._log_once(f"Interference isn't logged from here on: {reason}. Training continues.")
-        inside = self._inside
+        inside = self.inside
         self.abandon()
-        self._on, self._sketch, self._inside = False, None, inside
+        self._on, self._sketch, self.inside = False, None, inside
 
     def guarded(self) -> AbstractContextManager[None]:
         """Keeps an error of this context until the end of the step, when all ranks switch the recorder off."""
@@ -297,23 +293,6 @@ class GradientRecorder:
     def _mute(self) -> None:
         if self._sketch is not None:
             self._sketch.mute()
-
-    def _attempt(self, work: Callable[[Collectives], T]) -> T | None:
-        """Runs collective work; returns None if it failed on any rank."""
-        collectives = self._collectives
-        if collectives is None:
-            device = next(self.model.parameters()).device if self.device is None else self.device
-            collectives = self._collectives = Collectives(device)
-        return self._failures.attempt(collectives, lambda: work(collectives))
-
-    def _together(self, work: Callable[[], T]) -> T:
-        assert self._collectives is not None
-        return self._collectives.attempt(work)
-
-    def _log_once(self, text: str) -> None:
-        if text not in self._said and is_main_process():
-            logger.warning(text)
-        self._said.add(text)
 
     # ---- a logged step
 
@@ -350,7 +329,7 @@ class GradientRecorder:
             sketch.open(self.seed * 1_000_003 + self.number)
             return True
 
-        is_open = self._attempt(opened)
+        is_open = self._failures.attempt(opened)
         if self._failures.reason is not None:
             self.stop(self._failures.reason)
         elif is_open:
@@ -366,9 +345,9 @@ class GradientRecorder:
 
     def _finish(self, step: OpenStep) -> None:
         """Measures the step, or switches the recorder off on all ranks if one of them failed."""
-        self._logged = logged = self._attempt(lambda collectives: self._measure(step, collectives))
+        self._logged = logged = self._failures.attempt(lambda collectives: self._measure(step, collectives))
         if logged is not None:
-            self._attempt(lambda _: self._report(logged))
+            self._failures.attempt(lambda _: self._report(logged))
         if self._failures.reason is not None:
             self.stop(self._failures.reason)
 
@@ -389,16 +368,8 @@ class GradientRecorder:
         counts = check_shapes(recorded, collectives)
         check = step.check or self._check(step, collectives)
         log_excluded(check.wrong, self._log_once)
-        if not sketch.tapped_parameters:
-            raise RuntimeError(
-                "no parameter's gradient is the sum over the rows that were passed (one that was clipped, unscaled or "
-                "cleared within the step isn't, nor one of a pass without its rows)"
-            )
-        if check.spoiled:  # the next logged step excludes the wrong parameters
-            self._log_once(f"Interference of optimizer step {self.number + 1} isn't logged.")
-            return None
-        if not math.isfinite(check.total):  # a GradScaler skips such a step, and lowers its scale
-            self._log_once("Interference isn't logged in steps whose gradient isn't finite.")
+        if (reason := check.why_not_logged(sketch, self.number + 1)) is not None:
+            self._log_once(reason)
             return None
         if check.total == 0 and recorded.sequences.square.any():
             self._log_once(

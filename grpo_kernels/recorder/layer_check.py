@@ -39,6 +39,22 @@ class LayerCheck:
         """Whether the recorded sketches contain wrong sums. (An error of inf means that nothing was recorded.)"""
         return any(error != math.inf for error in self.wrong.values())
 
+    def why_not_logged(self, sketch: GradientSketch, number: int) -> str | None:
+        """Returns why the step with this number can't be logged; None if it can.
+
+        Raises ``RuntimeError`` if no parameter is recorded any more.
+        """
+        if not sketch.tapped_parameters:
+            raise RuntimeError(
+                "no parameter's gradient is the sum over the rows that were passed (one that was clipped, unscaled or "
+                "cleared within the step isn't, nor one of a pass without its rows)"
+            )
+        if self.spoiled:  # the next logged step excludes the wrong parameters
+            return f"Interference of optimizer step {number} isn't logged."
+        if not math.isfinite(self.total):  # a GradScaler skips such a step, and lowers its scale
+            return "Interference isn't logged in steps whose gradient isn't finite."
+        return None
+
     def metrics(self, sketch: GradientSketch, groups: PromptGroups, loss_scale: float) -> dict[str, float]:
         """Returns the recorded share of the gradient, and sketched norm / true norm; empty if the gradient is 0."""
         if self.total == 0:

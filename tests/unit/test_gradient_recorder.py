@@ -240,6 +240,13 @@ def test_a_skipped_parameter_is_named_and_not_recorded(caplog):
     assert metrics["interference/coverage"] == pytest.approx(1 - squares["first.weight"] / sum(squares.values()))
 
 
+@pytest.mark.parametrize("change", [{"number": None}, {"statistics": {}}, {"statistics": None}, {"number": "x"}])
+def test_a_state_of_another_kind_is_refused(change):
+    recorder = GradientRecorder(Regression())
+    with pytest.raises(ValueError, match="isn't a state of GradientRecorder"):
+        recorder.load_state_dict({**recorder.state_dict(), **change})
+
+
 def test_forgotten_rows_are_named(caplog):
     """The second micro-batch has as many sequences as the first: nothing else tells them apart."""
     model = Regression()

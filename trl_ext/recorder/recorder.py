@@ -86,7 +86,7 @@ class InterferenceRecorder(GradientRecorder):
         self.started = 0.0  # run_config.json has the time, which a resumed run keeps
         self.full_gradient = full_gradient_of(self.accelerator)
         self._what_if = WhatIfLog(
-            lambda: compared_with(run, used()), self._together, run.log_once, on=options.what_if != []
+            lambda: compared_with(run, used()), self._failures.together, run.log_once, on=options.what_if != []
         )
 
     def _check_model(self) -> None:
