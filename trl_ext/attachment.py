@@ -8,6 +8,7 @@ After ``fuse_head`` they are, because our kernel computes the head's gradient.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -42,7 +43,7 @@ def prompt_text(prompt: Any) -> str:
     return " ".join(str(part.get("text") or "") for part in content or [] if isinstance(part, dict))
 
 
-class Attachment:
+class Attachment(ABC):
     """A recorder at work in a trainer of TRL's.
 
     Attributes:
@@ -110,11 +111,12 @@ class Attachment:
             recorder.end()
             for name, value in recorder.metrics().items():
                 trainer._metrics["train"][name].append(value)
-            recorder.save(trainer.args.output_dir, self._prompt_texts())
+            with recorder.guarded():
+                recorder.save(trainer.args.output_dir, self._prompt_texts())
 
+    @abstractmethod
     def _prompt_texts(self) -> dict[int, str]:
         """Returns the prompts' texts by group. It is called at the end of each optimizer step."""
-        raise NotImplementedError
 
 
 class RecorderState(TrainerCallback):

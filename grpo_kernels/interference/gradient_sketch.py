@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from grpo_kernels.head.products import HeadSketch
 
 from .layer_sums import LayerSums, head_token_rows, make_rows
-from .layer_taps import Layer, find_layers, full_shape, tap
+from .layer_taps import Hook, Layer, find_layers, full_shape, tap
 from .model_parts import PARTS_OF_MODEL, block_of, part_of
 from .projections import IdentityProjection, Projections
 from .tap_check import GradientShard, SignsKey, TapCheck
@@ -50,20 +50,6 @@ class StepSketch:
         """Returns the (B, B) float64 inner products of the per-sequence gradients."""
         flat = self.sketch.flatten(1).double()
         return flat @ flat.T
-
-
-class Hook:
-    """A forward hook that a copy of the model doesn't have: ``deepcopy``, ``pickle`` and ``torch.save`` empty it."""
-
-    def __init__(self, call: Callable[[nn.Module, tuple[Any, ...], Any], None] | None = None) -> None:
-        self._call = call
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if self._call is not None:
-            self._call(module, inputs, output)
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return Hook, ()
 
 
 class GradientSketch:

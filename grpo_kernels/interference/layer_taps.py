@@ -24,6 +24,20 @@ class _SavedInput(torch.autograd.Function):
         return gradient, None
 
 
+class Hook:
+    """A forward hook that a copy of the model doesn't have: ``deepcopy``, ``pickle`` and ``torch.save`` empty it."""
+
+    def __init__(self, call: Callable[[nn.Module, tuple[Any, ...], Any], None] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self._call is not None:
+            self._call(module, inputs, output)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
 def tap(
     output: torch.Tensor, layer_input: torch.Tensor, record: Callable[[torch.Tensor, Callable[[], torch.Tensor]], None]
 ) -> None:

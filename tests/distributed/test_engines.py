@@ -254,6 +254,7 @@ def test_one_case(engine, policies, tmp_path):
     assert distance(results[engine], results["one"]) < 1e-6
 
 
+@pytest.mark.engines
 def test_asked_for_and_not_run(policies, tmp_path):
     """FSDP on CPUs is DDP in accelerate: said, once."""
     spec = specification(policies, tmp_path / "run", "ddp", "full", "ours", options={"max_steps": 1})

@@ -18,11 +18,15 @@ from trl_ext.capabilities import CAPABILITIES, Capabilities, nothing_works
 
 # changes of TRL -> the capabilities that they take away, and words of the warning
 SIMULATED = [
-    (("a renamed helper", "an element more from _generate", "a renamed metric"), {"defer", "statistics"}, "low_mean"),
     (("tokens counted twice",), {"fuse", "regroup", "share", "defer"}, "the gradient differs"),
     *(
         pytest.param(changes, off, words, marks=pytest.mark.nightly)
         for changes, off, words in [
+            (
+                ("a renamed helper", "an element more from _generate", "a renamed metric"),
+                {"defer", "statistics"},
+                "low_mean",
+            ),
             (("a renamed helper",), {"defer"}, "has no _get_per_token_logps_and_entropies"),
             (("an element more from _generate",), set(), "Trying it, once"),
             (("a renamed metric",), {"statistics"}, "clip_fraction/low_mean, clip_ratio/low_mean"),

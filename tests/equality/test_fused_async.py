@@ -87,7 +87,7 @@ def fused_always(monkeypatch):
         {"token_budget": 80},
         {"temperature": 0.7},
         {"gradient_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.nightly),
         {"bf16": True},
     ],
 )

@@ -152,6 +152,7 @@ SHORT = (
 ).split()
 
 
+@pytest.mark.nightly
 def test_a_mixture_by_the_script(tiny_policy, tmp_path):
     mixture = ["--dataset", "reasoning_gym:chain_sum,gcd", "--task_weights", "2", "1"]
     options = ["--task_options", "chain_sum.max_terms=2", "--train_size", "60"]
