@@ -105,8 +105,8 @@ class GradientRecorder:
         self._sketch: GradientSketch | None = None
         self._step: OpenStep | None = None
         self._failures = FailureBoundary(self._mute, lambda: self.device or next(self.model.parameters()).device)
-        stateless = ComparedWith(compared_methods(None, {}))
-        self._what_if = WhatIfLog(lambda: stateless, self._failures.together, lambda *_: None)
+        methods = ComparedWith(compared_methods(None, {}))
+        self._what_if = WhatIfLog(lambda: methods, self._failures.together, lambda *_: None)
         self._files = OptionalFeature("Interference is logged without its files")
         self._logged: Logged | None = None
         self._log_once = LogOnce()
@@ -138,11 +138,11 @@ class GradientRecorder:
             self._open(OpenStep(fresh))
 
     def end(self) -> None:
-        """Ends the step; measures it, if it is a logged one."""
+        """Ends the step; measures it, if it is a logged one. Nothing happens if no step is open."""
         try:
             if self._step is not None:
                 self._finish(self._step)
-            self.number += 1
+            self.number += self.inside
         finally:
             self.abandon()
 

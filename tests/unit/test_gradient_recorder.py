@@ -247,6 +247,14 @@ def test_a_state_of_another_kind_is_refused(change):
         recorder.load_state_dict({**recorder.state_dict(), **change})
 
 
+def test_a_step_that_was_not_begun_is_not_counted():
+    recorder = GradientRecorder(Regression(), every=2)
+    recorder.end()
+    recorder.abandon()
+    assert recorder.number == 0
+    assert train_step(recorder, recorder.model)
+
+
 def test_forgotten_rows_are_named(caplog):
     """The second micro-batch has as many sequences as the first: nothing else tells them apart."""
     model = Regression()

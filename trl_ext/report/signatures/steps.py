@@ -82,7 +82,7 @@ def gradient_spikes(run: Run) -> Found:
 def sampler_mismatch(run: Run) -> Found:
     series = run.series(LOG_PROBS_APART)
     if not series[0]:
-        return Unknown(f"{missing(LOG_PROBS_APART).reason} (no sampler of its own, use_vllm=False)")
+        return Unknown(f"{missing(LOG_PROBS_APART).reason} (TRL logs it with use_vllm=True)")
     effective = run.series("sampler/ess")[1]
     share = f"; an effective sample of {np.mean(effective):.0%} of the answers" if effective else ""
 
