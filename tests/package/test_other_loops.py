@@ -1,4 +1,4 @@
-"""The example of a plain loop: it learns, and its folder can be read, checked and reported."""
+"""The examples without our trainer: they train, and their folders can be read and reported."""
 
 import pytest
 from processes import ROOT, load_script
@@ -20,3 +20,14 @@ def test_the_example_learns_and_its_folder_can_be_reported(tmp_path, capsys):
     assert {"noise/within", "what_if/mean/cos", "curvature/fisher_trace_mean"} <= set(first.metrics)
     report_command(["report", str(tmp_path)])
     assert (tmp_path / "report.html").stat().st_size > 1000 and "up to step 21" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trainer", ["rloo", "grpo"])
+def test_the_example_with_trls_trainer_can_be_reported(trainer, tiny_policy, tmp_path, capsys):
+    example = load_script(ROOT / "examples" / "attached.py")
+    assert len(example.train(trainer, str(tiny_policy), steps=3, every=2, folder=str(tmp_path))) == 3
+    records = read_interference(tmp_path)
+    assert [record.step for record in records] == [1, 3]
+    assert all(len(record.prompt_key_P) == 8 and "What is" in record.prompt_text_P[0] for record in records)
+    report_command(["report", str(tmp_path)])
+    assert (tmp_path / "report.html").stat().st_size > 1000 and "up to step 3" in capsys.readouterr().out
