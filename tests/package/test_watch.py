@@ -37,7 +37,7 @@ def test_the_command(folders, tmp_path, monkeypatch, capsys):
     assert check(monkeypatch, folders["all_wrong"], "--json", file) == 1
     printed = capsys.readouterr().out
     assert "CRITICAL: Every answer gets a low reward, since step 1" in printed and "-> Too hard" in printed
-    assert "Can't be told:" in printed and "use_vllm=False" in printed
+    assert "Can't be told:" in printed and "use_vllm=True" in printed
     ((told,),) = (one["verdicts"] for one in json.loads(file.read_text()).values())
     assert told["name"] == "all_wrong" and told["onset"] == 1
     assert check(monkeypatch, folders["no_progress"]) == 0
