@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from attach_worker import KINDS, build, run
-from harness import lora, loss_batches, parameters, save_policy
+from harness import lora, loss_batches, parameters, save_policy, train
 from processes import start
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOTrainer
@@ -228,6 +228,19 @@ def test_a_trainer_that_trains_twice_begins_its_records_anew(tiny_policy, tmp_pa
     with pytest.warns(UserWarning, match="1 files of an earlier run are skipped"):
         assert [record.step for record in read_interference(tmp_path)] == [1]
     assert attached.recorder.statistics.speedup.state_dict()["sums"][0] == 4  # groups of one step
+
+
+def test_our_trainer_in_the_same_folder_has_the_files_of_its_own_run(tiny_policy, tmp_path):
+    trainer = build("grpo", tiny_policy, tmp_path, max_steps=2)
+    attach(trainer, every=1, dim=8)
+    trainer.train()
+    options = {"interference_every": 1, "interference_dim": 8, "save_strategy": "steps", "save_steps": 1}
+    train(tiny_policy, tmp_path, max_steps=1, **options)
+    with pytest.warns(UserWarning, match="1 files of an earlier run are skipped"):
+        (record,) = read_interference(tmp_path)
+    assert record.step == 1 and "noise/within" in record.metrics  # attach has no coefficients for it
+    train(tiny_policy, tmp_path, max_steps=2, resume=str(tmp_path / "checkpoint-1"), **options)
+    assert [record.step for record in read_interference(tmp_path)] == [1, 2]
 
 
 def test_detach_between_micro_batches_leaves_no_hook(tiny_policy, tmp_path):

@@ -102,7 +102,7 @@ def test_verl_and_prime_rl_under_our_names():
     # five lines a step by two processes, and evaluations that end after later steps
     assert prime.series("reward")[0] == prime.series("grad_norm")[0] == list(range(1, 19))
     assert prime.series("eval_reward")[0] == [2, 8, 14] and not prime.series("step_time")[0]
-    # two environments; the rewards of all answers, of which those with an advantage keep one right in eight
+    # two environments. The reward is that of all answers; answers with an advantage keep one right in eight
     rows = [json.loads(line) for line in (LOGS / "prime_rl.jsonl").read_text().splitlines()]
     (last,) = [row for row in rows if row["step"] == 18 and "train/agg/all/agent/reward/mean" in row]
     assert "train/math/all/agent/reward/mean" in rows[0]

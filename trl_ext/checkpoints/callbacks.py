@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -59,15 +60,19 @@ class CheckpointState(TrainerCallback):
             "processes": self.interference.accelerator.num_processes,
             "normalization": self.normalizer.state_dict(),
             "interference": self.interference.statistics.state_dict(),
+            "started": self.interference.started,
             "micro_batch": self.size.state_dict(),
         }
 
     def on_train_begin(self, args, state, control, **kwargs):
         for forget in self.on_start:
             forget()
+        if state.global_step == 0:
+            self.interference.started = time.time()
         saved = state.stateful_callbacks.get(OUR_STATE)
         if saved is None:
             return
+        self.interference.started = saved.get("started", 0.0)  # an older checkpoint lacks it
         with self.interference.guarded():
             self.interference.statistics.load_state_dict(saved["interference"])
         self.size.load_state_dict(saved.get("micro_batch"))  # an older checkpoint lacks it

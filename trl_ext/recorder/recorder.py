@@ -83,7 +83,7 @@ class InterferenceRecorder(GradientRecorder):
             loss_scale=self._scale,
             device=run.accelerator.device,
         )
-        self.started = 0.0  # run_config.json has the time, which a resumed run keeps
+        self.started = 0.0  # until training begins: CheckpointState
         self.full_gradient = full_gradient_of(self.accelerator)
         self._what_if = WhatIfLog(
             lambda: compared_with(run, used()), self._failures.together, run.log_once, on=options.what_if != []

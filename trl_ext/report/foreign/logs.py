@@ -26,8 +26,10 @@ EVENTS = ("", "*/", "*/*/")  # folders that may have event files: transformers' 
 
 @dataclass(frozen=True)
 class ForeignLog:
-    """A log with our names. ``used``: ours -> theirs; ``unused``: names that have no use here; ``config``:
-    the options of a run of TRL's that may be shown."""
+    """A log with our names.
+
+    ``used``: ours -> theirs; ``unused``: names without a use here; ``config``: a TRL run's options that may be shown.
+    """
 
     kind: str
     path: Path

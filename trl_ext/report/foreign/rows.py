@@ -20,8 +20,11 @@ WORDS = {"nan": "nan", "infinity": "inf", "-infinity": "-inf"}  # how W&B and tr
 
 @dataclass(frozen=True)
 class Log:
-    """``kind``: whose format it is, in words; ``step``: what the format calls a row's step, "" where that is free;
-    ``config``: all that the file has of the run's configuration."""
+    """A log as its file has it.
+
+    ``kind``: whose format it is, in words; ``step``: what the format calls a row's step, "" where that is free;
+    ``config``: all that the file has of the run's configuration.
+    """
 
     kind: str
     path: Path

@@ -1,5 +1,7 @@
-"""Reads a project's database of trackio: SQLite, a row of ``metrics`` for each call of ``trackio.log``,
-one of ``configs`` for each run."""
+"""Reads a project's database of trackio: SQLite.
+
+It has a row of ``metrics`` for each call of ``trackio.log``, and one of ``configs`` for each run.
+"""
 
 from __future__ import annotations
 
